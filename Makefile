@@ -1,0 +1,66 @@
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-slow lint types bench serve ui clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP)-run ## the whole workflow on the built-in Fashion-MNIST model
+	$(BIN)/python workflow.py fashion
+
+test: $(STAMP)-test ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"
+
+test-slow: $(STAMP)-test ## the slow and the browser tests
+	$(BIN)/python -m pytest -m "slow or browser" || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
+
+lint: $(STAMP)-dev ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)-dev ## mypy
+	$(BIN)/mypy harmonica pipelines workflow.py
+
+bench: $(STAMP)-test ## measure, and compare with the numbers to beat
+	$(BIN)/python -m tests.benchmarks
+
+serve: $(STAMP)-run ## the HTTP endpoint
+	$(BIN)/python -m pipelines.serve
+
+ui: $(STAMP)-run ## the MLflow UI over the local runs
+	$(BIN)/python -m pipelines.ui
+
+clean: ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find harmonica pipelines tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is missing or older than 3.11: name a newer one, as in: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# pip's some 600 lines are cut down to the packages large enough to wait for.
+$(STAMP)-run $(STAMP)-test $(STAMP)-dev: $(STAMP)-%: pyproject.toml cluster/constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) (the first time: some minutes, 2 to 6 GB with torch) ..."
+	@$(BIN)/python -u -m pip install --progress-bar off -c cluster/constraints.txt \
+	  -e '.$(subst [run],,$(subst [dev],[test$(comma)dev],[$*]))' | awk \
+	  '/^ *(Downloading|Using cached) .*MB\)/ { sub(/.*\//, "", $$(NF-2)); print "  " $$(NF-2), $$(NF-1), $$NF; fflush() } \
+	   /^Installing collected/ { print "  Installing", NF - 3, "packages"; fflush() }'
+	@touch $@ $(STAMP)-run $(if $(filter dev,$*),$(STAMP)-test)
+
+comma := ,

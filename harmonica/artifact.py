@@ -1,0 +1,152 @@
+"""The product: a folder with `router.safetensors` and `config.json` that loads anywhere.
+
+It says what it was made for and refuses everything else.
+"""
+
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import harmonica
+from harmonica.cache import Reuse
+from harmonica.checkpoints import read_tensors
+from harmonica.models.base import BranchedTransformer
+from harmonica.plan import Plan
+from harmonica.samplers import Ddim, SamplerConfig
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterArtifact:
+    """A trained router with all that its use depends on."""
+
+    logits_TB: Tensor
+    threshold: float
+    sampler: SamplerConfig
+    reuse: Reuse
+    model: dict[str, Any]
+    """The model's `identity()`."""
+    ideal_speedup: float
+    macs_full: int
+    """Of one trajectory of one model row."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Settings and provenance, for people to read."""
+
+    @property
+    def plan(self) -> Plan:
+        return Plan.from_scores(self.logits_TB.sigmoid(), self.threshold)
+
+    @classmethod
+    def build(
+        cls, logits_TB: Tensor, sampler: Ddim, *, threshold: float, reuse: Reuse, training: dict[str, Any]
+    ) -> "RouterArtifact":
+        """The artifact of a router trained on `sampler`'s model under `sampler`'s configuration."""
+        macs = sampler.model.macs()
+        plan = Plan.from_scores(logits_TB.sigmoid(), threshold)
+        return cls(
+            logits_TB=logits_TB.detach().float().cpu(),
+            threshold=threshold,
+            sampler=sampler.config,
+            reuse=reuse,
+            model=sampler.model.identity(),
+            ideal_speedup=plan.ideal_speedup(macs),
+            macs_full=macs.full * plan.num_steps,
+            training=training,
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write both files; returns the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"logits": self.logits_TB.contiguous()}, folder / "router.safetensors")
+        plan = self.plan
+        config = {
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "sampler": self.sampler.to_dict(),
+            "threshold": self.threshold,
+            "reuse": self.reuse,
+            "plan": plan.to_strings(),
+            "cur": plan.cur,
+            "ideal_speedup": self.ideal_speedup,
+            "macs_full": self.macs_full,
+            "macs_planned": round(self.macs_full / self.ideal_speedup),
+            "training": self.training,
+            "versions": {
+                "harmonica": harmonica.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "RouterArtifact":
+        """Read a folder written by `save`.
+
+        Raises:
+            ValueError: files missing or damaged, or the stored plan is not the logits' plan.
+        """
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"router {folder} has no readable config.json ({error}): give a router artifact folder"
+            ) from error
+        try:
+            if config["format_version"] != FORMAT_VERSION:
+                raise ValueError(
+                    f"router {folder} has format_version {config['format_version']}, this version reads "
+                    f"{FORMAT_VERSION}: install the harmonica that wrote it "
+                    f"({config.get('versions', {}).get('harmonica')})"
+                )
+            artifact = cls(
+                logits_TB=read_tensors(folder / "router.safetensors")["logits"],
+                threshold=config["threshold"],
+                sampler=SamplerConfig(**config["sampler"]),
+                reuse=config["reuse"],
+                model=config["model"],
+                ideal_speedup=config["ideal_speedup"],
+                macs_full=config["macs_full"],
+                training=config["training"],
+            )
+            stored_plan = config["plan"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"router {folder}: config.json lacks or misnames {error}: write it again with "
+                "RouterArtifact.save"
+            ) from error
+        if artifact.plan.to_strings() != stored_plan:
+            raise ValueError(
+                f"router {folder}: the plan in config.json is not that of router.safetensors at "
+                f"threshold {artifact.threshold}: the folder was altered, fetch it again"
+            )
+        return artifact
+
+    def check(self, model: BranchedTransformer, sampler: SamplerConfig) -> None:
+        """Refuse a model, step count or sampler the router was not made for.
+
+        Raises:
+            ValueError: names the first field that differs and both values.
+        """
+        wanted = {**_prefixed("model", self.model), **_prefixed("sampler", self.sampler.to_dict())}
+        given = {**_prefixed("model", model.identity()), **_prefixed("sampler", sampler.to_dict())}
+        for name in wanted | given:
+            if wanted.get(name) != given.get(name):
+                raise ValueError(
+                    f"{name} is {given.get(name)} and the router was made for {wanted.get(name)}: "
+                    "use it as it was trained, or train a router for this setting"
+                )
+
+
+def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}.{name}": value for name, value in values.items()}

@@ -1,0 +1,36 @@
+"""The forward process: 1000 linear betas, and which of its timesteps a sampler visits."""
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@cache
+def alphas_cumprod() -> np.ndarray:
+    """Signal share alpha-bar (1000,), float64, of the linear schedule beta = 1e-4 ... 0.02."""
+    return np.cumprod(1.0 - np.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=np.float64))
+
+
+def respaced_timesteps(num_steps: int) -> list[int]:
+    """Timestep of each of the `num_steps` respaced steps, ascending: row i of a router is entry i.
+
+    Evenly spaced from 0 to 999, both included, rounded half to even, as in the public DiT code.
+
+    Raises:
+        ValueError: `num_steps` is not between 2 and 1000.
+    """
+    if not 2 <= num_steps <= NUM_TRAIN_TIMESTEPS:
+        raise ValueError(f"num_inference_steps is {num_steps}: give 2 to {NUM_TRAIN_TIMESTEPS}")
+    stride = (NUM_TRAIN_TIMESTEPS - 1) / (num_steps - 1)
+    return [round(i * stride) for i in range(num_steps)]
+
+
+def add_noise(clean_NCHW: Tensor, noise_NCHW: Tensor, timestep_N: Tensor) -> Tensor:
+    """x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) epsilon."""
+    signal = torch.as_tensor(alphas_cumprod(), dtype=torch.float32, device=clean_NCHW.device)
+    share = signal[timestep_N][:, None, None, None]
+    return share.sqrt() * clean_NCHW + (1 - share).sqrt() * noise_NCHW

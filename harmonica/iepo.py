@@ -1,0 +1,106 @@
+"""Image error proxy (paper, section 3.3): lambda_i, how much caching at step i hurts the final image.
+
+Runs that differ only from step i on share everything before it: each resumes from the state stored
+before step i, so a refresh costs (T+1)/2T of T full generations.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from harmonica.cache import BranchCache, Reuse
+from harmonica.passes import planned_pass, soft_pass
+from harmonica.router import Router
+from harmonica.samplers import Ddim
+
+IepoKind = Literal["leave_one_out", "cumulative"]
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """All that the rest of a trajectory depends on."""
+
+    x_MCHW: Tensor
+    cache: BranchCache
+
+
+class _SoftGenerations:
+    """Generations under the router's soft weights that branch off from a shared main run."""
+
+    def __init__(
+        self, sampler: Ddim, router: Router, condition_M: Tensor, threshold: float, reuse: Reuse
+    ) -> None:
+        self.sampler, self.router, self.reuse = sampler, router, reuse
+        self.condition_M, self.threshold = condition_M, threshold
+        self.all = (True,) * len(sampler.model.branches)
+
+    def first(self, x_MCHW: Tensor) -> _State:
+        """State after step T-1, which computes everything."""
+        state = _State(x_MCHW, BranchCache(len(self.all), self.reuse))
+        return self.full_step(self.sampler.num_steps - 1, state)
+
+    def full_step(self, i: int, state: _State) -> _State:
+        """Step i with the cache switched off (weights 1); the cache takes what was computed."""
+        sampler, cache = self.sampler, state.cache.copy()
+        hidden, conditioning = sampler.embed(i, state.x_MCHW, self.condition_M)
+        output = planned_pass(sampler.model, hidden, conditioning, self.all, cache, i)
+        return _State(sampler.advance(i, state.x_MCHW, sampler.guide(output)), cache)
+
+    def soft_step(self, i: int, state: _State) -> _State:
+        """Step i under the router's soft weights."""
+        sampler, cache = self.sampler, state.cache.copy()
+        hidden, conditioning = sampler.embed(i, state.x_MCHW, self.condition_M)
+        scores_B = self.router.scores(i)
+        refresh_row = (scores_B > self.threshold).tolist()
+        output = soft_pass(sampler.model, hidden, conditioning, scores_B, refresh_row, cache, i)
+        return _State(sampler.advance(i, state.x_MCHW, sampler.guide(output)), cache)
+
+
+@torch.inference_mode()
+def image_error_proxy(
+    sampler: Ddim,
+    router: Router,
+    noise_NCHW: Tensor,
+    condition_N: Tensor,
+    *,
+    kind: IepoKind,
+    threshold: float,
+    reuse: Reuse = "hold",
+) -> Tensor:
+    """lambda (T-1,) of the trajectories from `noise`: mean squared change of the final latents.
+
+    `leave_one_out` (paper, eq. 6): against x_0 with soft weights at every step, the cache is switched
+    off at step i alone. `cumulative` (released code): from no caching at all, soft weights are switched
+    on one step at a time, noisiest first; lambda_i is the change against the generation before.
+    """
+    if kind not in ("leave_one_out", "cumulative"):
+        raise ValueError(f"iepo.kind is {kind!r}: give leave_one_out or cumulative")
+    x, condition_M = sampler.start(noise_NCHW, condition_N)
+    runs = _SoftGenerations(sampler, router, condition_M, threshold, reuse)
+    steps = list(reversed(range(sampler.num_steps - 1)))  # T-2 ... 0
+    states = {steps[0]: runs.first(x)}  # state before step i of the main, soft run
+    for i in steps:
+        states[i - 1] = runs.soft_step(i, states[i])
+    lambda_T = torch.zeros(len(steps), dtype=x.dtype, device=x.device)
+    if kind == "leave_one_out":
+        for i in steps:
+            state = runs.full_step(i, states.pop(i))
+            for j in range(i - 1, -1, -1):
+                state = runs.soft_step(j, state)
+            lambda_T[i] = (state.x_MCHW - states[-1].x_MCHW).square().mean()
+        return lambda_T
+    previous = _finish_full(runs, states[steps[0]], steps[0])
+    for i in steps:
+        current = _finish_full(runs, states.pop(i - 1), i - 1)
+        lambda_T[i] = (current - previous).square().mean()
+        previous = current
+    return lambda_T
+
+
+def _finish_full(runs: _SoftGenerations, state: _State, first: int) -> Tensor:
+    """Final latents (M, C, H, W) when steps `first` ... 0 are computed in full."""
+    for j in range(first, -1, -1):
+        state = runs.full_step(j, state)
+    return state.x_MCHW

@@ -1,0 +1,68 @@
+"""The plan: which branch is computed at which step. Static, known before sampling, same for all."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harmonica.models.base import Macs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """T x B booleans; row T-1, which runs first, always computes."""
+
+    compute: tuple[tuple[bool, ...], ...]
+    """Row i is step i; True computes the branch and refreshes its cache, False reuses it."""
+
+    def __post_init__(self) -> None:
+        if not self.compute or len({len(row) for row in self.compute}) != 1:
+            raise ValueError("plan rows differ in length: give T rows of one entry a branch")
+        if not all(self.compute[-1]):
+            raise ValueError("plan row T-1 reuses a branch: it runs first and has nothing to reuse")
+
+    @classmethod
+    def from_scores(cls, scores_TB: Tensor, threshold: float) -> "Plan":
+        """Compute where r > tau, and everywhere in row T-1."""
+        compute_TB = scores_TB.detach() > threshold
+        compute_TB[-1] = True
+        return cls(tuple(tuple(row) for row in compute_TB.tolist()))
+
+    @classmethod
+    def full(cls, num_steps: int, num_branches: int) -> "Plan":
+        """Nothing reused."""
+        return cls(((True,) * num_branches,) * num_steps)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.compute)
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.compute[0])
+
+    @property
+    def cur(self) -> float:
+        """Cache utilisation ratio: reused entries / (T * B), row T-1 included."""
+        entries = [entry for row in self.compute for entry in row]
+        return 1 - sum(entries) / len(entries)
+
+    def to_tensor(self) -> Tensor:
+        """(T, B) bool."""
+        return torch.tensor(self.compute)
+
+    def to_strings(self) -> list[str]:
+        """One string of 0 and 1 a step, step 0 first: readable and diffable in JSON."""
+        return ["".join("1" if entry else "0" for entry in row) for row in self.compute]
+
+    def macs(self, macs: Macs) -> int:
+        """Multiply-accumulates of a whole trajectory for one model row."""
+        branches = sum(
+            cost for row in self.compute for cost, is_computed in zip(macs.branches, row, strict=True)
+            if is_computed
+        )
+        return branches + self.num_steps * macs.rest
+
+    def ideal_speedup(self, macs: Macs) -> float:
+        """Full MACs / MACs left under the plan."""
+        return self.num_steps * macs.full / self.macs(macs)

@@ -1,0 +1,137 @@
+"""Step-wise denoising training of a router (paper, section 3.2), with the IEPO loss (section 3.3).
+
+Along one trajectory, at each step i = T-2 ... 0, the uncached teacher and the cached student see the
+same x_t; one optimiser update a step; x_{t-1} comes from the student, detached. The base model is
+frozen and the teacher runs without grad: a step costs two forwards and one activation backward, and
+only B numbers cross the network.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harmonica.cache import BranchCache, Reuse
+from harmonica.passes import planned_pass, soft_pass
+from harmonica.router import Router
+from harmonica.samplers import Ddim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SdtConfig:
+    """The router's objective and optimiser."""
+
+    beta: float = 0.007
+    """Weight of the sum of scores against lambda_i * MSE: larger means more reuse."""
+    learning_rate: float = 0.01
+    """Of AdamW, without weight decay."""
+    threshold: float = 0.1
+    """tau: r > tau computes the branch and refreshes its cache."""
+    clamp: float = 5.0
+    """Logits stay within [-clamp, clamp]."""
+    reuse: Reuse = "hold"
+    """A reused branch holds its last value (the paper), or is forecast from its last two."""
+
+    def __post_init__(self) -> None:
+        if self.beta < 0:
+            raise ValueError(f"train.sdt.beta is {self.beta}: give 0 or more")
+        if self.learning_rate <= 0:
+            raise ValueError(f"train.sdt.learning_rate is {self.learning_rate}: give a positive number")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"train.sdt.threshold is {self.threshold}: give a number between 0 and 1")
+        if self.clamp <= 0:
+            raise ValueError(f"train.sdt.clamp is {self.clamp}: give a positive number")
+        if self.reuse not in ("hold", "forecast"):
+            raise ValueError(f"train.sdt.reuse is {self.reuse!r}: give hold or forecast")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One update of row i."""
+
+    step: int
+    mse: float
+    """Student against teacher, mean over all guided output channels."""
+    l1: float
+    """Sum of the row's scores."""
+    loss: float
+    """lambda_i * mse + beta * l1."""
+
+
+def freeze(model: torch.nn.Module) -> None:
+    """Evaluation mode, no weight gradients: what SDT expects of the base model."""
+    model.eval().requires_grad_(False)
+
+
+class SdtTrainer:
+    """A router, its optimiser and the loop over one trajectory."""
+
+    def __init__(self, sampler: Ddim, router: Router, config: SdtConfig) -> None:
+        self.sampler, self.router, self.config = sampler, router, config
+        trained = [row for row in router.rows if row.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+
+    def train_trajectory(
+        self,
+        noise_NCHW: Tensor,
+        condition_N: Tensor,
+        lambda_T: Tensor,
+        *,
+        beta: float | None = None,
+        average: Callable[[Tensor], None] | None = None,
+        on_gradient: Callable[[int, Tensor], None] | None = None,
+    ) -> tuple[list[StepRecord], Tensor]:
+        """T-1 updates, noisiest step first.
+
+        Args:
+            lambda_T: lambda_i of steps 0 ... T-2, (T-1,).
+            beta: replaces the configured one, for a beta that follows a target.
+            average: averages a tensor over all workers in place; none on one worker.
+            on_gradient: sees (i, gradient of row i (B,)) before the update.
+
+        Returns:
+            The records in the order run, and the student's final images or latents (N, C, H, W).
+        """
+        sampler, model, config = self.sampler, self.sampler.model, self.config
+        beta = config.beta if beta is None else beta
+        cache = BranchCache(len(model.branches), config.reuse)
+        x, condition = sampler.start(noise_NCHW, condition_N)
+        x = self._first_step(x, condition, cache)
+        records = []
+        for i in reversed(range(sampler.num_steps - 1)):
+            row = self.router.rows[i]
+            with torch.no_grad():
+                hidden, conditioning = sampler.embed(i, x, condition)
+                h = hidden
+                for branch in model.branches:
+                    h = branch.merge(h, branch.compute(h, conditioning), conditioning)
+                target = sampler.guide(model.head(h, conditioning))
+            scores_B = self.router.scores(i)
+            refresh_row = (scores_B.detach() > config.threshold).tolist()
+            output = soft_pass(model, hidden, conditioning, scores_B, refresh_row, cache, i)
+            guided = sampler.guide(output)
+            mse, l1 = (guided - target).square().mean(), scores_B.sum()
+            loss = lambda_T[i] * mse + beta * l1
+            loss.backward()
+            assert row.grad is not None
+            if average is not None:
+                average(row.grad)
+            if on_gradient is not None:
+                on_gradient(i, row.grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.router.clamp_(config.clamp)
+            x = sampler.advance(i, x, guided.detach())
+            records.append(StepRecord(i, mse.item(), l1.item(), loss.item()))
+        return records, sampler.finish(x)
+
+    @torch.no_grad()
+    def _first_step(self, x_MCHW: Tensor, condition_M: Tensor, cache: BranchCache) -> Tensor:
+        """Step T-1: computes everything, fills the cache, trains nothing."""
+        sampler, model = self.sampler, self.sampler.model
+        i = sampler.num_steps - 1
+        hidden, conditioning = sampler.embed(i, x_MCHW, condition_M)
+        row = (True,) * len(model.branches)
+        output = planned_pass(model, hidden, conditioning, row, cache, i)
+        return sampler.advance(i, x_MCHW, sampler.guide(output))

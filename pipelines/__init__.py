@@ -1,0 +1,1 @@
+"""HarmoniCa on Ray: stream (Data), train (Train), evaluate, register (MLflow), serve (Serve)."""

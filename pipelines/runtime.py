@@ -1,0 +1,43 @@
+"""Joining a Ray cluster, or starting a private one on this machine."""
+
+import logging
+import os
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# Two training workers, a Serve replica and Ray Data's tasks must fit side by side: with only as many
+# logical CPUs as workers, Data starves and training waits for ever without an error.
+MIN_LOGICAL_CPUS = 6
+
+
+def connect() -> None:
+    """Join the cluster of `RAY_ADDRESS` (set by `ray job submit`), else start a private local one.
+
+    A private cluster is closed by a token: where the environment names none, Ray makes one itself
+    and keeps it in `~/.ray/auth_token`.
+    """
+    if ray.is_initialized():
+        return
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+        return
+    ray.init(
+        address="local",
+        num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+        object_store_memory=500_000_000,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+    )

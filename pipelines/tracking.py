@@ -1,0 +1,114 @@
+"""MLflow: one run a workflow, one nested run a stage, each found again after a restart."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param
+from mlflow.tracking import MlflowClient
+
+EXPERIMENT = "harmonica"
+_RUN_TAG, _STAGE_TAG = "harmonica.run_id", "harmonica.stage"
+_PARENT_TAG = "mlflow.parentRunId"
+_MAX_PARAM_LENGTH = 500
+
+
+def tracking_uri(storage_path: str) -> str:
+    """`MLFLOW_TRACKING_URI` where set, else SQLite in the folder that holds the runs.
+
+    Raises:
+        ValueError: storage is remote and no tracking server is named.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if "://" in storage_path:
+        raise ValueError(
+            f"storage_path {storage_path} is remote and MLFLOW_TRACKING_URI is not set: set it to "
+            "your MLflow server (a SQLite file cannot be shared between nodes)"
+        )
+    folder = Path(storage_path).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def make_client(uri: str) -> MlflowClient:
+    """A client of one server for both runs and registry."""
+    return MlflowClient(uri, registry_uri=uri)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A handle on one MLflow run, plain enough to send to a worker."""
+
+    uri: str
+    mlflow_run_id: str
+
+    @property
+    def client(self) -> MlflowClient:
+        return make_client(self.uri)
+
+    def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """All metrics of one step in one request."""
+        now = int(time.time() * 1000)
+        batch = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        self.client.log_batch(self.mlflow_run_id, metrics=batch)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as MLflow parameters: `train.beta` and the like."""
+    flat: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = str(value)[:_MAX_PARAM_LENGTH]
+    return flat
+
+
+def _experiment_id(client: MlflowClient, storage_path: str) -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return found.experiment_id
+    # A server decides where artifacts go; beside a local SQLite file they go next to it.
+    local = not os.environ.get("MLFLOW_TRACKING_URI")
+    location = (Path(storage_path).resolve() / "mlartifacts").as_uri() if local else None
+    return client.create_experiment(EXPERIMENT, artifact_location=location)
+
+
+def find_or_create(
+    stage: str, run_id: str, storage_path: str, config: Mapping[str, Any], parent: StageRun | None = None
+) -> StageRun:
+    """The MLflow run of (run id, stage): the one that exists, else a new one. Never two."""
+    uri = tracking_uri(storage_path)
+    client = make_client(uri)
+    experiment_id = _experiment_id(client, storage_path)
+    query = f"tags.`{_RUN_TAG}` = '{run_id}' and tags.`{_STAGE_TAG}` = '{stage}'"
+    if found := client.search_runs([experiment_id], query, max_results=1):
+        client.update_run(found[0].info.run_id, status="RUNNING")
+        return StageRun(uri, found[0].info.run_id)
+    tags = {_RUN_TAG: run_id, _STAGE_TAG: stage}
+    name = run_id if parent is None else f"{run_id} {stage}"
+    if parent is not None:
+        tags[_PARENT_TAG] = parent.mlflow_run_id
+    run = client.create_run(experiment_id, run_name=name, tags=tags)
+    params = [Param(name, value) for name, value in flatten(config).items()]
+    client.log_batch(run.info.run_id, params=params)
+    return StageRun(uri, run.info.run_id)
+
+
+@contextmanager
+def stage_run(
+    stage: str, run_id: str, storage_path: str, config: Mapping[str, Any], parent: StageRun | None = None
+) -> Iterator[StageRun]:
+    """`find_or_create`, closed as finished, or as failed when the body raises."""
+    run = find_or_create(stage, run_id, storage_path, config, parent)
+    try:
+        yield run
+    except BaseException:
+        run.client.set_terminated(run.mlflow_run_id, "FAILED")
+        raise
+    run.client.set_terminated(run.mlflow_run_id, "FINISHED")

@@ -1,0 +1,95 @@
+"""The built-in classifier as committed, and the statistics beside it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from harmonica import fashion
+from harmonica.classifier import (
+    BUILTIN_FOLDER,
+    CONFIG_FILE,
+    FEATURE_SIZE,
+    STATISTICS_FILE,
+    WEIGHTS_FILE,
+    Classifier,
+    FeatureStatistics,
+    features_and_logits,
+    load_classifier,
+    save_classifier,
+)
+from harmonica.metrics import frechet_distance, label_accuracy
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return load_classifier()
+
+
+def random_images(n: int) -> torch.Tensor:
+    return torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_loads_frozen_float32_in_eval_mode(classifier: Classifier) -> None:
+    assert not classifier.training
+    parameters = list(classifier.parameters())
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in parameters)
+    assert (BUILTIN_FOLDER / WEIGHTS_FILE).stat().st_size < 1_000_000
+
+
+def test_batches_do_not_change_an_image_s_features(classifier: Classifier) -> None:
+    images = random_images(7)
+    features, logits = features_and_logits(classifier, images, batch_size=3)
+    assert features.shape == (7, FEATURE_SIZE) and logits.shape == (7, 10)
+    torch.testing.assert_close(features, classifier.features(images))
+    torch.testing.assert_close(logits, classifier(images))
+
+
+def test_save_and_load_round_trip(classifier: Classifier, tmp_path: Path) -> None:
+    save_classifier(classifier, tmp_path / "new")
+    images = random_images(4)
+    assert torch.equal(load_classifier(tmp_path / "new")(images), classifier(images))
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=tmp_path.name):
+        load_classifier(tmp_path)
+
+
+def test_statistics_are_the_mean_and_unbiased_covariance(tmp_path: Path) -> None:
+    statistics = FeatureStatistics.from_features(torch.tensor([[0.0, 1.0], [2.0, 5.0]]))
+    statistics.save(tmp_path / "statistics.safetensors")
+    loaded = FeatureStatistics.load(tmp_path / "statistics.safetensors")
+    as_double = torch.float64
+    assert torch.equal(loaded.mean, torch.tensor([1.0, 3.0], dtype=as_double))
+    assert torch.equal(loaded.covariance, torch.tensor([[2.0, 4.0], [4.0, 8.0]], dtype=as_double))
+    assert loaded.count == 2
+
+
+def test_statistics_refuse_a_single_row() -> None:
+    with pytest.raises(ValueError, match="N of 2"):
+        FeatureStatistics.from_features(torch.zeros(1, 3))
+
+
+def test_committed_files_agree_with_each_other(classifier: Classifier) -> None:
+    about = json.loads((BUILTIN_FOLDER / CONFIG_FILE).read_text())
+    reference = FeatureStatistics.load(BUILTIN_FOLDER / STATISTICS_FILE)
+    assert about["feature_size"] == FEATURE_SIZE == len(reference.mean)
+    assert about["test_accuracy"] >= 0.91
+    assert reference.count == 10_000
+    noise, _ = features_and_logits(classifier, random_images(200))
+    distance = frechet_distance(FeatureStatistics.from_features(noise), reference)
+    assert distance > 0.2 * reference.covariance.trace()  # noise is no clothing
+
+
+def test_judges_the_test_images_as_recorded(classifier: Classifier) -> None:
+    if not fashion.DEFAULT_FOLDER.exists():
+        pytest.skip(f"needs Fashion-MNIST in {fashion.DEFAULT_FOLDER}")
+    images, labels = map(torch.tensor, fashion.load_fashion_mnist("test"))
+    features, logits = features_and_logits(classifier, images[:2000].float() / 127.5 - 1)
+    about = json.loads((BUILTIN_FOLDER / CONFIG_FILE).read_text())
+    assert label_accuracy(logits, labels[:2000]) == pytest.approx(about["test_accuracy"], abs=0.015)
+    reference = FeatureStatistics.load(BUILTIN_FOLDER / STATISTICS_FILE)
+    distance = frechet_distance(FeatureStatistics.from_features(features), reference)
+    assert distance < 0.02 * reference.covariance.trace()

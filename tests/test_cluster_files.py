@@ -1,0 +1,189 @@
+"""The YAML in cluster/ against the schemas of those who read it: KubeRay, Ray Serve, `ray up`."""
+
+import copy
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft7Validator
+
+import harmonica
+
+ROOT = Path(__file__).parents[1]
+CLUSTER = ROOT / "cluster"
+CRDS = ROOT.parent / "shared" / "kuberay"
+KUBERAY_FILES = {
+    "raycluster.yaml": "ray.io_rayclusters.yaml.gz",
+    "rayjob.yaml": "ray.io_rayjobs.yaml.gz",
+    "rayservice.yaml": "ray.io_rayservices.yaml.gz",
+}
+RAY_CLUSTER_SPEC = {
+    "raycluster.yaml": ("spec",),
+    "rayjob.yaml": ("spec", "rayClusterSpec"),
+    "rayservice.yaml": ("spec", "rayClusterConfig"),
+}
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def at(document: Any, *path: str | int) -> Any:
+    for key in path:
+        document = document[key]
+    return document
+
+
+def json_schema(schema: Any) -> Any:
+    """A CRD's openAPIV3Schema as JSON Schema that, like the API server, knows every field it lists."""
+    if isinstance(schema, list):
+        return [json_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    converted = {
+        key: {name: json_schema(field) for name, field in value.items()}
+        if key == "properties"
+        else value
+        if key in ("default", "enum", "example", "required")
+        else json_schema(value)
+        for key, value in schema.items()
+        if not key.startswith("x-kubernetes-") and key not in ("description", "format", "nullable")
+    }
+    if "properties" in converted and "additionalProperties" not in converted:
+        converted["additionalProperties"] = schema.get("x-kubernetes-preserve-unknown-fields", False)
+    if schema.get("nullable"):
+        return {"anyOf": [converted, {"type": "null"}]}
+    return converted
+
+
+def crd_validator(file: str) -> Draft7Validator:
+    crd_path = CRDS / KUBERAY_FILES[file]
+    if not crd_path.exists():
+        pytest.skip(f"KubeRay's CRD {crd_path.name} is not in ../shared/kuberay")
+    with gzip.open(crd_path) as stream:
+        crd = yaml.load(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
+    schema = json_schema(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}
+    return Draft7Validator(schema)
+
+
+def errors(validator: Draft7Validator, document: Any) -> list[str]:
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
+
+
+def ray_up_validator() -> Draft7Validator:
+    import ray.autoscaler
+
+    schema_path = Path(ray.autoscaler.__file__).with_name("ray-schema.json")
+    return Draft7Validator(json.loads(schema_path.read_text()))
+
+
+def serve_schema(document: Any) -> Any:
+    from ray.serve.schema import ServeDeploySchema
+
+    return ServeDeploySchema.model_validate(document)
+
+
+@pytest.mark.parametrize("file", KUBERAY_FILES)
+def test_manifest_is_what_kuberay_reads(file):
+    assert errors(crd_validator(file), load(file)) == []
+
+
+def misspell_start_params(spec: Any) -> None:
+    spec["headGroupSpec"]["raystartparams"] = spec["headGroupSpec"].pop("rayStartParams")
+
+
+def spell_out_replicas(spec: Any) -> None:
+    spec["workerGroupSpecs"][0]["replicas"] = "one"
+
+
+def drop_max_replicas(spec: Any) -> None:
+    del spec["workerGroupSpecs"][0]["maxReplicas"]
+
+
+def misname_container_field(spec: Any) -> None:
+    spec["headGroupSpec"]["template"]["spec"]["containers"][0]["envfrom"] = []
+
+
+@pytest.mark.parametrize(
+    "spoil, named",
+    [
+        (misspell_start_params, "raystartparams"),
+        (spell_out_replicas, "replicas"),
+        (drop_max_replicas, "maxReplicas"),
+        (misname_container_field, "envfrom"),
+    ],
+)
+def test_a_spoilt_manifest_is_found(spoil: Callable[[Any], None], named: str):
+    manifest = load("raycluster.yaml")
+    spoil(manifest["spec"])
+    found = errors(crd_validator("raycluster.yaml"), manifest)
+    assert len(found) == 1 and named in found[0]
+
+
+@pytest.mark.parametrize("file", KUBERAY_FILES)
+def test_pods_agree_with_one_another_and_with_the_code(file):
+    spec = at(load(file), *RAY_CLUSTER_SPEC[file])
+    head = at(spec, "headGroupSpec", "template", "spec", "containers", 0)
+    workers = [at(group, "template", "spec", "containers", 0) for group in spec["workerGroupSpecs"]]
+    assert spec["authOptions"] == {"mode": "token"}
+    for container in (head, *workers):
+        assert container["image"] == f"harmonica-ray:{harmonica.__version__}"
+        names = {variable["name"] for variable in container["env"]}
+        assert {"MLFLOW_TRACKING_URI", "GLOO_SOCKET_IFNAME"} <= names
+
+
+def test_ray_is_the_pinned_one_everywhere():
+    pins = (CLUSTER / "constraints.txt").read_text().splitlines()
+    ray_version = next(pin.removeprefix("ray==") for pin in pins if pin.startswith("ray=="))
+    assert f"RAY_TAG={ray_version}-" in (CLUSTER / "Containerfile").read_text()
+    for file, path in RAY_CLUSTER_SPEC.items():
+        assert at(load(file), *path)["rayVersion"] == ray_version
+
+
+def test_constraints_fit_machines_with_and_without_cuda():
+    lines = (CLUSTER / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(pin.count("==") == 1 for pin in pins)
+    assert not [pin for pin in pins if "+" in pin or pin.startswith(("nvidia-", "cuda-", "triton"))]
+
+
+def test_serve_config_is_what_serve_reads():
+    config = serve_schema(yaml.safe_load(load("rayservice.yaml")["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.name == "harmonica"
+    assert application.route_prefix == "/"
+    assert application.import_path == "pipelines.serve:build"
+
+
+def test_a_spoilt_serve_config_is_found():
+    config = yaml.safe_load(load("rayservice.yaml")["spec"]["serveConfigV2"])
+    config["applications"][0]["route_prefix"] = "no-slash"
+    with pytest.raises(ValueError, match="route_prefix"):
+        serve_schema(config)
+
+
+def test_job_runs_the_workflow_of_the_image():
+    spec = load("rayjob.yaml")["spec"]
+    assert spec["entrypoint"].startswith("python workflow.py ")
+    folder = yaml.safe_load(spec["runtimeEnvYAML"])["working_dir"].removeprefix("local://")
+    assert f"WORKDIR {folder}\n" in (CLUSTER / "Containerfile").read_text()
+
+
+def test_ray_up_file_is_what_ray_up_reads():
+    assert errors(ray_up_validator(), load("ray-up.yaml")) == []
+
+
+def test_a_spoilt_ray_up_file_is_found():
+    document = copy.deepcopy(load("ray-up.yaml"))
+    document["worker_nodes"] = {}
+    document["provider"].pop("type")
+    found = " ".join(errors(ray_up_validator(), document))
+    assert "worker_nodes" in found and "'type'" in found

@@ -1,0 +1,76 @@
+"""Pictures: right pixels, right files, no pyplot."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harmonica.pictures import encode_png, router_heat_map, sample_sheet, to_pil, to_uint8
+
+
+def test_pixels_cover_the_range_and_clip() -> None:
+    images = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]).reshape(1, 1, 1, 5)
+    pixels = to_uint8(images)
+    assert pixels.shape == (1, 1, 5, 1) and pixels.dtype == np.uint8
+    assert pixels.ravel().tolist() == [0, 0, 128, 255, 255]
+
+
+def test_every_pixel_value_survives_the_round_trip() -> None:
+    values = torch.arange(256).reshape(1, 1, 16, 16)
+    assert (to_uint8(values / 127.5 - 1).squeeze() == values.squeeze().numpy()).all()
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_png_holds_the_pixels(channels: int, mode: str) -> None:
+    image = torch.rand(channels, 6, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    decoded = Image.open(io.BytesIO(encode_png(image)))
+    assert (decoded.format, decoded.mode, decoded.size) == ("PNG", mode, (4, 6))
+    assert np.array_equal(np.asarray(decoded), np.asarray(to_pil(image)))
+
+
+def test_sample_sheet_shows_each_image_in_its_place(tmp_path: Path) -> None:
+    levels = torch.tensor([[-1.0, -0.5], [0.25, 0.75]])
+    rows = {
+        name: level[:, None, None, None].expand(2, 1, 28, 28)
+        for name, level in zip(("full", "cached"), levels, strict=True)
+    }
+    figure = sample_sheet(rows, ["Trouser", "Bag"], tmp_path / "sheet.png", title="Same noise")
+    assert [text.get_text() for text in figure.texts] == ["Same noise", "full", "cached"]
+    assert [axes.get_title() for axes in figure.axes] == ["Trouser", "Bag", "", ""]
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
+    height, width = sheet.shape
+    for axes, level in zip(figure.axes, levels.flatten(), strict=True):
+        box = axes.get_position()
+        x, y = int((box.x0 + box.x1) / 2 * width), int((1 - (box.y0 + box.y1) / 2) * height)
+        assert sheet[y, x] == pytest.approx((level + 1) * 127.5, abs=1)
+
+
+def test_sample_sheet_refuses_a_short_row() -> None:
+    with pytest.raises(ValueError, match="'full'"):
+        sample_sheet({"full": torch.zeros(2, 1, 28, 28)}, ["a", "b", "c"])
+
+
+def test_heat_map_puts_the_first_run_step_on_top_and_marks_reuse(tmp_path: Path) -> None:
+    scores = torch.tensor([[0.1, 0.9], [0.2, 0.3], [1.0, 1.0]])
+    figure = router_heat_map(scores, scores > 0.25, ["attn 0", "mlp 0"], tmp_path / "router.png")
+    axes = figure.axes[0]
+    np.testing.assert_allclose(np.asarray(axes.images[0].get_array()), scores.numpy())
+    assert axes.transData.transform((0, 2))[1] > axes.transData.transform((0, 0))[1]
+    assert np.asarray(axes.collections[0].get_offsets()).tolist() == [[0, 0], [0, 1]]  # (branch, step)
+    assert axes.get_title("left") == "CUR 33.3%"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["attn 0", "mlp 0"]
+    assert Image.open(tmp_path / "router.png").format == "PNG"
+
+
+def test_heat_map_of_many_steps_labels_the_first_run_one() -> None:
+    scores = torch.ones(250, 4)
+    figure = router_heat_map(scores, scores > 0.5, list("abcd"))
+    assert figure.axes[0].get_yticklabels()[-1].get_text() == "249"
+
+
+def test_heat_map_refuses_a_plan_of_another_shape() -> None:
+    with pytest.raises(ValueError, match="plan"):
+        router_heat_map(torch.ones(3, 2), torch.ones(2, 2, dtype=torch.bool), ["a", "b"])
