@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from harmonica import fashion
 from harmonica.models.dit import DiT, DiTConfig
+from harmonica.models.loading import write_folder_config
 from harmonica.pretraining import Ema, denoising_loss, learning_rate_factor, make_optimizers
 from pipelines.runtime import connect
 from pipelines.tracking import stage_run
@@ -203,23 +204,42 @@ def pretrain(config: PretrainConfig) -> Checkpoint:
     return result.checkpoint
 
 
-def export(checkpoint: Checkpoint, config: PretrainConfig) -> Path:
-    """EMA weights in half precision and the model's config, as `harmonica.builtin` loads them."""
-    with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
+def export(config: PretrainConfig) -> Path:
+    """EMA weights of the last checkpoint in half precision, with the config beside them.
+
+    Raises:
+        ValueError: the run has no checkpoint yet.
+    """
+    run = Path(config.storage_path) / config.run_id
+    checkpoints = sorted(run.glob("checkpoint_*/state.pt"))
+    if not checkpoints:
+        raise ValueError(f"run_id {config.run_id} has no checkpoint under {run.parent}: train it first")
+    state = torch.load(checkpoints[-1], weights_only=True, map_location="cpu")
     target = Path(config.export)
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: p.to(torch.float16).contiguous() for name, p in state["ema"].items()}
-    save_file(weights, target / "model.safetensors", metadata={"step": str(state["step"])})
+    save_file(weights, target / "model.safetensors")
+    training = dataclasses.asdict(config)
+    for name in ("model", "export", "data_folder", "storage_path"):
+        training.pop(name)
+    write_folder_config(
+        target,
+        config.model,
+        fashion.CLASS_NAMES,
+        data="Fashion-MNIST, 60,000 training images (Zalando Research, MIT licence)",
+        command="python -m pipelines.pretrain",
+        training={**training, "steps_done": state["step"]},
+    )
     return target
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(PretrainConfig, description=__doc__)
-    checkpoint = pretrain(config)
     if config.export:
-        logger.info("wrote %s", export(checkpoint, config))
+        logger.info("wrote %s", export(config))
+    else:
+        logger.info("last checkpoint: %s", pretrain(config))
 
 
 if __name__ == "__main__":

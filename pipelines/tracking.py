@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ EXPERIMENT = "harmonica"
 _RUN_TAG, _STAGE_TAG = "harmonica.run_id", "harmonica.stage"
 _PARENT_TAG = "mlflow.parentRunId"
 _MAX_PARAM_LENGTH = 500
+_MAX_METRICS_PER_REQUEST = 1000  # MLflow's own limit
 
 
 def tracking_uri(storage_path: str) -> str:
@@ -53,9 +54,15 @@ class StageRun:
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """All metrics of one step in one request."""
+        self.log_many([(step, metrics)])
+
+    def log_many(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Metrics of many steps in as few requests as MLflow takes."""
         now = int(time.time() * 1000)
-        batch = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        self.client.log_batch(self.mlflow_run_id, metrics=batch)
+        batch = [Metric(name, float(v), now, step) for step, row in rows for name, v in row.items()]
+        client = self.client
+        for first in range(0, len(batch), _MAX_METRICS_PER_REQUEST):
+            client.log_batch(self.mlflow_run_id, metrics=batch[first : first + _MAX_METRICS_PER_REQUEST])
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -28,7 +28,7 @@ def module_name(source: Path) -> str:
 
 def import_each(modules: list[str], root: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """Import the modules, found in `root`, in a new process that runs in `folder`."""
-    environment = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder)}
+    environment = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
         [sys.executable, "-c", IMPORT_EACH, " ".join(FORBIDDEN), " ".join(modules)],
         cwd=folder,

@@ -40,6 +40,9 @@ def test_sample_sheet_shows_each_image_in_its_place(tmp_path: Path) -> None:
     figure = sample_sheet(rows, ["Trouser", "Bag"], tmp_path / "sheet.png", title="Same noise")
     assert [text.get_text() for text in figure.texts] == ["Same noise", "full", "cached"]
     assert [axes.get_title() for axes in figure.axes] == ["Trouser", "Bag", "", ""]
+    for text, axes in zip(figure.texts[1:], figure.axes[::2], strict=True):
+        assert axes.get_position().y0 < text.get_position()[1] < axes.get_position().y1
+    assert figure.axes[0].get_position().y0 > figure.axes[2].get_position().y1
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
     height, width = sheet.shape
     for axes, level in zip(figure.axes, levels.flatten(), strict=True):

@@ -1,0 +1,107 @@
+"""Router artifacts in MLflow's registry: versions of one registered model, `champion` among them.
+
+A version's source is the folder `router/` of the MLflow run that made it: `router.safetensors` and
+`config.json` as they are, no MLflow flavour and so no pickle.
+"""
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlflow.artifacts
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from harmonica.artifact import RouterArtifact
+from pipelines.tracking import StageRun, make_client
+
+CHAMPION = "champion"
+_FOLDER = "router"
+
+
+def register(
+    artifact_folder: Path,
+    *,
+    name: str,
+    run: StageRun,
+    alias: str = CHAMPION,
+    tags: Mapping[str, str] | None = None,
+) -> str:
+    """Upload the folder to the MLflow run and point the alias at it; returns the version.
+
+    Called again for the same MLflow run it makes no second version and leaves the first one's files
+    alone: a registered version never changes.
+
+    Raises:
+        ValueError: the folder is no router artifact.
+    """
+    RouterArtifact.load(artifact_folder)
+    client = run.client
+    _ensure_registered_model(client, name)
+    found = client.search_model_versions(f"name = '{name}' and run_id = '{run.mlflow_run_id}'", max_results=1)
+    if found:
+        version = str(found[0].version)
+    else:
+        client.log_artifacts(run.mlflow_run_id, str(artifact_folder), artifact_path=_FOLDER)
+        # Not runs:/...: a server takes only what lies under the run's own artifact URI, and this is it.
+        root = client.get_run(run.mlflow_run_id).info.artifact_uri.rstrip("/")
+        created = client.create_model_version(
+            name, source=f"{root}/{_FOLDER}", run_id=run.mlflow_run_id, tags=dict(tags or {})
+        )
+        version = str(created.version)
+    client.set_registered_model_alias(name, alias, version)
+    return version
+
+
+def resolve(name: str, alias: str, uri: str) -> str:
+    """The version that carries the alias now.
+
+    Raises:
+        ValueError: no such registered model, or the alias is on none of its versions.
+    """
+    client = make_client(uri)
+    try:
+        return str(client.get_model_version_by_alias(name, alias).version)
+    except MlflowException as error:
+        _raise_if_unknown(client, name, alias, uri)
+        raise error
+
+
+def load(name: str, alias: str, uri: str) -> tuple[RouterArtifact, str]:
+    """The router that carries the alias, and its version.
+
+    Raises:
+        ValueError: no such registered model, no such alias, or what lies there is no router artifact.
+    """
+    version = resolve(name, alias, uri)
+    source = make_client(uri).get_model_version_download_uri(name, version)
+    with tempfile.TemporaryDirectory() as folder:
+        path = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=uri)
+        return RouterArtifact.load(path), version
+
+
+def _ensure_registered_model(client: MlflowClient, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _raise_if_unknown(client: MlflowClient, name: str, alias: str, uri: str) -> None:
+    """ValueError when the server answers and lacks the name or the alias; else nothing."""
+    where = re.sub(r"//[^/@]*@", "//", uri)  # without credentials
+    known = {model.name: model for model in client.search_registered_models()}
+    if name not in known:
+        raise ValueError(
+            f"registered_model is {name!r}: MLflow at {where} has "
+            f"{', '.join(map(repr, sorted(known))) or 'no registered model'}: register a router by "
+            "running the workflow, or give another name"
+        ) from None
+    aliases = client.get_registered_model(name).aliases
+    if alias not in aliases:
+        raise ValueError(
+            f"alias is {alias!r}: registered model {name!r} at {where} has "
+            f"{', '.join(map(repr, sorted(aliases))) or 'no alias'}: set it in the MLflow UI or run the workflow"
+        ) from None
