@@ -102,6 +102,6 @@ def _raise_if_unknown(client: MlflowClient, name: str, alias: str, uri: str) -> 
     aliases = client.get_registered_model(name).aliases
     if alias not in aliases:
         raise ValueError(
-            f"alias is {alias!r}: registered model {name!r} at {where} has "
-            f"{', '.join(map(repr, sorted(aliases))) or 'no alias'}: set it in the MLflow UI or run the workflow"
+            f"alias is {alias!r}: {name!r} in MLflow at {where} has "
+            f"{', '.join(map(repr, sorted(aliases))) or 'no alias'}: set it in MLflow, or run the workflow"
         ) from None

@@ -1,0 +1,140 @@
+"""What runs in Ray Serve's replicas: `Sampler` holds the model and draws, `Api` speaks HTTP."""
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from harmonica.artifact import RouterArtifact
+from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
+from harmonica.models.loading import ModelConfig, load_model
+from pipelines import registry
+from pipelines.config import ServeConfig, WorkflowConfig
+from pipelines.drawing import Batcher, Drawing, ImageSampler, Row
+from pipelines.http_errors import Overloaded
+from pipelines.images_api import ModelCard, create_app
+
+_FOLLOW_S = 30.0
+logger = logging.getLogger("ray.serve")
+
+
+class ServeArgs(BaseModel):
+    """`args:` of the application in a Serve YAML file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    serve: ServeConfig = Field(default_factory=ServeConfig)
+    """Host and port are Serve's own here: `http_options`."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    """The denoiser."""
+    registered_model: str = WorkflowConfig().registered_model
+    """Name in MLflow's registry, and the `model` that clients see."""
+    tracking_uri: str = ""
+    """MLflow, followed to the registered model's champion. Empty: MLFLOW_TRACKING_URI."""
+    router: str = ""
+    """Router artifact folder to serve instead. Empty without MLflow either: the built-in champion."""
+
+    def resolved(self) -> "ServeArgs":
+        """With exactly one of `router` and `tracking_uri` set."""
+        uri = "" if self.router else self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+        return self.model_copy(
+            update={"tracking_uri": uri, "router": "" if uri else self.router or str(BUILTIN_CHAMPION)}
+        )
+
+    def current_version(self) -> str:
+        """Of the router that is to be served now: the champion's, or the artifact folder's name."""
+        if self.tracking_uri:
+            return registry.resolve(self.registered_model, registry.CHAMPION, self.tracking_uri)
+        return "builtin" if Path(self.router) == BUILTIN_CHAMPION else Path(self.router).resolve().name
+
+
+@serve.deployment(name="Sampler")
+class Sampler:
+    """The model under the champion router; one trajectory at a time."""
+
+    def __init__(self, args: ServeArgs) -> None:
+        config = args.serve
+        torch.set_num_threads(max(1, int(config.num_cpus)))
+        self._args = args
+        self._images = ImageSampler(load_model(args.model), "cuda" if config.use_gpu else "cpu")
+        self._batcher = Batcher(
+            self._images.draw, max_batch_size=config.max_batch_size, wait_s=config.batch_wait_s
+        )
+        self._follower: asyncio.Task[None] | None = None
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Serve at start, and at every deployment after the champion has moved."""
+        await asyncio.to_thread(self._load)
+        if self._args.tracking_uri and self._follower is None:
+            self._follower = asyncio.create_task(self._follow())
+
+    def _load(self) -> None:
+        args, version = self._args, self._args.current_version()
+        if version == self._images.version:
+            return
+        if args.tracking_uri:
+            artifact, version = registry.load(args.registered_model, registry.CHAMPION, args.tracking_uri)
+        else:
+            artifact = RouterArtifact.load(args.router)
+        self._images.use(artifact, version)
+        logger.info("serving router %s of %s, CUR %.3f", version, args.registered_model, artifact.plan.cur)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(_FOLLOW_S)
+            try:
+                await asyncio.to_thread(self._load)
+            except Exception:
+                logger.exception("the champion cannot be loaded, %s stays", self._images.version)
+
+    async def describe(self) -> ModelCard:
+        return ModelCard(
+            model=self._args.registered_model,
+            router_version=self._images.version,
+            cur=self._images.router.plan.cur,
+            class_names=self._images.class_names,
+            image_size=self._images.model.sample_size,
+            max_images=self._args.serve.max_images_per_request,
+        )
+
+    async def draw(self, row: Row) -> Drawing:
+        return await self._batcher.submit(row)
+
+
+class RemoteSampler:
+    """`ImageSource` over the Sampler deployment's handle."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def describe(self) -> ModelCard:
+        return await self._call("describe")
+
+    async def draw(self, row: Row) -> Drawing:
+        try:
+            return await self._call("draw", row)
+        except (ActorDiedError, ActorUnavailableError):
+            # Serve does not retry what a lost replica was doing. The row's image is the same anywhere.
+            return await self._call("draw", row)
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        try:
+            return await getattr(self._handle, method).remote(*args)
+        except (BackPressureError, DeploymentUnavailableError) as error:
+            raise Overloaded from error
+
+
+def _build_api() -> FastAPI:
+    return create_app(RemoteSampler(serve.get_deployment_handle("Sampler")))
+
+
+Api = serve.deployment(serve.ingress(_build_api)(), name="Api")

@@ -1,0 +1,68 @@
+"""The MLflow UI over the local runs, on this machine only.
+
+python -m pipelines.ui          # make ui
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from pipelines.tracking import tracking_uri
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UiCommand:
+    """Where the runs are and where to show them."""
+
+    storage_path: str = "runs"
+    """Folder that holds runs, as given to workflow.py."""
+    host: str = "127.0.0.1"
+    """Address to listen on; MLflow asks nobody for a password."""
+    port: int = 5000
+    """Port to listen on."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}: give 1 to 65535")
+
+
+def server_command(command: UiCommand) -> list[str]:
+    """The MLflow server's command line.
+
+    Raises:
+        ValueError: there is nothing to show, or a server shows it already.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri.startswith("http"):
+        raise ValueError(f"MLFLOW_TRACKING_URI is {uri}: open that in a browser, its server has the UI")
+    store = Path(command.storage_path) / "mlflow.db"
+    if not uri and not store.exists():
+        raise ValueError(
+            f"storage_path is {command.storage_path!r}: there are no runs in it yet ({store} is missing), "
+            "make some with `python workflow.py` or give the folder that holds them"
+        )
+    return [
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--backend-store-uri", tracking_uri(command.storage_path)),
+        *("--artifacts-destination", str(Path(command.storage_path).resolve() / "mlartifacts")),
+        *("--host", command.host, "--port", str(command.port), "--workers", "1"),
+    ]
+
+
+def main() -> None:
+    command = tyro.cli(UiCommand, description=__doc__)
+    try:
+        arguments = server_command(command)
+    except ValueError as error:
+        sys.exit(str(error))
+    print(f"MLflow starts at http://{command.host}:{command.port}. Ctrl-C stops it.", flush=True)
+    # Job execution would add seven processes and half a minute, for features not used here.
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    os.execve(sys.executable, arguments, {**quiet, **os.environ})
+
+
+if __name__ == "__main__":
+    main()
