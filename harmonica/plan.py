@@ -58,7 +58,9 @@ class Plan:
     def macs(self, macs: Macs) -> int:
         """Multiply-accumulates of a whole trajectory for one model row."""
         branches = sum(
-            cost for row in self.compute for cost, is_computed in zip(macs.branches, row, strict=True)
+            cost
+            for row in self.compute
+            for cost, is_computed in zip(macs.branches, row, strict=True)
             if is_computed
         )
         return branches + self.num_steps * macs.rest

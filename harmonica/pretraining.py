@@ -5,6 +5,8 @@ lengthened from any checkpoint before the decay. Weight matrices of the blocks a
 (Jordan et al. 2024), all else by AdamW.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ def make_optimizers(
 
 
 def denoising_loss(
-    model: nn.Module,
+    model: Callable[..., Tensor],
     clean_NCHW: Tensor,
     label_N: Tensor,
     generator: torch.Generator,

@@ -84,8 +84,11 @@ class _Case:
         yield "ddim.full", sample(self.sampler, self.noise, self.labels)
         yield "ddim.cached", sample(self.sampler, self.noise, self.labels, plan)
         for kind in ("cumulative", "leave_one_out"):
-            yield f"iepo.{kind}", image_error_proxy(
-                self.sampler, router, self.noise, self.labels, kind=kind, threshold=self.case["threshold"]
+            yield (
+                f"iepo.{kind}",
+                image_error_proxy(
+                    self.sampler, router, self.noise, self.labels, kind=kind, threshold=self.case["threshold"]
+                ),
             )
         yield from self._sdt()
 
@@ -120,8 +123,11 @@ class _Case:
             records.append(epoch_records)
             latents.append(final)
         for name in ("mse", "l1", "loss"):
-            yield f"sdt.{name}", torch.tensor(
-                [[getattr(record, name) for record in row] for row in records], dtype=torch.float64
+            yield (
+                f"sdt.{name}",
+                torch.tensor(
+                    [[getattr(record, name) for record in row] for row in records], dtype=torch.float64
+                ),
             )
         yield "sdt.grads_first_epoch", torch.stack([gradients[i] for i in sorted(gradients)])
         yield "sdt.final_latents", torch.stack(latents)
@@ -152,7 +158,9 @@ def compare(folder: Path) -> Iterator[Comparison]:
             missing.discard(key)
             yield Comparison(key, _relative_error(ours, case.golden[key]))
     if missing:
-        raise ValueError(f"reference folder {folder} records the unknown keys {sorted(missing)}: update this code")
+        raise ValueError(
+            f"reference folder {folder} records the unknown keys {sorted(missing)}: update this code"
+        )
 
 
 def main(folder: Annotated[Path, tyro.conf.Positional], *, tolerance: float = 1e-5) -> int:

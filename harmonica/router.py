@@ -16,8 +16,10 @@ class Router(nn.Module):
         super().__init__()
         last = num_steps - 1
         self.rows = nn.ParameterList(
-            nn.Parameter(torch.full((num_branches,), FIXED_LOGIT if i == last else initial_logit),
-                         requires_grad=i != last)
+            nn.Parameter(
+                torch.full((num_branches,), FIXED_LOGIT if i == last else initial_logit),
+                requires_grad=i != last,
+            )
             for i in range(num_steps)
         )
 

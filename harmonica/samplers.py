@@ -80,9 +80,7 @@ class Ddim:
         share = alphas_cumprod()[self.timesteps]
         before = np.concatenate([[1.0], share[:-1]])
         columns = (np.sqrt(column) for column in (share, 1 - share, before, 1 - before))
-        self._steps = [
-            _Step(*map(float, row)) for row in np.stack(list(columns), axis=1).astype(np.float32)
-        ]
+        self._steps = [_Step(*map(float, row)) for row in np.stack(list(columns), axis=1).astype(np.float32)]
 
     @property
     def num_steps(self) -> int:

@@ -80,7 +80,7 @@ class SdtTrainer:
         *,
         beta: float | None = None,
         average: Callable[[Tensor], None] | None = None,
-        on_gradient: Callable[[int, Tensor], None] | None = None,
+        on_gradient: Callable[[int, Tensor], object] | None = None,
     ) -> tuple[list[StepRecord], Tensor]:
         """T-1 updates, noisiest step first.
 

@@ -94,9 +94,7 @@ def _batch(images: np.ndarray, labels: np.ndarray, config: PretrainConfig, step:
     rows = rng.integers(len(images), size=config.batch_size)
     rows = rows[context.get_world_rank() * share :][:share]
     clean = torch.from_numpy(images[rows]).float() / 127.5 - 1
-    generator = torch.Generator().manual_seed(
-        int(rng.integers(2**62)) + context.get_world_rank()
-    )
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)) + context.get_world_rank())
     return clean, torch.from_numpy(labels[rows]), generator
 
 
@@ -151,12 +149,20 @@ def _train_loop(job: dict[str, Any]) -> None:
         if metrics and step % 20 == 0:
             now = time.monotonic()
             metrics.log(
-                {"loss": loss_sum / loss_count, "learning_rate_factor": factor,
-                 "images_per_s": loss_count * config.batch_size / (now - last_log)},
+                {
+                    "loss": loss_sum / loss_count,
+                    "learning_rate_factor": factor,
+                    "images_per_s": loss_count * config.batch_size / (now - last_log),
+                },
                 step=step,
             )
-            logger.info("step %d of %d, loss %.4f, %.0f images/s", step, config.steps,
-                        loss_sum / loss_count, loss_count * config.batch_size / (now - last_log))
+            logger.info(
+                "step %d of %d, loss %.4f, %.0f images/s",
+                step,
+                config.steps,
+                loss_sum / loss_count,
+                loss_count * config.batch_size / (now - last_log),
+            )
             loss_sum, loss_count, last_log = 0.0, 0, now
         due = torch.tensor([time.monotonic() - last_checkpoint > config.checkpoint_interval_s])
         if torch.distributed.is_initialized():

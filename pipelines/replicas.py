@@ -1,4 +1,4 @@
-"""What runs in Ray Serve's replicas: `Sampler` holds the model and draws, `Api` speaks HTTP."""
+"""What runs in Ray Serve's replicas: `Sampler` holds the model and draws, `build_api` speaks HTTP."""
 
 import asyncio
 import logging
@@ -57,7 +57,6 @@ class ServeArgs(BaseModel):
         return "builtin" if Path(self.router) == BUILTIN_CHAMPION else Path(self.router).resolve().name
 
 
-@serve.deployment(name="Sampler")
 class Sampler:
     """The model under the champion router; one trajectory at a time."""
 
@@ -133,8 +132,6 @@ class RemoteSampler:
             raise Overloaded from error
 
 
-def _build_api() -> FastAPI:
+def build_api() -> FastAPI:
+    """The `Api` deployment's app; runs on its replica, where the application's name is known."""
     return create_app(RemoteSampler(serve.get_deployment_handle("Sampler")))
-
-
-Api = serve.deployment(serve.ingress(_build_api)(), name="Api")

@@ -41,3 +41,8 @@ def connect() -> None:
         include_dashboard=False,
         logging_level=logging.WARNING,
     )
+
+
+def is_private() -> bool:
+    """Whether the cluster is this process's own and ends with it."""
+    return not os.environ.get("RAY_ADDRESS")

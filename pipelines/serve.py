@@ -26,7 +26,7 @@ from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
 from pipelines import registry
 from pipelines.config import ServeConfig, WorkflowConfig
-from pipelines.replicas import Api, Sampler, ServeArgs
+from pipelines.replicas import Sampler, ServeArgs, build_api
 from pipelines.runtime import connect
 from pipelines.tracking import tracking_uri as local_tracking_uri
 
@@ -43,7 +43,8 @@ def build(args: ServeArgs) -> serve.Application:
     """
     args = args.resolved()
     config, waiting = args.serve, 4 * args.serve.max_batch_size
-    sampler = Sampler.options(
+    sampler = serve.deployment(
+        name="Sampler",
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": int(config.use_gpu)},
         # Two trajectories: the next one fills up while one runs.
@@ -54,8 +55,10 @@ def build(args: ServeArgs) -> serve.Application:
         max_constructor_retry_count=1,
         # When this changes, Serve calls `reconfigure` on the running replicas.
         user_config={"router_version": args.current_version()},
-    )
-    api = Api.options(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000, max_queued_requests=100)
+    )(Sampler)
+    api = serve.deployment(
+        name="Api", ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000, max_queued_requests=100
+    )(serve.ingress(build_api)())
     return api.bind(sampler.bind(args))
 
 

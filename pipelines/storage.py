@@ -22,7 +22,9 @@ class RunStorage:
         try:
             self._fs, self._root = fs.FileSystem.from_uri(self.root)
         except (ValueError, OSError) as error:
-            raise ValueError(f"storage_path {storage_path} is not usable ({error}): give a folder or s3:// URI")
+            raise ValueError(
+                f"storage_path {storage_path} is not usable ({error}): give a folder or s3:// URI"
+            ) from error
         self._run = f"{self._root.rstrip('/')}/{run_id}"
 
     def uri(self, name: str = "") -> str:

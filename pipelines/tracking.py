@@ -119,3 +119,14 @@ def stage_run(
         run.client.set_terminated(run.mlflow_run_id, "FAILED")
         raise
     run.client.set_terminated(run.mlflow_run_id, "FINISHED")
+
+
+def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numeric leaves of a nested report, as MLflow metrics: `arms.cached.psnr_to_full`."""
+    flat: dict[str, float] = {}
+    for name, value in report.items():
+        if isinstance(value, Mapping):
+            flat |= numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float):
+            flat[prefix + name] = float(value)
+    return flat

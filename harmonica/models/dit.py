@@ -5,8 +5,10 @@ Shapes: N batch, C channels, H W image, L tokens, D width, F frequencies.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +89,7 @@ class TimestepEmbedder(nn.Module):
         frequency_F = torch.exp(-math.log(10000) * exponent / (half - self.downscale_freq_shift))
         angle_NF = timestep_N[:, None].float() * frequency_F
         features = torch.cat([angle_NF.cos(), angle_NF.sin()], dim=1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -112,8 +114,16 @@ class DiTBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
-        self.mlp = Mlp(hidden_size, 4 * hidden_size, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.mlp = Mlp(
+            hidden_size,
+            4 * hidden_size,
+            act_layer=cast(type[nn.Module], partial(nn.GELU, approximate="tanh")),
+        )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def modulations(self, silu_c_ND: Tensor) -> tuple[Tensor, ...]:
+        """Six (N, D) from silu(c): every block begins with the same SiLU, so it is taken once for all."""
+        return self.adaLN_modulation[1](silu_c_ND).chunk(6, dim=1)
 
 
 class FinalLayer(nn.Module):
@@ -123,6 +133,10 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def modulations(self, silu_c_ND: Tensor) -> tuple[Tensor, ...]:
+        """Shift and scale (N, D) from silu(c)."""
+        return self.adaLN_modulation[1](silu_c_ND).chunk(2, dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,29 +179,23 @@ class DiT(BranchedTransformer):
         self.t_embedder = TimestepEmbedder(width, config.downscale_freq_shift)
         self.y_embedder = LabelEmbedder(config.num_embeds_ada_norm, width)
         self.register_buffer("pos_embed", sincos_position_embedding(width, config.sample_size // patch))
-        self.blocks = nn.ModuleList(
-            DiTBlock(width, config.num_attention_heads) for _ in range(config.num_layers)
-        )
+        blocks = [DiTBlock(width, config.num_attention_heads) for _ in range(config.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(width, patch, config.out_channels)
         tokens = config.num_tokens
         attention_macs = 4 * tokens * width**2 + 2 * tokens**2 * width
-        self.branches = [
-            DiTBranch(i, kind, layer, macs)
-            for i, block in enumerate(self.blocks)
-            for kind, layer, macs in (
-                ("attn", block.attn, attention_macs),
-                ("mlp", block.mlp, 8 * tokens * width**2),
-            )
-        ]
+        self.branches = []
+        for i, block in enumerate(blocks):
+            self.branches.append(DiTBranch(i, "attn", block.attn, attention_macs))
+            self.branches.append(DiTBranch(i, "mlp", block.mlp, 8 * tokens * width**2))
 
     def embed(
         self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor
     ) -> tuple[Tensor, DiTConditioning]:
         hidden = self.x_embedder(sample_NCHW) + self.pos_embed
         c_ND = F.silu(self.t_embedder(timestep_N) + self.y_embedder(condition_N))
-        # [1]: the SiLU in front of every block's modulation is the same one, so it is taken once.
-        blocks = [block.adaLN_modulation[1](c_ND).chunk(6, dim=1) for block in self.blocks]
-        return hidden, DiTConditioning(blocks, self.final_layer.adaLN_modulation[1](c_ND).chunk(2, dim=1))
+        blocks = [block.modulations(c_ND) for block in cast(Iterable[DiTBlock], self.blocks)]
+        return hidden, DiTConditioning(blocks, self.final_layer.modulations(c_ND))
 
     def head(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
         normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=1e-6)

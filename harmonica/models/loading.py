@@ -50,7 +50,9 @@ def read_folder_config(folder: Path) -> tuple[DiTConfig, tuple[str, ...]]:
     return shape, names or tuple(map(str, range(shape.num_embeds_ada_norm)))
 
 
-def write_folder_config(folder: Path, shape: DiTConfig, class_names: tuple[str, ...], **extra: object) -> None:
+def write_folder_config(
+    folder: Path, shape: DiTConfig, class_names: tuple[str, ...], **extra: object
+) -> None:
     """The `config.json` that `read_folder_config` reads."""
     config = {"shape": dataclasses.asdict(shape), "class_names": list(class_names), **extra}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -68,7 +70,9 @@ def load_model(config: ModelConfig) -> LoadedModel:
         weights = path / "model.safetensors"
     elif path.is_file():
         if config.shape is None:
-            raise ValueError(f"model.path {path} is a bare checkpoint and model.shape is not set: give its shape")
+            raise ValueError(
+                f"model.path {path} is a bare checkpoint and model.shape is not set: give its shape"
+            )
         shape, weights = config.shape, path
         names = tuple(map(str, range(shape.num_embeds_ada_norm)))
     else:

@@ -1,0 +1,201 @@
+"""The stages of one run: each is skipped where what it makes is already there."""
+
+import base64
+import dataclasses
+import importlib.metadata
+import io
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from harmonica.artifact import RouterArtifact
+from harmonica.models.loading import load_model
+from pipelines import registry, tracking
+from pipelines.config import Stage, WorkflowConfig
+from pipelines.runtime import connect, is_private
+from pipelines.storage import RunStorage
+from pipelines.terminal import results_table, say
+
+ROUTER, REPORT, SHEET, HEAT_MAP, CONFIG = "router", "report.json", "samples.png", "router.png", "config.json"
+SERVED = "served.png"
+# What may differ when a run is resumed: none of it changes what the finished stages made.
+_FREE_TO_CHANGE = ("run_id", "stages", "serve", "storage_path", "preset")
+
+
+class Workflow:
+    """One run id, its storage, its MLflow runs and its stages."""
+
+    def __init__(self, config: WorkflowConfig) -> None:
+        run_id = config.run_id or datetime.now(UTC).strftime(f"{config.preset}-%Y%m%d-%H%M%S")
+        self.config = dataclasses.replace(config, run_id=run_id)
+        self.storage = RunStorage(config.storage_path, run_id)
+        self.url = ""
+        self._parent: tracking.StageRun | None = None
+
+    def check(self) -> None:
+        """Everything that can be refused is refused here, before any work starts.
+
+        Raises:
+            ValueError: names field, value and cure.
+        """
+        self.storage.check_writable()
+        tracking.tracking_uri(self.config.storage_path)
+        load_model(self.config.model)
+        wanted = {k: v for k, v in self._plain_config().items() if k not in _FREE_TO_CHANGE}
+        if not self.storage.exists(CONFIG):
+            self.storage.write_json(CONFIG, self._plain_config())
+            return
+        before = self.storage.read_json(CONFIG)
+        for name, value in wanted.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{name} is {value} and run_id {self.config.run_id} was started with "
+                    f"{before.get(name)}: resume it with its own settings, or take a new run id"
+                )
+
+    def _plain_config(self) -> dict[str, Any]:
+        """The settings as they come back from JSON, where tuples are lists."""
+        return json.loads(json.dumps(self.config.to_dict()))
+
+    @contextmanager
+    def tracked(self) -> Iterator[None]:
+        """One MLflow run for the workflow; the stages' runs are nested in it."""
+        connect()
+        with tracking.stage_run(
+            "workflow", self.config.run_id, self.config.storage_path, self._parameters()
+        ) as self._parent:
+            yield
+
+    def _parameters(self) -> dict[str, Any]:
+        versions = {n: importlib.metadata.version(n) for n in ("ray", "torch", "mlflow", "timm", "diffusers")}
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        return self.config.to_dict() | {"versions": versions, "git_revision": revision or "unknown"}
+
+    def run(self, stage: Stage) -> None:
+        """Run one stage, or say that it is done already."""
+        stages: dict[Stage, Callable[[], str]] = {
+            "train": self._train,
+            "evaluate": self._evaluate,
+            "register": self._register,
+            "serve": self._serve,
+        }
+        started = time.monotonic()
+        words = stages[stage]()
+        say(f"[{stage}] {words} ({time.monotonic() - started:.0f} s)")
+
+    @contextmanager
+    def _stage(self, name: Stage) -> Iterator[tracking.StageRun]:
+        config = self.config.to_dict().get(name, {})
+        with tracking.stage_run(
+            name, self.config.run_id, self.config.storage_path, config, self._parent
+        ) as run:
+            yield run
+
+    def _artifact(self, wanted_by: Stage) -> RouterArtifact:
+        if not self.storage.exists(f"{ROUTER}/config.json"):
+            raise ValueError(
+                f"stage {wanted_by} needs the router of run_id {self.config.run_id}, which has none: "
+                "run the stage train first"
+            )
+        artifact = RouterArtifact.load(self.storage.download_folder(ROUTER))
+        artifact.check(load_model(self.config.model).model, self.config.sampler)
+        return artifact
+
+    def _train(self) -> str:
+        from pipelines.train import train
+
+        if self.storage.exists(f"{ROUTER}/config.json"):
+            return "done before"
+        with self._stage("train") as run, tempfile.TemporaryDirectory() as folder:
+            artifact = train(self.config, self.storage, run)
+            self.storage.upload_folder(artifact.save(folder), ROUTER)
+        return f"CUR {artifact.plan.cur:.1%}, ideal speedup {artifact.ideal_speedup:.2f}x"
+
+    def _evaluate(self) -> str:
+        from pipelines.evaluate import evaluate
+
+        if self.storage.exists(REPORT):
+            return "done before"
+        artifact = self._artifact("evaluate")
+        with self._stage("evaluate") as run:
+            report, pictures = evaluate(self.config, artifact)
+            for name, figure in pictures.items():
+                run.client.log_figure(run.mlflow_run_id, figure, name)
+                self._save_figure(name, figure)
+            run.log(tracking.numbers(report))
+            assert self._parent is not None
+            self._parent.log(tracking.numbers(report))
+            self.storage.write_json(REPORT, {"run_id": self.config.run_id} | report)
+        return report["verdict"]
+
+    def _save_figure(self, name: str, figure: Any) -> None:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        self.storage.write_bytes(name, buffer.getvalue())
+
+    def _register(self) -> str:
+        self._artifact("register")
+        assert self._parent is not None
+        version = registry.register(
+            self.storage.download_folder(ROUTER),
+            name=self.config.registered_model,
+            run=self._parent,
+            tags={"run_id": self.config.run_id},
+        )
+        return f"version {version} of {self.config.registered_model} is the champion"
+
+    def _serve(self) -> str:
+        from pipelines import serve
+
+        uri = tracking.tracking_uri(self.config.storage_path)
+        self.url = serve.deploy(
+            self.config.serve,
+            self.config.model,
+            registered_model=self.config.registered_model,
+            tracking_uri=uri,
+        )
+        try:
+            prompt = load_model(self.config.model).class_names[-1]
+            answer = serve.first_image(self.url, prompt, seed=1)
+            self.storage.write_bytes(SERVED, base64.b64decode(answer["data"][0]["b64_json"]))
+        except BaseException:
+            serve.shutdown()
+            raise
+        if not self.config.serve.keep:
+            serve.shutdown()
+        return f"{self.url} drew {prompt!r} in {answer['inference_time_s']:.2f} s"
+
+    def summarise(self) -> None:
+        """The table, and where everything is."""
+        if self.storage.exists(REPORT):
+            report = self.storage.read_json(REPORT)
+            results_table(report)
+            say(report["verdict"])
+        say(f"results:  {self.storage.uri()}")
+        for name in (REPORT, SHEET, HEAT_MAP, SERVED):
+            if self.storage.exists(name):
+                say(f"          {Path(self.storage.uri(name)) if self.storage.is_local else name}")
+        say("MLflow:   make ui      (http://127.0.0.1:5000)")
+        if self.config.serve.keep and self.url:
+            say(f"endpoint: {self.url} stays up")
+            self._wait()
+        else:
+            say("endpoint: make serve   (http://127.0.0.1:8000, serves the champion)")
+
+    def _wait(self) -> None:
+        """On a private cluster the endpoint lives as long as this process; on a joined one, by itself."""
+        if is_private():
+            say("          until Ctrl-C")
+            try:
+                while True:
+                    time.sleep(3600)
+            except KeyboardInterrupt:
+                say("stopped")

@@ -1,0 +1,269 @@
+"""The endpoint as clients see it, over the real sampler in this process; Serve itself is in test_serve."""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+from tiny_dit import make_artifact, write_model
+
+from harmonica.fashion import CLASS_NAMES
+from harmonica.models.loading import load_model
+from pipelines.drawing import Batcher, Drawing, ImageSampler, Row
+from pipelines.http_errors import ApiError, Overloaded
+from pipelines.images_api import MAX_BODY_BYTES, ModelCard, create_app, find_class
+
+PATH = "/v1/images/generations"
+
+
+@dataclass
+class InProcess:
+    """What the Sampler deployment does, without Serve."""
+
+    images: ImageSampler
+    batcher: Batcher
+    error: Exception | None = None
+
+    async def describe(self) -> ModelCard:
+        if self.error:
+            raise self.error
+        return ModelCard(
+            model="tiny",
+            router_version=self.images.version,
+            cur=self.images.router.plan.cur,
+            class_names=self.images.class_names,
+            image_size=self.images.model.sample_size,
+            max_images=4,
+        )
+
+    async def draw(self, row: Row) -> Drawing:
+        if self.error:
+            raise self.error
+        return await self.batcher.submit(row)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    model = write_model(tmp_path_factory.mktemp("model"))
+    images = ImageSampler(load_model(model))
+    images.use(make_artifact(model), "3")
+    return InProcess(images, Batcher(images.draw, max_batch_size=8, wait_s=0.02))
+
+
+@pytest.fixture(scope="module")
+def client(source):
+    with TestClient(create_app(source), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def failing(source):
+    def fail(error):
+        source.error = error
+
+    yield fail
+    source.error = None
+
+
+def refused(answer, status, param, code):
+    """The message, once the answer is an error in OpenAI's shape."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert body.keys() == {"error"}
+    error = body["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    assert (error["param"], error["code"]) == (param, code)
+    assert "Traceback" not in answer.text and 'File "' not in answer.text
+    return error["message"]
+
+
+def picture(entry):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(entry["b64_json"]))))
+
+
+def test_answer_holds_images_and_how_they_were_made(client, source):
+    answer = client.post(PATH, json={"prompt": "ankle BOOT", "n": 3, "seed": 5})
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert body["seed"] == 5 and body["size"] == "28x28" and body["output_format"] == "png"
+    assert body["router_version"] == "3" and body["batch_size"] == 3
+    assert body["cur"] == pytest.approx(source.images.router.plan.cur)
+    assert body["inference_time_s"] > 0 and body["created"] > 1.7e9
+    assert [entry["revised_prompt"] for entry in body["data"]] == ["Ankle boot"] * 3
+    images = [picture(entry) for entry in body["data"]]
+    assert {image.shape for image in images} == {(28, 28)}
+    expected = source.images.draw([Row(9, 5, index) for index in range(3)])
+    assert [base64.b64decode(entry["b64_json"]) for entry in body["data"]] == [d.png for d in expected]
+
+
+def test_without_a_seed_images_differ_and_the_seed_drawn_gives_them_again(client):
+    first, second = (client.post(PATH, json={"prompt": "Bag"}).json() for _ in range(2))
+    assert first["seed"] != second["seed"] and first["data"] != second["data"]
+    again = client.post(PATH, json={"prompt": "8", "seed": first["seed"]}).json()
+    assert again["data"] == first["data"]
+    assert first["seed"] < 2**53, "a JSON number that JavaScript reads exactly"
+
+
+def test_what_openai_has_and_this_model_has_not_is_ignored(client):
+    extras = {"user": "me", "quality": "hd", "style": "vivid", "background": "auto", "moderation": "low"}
+    nothing = {"model": None, "n": None, "size": None, "response_format": None, "stream": None}
+    answer = client.post(PATH, json={"prompt": "Coat", "seed": 2**62, **extras, **nothing})
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["data"]) == 1
+
+
+@pytest.mark.parametrize("size", ["auto", "28x28"])
+def test_its_own_size_and_name_are_accepted(client, size):
+    assert client.post(PATH, json={"prompt": "Coat", "size": size, "model": "tiny"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "change, status, param, code, said",
+    [
+        ({"prompt": "cat"}, 400, "prompt", "unknown_class", "'cat': give a class name (T-shirt/top, Trouser"),
+        ({"prompt": "10"}, 400, "prompt", "unknown_class", "a number from 0 to 9"),
+        ({"prompt": "-1"}, 400, "prompt", "unknown_class", "'-1'"),
+        ({"prompt": "٣"}, 400, "prompt", "unknown_class", "'٣'"),
+        ({"prompt": ""}, 400, "prompt", "invalid_value", "at least 1 character"),
+        ({"prompt": "x" * 257}, 400, "prompt", "invalid_value", "at most 256 characters"),
+        ({"prompt": 3}, 400, "prompt", "invalid_value", "prompt is 3: it should be a valid string"),
+        ({"prompt": "\ud800"}, 400, "prompt", "invalid_value", "prompt is"),
+        ({"n": 0}, 400, "n", "invalid_value", "n is 0: it should be greater than or equal to 1"),
+        ({"n": 5}, 400, "n", "integer_above_max_value", "n is 5: give 1 to 4"),
+        ({"n": "2"}, 400, "n", "invalid_value", "n is '2': it should be a valid integer"),
+        ({"n": True}, 400, "n", "invalid_value", "n is True"),
+        ({"n": 10**30}, 400, "n", "integer_above_max_value", "give 1 to 4"),
+        ({"seed": -1}, 400, "seed", "invalid_value", "seed is -1"),
+        ({"seed": 2**62 + 1}, 400, "seed", "invalid_value", "less than or equal to"),
+        ({"seed": 1.5}, 400, "seed", "invalid_value", "seed is 1.5"),
+        (
+            {"response_format": "url"},
+            400,
+            "response_format",
+            "invalid_value",
+            "'url': it should be 'b64_json'",
+        ),
+        ({"output_format": "webp"}, 400, "output_format", "invalid_value", "it should be 'png'"),
+        ({"stream": True}, 400, "stream", "invalid_value", "stream is True"),
+        ({"size": "1024x1024"}, 400, "size", "invalid_value", "this model draws 28x28"),
+        ({"model": "dall-e-3"}, 404, "model", "model_not_found", "this endpoint serves 'tiny'"),
+        ({"sed": 3}, 400, "sed", "unknown_parameter", "unknown parameter sed"),
+        ({"a b": 3}, 400, "'a b'", "unknown_parameter", "unknown parameter 'a b'"),
+        ({"\ud800": 3}, 400, None, "invalid_json", "the body is not"),
+    ],
+)
+def test_refusals_name_field_value_and_cure(client, change, status, param, code, said):
+    body = json.dumps({"prompt": "Bag"} | change)
+    answer = client.post(PATH, content=body, headers={"content-type": "application/json"})
+    assert said in refused(answer, status, param, code)
+
+
+def test_a_missing_prompt_is_named(client):
+    assert refused(client.post(PATH, json={"n": 1}), 400, "prompt", "missing_required_parameter")
+
+
+@pytest.mark.parametrize("body", ["{", "", "[]", "3", '{"prompt": "Bag"', "NaN"])
+def test_what_is_no_json_object_is_refused(client, body):
+    answer = client.post(PATH, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "the body is not" in answer.json()["error"]["message"] or "prompt" in answer.text, answer.text
+
+
+@pytest.mark.parametrize("body", [b"\xff\xfe", b"[" * 60_000, b'{"n": ' + b"9" * 5000 + b"}"])
+def test_hostile_bodies_are_refused(client, body):
+    answer = client.post(PATH, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_form_is_refused(client):
+    answer = client.post(PATH, data={"prompt": "Bag"})
+    assert "Content-Type: application/json" in refused(answer, 400, None, "invalid_json")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_too_large_a_body_is_refused(client, chunked):
+    body = b'{"prompt": "' + b"x" * MAX_BODY_BYTES + b'"}'
+    content = iter([body[:1000], body[1000:]]) if chunked else body
+    answer = client.post(PATH, content=content, headers={"content-type": "application/json"})
+    assert str(MAX_BODY_BYTES) in refused(answer, 413, None, "request_too_large")
+
+
+def test_unknown_paths_and_methods(client):
+    assert "/v1/chat" in refused(client.get("/v1/chat"), 404, None, None)
+    answer = client.get(PATH)
+    refused(answer, 405, None, None)
+    assert answer.headers["allow"] == "POST"
+
+
+def test_models(client):
+    (entry,) = client.get("/v1/models").json()["data"]
+    assert entry["id"] == "tiny" and entry["object"] == "model" and entry["size"] == "28x28"
+    assert entry["class_names"] == list(CLASS_NAMES)
+    assert client.get("/v1/models/tiny").json() == entry
+    refused(client.get("/v1/models/huge"), 404, "model", "model_not_found")
+
+
+def test_health_says_what_is_served(client, failing):
+    healthy = client.get("/healthz").json()
+    assert (healthy["status"], healthy["model"], healthy["router_version"]) == ("ok", "tiny", "3")
+    assert 0 < healthy["cur"] < 1
+    failing(Overloaded())
+    assert client.get("/healthz").json() == healthy | {"status": "busy"}
+
+
+def test_overload_asks_to_come_again(client, failing):
+    failing(Overloaded())
+    answer = client.post(PATH, json={"prompt": "Bag", "n": 2})
+    refused(answer, 503, None, "overloaded")
+    assert answer.headers["retry-after"] == "1"
+
+
+def test_a_failure_inside_shows_nothing_of_the_inside(client, failing):
+    failing(RuntimeError("secret path /root/weights"))
+    answer = client.post(PATH, json={"prompt": "Bag"})
+    assert "secret" not in refused(answer, 500, None, "internal_error")
+
+
+def test_documentation_is_on(client):
+    assert client.get("/docs").status_code == 200
+    schema = client.get("/openapi.json").json()
+    assert {PATH, "/v1/models", "/healthz"} <= schema["paths"].keys()
+
+
+def test_the_official_client(client):
+    api = openai.OpenAI(api_key="unused", base_url="http://testserver/v1", http_client=client)
+    answer = api.images.generate(prompt="Sneaker", n=2, extra_body={"seed": 4})
+    assert len(answer.data) == 2 and answer.size == "28x28" and answer.seed == 4
+    assert [model.id for model in api.models.list()] == ["tiny"]
+    with pytest.raises(openai.BadRequestError) as refusal:
+        api.images.generate(prompt="cat")
+    assert (refusal.value.param, refusal.value.code) == ("prompt", "unknown_class")
+    with pytest.raises(openai.NotFoundError):
+        api.models.retrieve("huge")
+
+
+def test_classes_by_name_synonym_and_number():
+    names = ("tench, Tinca tinca", "crane", "crane, lifting device", "7")
+    assert find_class("  TINCA   tinca ", names) == 0
+    assert find_class("tench, tinca tinca", names) == 0
+    assert find_class("lifting device", names) == 2
+    assert find_class("2", names) == 2
+    assert find_class("7", names) == 3, "a name comes before a number"
+    with pytest.raises(ApiError, match="classes 1, 2"):
+        find_class("crane", names)
+
+
+def test_near_names_of_many_classes():
+    names = tuple(f"animal {i}" for i in range(30)) + ("goldfish",)
+    with pytest.raises(ApiError, match="near are goldfish"):
+        find_class("goldfsh", names)
+    with pytest.raises(ApiError, match="GET /v1/models lists them"):
+        find_class("zzzzzz", names)

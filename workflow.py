@@ -1,0 +1,40 @@
+"""Train a router, judge it, register it, serve it: the whole chain, read top to bottom.
+
+python workflow.py                                   # the `fashion` preset
+python workflow.py fashion --train.trajectories 200  # a preset with overrides
+python workflow.py fashion --run-id NAME             # again: finished stages are skipped
+python workflow.py --help                            # presets; `fashion --help` lists every setting
+
+ray job submit --working-dir . -- python workflow.py
+"""
+
+import sys
+
+from pipelines.config import PRESETS
+from pipelines.stages import Workflow
+from pipelines.terminal import fail, parse, say
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0 when every stage is done, 2 for unusable input, 1 when a stage fails."""
+    try:
+        config = parse(arguments, PRESETS)
+        workflow = Workflow(config)
+        workflow.check()
+    except ValueError as error:
+        return fail(error, code=2)
+    say(f"run {workflow.config.run_id}: {', '.join(config.stages)}")
+    try:
+        with workflow.tracked():
+            for stage in config.stages:
+                workflow.run(stage)
+    except KeyboardInterrupt:
+        return fail("interrupted: the same command with this --run-id goes on from here", code=130)
+    except Exception as error:  # whatever a stage raises ends here, once, with its name
+        return fail(error, code=1)
+    workflow.summarise()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
