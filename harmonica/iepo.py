@@ -1,11 +1,16 @@
 """Image error proxy (paper, section 3.3): lambda_i, how much caching at step i hurts the final image.
 
+Three kinds. `leave_one_out` is the paper's, `cumulative` the released code's. `sensitivity` is ours: the
+leave-one-out change of the image divided by the step's own error, so that lambda_i * MSE_i is the image
+error that step causes. The other two already contain the step's error, so a step at which little is
+reused looks harmless, is pushed to reuse, and only looks harmful at the next refresh.
+
 Runs that differ only from step i on share everything before it: each resumes from the state stored
 before step i, so a refresh costs (T+1)/2T of T full generations.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +20,9 @@ from harmonica.passes import planned_pass, soft_pass
 from harmonica.router import Router
 from harmonica.samplers import Ddim
 
-IepoKind = Literal["leave_one_out", "cumulative"]
+IepoKind = Literal["leave_one_out", "cumulative", "sensitivity"]
+KINDS = get_args(IepoKind)
+_SMALLEST_ERROR = 1e-12  # of a step at which nothing is reused; keeps lambda finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,8 @@ class _State:
 
     x_MCHW: Tensor
     cache: BranchCache
+    guided_MCHW: Tensor | None = None
+    """The guided output that led here."""
 
 
 class _SoftGenerations:
@@ -45,8 +54,8 @@ class _SoftGenerations:
         """Step i with the cache switched off (weights 1); the cache takes what was computed."""
         sampler, cache = self.sampler, state.cache.copy()
         hidden, conditioning = sampler.embed(i, state.x_MCHW, self.condition_M)
-        output = planned_pass(sampler.model, hidden, conditioning, self.all, cache, i)
-        return _State(sampler.advance(i, state.x_MCHW, sampler.guide(output)), cache)
+        guided = sampler.guide(planned_pass(sampler.model, hidden, conditioning, self.all, cache, i))
+        return _State(sampler.advance(i, state.x_MCHW, guided), cache, guided)
 
     def soft_step(self, i: int, state: _State) -> _State:
         """Step i under the router's soft weights."""
@@ -54,8 +63,10 @@ class _SoftGenerations:
         hidden, conditioning = sampler.embed(i, state.x_MCHW, self.condition_M)
         scores_B = self.router.scores(i)
         refresh_row = (scores_B > self.threshold).tolist()
-        output = soft_pass(sampler.model, hidden, conditioning, scores_B, refresh_row, cache, i)
-        return _State(sampler.advance(i, state.x_MCHW, sampler.guide(output)), cache)
+        guided = sampler.guide(
+            soft_pass(sampler.model, hidden, conditioning, scores_B, refresh_row, cache, i)
+        )
+        return _State(sampler.advance(i, state.x_MCHW, guided), cache, guided)
 
 
 @torch.inference_mode()
@@ -74,9 +85,10 @@ def image_error_proxy(
     `leave_one_out` (paper, eq. 6): against x_0 with soft weights at every step, the cache is switched
     off at step i alone. `cumulative` (released code): from no caching at all, soft weights are switched
     on one step at a time, noisiest first; lambda_i is the change against the generation before.
+    `sensitivity`: leave-one-out divided by the MSE between the soft and the full output of step i.
     """
-    if kind not in ("leave_one_out", "cumulative"):
-        raise ValueError(f"iepo.kind is {kind!r}: give leave_one_out or cumulative")
+    if kind not in KINDS:
+        raise ValueError(f"iepo.kind is {kind!r}: give one of {', '.join(KINDS)}")
     x, condition_M = sampler.start(noise_NCHW, condition_N)
     runs = _SoftGenerations(sampler, router, condition_M, threshold, reuse)
     steps = list(reversed(range(sampler.num_steps - 1)))  # T-2 ... 0
@@ -84,19 +96,27 @@ def image_error_proxy(
     for i in steps:
         states[i - 1] = runs.soft_step(i, states[i])
     lambda_T = torch.zeros(len(steps), dtype=x.dtype, device=x.device)
-    if kind == "leave_one_out":
+    if kind != "cumulative":
         for i in steps:
             state = runs.full_step(i, states.pop(i))
+            step_error = _mean_squared(state.guided_MCHW, states[i - 1].guided_MCHW)
             for j in range(i - 1, -1, -1):
                 state = runs.soft_step(j, state)
-            lambda_T[i] = (state.x_MCHW - states[-1].x_MCHW).square().mean()
+            lambda_T[i] = _mean_squared(state.x_MCHW, states[-1].x_MCHW)
+            if kind == "sensitivity":
+                lambda_T[i] /= step_error.clamp_min(_SMALLEST_ERROR)
         return lambda_T
     previous = _finish_full(runs, states[steps[0]], steps[0])
     for i in steps:
         current = _finish_full(runs, states.pop(i - 1), i - 1)
-        lambda_T[i] = (current - previous).square().mean()
+        lambda_T[i] = _mean_squared(current, previous)
         previous = current
     return lambda_T
+
+
+def _mean_squared(ours: Tensor | None, other: Tensor | None) -> Tensor:
+    assert ours is not None and other is not None
+    return (ours - other).square().mean()
 
 
 def _finish_full(runs: _SoftGenerations, state: _State, first: int) -> Tensor:

@@ -24,6 +24,18 @@ class Router(nn.Module):
         )
 
     @classmethod
+    def alternating(cls, num_steps: int, num_branches: int, logit: float) -> "Router":
+        """A start for few trajectories: every second step computes (+logit), the others reuse (-logit).
+
+        What hurts is not reuse but runs of it. From equal logits all rows look alike, move together and
+        cross tau together; from here training decides where to depart from the pattern.
+        """
+        logits_TB = torch.full((num_steps, num_branches), logit)
+        logits_TB[num_steps % 2 : -1 : 2] = -logit  # steps T-2, T-4, ...
+        logits_TB[-1] = FIXED_LOGIT
+        return cls.from_logits(logits_TB)
+
+    @classmethod
     def from_logits(cls, logits_TB: Tensor) -> "Router":
         """A router that starts from a given table."""
         router = cls(*logits_TB.shape).to(logits_TB.dtype)

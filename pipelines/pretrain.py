@@ -62,9 +62,9 @@ class PretrainConfig:
     """One GPU a worker."""
     batch_size: int = 128
     """Global batch."""
-    steps: int = 7000
+    steps: int = 4200
     """Optimiser steps in all."""
-    decay_steps: int = 2000
+    decay_steps: int = 1600
     """The last of them, over which the learning rate falls to zero."""
     warmup_steps: int = 100
     """The first of them, over which it rises."""

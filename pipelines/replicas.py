@@ -23,7 +23,7 @@ from pipelines.drawing import Batcher, Drawing, ImageSampler, Row
 from pipelines.http_errors import Overloaded
 from pipelines.images_api import ModelCard, create_app
 
-_FOLLOW_S = 30.0
+FOLLOW_S = 30.0
 logger = logging.getLogger("ray.serve")
 
 
@@ -40,6 +40,8 @@ class ServeArgs(BaseModel):
     """Name in MLflow's registry, and the `model` that clients see."""
     tracking_uri: str = ""
     """MLflow, followed to the registered model's champion. Empty: MLFLOW_TRACKING_URI."""
+    follow_s: float = Field(FOLLOW_S, gt=0)
+    """Seconds between looks at which version is the champion; running replicas change over to it."""
     router: str = ""
     """Router artifact folder to serve instead. Empty without MLflow either: the built-in champion."""
 
@@ -60,21 +62,16 @@ class ServeArgs(BaseModel):
 class Sampler:
     """The model under the champion router; one trajectory at a time."""
 
-    def __init__(self, args: ServeArgs) -> None:
+    async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         config = args.serve
         torch.set_num_threads(max(1, int(config.num_cpus)))
         self._args = args
         self._images = ImageSampler(load_model(args.model), "cuda" if config.use_gpu else "cpu")
+        self._load()
         self._batcher = Batcher(
             self._images.draw, max_batch_size=config.max_batch_size, wait_s=config.batch_wait_s
         )
-        self._follower: asyncio.Task[None] | None = None
-
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called by Serve at start, and at every deployment after the champion has moved."""
-        await asyncio.to_thread(self._load)
-        if self._args.tracking_uri and self._follower is None:
-            self._follower = asyncio.create_task(self._follow())
+        self._follower = asyncio.create_task(self._follow()) if args.tracking_uri else None
 
     def _load(self) -> None:
         args, version = self._args, self._args.current_version()
@@ -89,7 +86,7 @@ class Sampler:
 
     async def _follow(self) -> None:
         while True:
-            await asyncio.sleep(_FOLLOW_S)
+            await asyncio.sleep(self._args.follow_s)
             try:
                 await asyncio.to_thread(self._load)
             except Exception:

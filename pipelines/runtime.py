@@ -38,7 +38,9 @@ def connect() -> None:
         address="local",
         num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
         object_store_memory=500_000_000,
-        include_dashboard=False,
+        # Ray Train asks the dashboard's state API for its controller, and complains where there is none.
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
         logging_level=logging.WARNING,
     )
 

@@ -9,9 +9,11 @@ rows, which share trajectories with whatever other requests wait.
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -26,7 +28,7 @@ from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
 from pipelines import registry
 from pipelines.config import ServeConfig, WorkflowConfig
-from pipelines.replicas import Sampler, ServeArgs, build_api
+from pipelines.replicas import FOLLOW_S, Sampler, ServeArgs, build_api
 from pipelines.runtime import connect
 from pipelines.tracking import tracking_uri as local_tracking_uri
 
@@ -42,6 +44,7 @@ def build(args: ServeArgs) -> serve.Application:
         ValueError: MLflow is named and has no such registered model, or no champion.
     """
     args = args.resolved()
+    args.current_version()  # fails here, not on a replica
     config, waiting = args.serve, 4 * args.serve.max_batch_size
     sampler = serve.deployment(
         name="Sampler",
@@ -53,8 +56,8 @@ def build(args: ServeArgs) -> serve.Application:
         max_queued_requests=waiting + config.max_images_per_request,
         # A model that does not fit its router fits no better the third time.
         max_constructor_retry_count=1,
-        # When this changes, Serve calls `reconfigure` on the running replicas.
-        user_config={"router_version": args.current_version()},
+        # A line an image says nothing that `Api`'s line a request does not.
+        logging_config={"enable_access_log": False},
     )(Sampler)
     api = serve.deployment(
         name="Api", ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000, max_queued_requests=100
@@ -69,6 +72,7 @@ def deploy(
     registered_model: str,
     tracking_uri: str = "",
     router: str = "",
+    follow_s: float = FOLLOW_S,
 ) -> str:
     """Serve on the connected cluster until `shutdown`, replacing what it served; returns the URL.
 
@@ -77,13 +81,21 @@ def deploy(
         RuntimeError: a replica could not start (the message says why), or the URL does not answer.
     """
     args = ServeArgs(
-        serve=config, model=model, registered_model=registered_model, tracking_uri=tracking_uri, router=router
+        serve=config,
+        model=model,
+        registered_model=registered_model,
+        tracking_uri=tracking_uri,
+        router=router,
+        follow_s=follow_s,
     )
     application = build(args)
     if not _is_serving():
         _check_port(config)
     serve.start(http_options={"host": config.host, "port": config.port})
-    serve.run(application, name=APP_NAME, route_prefix="/")
+    try:
+        serve.run(application, name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise RuntimeError(f"serving could not start: {_why_failed() or error}") from error
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{host}:{config.port}"
     _wait_until_ready(url)
@@ -91,8 +103,19 @@ def deploy(
 
 
 def shutdown() -> None:
-    """Stop serving; the cluster stays."""
-    serve.shutdown()
+    """Stop serving. The cluster stays, and so do other applications on it."""
+    serve.delete(APP_NAME)
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def _why_failed() -> str:
+    """What a replica raised; Serve's own error only names the deployment."""
+    application = serve.status().applications.get(APP_NAME)
+    messages = [deployment.message for deployment in application.deployments.values()] if application else []
+    lines = [line for message in messages for line in message.splitlines()]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return raised[-1] if raised else ""
 
 
 def _is_serving() -> bool:
@@ -216,6 +239,8 @@ def main() -> None:
             flush=True,
         )
         stop.wait()
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
     finally:
         shutdown()
 

@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
+from harmonica.beta import BetaController
 from harmonica.iepo import image_error_proxy
 from harmonica.models.loading import load_model
 from harmonica.pictures import router_heat_map
@@ -31,8 +32,6 @@ from pipelines.tracking import StageRun
 
 logger = logging.getLogger(__name__)
 
-INITIAL_LOGIT = 0.0
-"""r = 0.5: halfway, so that a short training can go either way."""
 _STATE = "state.pt"
 
 
@@ -51,10 +50,16 @@ class RouterRun:
         loaded = load_model(config.model)
         self.sampler = Ddim(loaded.model.to(device), config.sampler)
         self.num_classes = loaded.model.num_classes
-        router = Router(self.sampler.num_steps, len(loaded.model.branches), INITIAL_LOGIT).to(device)
+        settings, shape = config.train, (self.sampler.num_steps, len(loaded.model.branches))
+        make_router = Router.alternating if settings.initial == "alternate" else Router
+        router = make_router(*shape, settings.initial_logit).to(device)
         self.trainer = SdtTrainer(self.sampler, router, config.train.sdt)
         self.lambda_T = torch.ones(self.sampler.num_steps - 1, device=device)
-        self.beta = config.train.sdt.beta
+        self.beta = (
+            None
+            if settings.target_cur == 0
+            else BetaController(*shape, target_cur=settings.target_cur, threshold=settings.sdt.threshold)
+        )
         self.trajectory = 0
 
     @property
@@ -66,7 +71,7 @@ class RouterRun:
             "router": self.router.state_dict(),
             "optimizer": self.trainer.optimizer.state_dict(),
             "lambda": self.lambda_T,
-            "beta": self.beta,
+            "beta": self.beta.state_dict() if self.beta else None,
             "trajectory": self.trajectory,
         }
 
@@ -74,7 +79,18 @@ class RouterRun:
         self.router.load_state_dict(state["router"])
         self.trainer.optimizer.load_state_dict(state["optimizer"])
         self.lambda_T = state["lambda"].to(self.device)
-        self.beta, self.trajectory = state["beta"], state["trajectory"]
+        self.trajectory = state["trajectory"]
+        if self.beta:
+            self.beta.load_state_dict(state["beta"])
+
+    @property
+    def beta_now(self) -> float:
+        """As configured, or what the target asks for at this point."""
+        return self.beta.beta if self.beta else self.config.train.sdt.beta
+
+    def _observe(self, i: int, gradient_B: Tensor) -> None:
+        if self.beta:
+            self.beta.observe(i, gradient_B, self.router.rows[i])
 
     def train_one(self, noise: Tensor, label: Tensor) -> dict[str, float]:
         """One trajectory, after a refresh of lambda where it is due; the metrics to log."""
@@ -94,24 +110,23 @@ class RouterRun:
             _average(self.lambda_T)
             metrics = {f"lambda.step_{i:03d}": value for i, value in enumerate(self.lambda_T.tolist())}
         records, _ = self.trainer.train_trajectory(
-            noise, label, self.lambda_T, beta=self.beta, average=_average
+            noise,
+            label,
+            self.lambda_T,
+            beta=self.beta_now,
+            average=_average,
+            on_gradient=self._observe,
         )
         self.trajectory += 1
         cur = self.router.plan(settings.sdt.threshold).cur
         means = torch.tensor([[r.loss, r.mse, r.l1] for r in records], dtype=torch.float64).mean(0)
         _average(means)
         metrics |= dict(zip(("loss", "mse", "l1"), means.tolist(), strict=True))
-        metrics |= {"cur": cur, "beta": self.beta}
+        metrics |= {"cur": cur, "beta": self.beta_now}
         metrics["updates_per_s"] = len(records) / (time.monotonic() - started)
-        if settings.target_cur > 0:
-            self.beta = steered_beta(self.beta, cur, settings.target_cur)
+        if self.beta:
+            self.beta.update()
         return metrics
-
-
-def steered_beta(beta: float, cur: float, target: float) -> float:
-    """Raise beta while the plan reuses less than the target, lower it while it reuses more."""
-    error = max(-0.2, min(0.2, target - cur))
-    return beta * 2.0 ** (2.0 * error)
 
 
 @dataclass
@@ -219,7 +234,7 @@ def _build_artifact(config: WorkflowConfig, checkpoint: Checkpoint) -> RouterArt
         "run_id": config.run_id,
         "seed": config.seed,
         "trajectories": run.trajectory,
-        "final_beta": run.beta,
+        "final_beta": run.beta_now,
         **config.to_dict()["train"],
     }
     return RouterArtifact.build(

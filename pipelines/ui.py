@@ -57,7 +57,7 @@ def main() -> None:
     try:
         arguments = server_command(command)
     except ValueError as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")
     print(f"MLflow starts at http://{command.host}:{command.port}. Ctrl-C stops it.", flush=True)
     # Job execution would add seven processes and half a minute, for features not used here.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}

@@ -8,11 +8,21 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_dit import SHAPE, make_artifact, write_model
 
 from harmonica.models.loading import load_model
 from pipelines.drawing import Batcher, ImageSampler, Row
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More threads than free cores make a model this small slower by a hundred times."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

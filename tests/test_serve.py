@@ -1,0 +1,208 @@
+"""The endpoint on Ray Serve: one real deployment in a private cluster, asked by OpenAI's own client."""
+
+import base64
+import dataclasses
+import io
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import ray
+from PIL import Image
+from pydantic import ValidationError
+from tiny_dit import SHAPE, make_artifact, write_model
+
+from pipelines import registry, serve
+from pipelines.config import ServeConfig
+from pipelines.replicas import ServeArgs
+from pipelines.runtime import connect
+from pipelines.tracking import find_or_create
+
+NAME = "tiny"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tmp_path_factory.mktemp("serve")
+
+
+@pytest.fixture(scope="module")
+def model(folders):
+    return write_model(folders / "model")
+
+
+def register(folders, model, run_id, seed):
+    """MLflow's URI, after a router with this seed has become the champion."""
+    run = find_or_create("register", run_id, str(folders), {})
+    folder = make_artifact(model, seed=seed).save(folders / run_id)
+    registry.register(folder, name=NAME, run=run)
+    return run.uri
+
+
+@pytest.fixture(scope="module")
+def config():
+    # The long wait is for this machine: requests that come together must meet however busy it is.
+    return ServeConfig(port=free_port(), max_batch_size=8, batch_wait_s=0.3, max_images_per_request=4)
+
+
+@pytest.fixture(scope="module")
+def url(folders, model, config):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        uri = register(folders, model, "first", seed=1)
+        connect()
+        yield serve.deploy(config, model, registered_model=NAME, tracking_uri=uri, follow_s=1)
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(api_key="unused", base_url=f"{url}/v1", max_retries=0) as client:
+        yield client
+
+
+def pictures(answer):
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(d.b64_json)))).astype(int) for d in answer.data]
+
+
+def sampler_actor():
+    """Name and namespace of the one replica that draws."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return next(actor for actor in actors if "harmonica#Sampler" in actor["name"])
+
+
+def same(first, second):
+    """Kernels may sum in another order for another batch size, which can tip a rounded grey level."""
+    return np.abs(first - second).max() <= 1
+
+
+@pytest.mark.cluster
+def test_an_image_is_its_seeds_alone_or_in_company(client):
+    alone = client.images.generate(prompt="sneaker", extra_body={"seed": 7})
+    assert alone.batch_size == 1 and alone.seed == 7 and alone.router_version == "1"
+    (image,) = pictures(alone)
+    assert image.shape == (28, 28) and image.std() > 0
+
+    three = client.images.generate(prompt="7", n=3, extra_body={"seed": 7})
+    assert three.batch_size == 3
+    assert same(pictures(three)[0], image)
+    assert not same(pictures(three)[1], image)
+
+    def ask(seed):
+        return client.images.generate(prompt="Sneaker", extra_body={"seed": seed})
+
+    with ThreadPoolExecutor(8) as threads:
+        company = list(threads.map(ask, range(8)))
+    assert max(answer.batch_size for answer in company) > 1
+    assert same(pictures(company[7])[0], image)
+    assert not any(same(pictures(answer)[0], image) for answer in company[:7])
+
+
+@pytest.mark.cluster
+def test_refusals_reach_the_client(client, url):
+    with pytest.raises(openai.BadRequestError, match="give a class name") as refusal:
+        client.images.generate(prompt="cat")
+    assert (refusal.value.param, refusal.value.code) == ("prompt", "unknown_class")
+    with pytest.raises(openai.BadRequestError, match="n is 5: give 1 to 4"):
+        client.images.generate(prompt="0", n=5)
+    with pytest.raises(openai.NotFoundError, match="serves 'tiny'"):
+        client.images.generate(prompt="0", model="dall-e-3")
+    answer = httpx.post(f"{url}/v1/images/generations", content=b"x" * 70_000)
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
+
+
+@pytest.mark.cluster
+def test_health_models_and_documentation(client, url):
+    health = httpx.get(f"{url}/healthz").json()
+    assert (health["status"], health["model"], health["router_version"]) == ("ok", NAME, "1")
+    assert [entry.id for entry in client.models.list()] == [NAME]
+    assert httpx.get(f"{url}/docs").status_code == 200
+
+
+@pytest.mark.cluster
+def test_more_than_can_wait_is_turned_away_and_the_rest_is_drawn(url):
+    def ask(seed):
+        body = {"prompt": "0", "seed": seed, "n": 4}
+        return httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
+
+    with ThreadPoolExecutor(40) as threads:
+        answers = list(threads.map(ask, range(40)))
+    assert {answer.status_code for answer in answers} == {200, 503}
+    for answer in answers:
+        if answer.status_code == 503:
+            assert answer.json()["error"]["code"] == "overloaded"
+            assert answer.headers["retry-after"] == "1"
+
+
+@pytest.mark.cluster
+def test_a_lost_replica_costs_no_request(url):
+    before = serve.first_image(url, "Bag", seed=3)
+    handle = ray.get_actor(**sampler_actor())
+    with ThreadPoolExecutor(4) as threads:
+        asked = [threads.submit(serve.first_image, url, "Bag", 3) for _ in range(4)]
+        time.sleep(0.15)
+        ray.kill(handle, no_restart=False)
+        answers = [future.result() for future in asked]
+    assert [answer["seed"] for answer in answers] == [3] * 4
+    assert before["router_version"] == answers[0]["router_version"]
+
+
+@pytest.mark.cluster
+def test_the_champion_is_followed(folders, model, url):
+    """On the replicas that run, with nothing deployed again."""
+    before = sampler_actor()
+    register(folders, model, "second", seed=2)
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{url}/healthz").json()["router_version"] != "2" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert serve.first_image(url, "Bag", seed=3)["router_version"] == "2"
+    assert sampler_actor() == before
+
+
+def test_a_taken_port_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"serve.port is {port}: .*give another port"):
+            serve._check_port(ServeConfig(port=port))
+
+
+@pytest.mark.cluster
+def test_a_model_that_does_not_fit_the_router_is_refused_at_start(folders, config, url):
+    """The last test on the deployment, since it breaks it."""
+    other = write_model(folders / "other", shape=dataclasses.replace(SHAPE, num_layers=2))
+    with pytest.raises(RuntimeError, match="num_layers is 2 and the router was made for 3"):
+        serve.deploy(config, other, registered_model=NAME, router=str(folders / "first"))
+
+
+def test_arguments_from_yaml():
+    args = ServeArgs.model_validate({"serve": {"max_batch_size": 4}, "tracking_uri": "http://mlflow:5000"})
+    assert args.serve.max_batch_size == 4 and args.serve.num_replicas == 1
+    with pytest.raises(ValidationError, match="max_batch_sise"):
+        ServeArgs.model_validate({"serve": {"max_batch_sise": 4}})
+    with pytest.raises(ValidationError, match="registered_modle"):
+        ServeArgs.model_validate({"registered_modle": "x"})
+
+
+def test_router_folder_goes_before_mlflow_and_mlflow_before_the_built_in(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    chosen = ServeArgs(router="mine").resolved()
+    assert (chosen.router, chosen.tracking_uri) == ("mine", "")
+    chosen = ServeArgs().resolved()
+    assert (chosen.router, chosen.tracking_uri) == ("", "http://mlflow:5000")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    chosen = ServeArgs().resolved()
+    assert chosen.tracking_uri == "" and chosen.current_version() == "builtin"
