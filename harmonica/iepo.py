@@ -9,6 +9,7 @@ Runs that differ only from step i on share everything before it: each resumes fr
 before step i, so a refresh costs (T+1)/2T of T full generations.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -69,7 +70,7 @@ class _SoftGenerations:
         return _State(sampler.advance(i, state.x_MCHW, guided), cache, guided)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: lambda enters a loss that is differentiated
 def image_error_proxy(
     sampler: Ddim,
     router: Router,
@@ -79,6 +80,7 @@ def image_error_proxy(
     kind: IepoKind,
     threshold: float,
     reuse: Reuse = "hold",
+    average: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """lambda (T-1,) of the trajectories from `noise`: mean squared change of the final latents.
 
@@ -86,6 +88,9 @@ def image_error_proxy(
     off at step i alone. `cumulative` (released code): from no caching at all, soft weights are switched
     on one step at a time, noisiest first; lambda_i is the change against the generation before.
     `sensitivity`: leave-one-out divided by the MSE between the soft and the full output of step i.
+
+    Args:
+        average: averages a tensor over all workers in place, so that lambda is that of all their rows.
     """
     if kind not in KINDS:
         raise ValueError(f"iepo.kind is {kind!r}: give one of {', '.join(KINDS)}")
@@ -95,23 +100,25 @@ def image_error_proxy(
     states = {steps[0]: runs.first(x)}  # state before step i of the main, soft run
     for i in steps:
         states[i - 1] = runs.soft_step(i, states[i])
-    lambda_T = torch.zeros(len(steps), dtype=x.dtype, device=x.device)
-    if kind != "cumulative":
+    # Row 0: change of the final latents; row 1: the step's own error.
+    measured_2T = torch.zeros(2, len(steps), dtype=x.dtype, device=x.device)
+    if kind == "cumulative":
+        previous = _finish_full(runs, states[steps[0]], steps[0])
+        for i in steps:
+            current = _finish_full(runs, states.pop(i - 1), i - 1)
+            measured_2T[0, i] = _mean_squared(current, previous)
+            previous = current
+    else:
         for i in steps:
             state = runs.full_step(i, states.pop(i))
-            step_error = _mean_squared(state.guided_MCHW, states[i - 1].guided_MCHW)
+            measured_2T[1, i] = _mean_squared(state.guided_MCHW, states[i - 1].guided_MCHW)
             for j in range(i - 1, -1, -1):
                 state = runs.soft_step(j, state)
-            lambda_T[i] = _mean_squared(state.x_MCHW, states[-1].x_MCHW)
-            if kind == "sensitivity":
-                lambda_T[i] /= step_error.clamp_min(_SMALLEST_ERROR)
-        return lambda_T
-    previous = _finish_full(runs, states[steps[0]], steps[0])
-    for i in steps:
-        current = _finish_full(runs, states.pop(i - 1), i - 1)
-        lambda_T[i] = _mean_squared(current, previous)
-        previous = current
-    return lambda_T
+            measured_2T[0, i] = _mean_squared(state.x_MCHW, states[-1].x_MCHW)
+    if average is not None:
+        average(measured_2T)  # before the division: a mean of ratios would depend on who has which rows
+    change_T, error_T = measured_2T
+    return change_T / error_T.clamp_min(_SMALLEST_ERROR) if kind == "sensitivity" else change_T
 
 
 def _mean_squared(ours: Tensor | None, other: Tensor | None) -> Tensor:

@@ -151,10 +151,10 @@ def _judged(config: WorkflowConfig, arms: list[Arm], judge: bool) -> Iterator[di
     settings: EvaluateConfig = config.evaluate
     model = load_model(config.model).model
     spec = RowSpec.of(model, model.num_classes, config.seed + _SHEET_SEED_OFFSET)
+    # A block a batch: with fewer blocks than actors some would idle.
     rows = stream_rows(
-        spec, Share(settings.batch_size), trajectories=-(-settings.samples // settings.batch_size)
+        spec, Share(batch_size=1), trajectories=settings.samples, rows_per_block=settings.batch_size
     )
-    rows = rows.limit(settings.samples)
     judged = rows.map_batches(
         ArmSampler,
         fn_constructor_kwargs={"config": config, "arms": arms, "judge": judge},

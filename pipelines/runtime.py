@@ -21,6 +21,20 @@ QUIET = {
 MIN_LOGICAL_CPUS = 6
 
 
+_LOUD = {
+    "ray.data": logging.ERROR,
+    "ray.train": logging.WARNING,
+    "ray.serve": logging.WARNING,
+    "mlflow": logging.WARNING,
+}
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' routine messages off the terminal, in this process; warnings stay."""
+    for name, level in _LOUD.items():
+        logging.getLogger(name).setLevel(level)
+
+
 def connect() -> None:
     """Join the cluster of `RAY_ADDRESS` (set by `ray job submit`), else start a private local one.
 
@@ -29,6 +43,7 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
+    quiet_libraries()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):

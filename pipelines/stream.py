@@ -63,19 +63,23 @@ def make_rows(indices: np.ndarray, spec: RowSpec) -> dict[str, np.ndarray]:
 
 
 def stream_rows(
-    spec: RowSpec, share: Share, *, first_trajectory: int = 0, trajectories: int
+    spec: RowSpec,
+    share: Share,
+    *,
+    first_trajectory: int = 0,
+    trajectories: int,
+    rows_per_block: int = ROWS_PER_BLOCK,
 ) -> ray.data.Dataset:
     """This worker's rows of `trajectories` trajectories, in order, streamed."""
     count = trajectories * share.size
     # Order is what makes a trajectory's rows belong together; by default Ray Data gives none.
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
 
     def make(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return make_rows(share.indices(batch["id"], first_trajectory), spec)
 
-    blocks = max(1, -(-count // ROWS_PER_BLOCK))
+    blocks = max(1, -(-count // rows_per_block))
     return ray.data.range(count, override_num_blocks=blocks).map_batches(
-        make, batch_size=ROWS_PER_BLOCK, num_cpus=_TASK_CPUS
+        make, batch_size=rows_per_block, num_cpus=_TASK_CPUS
     )

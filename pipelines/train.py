@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray.data
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.experimental import tqdm_ray
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from harmonica.router import Router
 from harmonica.samplers import Ddim
 from harmonica.sdt import SdtTrainer
 from pipelines.config import WorkflowConfig
+from pipelines.runtime import quiet_libraries
 from pipelines.storage import RunStorage
 from pipelines.stream import RowSpec, Share, stream_rows
 from pipelines.tracking import StageRun
@@ -106,8 +108,8 @@ class RouterRun:
                 kind=settings.iepo,
                 threshold=settings.sdt.threshold,
                 reuse=settings.sdt.reuse,
-            ).clone()
-            _average(self.lambda_T)
+                average=_average,
+            )
             metrics = {f"lambda.step_{i:03d}": value for i, value in enumerate(self.lambda_T.tolist())}
         records, _ = self.trainer.train_trajectory(
             noise,
@@ -179,6 +181,8 @@ def _report(run: RouterRun, metrics: dict[str, float], log: _Log | None) -> None
 
 def _train_loop(job: dict[str, Any]) -> None:
     config: WorkflowConfig = job["config"]
+    quiet_libraries()
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the training bar is the one to see
     run = RouterRun(config, ray.train.torch.get_device())
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
@@ -212,11 +216,12 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
         _train_loop,
         train_loop_config={"config": config, "mlflow": stage},
         scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=settings.use_gpu),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # ray.train's stubs still show the V1 class
             name="train",
             storage_path=f"{root}?{query}" if query else root,
             failure_config=FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     result = trainer.fit()

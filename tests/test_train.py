@@ -1,0 +1,99 @@
+"""Router training: resumable bit for bit, and the same router from one worker and from two."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from tiny_dit import write_model
+
+from pipelines.config import TrainConfig, WorkflowConfig, fashion
+from pipelines.runtime import connect
+from pipelines.storage import RunStorage
+from pipelines.stream import RowSpec, make_rows
+from pipelines.tracking import find_or_create, make_client, tracking_uri
+from pipelines.train import RouterRun, train
+
+TRAJECTORIES = 4
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> WorkflowConfig:
+    base = fashion()
+    return dataclasses.replace(
+        base,
+        run_id="r1",
+        storage_path=str(tmp_path / "runs"),
+        model=write_model(tmp_path / "model"),
+        sampler=dataclasses.replace(base.sampler, num_inference_steps=6),
+        train=dataclasses.replace(
+            base.train, trajectories=TRAJECTORIES, batch_size=4, iepo_every=2, checkpoint_interval_s=0.0
+        ),
+    )
+
+
+def trained_here(
+    config: WorkflowConfig, run: RouterRun | None = None, until: int = TRAJECTORIES
+) -> RouterRun:
+    """The same training without Ray, all rows on one worker."""
+    run = run or RouterRun(config, torch.device("cpu"))
+    spec = RowSpec.of(run.sampler.model, run.num_classes, config.seed)
+    size = config.train.batch_size
+    while run.trajectory < until:
+        first = run.trajectory * size
+        rows = make_rows(torch.arange(first, first + size).numpy(), spec)
+        run.train_one(torch.from_numpy(rows["noise"]), torch.from_numpy(rows["label"]))
+    return run
+
+
+def test_training_moves_the_router(config: WorkflowConfig) -> None:
+    before = RouterRun(config, torch.device("cpu")).router.logits()
+    after = trained_here(config).router.logits()
+    assert (after[:-1] != before[:-1]).any(dim=1).all(), "every trained row has moved"
+    assert torch.equal(after[-1], before[-1]), "row T-1 never moves"
+
+
+def test_a_resumed_run_is_bit_identical(config: WorkflowConfig, tmp_path: Path) -> None:
+    whole = trained_here(config)
+    torch.save(trained_here(config, until=3).state(), tmp_path / "state.pt")
+    resumed = RouterRun(config, torch.device("cpu"))
+    resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    trained_here(config, resumed)
+    assert torch.equal(resumed.router.logits(), whole.router.logits())
+    assert resumed.beta_now == whole.beta_now
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 3, "num_workers": 2}, r"train.batch_size is 3: give a multiple of .*\(2\)"),
+        ({"trajectories": 0}, "train.trajectories is 0: give 1 or more"),
+        ({"iepo": "sometimes"}, "train.iepo is 'sometimes': give one of leave_one_out"),
+        ({"target_cur": 1.5}, "train.target_cur is 1.5: give 0 to below 1"),
+    ],
+)
+def test_bad_settings_name_field_value_and_cure(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**change)
+
+
+@pytest.mark.cluster
+def test_two_workers_train_the_router_of_one_and_resume(
+    config: WorkflowConfig, request: pytest.FixtureRequest
+) -> None:
+    connect()
+    request.addfinalizer(ray.shutdown)
+    storage = RunStorage(config.storage_path, config.run_id)
+    stage = find_or_create("train", config.run_id, config.storage_path, {})
+    half = dataclasses.replace(config, train=dataclasses.replace(config.train, trajectories=2))
+    train(half, storage, stage)
+    artifact = train(config, storage, stage)  # same run id: goes on after trajectory 2
+    alone = trained_here(config).router.logits()
+    # Two halves of a batch are summed in another order than one whole: equal up to that.
+    torch.testing.assert_close(artifact.logits_TB, alone, rtol=1e-5, atol=1e-5)
+    client = make_client(tracking_uri(config.storage_path))
+    curve = client.get_metric_history(stage.mlflow_run_id, "loss")
+    assert [point.step for point in curve] == [1, 2, 3, 4], "one point a trajectory, none twice"
+    lambdas = client.get_metric_history(stage.mlflow_run_id, "lambda.step_000")
+    assert [point.step for point in lambdas] == [1, 3], "lambda is refreshed every iepo_every trajectories"
