@@ -56,12 +56,16 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: unreadable, or made for another model (names the first key that differs).
     """
     state = read_tensors(path)
-    state = state.get("ema", state)
+    if isinstance(state, dict):
+        state = state.get("ema", state)
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {path} holds no named tensors: give a state dict")
     own = model.state_dict()
     optional = {name for name, _ in model.named_buffers()}
     missing = sorted(own.keys() - state.keys() - optional)
     unknown = sorted(state.keys() - own.keys())
-    wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
+    wrong = [name for name in own.keys() & state.keys() if own[name].shape != shapes[name]]
     for problem, names in (("lacks", missing), ("has the unknown", unknown), ("has another shape of", wrong)):
         if names:
             raise ValueError(
@@ -73,7 +77,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 def read_released_router(path: str | Path) -> Tensor:
     """Logits (T, B) of a router checkpoint as the released training script writes it."""
-    routers = read_tensors(path).get("routers")
+    contents = read_tensors(path)
+    routers = contents.get("routers") if isinstance(contents, dict) else None
     if not routers:
         raise ValueError(f"checkpoint {path} has no `routers`: give a router of the released code")
-    return torch.stack([routers[f"{i}.prob"] for i in range(len(routers))])
+    try:
+        return torch.stack([routers[f"{i}.prob"] for i in range(len(routers))])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"checkpoint {path} lacks {error} or has it in another shape: give a router of the released code"
+        ) from error

@@ -24,6 +24,8 @@ class Plan:
     @classmethod
     def from_scores(cls, scores_TB: Tensor, threshold: float) -> "Plan":
         """Compute where r > tau, and everywhere in row T-1."""
+        if scores_TB.ndim != 2:
+            raise ValueError(f"router scores have shape {tuple(scores_TB.shape)}: give a T x B table")
         compute_TB = scores_TB.detach() > threshold
         compute_TB[-1] = True
         return cls(tuple(tuple(row) for row in compute_TB.tolist()))

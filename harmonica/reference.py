@@ -3,13 +3,15 @@
     python -m harmonica.reference DIR [--tolerance 1e-5]
 
 DIR holds `case.json`, `dit_official.pt`, `router_official.pt` and `golden.safetensors`. One line a
-key with its relative error; exit code 1 if any exceeds the tolerance, 2 if the folder is unusable.
+recorded key with its relative error; exit code 1 if any exceeds the tolerance, 2 if the folder is
+unusable. A case need not record every key.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +20,10 @@ import tyro
 from torch import Tensor
 
 from harmonica.checkpoints import load_weights, read_released_router, read_tensors
-from harmonica.diffusion import respaced_timesteps
-from harmonica.iepo import image_error_proxy
+from harmonica.iepo import IepoKind, image_error_proxy
 from harmonica.models.dit import DiT, DiTConfig
 from harmonica.router import Router
-from harmonica.samplers import Ddim, SamplerConfig, guide
+from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.sampling import sample
 from harmonica.sdt import SdtConfig, SdtTrainer, freeze
 
@@ -71,52 +72,71 @@ class _Case:
             clip_sample=False,
         )
         self.sampler = Ddim(self.model, config)
-        self.noise, self.labels = self.golden["noise"], self.golden["labels"]
-
-    def compute(self) -> Iterator[tuple[str, Tensor]]:
-        """Our value of every key, cheap ones first."""
-        yield "timesteps", torch.tensor(respaced_timesteps(self.case["num_sampling_steps"]))
-        yield from self._forward()
-        router = Router.from_logits(self.logits)
-        plan = router.plan(self.case["threshold"])
-        yield "router.logits", router.logits()
-        yield "plan.compute", plan.to_tensor().double()
-        yield "ddim.full", sample(self.sampler, self.noise, self.labels)
-        yield "ddim.cached", sample(self.sampler, self.noise, self.labels, plan)
-        for kind in ("cumulative", "leave_one_out"):
-            yield (
-                f"iepo.{kind}",
-                image_error_proxy(
-                    self.sampler, router, self.noise, self.labels, kind=kind, threshold=self.case["threshold"]
-                ),
-            )
-        yield from self._sdt()
-
-    @torch.inference_mode()
-    def _forward(self) -> Iterator[tuple[str, Tensor]]:
-        n = len(self.noise)
-        for t in (0, 250, 999):
-            yield f"forward.t{t}", self.model(self.noise, torch.full((n,), t), self.labels)
-        x, condition = self.sampler.start(self.noise, self.labels)
-        output = self.model(x, torch.full((2 * n,), 500), condition)
-        yield "cfg.t500", guide(output, self.case["cfg_scale"], "first_three", self.model.in_channels)
-
-    def _sdt(self) -> Iterator[tuple[str, Tensor]]:
-        config = SdtConfig(
+        self.router = Router.from_logits(self.logits)
+        self.sdt_config = SdtConfig(
             beta=self.case["beta_l1"],
             learning_rate=self.case["lr"],
             threshold=self.case["threshold"],
             clamp=self.case["clamp"],
         )
+
+    def recorded(self, key: str) -> Tensor:
+        """An input of the keys compared."""
+        if key not in self.golden:
+            raise ValueError(f"golden.safetensors lacks the input '{key}': add it")
+        return self.golden[key]
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Noise and labels."""
+        return self.recorded("noise"), self.recorded("labels")
+
+    def compute(self, wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Our value of the wanted keys that we know, cheap ones first."""
+        plan = self.router.plan(self.sdt_config.threshold)
+        values: dict[str, Callable[[], Tensor]] = {
+            "timesteps": lambda: torch.tensor(self.sampler.timesteps),
+            "forward.t0": partial(self._forward, 0),
+            "forward.t250": partial(self._forward, 250),
+            "forward.t999": partial(self._forward, 999),
+            "cfg.t500": partial(self._guided, 500),
+            "router.logits": self.router.logits,
+            "plan.compute": plan.to_tensor,
+            "ddim.full": lambda: sample(self.sampler, *self.inputs),
+            "ddim.cached": lambda: sample(self.sampler, *self.inputs, plan),
+            "iepo.cumulative": partial(self._lambda, "cumulative"),
+            "iepo.leave_one_out": partial(self._lambda, "leave_one_out"),
+        }
+        for key, value in values.items():
+            if key in wanted:
+                yield key, value()
+        if any(key.startswith("sdt.") for key in wanted):
+            yield from self._sdt()
+
+    @torch.inference_mode()
+    def _forward(self, t: int) -> Tensor:
+        noise, labels = self.inputs
+        return self.model(noise, torch.full_like(labels, t), labels)
+
+    @torch.inference_mode()
+    def _guided(self, t: int) -> Tensor:
+        x, condition = self.sampler.start(*self.inputs)
+        return self.sampler.guide(self.model(x, torch.full_like(condition, t), condition))
+
+    def _lambda(self, kind: IepoKind) -> Tensor:
+        threshold = self.sdt_config.threshold
+        return image_error_proxy(self.sampler, self.router, *self.inputs, kind=kind, threshold=threshold)
+
+    def _sdt(self) -> Iterator[tuple[str, Tensor]]:
         router = Router.from_logits(self.logits)
-        trainer = SdtTrainer(self.sampler, router, config)
-        lambda_T = self.golden["iepo.cumulative"]
+        trainer = SdtTrainer(self.sampler, router, self.sdt_config)
+        lambda_T = self.recorded("iepo.cumulative")
         gradients: dict[int, Tensor] = {}
         records, latents = [], []
-        for epoch in range(self.case["epochs"]):
+        for noise, labels in zip(self.recorded("sdt.noise"), self.recorded("sdt.labels")):
             epoch_records, final = trainer.train_trajectory(
-                self.golden["sdt.noise"][epoch],
-                self.golden["sdt.labels"][epoch],
+                noise,
+                labels,
                 lambda_T,
                 on_gradient=lambda i, grad: gradients.setdefault(i, grad.clone()),
             )
@@ -151,9 +171,14 @@ def compare(folder: Path) -> Iterator[Comparison]:
     for name in ("case.json", "dit_official.pt", "router_official.pt", "golden.safetensors"):
         if not (folder / name).is_file():
             raise ValueError(f"reference folder {folder} has no {name}: give a folder with all four files")
-    case = _Case(folder)
+    try:
+        case = _Case(folder)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"case.json in {folder} lacks or misnames {error}: add it") from error
     missing = set(case.golden) - set(_INPUTS)
-    for key, ours in case.compute():
+    if not missing:
+        raise ValueError(f"reference folder {folder} records nothing to compare: add keys")
+    for key, ours in case.compute(tuple(missing)):
         if key in missing:
             missing.discard(key)
             yield Comparison(key, _relative_error(ours, case.golden[key]))

@@ -66,9 +66,10 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def clamp_(self, limit: float) -> None:
-        """Keep all logits in [-limit, limit]."""
-        torch._foreach_clamp_min_(list(self.rows), -limit)
-        torch._foreach_clamp_max_(list(self.rows), limit)
+        """Keep the trained logits in [-limit, limit]; row T-1 is fixed."""
+        trained = list(self.rows)[:-1]
+        torch._foreach_clamp_min_(trained, -limit)
+        torch._foreach_clamp_max_(trained, limit)
 
     def extra_repr(self) -> str:
         return f"num_steps={self.num_steps}, num_branches={self.num_branches}"

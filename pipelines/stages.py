@@ -46,7 +46,14 @@ class Workflow:
         """
         self.storage.check_writable()
         tracking.tracking_uri(self.config.storage_path)
-        load_model(self.config.model)
+        model = load_model(self.config.model).model
+        if self.storage.exists(f"{ROUTER}/config.json"):
+            RouterArtifact.load(self.storage.download_folder(ROUTER)).check(model, self.config.sampler)
+        elif "train" not in self.config.stages and {"evaluate", "register"} & set(self.config.stages):
+            raise ValueError(
+                f"stages is {self.config.stages} and run_id {self.config.run_id} has no router yet: "
+                "add the stage train, or give the --run-id of a trained run"
+            )
         wanted = {k: v for k, v in self._plain_config().items() if k not in _FREE_TO_CHANGE}
         if not self.storage.exists(CONFIG):
             self.storage.write_json(CONFIG, self._plain_config())
@@ -99,16 +106,6 @@ class Workflow:
         ) as run:
             yield run
 
-    def _artifact(self, wanted_by: Stage) -> RouterArtifact:
-        if not self.storage.exists(f"{ROUTER}/config.json"):
-            raise ValueError(
-                f"stage {wanted_by} needs the router of run_id {self.config.run_id}, which has none: "
-                "run the stage train first"
-            )
-        artifact = RouterArtifact.load(self.storage.download_folder(ROUTER))
-        artifact.check(load_model(self.config.model).model, self.config.sampler)
-        return artifact
-
     def _train(self) -> str:
         from pipelines.train import train
 
@@ -124,7 +121,7 @@ class Workflow:
 
         if self.storage.exists(REPORT):
             return "done before"
-        artifact = self._artifact("evaluate")
+        artifact = RouterArtifact.load(self.storage.download_folder(ROUTER))
         with self._stage("evaluate") as run:
             report, pictures = evaluate(self.config, artifact)
             for name, figure in pictures.items():
@@ -142,7 +139,6 @@ class Workflow:
         self.storage.write_bytes(name, buffer.getvalue())
 
     def _register(self) -> str:
-        self._artifact("register")
         assert self._parent is not None
         version = registry.register(
             self.storage.download_folder(ROUTER),

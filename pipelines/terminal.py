@@ -1,5 +1,7 @@
 """What a person at the terminal sees: parsed settings, one line an error, the results table."""
 
+import contextlib
+import io
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -40,7 +42,30 @@ def parse(arguments: list[str], presets: Mapping[str, Callable[[], WorkflowConfi
         name, rest = default, arguments
     if name not in presets:
         raise ValueError(f"preset is {name!r}: give one of {', '.join(presets)}")
-    return tyro.cli(WorkflowConfig, default=presets[name](), args=rest, prog=f"workflow.py {name}")
+    return _parse_quietly(WorkflowConfig, presets[name](), rest, f"workflow.py {name}")
+
+
+def _parse_quietly(
+    kind: type[WorkflowConfig], default: WorkflowConfig, rest: list[str], prog: str
+) -> WorkflowConfig:
+    """tyro's parser, but a value that a field's own check refuses comes out as that check's error.
+
+    tyro prints such an error in a box, folded to the terminal's width, and exits; its own messages
+    (unknown option, not a number) stay as they are.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, default=default, args=rest, prog=prog)
+    except SystemExit as exit_:
+        refused = exit_.__context__
+        while refused is not None:
+            frames = traceback.extract_tb(refused.__traceback__)
+            if isinstance(refused, ValueError) and any(f.name == "__post_init__" for f in frames):
+                raise refused from None
+            refused = refused.__context__
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def say(text: str) -> None:

@@ -1,0 +1,71 @@
+"""What tests of the method share: a tiny DiT with random weights that are not silent, and its sampler.
+
+Everything is float64, so that a tolerance can say what is meant.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harmonica.models.dit import DiT, DiTConfig
+from harmonica.samplers import Ddim, SamplerConfig
+from harmonica.sdt import freeze
+
+
+@pytest.fixture
+def tiny_shape() -> DiTConfig:
+    """The shape of `assets/case_a`: 16 tokens of width 48, six branches."""
+    return DiTConfig(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        num_attention_heads=4,
+        attention_head_dim=12,
+        num_embeds_ada_norm=10,
+    )
+
+
+@pytest.fixture
+def tiny_dit(tiny_shape: DiTConfig) -> DiT:
+    model = DiT(tiny_shape)
+    model.initialize(torch.Generator().manual_seed(0), zero=False)
+    freeze(model)
+    return model.double()
+
+
+@pytest.fixture
+def tiny_sampler(tiny_dit: DiT) -> Ddim:
+    """Guided, six steps, as latents are sampled."""
+    config = SamplerConfig(
+        num_inference_steps=6, guidance_scale=1.5, guidance_channels="first_three", clip_sample=False
+    )
+    return Ddim(tiny_dit, config)
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    """Noise (4, 4, 8, 8) and labels (4,)."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(4, 4, 8, 8, generator=generator, dtype=torch.float64)
+    return noise, torch.randint(10, (4,), generator=generator)
+
+
+class _Bomb:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.fixture
+def make_bomb(tmp_path: Path) -> tuple[Callable[[], Any], Path]:
+    """An object maker, and the file that appears if a pickle of such an object is executed."""
+    marker = tmp_path / "executed"
+    return lambda: _Bomb(marker), marker

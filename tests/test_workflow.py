@@ -1,0 +1,213 @@
+"""The chain as a user meets it: bad input first, then the real thing, locally and as a submitted job."""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from tiny_dit import make_artifact, write_model
+
+import workflow
+
+ROOT = Path(workflow.__file__).parent
+SMALL = [
+    "--sampler.num-inference-steps=6",
+    "--train.trajectories=2",
+    "--train.batch-size=4",
+    "--evaluate.samples=16",
+    "--evaluate.batch-size=8",
+    "--evaluate.timing-rounds=1",
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fashoin"], ["preset is 'fashoin'", "give one of fashion, dit-xl-2-256"]),
+        (["fashion", "--train.batch-size=3"], ["train.batch_size is 3", "give a multiple of"]),
+        (["fashion", "--train.sdt.threshold=2"], ["train.sdt.threshold is 2", "between 0 and 1"]),
+        (["fashion", "--sampler.num-inference-steps=1"], ["num_inference_steps is 1", "give 2 to 1000"]),
+        (["fashion", "--sampler.guidance-scale=99"], ["sampler.guidance_scale is 99", "give 1 to 50"]),
+        (["fashion", "--run-id=../x"], ["run_id is '../x'", "give letters"]),
+        (["fashion", "--model.path=/no/such"], ["model.path /no/such does not exist", "give builtin:"]),
+        (["dit-xl-2-256"], ["model.path DiT-XL-2-256x256.pt does not exist"]),
+        (["fashion", "--storage-path=/proc/x"], ["storage_path /proc/x cannot be written", "writable"]),
+        (["fashion", "--storage-path=nope://x"], ["storage_path nope://x is not usable"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not any(a.startswith("--storage-path") for a in arguments):
+        arguments = [*arguments, f"--storage-path={tmp_path}"]
+    assert workflow.main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error
+    for word in words:
+        assert word in error
+    assert not ray.is_initialized(), "refused before any work starts"
+
+
+@pytest.mark.parametrize("override", ["--train.trajectoris=3", "--train.trajectories=many"])
+def test_a_bad_override_exits_2(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        workflow.main(["fashion", override])
+    assert exit_.value.code == 2
+    assert override.split("=")[0] in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code = workflow.main(["fashion", f"--model.path={tmp_path / 'model'}", f"--storage-path={tmp_path}"])
+    assert code == 2
+    assert "cannot be read, it may be truncated: fetch it again" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_with_its_own_settings_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "r1"
+    run.mkdir(parents=True)
+    started = workflow.PRESETS["fashion"]().to_dict() | {"seed": 7}
+    (run / "config.json").write_text(json.dumps(started))
+    assert workflow.main(["fashion", "--run-id=r1", f"--storage-path={tmp_path / 'runs'}"]) == 2
+    assert "seed is 0 and run_id r1 was started with 7" in capsys.readouterr().err
+
+
+def test_a_router_of_another_step_count_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "model")
+    make_artifact(model).save(tmp_path / "runs" / "r1" / "router")
+    arguments = [
+        "fashion",
+        "--run-id=r1",
+        f"--storage-path={tmp_path / 'runs'}",
+        f"--model.path={model.path}",
+    ]
+    assert workflow.main(arguments) == 2
+    steps = "sampler.num_inference_steps is 20 and the router was made for 8"
+    assert steps in capsys.readouterr().err
+
+
+def test_evaluation_without_a_router_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workflow.main(["fashion", f"--storage-path={tmp_path}", "--stages", "evaluate"]) == 2
+    assert "has no router yet: add the stage train" in capsys.readouterr().err
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.cluster
+def test_the_chain_and_its_second_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    model = write_model(tmp_path / "model")
+    arguments = [
+        "fashion",
+        "--run-id=r1",
+        f"--storage-path={tmp_path / 'runs'}",
+        f"--model.path={model.path}",
+        f"--serve.port={free_port()}",
+        *SMALL,
+    ]
+    try:
+        assert workflow.main(arguments) == 0
+        run = tmp_path / "runs" / "r1"
+        report = json.loads((run / "report.json").read_text())
+        for key in ("cur", "ideal_speedup", "measured_speedup", "realised_share", "verdict"):
+            assert key in report
+        assert set(report["arms"]) == {"full", "cached", "fewer_steps"}
+        for name in ("samples.png", "router.png", "served.png"):
+            assert (run / name).read_bytes().startswith(b"\x89PNG")
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
+        capsys.readouterr()
+        assert workflow.main([*arguments, "--stages", "train", "evaluate", "register"]) == 0
+        assert capsys.readouterr().out.count("done before") == 2
+        assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture
+def cluster_environment(tmp_path: Path):
+    """A head node of its own, ended by process group; `ray stop` would end other people's clusters too."""
+    port, dashboard = free_port(), free_port()
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
+    command += [
+        "--num-cpus=6",
+        "--object-store-memory=300000000",
+        "--ray-client-server-port",
+        str(free_port()),
+    ]
+    with (tmp_path / "head.log").open("w") as log:
+        head = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path
+        )
+        try:
+            _wait_for_port(dashboard)
+            yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        finally:
+            head.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                head.wait(timeout=30)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(head.pid, signal.SIGKILL)
+
+
+def _wait_for_port(port: int, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise TimeoutError(f"nothing listens on {port}")
+
+
+@pytest.mark.cluster
+def test_submitted_as_a_job(tmp_path: Path, cluster_environment: dict[str, str]) -> None:
+    model = write_model(tmp_path / "model")
+    command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "workflow.py", "fashion"]
+    command += ["--run-id=job", f"--storage-path={tmp_path / 'runs'}", f"--model.path={model.path}", *SMALL]
+    command += ["--stages", "train", "register"]
+    for _ in range(5):
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=cluster_environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+        if "No available agent" not in done.stderr:  # the head's job agent starts after its dashboard
+            break
+        time.sleep(3)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "succeeded" in done.stdout
+    assert "version 1 of harmonica-fashion is the champion" in done.stdout
+    assert (tmp_path / "runs" / "job" / "router" / "config.json").exists()
