@@ -104,7 +104,15 @@ def test_both_halves_see_the_conditional_latents(tiny_sampler, batch):
 
 
 def test_clipped_samples_stay_in_bounds():
-    shape = DiTConfig(sample_size=8, in_channels=1, out_channels=1, num_layers=1, num_embeds_ada_norm=10)
+    shape = DiTConfig(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_embeds_ada_norm=10,
+    )
     model = DiT(shape)
     model.initialize(torch.Generator().manual_seed(0), zero=False)
     generator = torch.Generator().manual_seed(1)

@@ -156,13 +156,11 @@ def cluster_environment(tmp_path: Path):
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
-    command += [
-        "--num-cpus=6",
-        "--object-store-memory=300000000",
-        "--ray-client-server-port",
-        str(free_port()),
-    ]
+    # Every port that another cluster on this machine may hold; the job agent's default is a fixed one.
+    ports = {"port": port, "dashboard-port": dashboard}
+    ports |= {name: free_port() for name in ("dashboard-agent-listen-port", "ray-client-server-port")}
+    command = ["ray", "start", "--head", "--block", "--num-cpus=6", "--object-store-memory=300000000"]
+    command += [f"--{name}={value}" for name, value in ports.items()]
     with (tmp_path / "head.log").open("w") as log:
         head = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path
@@ -171,11 +169,12 @@ def cluster_environment(tmp_path: Path):
             _wait_for_port(dashboard)
             yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         finally:
-            head.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                head.wait(timeout=30)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(head.pid, signal.SIGKILL)
+            # `--block` does not pass a signal on: the whole group is told, then ended.
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(head.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    head.wait(timeout=10)
 
 
 def _wait_for_port(port: int, timeout_s: float = 90) -> None:

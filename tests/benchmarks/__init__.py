@@ -1,0 +1,1 @@
+"""What speed by design is worth here: `python -m tests.benchmarks`."""

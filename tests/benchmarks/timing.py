@@ -1,0 +1,79 @@
+"""Arms warmed up, run in turn, and compared by their medians."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Wall time of one arm."""
+
+    median_s: float
+    spread_s: float
+    """Slowest minus fastest round."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What a value should be."""
+
+    direction: Literal["<=", ">="]
+    bound: float
+
+    def holds(self, value: float) -> bool:
+        return value <= self.bound if self.direction == "<=" else value >= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.direction} {self.bound:.2f}"
+
+
+def describe_machine() -> dict[str, str | int | float]:
+    """Where, and beside how much other work, the numbers were taken."""
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count() or 0,
+        "load_average": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One comparison, as bench.json has it."""
+
+    what: str
+    arms: dict[str, Timing]
+    value: float
+    unit: str
+    aim: str
+    holds: bool
+    machine: dict[str, str | int | float] = field(default_factory=describe_machine)
+
+    @classmethod
+    def judge(cls, what: str, arms: dict[str, Timing], value: float, unit: str, aim: Aim) -> "Row":
+        """A row whose value is held against its aim."""
+        return cls(what=what, arms=arms, value=value, unit=unit, aim=str(aim), holds=aim.holds(value))
+
+
+def time_arms(arms: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, Timing]:
+    """Each arm once for warmth, then all of them in turn, so that a slow minute hits them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for arm in arms.values():
+        arm()
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            start = time.perf_counter()
+            arm()
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        name: Timing(statistics.median(values), max(values) - min(values)) for name, values in seconds.items()
+    }
