@@ -104,7 +104,8 @@ def deploy(
 
 def shutdown() -> None:
     """Stop serving. The cluster stays, and so do other applications on it."""
-    serve.delete(APP_NAME)
+    if APP_NAME in serve.status().applications:
+        serve.delete(APP_NAME)
     if not serve.status().applications:
         serve.shutdown()
 
