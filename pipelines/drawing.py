@@ -3,11 +3,7 @@
 Shapes: N rows, C channels, H W image.
 """
 
-import asyncio
 import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,73 +99,3 @@ class ImageSampler:
             Drawing(encode_png(image), router.version, router.plan.cur, len(rows), seconds)
             for image in images_NCHW
         ]
-
-
-class Batcher:
-    """Rows that wait share the next trajectory; one trajectory at a time, in a thread of its own.
-
-    Ray's `@serve.batch` closes a batch once its wait is over even while the one before still runs, so
-    that under load rows queue up in many small trajectories. Here the batch is taken when the thread
-    becomes free, with all that has come in by then.
-    """
-
-    def __init__(
-        self, draw: Callable[[list[Row]], list[Drawing]], *, max_batch_size: int, wait_s: float
-    ) -> None:
-        self._draw, self._max_batch_size, self._wait_s = draw, max_batch_size, wait_s
-        self._waiting: deque[tuple[Row, float, asyncio.Future[Drawing]]] = deque()
-        self._arrived = asyncio.Event()
-        self._loop_task: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="trajectory")
-
-    async def submit(self, row: Row) -> Drawing:
-        """The row's image; cancelling drops a row that still waits."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Drawing] = loop.create_future()
-        self._waiting.append((row, loop.time(), future))
-        self._arrived.set()
-        if self._loop_task is None:
-            self._loop_task = loop.create_task(self._work())
-        return await future
-
-    async def _work(self) -> None:
-        """Trajectories until nobody waits."""
-        loop = asyncio.get_running_loop()
-        try:
-            while self._waiting:
-                await self._fill()
-                batch = self._take()
-                if not batch:
-                    continue
-                rows, futures = [row for row, _ in batch], [future for _, future in batch]
-                try:
-                    drawings = await loop.run_in_executor(self._thread, self._draw, rows)
-                except Exception as error:
-                    for future in futures:
-                        if not future.done():
-                            future.set_exception(error)
-                else:
-                    for future, drawing in zip(futures, drawings, strict=True):
-                        if not future.done():
-                            future.set_result(drawing)
-        finally:
-            self._loop_task = None
-
-    async def _fill(self) -> None:
-        """Wait for company, at most `wait_s` from the first row's arrival."""
-        loop = asyncio.get_running_loop()
-        deadline = self._waiting[0][1] + self._wait_s
-        while len(self._waiting) < self._max_batch_size and loop.time() < deadline:
-            self._arrived.clear()
-            try:
-                await asyncio.wait_for(self._arrived.wait(), deadline - loop.time())
-            except TimeoutError:
-                return
-
-    def _take(self) -> list[tuple[Row, asyncio.Future[Drawing]]]:
-        batch: list[tuple[Row, asyncio.Future[Drawing]]] = []
-        while self._waiting and len(batch) < self._max_batch_size:
-            row, _, future = self._waiting.popleft()
-            if not future.cancelled():
-                batch.append((row, future))
-        return batch

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig, load_model
 from pipelines import registry
 from pipelines.config import ServeConfig, WorkflowConfig
-from pipelines.drawing import Batcher, Drawing, ImageSampler, Row
+from pipelines.drawing import Drawing, ImageSampler, Row
 from pipelines.http_errors import Overloaded
 from pipelines.images_api import ModelCard, create_app
 
@@ -68,9 +69,11 @@ class Sampler:
         self._args = args
         self._images = ImageSampler(load_model(args.model), "cuda" if config.use_gpu else "cpu")
         self._load()
-        self._batcher = Batcher(
-            self._images.draw, max_batch_size=config.max_batch_size, wait_s=config.batch_wait_s
-        )
+        # One thread: one trajectory at a time, with the event loop free for the next requests.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="trajectory")
+        batching: Any = self._trajectory  # the decorator's setters are not in its type
+        batching.set_max_batch_size(config.max_batch_size)
+        batching.set_batch_wait_timeout_s(config.batch_wait_s)
         self._follower = asyncio.create_task(self._follow()) if args.tracking_uri else None
 
     def _load(self) -> None:
@@ -103,7 +106,13 @@ class Sampler:
         )
 
     async def draw(self, row: Row) -> Drawing:
-        return await self._batcher.submit(row)
+        return await self._trajectory(row)
+
+    @serve.batch
+    async def _trajectory(self, rows: list[Row]) -> list[Drawing]:
+        """Rows that wait together share one cached trajectory, whatever their class and seed."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._images.draw, rows)
 
 
 class RemoteSampler:

@@ -29,7 +29,7 @@ from harmonica.models.loading import ModelConfig
 from pipelines import registry
 from pipelines.config import ServeConfig, WorkflowConfig
 from pipelines.replicas import FOLLOW_S, Sampler, ServeArgs, build_api
-from pipelines.runtime import connect
+from pipelines.runtime import connect, is_private
 from pipelines.tracking import tracking_uri as local_tracking_uri
 
 APP_NAME = "harmonica"
@@ -91,9 +91,11 @@ def deploy(
     application = build(args)
     if not _is_serving():
         _check_port(config)
-    serve.start(http_options={"host": config.host, "port": config.port})
+    # On a private cluster every log line lands on the user's terminal; on a shared one, in Ray's files.
+    logging_config = {"log_level": "WARNING" if is_private() else "INFO"}
+    serve.start(http_options={"host": config.host, "port": config.port}, logging_config=logging_config)
     try:
-        serve.run(application, name=APP_NAME, route_prefix="/")
+        serve.run(application, name=APP_NAME, route_prefix="/", logging_config=logging_config)
     except RuntimeError as error:
         raise RuntimeError(f"serving could not start: {_why_failed() or error}") from error
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host

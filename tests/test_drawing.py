@@ -1,10 +1,7 @@
 """Rows that share trajectories: who waits for whom, and that company does not change an image."""
 
-import asyncio
 import dataclasses
 import io
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ from PIL import Image
 from tiny_dit import SHAPE, make_artifact, write_model
 
 from harmonica.models.loading import load_model
-from pipelines.drawing import Batcher, ImageSampler, Row
+from pipelines.drawing import ImageSampler, Row
 
 
 @pytest.fixture(autouse=True)
@@ -75,89 +72,3 @@ def test_a_latent_model_is_refused(tmp_path):
     latent = write_model(tmp_path, shape=dataclasses.replace(SHAPE, in_channels=4, out_channels=8))
     with pytest.raises(ValueError, match=r"model.in_channels is 4: .*pixel"):
         ImageSampler(load_model(latent))
-
-
-def submit(batcher, rows):
-    return [asyncio.create_task(batcher.submit(row)) for row in rows]
-
-
-def test_rows_share_trajectories_up_to_the_limit(sampler):
-    async def scenario():
-        batcher = Batcher(sampler.draw, max_batch_size=4, wait_s=0.2)
-        return await asyncio.gather(*submit(batcher, [Row(i, 1, i) for i in range(6)]))
-
-    drawings = asyncio.run(scenario())
-    assert [drawing.batch_size for drawing in drawings] == [4, 4, 4, 4, 2, 2]
-    for i, drawing in enumerate(drawings):
-        assert np.abs(pixels(drawing) - pixels(sampler.draw([Row(i, 1, i)])[0])).max() <= 1
-
-
-def test_what_arrives_during_a_trajectory_shares_the_next(sampler):
-    """However long apart: `@serve.batch` would make one trajectory of each."""
-    release = threading.Event()
-
-    def draw(rows):
-        release.wait(30)
-        return sampler.draw(rows)
-
-    async def scenario():
-        batcher = Batcher(draw, max_batch_size=8, wait_s=0.01)
-        tasks = submit(batcher, [Row(0, 1, 0)])
-        await asyncio.sleep(0.1)
-        for i in range(1, 4):
-            tasks += submit(batcher, [Row(i, 1, 0)])
-            await asyncio.sleep(0.05)
-        release.set()
-        return await asyncio.gather(*tasks)
-
-    assert [drawing.batch_size for drawing in asyncio.run(scenario())] == [1, 3, 3, 3]
-
-
-def test_a_lone_row_waits_no_longer_than_told(sampler):
-    async def scenario():
-        batcher = Batcher(sampler.draw, max_batch_size=8, wait_s=0.3)
-        started = time.perf_counter()
-        drawing = await batcher.submit(Row(0, 1, 0))
-        return time.perf_counter() - started - drawing.seconds
-
-    assert 0.25 < asyncio.run(scenario()) < 2
-
-
-def test_cancelled_rows_are_not_drawn(sampler):
-    drawn = []
-
-    def draw(rows):
-        drawn.extend(rows)
-        return sampler.draw(rows)
-
-    async def scenario():
-        batcher = Batcher(draw, max_batch_size=8, wait_s=0.1)
-        gone, kept = submit(batcher, [Row(0, 1, 0), Row(1, 1, 0)])
-        await asyncio.sleep(0)
-        gone.cancel()
-        await kept
-        only = asyncio.create_task(batcher.submit(Row(2, 1, 0)))
-        await asyncio.sleep(0)
-        only.cancel()
-        await asyncio.sleep(0.2)
-        return await batcher.submit(Row(3, 1, 0))
-
-    assert asyncio.run(scenario()).batch_size == 1
-    assert drawn == [Row(1, 1, 0), Row(3, 1, 0)]
-
-
-def test_a_failing_trajectory_fails_its_rows_and_no_others(sampler):
-    def draw(rows):
-        if rows[0].label == 0:
-            raise RuntimeError("out of memory")
-        return sampler.draw(rows)
-
-    async def scenario():
-        batcher = Batcher(draw, max_batch_size=2, wait_s=0.05)
-        return await asyncio.gather(
-            *submit(batcher, [Row(i, 1, 0) for i in (0, 1, 2)]), return_exceptions=True
-        )
-
-    first, second, third = asyncio.run(scenario())
-    assert isinstance(first, RuntimeError) and isinstance(second, RuntimeError)
-    assert third.batch_size == 1

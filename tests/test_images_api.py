@@ -14,7 +14,7 @@ from tiny_dit import make_artifact, write_model
 
 from harmonica.fashion import CLASS_NAMES
 from harmonica.models.loading import load_model
-from pipelines.drawing import Batcher, Drawing, ImageSampler, Row
+from pipelines.drawing import Drawing, ImageSampler, Row
 from pipelines.http_errors import ApiError, Overloaded
 from pipelines.images_api import MAX_BODY_BYTES, ModelCard, create_app, find_class
 
@@ -23,10 +23,9 @@ PATH = "/v1/images/generations"
 
 @dataclass
 class InProcess:
-    """What the Sampler deployment does, without Serve."""
+    """What the Sampler deployment does, without Serve and so without batching."""
 
     images: ImageSampler
-    batcher: Batcher
     error: Exception | None = None
 
     async def describe(self) -> ModelCard:
@@ -44,7 +43,7 @@ class InProcess:
     async def draw(self, row: Row) -> Drawing:
         if self.error:
             raise self.error
-        return await self.batcher.submit(row)
+        return self.images.draw([row])[0]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def source(tmp_path_factory):
     model = write_model(tmp_path_factory.mktemp("model"))
     images = ImageSampler(load_model(model))
     images.use(make_artifact(model), "3")
-    return InProcess(images, Batcher(images.draw, max_batch_size=8, wait_s=0.02))
+    return InProcess(images)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +92,7 @@ def test_answer_holds_images_and_how_they_were_made(client, source):
     assert answer.status_code == 200, answer.text
     body = answer.json()
     assert body["seed"] == 5 and body["size"] == "28x28" and body["output_format"] == "png"
-    assert body["router_version"] == "3" and body["batch_size"] == 3
+    assert body["router_version"] == "3" and body["batch_size"] == 1
     assert body["cur"] == pytest.approx(source.images.router.plan.cur)
     assert body["inference_time_s"] > 0 and body["created"] > 1.7e9
     assert [entry["revised_prompt"] for entry in body["data"]] == ["Ankle boot"] * 3
