@@ -90,7 +90,7 @@ def deploy(
     )
     application = build(args)
     if not _is_serving():
-        _check_port(config)
+        check_port(config)
     # On a private cluster every log line lands on the user's terminal; on a shared one, in Ray's files.
     logging_config = {"log_level": "WARNING" if is_private() else "INFO"}
     serve.start(http_options={"host": config.host, "port": config.port}, logging_config=logging_config)
@@ -125,7 +125,12 @@ def _is_serving() -> bool:
     return bool(serve.status().proxies)
 
 
-def _check_port(config: ServeConfig) -> None:
+def check_port(config: ServeConfig) -> None:
+    """Refuse an address that cannot be listened on.
+
+    Raises:
+        ValueError: taken, or not this machine's.
+    """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -46,6 +46,10 @@ class Workflow:
         """
         self.storage.check_writable()
         tracking.tracking_uri(self.config.storage_path)
+        if "serve" in self.config.stages and is_private():
+            from pipelines.serve import check_port
+
+            check_port(self.config.serve)
         model = load_model(self.config.model).model
         if self.storage.exists(f"{ROUTER}/config.json"):
             RouterArtifact.load(self.storage.download_folder(ROUTER)).check(model, self.config.sampler)

@@ -92,8 +92,9 @@ def test_guidance_conventions(channels, guided):
 
 
 def test_first_three_of_one_channel_is_that_channel():
-    output = torch.tensor([5.0, 1.0])[:, None, None, None]
-    assert guide(output, 2.0, "first_three", noise_channels=1).flatten().tolist() == [9.0, 9.0]
+    output = torch.tensor([[5.0, 7.0], [1.0, 3.0]])[:, :, None, None]  # noise and variance
+    guided = guide(output, 2.0, "first_three", noise_channels=1)
+    assert guided.flatten(1).tolist() == [[9.0, 7.0], [9.0, 3.0]]
 
 
 def test_both_halves_see_the_conditional_latents(tiny_sampler, batch):

@@ -73,6 +73,19 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "cannot be read, it may be truncated: fetch it again" in capsys.readouterr().err
 
 
+def test_a_taken_port_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert workflow.main(["fashion", f"--storage-path={tmp_path}", f"--serve.port={port}"]) == 2
+    error = capsys.readouterr().err
+    assert f"serve.port is {port}" in error and "give another port" in error
+
+
 def test_a_run_is_resumed_with_its_own_settings_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

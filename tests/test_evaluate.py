@@ -1,0 +1,59 @@
+"""The verdict on a router, and the built-in router on the built-in model."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from harmonica.artifact import RouterArtifact
+from harmonica.builtin import CHAMPION
+from harmonica.classifier import features_and_logits, load_classifier
+from harmonica.metrics import label_accuracy, psnr
+from harmonica.models.loading import ModelConfig, load_model
+from harmonica.samplers import Ddim, SamplerConfig
+from harmonica.sampling import sample
+from pipelines.evaluate import verdict
+from pipelines.stream import RowSpec, make_rows
+from pipelines.timing import CACHED, FEWER, FULL
+
+
+def arms(cached_psnr: float, cached_frechet: float) -> dict:
+    return {
+        FULL: {"num_inference_steps": 20},
+        CACHED: {"psnr_to_full": cached_psnr, "frechet_to_full": cached_frechet},
+        FEWER: {"psnr_to_full": 35.0, "frechet_to_full": 0.05, "num_inference_steps": 12},
+    }
+
+
+@pytest.mark.parametrize(
+    ("cached", "worth", "words"),
+    [
+        ((40.0, 0.01), True, "Worth having"),
+        ((30.0, 0.01), False, "DDIM-12 at the same measured time is nearer .* by PSNR"),
+        ((40.0, 0.09), False, "nearer .* by Frechet distance"),
+    ],
+)
+def test_the_verdict_says_in_words_who_is_nearer(cached, worth, words) -> None:
+    said = verdict(arms(*cached))
+    assert said["worth_having"] is worth
+    assert re.search(words, said["verdict"])
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    rows = make_rows(np.arange(40), RowSpec(seed=11, num_classes=10, shape=(1, 28, 28)))
+    return torch.from_numpy(rows["noise"]), torch.from_numpy(rows["label"])
+
+
+def test_the_built_in_champion_beats_fewer_steps_of_the_same_arithmetic(rows) -> None:
+    model, champion = load_model(ModelConfig()).model, RouterArtifact.load(CHAMPION)
+    champion.check(model, SamplerConfig())
+    assert champion.plan.cur >= 0.3
+    full = sample(Ddim(model, champion.sampler), *rows)
+    cached = sample(Ddim(model, champion.sampler), *rows, champion.plan, reuse=champion.reuse)
+    steps = -(-champion.sampler.num_inference_steps // champion.ideal_speedup)
+    fewer = sample(Ddim(model, SamplerConfig(num_inference_steps=int(steps))), *rows)
+    assert psnr(cached, full).mean() > psnr(fewer, full).mean() + 2
+    _, logits = features_and_logits(load_classifier(), cached)
+    assert label_accuracy(logits, rows[1]) >= 0.8
