@@ -191,7 +191,7 @@ def test_a_taken_port_is_named():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"serve.port is {port}: .*give another port"):
-            serve._check_port(ServeConfig(port=port))
+            serve.check_port(ServeConfig(port=port))
 
 
 @pytest.mark.cluster
