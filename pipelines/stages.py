@@ -44,8 +44,6 @@ class Workflow:
         Raises:
             ValueError: names field, value and cure.
         """
-        self.storage.check_writable()
-        tracking.tracking_uri(self.config.storage_path)
         if "serve" in self.config.stages and is_private():
             from pipelines.serve import check_port
 
@@ -58,6 +56,8 @@ class Workflow:
                 f"stages is {self.config.stages} and run_id {self.config.run_id} has no router yet: "
                 "add the stage train, or give the --run-id of a trained run"
             )
+        self.storage.check_writable()
+        tracking.tracking_uri(self.config.storage_path)
         wanted = {k: v for k, v in self._plain_config().items() if k not in _FREE_TO_CHANGE}
         if not self.storage.exists(CONFIG):
             self.storage.write_json(CONFIG, self._plain_config())

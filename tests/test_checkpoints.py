@@ -1,6 +1,7 @@
 """Weights from disk: what loads, what is refused and in which words. Nothing from outside is executed."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,11 @@ def test_the_public_layout_loads_with_and_without_ema(path, state, tiny_shape, w
     assert loaded.class_names == tuple("0123456789")
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_positions_are_those_of_the_public_code(tiny_shape):
+    recorded = read_tensors(Path(__file__).parent / "assets" / "case_a" / "dit_official.pt")
+    torch.testing.assert_close(DiT(tiny_shape).pos_embed, recorded["pos_embed"])
 
 
 def test_positions_may_be_left_out(path, state, tiny_shape):

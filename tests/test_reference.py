@@ -64,6 +64,13 @@ def test_only_what_is_recorded_is_computed_and_one_changed_digit_is_found(run_co
     assert run_command(small_case, "--tolerance", "0.1")[0] == 0
 
 
+def test_inputs_of_keys_that_are_not_recorded_are_not_needed(run_command, small_case):
+    recorded = load_file(CASE / "golden.safetensors")
+    save_file({"plan.compute": recorded["plan.compute"]}, small_case / "golden.safetensors")
+    code, out, _ = run_command(small_case)
+    assert (code, out.split()) == (0, ["plan.compute", "0.000e+00", "ok"])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_recorded_value_that_is_not_a_number_differs(run_command, small_case, value):
     change(small_case / "golden.safetensors", "ddim.full", (0, 0, 0, 0), value)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -34,10 +35,20 @@ class Aim:
         return f"{self.direction} {self.bound:.2f}"
 
 
+def cpu_name() -> str:
+    """As Linux reports it; elsewhere the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def describe_machine() -> dict[str, str | int | float]:
     """Where, and beside how much other work, the numbers were taken."""
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count() or 0,
         "load_average": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
