@@ -3,12 +3,15 @@
 Shapes: N batch, C channels, H W image, L tokens, D width.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+_FINGERPRINT_VALUES = 64  # a parameter; enough to tell trainings apart, nothing to read for a large model
 
 
 class Branch(ABC):
@@ -67,8 +70,20 @@ class BranchedTransformer(nn.Module, ABC):
         """Arithmetic of one forward for one sample."""
 
     @abstractmethod
+    def shape(self) -> dict[str, Any]:
+        """Architecture and shape, JSON-ready."""
+
     def identity(self) -> dict[str, Any]:
-        """What a router must have been made for: architecture and shape, JSON-ready."""
+        """What a router must have been made for: architecture, shape and weights."""
+        return {**self.shape(), "weights": self.fingerprint()}
+
+    def fingerprint(self) -> str:
+        """Tells checkpoints of one shape apart: a digest of the first values of every parameter."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.named_parameters()):
+            first = parameter.detach().flatten()[:_FINGERPRINT_VALUES].float().cpu()
+            digest.update(name.encode() + first.numpy().tobytes())
+        return f"sha256:{digest.hexdigest()[:16]}"
 
     def forward(self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor) -> Tensor:
         """The full pass: every branch computed."""

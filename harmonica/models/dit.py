@@ -216,7 +216,7 @@ class DiT(BranchedTransformer):
         rest = patch * (c.in_channels + c.out_channels) + modulation + timestep
         return Macs(tuple(branch.macs for branch in self.branches), rest)
 
-    def identity(self) -> dict[str, Any]:
+    def shape(self) -> dict[str, Any]:
         return {"architecture": "DiT", **asdict(self.config)}
 
     def initialize(self, generator: torch.Generator | None = None, *, zero: bool = True) -> None:
