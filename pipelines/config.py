@@ -183,12 +183,12 @@ class WorkflowConfig:
 def fashion() -> WorkflowConfig:
     """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download.
 
-    Away from the paper in four settings, because minutes allow some 40 updates a row and the paper takes
+    Away from the paper in four settings, because minutes allow some 30 updates a row and the paper takes
     20,000: reuse by forecast, an alternating start, lambda per unit of step error, beta from a target.
     """
     return WorkflowConfig(
         train=TrainConfig(
-            trajectories=40,
+            trajectories=30,
             batch_size=8,
             sdt=SdtConfig(learning_rate=0.15, threshold=0.5, reuse="forecast"),
             target_cur=0.42,
@@ -196,7 +196,8 @@ def fashion() -> WorkflowConfig:
             initial_logit=2.0,
             iepo="sensitivity",
             iepo_every=10,
-        )
+        ),
+        evaluate=EvaluateConfig(samples=320, timing_rounds=4),
     )
 
 

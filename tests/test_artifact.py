@@ -85,7 +85,9 @@ def test_another_model_is_refused(folder, tiny_sampler, tiny_shape, name, value)
 def test_another_training_of_the_same_shape_is_refused(folder, tiny_sampler, tiny_shape):
     model = DiT(tiny_shape)
     model.initialize(torch.Generator().manual_seed(99), zero=False)
-    with pytest.raises(ValueError, match=r"^model\.weights is sha256:\w+ and the router was made for sha256:"):
+    with pytest.raises(
+        ValueError, match=r"^model\.weights is sha256:\w+ and the router was made for sha256:"
+    ):
         RouterArtifact.load(folder).check(model, tiny_sampler.config)
 
 

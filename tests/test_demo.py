@@ -1,0 +1,43 @@
+"""What `make demo` runs, at its own settings: the router it trains in minutes is worth having."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_the_demo_trains_a_good_router(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    command = [sys.executable, "workflow.py", "fashion", "--run-id=demo", f"--storage-path={tmp_path}"]
+    done = subprocess.run(
+        [*command, f"--serve.port={port}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    arms = report["arms"]
+    assert report["cur"] >= 0.3
+    # Not against the fewer-steps arm: its step count follows a timing, and machines are noisy.
+    assert arms["cached"]["psnr_to_full"] > 39
+    assert arms["cached"]["frechet_to_full"] < 0.02
+    assert arms["full"]["label_accuracy"] > 0.9
+    for name in ("samples.png", "router.png", "served.png"):
+        assert (tmp_path / "demo" / name).stat().st_size > 100
+    for words in ("CUR", "make ui", "make serve", "drew 'Ankle boot'"):
+        assert words in done.stdout
