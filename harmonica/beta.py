@@ -47,4 +47,4 @@ class BetaController:
         return {"beta": self.beta, "worth": self.worth_TB, "updates": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.beta, self.worth_TB, self._updates = state["beta"], state["worth"], state["updates"]
+        self.beta, self.worth_TB, self._updates = state["beta"], state["worth"].cpu(), state["updates"]

@@ -44,10 +44,11 @@ def denoising_loss(
     label_dropout: float,
 ) -> Tensor:
     """Mean squared error of the predicted noise at uniformly drawn timesteps (Ho et al. 2020, eq. 14)."""
-    n = clean_NCHW.shape[0]
-    noise = torch.randn(clean_NCHW.shape, generator=generator)
-    timestep_N = torch.randint(NUM_TRAIN_TIMESTEPS, (n,), generator=generator)
-    dropped_N = torch.rand(n, generator=generator) < label_dropout
+    n, device = clean_NCHW.shape[0], clean_NCHW.device
+    # Drawn where the generator lives, so that every device trains on the same numbers.
+    noise = torch.randn(clean_NCHW.shape, generator=generator).to(device)
+    timestep_N = torch.randint(NUM_TRAIN_TIMESTEPS, (n,), generator=generator).to(device)
+    dropped_N = (torch.rand(n, generator=generator) < label_dropout).to(device)
     label_N = torch.where(dropped_N, null_label, label_N)
     predicted = model(add_noise(clean_NCHW, noise, timestep_N), timestep_N, label_N)
     return (predicted - noise).square().mean()

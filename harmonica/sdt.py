@@ -103,10 +103,7 @@ class SdtTrainer:
             row = self.router.rows[i]
             with torch.no_grad():
                 hidden, conditioning = sampler.embed(i, x, condition)
-                h = hidden
-                for branch in model.branches:
-                    h = branch.merge(h, branch.compute(h, conditioning), conditioning)
-                target = sampler.guide(model.head(h, conditioning))
+                target = sampler.guide(model.full_pass(hidden, conditioning))
             scores_B = self.router.scores(i)
             refresh_row = (scores_B.detach() > config.threshold).tolist()
             output = soft_pass(model, hidden, conditioning, scores_B, refresh_row, cache, i)

@@ -106,8 +106,8 @@ def _train_loop(job: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     model = DiT(config.model)
     model.initialize(torch.Generator().manual_seed(config.seed))
-    ema = Ema(model, config.ema_decay)
     model.to(device)
+    ema = Ema(model, config.ema_decay)
     optimizers = make_optimizers(model, config.learning_rate, config.weight_decay)
     step = 0
     if checkpoint := ray.train.get_checkpoint():
@@ -164,7 +164,8 @@ def _train_loop(job: dict[str, Any]) -> None:
                 loss_count * config.batch_size / (now - last_log),
             )
             loss_sum, loss_count, last_log = 0.0, 0, now
-        due = torch.tensor([time.monotonic() - last_checkpoint > config.checkpoint_interval_s])
+        is_due = time.monotonic() - last_checkpoint > config.checkpoint_interval_s
+        due = torch.tensor([float(is_due)], device=device)
         if torch.distributed.is_initialized():
             torch.distributed.broadcast(due, src=0)  # reports are barriers: all ranks or none
         if due.item() or step == config.steps:

@@ -121,7 +121,7 @@ class RouterRun:
         )
         self.trajectory += 1
         cur = self.router.plan(settings.sdt.threshold).cur
-        means = torch.tensor([[r.loss, r.mse, r.l1] for r in records], dtype=torch.float64).mean(0)
+        means = torch.tensor([[r.loss, r.mse, r.l1] for r in records], device=self.device).mean(0)
         _average(means)
         metrics |= dict(zip(("loss", "mse", "l1"), means.tolist(), strict=True))
         metrics |= {"cur": cur, "beta": self.beta_now}
@@ -161,9 +161,9 @@ def _trajectories(run: RouterRun) -> Iterator[tuple[Tensor, Tensor]]:
         yield batch["noise"], batch["label"]
 
 
-def _agree(due: bool) -> bool:
+def _agree(due: bool, device: torch.device) -> bool:
     """Rank 0's clock decides for all: a report is a barrier."""
-    flag = torch.tensor([float(due)])
+    flag = torch.tensor([float(due)], device=device)  # NCCL moves nothing that is not on the GPU
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(flag, src=0)
     return bool(flag.item())
@@ -201,7 +201,8 @@ def _train_loop(job: dict[str, Any]) -> None:
             log.pending.append((run.trajectory, metrics))
             bar.update(1)
         is_last = run.trajectory == total
-        if _agree(is_last or time.monotonic() - last_checkpoint > config.train.checkpoint_interval_s):
+        is_due = time.monotonic() - last_checkpoint > config.train.checkpoint_interval_s
+        if _agree(is_last or is_due, run.device):
             _report(run, metrics, log)
             last_checkpoint = time.monotonic()
     if bar is not None:

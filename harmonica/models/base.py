@@ -86,8 +86,12 @@ class BranchedTransformer(nn.Module, ABC):
         return f"sha256:{digest.hexdigest()[:16]}"
 
     def forward(self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor) -> Tensor:
-        """The full pass: every branch computed."""
-        hidden, conditioning = self.embed(sample_NCHW, timestep_N, condition_N)
+        """The whole model, every branch computed."""
+        return self.full_pass(*self.embed(sample_NCHW, timestep_N, condition_N))
+
+    def full_pass(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
+        """Every branch computed and the head, from what `embed` gave: (N, out_channels, H, W)."""
         for branch in self.branches:
-            hidden = branch.merge(hidden, branch.compute(hidden, conditioning), conditioning)
-        return self.head(hidden, conditioning)
+            y_NLD = branch.compute(hidden_NLD, conditioning)
+            hidden_NLD = branch.merge(hidden_NLD, y_NLD, conditioning)
+        return self.head(hidden_NLD, conditioning)

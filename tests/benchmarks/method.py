@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from harmonica.builtin import FASHION_DIT
 from harmonica.cache import BranchCache, Reuse
 from harmonica.iepo import image_error_proxy
-from harmonica.models.dit import DiT, DiTConfig
+from harmonica.models.dit import DiT
+from harmonica.models.loading import read_folder_config
 from harmonica.passes import planned_pass, soft_pass
 from harmonica.plan import Plan
 from harmonica.router import Router
@@ -20,23 +22,14 @@ from harmonica.sampling import sample
 from harmonica.sdt import SdtConfig, SdtTrainer, freeze
 from tests.benchmarks.timing import Aim, Row, time_arms
 
-SHAPE = DiTConfig(
-    sample_size=28,
-    patch_size=4,
-    in_channels=1,
-    out_channels=1,
-    num_layers=12,
-    num_attention_heads=4,
-    attention_head_dim=32,
-    num_embeds_ada_norm=10,
-)
 TAU = 0.1
 CONFIG = SdtConfig(threshold=TAU)
 
 
 def make_sampler(num_steps: int) -> Ddim:
     """Guided DDIM of a frozen random model."""
-    model = DiT(SHAPE)
+    shape, _ = read_folder_config(FASHION_DIT)  # the built-in model's
+    model = DiT(shape)
     model.initialize(torch.Generator().manual_seed(0), zero=False)
     freeze(model)
     return Ddim(model, SamplerConfig(num_inference_steps=num_steps))
