@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import io
 import json
+import shutil
 import subprocess
 import tempfile
 import time
@@ -26,6 +27,14 @@ ROUTER, REPORT, SHEET, HEAT_MAP, CONFIG = "router", "report.json", "samples.png"
 SERVED = "served.png"
 # What may differ when a run is resumed: none of it changes what the finished stages made.
 _FREE_TO_CHANGE = ("run_id", "stages", "serve", "storage_path", "preset")
+
+
+def _git_revision() -> str:
+    """Of the code that runs; a job's unpacked folder, or a machine without git, has none."""
+    if shutil.which("git") is None:
+        return "unknown"
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 class Workflow:
@@ -85,10 +94,7 @@ class Workflow:
 
     def _parameters(self) -> dict[str, Any]:
         versions = {n: importlib.metadata.version(n) for n in ("ray", "torch", "mlflow", "timm", "diffusers")}
-        revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        return self.config.to_dict() | {"versions": versions, "git_revision": revision or "unknown"}
+        return self.config.to_dict() | {"versions": versions, "git_revision": _git_revision()}
 
     def run(self, stage: Stage) -> None:
         """Run one stage, or say that it is done already."""

@@ -1,0 +1,1 @@
+"""One file an architecture, each behind `base.BranchedTransformer`; `loading` finds the right one."""
