@@ -1,4 +1,4 @@
-"""Image error proxy (paper, section 3.3): lambda_i, how much caching at step i hurts the final image.
+"""Image error proxy (HarmoniCa's IEPO): lambda_i, how much caching at step i hurts the final image.
 
 Three kinds. `leave_one_out` is the paper's, `cumulative` the released code's. `sensitivity` is ours: the
 leave-one-out change of the image divided by the step's own error, so that lambda_i * MSE_i is the image
@@ -84,7 +84,7 @@ def image_error_proxy(
 ) -> Tensor:
     """lambda (T-1,) of the trajectories from `noise`: mean squared change of the final latents.
 
-    `leave_one_out` (paper, eq. 6): against x_0 with soft weights at every step, the cache is switched
+    `leave_one_out` (the paper's): against x_0 with soft weights at every step, the cache is switched
     off at step i alone. `cumulative` (released code): from no caching at all, soft weights are switched
     on one step at a time, noisiest first; lambda_i is the change against the generation before.
     `sensitivity`: leave-one-out divided by the MSE between the soft and the full output of step i.

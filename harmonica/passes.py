@@ -48,7 +48,7 @@ def soft_pass(
     cache: BranchCache,
     step: int,
 ) -> Tensor:
-    """Training: every branch gives `r * computed + (1 - r) * cached`, differentiable in r (paper, eq. 5).
+    """Training: every branch gives `r * computed + (1 - r) * cached`, differentiable in r.
 
     Args:
         scores_B: r of each branch (B,), the scores of this step's router row.

@@ -1,4 +1,4 @@
-"""Step-wise denoising training of a router (paper, section 3.2), with the IEPO loss (section 3.3).
+"""HarmoniCa's step-wise denoising training (SDT) of a router, with its IEPO loss (arXiv 2410.01723).
 
 Along one trajectory, at each step i = T-2 ... 0, the uncached teacher and the cached student see the
 same x_t; one optimiser update a step; x_{t-1} comes from the student, detached. The base model is
