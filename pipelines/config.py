@@ -184,7 +184,8 @@ def fashion() -> WorkflowConfig:
     """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download.
 
     Away from the paper in four settings, because minutes allow some 30 updates a row where the
-    released setting takes 2,000: reuse by forecast, an alternating start, lambda per unit of step error, beta from a target.
+    released setting takes 2,000: reuse by forecast, an alternating start, lambda per unit of step error,
+    beta from a target.
     """
     return WorkflowConfig(
         train=TrainConfig(
@@ -202,7 +203,10 @@ def fashion() -> WorkflowConfig:
 
 
 def dit_xl_2_256() -> WorkflowConfig:
-    """DiT-XL/2 at 256 x 256, DDIM-20, guidance 1.5, with the released trainer's budget. Wants `--model.path` and GPUs."""
+    """DiT-XL/2 at 256 x 256, DDIM-20, guidance 1.5, on the released trainer's budget.
+
+    Wants `--model.path` and GPUs.
+    """
     return WorkflowConfig(
         preset="dit-xl-2-256",
         registered_model="harmonica-dit-xl-2-256",
