@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from harmonica.cache import BranchCache, Reuse
-from harmonica.passes import planned_pass, soft_pass
+from harmonica.passes import soft_pass
 from harmonica.router import Router
 from harmonica.samplers import Ddim
+from harmonica.sampling import planned_step
 
 IepoKind = Literal["leave_one_out", "cumulative", "sensitivity"]
 KINDS = get_args(IepoKind)
@@ -53,10 +54,9 @@ class _SoftGenerations:
 
     def full_step(self, i: int, state: _State) -> _State:
         """Step i with the cache switched off (weights 1); the cache takes what was computed."""
-        sampler, cache = self.sampler, state.cache.copy()
-        hidden, conditioning = sampler.embed(i, state.x_MCHW, self.condition_M)
-        guided = sampler.guide(planned_pass(sampler.model, hidden, conditioning, self.all, cache, i))
-        return _State(sampler.advance(i, state.x_MCHW, guided), cache, guided)
+        cache = state.cache.copy()
+        x, guided = planned_step(self.sampler, i, state.x_MCHW, self.condition_M, self.all, cache)
+        return _State(x, cache, guided)
 
     def soft_step(self, i: int, state: _State) -> _State:
         """Step i under the router's soft weights."""

@@ -1,6 +1,6 @@
 """Sampling a batch: all T steps, full or under a plan. No host sync, no data-dependent branch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,20 @@ from harmonica.samplers import Ddim
 
 OnStep = Callable[[int, Tensor], None]
 """Called after step i with x_{t-1}: progress bars, previews."""
+
+
+def planned_step(
+    sampler: Ddim,
+    i: int,
+    x_MCHW: Tensor,
+    condition_M: Tensor,
+    compute_row: Sequence[bool],
+    cache: BranchCache,
+) -> tuple[Tensor, Tensor]:
+    """Step i under one row of a plan: x_{t-1} (M, C, H, W), and the guided output that led there."""
+    hidden, conditioning = sampler.embed(i, x_MCHW, condition_M)
+    guided = sampler.guide(planned_pass(sampler.model, hidden, conditioning, compute_row, cache, i))
+    return sampler.advance(i, x_MCHW, guided), guided
 
 
 @torch.inference_mode()
@@ -35,10 +49,8 @@ def sample(
     cache = BranchCache(len(model.branches), reuse)
     x, condition = sampler.start(noise_NCHW, condition_N)
     for i in reversed(range(sampler.num_steps)):
-        hidden, conditioning = sampler.embed(i, x, condition)
         row = plan.compute[i] if plan is not None else (True,) * len(model.branches)
-        output = planned_pass(model, hidden, conditioning, row, cache, i)
-        x = sampler.advance(i, x, sampler.guide(output))
+        x, _ = planned_step(sampler, i, x, condition, row, cache)
         if on_step is not None:
             on_step(i, x)
     return sampler.finish(x)

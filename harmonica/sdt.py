@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from harmonica.cache import BranchCache, Reuse
-from harmonica.passes import planned_pass, soft_pass
+from harmonica.passes import soft_pass
 from harmonica.router import Router
 from harmonica.samplers import Ddim
+from harmonica.sampling import planned_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +98,9 @@ class SdtTrainer:
         beta = config.beta if beta is None else beta
         cache = BranchCache(len(model.branches), config.reuse)
         x, condition = sampler.start(noise_NCHW, condition_N)
-        x = self._first_step(x, condition, cache)
+        with torch.no_grad():  # step T-1 computes everything, fills the cache, trains nothing
+            everything = (True,) * len(model.branches)
+            x, _ = planned_step(sampler, sampler.num_steps - 1, x, condition, everything, cache)
         records = []
         for i in reversed(range(sampler.num_steps - 1)):
             row = self.router.rows[i]
@@ -122,13 +125,3 @@ class SdtTrainer:
             x = sampler.advance(i, x, guided.detach())
             records.append(StepRecord(i, mse.item(), l1.item(), loss.item()))
         return records, sampler.finish(x)
-
-    @torch.no_grad()
-    def _first_step(self, x_MCHW: Tensor, condition_M: Tensor, cache: BranchCache) -> Tensor:
-        """Step T-1: computes everything, fills the cache, trains nothing."""
-        sampler, model = self.sampler, self.sampler.model
-        i = sampler.num_steps - 1
-        hidden, conditioning = sampler.embed(i, x_MCHW, condition_M)
-        row = (True,) * len(model.branches)
-        output = planned_pass(model, hidden, conditioning, row, cache, i)
-        return sampler.advance(i, x_MCHW, sampler.guide(output))

@@ -94,8 +94,5 @@ class ImageSampler:
         images_NCHW = sample(
             router.sampler, noise.to(self.device), labels.to(self.device), router.plan, reuse=router.reuse
         ).cpu()
-        seconds = time.perf_counter() - started
-        return [
-            Drawing(encode_png(image), router.version, router.plan.cur, len(rows), seconds)
-            for image in images_NCHW
-        ]
+        seconds, cur = time.perf_counter() - started, router.plan.cur
+        return [Drawing(encode_png(image), router.version, cur, len(rows), seconds) for image in images_NCHW]

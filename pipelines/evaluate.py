@@ -25,7 +25,7 @@ from harmonica.models.loading import BUILTIN, ModelConfig, load_model
 from harmonica.pictures import router_heat_map, sample_sheet
 from pipelines.config import EvaluateConfig, WorkflowConfig
 from pipelines.stream import RowSpec, Share, stream_rows
-from pipelines.timing import CACHED, FEWER, FULL, SEED_OFFSET, Arm, Timing, device_of, measure
+from pipelines.timing import CACHED, FEWER, FULL, Arm, Timing, device_of, make_arms, measure
 
 
 class ArmSampler:
@@ -55,11 +55,11 @@ class ArmSampler:
         return out
 
 
-def _judged(config: WorkflowConfig, arms: list[Arm], judge: bool) -> Iterator[dict[str, np.ndarray]]:
+def _judged(
+    config: WorkflowConfig, spec: RowSpec, arms: list[Arm], judge: bool
+) -> Iterator[dict[str, np.ndarray]]:
     """Batches of per-image numbers of every arm."""
     settings: EvaluateConfig = config.evaluate
-    model = load_model(config.model).model
-    spec = RowSpec.of(model, model.num_classes, config.seed + SEED_OFFSET)
     # A block a batch: with fewer blocks than actors some would idle.
     rows = stream_rows(
         spec, Share(batch_size=1), trajectories=settings.samples, rows_per_block=settings.batch_size
@@ -83,17 +83,11 @@ def _can_be_judged(model: ModelConfig) -> bool:
 def evaluate(config: WorkflowConfig, artifact: RouterArtifact) -> tuple[dict[str, Any], dict[str, Figure]]:
     """The report of one router, JSON-ready, and its pictures by file name."""
     settings = config.evaluate
-    cpus, gpus = (1, 1) if settings.use_gpu else (1, 0)
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(measure)
+    remote = ray.remote(num_cpus=1, num_gpus=int(settings.use_gpu))(measure)
     timing: Timing = ray.get(remote.remote(config, artifact))
-    total = config.sampler.num_inference_steps
-    arms = [
-        Arm(FULL, total),
-        Arm(CACHED, total, artifact.plan, artifact.reuse),
-        Arm(FEWER, timing.fewer_steps),
-    ]
+    arms = make_arms(config, artifact, timing.fewer_steps)
     judge = _can_be_judged(config.model)
-    columns = _collect(_judged(config, arms, judge))
+    columns = _collect(_judged(config, timing.rows, arms, judge))
     report_arms = {arm.name: _arm_report(arm, columns, timing, judge) for arm in arms}
     seconds = timing.seconds_per_image
     measured = seconds[FULL] / seconds[CACHED]

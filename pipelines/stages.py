@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Workflow:
         self.config = dataclasses.replace(config, run_id=run_id)
         self.storage = RunStorage(config.storage_path, run_id)
         self.url = ""
+        self._class_names: tuple[str, ...] = ()
         self._parent: tracking.StageRun | None = None
 
     def check(self) -> None:
@@ -57,7 +58,8 @@ class Workflow:
             from pipelines.serve import check_port
 
             check_port(self.config.serve)
-        model = load_model(self.config.model).model
+        loaded = load_model(self.config.model)
+        model, self._class_names = loaded.model, loaded.class_names
         if self.storage.exists(f"{ROUTER}/config.json"):
             RouterArtifact.load(self.storage.download_folder(ROUTER)).check(model, self.config.sampler)
         elif "train" not in self.config.stages and {"evaluate", "register"} & set(self.config.stages):
@@ -108,13 +110,9 @@ class Workflow:
         words = stages[stage]()
         say(f"[{stage}] {words} ({time.monotonic() - started:.0f} s)")
 
-    @contextmanager
-    def _stage(self, name: Stage) -> Iterator[tracking.StageRun]:
-        config = self.config.to_dict().get(name, {})
-        with tracking.stage_run(
-            name, self.config.run_id, self.config.storage_path, config, self._parent
-        ) as run:
-            yield run
+    def _stage(self, name: Stage) -> AbstractContextManager[tracking.StageRun]:
+        settings = self.config.to_dict()[name]
+        return tracking.stage_run(name, self.config.run_id, self.config.storage_path, settings, self._parent)
 
     def _train(self) -> str:
         from pipelines.train import train
@@ -169,7 +167,7 @@ class Workflow:
             tracking_uri=uri,
         )
         try:
-            prompt = load_model(self.config.model).class_names[-1]
+            prompt = self._class_names[-1]
             answer = serve.first_image(self.url, prompt, seed=1)
             self.storage.write_bytes(SERVED, base64.b64decode(answer["data"][0]["b64_json"]))
         except BaseException:

@@ -43,6 +43,8 @@ class Arm:
 class Timing:
     """What one worker measured, and ten images an arm of the same noise for people to look at."""
 
+    rows: RowSpec
+    """The model's rows, so that nobody has to load it to know them."""
     seconds_per_image: dict[str, float]
     spread: dict[str, float]
     """(slowest - fastest) / median of the rounds."""
@@ -80,6 +82,13 @@ def _median_times(
     return medians, spread
 
 
+def make_arms(config: WorkflowConfig, artifact: RouterArtifact, fewer_steps: int = 2) -> list[Arm]:
+    """Full, cached and fewer steps, in this order."""
+    total = config.sampler.num_inference_steps
+    cached = Arm(CACHED, total, artifact.plan, artifact.reuse)
+    return [Arm(FULL, total), cached, Arm(FEWER, fewer_steps)]
+
+
 def measure(config: WorkflowConfig, artifact: RouterArtifact) -> Timing:
     """Time the arms; `fewer_steps` gets the least step count whose time is not below the cached arm's."""
     settings, device = config.evaluate, device_of(config.evaluate.use_gpu)
@@ -89,10 +98,11 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact) -> Timing:
     rows = make_rows(np.arange(settings.timing_batch_size), spec)
     noise, label = torch.from_numpy(rows["noise"]).to(device), torch.from_numpy(rows["label"]).to(device)
     total = config.sampler.num_inference_steps
-    full, cached = Arm(FULL, total), Arm(CACHED, total, artifact.plan, artifact.reuse)
-    first, _ = _median_times([full, cached], model, config, (noise, label), min(3, settings.timing_rounds))
+    first, _ = _median_times(
+        make_arms(config, artifact)[:2], model, config, (noise, label), min(3, settings.timing_rounds)
+    )
     steps = min(total, max(2, math.ceil(total * first[CACHED] / first[FULL] - 0.1)))
-    arms = [full, cached, Arm(FEWER, steps)]
+    arms = make_arms(config, artifact, steps)
     seconds, spread = _median_times(arms, model, config, (noise, label), settings.timing_rounds)
     labels = [i % model.num_classes for i in range(10)]
     noise = torch.from_numpy(make_rows(np.arange(10), spec)["noise"]).to(device)
@@ -100,4 +110,4 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact) -> Timing:
         arm.name: arm.sample(model, config, noise, torch.tensor(labels, device=device)).cpu() for arm in arms
     }
     branches = tuple(branch.name for branch in model.branches)
-    return Timing(seconds, spread, steps, sheet, loaded.class_names, branches, labels)
+    return Timing(spec, seconds, spread, steps, sheet, loaded.class_names, branches, labels)

@@ -212,14 +212,13 @@ def _train_loop(job: dict[str, Any]) -> None:
 def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> RouterArtifact:
     """Train to `config.train.trajectories`, resuming the run's last checkpoint; returns the router."""
     settings = config.train
-    root, _, query = storage.uri().partition("?")
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"config": config, "mlflow": stage},
         scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=settings.use_gpu),
         run_config=RunConfig(  # type: ignore[call-arg]  # ray.train's stubs still show the V1 class
             name="train",
-            storage_path=f"{root}?{query}" if query else root,
+            storage_path=storage.uri(),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),

@@ -226,7 +226,7 @@ def test_overload_asks_to_come_again(client, failing):
 
 
 def test_a_failure_inside_shows_nothing_of_the_inside(client, failing):
-    failing(RuntimeError("secret path /root/weights"))
+    failing(RuntimeError("secret path /srv/weights"))
     answer = client.post(PATH, json={"prompt": "Bag"})
     assert "secret" not in refused(answer, 500, None, "internal_error")
 
