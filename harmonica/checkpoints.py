@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+_NAMED = 5  # keys of each kind that an error names
 
 
 def _read_pt(path: Path) -> Any:
@@ -29,7 +32,10 @@ def _read_pt(path: Path) -> Any:
 
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
-    """Contents of a `.safetensors` or `.pt` file; the latter memory-mapped, tensors only.
+    """Contents of a `.safetensors` file or a `.pt` (or `.bin`) one, memory-mapped, tensors only.
+
+    The mapping is private: writing to a tensor leaves the file alone. Replace a file that may be
+    loaded by renaming another onto it, since truncating it pulls the weights from under a model.
 
     Raises:
         ValueError: the file is missing, truncated, or holds what would have to be executed.
@@ -47,31 +53,68 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Fill `model` from a checkpoint in its own key layout, with or without an `ema` wrapper.
-
-    Half-precision weights are widened to the model's precision.
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The state dict of a checkpoint file, with or without an `ema` wrapper, memory-mapped.
 
     Raises:
-        ValueError: unreadable, or made for another model (names the first key that differs).
+        ValueError: unreadable, or no state dict.
     """
-    state = read_tensors(path)
+    state: Any = read_tensors(path)
     if isinstance(state, dict):
         state = state.get("ema", state)
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {path} holds no named tensors: give a state dict")
-    own = model.state_dict()
-    optional = {name for name, _ in model.named_buffers()}
-    missing = sorted(own.keys() - state.keys() - optional)
-    unknown = sorted(state.keys() - own.keys())
-    shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
-    wrong = [name for name in own.keys() & state.keys() if own[name].shape != shapes[name]]
-    for problem, names in (("lacks", missing), ("has the unknown", unknown), ("has another shape of", wrong)):
-        if names:
-            raise ValueError(
-                f"checkpoint {path} {problem} {sorted(names)[0]}: it was made for another model "
-                "than the configured one, change model.* or the path"
-            )
+    return state
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)}" + ("" if value.is_floating_point() else f" {value.dtype}")
+
+
+def check_state(
+    wanted: Mapping[str, Tensor], state: Mapping[str, Any], source: str, *, optional: Collection[str] = ()
+) -> None:
+    """Refuse a state dict that is not of the wanted names and shapes; precision may differ.
+
+    Raises:
+        ValueError: names missing and surplus keys, and for a wrong shape the layer and both shapes.
+    """
+    missing = [name for name in wanted if name not in state and name not in optional]
+    surplus = [name for name in state if name not in wanted]
+    wrong = [
+        f"{name}, {_described(state[name])} where the model has {_described(value)}"
+        for name, value in wanted.items()
+        if name in state and _described(state[name]) != _described(value)
+    ]
+    kinds = (("lacks", missing), ("has the unknown", surplus), ("has another shape of", wrong))
+    problems = [f"{problem} {_some(names)}" for problem, names in kinds if names]
+    if problems:
+        raise ValueError(
+            f"{source} {'; it '.join(problems)}: it was made for another model than the configured one, "
+            "change model.* or the path"
+        )
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill `model` from a checkpoint in its own key layout, with or without an `ema` wrapper.
+
+    The values are copied and half-precision ones widened to the model's precision; buffers may be
+    missing. `harmonica.models.loading` maps instead of copying.
+
+    Raises:
+        ValueError: unreadable, or made for another model (names the keys that differ).
+    """
+    state = read_state(path)
+    buffers = {name for name, _ in model.named_buffers()}
+    check_state(model.state_dict(), state, f"checkpoint {path}", optional=buffers)
     model.load_state_dict(state, strict=False)
 
 

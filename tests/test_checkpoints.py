@@ -1,6 +1,10 @@
 """Weights from disk: what loads, what is refused and in which words. Nothing from outside is executed."""
 
+import dataclasses
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harmonica.checkpoints import load_weights, read_released_router, read_tensors
+from harmonica.models.diffusers_folder import write_diffusers
 from harmonica.models.dit import DiT
-from harmonica.models.loading import ModelConfig, load_model, write_folder_config
+from harmonica.models.dit_config import dit_shape
+from harmonica.models.loading import ModelConfig, load_model, read_model, write_folder_config
 
 
 @pytest.fixture
@@ -81,21 +87,35 @@ def test_a_missing_file_is_named(tmp_path):
         read_tensors(tmp_path / "none.pt")
 
 
-def test_a_checkpoint_of_another_model_names_the_key(path, state, tiny_dit):
-    def load(changed: object) -> None:
-        torch.save(changed, path)
-        load_weights(tiny_dit, path)
+def without(state, *parts: str) -> dict:
+    return {name: value for name, value in state.items() if not any(part in name for part in parts)}
 
-    with pytest.raises(ValueError, match=r"another shape of x_embedder.proj.bias: it was made for another"):
-        load(state | {"x_embedder.proj.bias": torch.zeros(47)})
-    with pytest.raises(ValueError, match=r"lacks blocks.1.mlp.fc1.bias: .* change model.\* or the path"):
-        load({name: value for name, value in state.items() if name != "blocks.1.mlp.fc1.bias"})
-    with pytest.raises(ValueError, match=r"has the unknown blocks.3.attn.qkv.bias"):
-        load(state | {"blocks.3.attn.qkv.bias": torch.zeros(144)})
-    with pytest.raises(ValueError, match=r"holds no named tensors: give a state dict"):
-        load(list(state.values()))
-    with pytest.raises(ValueError, match=r"holds no named tensors: give a state dict"):
-        load({"ema": torch.zeros(3)})
+
+def test_a_checkpoint_of_another_model_names_the_keys(path, state, tiny_dit, tiny_shape):
+    def said(changed: object) -> str:
+        torch.save(changed, path)
+        with pytest.raises(ValueError) as copied:
+            load_weights(tiny_dit, path)
+        with pytest.raises(ValueError) as mapped:
+            load_model(ModelConfig(path=str(path), shape=tiny_shape))
+        assert str(copied.value) == str(mapped.value)
+        return str(copied.value)
+
+    wrong = state | {"blocks.1.mlp.fc1.weight": torch.zeros(48, 192)}
+    assert "shape of blocks.1.mlp.fc1.weight, (48, 192) where the model has (192, 48): it" in said(wrong)
+    text = said(without(state, "blocks.1.", "t_embedder"))
+    assert "lacks t_embedder.mlp.0.weight, t_embedder.mlp.0.bias, t_embedder.mlp.2.weight, " in text
+    assert text.count("blocks.1.") == 1
+    assert "and 9 more: it was made for another model than the configured one, change model.*" in text
+    extra = {f"blocks.{i}.attn.qkv.bias": torch.zeros(144) for i in range(3, 9)}
+    text = said(without(state, "blocks.0.mlp.fc2.bias") | extra)
+    assert "dit.pt lacks blocks.0.mlp.fc2.bias; it has the unknown blocks.3.attn.qkv.bias, blocks.4" in text
+    assert "blocks.7.attn.qkv.bias and 1 more: " in text
+    quantised = state | {"final_layer.linear.bias": torch.zeros(32, dtype=torch.int8)}
+    assert "final_layer.linear.bias, (32,) torch.int8 where the model has (32,)" in said(quantised)
+    assert "final_layer.linear.bias, float where the model" in said(state | {"final_layer.linear.bias": 1.0})
+    assert "holds no named tensors: give a state dict" in said(list(state.values()))
+    assert "holds no named tensors: give a state dict" in said({"ema": torch.zeros(3)})
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
@@ -109,15 +129,15 @@ def test_a_checkpoint_that_would_execute_code_is_refused(path, tiny_shape, make_
 
 def test_what_cannot_be_loaded_says_what_to_give(path, tmp_path, state):
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r"dit.pt is a bare checkpoint and model.shape is not set"):
-        load_model(ModelConfig(path=str(path)))
     with pytest.raises(ValueError, match=r"model.path /none does not exist: give builtin:fashion-dit"):
         load_model(ModelConfig(path="/none"))
-    with pytest.raises(ValueError, match=r"no usable config.json .*: give a folder with config.json"):
+    with pytest.raises(ValueError, match=r"no usable config.json .*; it holds dit.pt: give a folder with"):
         load_model(ModelConfig(path=str(tmp_path)))
     (tmp_path / "config.json").write_text('{"shape": {"depth": 3}}')
     with pytest.raises(ValueError, match=r"no usable config.json .*'depth'"):
         load_model(ModelConfig(path=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"model.dtype is 'int8': give one of float32, bfloat16, float16"):
+        ModelConfig(dtype="int8")  # type: ignore[arg-type]
 
 
 def test_a_folder_without_weights_names_the_file(tmp_path, tiny_shape):
@@ -143,3 +163,100 @@ def test_a_saved_model_reads_back_through_either_format(tmp_path, path, state):
     torch.save(state, path)
     save_file(state, tmp_path / "dit.safetensors")
     assert read_tensors(path).keys() == load_file(tmp_path / "dit.safetensors").keys()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_precision_changes_the_numbers_but_not_who_the_model_is(path, state, tiny_shape, dtype):
+    torch.save(state, path)
+    config = ModelConfig(path=str(path), shape=tiny_shape)
+    full = load_model(config).model
+    half = load_model(dataclasses.replace(config, dtype=dtype)).model
+    for name, value in half.state_dict().items():
+        kept = name.startswith(half.full_precision_parts)
+        assert value.dtype == (torch.float32 if kept else getattr(torch, dtype)), name
+    assert half.dtype == getattr(torch, dtype)
+    assert half.identity() == full.identity()
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([999, 3]), torch.tensor([1, 10])
+    output, wanted = half(*inputs), full(*inputs)
+    assert 1e-5 < (output - wanted).norm() / wanted.norm() < 0.05
+    torch.testing.assert_close(full(inputs[0].double(), *inputs[1:]), wanted)  # a sampler may be more precise
+    half.initialize(torch.Generator().manual_seed(5))
+    assert half.fingerprint() != full.fingerprint()
+
+
+def test_writing_to_a_loaded_model_leaves_its_file_alone(tmp_path, state, tiny_shape):
+    for name, save in (("dit.pt", torch.save), ("dit.safetensors", save_file)):
+        save(state, tmp_path / name)
+        before = (tmp_path / name).read_bytes()
+        model = load_model(ModelConfig(path=str(tmp_path / name), shape=tiny_shape)).model
+        with torch.no_grad():
+            model.x_embedder.proj.weight.zero_()
+        assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.fixture
+def tf32_backends():
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    yield backends
+    for backend, allowed in zip(backends, before):
+        backend.allow_tf32 = allowed
+
+
+def test_tf32_is_allowed_only_on_request(tf32_backends):
+    load_model(ModelConfig())
+    assert [backend.allow_tf32 for backend in tf32_backends] == [False, False]
+    load_model(ModelConfig(allow_tf32=True))
+    assert [backend.allow_tf32 for backend in tf32_backends] == [True, True]
+
+
+MEMORY = """
+import gc, re, sys, threading
+from pathlib import Path
+import torch
+from harmonica.models.loading import ModelConfig, load_model
+
+torch.set_num_threads(1)
+def anonymous():  # the mapped pages of a file are not ours: the kernel takes them back at will
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+def peak_of(config):
+    gc.collect()
+    before, seen, done = anonymous(), [0], threading.Event()
+    def watch():
+        while not done.wait(0.001):
+            seen.append(anonymous() - before)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load_model(config).model
+    seen.append(anonymous() - before)
+    done.set()
+    watcher.join()
+    return max(seen) / sum(value.nbytes for value in model.state_dict().values())
+
+load_model(ModelConfig())  # what importing costs is not counted
+for path in sys.argv[1:]:
+    for dtype in ("bfloat16", "float32"):
+        print(peak_of(ModelConfig(path=path, dtype=dtype)))
+"""
+
+
+def test_loading_costs_the_weights_once(tmp_path):
+    model = DiT(dit_shape("DiT-S/2"))
+    paths = [tmp_path / name for name in ("dit.pt", "dit.safetensors", "folder")]
+    torch.save(model.state_dict(), paths[0])
+    save_file(model.state_dict(), paths[1])
+    assert paths[0].stat().st_size > 130e6
+    write_diffusers(paths[2], read_model(str(paths[0])))
+    # So that freed memory goes back, and is not reused unseen by the next loading.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEMORY, *map(str, paths)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    shares = [float(line) for line in result.stdout.split()]
+    converted, kept = shares[::2], shares[1::2]
+    assert all(0.9 < share < 1.4 for share in converted), converted  # twice float32 would be 3, once it 2
+    assert all(share < 0.1 for share in kept[:2]), kept  # mapped
+    assert kept[2] < 0.3, kept  # only q, k and v are put together

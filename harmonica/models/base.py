@@ -5,13 +5,24 @@ Shapes: N batch, C channels, H W image, L tokens, D width.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-_FINGERPRINT_VALUES = 64  # a parameter; enough to tell trainings apart, nothing to read for a large model
+FINGERPRINT_VALUES = 64
+"""First values a parameter: enough to tell trainings apart, nothing to read for a large model."""
+
+
+def weights_fingerprint(parameters: Mapping[str, Tensor]) -> str:
+    """A digest of the first values of every parameter, in float32."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters.items()):
+        first = parameter.detach().flatten()[:FINGERPRINT_VALUES].float().cpu()
+        digest.update(name.encode() + first.numpy().tobytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 class Branch(ABC):
@@ -52,9 +63,20 @@ class BranchedTransformer(nn.Module, ABC):
     in_channels: int
     out_channels: int
     sample_size: int
+    full_precision_parts: tuple[str, ...] = ()
+    """Prefixes of the parameters that a loader leaves in float32 when the model is in half precision."""
+    recorded_fingerprint: str = ""
+    """Of the weights as stored, set by whoever loads them: a router trained in bfloat16 fits the same
+    checkpoint in float32. Whoever changes the weights later empties it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of most weights: not of `full_precision_parts`."""
+        own = (p for name, p in self.named_parameters() if not name.startswith(self.full_precision_parts))
+        return next(own).dtype
 
     @abstractmethod
-    def embed(self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor) -> tuple[Tensor, Any]:
+    def embed(self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Any) -> tuple[Tensor, Any]:
         """Tokens (N, L, D) and whatever the branches and the head need of (timestep, condition)."""
 
     @abstractmethod
@@ -62,8 +84,8 @@ class BranchedTransformer(nn.Module, ABC):
         """The model's output (N, out_channels, H, W)."""
 
     @abstractmethod
-    def null_condition(self, condition_N: Tensor) -> Tensor:
-        """The unconditional twin of `condition_N`, for classifier-free guidance."""
+    def guided_condition(self, condition_N: Any) -> Any:
+        """(M = 2N rows) the conditional ones, then their unconditional twins: classifier-free guidance."""
 
     @abstractmethod
     def macs(self) -> Macs:
@@ -78,12 +100,8 @@ class BranchedTransformer(nn.Module, ABC):
         return {**self.shape(), "weights": self.fingerprint()}
 
     def fingerprint(self) -> str:
-        """Tells checkpoints of one shape apart: a digest of the first values of every parameter."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.named_parameters()):
-            first = parameter.detach().flatten()[:_FINGERPRINT_VALUES].float().cpu()
-            digest.update(name.encode() + first.numpy().tobytes())
-        return f"sha256:{digest.hexdigest()[:16]}"
+        """Tells checkpoints of one shape apart, whatever precision they were loaded in."""
+        return self.recorded_fingerprint or weights_fingerprint(dict(self.named_parameters()))
 
     def forward(self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor) -> Tensor:
         """The whole model, every branch computed."""

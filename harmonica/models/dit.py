@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harmonica.models.base import Branch, BranchedTransformer, Macs
+from harmonica.models.dit_config import DiTConfig
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
 ensure_torchvision_imports()
@@ -22,44 +23,7 @@ ensure_torchvision_imports()
 from timm.layers import Attention, Mlp, PatchEmbed  # noqa: E402  (the schemas must come first)
 
 NUM_FREQUENCIES = 256
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DiTConfig:
-    """Shape of a DiT, under diffusers' names."""
-
-    sample_size: int = 32
-    """Height and width of the (latent) image."""
-    patch_size: int = 2
-    in_channels: int = 4
-    out_channels: int = 8
-    """Twice `in_channels` where the model also predicts the variance."""
-    num_layers: int = 28
-    num_attention_heads: int = 16
-    attention_head_dim: int = 72
-    num_embeds_ada_norm: int = 1000
-    """Number of classes; the null class comes on top."""
-    downscale_freq_shift: Literal[0, 1] = 0
-    """Timestep frequencies are spaced by half (0, the public code) or half - 1 (1, diffusers)."""
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not isinstance(value, int) or value < (0 if name == "downscale_freq_shift" else 1):
-                raise ValueError(f"model.{name} is {value!r}: give a positive whole number")
-        if self.sample_size % self.patch_size:
-            raise ValueError(
-                f"model.sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
-            raise ValueError(f"model.out_channels is {self.out_channels}: give in_channels or twice that")
-
-    @property
-    def hidden_size(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def num_tokens(self) -> int:
-        return (self.sample_size // self.patch_size) ** 2
+_NORM_EPS = 1e-6  # of the norms before attention and in the final layer, in the public code and diffusers
 
 
 def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
@@ -152,14 +116,17 @@ class DiTConditioning:
 class DiTBranch(Branch):
     """Attention (offset 0) or MLP (offset 3) of one block; the offset is into the six modulations."""
 
-    def __init__(self, index: int, kind: Literal["attn", "mlp"], layer: nn.Module, macs: int) -> None:
+    def __init__(
+        self, index: int, kind: Literal["attn", "mlp"], layer: nn.Module, macs: int, norm_eps: float
+    ) -> None:
         self.name, self.index, self.layer, self.macs = f"{kind} {index}", index, layer, macs
         self.offset = 0 if kind == "attn" else 3
+        self.norm_eps = norm_eps
 
     def compute(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
         shift, scale = conditioning.blocks[self.index][self.offset : self.offset + 2]
-        normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=1e-6)
-        return self.layer(modulate(normed, shift, scale))
+        normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=self.norm_eps)
+        return self.layer(modulate(normed, shift, scale).to(shift.dtype))
 
     def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
         gate = conditioning.blocks[self.index][self.offset + 2]
@@ -167,7 +134,13 @@ class DiTBranch(Branch):
 
 
 class DiT(BranchedTransformer):
-    """Class-conditional Diffusion Transformer with adaLN-Zero blocks."""
+    """Class-conditional Diffusion Transformer with adaLN-Zero blocks.
+
+    In half precision, patches, positions, the residual stream and the last layer stay in float32: what
+    SDT compares, a student a few parts in a thousand away from its teacher, would drown in their rounding.
+    """
+
+    full_precision_parts = ("x_embedder.", "pos_embed", "final_layer.")
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -186,27 +159,28 @@ class DiT(BranchedTransformer):
         attention_macs = 4 * tokens * width**2 + 2 * tokens**2 * width
         self.branches = []
         for i, block in enumerate(blocks):
-            self.branches.append(DiTBranch(i, "attn", block.attn, attention_macs))
-            self.branches.append(DiTBranch(i, "mlp", block.mlp, 8 * tokens * width**2))
+            self.branches.append(DiTBranch(i, "attn", block.attn, attention_macs, _NORM_EPS))
+            self.branches.append(DiTBranch(i, "mlp", block.mlp, 8 * tokens * width**2, config.norm_eps))
 
     def embed(
         self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor
     ) -> tuple[Tensor, DiTConditioning]:
-        hidden = self.x_embedder(sample_NCHW) + self.pos_embed
+        positions = cast(Tensor, self.pos_embed)
+        hidden = self.x_embedder(sample_NCHW.to(positions.dtype)) + positions
         c_ND = F.silu(self.t_embedder(timestep_N) + self.y_embedder(condition_N))
         blocks = [block.modulations(c_ND) for block in cast(Iterable[DiTBlock], self.blocks)]
-        return hidden, DiTConditioning(blocks, self.final_layer.modulations(c_ND))
+        return hidden, DiTConditioning(blocks, self.final_layer.modulations(c_ND.to(hidden.dtype)))
 
     def head(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
-        normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=1e-6)
+        normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=_NORM_EPS)
         patches = self.final_layer.linear(modulate(normed, *conditioning.final))
         n, p, c = patches.shape[0], self.config.patch_size, self.out_channels
         side = self.sample_size // p
         grid = patches.reshape(n, side, side, p, p, c)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, c, side * p, side * p)
 
-    def null_condition(self, condition_N: Tensor) -> Tensor:
-        return torch.full_like(condition_N, self.num_classes)
+    def guided_condition(self, condition_N: Tensor) -> Tensor:
+        return torch.cat([condition_N, torch.full_like(condition_N, self.num_classes)])
 
     def macs(self) -> Macs:
         c, width, tokens = self.config, self.config.hidden_size, self.config.num_tokens
@@ -225,6 +199,7 @@ class DiT(BranchedTransformer):
         At zero gates and outputs every branch is silent, so tests of caching on random weights
         would pass vacuously: they ask for `zero=False`.
         """
+        self.recorded_fingerprint = ""
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 nn.init.zeros_(parameter)

@@ -1,20 +1,37 @@
-"""A model from a folder or a checkpoint file.
+"""A model from wherever it lies: our own folder, a public checkpoint, or a diffusers folder.
 
-A folder holds `config.json` (shape under diffusers' names, class names) and `model.safetensors`;
-a `.pt` or `.safetensors` file in the public DiT key layout comes with a configured shape.
+Our folder holds `config.json` (shape under diffusers' names, class names) and `model.safetensors`; a
+public `.pt` or `.safetensors` file shows its shape itself; a diffusers folder is a whole pipeline's or
+its transformer's. Each is computed as its own code does: see `DiTConfig.downscale_freq_shift`.
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
-from harmonica.builtin import FASHION_DIT
-from harmonica.checkpoints import load_weights
-from harmonica.models.dit import DiT, DiTConfig
-from harmonica.sdt import freeze
+import torch
 
-BUILTIN = "builtin:fashion-dit"
+from harmonica.models.diffusers_folder import contents, find_transformer, read_diffusers
+from harmonica.models.dit import DiT
+from harmonica.models.dit_config import DiTConfig
+from harmonica.models.fetch import BUILTIN, local_path
+from harmonica.models.public_layout import read_public
+from harmonica.models.stored import StoredModel, default_class_names
+from harmonica.models.vae import find_vae, load_vae
+
+__all__ = [
+    "BUILTIN",
+    "LoadedModel",
+    "ModelConfig",
+    "load_model",
+    "read_folder_config",
+    "read_model",
+    "write_folder_config",
+]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,21 +39,44 @@ class ModelConfig:
     """Which denoiser."""
 
     path: str = BUILTIN
-    """`builtin:fashion-dit`, a folder with config.json and model.safetensors, or a public DiT .pt file."""
+    """`builtin:fashion-dit`, a model folder (ours or diffusers'), a public DiT .pt file, an s3:// or gs://
+    URI of either, or a Hugging Face id such as facebook/DiT-XL-2-256."""
+    revision: str = ""
+    """Commit of a Hugging Face id; it has to be pinned."""
     shape: DiTConfig | None = None
-    """Shape of a bare checkpoint file; a folder brings its own."""
+    """Shape of a bare checkpoint file that is none of the public family; a folder brings its own."""
+    vae: str = ""
+    """Decoder of the latents: like `path`, with a Hugging Face id as org/name@commit. Empty: that of the
+    diffusers folder, if it has one."""
+    dtype: Dtype = "float32"
+    """Precision of the branches; a model's first and last layers and what runs between branches stay in
+    float32."""
+    allow_tf32: bool = False
+    """Let CUDA round float32 matrix products to TensorFloat-32; concerns the whole process."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise ValueError(f"model.dtype is {self.dtype!r}: give one of {', '.join(get_args(Dtype))}")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen model and what its classes are called."""
+    """A frozen model and what lies beside it."""
 
     model: DiT
     class_names: tuple[str, ...]
+    scheduler: dict[str, Any] | None = None
+    """Scheduler configuration of a diffusers folder."""
+    vae_folder: Path | None = None
+    """The configured VAE, else the diffusers folder's."""
+
+    def load_vae(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+        """diffusers' AutoencoderKL for `harmonica.models.vae.decode_latents`, or None where there is none."""
+        return None if self.vae_folder is None else load_vae(self.vae_folder, device, dtype)
 
 
 def read_folder_config(folder: Path) -> tuple[DiTConfig, tuple[str, ...]]:
-    """Shape and class names of a model folder."""
+    """Shape and class names of a folder in our layout."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -44,10 +84,10 @@ def read_folder_config(folder: Path) -> tuple[DiTConfig, tuple[str, ...]]:
         names = tuple(config.get("class_names", ()))
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"model.path {folder} has no usable config.json ({error}): give a folder with config.json and "
-            "model.safetensors, or a .pt file with model.shape"
+            f"model.path {folder} has no usable config.json ({error}); it holds {contents(folder)}: give a "
+            "folder with config.json and model.safetensors, a diffusers folder, or a .pt file"
         ) from error
-    return shape, names or tuple(map(str, range(shape.num_embeds_ada_norm)))
+    return shape, names or default_class_names(shape)
 
 
 def write_folder_config(
@@ -58,28 +98,36 @@ def write_folder_config(
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def load_model(config: ModelConfig) -> LoadedModel:
-    """The configured denoiser, frozen, float32, on the CPU.
+def read_model(path: str, revision: str = "", shape: DiTConfig | None = None) -> StoredModel:
+    """What a configured path holds, fetched if it is remote, checked, and mapped rather than read.
 
     Raises:
         ValueError: missing, truncated, or another shape than configured.
     """
-    path = FASHION_DIT if config.path == BUILTIN else Path(config.path)
-    if path.is_dir():
-        shape, names = read_folder_config(path)
-        weights = path / "model.safetensors"
-    elif path.is_file():
-        if config.shape is None:
+    local = local_path(path, revision)
+    if local.is_file():
+        return read_public(local, shape)
+    if (local / "model_index.json").is_file() or find_transformer(local):
+        return read_diffusers(local)
+    config, names = read_folder_config(local)
+    return read_public(local / "model.safetensors", config, names)
+
+
+def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> LoadedModel:
+    """The configured denoiser, frozen, in its precision, on the device.
+
+    Raises:
+        ValueError: model or VAE is missing, truncated, or another shape than configured.
+    """
+    stored = read_model(config.path, config.revision, config.shape)
+    vae_folder = stored.vae_folder
+    if config.vae:
+        vae_folder = find_vae(local_path(config.vae, field="model.vae"))
+        if vae_folder is None:
             raise ValueError(
-                f"model.path {path} is a bare checkpoint and model.shape is not set: give its shape"
+                f"model.vae {config.vae} holds no AutoencoderKL: give its folder, or a pipeline's with vae/"
             )
-        shape, weights = config.shape, path
-        names = tuple(map(str, range(shape.num_embeds_ada_norm)))
-    else:
-        raise ValueError(
-            f"model.path {config.path} does not exist: give {BUILTIN}, a model folder, or a .pt file"
-        )
-    model = DiT(shape)
-    load_weights(model, weights)
-    freeze(model)
-    return LoadedModel(model, names)
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    model = stored.assemble(device, getattr(torch, config.dtype))
+    return LoadedModel(model, stored.class_names, stored.scheduler, vae_folder)

@@ -1,0 +1,145 @@
+"""A diffusers folder, read and written: a whole pipeline's or its transformer's alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from harmonica.checkpoints import read_state
+from harmonica.models.diffusers_layout import (
+    CLASS_NAME,
+    config_from_diffusers,
+    config_to_diffusers,
+    tensors_from_diffusers,
+    tensors_to_diffusers,
+)
+from harmonica.models.stored import StoredModel, default_class_names
+from harmonica.models.vae import find_vae
+
+_WEIGHTS = "diffusion_pytorch_model"
+
+# The process the public models were trained on, visited at the public code's timesteps.
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "clip_sample": False,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "timestep_spacing": "linspace",
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: unreadable, or no object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object: fetch it again")
+    return value
+
+
+def contents(folder: Path) -> str:
+    """What a folder holds, for an error."""
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "nothing"
+
+
+def find_transformer(folder: Path) -> Path | None:
+    """The transformer's folder: `folder` itself or one of that name in it."""
+    if (folder / "transformer" / "config.json").is_file():
+        return folder / "transformer"
+    config = folder / "config.json"
+    return folder if config.is_file() and "_class_name" in read_json(config) else None
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Weights of a transformer's folder, mapped: one file or several under an index."""
+    for suffix in ("safetensors", "bin"):
+        whole, index = folder / f"{_WEIGHTS}.{suffix}", folder / f"{_WEIGHTS}.{suffix}.index.json"
+        if whole.is_file():
+            return read_state(whole)
+        if index.is_file():
+            return _read_shards(folder, index)
+    raise ValueError(
+        f"{folder} has no {_WEIGHTS}.safetensors or .bin, whole or with an index; it holds "
+        f"{contents(folder)}: fetch the weights too"
+    )
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(Path(str(name)).name == name for name in files.values()):
+        raise ValueError(f"{index} has no usable weight_map of file names: fetch it again")
+    shards = {name: read_state(folder / name) for name in sorted(set(files.values()))}
+    state = {}
+    for key, name in files.items():
+        if key not in shards[name]:
+            raise ValueError(f"{folder / name} lacks {key}, which {index.name} places there: fetch it again")
+        state[key] = shards[name][key]
+    return state
+
+
+def _class_names(id2label: object, count: int) -> tuple[str, ...] | None:
+    if not isinstance(id2label, dict):
+        return None
+    return tuple(str(id2label.get(str(i), i)) for i in range(count))
+
+
+def read_diffusers(folder: Path) -> StoredModel:
+    """The model of a pipeline's folder (with what it says of classes, scheduler and VAE) or a transformer's.
+
+    Raises:
+        ValueError: no transformer, or one that is no DiT.
+    """
+    transformer = find_transformer(folder)
+    if transformer is None:
+        raise ValueError(
+            f"model.path {folder} is a diffusers folder without transformer/config.json; it holds "
+            f"{contents(folder)}: give the folder of a DiT pipeline or of its transformer"
+        )
+    config = config_from_diffusers(read_json(transformer / "config.json"), f"model.path {transformer}")
+    tensors = tensors_from_diffusers(config, _read_state(transformer), f"model.path {transformer}")
+    index, scheduler = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+    labels = read_json(index).get("id2label") if index.is_file() else None
+    return StoredModel(
+        config=config,
+        tensors=tensors,
+        class_names=_class_names(labels, config.num_embeds_ada_norm) or default_class_names(config),
+        scheduler=read_json(scheduler) if scheduler.is_file() else None,
+        vae_folder=find_vae(folder),
+    )
+
+
+def write_diffusers(folder: Path, stored: StoredModel) -> None:
+    """A pipeline's folder of `stored`, all but the VAE, which belongs into `vae/`."""
+    config = config_to_diffusers(stored.config)
+    version = config["_diffusers_version"]
+    index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": version}
+    if stored.class_names != default_class_names(stored.config):
+        index["id2label"] = {str(i): name for i, name in enumerate(stored.class_names)}
+    scheduler = stored.scheduler or {**SCHEDULER, "_diffusers_version": version}
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    index["transformer"] = ["diffusers", CLASS_NAME]
+    index["vae"] = ["diffusers", "AutoencoderKL"]
+    for name, value in (
+        ("model_index.json", index),
+        ("scheduler/scheduler_config.json", scheduler),
+        ("transformer/config.json", config),
+    ):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    weights = folder / "transformer" / f"{_WEIGHTS}.safetensors"
+    save_file(tensors_to_diffusers(stored), weights, metadata={"format": "pt"})

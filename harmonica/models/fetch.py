@@ -1,0 +1,40 @@
+"""From what a configuration calls a model to a local path."""
+
+import re
+from pathlib import Path
+
+from harmonica.builtin import FASHION_DIT
+from harmonica.models.hub import from_hub
+from harmonica.models.object_store import from_store
+
+BUILTIN = "builtin:fashion-dit"
+
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+
+
+def local_path(path: str, revision: str = "", *, field: str = "model.path") -> Path:
+    """Where `path` lies on this machine, fetched into a cache first if it is remote.
+
+    Args:
+        path: `builtin:fashion-dit`, a file or folder, an s3:// or gs:// URI, or a Hugging Face id,
+            `org/name` or `org/name@revision`.
+        revision: Of a Hugging Face id that names none.
+        field: What errors call `path`.
+
+    Raises:
+        ValueError: it is not there or cannot be fetched; names the field and the cure.
+    """
+    if path == BUILTIN:
+        return FASHION_DIT
+    if "://" in path:
+        return from_store(path, field)
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    hub_id = _HUB_ID.fullmatch(path)
+    if hub_id is None:
+        raise ValueError(
+            f"{field} {path} does not exist: give {BUILTIN}, a model folder, a .pt file, an s3:// URI or a "
+            "Hugging Face id"
+        )
+    return from_hub(hub_id[1], hub_id[2] or revision, field)
