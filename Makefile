@@ -44,7 +44,7 @@ ui: $(STAMP)-run ## the MLflow UI over the local runs
 	$(BIN)/python -m pipelines.ui
 
 clean: ## remove the virtual environment and caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find harmonica pipelines tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:

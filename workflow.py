@@ -10,15 +10,15 @@ ray job submit --working-dir . -- python workflow.py
 
 import sys
 
+from harmonica.command_line import fail, parse, say
 from pipelines.config import PRESETS
 from pipelines.stages import Workflow
-from pipelines.terminal import fail, parse, say
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 0 when every stage is done, 2 for unusable input, 1 when a stage fails."""
     try:
-        config = parse(arguments, PRESETS)
+        config = parse(arguments, PRESETS, "workflow.py")
         workflow = Workflow(config)
         workflow.check()
     except ValueError as error:

@@ -18,7 +18,7 @@ from harmonica.cache import Reuse
 from harmonica.checkpoints import read_tensors
 from harmonica.models.base import BranchedTransformer
 from harmonica.plan import Plan
-from harmonica.samplers import Ddim, SamplerConfig
+from harmonica.samplers import Sampler, SamplerConfig
 
 FORMAT_VERSION = 1
 
@@ -45,7 +45,7 @@ class RouterArtifact:
 
     @classmethod
     def build(
-        cls, logits_TB: Tensor, sampler: Ddim, *, threshold: float, reuse: Reuse, training: dict[str, Any]
+        cls, logits_TB: Tensor, sampler: Sampler, *, threshold: float, reuse: Reuse, training: dict[str, Any]
     ) -> "RouterArtifact":
         """The artifact of a router trained on `sampler`'s model under `sampler`'s configuration."""
         macs = sampler.model.macs()
@@ -114,7 +114,7 @@ class RouterArtifact:
                 threshold=config["threshold"],
                 sampler=SamplerConfig(**config["sampler"]),
                 reuse=config["reuse"],
-                model=config["model"],
+                model=_complete(config["model"]),
                 ideal_speedup=config["ideal_speedup"],
                 macs_full=config["macs_full"],
                 training=config["training"],
@@ -132,20 +132,35 @@ class RouterArtifact:
             )
         return artifact
 
-    def check(self, model: BranchedTransformer, sampler: SamplerConfig) -> None:
+    def check(
+        self, model: BranchedTransformer, sampler: SamplerConfig, *, allow_other_sampler: bool = False
+    ) -> None:
         """Refuse a model, step count or sampler the router was not made for.
+
+        Args:
+            allow_other_sampler: only the step count of the sampler has to fit: for measuring transfer.
 
         Raises:
             ValueError: names the first field that differs and both values.
         """
-        wanted = {**_prefixed("model", self.model), **_prefixed("sampler", self.sampler.to_dict())}
-        given = {**_prefixed("model", model.identity()), **_prefixed("sampler", sampler.to_dict())}
-        for name in wanted | given:
-            if wanted.get(name) != given.get(name):
+        made_for, given = self.sampler.to_dict(), sampler.to_dict()
+        if allow_other_sampler:
+            made_for, given = ({"num_inference_steps": c["num_inference_steps"]} for c in (made_for, given))
+        wanted = _prefixed("model", self.model) | _prefixed("sampler", made_for)
+        found = _prefixed("model", model.identity()) | _prefixed("sampler", given)
+        for name in wanted | found:
+            if wanted.get(name) != found.get(name):
+                cure = "use it as it was trained, or train a router for this setting"
+                if name.startswith("sampler.") and name != "sampler.num_inference_steps":
+                    cure += "; allow_other_sampler measures what it is worth here"
                 raise ValueError(
-                    f"{name} is {given.get(name)} and the router was made for {wanted.get(name)}: "
-                    "use it as it was trained, or train a router for this setting"
+                    f"{name} is {found.get(name)} and the router was made for {wanted.get(name)}: {cure}"
                 )
+
+
+def _complete(model: dict[str, Any]) -> dict[str, Any]:
+    """Artifacts of a DiT from before `norm_eps` was a setting were all made for 1e-6."""
+    return {"norm_eps": 1e-6} | model if model["architecture"] == "DiT" else model
 
 
 def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -1,18 +1,21 @@
-"""Counter-based noise and labels: every row is a pure function of (seed, row index).
+"""Counter-based noise and labels: every draw is a pure function of (seed, row index, step).
 
 Any worker, in any order, on any retry makes the same row, because Philox is addressed by counter
 instead of advanced by drawing.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 MAX_SEED = 2**63 - 1
-_LABEL_STREAM, _NOISE_STREAM = 0, 1
+_LABEL_STREAM, _NOISE_STREAM, _STEP_STREAM = 0, 1, 2
 
 
-def _generator(seed: int, stream: int, index: int) -> np.random.Generator:
-    # The lowest counter word is what drawing advances; the two highest name the row.
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, stream, index]))
+def _generator(seed: int, stream: int, index: int, step: int = 0) -> np.random.Generator:
+    # The lowest counter word is what drawing advances; the others name the row and its step.
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, step, stream, index]))
 
 
 def row_label(seed: int, index: int, num_classes: int) -> int:
@@ -21,5 +24,28 @@ def row_label(seed: int, index: int, num_classes: int) -> int:
 
 
 def row_noise(seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal noise of row `index`, float32, e.g. shape (C, H, W)."""
+    """Standard normal noise that row `index` starts from, float32, e.g. shape (C, H, W)."""
     return _generator(seed, _NOISE_STREAM, index).standard_normal(shape, dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class RowKeys:
+    """What names each row of a batch, so that a stochastic sampler draws the row's own noise."""
+
+    seeds: Sequence[int]
+    indices: Sequence[int]
+
+    @classmethod
+    def of(cls, seed: int, indices: Sequence[int]) -> "RowKeys":
+        """Rows of one seed."""
+        return cls((seed,) * len(indices), tuple(map(int, indices)))
+
+    def start_noise(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The noise the rows start from, (N, *shape) float32."""
+        return np.stack([row_noise(seed, i, shape) for seed, i in zip(self.seeds, self.indices, strict=True)])
+
+    def step_noise(self, step: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Standard normal noise of one denoising step, (N, *shape) float32."""
+        keys = zip(self.seeds, self.indices, strict=True)
+        generators = (_generator(seed, _STEP_STREAM, index, step) for seed, index in keys)
+        return np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])

@@ -14,6 +14,31 @@ from harmonica.cache import BranchCache
 from harmonica.models.base import BranchedTransformer
 
 
+class _Mix(torch.autograd.Function):
+    """r * computed + (1 - r) * cached in half precision: weights and their gradient in float32.
+
+    In half precision 1 - r would be 16% off where r is near 1, and a sum over all elements is the
+    router's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cached: Tensor, computed: Tensor, score: Tensor) -> Tensor:
+        ctx.save_for_backward(cached, computed, score)
+        return torch.lerp(cached.float(), computed.float(), score).to(computed.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
+        (grad,) = grads
+        cached, computed, score = ctx.saved_tensors
+        return None, (grad * score).to(grad.dtype), (grad.float() * (computed.float() - cached.float())).sum()
+
+
+def _mix(cached: Tensor, computed: Tensor, score: Tensor) -> Tensor:
+    if computed.dtype == score.dtype:
+        return torch.lerp(cached, computed, score)
+    return _Mix.apply(cached, computed, score)
+
+
 def planned_pass(
     model: BranchedTransformer,
     hidden_NLD: Tensor,
@@ -59,7 +84,7 @@ def soft_pass(
     """
     for index, (branch, is_refreshed) in enumerate(zip(model.branches, refresh_row, strict=True)):
         computed = branch.compute(hidden_NLD, conditioning)
-        y = torch.lerp(cache.read(index, step), computed, scores_B[index])
+        y = _mix(cache.read(index, step), computed, scores_B[index])
         if is_refreshed:
             cache.write(index, step, y)
         hidden_NLD = branch.merge(hidden_NLD, y, conditioning)

@@ -72,6 +72,7 @@ class _Case:
             clip_sample=False,
         )
         self.sampler = Ddim(self.model, config)
+        self.sampler.is_guided = True  # cases have both halves in every mean, also where the scale is 1
         self.router = Router.from_logits(self.logits)
         self.sdt_config = SdtConfig(
             beta=self.case["beta_l1"],
@@ -120,8 +121,9 @@ class _Case:
 
     @torch.inference_mode()
     def _guided(self, t: int) -> Tensor:
-        x, condition = self.sampler.start(*self.inputs)
-        return self.sampler.guide(self.model(x, torch.full_like(condition, t), condition))
+        state = self.sampler.start(*self.inputs)
+        timestep = torch.full_like(state.condition_M, t)
+        return self.sampler.guide(self.model(state.x_MCHW, timestep, state.condition_M))
 
     def _lambda(self, kind: IepoKind) -> Tensor:
         threshold = self.sdt_config.threshold

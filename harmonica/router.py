@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from harmonica.noise import row_noise
 from harmonica.plan import Plan
 
 FIXED_LOGIT = 5.0
 """Logits of row T-1, which always computes and is never trained."""
+ROUTER_ROW = 2**62
+"""Row index that initial logits are drawn at: no trajectory gets there."""
 
 
 class Router(nn.Module):
@@ -32,6 +35,13 @@ class Router(nn.Module):
         """
         logits_TB = torch.full((num_steps, num_branches), logit)
         logits_TB[num_steps % 2 : -1 : 2] = -logit  # steps T-2, T-4, ...
+        logits_TB[-1] = FIXED_LOGIT
+        return cls.from_logits(logits_TB)
+
+    @classmethod
+    def normal(cls, num_steps: int, num_branches: int, seed: int) -> "Router":
+        """Standard normal logits, as the released code starts."""
+        logits_TB = torch.from_numpy(row_noise(seed, ROUTER_ROW, (num_steps, num_branches)))
         logits_TB[-1] = FIXED_LOGIT
         return cls.from_logits(logits_TB)
 

@@ -1,62 +1,64 @@
 """Sampling a batch: all T steps, full or under a plan. No host sync, no data-dependent branch."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from harmonica.cache import BranchCache, Reuse
+from harmonica.noise import RowKeys
 from harmonica.passes import planned_pass
 from harmonica.plan import Plan
-from harmonica.samplers import Ddim
+from harmonica.samplers import Sampler, State
 
 OnStep = Callable[[int, Tensor], None]
 """Called after step i with x_{t-1}: progress bars, previews."""
 
 
 def planned_step(
-    sampler: Ddim,
-    i: int,
-    x_MCHW: Tensor,
-    condition_M: Tensor,
-    compute_row: Sequence[bool],
-    cache: BranchCache,
-) -> tuple[Tensor, Tensor]:
-    """Step i under one row of a plan: x_{t-1} (M, C, H, W), and the guided output that led there."""
-    hidden, conditioning = sampler.embed(i, x_MCHW, condition_M)
+    sampler: Sampler, i: int, state: State, compute_row: Sequence[bool], cache: BranchCache
+) -> tuple[State, Tensor]:
+    """Step i under one row of a plan: the next state, and the guided output (M, C, H, W) that led there."""
+    hidden, conditioning = sampler.embed(i, state)
     guided = sampler.guide(planned_pass(sampler.model, hidden, conditioning, compute_row, cache, i))
-    return sampler.advance(i, x_MCHW, guided), guided
+    return sampler.advance(i, state, guided), guided
 
 
 @torch.inference_mode()
 def sample(
-    sampler: Ddim,
+    sampler: Sampler,
     noise_NCHW: Tensor,
-    condition_N: Tensor,
+    condition_N: Any,
     plan: Plan | None = None,
     *,
     reuse: Reuse = "hold",
+    rows: RowKeys | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Images or latents (N, C, H, W) from noise; every branch computed where `plan` is None.
 
+    Args:
+        rows: the rows' names, for samplers that draw noise.
+
     Raises:
-        ValueError: the plan was made for another number of steps or branches.
+        ValueError: the plan was made for another number of steps or branches, or a stochastic sampler
+            was not given its rows.
     """
     if plan is not None:
         check_plan(plan, sampler)
     model = sampler.model
     cache = BranchCache(len(model.branches), reuse)
-    x, condition = sampler.start(noise_NCHW, condition_N)
+    state = sampler.start(noise_NCHW, condition_N, rows)
     for i in reversed(range(sampler.num_steps)):
         row = plan.compute[i] if plan is not None else (True,) * len(model.branches)
-        x, _ = planned_step(sampler, i, x, condition, row, cache)
+        state, _ = planned_step(sampler, i, state, row, cache)
         if on_step is not None:
-            on_step(i, x)
-    return sampler.finish(x)
+            on_step(i, state.x_MCHW)
+    return sampler.finish(state)
 
 
-def check_plan(plan: Plan, sampler: Ddim) -> None:
+def check_plan(plan: Plan, sampler: Sampler) -> None:
     """Refuse a plan whose shape is not (sampler steps, model branches)."""
     if plan.num_steps != sampler.num_steps:
         raise ValueError(

@@ -8,14 +8,16 @@ only B numbers cross the network.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from harmonica.cache import BranchCache, Reuse
+from harmonica.noise import RowKeys
 from harmonica.passes import soft_pass
 from harmonica.router import Router
-from harmonica.samplers import Ddim
+from harmonica.samplers import Sampler
 from harmonica.sampling import planned_step
 
 
@@ -68,7 +70,7 @@ def freeze(model: torch.nn.Module) -> None:
 class SdtTrainer:
     """A router, its optimiser and the loop over one trajectory."""
 
-    def __init__(self, sampler: Ddim, router: Router, config: SdtConfig) -> None:
+    def __init__(self, sampler: Sampler, router: Router, config: SdtConfig) -> None:
         self.sampler, self.router, self.config = sampler, router, config
         trained = [row for row in router.rows if row.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
@@ -76,9 +78,10 @@ class SdtTrainer:
     def train_trajectory(
         self,
         noise_NCHW: Tensor,
-        condition_N: Tensor,
+        condition_N: Any,
         lambda_T: Tensor,
         *,
+        rows: RowKeys | None = None,
         beta: float | None = None,
         average: Callable[[Tensor], None] | None = None,
         on_gradient: Callable[[int, Tensor], object] | None = None,
@@ -87,6 +90,7 @@ class SdtTrainer:
 
         Args:
             lambda_T: lambda_i of steps 0 ... T-2, (T-1,).
+            rows: the rows' names, for samplers that draw noise.
             beta: replaces the configured one, for a beta that follows a target.
             average: averages a tensor over all workers in place; none on one worker.
             on_gradient: sees (i, gradient of row i (B,)) before the update.
@@ -97,23 +101,26 @@ class SdtTrainer:
         sampler, model, config = self.sampler, self.sampler.model, self.config
         beta = config.beta if beta is None else beta
         cache = BranchCache(len(model.branches), config.reuse)
-        x, condition = sampler.start(noise_NCHW, condition_N)
+        state = sampler.start(noise_NCHW, condition_N, rows)
         with torch.no_grad():  # step T-1 computes everything, fills the cache, trains nothing
             everything = (True,) * len(model.branches)
-            x, _ = planned_step(sampler, sampler.num_steps - 1, x, condition, everything, cache)
+            state, _ = planned_step(sampler, sampler.num_steps - 1, state, everything, cache)
         records = []
         for i in reversed(range(sampler.num_steps - 1)):
             row = self.router.rows[i]
             with torch.no_grad():
-                hidden, conditioning = sampler.embed(i, x, condition)
+                hidden, conditioning = sampler.embed(i, state)
                 target = sampler.guide(model.full_pass(hidden, conditioning))
             scores_B = self.router.scores(i)
             refresh_row = (scores_B.detach() > config.threshold).tolist()
             output = soft_pass(model, hidden, conditioning, scores_B, refresh_row, cache, i)
             guided = sampler.guide(output)
-            mse, l1 = (guided - target).square().mean(), scores_B.sum()
-            loss = lambda_T[i] * mse + beta * l1
-            loss.backward()
+            error, l1 = (guided - target).square().sum(), scores_B.sum()
+            mse = error.detach() / guided.numel()
+            # d loss / d scores from the sum of squares: a mean times lambda, some 1e-10 an element, would
+            # underflow on its way through a float16 model.
+            (error_B,) = torch.autograd.grad(error, scores_B)
+            scores_B.backward(lambda_T[i] / guided.numel() * error_B + beta)
             assert row.grad is not None
             if average is not None:
                 average(row.grad)
@@ -122,6 +129,7 @@ class SdtTrainer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.router.clamp_(config.clamp)
-            x = sampler.advance(i, x, guided.detach())
+            state = sampler.advance(i, state, guided.detach())
+            loss = lambda_T[i] * mse + beta * l1
             records.append(StepRecord(i, mse.item(), l1.item(), loss.item()))
-        return records, sampler.finish(x)
+        return records, sampler.finish(state)

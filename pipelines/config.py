@@ -8,13 +8,14 @@ import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
-from harmonica.iepo import KINDS, IepoKind
-from harmonica.models.dit import DiTConfig
+from harmonica import presets
 from harmonica.models.loading import ModelConfig
-from harmonica.samplers import SamplerConfig
-from harmonica.sdt import SdtConfig
+from harmonica.presets import Recipe
+from harmonica.samplers import SamplerConfig, SamplerName
+from harmonica.training import TrainingConfig
 
 Stage = Literal["train", "evaluate", "register", "serve"]
 STAGES: tuple[Stage, ...] = ("train", "evaluate", "register", "serve")
@@ -27,48 +28,24 @@ def _require(condition: bool, field_name: str, value: object, cure: str) -> None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(TrainingConfig):
     """Router training on Ray Train."""
 
-    trajectories: int = 60
-    """Trajectories in all; each updates every row of the router once."""
-    batch_size: int = 8
-    """(label, noise) rows of one trajectory, over all workers."""
     num_workers: int = 2
     """Ray Train workers, one core or GPU each."""
     use_gpu: bool = False
     """One GPU a worker."""
-    sdt: SdtConfig = field(default_factory=SdtConfig)
-    """Objective and optimiser."""
-    target_cur: float = 0.0
-    """When above 0, beta follows from this share of reused entries; else beta stays as set."""
-    initial: Literal["constant", "alternate"] = "constant"
-    """Logits to start from: all `initial_logit`, or that sign changing from step to step."""
-    initial_logit: float = 5.0
-    """Where the logits start; 5 computes everything."""
-    iepo: IepoKind | Literal["none"] = "leave_one_out"
-    """How lambda is measured: the paper's way, the released code's (cumulative), per unit of step error
-    (sensitivity), or not at all (all ones)."""
-    iepo_every: int = 20
-    """Trajectories between refreshes of lambda (the paper's C)."""
-    checkpoint_interval_s: float = 20.0
-    """Seconds between checkpoints: the work an interruption can cost."""
     max_failures: int = 3
     """Worker failures survived, each from the last checkpoint."""
 
     def __post_init__(self) -> None:
-        _require(self.trajectories >= 1, "train.trajectories", self.trajectories, "give 1 or more")
+        TrainingConfig.__post_init__(self)  # super() does not work in a dataclass with slots
         _require(self.num_workers >= 1, "train.num_workers", self.num_workers, "give 1 or more")
         _require(
             self.batch_size >= self.num_workers and self.batch_size % self.num_workers == 0,
             "train.batch_size",
             self.batch_size,
             f"give a multiple of train.num_workers ({self.num_workers}), so that workers share evenly",
-        )
-        _require(0 <= self.target_cur < 1, "train.target_cur", self.target_cur, "give 0 to below 1")
-        _require(self.iepo_every >= 1, "train.iepo_every", self.iepo_every, "give 1 or more")
-        _require(
-            self.iepo in (*KINDS, "none"), "train.iepo", self.iepo, f"give one of {', '.join(KINDS)}, none"
         )
 
 
@@ -88,11 +65,17 @@ class EvaluateConfig:
     """Times each arm is timed, in turn; the medians are compared."""
     timing_batch_size: int = 8
     """Images of one timed batch."""
+    transfer: tuple[SamplerName, ...] = ()
+    """Other samplers of as many steps to measure the router under, such as dpm-solver++: what its plan is
+    worth where it was not trained."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size", "num_actors", "timing_rounds", "timing_batch_size"):
             _require(getattr(self, name) >= 1, f"evaluate.{name}", getattr(self, name), "give 1 or more")
         _require(self.samples >= 16, "evaluate.samples", self.samples, "give 16 or more")
+        unknown = [name for name in self.transfer if name not in get_args(SamplerName)]
+        known = ", ".join(get_args(SamplerName))
+        _require(not unknown, "evaluate.transfer", unknown, f"give some of {known}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,52 +163,31 @@ class WorkflowConfig:
         return dataclasses.asdict(self)
 
 
-def fashion() -> WorkflowConfig:
-    """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download.
-
-    Away from the paper in four settings, because minutes allow some 30 updates a row where the
-    released setting takes 2,000: reuse by forecast, an alternating start, lambda per unit of step error,
-    beta from a target.
-    """
+def _from_recipe(recipe: Callable[[], Recipe], **settings: Any) -> WorkflowConfig:
+    parts, train = recipe(), settings.pop("train", {})
+    base = {f.name: getattr(parts.train, f.name) for f in dataclasses.fields(parts.train)}
     return WorkflowConfig(
-        train=TrainConfig(
-            trajectories=30,
-            batch_size=8,
-            sdt=SdtConfig(learning_rate=0.15, threshold=0.5, reuse="forecast"),
-            target_cur=0.42,
-            initial="alternate",
-            initial_logit=2.0,
-            iepo="sensitivity",
-            iepo_every=10,
-        ),
-        evaluate=EvaluateConfig(samples=320, timing_rounds=4),
+        model=parts.model, sampler=parts.sampler, train=TrainConfig(**base | train), **settings
     )
 
 
-def dit_xl_2_256() -> WorkflowConfig:
-    """DiT-XL/2 at 256 x 256, DDIM-20, guidance 1.5, on the released trainer's budget.
+def fashion() -> WorkflowConfig:
+    """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download."""
+    return _from_recipe(presets.fashion, evaluate=EvaluateConfig(samples=320, timing_rounds=4))
 
-    Wants `--model.path` and GPUs.
-    """
-    return WorkflowConfig(
-        preset="dit-xl-2-256",
-        registered_model="harmonica-dit-xl-2-256",
-        model=ModelConfig(path="DiT-XL-2-256x256.pt", shape=DiTConfig()),
-        sampler=SamplerConfig(
-            num_inference_steps=20, guidance_scale=1.5, guidance_channels="first_three", clip_sample=False
-        ),
-        train=TrainConfig(
-            trajectories=2_000,
-            batch_size=64,
-            num_workers=4,
-            use_gpu=True,
-            sdt=SdtConfig(beta=7e-8, learning_rate=0.01),
-            iepo_every=50,
-            checkpoint_interval_s=300,
-        ),
+
+def _on_gpus(name: str) -> WorkflowConfig:
+    """A public model on four GPUs, as the paper trained; wants `--model.path`."""
+    return _from_recipe(
+        presets.RECIPES[name],
+        preset=name,
+        registered_model=f"harmonica-{name}",
+        train={"num_workers": 4, "use_gpu": True},
         evaluate=EvaluateConfig(samples=50_000, num_actors=4, use_gpu=True),
         serve=ServeConfig(use_gpu=True),
     )
 
 
-PRESETS: dict[str, Callable[[], WorkflowConfig]] = {"fashion": fashion, "dit-xl-2-256": dit_xl_2_256}
+PRESETS: dict[str, Callable[[], WorkflowConfig]] = {"fashion": fashion} | {
+    name: partial(_on_gpus, name) for name in presets.RECIPES if name != "fashion"
+}

@@ -6,16 +6,16 @@ Shapes: N rows, C channels, H W image.
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from harmonica.artifact import RouterArtifact
 from harmonica.cache import Reuse
 from harmonica.models.loading import LoadedModel
-from harmonica.noise import row_noise
+from harmonica.models.vae import decode_latents, draws_pixels, pixels_per_latent
+from harmonica.noise import RowKeys
 from harmonica.pictures import encode_png
 from harmonica.plan import Plan
-from harmonica.samplers import Ddim
+from harmonica.samplers import Sampler, make_sampler
 from harmonica.sampling import check_plan, sample
 
 
@@ -44,7 +44,7 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class _Router:
-    sampler: Ddim
+    sampler: Sampler
     plan: Plan
     reuse: Reuse
     version: str
@@ -56,10 +56,11 @@ class ImageSampler:
     def __init__(self, loaded: LoadedModel, device: str = "cpu") -> None:
         self.model, self.class_names = loaded.model.to(device), loaded.class_names
         self.device = device
-        if self.model.in_channels not in (1, 3):
+        self._vae = None if draws_pixels(self.model) else loaded.load_vae(device)
+        if self._vae is None and not draws_pixels(self.model):
             raise ValueError(
-                f"model.in_channels is {self.model.in_channels}: such a model draws latents, and only pixel "
-                "models (1 or 3 channels) can be served"
+                f"model.in_channels is {self.model.in_channels}, so the model draws latents, and it comes "
+                "without a decoder: give model.vae"
             )
         self._router: _Router | None = None
 
@@ -67,6 +68,11 @@ class ImageSampler:
     def router(self) -> _Router:
         assert self._router is not None, "use() comes first"
         return self._router
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the pictures, in pixels."""
+        return self.model.sample_size * (1 if self._vae is None else pixels_per_latent(self._vae))
 
     @property
     def version(self) -> str:
@@ -80,7 +86,7 @@ class ImageSampler:
             ValueError: the router was made for another model.
         """
         artifact.check(self.model, artifact.sampler)
-        sampler, plan = Ddim(self.model, artifact.sampler), artifact.plan
+        sampler, plan = make_sampler(self.model, artifact.sampler), artifact.plan
         check_plan(plan, sampler)
         self._router = _Router(sampler, plan, artifact.reuse, version)
 
@@ -89,10 +95,19 @@ class ImageSampler:
         started = time.perf_counter()
         router = self.router
         shape = (self.model.in_channels, self.model.sample_size, self.model.sample_size)
-        noise = torch.from_numpy(np.stack([row_noise(row.seed, row.index, shape) for row in rows]))
+        keys = RowKeys([row.seed for row in rows], [row.index for row in rows])
+        noise = torch.from_numpy(keys.start_noise(shape))
         labels = torch.tensor([row.label for row in rows])
         images_NCHW = sample(
-            router.sampler, noise.to(self.device), labels.to(self.device), router.plan, reuse=router.reuse
-        ).cpu()
+            router.sampler,
+            noise.to(self.device),
+            labels.to(self.device),
+            router.plan,
+            reuse=router.reuse,
+            rows=keys,
+        )
+        if self._vae is not None:
+            images_NCHW = decode_latents(self._vae, images_NCHW)
+        images_NCHW = images_NCHW.cpu()
         seconds, cur = time.perf_counter() - started, router.plan.cur
         return [Drawing(encode_png(image), router.version, cur, len(rows), seconds) for image in images_NCHW]

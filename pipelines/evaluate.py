@@ -23,33 +23,43 @@ from harmonica.classifier import (
 )
 from harmonica.models.loading import BUILTIN, ModelConfig, load_model
 from harmonica.pictures import router_heat_map, sample_sheet
+from harmonica.rows import RowSpec, Share
 from pipelines.config import EvaluateConfig, WorkflowConfig
-from pipelines.stream import RowSpec, Share, stream_rows
-from pipelines.timing import CACHED, FEWER, FULL, Arm, Timing, device_of, make_arms, measure
+from pipelines.stream import stream_rows
+from pipelines.timing import (
+    CACHED,
+    FEWER,
+    FULL,
+    SEED_OFFSET,
+    Arm,
+    Batch,
+    Timing,
+    device_of,
+    make_arms,
+    make_transfer_arms,
+    measure,
+)
 
 
 class ArmSampler:
     """A Ray Data actor: samples every arm from the same rows and hands back what judging needs."""
 
     def __init__(self, config: WorkflowConfig, arms: list[Arm], judge: bool) -> None:
-        self.config, self.arms = config, arms
+        self.arms, self.seed = arms, config.seed + SEED_OFFSET
         self.device = device_of(config.evaluate.use_gpu)
-        self.model = load_model(config.model).model.to(self.device)
+        self.model = load_model(config.model, self.device).model
         self.classifier = load_classifier() if judge else None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         from harmonica.metrics import psnr  # seconds to import, so only where images are judged
 
-        noise = torch.tensor(batch["noise"], device=self.device)  # a copy: Ray's batches are read-only
-        label = torch.tensor(batch["label"], device=self.device)
-        out = {"label": batch["label"]}
-        reference = None
+        rows = Batch.of(batch, self.seed, self.device)
+        out, images = {"label": batch["label"]}, {}
         for arm in self.arms:
-            images = arm.sample(self.model, self.config, noise, label).cpu()
-            reference = images if reference is None else reference
-            out[f"{arm.name}.psnr"] = psnr(images, reference).clamp(max=100).numpy()
+            images[arm.name] = ours = arm.sample(self.model, rows).cpu()
+            out[f"{arm.name}.psnr"] = psnr(ours, images[arm.reference]).clamp(max=100).numpy()
             if self.classifier is not None:
-                features, logits = features_and_logits(self.classifier, images)
+                features, logits = features_and_logits(self.classifier, ours)
                 out[f"{arm.name}.features"] = features.numpy()
                 out[f"{arm.name}.class"] = logits.argmax(1).numpy()
         return out
@@ -85,10 +95,10 @@ def evaluate(config: WorkflowConfig, artifact: RouterArtifact) -> tuple[dict[str
     settings = config.evaluate
     remote = ray.remote(num_cpus=1, num_gpus=int(settings.use_gpu))(measure)
     timing: Timing = ray.get(remote.remote(config, artifact))
-    arms = make_arms(config, artifact, timing.fewer_steps)
+    arms, transfer = make_arms(config, artifact, timing.fewer_steps), make_transfer_arms(config, artifact)
     judge = _can_be_judged(config.model)
-    columns = _collect(_judged(config, timing.rows, arms, judge))
-    report_arms = {arm.name: _arm_report(arm, columns, timing, judge) for arm in arms}
+    columns = _collect(_judged(config, timing.rows, arms + transfer, judge))
+    report_arms = {arm.name: _times(arm, timing) | _quality(arm, columns, judge) for arm in arms}
     seconds = timing.seconds_per_image
     measured = seconds[FULL] / seconds[CACHED]
     saved = 1 - 1 / artifact.ideal_speedup
@@ -101,6 +111,8 @@ def evaluate(config: WorkflowConfig, artifact: RouterArtifact) -> tuple[dict[str
         "realised_share": (1 - 1 / measured) / saved if saved > 0 else None,
         "arms": report_arms,
     }
+    if transfer:
+        report["transfer"] = {arm.name: _quality(arm, columns, judge) for arm in transfer}
     return report | verdict(report_arms), _pictures(config, artifact, timing)
 
 
@@ -128,30 +140,34 @@ def _collect(batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([batch[name] for batch in kept]) for name in kept[0]}
 
 
-def _arm_report(arm: Arm, columns: dict[str, np.ndarray], timing: Timing, judge: bool) -> dict[str, Any]:
-    from harmonica.metrics import frechet_distance
-
-    report: dict[str, Any] = {
+def _times(arm: Arm, timing: Timing) -> dict[str, Any]:
+    return {
         "num_inference_steps": arm.num_inference_steps,
         "seconds_per_image": timing.seconds_per_image[arm.name],
         "seconds_spread": timing.spread[arm.name],
         "speedup": timing.seconds_per_image[FULL] / timing.seconds_per_image[arm.name],
     }
-    if arm.name != FULL:
+
+
+def _quality(arm: Arm, columns: dict[str, np.ndarray], judge: bool) -> dict[str, Any]:
+    """How good an arm's images are, and how near to those of its reference."""
+    from harmonica.metrics import frechet_distance
+
+    def statistics_of(name: str) -> FeatureStatistics:
+        return FeatureStatistics.from_features(torch.from_numpy(columns[f"{name}.features"].copy()))
+
+    report: dict[str, Any] = {}
+    is_reference = arm.name == arm.reference
+    if not is_reference:
         report["psnr_to_full"] = float(columns[f"{arm.name}.psnr"].mean())
     if judge:
-        statistics_of = {
-            name: FeatureStatistics.from_features(torch.from_numpy(columns[f"{name}.features"].copy()))
-            for name in (arm.name, FULL)
-        }
+        ours, classes = statistics_of(arm.name), columns[f"{arm.name}.class"]
         test = FeatureStatistics.load(BUILTIN_FOLDER / STATISTICS_FILE)
-        report["frechet_to_test"] = frechet_distance(statistics_of[arm.name], test)
-        report["label_accuracy"] = float((columns[f"{arm.name}.class"] == columns["label"]).mean())
-        if arm.name != FULL:
-            report["frechet_to_full"] = frechet_distance(statistics_of[arm.name], statistics_of[FULL])
-            report["label_agreement"] = float(
-                (columns[f"{arm.name}.class"] == columns[f"{FULL}.class"]).mean()
-            )
+        report["frechet_to_test"] = frechet_distance(ours, test)
+        report["label_accuracy"] = float((classes == columns["label"]).mean())
+        if not is_reference:
+            report["frechet_to_full"] = frechet_distance(ours, statistics_of(arm.reference))
+            report["label_agreement"] = float((classes == columns[f"{arm.reference}.class"]).mean())
     return report
 
 
@@ -161,7 +177,7 @@ def verdict(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     nearer = {"PSNR": cached["psnr_to_full"] > fewer["psnr_to_full"]}
     if "frechet_to_full" in cached:
         nearer["Frechet distance"] = cached["frechet_to_full"] < fewer["frechet_to_full"]
-    rival = f"DDIM-{fewer['num_inference_steps']} at the same measured time"
+    rival = f"sampling in {fewer['num_inference_steps']} steps at the same measured time"
     won, lost = [n for n, ok in nearer.items() if ok], [n for n, ok in nearer.items() if not ok]
     if not lost:
         words = f"Worth having: nearer to the full sampler's images than {rival}, by {' and '.join(won)}."

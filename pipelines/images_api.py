@@ -7,7 +7,6 @@ misspelt `sed` is not passed over in silence.
 
 import asyncio
 import base64
-import difflib
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -19,6 +18,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 import harmonica
+from harmonica.labels import UnknownClass, find_class
 from pipelines.drawing import Drawing, Row
 from pipelines.http_errors import ApiError, LimitBody, Overloaded, answer_errors
 
@@ -28,7 +28,6 @@ MAX_SEED = 2**62
 # JavaScript reads integers above this inexactly, and then cannot ask for the same image again.
 _RANDOM_SEEDS = 2**53
 _HEALTH_TIMEOUT_S = 2.0
-_NAMED_CLASSES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,42 +103,6 @@ class GenerateResponse(BaseModel):
     """Of the trajectory; of the longest, where the images took several."""
 
 
-def find_class(prompt: str, class_names: tuple[str, ...]) -> int:
-    """Label of a class name in any case, one of its comma-separated synonyms, or its number.
-
-    Raises:
-        ApiError: unknown, or a synonym of several classes.
-    """
-    wanted = _normalize(prompt)
-    labels: dict[str, set[int]] = {}
-    for label, name in enumerate(class_names):
-        for key in {name, *name.split(",")}:
-            labels.setdefault(_normalize(key), set()).add(label)
-    found = sorted(labels.get(wanted, set()))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        cure = f"it names the classes {', '.join(map(str, found))}, give one of these numbers"
-        raise ApiError(400, f"prompt is {prompt!r}: {cure}", "prompt", "ambiguous_class")
-    if wanted.isascii() and wanted.isdigit() and len(wanted) < 10 and int(wanted) < len(class_names):
-        return int(wanted)
-    if len(class_names) <= _NAMED_CLASSES:
-        known = ", ".join(class_names)
-    else:
-        near = difflib.get_close_matches(wanted, labels, n=3)
-        known = f"near are {', '.join(near)}" if near else "GET /v1/models lists them"
-    raise ApiError(
-        400,
-        f"prompt is {prompt!r}: give a class name ({known}) or a number from 0 to {len(class_names) - 1}",
-        "prompt",
-        "unknown_class",
-    )
-
-
-def _normalize(name: str) -> str:
-    return " ".join(name.split()).casefold()
-
-
 def _check(body: GenerateRequest, card: ModelCard) -> int:
     """The label; refuses what this model cannot do."""
     if body.model not in (None, "", card.model):
@@ -150,7 +113,11 @@ def _check(body: GenerateRequest, card: ModelCard) -> int:
     if body.size not in (None, "auto", card.size):
         message = f"size is {body.size!r}: this model draws {card.size}, give that or 'auto'"
         raise ApiError(400, message, "size", "invalid_value")
-    return find_class(body.prompt, card.class_names)
+    try:
+        return find_class(body.prompt, card.class_names)
+    except UnknownClass as error:
+        message = f"prompt is {error}; GET /v1/models lists the classes"
+        raise ApiError(400, message, "prompt", error.code) from error
 
 
 async def _draw(source: ImageSource, rows: list[Row]) -> list[Drawing]:

@@ -67,7 +67,8 @@ class Sampler:
         config = args.serve
         torch.set_num_threads(max(1, int(config.num_cpus)))
         self._args = args
-        self._images = ImageSampler(load_model(args.model), "cuda" if config.use_gpu else "cpu")
+        device = "cuda" if config.use_gpu else "cpu"
+        self._images = ImageSampler(load_model(args.model, device), device)
         self._load()
         # One thread: one trajectory at a time, with the event loop free for the next requests.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trajectory")
@@ -101,7 +102,7 @@ class Sampler:
             router_version=self._images.version,
             cur=self._images.router.plan.cur,
             class_names=self._images.class_names,
-            image_size=self._images.model.sample_size,
+            image_size=self._images.image_size,
             max_images=self._args.serve.max_images_per_request,
         )
 

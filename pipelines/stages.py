@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from harmonica.artifact import RouterArtifact
+from harmonica.command_line import say
 from harmonica.models.loading import load_model
+from harmonica.models.vae import draws_pixels
+from harmonica.samplers import make_sampler, with_scheduler
 from pipelines import registry, tracking
 from pipelines.config import Stage, WorkflowConfig
 from pipelines.runtime import connect, is_private
 from pipelines.storage import RunStorage
-from pipelines.terminal import results_table, say
+from pipelines.terminal import results_table
 
 ROUTER, REPORT, SHEET, HEAT_MAP, CONFIG = "router", "report.json", "samples.png", "router.png", "config.json"
 SERVED = "served.png"
@@ -60,6 +63,14 @@ class Workflow:
             check_port(self.config.serve)
         loaded = load_model(self.config.model)
         model, self._class_names = loaded.model, loaded.class_names
+        sampler = with_scheduler(self.config.sampler, loaded.scheduler)
+        self.config = dataclasses.replace(self.config, sampler=sampler)
+        make_sampler(model, sampler)
+        if "serve" in self.config.stages and not draws_pixels(model) and loaded.vae_folder is None:
+            raise ValueError(
+                f"model.vae is '' and {self.config.model.path} draws latents: give its decoder, or leave the "
+                "stage serve out"
+            )
         if self.storage.exists(f"{ROUTER}/config.json"):
             RouterArtifact.load(self.storage.download_folder(ROUTER)).check(model, self.config.sampler)
         elif "train" not in self.config.stages and {"evaluate", "register"} & set(self.config.stages):

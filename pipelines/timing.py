@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,11 +13,13 @@ from harmonica.artifact import RouterArtifact
 from harmonica.cache import Reuse
 from harmonica.models.dit import DiT
 from harmonica.models.loading import load_model
+from harmonica.models.vae import decode_latents, draws_pixels
+from harmonica.noise import RowKeys
 from harmonica.plan import Plan
-from harmonica.samplers import Ddim
+from harmonica.rows import RowSpec, make_rows
+from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.sampling import sample
 from pipelines.config import WorkflowConfig
-from pipelines.stream import RowSpec, make_rows
 
 FULL, CACHED, FEWER = "full", "cached", "fewer_steps"
 SEED_OFFSET = 1
@@ -25,18 +27,38 @@ SEED_OFFSET = 1
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Rows on the device that samples them."""
+
+    noise_NCHW: Tensor
+    label_N: Tensor
+    keys: RowKeys
+
+    @classmethod
+    def of(cls, rows: dict[str, np.ndarray], seed: int, device: torch.device) -> "Batch":
+        """From `make_rows`' columns; copied, because Ray's batches are read-only."""
+        noise, label = (torch.tensor(rows[name], device=device) for name in ("noise", "label"))
+        return cls(noise, label, RowKeys.of(seed, rows["index"].tolist()))
+
+
+@dataclass(frozen=True)
 class Arm:
     """One way to sample the same noise."""
 
     name: str
-    num_inference_steps: int
+    sampler: SamplerConfig
     plan: Plan | None = None
     reuse: Reuse = "hold"
+    reference: str = FULL
+    """The arm whose images are the ones to be near to."""
 
-    def sample(self, model: DiT, config: WorkflowConfig, noise: Tensor, label: Tensor) -> Tensor:
-        settings = config.sampler.to_dict() | {"num_inference_steps": self.num_inference_steps}
-        sampler = Ddim(model, type(config.sampler)(**settings))
-        return sample(sampler, noise, label, self.plan, reuse=self.reuse)
+    @property
+    def num_inference_steps(self) -> int:
+        return self.sampler.num_inference_steps
+
+    def sample(self, model: DiT, batch: Batch) -> Tensor:
+        sampler = make_sampler(model, self.sampler)
+        return sample(sampler, batch.noise_NCHW, batch.label_N, self.plan, reuse=self.reuse, rows=batch.keys)
 
 
 @dataclass(frozen=True)
@@ -59,22 +81,22 @@ def device_of(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def _seconds(arm: Arm, model: DiT, config: WorkflowConfig, noise: Tensor, label: Tensor) -> float:
+def _seconds(arm: Arm, model: DiT, batch: Batch) -> float:
     started = time.perf_counter()
-    arm.sample(model, config, noise, label)
-    if noise.is_cuda:
+    arm.sample(model, batch)
+    if batch.noise_NCHW.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 def _median_times(
-    arms: list[Arm], model: DiT, config: WorkflowConfig, rows: tuple[Tensor, Tensor], rounds: int
+    arms: list[Arm], model: DiT, batch: Batch, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds per image and relative spread; arms alternate, each warmed up once."""
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for turn in range(rounds + 1):
         for arm in arms:
-            seconds = _seconds(arm, model, config, *rows) / len(rows[0])
+            seconds = _seconds(arm, model, batch) / len(batch.label_N)
             if turn > 0:
                 times[arm.name].append(seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -84,30 +106,40 @@ def _median_times(
 
 def make_arms(config: WorkflowConfig, artifact: RouterArtifact, fewer_steps: int = 2) -> list[Arm]:
     """Full, cached and fewer steps, in this order."""
-    total = config.sampler.num_inference_steps
-    cached = Arm(CACHED, total, artifact.plan, artifact.reuse)
-    return [Arm(FULL, total), cached, Arm(FEWER, fewer_steps)]
+    cached = Arm(CACHED, config.sampler, artifact.plan, artifact.reuse)
+    fewer = replace(config.sampler, num_inference_steps=fewer_steps)
+    return [Arm(FULL, config.sampler), cached, Arm(FEWER, fewer)]
+
+
+def make_transfer_arms(config: WorkflowConfig, artifact: RouterArtifact) -> list[Arm]:
+    """Full and cached under each other sampler of `evaluate.transfer`; the plan was not made for it."""
+    arms = []
+    for name in config.evaluate.transfer:
+        other = replace(config.sampler, name=name, scheduler=None)
+        full = f"{name} {FULL}"
+        arms.append(Arm(full, other, reference=full))
+        arms.append(Arm(f"{name} {CACHED}", other, artifact.plan, artifact.reuse, reference=full))
+    return arms
 
 
 def measure(config: WorkflowConfig, artifact: RouterArtifact) -> Timing:
     """Time the arms; `fewer_steps` gets the least step count whose time is not below the cached arm's."""
     settings, device = config.evaluate, device_of(config.evaluate.use_gpu)
-    loaded = load_model(config.model)
-    model = loaded.model.to(device)
+    loaded = load_model(config.model, device)
+    model = loaded.model
     spec = RowSpec.of(model, model.num_classes, config.seed + SEED_OFFSET)
-    rows = make_rows(np.arange(settings.timing_batch_size), spec)
-    noise, label = torch.from_numpy(rows["noise"]).to(device), torch.from_numpy(rows["label"]).to(device)
+    batch = Batch.of(make_rows(np.arange(settings.timing_batch_size), spec), spec.seed, device)
     total = config.sampler.num_inference_steps
-    first, _ = _median_times(
-        make_arms(config, artifact)[:2], model, config, (noise, label), min(3, settings.timing_rounds)
-    )
+    first, _ = _median_times(make_arms(config, artifact)[:2], model, batch, min(3, settings.timing_rounds))
     steps = min(total, max(2, math.ceil(total * first[CACHED] / first[FULL] - 0.1)))
     arms = make_arms(config, artifact, steps)
-    seconds, spread = _median_times(arms, model, config, (noise, label), settings.timing_rounds)
+    seconds, spread = _median_times(arms, model, batch, settings.timing_rounds)
     labels = [i % model.num_classes for i in range(10)]
-    noise = torch.from_numpy(make_rows(np.arange(10), spec)["noise"]).to(device)
-    sheet = {
-        arm.name: arm.sample(model, config, noise, torch.tensor(labels, device=device)).cpu() for arm in arms
-    }
+    columns = make_rows(np.arange(10), spec) | {"label": np.array(labels)}
+    shown = Batch.of(columns, spec.seed, device)
+    sheet = {arm.name: arm.sample(model, shown) for arm in arms}
+    if not draws_pixels(model) and (vae := loaded.load_vae(device)) is not None:
+        sheet = {name: decode_latents(vae, latents) for name, latents in sheet.items()}
+    sheet = {name: images.cpu() for name, images in sheet.items()}
     branches = tuple(branch.name for branch in model.branches)
     return Timing(spec, seconds, spread, steps, sheet, loaded.class_names, branches, labels)

@@ -128,5 +128,6 @@ def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         if isinstance(value, Mapping):
             flat |= numbers(value, f"{prefix}{name}.")
         elif isinstance(value, int | float):
-            flat[prefix + name] = float(value)
+            # MLflow has no plus in its names, and DPM-Solver++ two.
+            flat[(prefix + name).replace("+", "p")] = float(value)
     return flat

@@ -16,6 +16,11 @@ from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.sdt import freeze
 
 
+def pytest_configure() -> None:
+    """One thread: more than there are free cores make models this small slower by a hundred times."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def tiny_shape() -> DiTConfig:
     """The shape of `assets/case_a`: 16 tokens of width 48, six branches."""

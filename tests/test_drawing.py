@@ -8,18 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from tiny_dit import SHAPE, make_artifact, write_model
+from tiny_pipeline import write_pipeline
 
-from harmonica.models.loading import load_model
+from harmonica.artifact import RouterArtifact
+from harmonica.models.loading import ModelConfig, load_model
+from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from pipelines.drawing import ImageSampler, Row
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads than free cores make a model this small slower by a hundred times."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +62,24 @@ def test_a_router_of_another_model_is_refused(tmp_path, sampler):
     assert sampler.version == "7"
 
 
-def test_a_latent_model_is_refused(tmp_path):
+def test_latents_without_a_decoder_are_refused(tmp_path):
     latent = write_model(tmp_path, shape=dataclasses.replace(SHAPE, in_channels=4, out_channels=8))
-    with pytest.raises(ValueError, match=r"model.in_channels is 4: .*pixel"):
+    with pytest.raises(ValueError, match=r"model.in_channels is 4, .* without a decoder: give model.vae"):
         ImageSampler(load_model(latent))
+
+
+@pytest.mark.parametrize("name", ["diffusers", "iddpm", "dpm-solver++", "sa-solver"])
+def test_every_sampler_draws_the_pictures_of_a_latent_model(tmp_path, name):
+    loaded = load_model(ModelConfig(path=str(write_pipeline(tmp_path))))
+    config = SamplerConfig(name=name, num_inference_steps=5, guidance_scale=4.0, clip_sample=False)
+    denoiser = make_sampler(loaded.model, with_scheduler(config, loaded.scheduler))
+    logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    images = ImageSampler(loaded)
+    images.use(
+        RouterArtifact.build(logits, denoiser, threshold=0.5, reuse="forecast", training={}), version="1"
+    )
+    row = Row(1, 5, 2)
+    (alone,), company = images.draw([row]), images.draw([Row(1, 6, 2), row])
+    assert images.image_size == 16 and pixels(alone).shape == (16, 16, 3)
+    assert np.abs(pixels(alone) - pixels(company[1])).max() <= 1
+    assert np.abs(pixels(alone) - pixels(company[0])).max() > 1

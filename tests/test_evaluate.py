@@ -11,10 +11,10 @@ from harmonica.builtin import CHAMPION
 from harmonica.classifier import features_and_logits, load_classifier
 from harmonica.metrics import label_accuracy, psnr
 from harmonica.models.loading import ModelConfig, load_model
+from harmonica.rows import RowSpec, make_rows
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.sampling import sample
 from pipelines.evaluate import verdict
-from pipelines.stream import RowSpec, make_rows
 from pipelines.timing import CACHED, FEWER, FULL
 
 
@@ -30,7 +30,7 @@ def arms(cached_psnr: float, cached_frechet: float) -> dict:
     ("cached", "worth", "words"),
     [
         ((40.0, 0.01), True, "Worth having"),
-        ((30.0, 0.01), False, "DDIM-12 at the same measured time is nearer .* by PSNR"),
+        ((30.0, 0.01), False, "sampling in 12 steps at the same measured time is nearer .* by PSNR"),
         ((40.0, 0.09), False, "nearer .* by Frechet distance"),
     ],
 )

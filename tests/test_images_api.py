@@ -15,8 +15,8 @@ from tiny_dit import make_artifact, write_model
 from harmonica.fashion import CLASS_NAMES
 from harmonica.models.loading import load_model
 from pipelines.drawing import Drawing, ImageSampler, Row
-from pipelines.http_errors import ApiError, Overloaded
-from pipelines.images_api import MAX_BODY_BYTES, ModelCard, create_app, find_class
+from pipelines.http_errors import Overloaded
+from pipelines.images_api import MAX_BODY_BYTES, ModelCard, create_app
 
 PATH = "/v1/images/generations"
 
@@ -247,22 +247,3 @@ def test_the_official_client(client):
     assert (refusal.value.param, refusal.value.code) == ("prompt", "unknown_class")
     with pytest.raises(openai.NotFoundError):
         api.models.retrieve("huge")
-
-
-def test_classes_by_name_synonym_and_number():
-    names = ("tench, Tinca tinca", "crane", "crane, lifting device", "7")
-    assert find_class("  TINCA   tinca ", names) == 0
-    assert find_class("tench, tinca tinca", names) == 0
-    assert find_class("lifting device", names) == 2
-    assert find_class("2", names) == 2
-    assert find_class("7", names) == 3, "a name comes before a number"
-    with pytest.raises(ApiError, match="classes 1, 2"):
-        find_class("crane", names)
-
-
-def test_near_names_of_many_classes():
-    names = tuple(f"animal {i}" for i in range(30)) + ("goldfish",)
-    with pytest.raises(ApiError, match="near are goldfish"):
-        find_class("goldfsh", names)
-    with pytest.raises(ApiError, match="GET /v1/models lists them"):
-        find_class("zzzzzz", names)

@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Trajectory, quick, reuses, trajectories
 from torch import Tensor
 
-from harmonica.cache import BranchCache
+from harmonica.cache import BranchCache, Reuse
 from harmonica.passes import planned_pass, soft_pass
 from harmonica.plan import Plan
 from harmonica.sampling import sample
@@ -18,6 +21,7 @@ Embedded = tuple[tuple[Tensor, Any], tuple[Tensor, Any]]
 ROW = (False, True, True, False, False, True)
 """Which of the six branches a plan computes."""
 ALL = (True,) * 6
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.fixture
@@ -56,13 +60,53 @@ def half_plan() -> Plan:
     return Plan(tuple(map(tuple, rows.tolist())))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_all_compute_plan_is_bit_identical_to_the_full_pass(tiny_dit, batch: Batch, dtype):
-    model, noise, labels = tiny_dit.to(dtype), batch[0].to(dtype), batch[1]
-    t = torch.full_like(labels, 300)
-    hidden, conditioning = model.embed(noise, t, labels)
-    planned = planned_pass(model, hidden, conditioning, ALL, BranchCache(6), 3)
-    assert torch.equal(planned, model(noise, t, labels))
+def after_first_step(run: Trajectory, reuse: Reuse) -> BranchCache:
+    """The cache as step T-1 leaves it."""
+    cache, first = BranchCache(run.plan.num_branches, reuse), run.steps[0]
+    planned_pass(run.model, *run.embed(first), run.plan.compute[first], cache, first)
+    return cache
+
+
+@quick
+@given(trajectories(torch.float32) | trajectories(torch.float64), reuses)
+def test_an_all_compute_plan_is_bit_identical_to_the_full_pass_all_along(run, reuse):
+    row = (True,) * run.plan.num_branches
+    cache = BranchCache(len(row), reuse)
+    for i in run.steps:
+        assert torch.equal(planned_pass(run.model, *run.embed(i), row, cache, i), run.model(*run.inputs(i)))
+
+
+@quick
+@given(trajectories(), reuses)
+def test_a_planned_pass_computes_or_looks_up_the_latest_values(run, reuse):
+    cache = BranchCache(run.plan.num_branches, reuse)
+    slow = run.slow(run.plan.to_tensor().double(), run.plan.to_tensor(), reuse)
+    for i, expected in zip(run.steps, slow):
+        ours = planned_pass(run.model, *run.embed(i), run.plan.compute[i], cache, i)
+        torch.testing.assert_close(ours, expected, **CLOSE)
+
+
+@quick
+@given(trajectories(), reuses, st.integers(0, 99))
+def test_a_soft_pass_mixes_and_keeps_the_mixed_value_where_it_refreshes(run, reuse, seed):
+    scores = run.plan.to_tensor().double()
+    scores[:-1].uniform_(generator=torch.Generator().manual_seed(seed))
+    cache = after_first_step(run, reuse)
+    for i, expected in list(zip(run.steps, run.slow(scores, run.plan.to_tensor(), reuse)))[1:]:
+        row = scores[i].clone().requires_grad_()
+        ours = soft_pass(run.model, *run.embed(i), row, run.plan.compute[i], cache, i)
+        torch.testing.assert_close(ours.detach(), expected, **CLOSE)
+        assert not any(cache.read(b, i - 1).requires_grad for b in range(run.plan.num_branches))
+
+
+@quick
+@given(trajectories(), reuses)
+def test_soft_at_one_is_the_full_pass_whatever_is_cached(run, reuse):
+    ones = torch.ones(run.plan.num_branches, dtype=torch.float64)
+    cache = after_first_step(run, reuse)
+    for i in run.steps[1:]:
+        soft = soft_pass(run.model, *run.embed(i), ones, run.plan.compute[i], cache, i)
+        torch.testing.assert_close(soft, run.model(*run.inputs(i)), **CLOSE)
 
 
 def test_an_all_compute_plan_samples_bit_identical_images(tiny_sampler, batch: Batch):
@@ -71,49 +115,11 @@ def test_an_all_compute_plan_samples_bit_identical_images(tiny_sampler, batch: B
     assert not torch.allclose(sample(tiny_sampler, *batch, half_plan()), full, rtol=0.01)
 
 
-def test_soft_at_one_is_the_full_pass(tiny_dit, embedded: Embedded, filled):
-    full = planned_pass(tiny_dit, *embedded[1], ALL, BranchCache(6), 4)
-    ones = torch.ones(6, dtype=torch.float64)
-    torch.testing.assert_close(soft_pass(tiny_dit, *embedded[1], ones, ALL, filled, 4), full)
-
-
-def test_soft_at_zero_is_the_planned_pass_that_reuses_everything(tiny_dit, embedded: Embedded, filled):
-    reused = planned_pass(tiny_dit, *embedded[1], (False,) * 6, filled.copy(), 4)
-    zeros = torch.zeros(6, dtype=torch.float64)
-    soft = soft_pass(tiny_dit, *embedded[1], zeros, (False,) * 6, filled, 4)
-    torch.testing.assert_close(soft, reused)
-
-
 def test_a_planned_pass_computes_what_the_plan_says_and_nothing_else(tiny_sampler, batch: Batch, computed):
     plan = half_plan()
     sample(tiny_sampler, *batch, plan)
     expected = [b for row in reversed(plan.compute) for b in range(6) if row[b]]
     assert computed == expected
-
-
-def test_a_reused_branch_merges_the_held_value(tiny_dit, embedded: Embedded, filled):
-    held = [filled.read(b, 4).clone() for b in range(6)]
-    hidden, conditioning = embedded[1]
-    output = planned_pass(tiny_dit, hidden, conditioning, ROW, filled, 4)
-    for b, branch in enumerate(tiny_dit.branches):
-        y = branch.compute(hidden, conditioning) if ROW[b] else held[b]
-        torch.testing.assert_close(filled.read(b, 3), y)
-        gate = conditioning.blocks[b // 2][2 if b % 2 == 0 else 5]
-        hidden = hidden + gate[:, None] * y
-    torch.testing.assert_close(output, tiny_dit.head(hidden, conditioning))
-
-
-def test_a_soft_pass_keeps_the_mixed_value_where_it_refreshes(tiny_dit, embedded: Embedded, filled):
-    held = [filled.read(b, 4).clone() for b in range(6)]
-    scores = torch.tensor([0.05, 0.3, 0.9, 0.0, 0.02, 0.5], dtype=torch.float64, requires_grad=True)
-    hidden, conditioning = embedded[1]
-    soft_pass(tiny_dit, hidden, conditioning, scores, ROW, filled, 4)
-    for b, branch in enumerate(tiny_dit.branches):
-        y = scores[b] * branch.compute(hidden, conditioning) + (1 - scores[b]) * held[b]
-        kept = filled.read(b, 3)
-        torch.testing.assert_close(kept, y.detach() if ROW[b] else held[b])
-        assert not kept.requires_grad
-        hidden = branch.merge(hidden, y, conditioning)
 
 
 def test_soft_gradient_matches_finite_differences(tiny_dit, embedded: Embedded, filled):

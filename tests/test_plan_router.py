@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import plans, quick, trajectories
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from harmonica.cache import BranchCache
 from harmonica.models.base import Macs
+from harmonica.passes import planned_pass
 from harmonica.plan import Plan
 from harmonica.router import FIXED_LOGIT, Router
 from harmonica.sampling import sample
@@ -18,9 +23,16 @@ def plan_of(*rows: str) -> Plan:
     return Plan(tuple(tuple(entry == "1" for entry in row) for row in rows))
 
 
-def test_cur_counts_all_rows():
-    assert plan_of("01", "00", "10", "11").cur == 4 / 8
-    assert Plan.full(4, 2).cur == 0
+@quick
+@given(st.integers(1, 6).flatmap(plans))
+def test_cur_is_reused_entries_by_all_entries_row_t_minus_1_included(plan):
+    reused = 0
+    for row in plan.compute:
+        for is_computed in row:
+            if not is_computed:
+                reused += 1
+    assert plan.cur == pytest.approx(reused / (plan.num_steps * plan.num_branches), abs=1e-12)
+    assert "".join(plan.to_strings()).count("0") == plan.to_tensor().logical_not().sum() == reused
 
 
 def test_ideal_speedup_counts_what_is_left():
@@ -39,11 +51,20 @@ def test_macs_of_the_tiny_shape_by_hand(tiny_dit):
     assert [branch.name for branch in tiny_dit.branches[:3]] == ["attn 0", "mlp 0", "attn 1"]
 
 
-def test_macs_are_what_torch_counts(tiny_dit, batch: tuple[Tensor, Tensor]):
-    noise, labels = batch
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        tiny_dit(noise[:1], torch.tensor([500]), labels[:1])
-    assert counter.get_total_flops() == 2 * tiny_dit.macs().full
+@quick
+@given(trajectories())
+def test_macs_of_a_plan_and_of_the_full_model_are_what_torch_counts(run):
+    macs, num_rows = run.model.macs(), len(run.labels)
+    cache = BranchCache(run.plan.num_branches)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as planned:
+        for i in run.steps:
+            planned_pass(run.model, *run.embed(i), run.plan.compute[i], cache, i)
+    assert planned.get_total_flops() == 2 * num_rows * run.plan.macs(macs)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as full:
+        run.model(*run.inputs(0))
+    assert full.get_total_flops() == 2 * num_rows * macs.full
+    speedup = full.get_total_flops() * len(run.steps) / planned.get_total_flops()
+    assert run.plan.ideal_speedup(macs) == pytest.approx(speedup)
 
 
 def test_the_first_step_always_computes():

@@ -42,7 +42,8 @@ def test_a_step_is_that_of_diffusers(tiny_dit, batch, clip_sample, i):
     scheduler = DDIMScheduler(clip_sample=clip_sample, beta_start=1e-4, beta_end=0.02)
     scheduler.set_timesteps(1000)
     x, output = 0.4 * batch[0], torch.cat([batch[0].flip(0), batch[0]], dim=1)
-    ours = Ddim(tiny_dit, config).advance(i, x, output)
+    sampler = Ddim(tiny_dit, config)
+    ours = sampler.advance(i, sampler.start(x, batch[1]), output).x_MCHW
     theirs = scheduler.step(output[:, :4], i, x, use_clipped_model_output=True).prev_sample
     # diffusers makes alpha-bar in float32; at i = 999 it is 4e-5.
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -77,10 +78,10 @@ def test_no_guidance_runs_the_conditional_half_alone(tiny_dit, batch):
 
 def test_the_unconditional_half_has_the_null_class(tiny_sampler, batch):
     noise, labels = batch
-    x, condition = tiny_sampler.start(noise, labels)
-    assert torch.equal(x, torch.cat([noise, noise]))
-    assert condition.tolist() == labels.tolist() + [10] * 4
-    assert torch.equal(tiny_sampler.finish(x), noise)
+    state = tiny_sampler.start(noise, labels)
+    assert torch.equal(state.x_MCHW, torch.cat([noise, noise]))
+    assert state.condition_M.tolist() == labels.tolist() + [10] * 4
+    assert torch.equal(tiny_sampler.finish(state), noise)
 
 
 @pytest.mark.parametrize(("channels", "guided"), [("first_three", 3), ("all", 4)])
@@ -91,16 +92,17 @@ def test_guidance_conventions(channels, guided):
     assert torch.equal(result[:, guided:], output[:, guided:])
 
 
-def test_first_three_of_one_channel_is_that_channel():
+def test_first_three_counts_output_channels_as_the_public_code_does():
     output = torch.tensor([[5.0, 7.0], [1.0, 3.0]])[:, :, None, None]  # noise and variance
     guided = guide(output, 2.0, "first_three", noise_channels=1)
-    assert guided.flatten(1).tolist() == [[9.0, 7.0], [9.0, 3.0]]
+    assert guided.flatten(1).tolist() == [[9.0, 11.0], [9.0, 11.0]]
+    assert guide(output, 2.0, "all", noise_channels=1).flatten(1).tolist() == [[9.0, 7.0], [9.0, 3.0]]
 
 
 def test_both_halves_see_the_conditional_latents(tiny_sampler, batch):
-    x, condition = tiny_sampler.start(*batch)
-    x[4:] += 1
-    hidden, _ = tiny_sampler.embed(3, x, condition)
+    state = tiny_sampler.start(*batch)
+    state.x_MCHW[4:] += 1
+    hidden, _ = tiny_sampler.embed(3, state)
     assert torch.equal(hidden[:4], hidden[4:])
 
 

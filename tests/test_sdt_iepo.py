@@ -12,7 +12,7 @@ from harmonica.beta import BetaController
 from harmonica.cache import Reuse
 from harmonica.iepo import IepoKind, image_error_proxy
 from harmonica.router import Router
-from harmonica.samplers import Ddim
+from harmonica.samplers import Sampler
 from harmonica.sdt import SdtConfig, SdtTrainer
 
 Batch = tuple[Tensor, Tensor]
@@ -54,14 +54,16 @@ def reused(kept: list[tuple[int, Tensor]], i: int, reuse: str) -> Tensor:
 
 
 @torch.no_grad()
-def generate(sampler: Ddim, router: Router, batch: Batch, soft: set[int], reuse: str = "hold") -> Generation:
+def generate(
+    sampler: Sampler, router: Router, batch: Batch, soft: set[int], reuse: str = "hold"
+) -> Generation:
     """Weights of the router at the steps in `soft`, 1 at the others."""
     run = Generation()
-    x, condition = sampler.start(*batch)
+    state = sampler.start(*batch)
     kept: dict[int, list[tuple[int, Tensor]]] = {b: [] for b in range(6)}
     for i in reversed(range(sampler.num_steps)):
-        run.x[i] = x
-        hidden, conditioning = sampler.embed(i, x, condition)
+        run.x[i] = state.x_MCHW
+        hidden, conditioning = sampler.embed(i, state)
         for b, branch in enumerate(sampler.model.branches):
             r = router.logits()[i, b].sigmoid() if i in soft else torch.tensor(1.0)
             y = branch.compute(hidden, conditioning)
@@ -71,8 +73,8 @@ def generate(sampler: Ddim, router: Router, batch: Batch, soft: set[int], reuse:
                 kept[b].append((i, y))
             hidden = branch.merge(hidden, y, conditioning)
         run.guided[i] = sampler.guide(sampler.model.head(hidden, conditioning))
-        x = sampler.advance(i, x, run.guided[i])
-    run.final = x
+        state = sampler.advance(i, state, run.guided[i])
+    run.final = state.x_MCHW
     return run
 
 
@@ -80,7 +82,7 @@ def mean_squared(a: Tensor, b: Tensor) -> float:
     return (a - b).square().mean().item()
 
 
-def measure(sampler: Ddim, router: Router, batch: Batch, kind: IepoKind, reuse: Reuse = "hold") -> Tensor:
+def measure(sampler: Sampler, router: Router, batch: Batch, kind: IepoKind, reuse: Reuse = "hold") -> Tensor:
     return image_error_proxy(sampler, router, *batch, kind=kind, threshold=TAU, reuse=reuse)
 
 
@@ -121,10 +123,10 @@ def test_the_base_model_stays_as_it_is(tiny_sampler, batch: Batch, router, lambd
 def test_teacher_and_student_see_the_students_x(tiny_sampler, batch: Batch, router, lambda_T):
     records, final = SdtTrainer(tiny_sampler, router, STILL).train_trajectory(*batch, lambda_T)
     student = generate(tiny_sampler, router, batch, soft=set(range(5)))
-    torch.testing.assert_close(final, tiny_sampler.finish(student.final))
+    torch.testing.assert_close(final, student.final.chunk(2)[0])
     for record in records:
         i = record.step
-        condition = tiny_sampler.start(*batch)[1]
+        condition = tiny_sampler.start(*batch).condition_M
         half = student.x[i].chunk(2)[0]
         t = torch.full_like(condition, tiny_sampler.timesteps[i])
         teacher = tiny_sampler.guide(tiny_sampler.model(torch.cat([half, half]), t, condition))

@@ -3,28 +3,35 @@
 import numpy as np
 import pytest
 import ray
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import quick
 
+from harmonica.noise import row_label, row_noise
+from harmonica.rows import RowSpec, Share, make_rows
 from pipelines.runtime import connect
-from pipelines.stream import RowSpec, Share, make_rows, stream_rows
+from pipelines.stream import stream_rows
 
 SPEC = RowSpec(seed=3, num_classes=10, shape=(1, 4, 4))
 
 
-def test_trajectory_rows_do_not_depend_on_workers() -> None:
-    def rows_of(world_size: int, trajectory: int) -> set[int]:
-        shares = [Share(8, rank, world_size) for rank in range(world_size)]
-        return {int(i) for s in shares for i in s.indices(np.arange(s.size), trajectory)}
-
-    for trajectory in (0, 5):
-        expected = set(range(8 * trajectory, 8 * trajectory + 8))
-        assert all(rows_of(workers, trajectory) == expected for workers in (1, 2, 4))
-
-
-def test_a_share_goes_on_where_an_earlier_one_stopped() -> None:
-    share = Share(8, rank=1, world_size=2)
-    whole = share.indices(np.arange(40), 0)
-    resumed = share.indices(np.arange(24), 4)
-    np.testing.assert_array_equal(whole[16:], resumed)
+@quick
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 5), st.integers(1, 4))
+def test_trajectories_are_one_sequence_of_rows_cut_by_the_global_batch_size_alone(
+    share_size: int, workers: int, first: int, count: int
+) -> None:
+    batch_size = share_size * workers
+    shares = [Share(batch_size, rank, workers) for rank in range(workers)]
+    made = [make_rows(share.indices(np.arange(count * share_size), first), SPEC) for share in shares]
+    sequence = [
+        {"index": i, "label": row_label(3, i, 10), "noise": row_noise(3, i, (1, 4, 4))}
+        for i in range(first * batch_size, (first + count) * batch_size)
+    ]
+    for name in ("index", "label", "noise"):
+        trajectories = np.split(np.stack([row[name] for row in sequence]), count)
+        # Of each worker its share of every trajectory, in order; ranks follow each other.
+        ours = [np.concatenate(parts) for parts in zip(*(np.split(rows[name], count) for rows in made))]
+        np.testing.assert_array_equal(ours, trajectories)
 
 
 @pytest.mark.cluster

@@ -8,12 +8,14 @@ import ray
 import torch
 from tiny_dit import write_model
 
+from harmonica.noise import RowKeys
+from harmonica.rows import make_rows
+from harmonica.training import RouterRun
 from pipelines.config import TrainConfig, WorkflowConfig, fashion
 from pipelines.runtime import connect
 from pipelines.storage import RunStorage
-from pipelines.stream import RowSpec, make_rows
 from pipelines.tracking import find_or_create, make_client, tracking_uri
-from pipelines.train import RouterRun, train
+from pipelines.train import start_run, train
 
 TRAJECTORIES = 4
 
@@ -37,18 +39,18 @@ def trained_here(
     config: WorkflowConfig, run: RouterRun | None = None, until: int = TRAJECTORIES
 ) -> RouterRun:
     """The same training without Ray, all rows on one worker."""
-    run = run or RouterRun(config, torch.device("cpu"))
-    spec = RowSpec.of(run.sampler.model, run.num_classes, config.seed)
-    size = config.train.batch_size
+    fresh, spec = start_run(config, torch.device("cpu"))
+    run, size = run or fresh, config.train.batch_size
     while run.trajectory < until:
-        first = run.trajectory * size
-        rows = make_rows(torch.arange(first, first + size).numpy(), spec)
-        run.train_one(torch.from_numpy(rows["noise"]), torch.from_numpy(rows["label"]))
+        indices = torch.arange(run.trajectory * size, (run.trajectory + 1) * size).numpy()
+        rows = make_rows(indices, spec)
+        keys = RowKeys.of(spec.seed, indices.tolist())
+        run.train_one(torch.from_numpy(rows["noise"]), torch.from_numpy(rows["label"]), keys)
     return run
 
 
 def test_training_moves_the_router(config: WorkflowConfig) -> None:
-    before = RouterRun(config, torch.device("cpu")).router.logits()
+    before = start_run(config, torch.device("cpu"))[0].router.logits()
     after = trained_here(config).router.logits()
     assert (after[:-1] != before[:-1]).any(dim=1).all(), "every trained row has moved"
     assert torch.equal(after[-1], before[-1]), "row T-1 never moves"
@@ -57,7 +59,7 @@ def test_training_moves_the_router(config: WorkflowConfig) -> None:
 def test_a_resumed_run_is_bit_identical(config: WorkflowConfig, tmp_path: Path) -> None:
     whole = trained_here(config)
     torch.save(trained_here(config, until=3).state(), tmp_path / "state.pt")
-    resumed = RouterRun(config, torch.device("cpu"))
+    resumed = start_run(config, torch.device("cpu"))[0]
     resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     trained_here(config, resumed)
     assert torch.equal(resumed.router.logits(), whole.router.logits())

@@ -38,7 +38,7 @@ SMALL = [
         (["fashion", "--sampler.guidance-scale=99"], ["sampler.guidance_scale is 99", "give 1 to 50"]),
         (["fashion", "--run-id=../x"], ["run_id is '../x'", "give letters"]),
         (["fashion", "--model.path=/no/such"], ["model.path /no/such does not exist", "give builtin:"]),
-        (["dit-xl-2-256"], ["model.path DiT-XL-2-256x256.pt does not exist"]),
+        (["dit-xl-2-256-t20"], ["model.path DiT-XL-2-256x256.pt does not exist"]),
         (["fashion", "--storage-path=/proc/x"], ["storage_path /proc/x cannot be written", "writable"]),
         (["fashion", "--storage-path=nope://x"], ["storage_path nope://x is not usable"]),
     ],
@@ -137,6 +137,10 @@ def test_the_chain_and_its_second_run(
         f"--storage-path={tmp_path / 'runs'}",
         f"--model.path={model.path}",
         f"--serve.port={free_port()}",
+        "--sampler.name=sa-solver",
+        "--evaluate.transfer",
+        "ddim",
+        "dpm-solver++",
         *SMALL,
     ]
     try:
@@ -146,6 +150,10 @@ def test_the_chain_and_its_second_run(
         for key in ("cur", "ideal_speedup", "measured_speedup", "realised_share", "verdict"):
             assert key in report
         assert set(report["arms"]) == {"full", "cached", "fewer_steps"}
+        assert set(report["transfer"]) == {
+            f"{name} {arm}" for name in ("ddim", "dpm-solver++") for arm in ("full", "cached")
+        }
+        assert report["transfer"]["dpm-solver++ cached"]["psnr_to_full"] > 5
         for name in ("samples.png", "router.png", "served.png"):
             assert (run / name).read_bytes().startswith(b"\x89PNG")
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}

@@ -1,125 +1,120 @@
-"""DDIM over respaced steps, with classifier-free guidance: what one denoising step does to x_t.
+"""What every sampler does: a state goes in at each step, the next state comes out; nothing is kept inside.
 
 Step i is row i of T respaced steps; i = T-1 is the noisiest and runs first.
 Shapes: N images, M model rows (2N under guidance: conditional half, then unconditional), C H W image.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from harmonica.diffusion import alphas_cumprod, respaced_timesteps
 from harmonica.models.base import BranchedTransformer
-
-MAX_GUIDANCE_SCALE = 50.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplerConfig:
-    """How images are sampled. A router is trained for one of these and refuses another."""
-
-    name: Literal["ddim"] = "ddim"
-    """Deterministic DDIM (Song et al. 2021, eta = 0)."""
-    num_inference_steps: int = 20
-    """T, the respaced denoising steps."""
-    guidance_scale: float = 2.0
-    """Classifier-free guidance; 1 runs the model once a step, without guidance."""
-    guidance_channels: Literal["first_three", "all"] = "all"
-    """Which noise channels are guided: the public DiT code guides three, diffusers all."""
-    clip_sample: bool = True
-    """Clip the predicted x_0 to [-1, 1]: for pixels, not for latents."""
-
-    def __post_init__(self) -> None:
-        respaced_timesteps(self.num_inference_steps)
-        if not 1.0 <= self.guidance_scale <= MAX_GUIDANCE_SCALE:
-            raise ValueError(
-                f"sampler.guidance_scale is {self.guidance_scale}: give 1 to {MAX_GUIDANCE_SCALE:g}"
-            )
-
-    @property
-    def is_guided(self) -> bool:
-        return self.guidance_scale != 1.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+from harmonica.noise import RowKeys
+from harmonica.samplers.config import GuidanceChannels, SamplerConfig
 
 
-def guide(
-    output_MCHW: Tensor, scale: float, channels: Literal["first_three", "all"], noise_channels: int
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that the rest of a trajectory depends on, caches aside; never changed in place.
+
+    So a run can be resumed from any stored step, as often as wanted: IEPO's shared prefixes.
+    """
+
+    x_MCHW: Tensor
+    condition_M: Any
+    """Whatever the model's `embed` takes: labels, or embedded prompts."""
+    rows: RowKeys | None = None
+    """Names the rows to samplers that draw noise."""
+    solver: Any = None
+    """What a multistep solver remembers of earlier steps."""
+
+
+def guide(output_MCHW: Tensor, scale: float, channels: GuidanceChannels, noise_channels: int) -> Tensor:
     """Classifier-free guidance on [conditional; unconditional] outputs; both halves get the result.
 
     Channels that are not guided (the learned variance; under `first_three` the fourth noise channel
-    too) pass through, each half keeping its own.
+    too) pass through, each half keeping its own. `first_three` counts output channels, as the public code
+    does: with fewer than three noise channels it guides variance too.
     """
-    guided = min(3, noise_channels) if channels == "first_three" else noise_channels
+    guided = 3 if channels == "first_three" else noise_channels
     conditional, unconditional = output_MCHW[:, :guided].chunk(2)
     half = torch.lerp(unconditional, conditional, scale)
     return torch.cat([torch.cat([half, half]), output_MCHW[:, guided:]], dim=1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """Coefficients of one step, rounded to float32 as the public code rounds them."""
+class Sampler(ABC):
+    """One model under one `SamplerConfig`: start, then embed, guide and advance per step, then finish."""
 
-    signal: float  # sqrt(alpha-bar_t)
-    noise: float  # sqrt(1 - alpha-bar_t)
-    previous_signal: float
-    previous_noise: float
+    is_stochastic = False
+    """Whether steps draw noise, and so need to know the rows."""
 
-
-class Ddim:
-    """DDIM of one model under one `SamplerConfig`: start, embed, guide, advance, finish."""
-
-    def __init__(self, model: BranchedTransformer, config: SamplerConfig) -> None:
+    def __init__(self, model: BranchedTransformer, config: SamplerConfig, timesteps: list[int]) -> None:
         self.model, self.config = model, config
-        self.timesteps = respaced_timesteps(config.num_inference_steps)
-        share = alphas_cumprod()[self.timesteps]
-        before = np.concatenate([[1.0], share[:-1]])
-        columns = (np.sqrt(column) for column in (share, 1 - share, before, 1 - before))
-        self._steps = [_Step(*map(float, row)) for row in np.stack(list(columns), axis=1).astype(np.float32)]
+        self.timesteps = timesteps
+        """Timestep of each step, ascending: entry i is step i."""
+        self.is_guided = config.is_guided
+        """Whether the model runs on both halves."""
 
     @property
     def num_steps(self) -> int:
         return self.config.num_inference_steps
 
-    def start(self, noise_NCHW: Tensor, condition_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (M, C, H, W) and condition (M,) from which step T-1 begins."""
-        if not self.config.is_guided:
-            return noise_NCHW, condition_N
-        null = self.model.null_condition(condition_N)
-        return torch.cat([noise_NCHW, noise_NCHW]), torch.cat([condition_N, null])
+    def start(self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None = None) -> State:
+        """The state from which step T-1 begins.
 
-    def embed(self, i: int, x_MCHW: Tensor, condition_M: Tensor) -> tuple[Tensor, Any]:
+        Args:
+            noise_NCHW: in the sampler's precision, float32 or better, whatever the model's.
+            rows: needed where `is_stochastic`; one key a row.
+
+        Raises:
+            ValueError: a stochastic sampler without rows.
+        """
+        if self.is_stochastic and rows is None:
+            raise ValueError(
+                f"sampler.name is {self.config.name}, which draws noise at every step: give `rows`, the "
+                "(seed, index) of each row"
+            )
+        if not self.is_guided:
+            return State(noise_NCHW, condition_N, rows)
+        return State(torch.cat([noise_NCHW, noise_NCHW]), self.model.guided_condition(condition_N), rows)
+
+    def embed(self, i: int, state: State) -> tuple[Tensor, Any]:
         """The model's hidden state and conditioning at step i."""
-        if self.config.is_guided:
+        x_MCHW = state.x_MCHW
+        if self.is_guided:
             # Both halves see the conditional half's latents, as in the public code: under
             # `first_three` the halves' fourth channels drift apart.
             half = x_MCHW.chunk(2)[0]
             x_MCHW = torch.cat([half, half])
         timestep_M = torch.full((x_MCHW.shape[0],), self.timesteps[i], device=x_MCHW.device)
-        return self.model.embed(x_MCHW, timestep_M, condition_M)
+        return self.model.embed(x_MCHW, timestep_M, state.condition_M)
 
     def guide(self, output_MCHW: Tensor) -> Tensor:
-        """Guided model output, all channels."""
+        """Guided model output, all channels, in float32 or better."""
         config = self.config
-        if not config.is_guided:
+        if output_MCHW.dtype in (torch.bfloat16, torch.float16):
+            output_MCHW = output_MCHW.float()
+        if not self.is_guided:
             return output_MCHW
         return guide(output_MCHW, config.guidance_scale, config.guidance_channels, self.model.in_channels)
 
-    def advance(self, i: int, x_MCHW: Tensor, guided_MCHW: Tensor) -> Tensor:
-        """x_{t-1} from x_t and the guided output (Song et al. 2021, eq. 12 with sigma = 0)."""
-        step = self._steps[i]
-        noise = guided_MCHW[:, : self.model.in_channels]
-        clean = (x_MCHW - step.noise * noise) / step.signal
-        if self.config.clip_sample:
-            clean = clean.clamp(-1, 1)
-            noise = (x_MCHW - step.signal * clean) / step.noise
-        return step.previous_signal * clean + step.previous_noise * noise
+    @abstractmethod
+    def advance(self, i: int, state: State, guided_MCHW: Tensor) -> State:
+        """The state before step i - 1, from that before step i and the guided output."""
 
-    def finish(self, x_MCHW: Tensor) -> Tensor:
+    def finish(self, state: State) -> Tensor:
         """The images or latents (N, C, H, W)."""
-        return x_MCHW.chunk(2)[0] if self.config.is_guided else x_MCHW
+        return state.x_MCHW.chunk(2)[0] if self.is_guided else state.x_MCHW
+
+    def _draw(self, i: int, state: State) -> Tensor:
+        """The rows' own noise of step i (M, C, H, W); both halves of a row get the same."""
+        assert state.rows is not None, "start() has asked for them"
+        x = state.x_MCHW
+        noise = torch.from_numpy(state.rows.step_noise(i, tuple(x.shape[1:]))).to(x)
+        return torch.cat([noise, noise]) if self.is_guided else noise
+
+    def _moved(self, state: State, x_MCHW: Tensor, solver: Any = None) -> State:
+        return replace(state, x_MCHW=x_MCHW, solver=solver)

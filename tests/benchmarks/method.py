@@ -17,7 +17,7 @@ from harmonica.models.loading import read_folder_config
 from harmonica.passes import planned_pass, soft_pass
 from harmonica.plan import Plan
 from harmonica.router import Router
-from harmonica.samplers import Ddim, SamplerConfig
+from harmonica.samplers import Ddim, Sampler, SamplerConfig
 from harmonica.sampling import sample
 from harmonica.sdt import SdtConfig, SdtTrainer, freeze
 from tests.benchmarks.timing import Aim, Row, time_arms
@@ -41,14 +41,14 @@ def make_batch(size: int) -> tuple[Tensor, Tensor]:
     return noise, torch.arange(size) % 10
 
 
-def make_router(sampler: Ddim) -> Router:
+def make_router(sampler: Sampler) -> Router:
     """Random scores on both sides of tau."""
     generator = torch.Generator().manual_seed(2)
     shape = (sampler.num_steps, len(sampler.model.branches))
     return Router.from_logits((2 * torch.randn(shape, generator=generator) - 2).clamp(-5, 5))
 
 
-def released_trajectory(sampler: Ddim, router: Router, noise: Tensor, labels: Tensor) -> None:
+def released_trajectory(sampler: Sampler, router: Router, noise: Tensor, labels: Tensor) -> None:
     """SDT as the released script runs it: the teacher records a graph and is back-propagated as well.
 
     The caller leaves the weights' `requires_grad` on, so their gradients are computed too.
@@ -56,9 +56,9 @@ def released_trajectory(sampler: Ddim, router: Router, noise: Tensor, labels: Te
     model = sampler.model
     optimizer = torch.optim.AdamW(router.parameters(), lr=CONFIG.learning_rate, weight_decay=0.0)
     cache = BranchCache(router.num_branches)
-    x, condition = sampler.start(noise, labels)
+    state = sampler.start(noise, labels)
     for i in reversed(range(sampler.num_steps)):
-        hidden, conditioning = sampler.embed(i, x, condition)
+        hidden, conditioning = sampler.embed(i, state)
         if i == sampler.num_steps - 1:
             with torch.no_grad():
                 row = (True,) * router.num_branches
@@ -75,7 +75,7 @@ def released_trajectory(sampler: Ddim, router: Router, noise: Tensor, labels: Te
             optimizer.step()
             optimizer.zero_grad()
             router.clamp_(CONFIG.clamp)
-        x = sampler.advance(i, x, guided.detach())
+        state = sampler.advance(i, state, guided.detach())
 
 
 def sdt_update() -> Iterator[Row]:
@@ -105,13 +105,13 @@ def sdt_update() -> Iterator[Row]:
 
 @torch.inference_mode()
 def whole_generation(
-    sampler: Ddim, router: Router, noise: Tensor, labels: Tensor, left_out: int | None
+    sampler: Sampler, router: Router, noise: Tensor, labels: Tensor, left_out: int | None
 ) -> Tensor:
     """Final latents with the cache switched off at one step, from the very start."""
     cache = BranchCache(router.num_branches)
-    x, condition = sampler.start(noise, labels)
+    state = sampler.start(noise, labels)
     for i in reversed(range(sampler.num_steps)):
-        hidden, conditioning = sampler.embed(i, x, condition)
+        hidden, conditioning = sampler.embed(i, state)
         if i in (left_out, sampler.num_steps - 1):
             row = (True,) * router.num_branches
             output = planned_pass(sampler.model, hidden, conditioning, row, cache, i)
@@ -119,8 +119,8 @@ def whole_generation(
             scores = router.scores(i)
             refresh = (scores > TAU).tolist()
             output = soft_pass(sampler.model, hidden, conditioning, scores, refresh, cache, i)
-        x = sampler.advance(i, x, sampler.guide(output))
-    return x
+        state = sampler.advance(i, state, sampler.guide(output))
+    return state.x_MCHW
 
 
 def lambda_refresh() -> Iterator[Row]:

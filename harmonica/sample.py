@@ -1,0 +1,213 @@
+"""Sample with and without a router, on the same noise, timed; no Ray.
+
+    python -m harmonica.sample                                    # the built-in model and its champion
+    python -m harmonica.sample --model.path DiT-XL-2-256x256.pt --model.vae VAE --router ROUTER \\
+        --classes 207 360 --guidance-scale 4 --allow-other-sampler
+    python -m harmonica.sample --help
+
+VAE is an AutoencoderKL's folder, or a Hugging Face id with its commit, as in org/name@commit.
+ROUTER is an artifact folder, or a `.pt` of the released training code (then with `--threshold`).
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from harmonica.artifact import RouterArtifact
+from harmonica.builtin import CHAMPION
+from harmonica.checkpoints import read_released_router
+from harmonica.command_line import fail, parse_settings, say
+from harmonica.labels import UnknownClass, find_class
+from harmonica.models.loading import BUILTIN, LoadedModel, ModelConfig, load_model
+from harmonica.models.vae import decode_latents, draws_pixels
+from harmonica.noise import RowKeys, row_label
+from harmonica.samplers import Sampler, SamplerConfig, SamplerName, make_sampler, with_scheduler
+from harmonica.samplers.config import GuidanceChannels
+from harmonica.sampling import check_plan, sample
+from harmonica.train import pick_device
+
+_SHEET_COLUMNS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleCommand:
+    """Settings of one sampling."""
+
+    router: str = ""
+    """Artifact folder, or .pt of the released training code. Empty: the built-in model's champion, and
+    no router for other models."""
+    threshold: float = 0.1
+    """tau of a released .pt, which does not say it."""
+    classes: tuple[str, ...] = ()
+    """Class names or numbers, one an image. Empty: eight drawn by seed."""
+    seed: int = 0
+    """Fixes the noise; image i is the same whatever else is asked for."""
+    sampler: SamplerName | None = None
+    """Default: the router's; without one the model's own."""
+    num_inference_steps: int | None = None
+    """Default: the router's; without one 20."""
+    guidance_scale: float | None = None
+    """Default: the router's; without one 4 (built-in model: 2)."""
+    guidance_channels: GuidanceChannels | None = None
+    """Default: the router's; without one the convention of the model's layout."""
+    allow_other_sampler: bool = False
+    """Use the router under a sampler or guidance it was not trained for; its step count stays."""
+    rounds: int = 3
+    """How often each way is timed, after one run to warm up; the median counts."""
+    output: Path = Path("samples.png")
+    """Grid of pictures; without a VAE the latents go to a .safetensors file beside it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The denoiser."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}: give 1 or more")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold is {self.threshold}: give a number between 0 and 1")
+
+
+def _own_sampler(loaded: LoadedModel, path: str) -> SamplerConfig:
+    """How a model is sampled where no router says it."""
+    if path == BUILTIN:
+        return SamplerConfig()
+    if loaded.scheduler is not None:
+        return SamplerConfig(
+            name="diffusers", guidance_scale=4.0, clip_sample=False, scheduler=loaded.scheduler
+        )
+    return SamplerConfig(guidance_scale=4.0, guidance_channels="first_three", clip_sample=False)
+
+
+def _load_router(command: SampleCommand, loaded: LoadedModel) -> RouterArtifact | None:
+    path = command.router or (str(CHAMPION) if command.model.path == BUILTIN else "")
+    if not path:
+        return None
+    if not path.endswith(".pt"):
+        return RouterArtifact.load(path)
+    logits_TB = read_released_router(path)
+    # The released code trains under the public code's DDIM and records neither; guidance as in its README.
+    config = SamplerConfig(
+        num_inference_steps=len(logits_TB),
+        guidance_scale=1.5,
+        guidance_channels="first_three",
+        clip_sample=False,
+    )
+    sampler = make_sampler(loaded.model, config)
+    return RouterArtifact.build(
+        logits_TB, sampler, threshold=command.threshold, reuse="hold", training={"released": Path(path).name}
+    )
+
+
+def _make_sampler(command: SampleCommand, loaded: LoadedModel, router: RouterArtifact | None) -> Sampler:
+    """The sampler asked for, checked against the router."""
+    base = router.sampler if router else _own_sampler(loaded, command.model.path)
+    asked: dict[str, Any] = {
+        "name": command.sampler,
+        "num_inference_steps": command.num_inference_steps,
+        "guidance_scale": command.guidance_scale,
+        "guidance_channels": command.guidance_channels,
+    }
+    if command.sampler not in (None, "diffusers"):
+        base = replace(base, name="ddim", scheduler=None)  # the name follows
+    config = with_scheduler(
+        replace(base, **{name: value for name, value in asked.items() if value is not None}), loaded.scheduler
+    )
+    if router is not None:
+        router.check(loaded.model, config, allow_other_sampler=command.allow_other_sampler)
+    sampler = make_sampler(loaded.model, config)
+    if router is not None:
+        check_plan(router.plan, sampler)
+    return sampler
+
+
+def _label(name: str, class_names: tuple[str, ...]) -> int:
+    try:
+        return find_class(name, class_names)
+    except UnknownClass as error:
+        raise ValueError(f"classes has {error}") from error
+
+
+def _timed(
+    sampler: Sampler, batch: tuple[Tensor, Tensor], rows: RowKeys, router: RouterArtifact | None, rounds: int
+) -> tuple[Tensor, list[float]]:
+    """What is sampled (the same every time), and seconds of each round after the first."""
+    plan, reuse = (router.plan, router.reuse) if router else (None, "hold")
+    seconds = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        images = sample(sampler, *batch, plan, reuse=reuse, rows=rows)  # type: ignore[arg-type]
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return images, seconds[1:]
+
+
+def run(command: SampleCommand) -> dict[str, Tensor]:
+    """Sample as asked, say how long it took, write the pictures; images or latents by way."""
+    device = pick_device(command.device)
+    loaded = load_model(command.model, device)
+    model, router = loaded.model, _load_router(command, loaded)
+    sampler = _make_sampler(command, loaded, router)
+    names = command.classes or tuple(str(row_label(command.seed, i, model.num_classes)) for i in range(8))
+    labels = [_label(name, loaded.class_names) for name in names]
+    rows = RowKeys.of(command.seed, range(len(labels)))
+    side = model.sample_size
+    noise = torch.from_numpy(rows.start_noise((model.in_channels, side, side))).to(device)
+    batch = noise, torch.tensor(labels, device=device)
+    config = sampler.config
+    say(f"{config.name}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {device}")
+    sampled, medians = {}, {}
+    for way, used in (("full", None), ("cached", router)):
+        if way == "cached" and router is None:
+            continue
+        sampled[way], seconds = _timed(sampler, batch, rows, used, command.rounds)
+        medians[way] = statistics.median(seconds)
+        spread = (max(seconds) - min(seconds)) / medians[way]
+        rounds = f"{len(seconds)} rounds, spread {spread:.0%}"
+        say(f"{way:7} {medians[way]:.3f} s for {len(labels)} images ({rounds})")
+    if router is not None:
+        say(
+            f"CUR {router.plan.cur:.1%}, ideal {router.ideal_speedup:.2f}x, "
+            f"measured {medians['full'] / medians['cached']:.2f}x"
+        )
+    _write(command, loaded, sampled, [loaded.class_names[label] for label in labels])
+    return sampled
+
+
+def _write(
+    command: SampleCommand, loaded: LoadedModel, sampled: dict[str, Tensor], class_names: list[str]
+) -> None:
+    from harmonica.pictures import sample_sheet
+
+    if not draws_pixels(loaded.model):
+        vae = loaded.load_vae(next(iter(sampled.values())).device)
+        if vae is None:
+            path = command.output.with_suffix(".safetensors")
+            save_file({way: x.cpu().contiguous() for way, x in sampled.items()}, path)
+            say(f"latents in {path}: give --model.vae for pictures")
+            return
+        sampled = {way: decode_latents(vae, x) for way, x in sampled.items()}
+    shown = {way: images[:_SHEET_COLUMNS].cpu() for way, images in sampled.items()}
+    sample_sheet(shown, [name.split(",")[0] for name in class_names[:_SHEET_COLUMNS]], command.output)
+    say(f"pictures in {command.output}")
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0 when sampled, 2 for unusable input."""
+    try:
+        run(parse_settings(SampleCommand(), arguments, "python -m harmonica.sample"))
+    except ValueError as error:
+        return fail(error, code=2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,113 @@
+"""Samplers by diffusers' schedulers: DPM-Solver++, SA-Solver, and the one a model's folder brings."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from torch import Tensor
+
+from harmonica.models.base import BranchedTransformer
+from harmonica.noise import RowKeys
+from harmonica.samplers.base import Sampler, State
+from harmonica.samplers.config import SamplerConfig
+
+
+class _SASolver(SASolverScheduler):
+    """SA-Solver that takes its noise from outside: the library's draws by batch, ours by row."""
+
+    row_noise: Tensor
+    last_noise: Tensor
+
+    def stochastic_adams_bashforth_update(self, *args: Any, noise: Tensor, **kwargs: Any) -> Tensor:
+        self.last_noise = self.row_noise  # what the corrector of the next step is given
+        return super().stochastic_adams_bashforth_update(*args, noise=self.row_noise, **kwargs)
+
+
+# Schedulers whose whole memory is attributes and lists of tensors, one model call a step.
+_SUPPORTED: dict[str, Any] = {
+    "DDIMScheduler": DDIMScheduler,
+    "DEISMultistepScheduler": DEISMultistepScheduler,
+    "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
+    "SASolverScheduler": _SASolver,
+    "UniPCMultistepScheduler": UniPCMultistepScheduler,
+}
+# Public DiT and PixArt models: linear betas, epsilon prediction, second order.
+_NAMED = {
+    "dpm-solver++": {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++"},
+    "sa-solver": {"_class_name": "SASolverScheduler", "algorithm_type": "data_prediction"},
+}
+
+
+def _scheduler_config(config: SamplerConfig) -> Mapping[str, Any]:
+    if config.name in _NAMED:
+        # Dynamic thresholding with a ceiling of 1 is clipping to [-1, 1].
+        return _NAMED[config.name] | {"thresholding": config.clip_sample, "sample_max_value": 1.0}
+    if config.scheduler is None:
+        raise ValueError(
+            "sampler.name is diffusers and there is no scheduler: give a model.path whose folder has a "
+            "scheduler/, or another sampler.name"
+        )
+    return config.scheduler
+
+
+def _fork(scheduler: Any) -> Any:
+    """A scheduler that goes on from the same point; tensors are shared, never written in place."""
+    twin = copy.copy(scheduler)
+    for name, value in vars(scheduler).items():
+        if isinstance(value, list):
+            setattr(twin, name, list(value))
+    return twin
+
+
+class Scheduled(Sampler):
+    """A diffusers scheduler as a sampler; the scheduler with its history is part of the state."""
+
+    def __init__(self, model: BranchedTransformer, config: SamplerConfig) -> None:
+        settings = dict(_scheduler_config(config))
+        name = settings.get("_class_name", "")
+        if name not in _SUPPORTED:
+            raise ValueError(
+                f"sampler.scheduler is a {name or 'config without _class_name'}: give one of "
+                f"{', '.join(_SUPPORTED)}, or another sampler.name"
+            )
+        self._scheduler = _SUPPORTED[name].from_config(settings)
+        if self._scheduler.config.prediction_type != "epsilon":
+            raise ValueError(
+                f"sampler.scheduler has prediction_type {self._scheduler.config.prediction_type}: only "
+                "epsilon is what DiT and PixArt predict"
+            )
+        self._scheduler.set_timesteps(config.num_inference_steps)
+        descending: Tensor = self._scheduler.timesteps
+        if len(descending) != config.num_inference_steps:
+            raise ValueError(
+                f"sampler.scheduler {name} makes {len(descending)} steps of num_inference_steps "
+                f"{config.num_inference_steps}: change its timestep_spacing or steps_offset"
+            )
+        super().__init__(model, config, descending.flip(0).tolist())
+        self._is_sde = str(self._scheduler.config.get("algorithm_type", "")).startswith("sde-")
+        self.is_stochastic = self._is_sde or isinstance(self._scheduler, _SASolver)
+
+    def start(self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None = None) -> State:
+        state = super().start(noise_NCHW, condition_N, rows)
+        scale = float(self._scheduler.init_noise_sigma)
+        return self._moved(state, state.x_MCHW * scale if scale != 1 else state.x_MCHW, self._scheduler)
+
+    def advance(self, i: int, state: State, guided_MCHW: Tensor) -> State:
+        scheduler = _fork(state.solver)
+        drawn: dict[str, Any] = {}
+        if self._is_sde:
+            drawn = {"variance_noise": self._draw(i, state)}
+        elif self.is_stochastic:
+            scheduler.row_noise = self._draw(i, state)
+            # The library draws too; from a generator of its own, the global one stays untouched.
+            drawn = {"generator": torch.Generator(state.x_MCHW.device)}
+        timestep = scheduler.timesteps[self.num_steps - 1 - i]
+        noise_MCHW = guided_MCHW[:, : self.model.in_channels]
+        x_MCHW = scheduler.step(noise_MCHW, timestep, state.x_MCHW, return_dict=False, **drawn)[0]
+        return self._moved(state, x_MCHW, scheduler)

@@ -1,0 +1,196 @@
+"""Train a router on one machine, without Ray.
+
+    python -m harmonica.train                                             # the built-in model
+    python -m harmonica.train dit-xl-2-256-t10 --model.path DiT-XL-2-256x256.pt
+    torchrun --nproc-per-node 4 -m harmonica.train dit-xl-2-256-t10 --model.path ...
+    python -m harmonica.train PRESET --help                               # every setting
+
+The output folder gets `router/` (the artifact), `router.png`, `metrics.jsonl` and `state.pt`; the same
+command goes on from the last state.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from harmonica.artifact import RouterArtifact
+from harmonica.command_line import fail, parse, say
+from harmonica.models.loading import ModelConfig, load_model
+from harmonica.noise import RowKeys
+from harmonica.presets import RECIPES, Recipe
+from harmonica.rows import RowSpec, Share, make_rows
+from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
+from harmonica.training import RouterRun, TrainingConfig
+
+_SAY_EVERY_S = 5.0
+_FREE_TO_CHANGE = ("output", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """Settings of one training."""
+
+    output: Path = Path("router")
+    """Folder for the router, its picture, the metrics and the state to resume from."""
+    seed: int = 0
+    """Fixes every label, every noise and the initial logits."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one; torchrun gives each process its own."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The denoiser."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How it samples."""
+    train: TrainingConfig = field(default_factory=TrainingConfig)
+    """Objective, budget and batch."""
+
+
+def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """This process's device; under torchrun each has its own GPU."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device is cuda and torch finds no CUDA device: give cpu, or install torch for CUDA")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def _process_group(device: torch.device, batch_size: int) -> Iterator[Share]:
+    """torchrun's process group where there is one, and this process's share of the rows."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size % world_size:
+        raise ValueError(f"train.batch_size is {batch_size}: give a multiple of the {world_size} processes")
+    if "RANK" not in os.environ:
+        yield Share(batch_size)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Share(batch_size, rank, world_size)
+    finally:
+        dist.destroy_process_group()
+
+
+class _Folder:
+    """The output folder: what a run leaves, and what it resumes from. Only rank 0 writes."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self._pending: list[dict[str, float]] = []
+
+    def check(self) -> None:
+        """Refuse to go on with other settings than the run was started with."""
+        path = self.path / "settings.json"
+        if not (self.path / "state.pt").is_file() or not path.is_file():
+            return
+        before = json.loads(path.read_text())
+        for name, value in self.settings.items():
+            if name not in _FREE_TO_CHANGE and before.get(name) != value:
+                raise ValueError(
+                    f"{name} is {value} and the run in {self.path} was started with {before.get(name)}: "
+                    "resume it with its own settings, or give another output"
+                )
+
+    def load(self, run: RouterRun) -> None:
+        """Go on from the last state, if there is one."""
+        path = self.path / "state.pt"
+        if path.is_file():
+            run.load_state(torch.load(path, weights_only=True, map_location=run.device))
+
+    def log(self, trajectory: int, metrics: dict[str, float]) -> None:
+        """Keep a line until the next state, so that a replayed trajectory is logged once."""
+        self._pending.append({"trajectory": trajectory} | metrics)
+
+    def save(self, run: RouterRun) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "settings.json").write_text(json.dumps(self.settings, indent=1) + "\n")
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self._pending)
+        self._pending.clear()
+        part = self.path / "state.pt.part"
+        torch.save(run.state(), part)
+        part.replace(self.path / "state.pt")
+
+    def finish(self, run: RouterRun) -> RouterArtifact:
+        from harmonica.pictures import router_heat_map
+
+        artifact = run.artifact(**self.settings["train"])
+        artifact.save(self.path / "router")
+        names = [branch.name for branch in run.sampler.model.branches]
+        scores_TB = artifact.logits_TB.sigmoid()
+        router_heat_map(scores_TB, artifact.plan.to_tensor(), names, self.path / "router.png")
+        return artifact
+
+
+def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArtifact:
+    """Train, or go on training; every process returns the router."""
+    device = pick_device(command.device)
+    folder = _Folder(command.output, json.loads(json.dumps(dataclasses.asdict(command), default=str)))
+    folder.check()
+    with _process_group(device, command.train.batch_size) as share:
+        loaded = load_model(command.model, device)
+        sampler = make_sampler(loaded.model, with_scheduler(command.sampler, loaded.scheduler))
+        run = RouterRun(sampler, command.train, seed=command.seed, device=device)
+        folder.load(run)
+        spec = RowSpec.of(loaded.model, loaded.model.num_classes, command.seed)
+        _train(run, spec, share, folder, tell if share.rank == 0 else lambda _: None)
+        if share.rank != 0:
+            return run.artifact()
+        artifact = folder.finish(run)
+    tell(f"router in {command.output}: CUR {artifact.plan.cur:.1%}, ideal {artifact.ideal_speedup:.2f}x")
+    return artifact
+
+
+def _train(run: RouterRun, spec: RowSpec, share: Share, folder: _Folder, tell: Callable[[str], None]) -> None:
+    config, last_said, last_saved = run.config, 0.0, time.monotonic()
+    while run.trajectory < config.trajectories:
+        indices = share.indices(np.arange(share.size), run.trajectory)
+        rows = make_rows(indices, spec)
+        noise, label = (torch.from_numpy(rows[name]).to(run.device) for name in ("noise", "label"))
+        metrics = run.train_one(noise, label, RowKeys.of(spec.seed, indices.tolist()))
+        is_last, now = run.trajectory == config.trajectories, time.monotonic()
+        if is_last or now - last_said > _SAY_EVERY_S:
+            tell(
+                f"trajectory {run.trajectory}/{config.trajectories}  CUR {metrics['cur']:.1%}  "
+                f"loss {metrics['loss']:.3e}  mse {metrics['mse']:.3e}  beta {metrics['beta']:.2e}  "
+                f"{metrics['updates_per_s']:.2f} updates/s"
+            )
+            last_said = now
+        if share.rank == 0:  # the state is the same on every rank
+            folder.log(run.trajectory, metrics)
+            if is_last or now - last_saved > config.checkpoint_interval_s:
+                folder.save(run)
+                last_saved = now
+
+
+def _preset(recipe: Callable[[], Recipe]) -> TrainCommand:
+    parts = recipe()
+    return TrainCommand(model=parts.model, sampler=parts.sampler, train=parts.train)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0 when trained, 2 for unusable input."""
+    presets = {name: functools.partial(_preset, recipe) for name, recipe in RECIPES.items()}
+    try:
+        train(parse(arguments, presets, "python -m harmonica.train"))
+    except ValueError as error:
+        return fail(error, code=2)
+    except KeyboardInterrupt:
+        return fail("interrupted: the same command goes on from the last state", code=130)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

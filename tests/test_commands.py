@@ -1,0 +1,205 @@
+"""`harmonica.train` and `harmonica.sample` as a researcher runs them, without Ray."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_dit import write_model
+from tiny_pipeline import write_pipeline
+
+from harmonica import sample, train
+from harmonica.artifact import RouterArtifact
+from harmonica.models.loading import ModelConfig, load_model
+from harmonica.presets import RECIPES
+from harmonica.samplers import SamplerConfig
+from harmonica.sdt import SdtConfig
+from harmonica.train import TrainCommand
+from harmonica.training import TrainingConfig
+
+CASE = Path(__file__).parent / "assets" / "case_a"
+SIX_STEPS = SamplerConfig(num_inference_steps=6)
+
+
+@pytest.fixture
+def command(tmp_path) -> TrainCommand:
+    settings = TrainingConfig(
+        trajectories=4, batch_size=4, iepo_every=2, sdt=SdtConfig(learning_rate=0.1), initial="normal"
+    )
+    model = write_model(tmp_path / "model")
+    return TrainCommand(output=tmp_path / "run", model=model, sampler=SIX_STEPS, train=settings)
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def test_training_leaves_a_router_its_picture_and_its_curve(command):
+    said: list[str] = []
+    artifact = train.train(command, said.append)
+    assert torch.equal(RouterArtifact.load(command.output / "router").logits_TB, artifact.logits_TB)
+    assert Image.open(command.output / "router.png").size[0] > 100
+    assert [line["trajectory"] for line in lines_of(command.output)] == [1, 2, 3, 4]
+    assert "trajectory 4/4" in said[-2] and said[-1].startswith(f"router in {command.output}: CUR")
+
+
+def test_an_interrupted_training_goes_on_bit_for_bit(command, tmp_path):
+    whole = train.train(dataclasses.replace(command, output=tmp_path / "whole"), quiet)
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(text: str) -> None:
+        if text.startswith("trajectory 3"):
+            raise Interrupted
+
+    often = dataclasses.replace(command, train=dataclasses.replace(command.train, checkpoint_interval_s=0.0))
+    train._SAY_EVERY_S, before = -1.0, train._SAY_EVERY_S
+    try:
+        with pytest.raises(Interrupted):
+            train.train(often, interrupt)
+    finally:
+        train._SAY_EVERY_S = before
+    assert torch.load(command.output / "state.pt", weights_only=True)["trajectory"] == 2
+    resumed = train.train(often, quiet)
+    assert torch.equal(resumed.logits_TB, whole.logits_TB)
+    assert [line["trajectory"] for line in lines_of(command.output)] == [1, 2, 3, 4], "none twice"
+    with pytest.raises(ValueError, match=r"seed is 1 and the run in .* was started with 0: resume it with"):
+        train.train(dataclasses.replace(often, seed=1), quiet)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_the_same_router_on_two_processes(command, tmp_path):
+    alone = train.train(command, quiet)
+    arguments = [
+        f"--output={tmp_path / 'two'}",
+        f"--model.path={command.model.path}",
+        "--sampler.num-inference-steps=6",
+        "--train.trajectories=4",
+        "--train.batch-size=4",
+        "--train.iepo=leave_one_out",
+        "--train.iepo-every=2",
+        "--train.initial=normal",
+        "--train.target-cur=0",
+        "--train.sdt.learning-rate=0.1",
+        "--train.sdt.threshold=0.1",
+        "--train.sdt.reuse=hold",
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "-m", "harmonica.train", "fashion", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("router in") == 1, "only rank 0 speaks"
+    together = RouterArtifact.load(tmp_path / "two" / "router")
+    torch.testing.assert_close(together.logits_TB, alone.logits_TB, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.trajectories=0"], "train.trajectories is 0: give 1 or more"),
+        (["--device=cuda"], "device is cuda and torch finds no CUDA device"),
+        (["--sampler.name=diffusers"], "there is no scheduler: give a model.path"),
+        (["nonsense"], "preset is 'nonsense': give one of fashion, dit-xl-2-256-t10"),
+        (["dit-xl-2-512-t20"], "model.path DiT-XL-2-512x512.pt does not exist"),
+        (
+            ["--model.dtype=bfloat16", "--train.initial=normal", "--train.batch-size=-2"],
+            "train.batch_size is -2",
+        ),
+    ],
+)
+def test_bad_input_to_training_is_one_line(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "--device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert train.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_presets_are_the_papers():
+    released = RECIPES["dit-xl-2-256-t10"]()
+    assert (released.train.trajectories, released.train.iepo_every) == (2000, 50), "20,000 updates, C = 500"
+    assert (released.train.sdt.beta, released.train.sdt.learning_rate) == (7e-8, 0.01)
+    assert released.sampler.guidance_scale == 1.5 and released.train.sdt.threshold == 0.1
+    cur = {name: make().train.target_cur for name, make in RECIPES.items() if name != "fashion"}
+    assert cur == {
+        "dit-xl-2-256-t10": 0,  # its beta is known
+        "dit-xl-2-256-t20": 0.375,
+        "dit-xl-2-256-t50": 0.2368,
+        "dit-xl-2-512-t20": 0.2598,
+    }
+
+
+def test_sampling_with_the_builtin_champion(tmp_path, capsys):
+    output = tmp_path / "grid.png"
+    assert sample.main([f"--output={output}", "--classes", "Ankle boot", "3", "--rounds=1"]) == 0
+    said = capsys.readouterr().out
+    assert "ddim, 20 steps, guidance 2" in said
+    for word in ("full", "cached", "CUR 40.2%", "ideal 1.65x", "measured"):
+        assert word in said
+    assert min(Image.open(output).size) > 200
+
+
+def test_a_released_router_gives_the_recorded_plan(tmp_path, capsys, tiny_shape):
+    """The public `.pt` and the released router `.pt` go in; its plan is the recorded one."""
+    command = sample.SampleCommand(
+        router=str(CASE / "router_official.pt"),
+        model=ModelConfig(path=str(CASE / "dit_official.pt"), shape=tiny_shape),
+        classes=("1", "2"),
+        rounds=1,
+        output=tmp_path / "out.png",
+    )
+    latents = sample.run(command)
+    assert load_file(tmp_path / "out.safetensors").keys() == latents.keys() == {"full", "cached"}
+    assert "give --model.vae for pictures" in capsys.readouterr().out
+    router = sample._load_router(command, load_model(command.model))
+    recorded = load_file(CASE / "golden.safetensors")["plan.compute"]
+    assert router is not None and torch.equal(router.plan.to_tensor(), recorded.bool())
+
+
+def test_another_sampler_needs_the_flag(tmp_path, capsys):
+    asked = [f"--output={tmp_path / 'x.png'}", "--classes", "1", "--rounds=1", "--sampler=dpm-solver++"]
+    assert sample.main(asked) == 2
+    error = capsys.readouterr().err
+    assert "sampler.name is dpm-solver++ and the router was made for ddim" in error
+    assert "allow_other_sampler" in error
+    assert sample.main([*asked, "--allow-other-sampler"]) == 0
+    assert "dpm-solver++, 20 steps" in capsys.readouterr().out
+    assert sample.main([*asked, "--allow-other-sampler", "--num-inference-steps=10"]) == 2
+    assert "num_inference_steps is 10 and the router was made for 20" in capsys.readouterr().err
+
+
+def test_a_diffusers_folder_is_sampled_as_its_pipeline_does(tmp_path, capsys):
+    folder = write_pipeline(tmp_path / "pipeline")
+    asked = [f"--model.path={folder}", f"--output={tmp_path / 'x.png'}", "--rounds=1"]
+    assert sample.main([*asked, "--classes", "goldfish", "Tinca tinca", "--num-inference-steps=4"]) == 0
+    said = capsys.readouterr().out
+    assert "diffusers, 4 steps, guidance 4" in said and "cached" not in said
+    assert sample.main([*asked, "--classes", "goldfsh"]) == 2
+    assert "classes has 'goldfsh': give a class name (near are goldfish)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_xl_shaped_model_trains_samples_saves_and_reloads(tmp_path):
+    """Two of DiT-XL/2's 28 layers; `python -m tests.benchmarks.xl` is the whole model."""
+    script = [sys.executable, "-m", "tests.benchmarks.xl", "--layers=2", f"--folder={tmp_path}"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(script, capture_output=True, text=True, timeout=280, cwd=root)
+    assert done.returncode == 0, done.stderr
+    for dtype in ("float32", "bfloat16"):
+        assert f"{dtype:9} reload router and model, sample" in done.stdout
