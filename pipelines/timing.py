@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
 from harmonica.cache import Reuse
-from harmonica.models.dit import DiT
+from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
 from harmonica.models.vae import decode_latents, draws_pixels
 from harmonica.noise import RowKeys
@@ -56,7 +56,7 @@ class Arm:
     def num_inference_steps(self) -> int:
         return self.sampler.num_inference_steps
 
-    def sample(self, model: DiT, batch: Batch) -> Tensor:
+    def sample(self, model: BranchedTransformer, batch: Batch) -> Tensor:
         sampler = make_sampler(model, self.sampler)
         return sample(sampler, batch.noise_NCHW, batch.label_N, self.plan, reuse=self.reuse, rows=batch.keys)
 
@@ -81,7 +81,7 @@ def device_of(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def _seconds(arm: Arm, model: DiT, batch: Batch) -> float:
+def _seconds(arm: Arm, model: BranchedTransformer, batch: Batch) -> float:
     started = time.perf_counter()
     arm.sample(model, batch)
     if batch.noise_NCHW.is_cuda:
@@ -90,7 +90,7 @@ def _seconds(arm: Arm, model: DiT, batch: Batch) -> float:
 
 
 def _median_times(
-    arms: list[Arm], model: DiT, batch: Batch, rounds: int
+    arms: list[Arm], model: BranchedTransformer, batch: Batch, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds per image and relative spread; arms alternate, each warmed up once."""
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}

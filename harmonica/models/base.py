@@ -63,6 +63,8 @@ class BranchedTransformer(nn.Module, ABC):
     in_channels: int
     out_channels: int
     sample_size: int
+    num_classes: int = 0
+    """Labels it takes; 0 for a model that takes prompts."""
     full_precision_parts: tuple[str, ...] = ()
     """Prefixes of the parameters that a loader leaves in float32 when the model is in half precision."""
     recorded_fingerprint: str = ""

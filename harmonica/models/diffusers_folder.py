@@ -1,6 +1,7 @@
 """A diffusers folder, read and written: a whole pipeline's or its transformer's alone."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def find_transformer(folder: Path) -> Path | None:
     return folder if config.is_file() and "_class_name" in read_json(config) else None
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def read_weights(folder: Path) -> dict[str, Any]:
     """Weights of a transformer's folder, mapped: one file or several under an index."""
     for suffix in ("safetensors", "bin"):
         whole, index = folder / f"{_WEIGHTS}.{suffix}", folder / f"{_WEIGHTS}.{suffix}.index.json"
@@ -91,6 +92,30 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
     return state
 
 
+@dataclass(frozen=True, slots=True)
+class PipelineParts:
+    """What lies beside the transformer in a pipeline's folder."""
+
+    class_name: str
+    """Of the pipeline; empty for a transformer's folder alone."""
+    id2label: object
+    scheduler: dict[str, Any] | None
+    vae_folder: Path | None
+    has_text_encoder: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> "PipelineParts":
+        index, scheduler = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+        described = read_json(index) if index.is_file() else {}
+        return cls(
+            class_name=str(described.get("_class_name", "")),
+            id2label=described.get("id2label"),
+            scheduler=read_json(scheduler) if scheduler.is_file() else None,
+            vae_folder=find_vae(folder),
+            has_text_encoder=(folder / "text_encoder").is_dir() and (folder / "tokenizer").is_dir(),
+        )
+
+
 def _class_names(id2label: object, count: int) -> tuple[str, ...] | None:
     if not isinstance(id2label, dict):
         return None
@@ -110,15 +135,14 @@ def read_diffusers(folder: Path) -> StoredModel:
             f"{contents(folder)}: give the folder of a DiT pipeline or of its transformer"
         )
     config = config_from_diffusers(read_json(transformer / "config.json"), f"model.path {transformer}")
-    tensors = tensors_from_diffusers(config, _read_state(transformer), f"model.path {transformer}")
-    index, scheduler = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
-    labels = read_json(index).get("id2label") if index.is_file() else None
+    tensors = tensors_from_diffusers(config, read_weights(transformer), f"model.path {transformer}")
+    parts = PipelineParts.read(folder)
     return StoredModel(
         config=config,
         tensors=tensors,
-        class_names=_class_names(labels, config.num_embeds_ada_norm) or default_class_names(config),
-        scheduler=read_json(scheduler) if scheduler.is_file() else None,
-        vae_folder=find_vae(folder),
+        class_names=_class_names(parts.id2label, config.num_embeds_ada_norm) or default_class_names(config),
+        scheduler=parts.scheduler,
+        vae_folder=parts.vae_folder,
     )
 
 

@@ -13,10 +13,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from harmonica.models.diffusers_folder import contents, find_transformer, read_diffusers
-from harmonica.models.dit import DiT
+from harmonica.models import pixart_folder
+from harmonica.models.base import BranchedTransformer
+from harmonica.models.diffusers_folder import contents, find_transformer, read_diffusers, read_json
 from harmonica.models.dit_config import DiTConfig
 from harmonica.models.fetch import BUILTIN, local_path
+from harmonica.models.pixart_branches import Kind
+from harmonica.models.pixart_folder import StoredPixArt
 from harmonica.models.public_layout import read_public
 from harmonica.models.stored import StoredModel, default_class_names
 from harmonica.models.vae import find_vae, load_vae
@@ -51,6 +54,10 @@ class ModelConfig:
     dtype: Dtype = "float32"
     """Precision of the branches; a model's first and last layers and what runs between branches stay in
     float32."""
+    text_tokens: int = 0
+    """Padded length of a prompt. 0: that of the folder's pipeline, 120 for PixArt-alpha, 300 for Sigma."""
+    cacheable: tuple[Kind, ...] = ("attn", "mlp")
+    """Sub-layers of a text-to-image model that a router may reuse: attn, cross, mlp."""
     allow_tf32: bool = False
     """Let CUDA round float32 matrix products to TensorFloat-32; concerns the whole process."""
 
@@ -63,12 +70,15 @@ class ModelConfig:
 class LoadedModel:
     """A frozen model and what lies beside it."""
 
-    model: DiT
+    model: BranchedTransformer
     class_names: tuple[str, ...]
+    """Empty for a model that takes prompts."""
     scheduler: dict[str, Any] | None = None
     """Scheduler configuration of a diffusers folder."""
     vae_folder: Path | None = None
     """The configured VAE, else the diffusers folder's."""
+    text_folder: Path | None = None
+    """Folder with the text encoder and its tokenizer, for a model that takes prompts."""
 
     def load_vae(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """diffusers' AutoencoderKL for `harmonica.models.vae.decode_latents`, or None where there is none."""
@@ -113,13 +123,21 @@ def read_model(path: str, revision: str = "", shape: DiTConfig | None = None) ->
     return read_public(local / "model.safetensors", config, names)
 
 
+def _read(config: ModelConfig) -> StoredModel | StoredPixArt:
+    local = local_path(config.path, config.revision)
+    transformer = find_transformer(local) if local.is_dir() else None
+    if transformer and read_json(transformer / "config.json").get("_class_name") == pixart_folder.CLASS_NAME:
+        return pixart_folder.read_pixart(local, cacheable=config.cacheable, text_tokens=config.text_tokens)
+    return read_model(config.path, config.revision, config.shape)
+
+
 def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> LoadedModel:
     """The configured denoiser, frozen, in its precision, on the device.
 
     Raises:
         ValueError: model or VAE is missing, truncated, or another shape than configured.
     """
-    stored = read_model(config.path, config.revision, config.shape)
+    stored = _read(config)
     vae_folder = stored.vae_folder
     if config.vae:
         vae_folder = find_vae(local_path(config.vae, field="model.vae"))
@@ -130,4 +148,5 @@ def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> Loade
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     model = stored.assemble(device, getattr(torch, config.dtype))
-    return LoadedModel(model, stored.class_names, stored.scheduler, vae_folder)
+    text_folder = stored.text_folder if isinstance(stored, StoredPixArt) else None
+    return LoadedModel(model, stored.class_names, stored.scheduler, vae_folder, text_folder)
