@@ -136,13 +136,17 @@ def test_presets_are_the_papers():
     assert (released.train.trajectories, released.train.iepo_every) == (2000, 50), "20,000 updates, C = 500"
     assert (released.train.sdt.beta, released.train.sdt.learning_rate) == (7e-8, 0.01)
     assert released.sampler.guidance_scale == 1.5 and released.train.sdt.threshold == 0.1
-    cur = {name: make().train.target_cur for name, make in RECIPES.items() if name != "fashion"}
+    cur = {name: make().train.target_cur for name, make in RECIPES.items() if name.startswith("dit")}
     assert cur == {
         "dit-xl-2-256-t10": 0,  # its beta is known
         "dit-xl-2-256-t20": 0.375,
         "dit-xl-2-256-t50": 0.2368,
         "dit-xl-2-512-t20": 0.2598,
     }
+    text = {name: make() for name, make in RECIPES.items() if name.startswith("pixart")}
+    assert {recipe.sampler.guidance_scale for recipe in text.values()} == {4.5}
+    steps = {name.rsplit("-", 1)[1]: recipe.sampler.num_inference_steps for name, recipe in text.items()}
+    assert steps == {"dpm20": 20, "iddpm100": 100, "sa25": 25}
 
 
 def test_sampling_with_the_builtin_champion(tmp_path, capsys):
