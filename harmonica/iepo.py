@@ -5,12 +5,11 @@ leave-one-out change of the image divided by the step's own error, so that lambd
 error that step causes. The other two already contain the step's error, so a step at which little is
 reused looks harmless, is pushed to reuse, and only looks harmful at the next refresh.
 
-Runs that differ only from step i on share everything before it: each resumes from the state stored
-before step i, so a refresh costs (T+1)/2T of T full generations.
+Runs that differ only from step i on share everything before it: each branches off from one main run when
+that gets to step i, so a refresh costs (T+1)/2T of T full generations, and only two caches at a time.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,58 +21,65 @@ from harmonica.passes import soft_pass
 from harmonica.router import Router
 from harmonica.samplers import Sampler, State
 from harmonica.sampling import planned_step
+from harmonica.sdt import micro_batches
 
 IepoKind = Literal["leave_one_out", "cumulative", "sensitivity"]
 KINDS = get_args(IepoKind)
 _SMALLEST_ERROR = 1e-12  # of a step at which nothing is reused; keeps lambda finite
 
 
-@dataclass(frozen=True, slots=True)
-class _Point:
-    """A point of a generation: all that the rest of it depends on."""
+class _Generation:
+    """A generation under way: its state and its cache, which every step changes."""
 
-    state: State
-    cache: BranchCache
-    guided_MCHW: Tensor | None = None
-    """The guided output that led here."""
+    def __init__(
+        self, sampler: Sampler, router: Router, threshold: float, state: State, cache: BranchCache
+    ) -> None:
+        self.sampler, self.router, self.threshold = sampler, router, threshold
+        self.state, self.cache = state, cache
 
+    @property
+    def x_MCHW(self) -> Tensor:
+        return self.state.x_MCHW
 
-class _SoftGenerations:
-    """Generations under the router's soft weights that branch off from a shared main run."""
+    def fork(self) -> "_Generation":
+        """A generation that goes on from here by itself; what the two share is never written in place."""
+        return _Generation(self.sampler, self.router, self.threshold, self.state, self.cache.copy())
 
-    def __init__(self, sampler: Sampler, router: Router, threshold: float, reuse: Reuse) -> None:
-        self.sampler, self.router, self.reuse = sampler, router, reuse
-        self.threshold = threshold
-        self.all = (True,) * len(sampler.model.branches)
+    def full_step(self, i: int) -> Tensor:
+        """Step i with the cache switched off (weights 1); the cache takes what was computed.
 
-    def first(self, state: State) -> _Point:
-        """The point after step T-1, which computes everything."""
-        return self.full_step(
-            self.sampler.num_steps - 1, _Point(state, BranchCache(len(self.all), self.reuse))
-        )
+        Returns:
+            The guided output (M, C, H, W).
+        """
+        everything = (True,) * self.router.num_branches
+        self.state, guided = planned_step(self.sampler, i, self.state, everything, self.cache)
+        return guided
 
-    def full_step(self, i: int, point: _Point) -> _Point:
-        """Step i with the cache switched off (weights 1); the cache takes what was computed."""
-        cache = point.cache.copy()
-        state, guided = planned_step(self.sampler, i, point.state, self.all, cache)
-        return _Point(state, cache, guided)
-
-    def soft_step(self, i: int, point: _Point) -> _Point:
-        """Step i under the router's soft weights."""
-        sampler, cache = self.sampler, point.cache.copy()
-        hidden, conditioning = sampler.embed(i, point.state)
+    def soft_step(self, i: int) -> Tensor:
+        """Step i under the router's soft weights; the guided output (M, C, H, W)."""
+        sampler = self.sampler
+        hidden, conditioning = sampler.embed(i, self.state)
         scores_B = self.router.scores(i)
         refresh_row = (scores_B > self.threshold).tolist()
         guided = sampler.guide(
-            soft_pass(sampler.model, hidden, conditioning, scores_B, refresh_row, cache, i)
+            soft_pass(sampler.model, hidden, conditioning, scores_B, refresh_row, self.cache, i)
         )
-        return _Point(sampler.advance(i, point.state, guided), cache, guided)
+        self.state = sampler.advance(i, self.state, guided)
+        return guided
 
-    def finish_full(self, point: _Point, first: int) -> Tensor:
-        """Final latents (M, C, H, W) when steps `first` ... 0 are computed in full."""
-        for j in range(first, -1, -1):
-            point = self.full_step(j, point)
-        return point.state.x_MCHW
+    def finish_soft(self, first: int) -> Tensor:
+        """Final latents (M, C, H, W) after soft steps `first` ... 0."""
+        for i in range(first, -1, -1):
+            self.soft_step(i)
+        return self.x_MCHW
+
+    def full_end(self, first: int) -> Tensor:
+        """Final latents (M, C, H, W) if steps `first` ... 0 were computed in full: they read no cache."""
+        sampler, state = self.sampler, self.state
+        for i in range(first, -1, -1):
+            guided = sampler.guide(sampler.model.full_pass(*sampler.embed(i, state)))
+            state = sampler.advance(i, state, guided)
+        return state.x_MCHW
 
 
 @torch.no_grad()  # not inference_mode: lambda enters a loss that is differentiated
@@ -87,6 +93,7 @@ def image_error_proxy(
     threshold: float,
     reuse: Reuse = "hold",
     rows: RowKeys | None = None,
+    micro_batch_size: int = 0,
     average: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """lambda (T-1,) of the trajectories from `noise`: mean squared change of the final latents.
@@ -98,38 +105,52 @@ def image_error_proxy(
 
     Args:
         rows: the rows' names, for samplers that draw noise: every generation draws the same.
+        micro_batch_size: rows that are generated at a time; 0 is all.
         average: averages a tensor over all workers in place, so that lambda is that of all their rows.
     """
     if kind not in KINDS:
         raise ValueError(f"iepo.kind is {kind!r}: give one of {', '.join(KINDS)}")
-    start = sampler.start(noise_NCHW, condition_N, rows)
-    runs = _SoftGenerations(sampler, router, threshold, reuse)
-    steps = list(reversed(range(sampler.num_steps - 1)))  # T-2 ... 0
-    points = {steps[0]: runs.first(start)}  # the point before step i of the main, soft run
-    for i in steps:
-        points[i - 1] = runs.soft_step(i, points[i])
-    # Row 0: change of the final latents; row 1: the step's own error.
-    x = start.x_MCHW
-    measured_2T = torch.zeros(2, len(steps), dtype=x.dtype, device=x.device)
-    if kind == "cumulative":
-        previous = runs.finish_full(points[steps[0]], steps[0])
-        for i in steps:
-            current = runs.finish_full(points.pop(i - 1), i - 1)
-            measured_2T[0, i] = _mean_squared(current, previous)
-            previous = current
-    else:
-        for i in steps:
-            point = runs.full_step(i, points.pop(i))
-            measured_2T[1, i] = _mean_squared(point.guided_MCHW, points[i - 1].guided_MCHW)
-            for j in range(i - 1, -1, -1):
-                point = runs.soft_step(j, point)
-            measured_2T[0, i] = _mean_squared(point.state.x_MCHW, points[-1].state.x_MCHW)
+    count = sampler.num_steps - 1
+    measured_2T = torch.zeros(2, count, dtype=noise_NCHW.dtype, device=noise_NCHW.device)
+    for part in micro_batches(noise_NCHW, condition_N, rows, micro_batch_size):
+        cache = BranchCache(router.num_branches, reuse)
+        main = _Generation(sampler, router, threshold, sampler.start(*part), cache)
+        measure = _cumulative if kind == "cumulative" else _leave_one_out
+        measured_2T += len(part[0]) / len(noise_NCHW) * measure(main)  # mean over all rows
     if average is not None:
         average(measured_2T)  # before the division: a mean of ratios would depend on who has which rows
     change_T, error_T = measured_2T
     return change_T / error_T.clamp_min(_SMALLEST_ERROR) if kind == "sensitivity" else change_T
 
 
-def _mean_squared(ours: Tensor | None, other: Tensor | None) -> Tensor:
-    assert ours is not None and other is not None
+def _leave_one_out(main: _Generation) -> Tensor:
+    """(2, T-1): change of the final latents with step i computed in full, and that step's own error."""
+    last = main.sampler.num_steps - 1
+    main.full_step(last)
+    finals: list[Tensor] = []
+    errors: list[Tensor] = []
+    for i in range(last - 1, -1, -1):
+        other = main.fork()
+        errors.insert(0, _mean_squared(other.full_step(i), main.soft_step(i)))
+        finals.insert(0, other.finish_soft(i - 1))
+    changes = [_mean_squared(final, main.x_MCHW) for final in finals]
+    return torch.stack([torch.stack(changes), torch.stack(errors)])
+
+
+def _cumulative(main: _Generation) -> Tensor:
+    """(2, T-1): change of the final latents as step i turns soft too, and zeros."""
+    last = main.sampler.num_steps - 1
+    main.full_step(last)
+    changes: list[Tensor] = []
+    previous = main.full_end(last - 1)
+    for i in range(last - 1, -1, -1):
+        main.soft_step(i)
+        current = main.full_end(i - 1)
+        changes.insert(0, _mean_squared(current, previous))
+        previous = current
+    change_T = torch.stack(changes)
+    return torch.stack([change_T, torch.zeros_like(change_T)])
+
+
+def _mean_squared(ours: Tensor, other: Tensor) -> Tensor:
     return (ours - other).square().mean()

@@ -40,6 +40,9 @@ class RowKeys:
         """Rows of one seed."""
         return cls((seed,) * len(indices), tuple(map(int, indices)))
 
+    def __getitem__(self, rows: slice) -> "RowKeys":
+        return RowKeys(self.seeds[rows], self.indices[rows])
+
     def start_noise(self, shape: tuple[int, ...]) -> np.ndarray:
         """The noise the rows start from, (N, *shape) float32."""
         return np.stack([row_noise(seed, i, shape) for seed, i in zip(self.seeds, self.indices, strict=True)])

@@ -5,10 +5,12 @@ pass, `soft_pass` at r = 1 equals it.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from harmonica.cache import BranchCache
 from harmonica.models.base import BranchedTransformer
@@ -64,6 +66,40 @@ def planned_pass(
     return model.head(hidden_NLD, conditioning)
 
 
+def branches_per_checkpoint(num_branches: int) -> int:
+    """Branches that a checkpointed soft pass recomputes at a time, where memory is about least.
+
+    Between groups it keeps the hidden state, 4 bytes a value, and within the one being recomputed some
+    14 bytes a value and branch: B / k * 4 + 14 * k is least near k = sqrt(B) / 2.
+    """
+    return max(1, round(num_branches**0.5 / 2))
+
+
+def _soft_branches(
+    model: BranchedTransformer,
+    indices: range,
+    conditioning: Any,
+    refresh_row: Sequence[bool],
+    cache: BranchCache,
+    step: int,
+    hidden_NLD: Tensor,
+    scores_B: Tensor,
+) -> tuple[Tensor, ...]:
+    """The hidden state behind these branches, and what the cache is to take, detached.
+
+    Changes nothing, so that a checkpoint can run it again: `cache` is one that nobody writes to.
+    """
+    kept = []
+    for index in indices:
+        branch = model.branches[index]
+        computed = branch.compute(hidden_NLD, conditioning)
+        y = _mix(cache.read(index, step), computed, scores_B[index])
+        hidden_NLD = branch.merge(hidden_NLD, y, conditioning)
+        if refresh_row[index]:
+            kept.append(y.detach())
+    return hidden_NLD, *kept
+
+
 def soft_pass(
     model: BranchedTransformer,
     hidden_NLD: Tensor,
@@ -72,20 +108,32 @@ def soft_pass(
     refresh_row: Sequence[bool],
     cache: BranchCache,
     step: int,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Training: every branch gives `r * computed + (1 - r) * cached`, differentiable in r.
 
     Args:
         scores_B: r of each branch (B,), the scores of this step's router row.
         refresh_row: where r > tau: the cache takes the mixed output there and keeps its own elsewhere.
+        recompute: backward computes the branches again, some at a time, instead of keeping what they need.
 
     Returns:
         The model's output (N, out_channels, H, W).
     """
-    for index, (branch, is_refreshed) in enumerate(zip(model.branches, refresh_row, strict=True)):
-        computed = branch.compute(hidden_NLD, conditioning)
-        y = _mix(cache.read(index, step), computed, scores_B[index])
-        if is_refreshed:
-            cache.write(index, step, y)
-        hidden_NLD = branch.merge(hidden_NLD, y, conditioning)
+    count = len(model.branches)
+    size = branches_per_checkpoint(count) if recompute else 1
+    for first in range(0, count, size):
+        indices = range(first, min(first + size, count))
+        # The recomputation reads what was read here, whatever has been written since.
+        compute = partial(_soft_branches, model, indices, conditioning, refresh_row, cache.copy(), step)
+        if recompute and indices[-1] + 1 < count:  # backward begins at the last ones: nothing to gain
+            hidden_NLD, *kept = checkpoint(
+                compute, hidden_NLD, scores_B, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            hidden_NLD, *kept = compute(hidden_NLD, scores_B)
+        refreshed = (index for index in indices if refresh_row[index])
+        for index, value in zip(refreshed, kept, strict=True):
+            cache.write(index, step, value)
     return model.head(hidden_NLD, conditioning)

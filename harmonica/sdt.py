@@ -4,6 +4,9 @@ Along one trajectory, at each step i = T-2 ... 0, the uncached teacher and the c
 same x_t; one optimiser update a step; x_{t-1} comes from the student, detached. The base model is
 frozen and the teacher runs without grad: a step costs two forwards and one activation backward, and
 only B numbers cross the network.
+
+Memory is bounded in two ways that leave the update as it is, `activation_checkpointing` and
+micro-batches; `harmonica.memory` says what each comes to.
 """
 
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from harmonica.cache import BranchCache, Reuse
 from harmonica.noise import RowKeys
 from harmonica.passes import soft_pass
 from harmonica.router import Router
-from harmonica.samplers import Sampler
+from harmonica.samplers import Sampler, State
 from harmonica.sampling import planned_step
 
 
@@ -35,6 +38,9 @@ class SdtConfig:
     """Logits stay within [-clamp, clamp]."""
     reuse: Reuse = "hold"
     """A reused branch holds its last value (the paper), or is forecast from its last two."""
+    activation_checkpointing: bool = False
+    """Compute the student's branches again in the backward instead of keeping what they need: a fraction
+    of the memory for about a third more time, the same update."""
 
     def __post_init__(self) -> None:
         if self.beta < 0:
@@ -67,6 +73,31 @@ def freeze(model: torch.nn.Module) -> None:
     model.eval().requires_grad_(False)
 
 
+Rows = tuple[Tensor, Any, RowKeys | None]
+"""Noise (N, C, H, W), condition and names of N rows."""
+
+
+def micro_batches(
+    noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None, micro_batch_size: int
+) -> list[Rows]:
+    """The rows in order, at most `micro_batch_size` at a time; 0 leaves them together.
+
+    Before a sampler starts, since guidance doubles rows: [conditional; unconditional].
+    """
+    count = len(noise_NCHW)
+    size = micro_batch_size or count
+    parts = (slice(first, first + size) for first in range(0, count, size))
+    return [(noise_NCHW[part], condition_N[part], rows[part] if rows else None) for part in parts]
+
+
+@dataclass(slots=True)
+class _MicroBatch:
+    """Rows on their way along the trajectory."""
+
+    state: State
+    cache: BranchCache
+
+
 class SdtTrainer:
     """A router, its optimiser and the loop over one trajectory."""
 
@@ -83,6 +114,7 @@ class SdtTrainer:
         *,
         rows: RowKeys | None = None,
         beta: float | None = None,
+        micro_batch_size: int = 0,
         average: Callable[[Tensor], None] | None = None,
         on_gradient: Callable[[int, Tensor], object] | None = None,
     ) -> tuple[list[StepRecord], Tensor]:
@@ -92,35 +124,26 @@ class SdtTrainer:
             lambda_T: lambda_i of steps 0 ... T-2, (T-1,).
             rows: the rows' names, for samplers that draw noise.
             beta: replaces the configured one, for a beta that follows a target.
+            micro_batch_size: rows that are computed at a time; 0 is all. Each update is that of all rows.
             average: averages a tensor over all workers in place; none on one worker.
             on_gradient: sees (i, gradient of row i (B,)) before the update.
 
         Returns:
             The records in the order run, and the student's final images or latents (N, C, H, W).
         """
-        sampler, model, config = self.sampler, self.sampler.model, self.config
+        sampler, config = self.sampler, self.config
         beta = config.beta if beta is None else beta
-        cache = BranchCache(len(model.branches), config.reuse)
-        state = sampler.start(noise_NCHW, condition_N, rows)
-        with torch.no_grad():  # step T-1 computes everything, fills the cache, trains nothing
-            everything = (True,) * len(model.branches)
-            state, _ = planned_step(sampler, sampler.num_steps - 1, state, everything, cache)
+        parts = [
+            self._start(*part) for part in micro_batches(noise_NCHW, condition_N, rows, micro_batch_size)
+        ]
         records = []
         for i in reversed(range(sampler.num_steps - 1)):
             row = self.router.rows[i]
-            with torch.no_grad():
-                hidden, conditioning = sampler.embed(i, state)
-                target = sampler.guide(model.full_pass(hidden, conditioning))
             scores_B = self.router.scores(i)
-            refresh_row = (scores_B.detach() > config.threshold).tolist()
-            output = soft_pass(model, hidden, conditioning, scores_B, refresh_row, cache, i)
-            guided = sampler.guide(output)
-            error, l1 = (guided - target).square().sum(), scores_B.sum()
-            mse = error.detach() / guided.numel()
-            # d loss / d scores from the sum of squares: a mean times lambda, some 1e-10 an element, would
-            # underflow on its way through a float16 model.
-            (error_B,) = torch.autograd.grad(error, scores_B)
-            scores_B.backward(lambda_T[i] / guided.numel() * error_B + beta)
+            measured = [self._step(i, part, scores_B) for part in parts]
+            error, error_B, count = (sum(values) for values in zip(*measured, strict=True))
+            mse, l1 = error / count, scores_B.sum()
+            scores_B.backward(lambda_T[i] / count * error_B + beta)
             assert row.grad is not None
             if average is not None:
                 average(row.grad)
@@ -129,7 +152,39 @@ class SdtTrainer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.router.clamp_(config.clamp)
-            state = sampler.advance(i, state, guided.detach())
             loss = lambda_T[i] * mse + beta * l1
             records.append(StepRecord(i, mse.item(), l1.item(), loss.item()))
-        return records, sampler.finish(state)
+        return records, torch.cat([sampler.finish(part.state) for part in parts])
+
+    @torch.no_grad()
+    def _start(self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None) -> _MicroBatch:
+        """Step T-1 computes everything, fills the cache, trains nothing."""
+        sampler, everything = self.sampler, (True,) * self.router.num_branches
+        cache = BranchCache(len(everything), self.config.reuse)
+        state = sampler.start(noise_NCHW, condition_N, rows)
+        state, _ = planned_step(sampler, sampler.num_steps - 1, state, everything, cache)
+        return _MicroBatch(state, cache)
+
+    def _step(self, i: int, part: _MicroBatch, scores_B: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Take the rows past step i: sum of squared errors, its gradient in the scores (B,), elements."""
+        sampler, model, config = self.sampler, self.sampler.model, self.config
+        with torch.no_grad():
+            hidden, conditioning = sampler.embed(i, part.state)
+            target = sampler.guide(model.full_pass(hidden, conditioning))
+        output = soft_pass(
+            model,
+            hidden,
+            conditioning,
+            scores_B,
+            (scores_B.detach() > config.threshold).tolist(),
+            part.cache,
+            i,
+            recompute=config.activation_checkpointing,
+        )
+        guided = sampler.guide(output)
+        # The gradient of the sum of squares: a mean times lambda, some 1e-10 an element, would underflow
+        # on its way through a float16 model. And sums add up over micro-batches.
+        error = (guided - target).square().sum()
+        (error_B,) = torch.autograd.grad(error, scores_B)
+        part.state = sampler.advance(i, part.state, guided.detach())
+        return error.detach(), error_B, guided.numel()

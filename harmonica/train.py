@@ -28,9 +28,9 @@ import torch.distributed as dist
 from harmonica.artifact import RouterArtifact
 from harmonica.command_line import fail, parse, say
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.noise import RowKeys
 from harmonica.presets import RECIPES, Recipe
-from harmonica.rows import RowSpec, Share, make_rows
+from harmonica.prompts import PromptStore
+from harmonica.rows import Batch, RowSpec, Share, make_rows
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.training import RouterRun, TrainingConfig
 
@@ -48,6 +48,8 @@ class TrainCommand:
     """Fixes every label, every noise and the initial logits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one; torchrun gives each process its own."""
+    prompts: str = ""
+    """For a model that takes prompts: the store that `pipelines.prompts` wrote."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The denoiser."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -144,7 +146,8 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
         sampler = make_sampler(loaded.model, with_scheduler(command.sampler, loaded.scheduler))
         run = RouterRun(sampler, command.train, seed=command.seed, device=device)
         folder.load(run)
-        spec = RowSpec.of(loaded.model, loaded.model.num_classes, command.seed)
+        prompts = PromptStore(command.prompts) if command.prompts else None
+        spec = RowSpec.of(loaded.model, command.seed, prompts)
         _train(run, spec, share, folder, tell if share.rank == 0 else lambda _: None)
         if share.rank != 0:
             return run.artifact()
@@ -157,9 +160,8 @@ def _train(run: RouterRun, spec: RowSpec, share: Share, folder: _Folder, tell: C
     config, last_said, last_saved = run.config, 0.0, time.monotonic()
     while run.trajectory < config.trajectories:
         indices = share.indices(np.arange(share.size), run.trajectory)
-        rows = make_rows(indices, spec)
-        noise, label = (torch.from_numpy(rows[name]).to(run.device) for name in ("noise", "label"))
-        metrics = run.train_one(noise, label, RowKeys.of(spec.seed, indices.tolist()))
+        rows = Batch.of(make_rows(indices, spec), spec, run.device)
+        metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
         is_last, now = run.trajectory == config.trajectories, time.monotonic()
         if is_last or now - last_said > _SAY_EVERY_S:
             tell(

@@ -30,6 +30,11 @@ class TrainingConfig:
     """Trajectories in all; each updates every row of the router once."""
     batch_size: int = 8
     """(label, noise) rows of one trajectory, over all workers."""
+    micro_batch_size: int = 0
+    """Rows that a worker computes at a time, where its share does not fit in memory; 0 is all of it. An
+    update is that of the whole batch all the same."""
+    shard_model: bool = False
+    """Every worker holds its share of the frozen weights (FSDP2), where one GPU cannot hold them all."""
     sdt: SdtConfig = field(default_factory=SdtConfig)
     """Objective and optimiser."""
     target_cur: float = 0.0
@@ -51,6 +56,10 @@ class TrainingConfig:
         for name in ("trajectories", "batch_size", "iepo_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}: give 1 or more")
+        if self.micro_batch_size < 0:
+            raise ValueError(
+                f"train.micro_batch_size is {self.micro_batch_size}: give 1 or more, or 0 for all at once"
+            )
         if not 0 <= self.target_cur < 1:
             raise ValueError(f"train.target_cur is {self.target_cur}: give 0 to below 1")
         if self.iepo not in (*KINDS, "none"):
@@ -141,6 +150,7 @@ class RouterRun:
                 threshold=config.sdt.threshold,
                 reuse=config.sdt.reuse,
                 rows=rows,
+                micro_batch_size=config.micro_batch_size,
                 average=average,
             )
             metrics = {f"lambda.step_{i:03d}": value for i, value in enumerate(self.lambda_T.tolist())}
@@ -150,6 +160,7 @@ class RouterRun:
             self.lambda_T,
             rows=rows,
             beta=self.beta_now,
+            micro_batch_size=config.micro_batch_size,
             average=average,
             on_gradient=self._observe,
         )

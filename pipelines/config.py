@@ -15,16 +15,50 @@ from harmonica import presets
 from harmonica.models.loading import ModelConfig
 from harmonica.presets import Recipe
 from harmonica.samplers import SamplerConfig, SamplerName
+from harmonica.text_encoder import EncoderDtype, OverLimit
 from harmonica.training import TrainingConfig
 
-Stage = Literal["train", "evaluate", "register", "serve"]
-STAGES: tuple[Stage, ...] = ("train", "evaluate", "register", "serve")
+Stage = Literal["prompts", "train", "evaluate", "register", "serve"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+CLASS_STAGES: tuple[Stage, ...] = STAGES[1:]
+"""Of a model that takes no prompts."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def _require(condition: bool, field_name: str, value: object, cure: str) -> None:
     if not condition:
         raise ValueError(f"{field_name} is {value!r}: {cure}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptsConfig:
+    """The prompts that a router is trained on, and how they are embedded."""
+
+    path: str = ""
+    """A .txt file with a prompt a line, a .parquet file, or a folder of either; local or an s3:// URI."""
+    column: str = "prompt"
+    """Of Parquet: the column that holds the text."""
+    max_tokens: int = 300
+    """What a prompt is padded to: 120 for PixArt-alpha, 300 for Sigma."""
+    over_limit: OverLimit = "truncate"
+    """Longer prompts lose their end, with a warning, or are refused before anything is embedded."""
+    batch_size: int = 32
+    """Prompts an actor embeds at once."""
+    num_actors: int = 1
+    """Ray Data actors, each with its own copy of the text encoder."""
+    use_gpu: bool = False
+    """One GPU an actor."""
+    dtype: EncoderDtype = "bfloat16"
+    """Precision of the text encoder; what is stored is bfloat16 whatever it is."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch_size", "num_actors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"prompts.{name} is {getattr(self, name)}: give 1 or more")
+        for name, kind in (("over_limit", OverLimit), ("dtype", EncoderDtype)):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ValueError(f"prompts.{name} is {getattr(self, name)!r}: give one of {known}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +158,7 @@ class WorkflowConfig:
     """Names the run; the same id again skips its finished stages. Empty: a new one."""
     storage_path: str = "runs"
     """Folder, or s3://bucket/prefix, that holds runs."""
-    stages: tuple[Stage, ...] = STAGES
+    stages: tuple[Stage, ...] = CLASS_STAGES
     """What to run, in this order."""
     registered_model: str = "harmonica-fashion"
     """Name in MLflow's registry; the alias `champion` points at the version Serve loads."""
@@ -134,6 +168,8 @@ class WorkflowConfig:
     """The denoiser."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How it samples."""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    """What a text-to-image model is trained and judged on."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Router training."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -177,9 +213,12 @@ def fashion() -> WorkflowConfig:
 
 
 def _on_gpus(name: str) -> WorkflowConfig:
-    """A public model on four GPUs, as the paper trained; wants `--model.path`."""
+    """A public model on four GPUs, as the paper trained; wants its path, PixArt prompts too."""
+    is_text = name.startswith("pixart")
     return _from_recipe(
         presets.RECIPES[name],
+        stages=STAGES if is_text else CLASS_STAGES,
+        prompts=PromptsConfig(max_tokens=300 if "sigma" in name else 120, use_gpu=is_text),
         preset=name,
         registered_model=f"harmonica-{name}",
         train={"num_workers": 4, "use_gpu": True},

@@ -1,4 +1,4 @@
-"""Images of single (label, seed, index) rows, sampled together: what a serving replica does, without Ray.
+"""Images of single (subject, seed, index) rows, sampled together: what a serving replica does, without Ray.
 
 Shapes: N rows, C channels, H W image.
 """
@@ -10,6 +10,7 @@ import torch
 
 from harmonica.artifact import RouterArtifact
 from harmonica.cache import Reuse
+from harmonica.conditions import make_conditions
 from harmonica.models.loading import LoadedModel
 from harmonica.models.vae import decode_latents, draws_pixels, pixels_per_latent
 from harmonica.noise import RowKeys
@@ -21,12 +22,15 @@ from harmonica.sampling import check_plan, sample
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image to draw; it depends on these three numbers alone."""
+    """One image to draw; it depends on these alone."""
 
-    label: int
+    subject: int | str
+    """A class's label, or a prompt."""
     seed: int
     index: int
     """Number of the image within its request."""
+    negative_prompt: str = ""
+    """What it should not show, for models that take prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class ImageSampler:
                 f"model.in_channels is {self.model.in_channels}, so the model draws latents, and it comes "
                 "without a decoder: give model.vae"
             )
+        self.conditions = make_conditions(loaded, device)
         self._router: _Router | None = None
 
     @property
@@ -97,11 +102,11 @@ class ImageSampler:
         shape = (self.model.in_channels, self.model.sample_size, self.model.sample_size)
         keys = RowKeys([row.seed for row in rows], [row.index for row in rows])
         noise = torch.from_numpy(keys.start_noise(shape))
-        labels = torch.tensor([row.label for row in rows])
+        condition = self.conditions.of([row.subject for row in rows], [row.negative_prompt for row in rows])
         images_NCHW = sample(
             router.sampler,
             noise.to(self.device),
-            labels.to(self.device),
+            condition,
             router.plan,
             reuse=router.reuse,
             rows=keys,

@@ -23,16 +23,14 @@ from harmonica.classifier import (
 )
 from harmonica.models.loading import BUILTIN, ModelConfig, load_model
 from harmonica.pictures import router_heat_map, sample_sheet
-from harmonica.rows import RowSpec, Share
+from harmonica.rows import Batch, RowSpec, Share
 from pipelines.config import EvaluateConfig, WorkflowConfig
 from pipelines.stream import stream_rows
 from pipelines.timing import (
     CACHED,
     FEWER,
     FULL,
-    SEED_OFFSET,
     Arm,
-    Batch,
     Timing,
     device_of,
     make_arms,
@@ -44,8 +42,8 @@ from pipelines.timing import (
 class ArmSampler:
     """A Ray Data actor: samples every arm from the same rows and hands back what judging needs."""
 
-    def __init__(self, config: WorkflowConfig, arms: list[Arm], judge: bool) -> None:
-        self.arms, self.seed = arms, config.seed + SEED_OFFSET
+    def __init__(self, config: WorkflowConfig, spec: RowSpec, arms: list[Arm], judge: bool) -> None:
+        self.arms, self.spec = arms, spec
         self.device = device_of(config.evaluate.use_gpu)
         self.model = load_model(config.model, self.device).model
         self.classifier = load_classifier() if judge else None
@@ -53,7 +51,7 @@ class ArmSampler:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         from harmonica.metrics import psnr  # seconds to import, so only where images are judged
 
-        rows = Batch.of(batch, self.seed, self.device)
+        rows = Batch.of(batch, self.spec, self.device)
         out, images = {"label": batch["label"]}, {}
         for arm in self.arms:
             images[arm.name] = ours = arm.sample(self.model, rows).cpu()
@@ -76,7 +74,7 @@ def _judged(
     )
     judged = rows.map_batches(
         ArmSampler,
-        fn_constructor_kwargs={"config": config, "arms": arms, "judge": judge},
+        fn_constructor_kwargs={"config": config, "spec": spec, "arms": arms, "judge": judge},
         compute=ActorPoolStrategy(size=settings.num_actors),
         batch_size=settings.batch_size,
         num_cpus=1,
@@ -130,8 +128,7 @@ def _pictures(config: WorkflowConfig, artifact: RouterArtifact, timing: Timing) 
         )
     }
     if next(iter(rows.values())).shape[1] in (1, 3):  # pixels; latents want their VAE
-        names = [timing.class_names[label] for label in timing.sheet_labels]
-        pictures["samples.png"] = sample_sheet(rows, names, title="Same noise, same classes")
+        pictures["samples.png"] = sample_sheet(rows, timing.sheet_names, title="Same noise, full and cached")
     return pictures
 
 

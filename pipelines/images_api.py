@@ -1,8 +1,8 @@
 """The HTTP endpoint in the shape of OpenAI's Images API, as a FastAPI app over any image source.
 
-A prompt names a class. What OpenAI's API has and a class-conditional model has no use for (quality,
-style, user, ...) is accepted and ignored; what that API does not know is refused, as there, so that a
-misspelt `sed` is not passed over in silence.
+A prompt names a class, or is a prompt where the model takes text. What OpenAI's API has and these models
+have no use for (quality, style, user, ...) is accepted and ignored; what that API does not know is refused,
+as there, so that a misspelt `sed` is not passed over in silence.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from pipelines.drawing import Drawing, Row
 from pipelines.http_errors import ApiError, LimitBody, Overloaded, answer_errors
 
 MAX_BODY_BYTES = 64 * 1024
-MAX_PROMPT_LENGTH = 256
+MAX_PROMPT_LENGTH = 4096
 MAX_SEED = 2**62
 # JavaScript reads integers above this inexactly, and then cannot ask for the same image again.
 _RANDOM_SEEDS = 2**53
@@ -38,6 +38,7 @@ class ModelCard:
     router_version: str
     cur: float
     class_names: tuple[str, ...]
+    """Empty where the model takes text."""
     image_size: int
     max_images: int
     """Upper bound of `n`."""
@@ -61,7 +62,12 @@ class GenerateRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(
-        min_length=1, max_length=MAX_PROMPT_LENGTH, description="A class name, or a class number as text."
+        min_length=1,
+        max_length=MAX_PROMPT_LENGTH,
+        description="What to draw; of a class-conditional model, a class name or number.",
+    )
+    negative_prompt: str | None = Field(
+        None, max_length=MAX_PROMPT_LENGTH, description="What not to draw, for models that take text."
     )
     model: str | None = Field(None, description="The served model, or nothing.")
     n: int | None = Field(1, ge=1, description="Number of images.")
@@ -84,7 +90,7 @@ class ImageData(BaseModel):
 
     b64_json: str
     revised_prompt: str
-    """The class's own name."""
+    """The class's own name, or the prompt as it was."""
 
 
 class GenerateResponse(BaseModel):
@@ -103,8 +109,8 @@ class GenerateResponse(BaseModel):
     """Of the trajectory; of the longest, where the images took several."""
 
 
-def _check(body: GenerateRequest, card: ModelCard) -> int:
-    """The label; refuses what this model cannot do."""
+def _check(body: GenerateRequest, card: ModelCard) -> int | str:
+    """The label or the prompt; refuses what this model cannot do."""
     if body.model not in (None, "", card.model):
         message = f"model is {body.model!r}: this endpoint serves {card.model!r}, give that or leave it out"
         raise ApiError(404, message, "model", "model_not_found")
@@ -113,6 +119,11 @@ def _check(body: GenerateRequest, card: ModelCard) -> int:
     if body.size not in (None, "auto", card.size):
         message = f"size is {body.size!r}: this model draws {card.size}, give that or 'auto'"
         raise ApiError(400, message, "size", "invalid_value")
+    if not card.class_names:
+        return body.prompt
+    if body.negative_prompt:
+        message = f"negative_prompt is set and {card.model!r} draws classes: leave it out"
+        raise ApiError(400, message, "negative_prompt", "invalid_value")
     try:
         return find_class(body.prompt, card.class_names)
     except UnknownClass as error:
@@ -158,11 +169,12 @@ def create_app(source: ImageSource) -> FastAPI:
 
     @app.post("/v1/images/generations", response_model=GenerateResponse)
     async def generate(body: GenerateRequest) -> GenerateResponse:
-        label = _check(body, card())
+        subject, unwanted = _check(body, card()), body.negative_prompt or ""
         seed = secrets.randbelow(_RANDOM_SEEDS) if body.seed is None else body.seed
-        drawings = await _draw(source, [Row(label, seed, index) for index in range(body.n or 1)])
+        rows = [Row(subject, seed, index, unwanted) for index in range(body.n or 1)]
+        drawings = await _draw(source, rows)
         longest = max(drawings, key=lambda drawing: drawing.seconds)
-        name = card().class_names[label]
+        name = subject if isinstance(subject, str) else card().class_names[subject]
         return GenerateResponse(
             created=int(time.time()),
             data=[

@@ -11,9 +11,11 @@ import dataclasses
 import logging
 import tempfile
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import ray.train
@@ -22,16 +24,18 @@ import tyro
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from harmonica import fashion
 from harmonica.models.dit import DiT, DiTConfig
 from harmonica.models.loading import write_folder_config
-from harmonica.pretraining import Ema, denoising_loss, learning_rate_factor, make_optimizers
+from harmonica.pretraining import Learner, LearningConfig, NoisyBatch, drop
 from pipelines.runtime import connect
-from pipelines.tracking import stage_run
+from pipelines.tracking import StageRun, stage_run
 
 logger = logging.getLogger(__name__)
 
+DATA = "Fashion-MNIST, 60,000 training images (Zalando Research, MIT licence)"
 FASHION_DIT = DiTConfig(
     sample_size=28,
     patch_size=4,
@@ -42,10 +46,11 @@ FASHION_DIT = DiTConfig(
     attention_head_dim=32,
     num_embeds_ada_norm=10,
 )
+_LOG_STEPS = 20
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(LearningConfig):
     """How the built-in denoiser is trained."""
 
     run_id: str = "fashion-dit"
@@ -54,8 +59,6 @@ class PretrainConfig:
     """Folder that holds runs."""
     data_folder: str = str(fashion.DEFAULT_FOLDER)
     """Folder with the four IDX files of Fashion-MNIST."""
-    model: DiTConfig = field(default_factory=lambda: FASHION_DIT)
-    """Shape of the denoiser."""
     num_workers: int = 2
     """Data-parallel workers, one core each."""
     use_gpu: bool = False
@@ -72,10 +75,10 @@ class PretrainConfig:
     """Peak learning rate."""
     weight_decay: float = 0.01
     """Of the blocks' matrices."""
-    label_dropout: float = 0.1
-    """Share of labels replaced by the null class, for guidance."""
     ema_decay: float = 0.999
     """Decay of the averaged weights, which are the ones kept."""
+    condition_dropout: float = 0.1
+    """Share of conditions replaced by the empty one, for guidance."""
     seed: int = 0
     """Fixes initial weights, batches, noise and timesteps."""
     compile: bool = True
@@ -86,106 +89,134 @@ class PretrainConfig:
     """Write the last checkpoint's EMA weights to this folder instead of training."""
 
 
-def _batch(images: np.ndarray, labels: np.ndarray, config: PretrainConfig, step: int) -> tuple:
-    """This rank's slice of global batch `step`: a pure function of (seed, step)."""
-    context = ray.train.get_context()
-    share = config.batch_size // context.get_world_size()
-    rng = np.random.Generator(np.random.Philox(key=config.seed, counter=[0, 0, 0, step]))
-    rows = rng.integers(len(images), size=config.batch_size)
-    rows = rows[context.get_world_rank() * share :][:share]
-    clean = torch.from_numpy(images[rows]).float() / 127.5 - 1
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)) + context.get_world_rank())
-    return clean, torch.from_numpy(labels[rows]), generator
+Config = TypeVar("Config", bound=PretrainConfig)
+
+
+class Task(ABC, Generic[Config]):
+    """What is learned from the images; the loop around it is the same for labels and for captions."""
+
+    def __init__(self, config: Config, images: np.ndarray, labels: np.ndarray) -> None:
+        self.config, self.images, self.labels = config, images, labels
+
+    @abstractmethod
+    def make_model(self) -> nn.Module:
+        """As it is before the first step."""
+
+    @abstractmethod
+    def loss(
+        self,
+        forward: Callable[..., Tensor],
+        clean_NCHW: Tensor,
+        rows: np.ndarray,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Of `forward`, the replicated model, on the clean images of these rows."""
+
+    def batch(self, step: int, rank: int, world_size: int) -> tuple[np.ndarray, torch.Generator]:
+        """A rank's rows of global batch `step`, and its noise: a pure function of (seed, step, rank)."""
+        share = self.config.batch_size // world_size
+        rng = np.random.Generator(np.random.Philox(key=self.config.seed, counter=[0, 0, 0, step]))
+        rows = rng.integers(len(self.images), size=self.config.batch_size)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)) + rank)
+        return rows[rank * share :][:share], generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTPretrainConfig(PretrainConfig):
+    """How the built-in class-conditional model is trained."""
+
+    model: DiTConfig = field(default_factory=lambda: FASHION_DIT)
+    """Shape of the denoiser."""
+
+
+class LabelTask(Task[DiTPretrainConfig]):
+    """A DiT that is told the class."""
+
+    def make_model(self) -> DiT:
+        model = DiT(self.config.model)
+        model.initialize(torch.Generator().manual_seed(self.config.seed))
+        return model
+
+    def loss(
+        self,
+        forward: Callable[..., Tensor],
+        clean_NCHW: Tensor,
+        rows: np.ndarray,
+        generator: torch.Generator,
+    ) -> Tensor:
+        batch = NoisyBatch.draw(clean_NCHW, generator)
+        label_N = torch.from_numpy(self.labels[rows])
+        is_dropped = drop(len(rows), self.config.condition_dropout, generator)
+        label_N[is_dropped] = self.config.model.num_embeds_ada_norm  # the null class
+        predicted = forward(batch.images, batch.timesteps, label_N.to(clean_NCHW.device))
+        return (predicted - batch.noise).square().mean()
+
+
+class _Progress:
+    """Mean loss and speed since the last line, in MLflow and the log; rank 0's only."""
+
+    def __init__(self, metrics: StageRun, config: PretrainConfig) -> None:
+        self.metrics, self.config = metrics, config
+        self.losses: list[float] = []
+        self.since = time.monotonic()
+
+    def add(self, learner: Learner, factor: float, loss: float) -> None:
+        self.losses.append(loss)
+        if learner.step % _LOG_STEPS:
+            return
+        now, steps = time.monotonic(), len(self.losses)
+        mean = sum(self.losses) / steps
+        speed = steps * self.config.batch_size / (now - self.since)
+        row = {"loss": mean, "learning_rate_factor": factor, "images_per_s": speed}
+        self.metrics.log(row, step=learner.step)
+        total = self.config.steps
+        logger.info("step %d of %d, loss %.4f, %.0f images/s", learner.step, total, mean, speed)
+        self.losses, self.since = [], now
+
+
+def _report(learner: Learner, is_rank_0: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        if is_rank_0:
+            torch.save(learner.state_dict(), Path(folder) / "state.pt")
+        checkpoint = Checkpoint.from_directory(folder) if is_rank_0 else None
+        ray.train.report({"step": learner.step}, checkpoint=checkpoint)
 
 
 def _train_loop(job: dict[str, Any]) -> None:
     config: PretrainConfig = job["config"]
     context = ray.train.get_context()
-    is_rank_0 = context.get_world_rank() == 0
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     images, labels = fashion.load_fashion_mnist("train", Path(config.data_folder))
+    task: Task = job["task"](config, images, labels)
     device = ray.train.torch.get_device()
-    model = DiT(config.model)
-    model.initialize(torch.Generator().manual_seed(config.seed))
-    model.to(device)
-    ema = Ema(model, config.ema_decay)
-    optimizers = make_optimizers(model, config.learning_rate, config.weight_decay)
-    step = 0
+    model = task.make_model().to(device)
+    learner = Learner(model, config)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location=device)
-        model.load_state_dict(state["model"])
-        ema.shadow = state["ema"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step = state["step"]
+            learner.load_state_dict(
+                torch.load(Path(folder) / "state.pt", weights_only=True, map_location=device)
+            )
     replica = ray.train.torch.prepare_model(model)
     forward = torch.compile(replica) if config.compile else replica
-    metrics = job["mlflow"] if is_rank_0 else None
-    last_checkpoint = last_log = time.monotonic()
-    loss_sum, loss_count = 0.0, 0
-    while step < config.steps:
-        clean, label, generator = _batch(images, labels, config, step)
-        loss = denoising_loss(
-            forward,
-            clean.to(device),
-            label.to(device),
-            generator,
-            null_label=model.num_classes,
-            label_dropout=config.label_dropout,
-        )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = learning_rate_factor(
-            step, warmup=config.warmup_steps, total=config.steps, decay=config.decay_steps
-        )
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        ema.update(model, step)
-        step += 1
-        loss_sum, loss_count = loss_sum + loss.item(), loss_count + 1
-        if metrics and step % 20 == 0:
-            now = time.monotonic()
-            metrics.log(
-                {
-                    "loss": loss_sum / loss_count,
-                    "learning_rate_factor": factor,
-                    "images_per_s": loss_count * config.batch_size / (now - last_log),
-                },
-                step=step,
-            )
-            logger.info(
-                "step %d of %d, loss %.4f, %.0f images/s",
-                step,
-                config.steps,
-                loss_sum / loss_count,
-                loss_count * config.batch_size / (now - last_log),
-            )
-            loss_sum, loss_count, last_log = 0.0, 0, now
+    progress = _Progress(job["mlflow"], config) if rank == 0 else None
+    last_checkpoint = time.monotonic()
+    while learner.step < config.steps:
+        rows, generator = task.batch(learner.step, rank, world_size)
+        clean = (torch.from_numpy(images[rows]).float() / 127.5 - 1).to(device)
+        loss, factor = task.loss(forward, clean, rows, generator), learner.factor
+        learner.learn(loss)
+        if progress:
+            progress.add(learner, factor, loss.item())
         is_due = time.monotonic() - last_checkpoint > config.checkpoint_interval_s
         due = torch.tensor([float(is_due)], device=device)
         if torch.distributed.is_initialized():
             torch.distributed.broadcast(due, src=0)  # reports are barriers: all ranks or none
-        if due.item() or step == config.steps:
+        if due.item() or learner.step == config.steps:
             last_checkpoint = time.monotonic()
-            with tempfile.TemporaryDirectory() as folder:
-                if is_rank_0:
-                    state = {
-                        "model": model.state_dict(),
-                        "ema": ema.shadow,
-                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                        "step": step,
-                    }
-                    torch.save(state, Path(folder) / "state.pt")
-                ray.train.report(
-                    {"step": step},
-                    checkpoint=Checkpoint.from_directory(folder) if is_rank_0 else None,
-                )
+            _report(learner, rank == 0)
 
 
-def pretrain(config: PretrainConfig) -> Checkpoint:
+def pretrain(config: PretrainConfig, task: type[Task] = LabelTask) -> Checkpoint:
     """Train to `config.steps`, resuming what the run id already has; returns the last checkpoint."""
     storage = str(Path(config.storage_path).resolve())
     fashion.load_fashion_mnist("train", Path(config.data_folder))  # fails here, not on a worker
@@ -193,11 +224,8 @@ def pretrain(config: PretrainConfig) -> Checkpoint:
     with stage_run("pretrain", config.run_id, storage, dataclasses.asdict(config)) as mlflow_run:
         trainer = TorchTrainer(
             _train_loop,
-            train_loop_config={"config": config, "mlflow": mlflow_run},
-            scaling_config=ScalingConfig(
-                num_workers=config.num_workers,
-                use_gpu=config.use_gpu,
-            ),
+            train_loop_config={"config": config, "task": task, "mlflow": mlflow_run},
+            scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
             run_config=RunConfig(
                 name=config.run_id,
                 storage_path=storage,
@@ -211,8 +239,8 @@ def pretrain(config: PretrainConfig) -> Checkpoint:
     return result.checkpoint
 
 
-def export(config: PretrainConfig) -> Path:
-    """EMA weights of the last checkpoint in half precision, with the config beside them.
+def last_state(config: PretrainConfig) -> dict[str, Any]:
+    """What the run's last checkpoint holds: a `Learner`'s state.
 
     Raises:
         ValueError: the run has no checkpoint yet.
@@ -221,28 +249,39 @@ def export(config: PretrainConfig) -> Path:
     checkpoints = sorted(run.glob("checkpoint_*/state.pt"))
     if not checkpoints:
         raise ValueError(f"run_id {config.run_id} has no checkpoint under {run.parent}: train it first")
-    state = torch.load(checkpoints[-1], weights_only=True, map_location="cpu")
+    return torch.load(checkpoints[-1], weights_only=True, map_location="cpu")
+
+
+def provenance(config: PretrainConfig, steps_done: int) -> dict[str, Any]:
+    """What an exported model says of its making."""
+    own = {field.name for field in dataclasses.fields(PretrainConfig)}
+    where = ("export", "data_folder", "storage_path")
+    training = {name: value for name, value in dataclasses.asdict(config).items() if name in own}
+    for name in where:
+        training.pop(name)
+    return {"data": DATA, "training": {**training, "steps_done": steps_done}}
+
+
+def export(config: DiTPretrainConfig) -> Path:
+    """EMA weights of the last checkpoint in half precision, with the config beside them."""
+    state = last_state(config)
     target = Path(config.export)
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: p.to(torch.float16).contiguous() for name, p in state["ema"].items()}
     save_file(weights, target / "model.safetensors")
-    training = dataclasses.asdict(config)
-    for name in ("model", "export", "data_folder", "storage_path"):
-        training.pop(name)
     write_folder_config(
         target,
         config.model,
         fashion.CLASS_NAMES,
-        data="Fashion-MNIST, 60,000 training images (Zalando Research, MIT licence)",
         command="python -m pipelines.pretrain",
-        training={**training, "steps_done": state["step"]},
+        **provenance(config, state["step"]),
     )
     return target
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = tyro.cli(PretrainConfig, description=__doc__)
+    config = tyro.cli(DiTPretrainConfig, description=__doc__)
     if config.export:
         logger.info("wrote %s", export(config))
     else:

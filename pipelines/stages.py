@@ -17,13 +17,17 @@ from typing import Any
 
 from harmonica.artifact import RouterArtifact
 from harmonica.command_line import say
+from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
 from harmonica.models.vae import draws_pixels
+from harmonica.prompt_files import MANIFEST
+from harmonica.prompts import PromptStore
 from harmonica.samplers import make_sampler, with_scheduler
 from pipelines import registry, tracking
 from pipelines.config import Stage, WorkflowConfig
 from pipelines.runtime import connect, is_private
 from pipelines.storage import RunStorage
+from pipelines.stream import PROMPTS
 from pipelines.terminal import results_table
 
 ROUTER, REPORT, SHEET, HEAT_MAP, CONFIG = "router", "report.json", "samples.png", "router.png", "config.json"
@@ -78,6 +82,7 @@ class Workflow:
                 f"stages is {self.config.stages} and run_id {self.config.run_id} has no router yet: "
                 "add the stage train, or give the --run-id of a trained run"
             )
+        self._check_prompts(model)
         self.storage.check_writable()
         tracking.tracking_uri(self.config.storage_path)
         wanted = {k: v for k, v in self._plain_config().items() if k not in _FREE_TO_CHANGE}
@@ -91,6 +96,27 @@ class Workflow:
                     f"{name} is {value} and run_id {self.config.run_id} was started with "
                     f"{before.get(name)}: resume it with its own settings, or take a new run id"
                 )
+
+    def _check_prompts(self, model: BranchedTransformer) -> None:
+        stages, prompts = self.config.stages, self.config.prompts
+        if model.num_classes:
+            if "prompts" in stages:
+                raise ValueError(f"stages is {stages} and the model takes labels: leave prompts out")
+            return
+        tokens = model.text_shape()[1]
+        if prompts.max_tokens != tokens:
+            raise ValueError(
+                f"prompts.max_tokens is {prompts.max_tokens} and the model takes {tokens}: give that number"
+            )
+        if self.storage.exists(f"{PROMPTS}/{MANIFEST}") or not {"prompts", "train", "evaluate"} & set(stages):
+            return
+        if "prompts" not in stages:
+            raise ValueError(
+                f"stages is {stages} and run_id {self.config.run_id} has no embedded prompts yet: add the "
+                "stage prompts"
+            )
+        if not prompts.path:
+            raise ValueError("prompts.path is '' and the model takes prompts: give a file of prompts")
 
     def _plain_config(self) -> dict[str, Any]:
         """The settings as they come back from JSON, where tuples are lists."""
@@ -112,6 +138,7 @@ class Workflow:
     def run(self, stage: Stage) -> None:
         """Run one stage, or say that it is done already."""
         stages: dict[Stage, Callable[[], str]] = {
+            "prompts": self._prompts,
             "train": self._train,
             "evaluate": self._evaluate,
             "register": self._register,
@@ -124,6 +151,17 @@ class Workflow:
     def _stage(self, name: Stage) -> AbstractContextManager[tracking.StageRun]:
         settings = self.config.to_dict()[name]
         return tracking.stage_run(name, self.config.run_id, self.config.storage_path, settings, self._parent)
+
+    def _prompts(self) -> str:
+        from pipelines.prompts import embed_prompts
+
+        model, uri = self.config.model, self.storage.uri(PROMPTS)
+        if self.storage.exists(f"{PROMPTS}/{MANIFEST}"):
+            return f"{len(PromptStore(uri))} prompts, done before"
+        path = f"{model.path}@{model.revision}" if model.revision else model.path
+        with self._stage("prompts"):
+            store = embed_prompts(self.config.prompts, path, uri)
+        return f"{len(store)} prompts, {store.mean_stored_bytes:,.0f} bytes each"
 
     def _train(self) -> str:
         from pipelines.train import train
@@ -178,7 +216,7 @@ class Workflow:
             tracking_uri=uri,
         )
         try:
-            prompt = self._class_names[-1]
+            prompt = self._class_names[-1] if self._class_names else self._first_prompt()
             answer = serve.first_image(self.url, prompt, seed=1)
             self.storage.write_bytes(SERVED, base64.b64decode(answer["data"][0]["b64_json"]))
         except BaseException:
@@ -187,6 +225,9 @@ class Workflow:
         if not self.config.serve.keep:
             serve.shutdown()
         return f"{self.url} drew {prompt!r} in {answer['inference_time_s']:.2f} s"
+
+    def _first_prompt(self) -> str:
+        return PromptStore(self.storage.uri(PROMPTS)).row(0)[2]
 
     def summarise(self) -> None:
         """The table, and where everything is."""

@@ -14,31 +14,17 @@ from harmonica.cache import Reuse
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
 from harmonica.models.vae import decode_latents, draws_pixels
-from harmonica.noise import RowKeys
 from harmonica.plan import Plan
-from harmonica.rows import RowSpec, make_rows
+from harmonica.rows import Batch, RowSpec, make_rows
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.sampling import sample
 from pipelines.config import WorkflowConfig
+from pipelines.stream import row_spec
 
 FULL, CACHED, FEWER = "full", "cached", "fewer_steps"
 SEED_OFFSET = 1
 """Evaluation draws other rows than training."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows on the device that samples them."""
-
-    noise_NCHW: Tensor
-    label_N: Tensor
-    keys: RowKeys
-
-    @classmethod
-    def of(cls, rows: dict[str, np.ndarray], seed: int, device: torch.device) -> "Batch":
-        """From `make_rows`' columns; copied, because Ray's batches are read-only."""
-        noise, label = (torch.tensor(rows[name], device=device) for name in ("noise", "label"))
-        return cls(noise, label, RowKeys.of(seed, rows["index"].tolist()))
+_SHEET = 10
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,9 @@ class Arm:
 
     def sample(self, model: BranchedTransformer, batch: Batch) -> Tensor:
         sampler = make_sampler(model, self.sampler)
-        return sample(sampler, batch.noise_NCHW, batch.label_N, self.plan, reuse=self.reuse, rows=batch.keys)
+        return sample(
+            sampler, batch.noise_NCHW, batch.condition_N, self.plan, reuse=self.reuse, rows=batch.keys
+        )
 
 
 @dataclass(frozen=True)
@@ -72,9 +60,9 @@ class Timing:
     """(slowest - fastest) / median of the rounds."""
     fewer_steps: int
     sheet: dict[str, Tensor]
-    class_names: tuple[str, ...]
+    sheet_names: list[str]
+    """What each of them was asked to show."""
     branch_names: tuple[str, ...]
-    sheet_labels: list[int]
 
 
 def device_of(use_gpu: bool) -> torch.device:
@@ -96,7 +84,7 @@ def _median_times(
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for turn in range(rounds + 1):
         for arm in arms:
-            seconds = _seconds(arm, model, batch) / len(batch.label_N)
+            seconds = _seconds(arm, model, batch) / len(batch)
             if turn > 0:
                 times[arm.name].append(seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -127,19 +115,26 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact) -> Timing:
     settings, device = config.evaluate, device_of(config.evaluate.use_gpu)
     loaded = load_model(config.model, device)
     model = loaded.model
-    spec = RowSpec.of(model, model.num_classes, config.seed + SEED_OFFSET)
-    batch = Batch.of(make_rows(np.arange(settings.timing_batch_size), spec), spec.seed, device)
+    spec = row_spec(config, model, config.seed + SEED_OFFSET)
+    batch = Batch.of(make_rows(np.arange(settings.timing_batch_size), spec), spec, device)
     total = config.sampler.num_inference_steps
     first, _ = _median_times(make_arms(config, artifact)[:2], model, batch, min(3, settings.timing_rounds))
     steps = min(total, max(2, math.ceil(total * first[CACHED] / first[FULL] - 0.1)))
     arms = make_arms(config, artifact, steps)
     seconds, spread = _median_times(arms, model, batch, settings.timing_rounds)
-    labels = [i % model.num_classes for i in range(10)]
-    columns = make_rows(np.arange(10), spec) | {"label": np.array(labels)}
-    shown = Batch.of(columns, spec.seed, device)
+    columns, names = _sheet_rows(spec, loaded.class_names)
+    shown = Batch.of(columns, spec, device)
     sheet = {arm.name: arm.sample(model, shown) for arm in arms}
     if not draws_pixels(model) and (vae := loaded.load_vae(device)) is not None:
         sheet = {name: decode_latents(vae, latents) for name, latents in sheet.items()}
     sheet = {name: images.cpu() for name, images in sheet.items()}
-    branches = tuple(branch.name for branch in model.branches)
-    return Timing(spec, seconds, spread, steps, sheet, loaded.class_names, branches, labels)
+    return Timing(spec, seconds, spread, steps, sheet, names, tuple(b.name for b in model.branches))
+
+
+def _sheet_rows(spec: RowSpec, class_names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Rows to look at and their names: one of each class, or prompts as they come."""
+    columns = make_rows(np.arange(_SHEET), spec)
+    if spec.prompts is not None:
+        return columns, spec.prompts.rows(columns["label"]).prompts
+    labels = np.arange(_SHEET) % spec.num_classes
+    return columns | {"label": labels}, [class_names[label] for label in labels]

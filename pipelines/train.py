@@ -16,19 +16,17 @@ import torch.distributed as dist
 from ray.experimental import tqdm_ray
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
 from harmonica.models.loading import load_model
-from harmonica.noise import RowKeys
 from harmonica.pictures import router_heat_map
-from harmonica.rows import RowSpec, Share
+from harmonica.rows import Batch, RowSpec, Share
 from harmonica.samplers import make_sampler
 from harmonica.training import RouterRun
 from pipelines.config import WorkflowConfig
 from pipelines.runtime import quiet_libraries
 from pipelines.storage import RunStorage
-from pipelines.stream import stream_rows
+from pipelines.stream import row_spec, stream_rows
 from pipelines.tracking import StageRun
 
 logger = logging.getLogger(__name__)
@@ -58,20 +56,19 @@ def start_run(config: WorkflowConfig, device: torch.device) -> tuple[RouterRun, 
     model = load_model(config.model, device).model
     sampler = make_sampler(model, config.sampler)
     run = RouterRun(sampler, config.train, seed=config.seed, device=device)
-    return run, RowSpec.of(model, model.num_classes, config.seed)
+    return run, row_spec(config, model, config.seed)
 
 
-def _trajectories(run: RouterRun, spec: RowSpec) -> Iterator[tuple[Tensor, Tensor, RowKeys]]:
-    """(noise, label, names) of this worker's rows of every trajectory still to train."""
+def _trajectories(run: RouterRun, spec: RowSpec) -> Iterator[Batch]:
+    """This worker's rows of every trajectory still to train."""
     context = ray.train.get_context()
     share = Share(run.config.batch_size, context.get_world_rank(), context.get_world_size())
     remaining = run.config.trajectories - run.trajectory
     if remaining <= 0:
         return
     rows = stream_rows(spec, share, first_trajectory=run.trajectory, trajectories=remaining)
-    for batch in rows.iter_torch_batches(batch_size=share.size, prefetch_batches=4, device="cpu"):
-        keys = RowKeys.of(spec.seed, batch["index"].tolist())
-        yield batch["noise"].to(run.device), batch["label"].to(run.device), keys
+    for batch in rows.iter_batches(batch_size=share.size, prefetch_batches=4, batch_format="numpy"):
+        yield Batch.of(batch, spec, run.device)
 
 
 def _agree(due: bool, device: torch.device | str) -> bool:
@@ -108,8 +105,8 @@ def _train_loop(job: dict[str, Any]) -> None:
     if bar is not None:
         bar.update(run.trajectory)
     last_checkpoint = time.monotonic()
-    for noise, label, keys in _trajectories(run, spec):
-        metrics = run.train_one(noise, label, keys)
+    for rows in _trajectories(run, spec):
+        metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
         if log is not None and bar is not None:
             log.pending.append((run.trajectory, metrics))
             bar.update(1)

@@ -131,7 +131,7 @@ def test_its_own_size_and_name_are_accepted(client, size):
         ({"prompt": "-1"}, 400, "prompt", "unknown_class", "'-1'"),
         ({"prompt": "٣"}, 400, "prompt", "unknown_class", "'٣'"),
         ({"prompt": ""}, 400, "prompt", "invalid_value", "at least 1 character"),
-        ({"prompt": "x" * 257}, 400, "prompt", "invalid_value", "at most 256 characters"),
+        ({"prompt": "x" * 4097}, 400, "prompt", "invalid_value", "at most 4096 characters"),
         ({"prompt": 3}, 400, "prompt", "invalid_value", "prompt is 3: it should be a valid string"),
         ({"prompt": "\ud800"}, 400, "prompt", "invalid_value", "prompt is"),
         ({"n": 0}, 400, "n", "invalid_value", "n is 0: it should be greater than or equal to 1"),

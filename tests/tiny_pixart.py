@@ -17,6 +17,7 @@ from torch import Tensor
 
 from harmonica.models.pixart import PixArt
 from harmonica.models.text_condition import TextCondition
+from harmonica.samplers import SamplerConfig
 from harmonica.sdt import freeze
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
@@ -38,6 +39,10 @@ SHAPES = {
     },
 }
 FAMILY = tuple(SHAPES)
+CACHEABLE = [("attn", "mlp"), ("attn", "cross", "mlp"), ("cross",), ("mlp",)]
+"""What PixArt caches by default, everything, and what leaves sub-layers before the first branch."""
+STEPS = 5
+TIMES = torch.tensor([999, 500, 3])
 Use = Callable[[str, Tensor], Tensor]
 """What the sub-layer of a name adds, before its gate, given what it computes."""
 
@@ -86,11 +91,32 @@ def make_batch(kind: str, n: int = 3, *, tall: bool = False, seed: int = 1) -> t
         mask=place < TEXT_TOKENS - 2 * lengths % TEXT_TOKENS,
         negative_embeddings=texts[1],
         negative_mask=place < 1 + lengths % TEXT_TOKENS,
-        # Two pixels a latent, as the VAE of `pipeline` has it.
+        # Two pixels a latent, as the VAE of `pipeline_latents` has it.
         resolution=torch.tensor([[2.0 * side, 2.0 * noise.shape[3]]] * n) if is_told else None,
         aspect_ratio=torch.full((n, 1), 1.0 + tall) if is_told else None,
     )
     return noise, condition
+
+
+def config(name: str = "ddim", **settings) -> SamplerConfig:
+    return SamplerConfig(
+        name=name, **{"num_inference_steps": STEPS, "guidance_scale": 3.0, "clip_sample": False} | settings
+    )
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape and theirs.norm() > 0
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def halve(model: PixArt, dtype: torch.dtype) -> PixArt:
+    """As a loader does it."""
+    for name, parameter in model.named_parameters():
+        is_full = name.startswith(model.full_precision_parts)
+        parameter.data = parameter.data.to(torch.float32 if is_full else dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.float()
+    return model
 
 
 def diffusers_arguments(condition: TextCondition) -> dict:

@@ -7,7 +7,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ class BranchedTransformer(nn.Module, ABC):
     sample_size: int
     num_classes: int = 0
     """Labels it takes; 0 for a model that takes prompts."""
+    prediction: Literal["epsilon", "flow"] = "epsilon"
+    """What its output is: the noise, or the velocity of flow matching, noise minus image."""
     full_precision_parts: tuple[str, ...] = ()
     """Prefixes of the parameters that a loader leaves in float32 when the model is in half precision."""
     recorded_fingerprint: str = ""
@@ -77,6 +79,10 @@ class BranchedTransformer(nn.Module, ABC):
         own = (p for name, p in self.named_parameters() if not name.startswith(self.full_precision_parts))
         return next(own).dtype
 
+    def prepare(self, condition_N: Any) -> Any:
+        """What of the condition no step changes, made once a trajectory; `embed` takes it in its place."""
+        return condition_N
+
     @abstractmethod
     def embed(self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Any) -> tuple[Tensor, Any]:
         """Tokens (N, L, D) and whatever the branches and the head need of (timestep, condition)."""
@@ -84,6 +90,14 @@ class BranchedTransformer(nn.Module, ABC):
     @abstractmethod
     def head(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         """The model's output (N, out_channels, H, W)."""
+
+    def text_shape(self) -> tuple[int, int]:
+        """Width of the embeddings it takes and the number of tokens they are padded to."""
+        raise NotImplementedError(f"{type(self).__name__} takes labels")
+
+    def told_pixels(self) -> tuple[int, int] | None:
+        """Height and width that its condition has to say, where it was trained with them."""
+        return None
 
     @abstractmethod
     def guided_condition(self, condition_N: Any) -> Any:
@@ -105,7 +119,7 @@ class BranchedTransformer(nn.Module, ABC):
         """Tells checkpoints of one shape apart, whatever precision they were loaded in."""
         return self.recorded_fingerprint or weights_fingerprint(dict(self.named_parameters()))
 
-    def forward(self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor) -> Tensor:
+    def forward(self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Any) -> Tensor:
         """The whole model, every branch computed."""
         return self.full_pass(*self.embed(sample_NCHW, timestep_N, condition_N))
 

@@ -7,13 +7,14 @@ its transformer's. Each is computed as its own code does: see `DiTConfig.downsca
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from harmonica.models import pixart_folder
+from harmonica.models import pixart_folder, sana
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.diffusers_folder import contents, find_transformer, read_diffusers, read_json
 from harmonica.models.dit_config import DiTConfig
@@ -21,6 +22,7 @@ from harmonica.models.fetch import BUILTIN, local_path
 from harmonica.models.pixart_branches import Kind
 from harmonica.models.pixart_folder import StoredPixArt
 from harmonica.models.public_layout import read_public
+from harmonica.models.sana import StoredSana
 from harmonica.models.stored import StoredModel, default_class_names
 from harmonica.models.vae import find_vae, load_vae
 
@@ -35,6 +37,11 @@ __all__ = [
 ]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+_TEXT_TO_IMAGE: dict[str, Callable[..., StoredPixArt | StoredSana]] = {
+    pixart_folder.CLASS_NAME: pixart_folder.read_pixart,
+    sana.CLASS_NAME: sana.read_sana,
+}
+"""Readers of folders, by the transformer's class in diffusers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +62,7 @@ class ModelConfig:
     """Precision of the branches; a model's first and last layers and what runs between branches stay in
     float32."""
     text_tokens: int = 0
-    """Padded length of a prompt. 0: that of the folder's pipeline, 120 for PixArt-alpha, 300 for Sigma."""
+    """Padded length of a prompt. 0: that of the folder's pipeline: 120 for PixArt-alpha, else 300."""
     cacheable: tuple[Kind, ...] = ("attn", "mlp")
     """Sub-layers of a text-to-image model that a router may reuse: attn, cross, mlp."""
     allow_tf32: bool = False
@@ -123,11 +130,12 @@ def read_model(path: str, revision: str = "", shape: DiTConfig | None = None) ->
     return read_public(local / "model.safetensors", config, names)
 
 
-def _read(config: ModelConfig) -> StoredModel | StoredPixArt:
+def _read(config: ModelConfig) -> StoredModel | StoredPixArt | StoredSana:
     local = local_path(config.path, config.revision)
     transformer = find_transformer(local) if local.is_dir() else None
-    if transformer and read_json(transformer / "config.json").get("_class_name") == pixart_folder.CLASS_NAME:
-        return pixart_folder.read_pixart(local, cacheable=config.cacheable, text_tokens=config.text_tokens)
+    name = read_json(transformer / "config.json").get("_class_name") if transformer else None
+    if name in _TEXT_TO_IMAGE:
+        return _TEXT_TO_IMAGE[name](local, cacheable=config.cacheable, text_tokens=config.text_tokens)
     return read_model(config.path, config.revision, config.shape)
 
 
@@ -148,5 +156,5 @@ def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> Loade
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     model = stored.assemble(device, getattr(torch, config.dtype))
-    text_folder = stored.text_folder if isinstance(stored, StoredPixArt) else None
+    text_folder = None if isinstance(stored, StoredModel) else stored.text_folder
     return LoadedModel(model, stored.class_names, stored.scheduler, vae_folder, text_folder)

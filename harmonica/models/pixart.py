@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from harmonica.models.base import Branch, BranchedTransformer, Macs, weights_fingerprint
+from harmonica.models.base import BranchedTransformer, Macs, weights_fingerprint
 from harmonica.models.pixart_branches import (
     KINDS,
     Kind,
-    LeadingBranch,
     PixArtConditioning,
     ProjectedText,
+    arrange,
     linear_macs,
     run_all,
     split_heads,
@@ -33,6 +33,7 @@ FULL_PRECISION_PARTS = ("pos_embed.", "scale_shift_table", "proj_out.")
 
 # diffusers' own. Minus infinity would give NaN for a prompt that is nothing but padding.
 _PADDING_SCORE = -10000.0
+_PIXELS_PER_LATENT = 8  # of the VAE that every public PixArt was trained with
 _CONFIG = (
     "sample_size",
     "patch_size",
@@ -78,8 +79,6 @@ class PixArt(BranchedTransformer):
         """
         super().__init__()
         config: Any = transformer.config
-        if not cacheable or len(set(cacheable)) < len(cacheable) or set(cacheable) - set(KINDS):
-            raise ValueError(f"model.cacheable is {cacheable!r}: give some of {', '.join(KINDS)}, each once")
         if text_tokens < 1:
             raise ValueError(f"model.text_tokens is {text_tokens}: give the padded length of a prompt")
         if config.cross_attention_dim is None:
@@ -90,16 +89,8 @@ class PixArt(BranchedTransformer):
         self.in_channels, self.out_channels = config.in_channels, transformer.out_channels
         self.sample_size, self.patch_size = config.sample_size, config.patch_size
         self.num_tokens = (self.sample_size // self.patch_size) ** 2
-        self._before: list[Branch] = []  # sub-layers that always run and have no branch before them
-        groups: list[list[Branch]] = []  # a branch, then the sub-layers behind it that always run
-        self._uncached_macs = 0
-        for layer in sub_layers(transformer, self.num_tokens, text_tokens):
-            if layer.kind in cacheable:
-                groups.append([layer])
-            else:
-                (groups[-1] if groups else self._before).append(layer)
-                self._uncached_macs += layer.macs
-        self.branches = [LeadingBranch(first, rest) if rest else first for first, *rest in groups]
+        layers = sub_layers(transformer, self.num_tokens, text_tokens)
+        self._before, self.branches, self._uncached_macs = arrange(layers, cacheable)
 
     def prepare(self, condition_N: TextCondition) -> ProjectedText:
         """What of the prompts no step changes. `embed` takes this too: once a trajectory is enough.
@@ -156,6 +147,14 @@ class PixArt(BranchedTransformer):
         )
         image = patches.reshape(-1, rows, columns, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return image.reshape(-1, self.out_channels, rows * p, columns * p)
+
+    def text_shape(self) -> tuple[int, int]:
+        config = self.transformer.config
+        return config.caption_channels or config.cross_attention_dim, self.text_tokens
+
+    def told_pixels(self) -> tuple[int, int] | None:
+        side = _PIXELS_PER_LATENT * self.sample_size
+        return (side, side) if self.transformer.use_additional_conditions else None
 
     def guided_condition(self, condition_N: TextCondition) -> TextCondition:
         return condition_N.guided()

@@ -3,7 +3,7 @@
 Shapes: N batch, L tokens, D width, S text tokens, G blocks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -74,7 +74,10 @@ class CrossAttention(Branch):
     def compute(self, hidden_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
         attention, text = self.block.attn2, conditioning.text
         key, value = text.keys_values[self.index]
-        query = split_heads(attention.to_q(hidden_NLD.to(key.dtype)), attention.heads)
+        query_NLD = attention.to_q(hidden_NLD.to(key.dtype))
+        if attention.norm_q is not None:  # Sana's; no PixArt has one
+            query_NLD = attention.norm_q(query_NLD)
+        query = split_heads(query_NLD, attention.heads)
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=text.bias)
         y_NLD = found.transpose(1, 2).flatten(2)
         for layer in attention.to_out:
@@ -113,6 +116,29 @@ class LeadingBranch(Branch):
     def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
         hidden_NLD = self.branch.merge(hidden_NLD, y_NLD, conditioning)
         return run_all(self.following, hidden_NLD, conditioning)
+
+
+def arrange(
+    layers: Iterable[SubLayer], cacheable: tuple[Kind, ...]
+) -> tuple[list[Branch], list[Branch], int]:
+    """Sub-layers before the first branch, the branches with what always runs behind each, and MACs of all
+    that always runs.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if not cacheable or len(set(cacheable)) < len(cacheable) or set(cacheable) - set(KINDS):
+        raise ValueError(f"model.cacheable is {cacheable!r}: give some of {', '.join(KINDS)}, each once")
+    before: list[Branch] = []
+    groups: list[list[Branch]] = []
+    uncached_macs = 0
+    for layer in layers:
+        if layer.kind in cacheable:
+            groups.append([layer])
+        else:
+            (groups[-1] if groups else before).append(layer)
+            uncached_macs += layer.macs
+    return before, [LeadingBranch(first, rest) if rest else first for first, *rest in groups], uncached_macs
 
 
 def run_all(layers: Sequence[Branch], hidden_NLD: Tensor, conditioning: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKL: from latents to images."""
+"""diffusers' AutoencoderKL, and AutoencoderDC of Sana: from latents to images."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 from harmonica.models.base import BranchedTransformer
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
-_CLASS_NAME = "AutoencoderKL"
+_CLASS_NAMES = ("AutoencoderKL", "AutoencoderDC")
 
 
 def find_vae(folder: Path) -> Path | None:
@@ -20,27 +20,30 @@ def find_vae(folder: Path) -> Path | None:
             config = json.loads((candidate / "config.json").read_text())
         except (OSError, ValueError):
             continue
-        if isinstance(config, dict) and config.get("_class_name") == _CLASS_NAME:
+        if isinstance(config, dict) and config.get("_class_name") in _CLASS_NAMES:
             return candidate
     return None
 
 
 def load_vae(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """diffusers' AutoencoderKL of a folder, frozen.
+    """The autoencoder of a folder that `find_vae` found, frozen.
 
     Raises:
         ValueError: its files cannot be read, or fit one another.
     """
     ensure_torchvision_imports()
-    from diffusers import AutoencoderKL
+    import diffusers
 
     try:
-        vae = AutoencoderKL.from_pretrained(
+        name = json.loads((folder / "config.json").read_text())["_class_name"]
+        if name not in _CLASS_NAMES:
+            raise ValueError(f"it is a {name}")
+        vae = getattr(diffusers, name).from_pretrained(
             str(folder), torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(
-            f"model.vae {folder} cannot be loaded ({error}): give an {_CLASS_NAME} folder"
+            f"model.vae {folder} cannot be loaded ({error}): give a folder of {' or '.join(_CLASS_NAMES)}"
         ) from error
     vae.enable_slicing()  # image by image: its memory is a multiple of the denoiser's
     return vae.to(device).eval().requires_grad_(False)
@@ -53,7 +56,9 @@ def draws_pixels(model: BranchedTransformer) -> bool:
 
 def pixels_per_latent(vae: Any) -> int:
     """Pixels along one side of a latent."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    config = vae.config
+    widths = config.get("block_out_channels") or config.encoder_block_out_channels
+    return 2 ** (len(widths) - 1)
 
 
 @torch.no_grad()

@@ -27,8 +27,14 @@ def make_sampler(model: BranchedTransformer, config: SamplerConfig) -> Sampler:
     """The configured sampler of `model`.
 
     Raises:
-        ValueError: `diffusers` without a scheduler, or with one that is not supported.
+        ValueError: `diffusers` without a scheduler, or with one that is not supported, or a sampler of
+            another prediction than the model's.
     """
+    if config.name in ("ddim", "iddpm") and model.prediction != "epsilon":
+        raise ValueError(
+            f"sampler.name is {config.name}, which takes predicted noise, and the model predicts "
+            f"{model.prediction}: give sampler.name diffusers and the scheduler that it was trained with"
+        )
     if config.name == "ddim":
         return Ddim(model, config)
     if config.name == "iddpm":

@@ -5,6 +5,7 @@ Shapes: N images, M model rows (2N under guidance: conditional half, then uncond
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ class State:
 
     x_MCHW: Tensor
     condition_M: Any
-    """Whatever the model's `embed` takes: labels, or embedded prompts."""
+    """What the model's `prepare` made of labels or embedded prompts."""
     rows: RowKeys | None = None
     """Names the rows to samplers that draw noise."""
     solver: Any = None
@@ -51,10 +52,10 @@ class Sampler(ABC):
     is_stochastic = False
     """Whether steps draw noise, and so need to know the rows."""
 
-    def __init__(self, model: BranchedTransformer, config: SamplerConfig, timesteps: list[int]) -> None:
+    def __init__(self, model: BranchedTransformer, config: SamplerConfig, timesteps: Sequence[float]) -> None:
         self.model, self.config = model, config
         self.timesteps = timesteps
-        """Timestep of each step, ascending: entry i is step i."""
+        """Timestep of each step, ascending: entry i is step i. Those of flow matching may be fractions."""
         self.is_guided = config.is_guided
         """Whether the model runs on both halves."""
 
@@ -78,8 +79,9 @@ class Sampler(ABC):
                 "(seed, index) of each row"
             )
         if not self.is_guided:
-            return State(noise_NCHW, condition_N, rows)
-        return State(torch.cat([noise_NCHW, noise_NCHW]), self.model.guided_condition(condition_N), rows)
+            return State(noise_NCHW, self.model.prepare(condition_N), rows)
+        condition_M = self.model.prepare(self.model.guided_condition(condition_N))
+        return State(torch.cat([noise_NCHW, noise_NCHW]), condition_M, rows)
 
     def embed(self, i: int, state: State) -> tuple[Tensor, Any]:
         """The model's hidden state and conditioning at step i."""

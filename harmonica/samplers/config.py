@@ -17,8 +17,8 @@ class SamplerConfig:
     """How images are sampled. A router is trained for one of these and refuses another."""
 
     name: SamplerName = "ddim"
-    """ddim and iddpm as in the public DiT code; dpm-solver++ and sa-solver by diffusers; diffusers: the
-    scheduler that comes with the model's folder."""
+    """ddim and iddpm as in the public DiT code; dpm-solver++ and sa-solver by diffusers, all four for models
+    that predict noise; diffusers: the scheduler that comes with the model's folder, flow matching too."""
     num_inference_steps: int = 20
     """T, the respaced denoising steps."""
     guidance_scale: float = 2.0

@@ -34,8 +34,9 @@ class _Respaced(Sampler):
     """The chain and the predicted x_0, which both samplers share."""
 
     def __init__(self, model: BranchedTransformer, config: SamplerConfig) -> None:
-        super().__init__(model, config, respaced_timesteps(config.num_inference_steps))
-        self._share = alphas_cumprod()[self.timesteps]
+        timesteps = respaced_timesteps(config.num_inference_steps)
+        super().__init__(model, config, timesteps)
+        self._share = alphas_cumprod()[timesteps]
         self._share_before = np.concatenate([[1.0], self._share[:-1]])
 
     def _clean(self, x_MCHW: Tensor, noise_MCHW: Tensor, signal: float, noise: float) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
@@ -34,8 +35,18 @@ _SUPPORTED: dict[str, Any] = {
     "DDIMScheduler": DDIMScheduler,
     "DEISMultistepScheduler": DEISMultistepScheduler,
     "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
+    "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
     "SASolverScheduler": _SASolver,
     "UniPCMultistepScheduler": UniPCMultistepScheduler,
+}
+# Of velocities. DEIS and SA-Solver end at the last step's noise instead of at none (diffusers 0.42).
+_FLOW = (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler)
+_PREDICTION_TYPE = {"epsilon": "epsilon", "flow": "flow_prediction"}
+# Settings of flow matching that need more than (x_t, velocity), or another velocity.
+_REFUSED = {
+    "invert_sigmas": "the velocity would be image minus noise",
+    "stochastic_sampling": "it draws its noise by batch, not by row",
+    "use_dynamic_shifting": "its shift depends on the size of each picture",
 }
 # Public DiT and PixArt models: linear betas, epsilon prediction, second order.
 _NAMED = {
@@ -54,6 +65,35 @@ def _scheduler_config(config: SamplerConfig) -> Mapping[str, Any]:
             "scheduler/, or another sampler.name"
         )
     return config.scheduler
+
+
+def _check(scheduler: Any, model: BranchedTransformer, where: str) -> None:
+    """Refuse a scheduler that takes another prediction than the model's, or whose steps we cannot take.
+
+    Args:
+        where: the setting that chose it.
+    """
+    settings, is_flow = scheduler.config, model.prediction == "flow"
+    has_choice = not isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # that one takes velocities
+    found = settings.prediction_type if has_choice else "flow_prediction"
+    if found != _PREDICTION_TYPE[model.prediction]:
+        raise ValueError(
+            f"{where} has prediction_type {found}: only {_PREDICTION_TYPE[model.prediction]} is what the "
+            "model predicts, so give sampler.name diffusers and the scheduler that it was trained with"
+        )
+    if is_flow and not isinstance(scheduler, _FLOW):
+        raise ValueError(
+            f"{where} leaves noise at the end of flow matching: give one of "
+            f"{', '.join(each.__name__ for each in _FLOW)}"
+        )
+    if has_choice and settings.get("use_flow_sigmas", False) != is_flow:
+        raise ValueError(
+            f"{where} has prediction_type {found} and use_flow_sigmas {not is_flow}: set the latter to "
+            f"{is_flow}"
+        )
+    for setting, why in _REFUSED.items():
+        if settings.get(setting):
+            raise ValueError(f"{where} has {setting} {settings[setting]}: {why}, so set it to False")
 
 
 def _fork(scheduler: Any) -> Any:
@@ -77,11 +117,8 @@ class Scheduled(Sampler):
                 f"{', '.join(_SUPPORTED)}, or another sampler.name"
             )
         self._scheduler = _SUPPORTED[name].from_config(settings)
-        if self._scheduler.config.prediction_type != "epsilon":
-            raise ValueError(
-                f"sampler.scheduler has prediction_type {self._scheduler.config.prediction_type}: only "
-                "epsilon is what DiT and PixArt predict"
-            )
+        where = f"sampler.scheduler {name}" if config.name == "diffusers" else f"sampler.name {config.name}"
+        _check(self._scheduler, model, where)
         self._scheduler.set_timesteps(config.num_inference_steps)
         descending: Tensor = self._scheduler.timesteps
         if len(descending) != config.num_inference_steps:
@@ -90,12 +127,15 @@ class Scheduled(Sampler):
                 f"{config.num_inference_steps}: change its timestep_spacing or steps_offset"
             )
         super().__init__(model, config, descending.flip(0).tolist())
+        if hasattr(self._scheduler, "set_begin_index"):
+            # Looked up by its timestep, a first step that rounding ties with the second would be skipped.
+            self._scheduler.set_begin_index(0)
         self._is_sde = str(self._scheduler.config.get("algorithm_type", "")).startswith("sde-")
         self.is_stochastic = self._is_sde or isinstance(self._scheduler, _SASolver)
 
     def start(self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None = None) -> State:
         state = super().start(noise_NCHW, condition_N, rows)
-        scale = float(self._scheduler.init_noise_sigma)
+        scale = 1.0 if self.model.prediction == "flow" else float(self._scheduler.init_noise_sigma)
         return self._moved(state, state.x_MCHW * scale if scale != 1 else state.x_MCHW, self._scheduler)
 
     def advance(self, i: int, state: State, guided_MCHW: Tensor) -> State:
@@ -108,6 +148,6 @@ class Scheduled(Sampler):
             # The library draws too; from a generator of its own, the global one stays untouched.
             drawn = {"generator": torch.Generator(state.x_MCHW.device)}
         timestep = scheduler.timesteps[self.num_steps - 1 - i]
-        noise_MCHW = guided_MCHW[:, : self.model.in_channels]
-        x_MCHW = scheduler.step(noise_MCHW, timestep, state.x_MCHW, return_dict=False, **drawn)[0]
+        predicted_MCHW = guided_MCHW[:, : self.model.in_channels]
+        x_MCHW = scheduler.step(predicted_MCHW, timestep, state.x_MCHW, return_dict=False, **drawn)[0]
         return self._moved(state, x_MCHW, scheduler)

@@ -1,0 +1,76 @@
+"""Which step of the plan a call belongs to: pipelines do not say, they only give the timestep."""
+
+import logging
+from collections.abc import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class StepCounter:
+    """Counts a trajectory's calls down from step T-1, against the timesteps that the router knows.
+
+    Where those are known, the noisiest one begins a trajectory and each call has to bring its own. Where
+    another sampler is allowed, a timestep that rises begins one: that its steps are too few shows only when
+    the pipeline ends or the next trajectory begins.
+    """
+
+    def __init__(self, num_steps: int, timesteps: Sequence[float] | None, sampler: str) -> None:
+        """
+        Args:
+            timesteps: of each step, ascending: entry i is step i; None counts calls alone.
+            sampler: what errors tell users to go back to.
+        """
+        self.num_steps, self.sampler = num_steps, sampler
+        self._timesteps = timesteps
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the trajectory; the next call begins one."""
+        self._calls = 0
+        self._last = float("inf")
+
+    @property
+    def calls(self) -> int:
+        """Calls of the trajectory so far; 0 before the first and after the last."""
+        return self._calls % self.num_steps
+
+    def next_step(self, timestep: float) -> int:
+        """The step i of a call.
+
+        Raises:
+            ValueError: the call is none of the plan's.
+        """
+        if self._timesteps is None:
+            self._count(timestep)
+        else:
+            self._compare(timestep, self._timesteps)
+        self._calls, self._last = self._calls + 1, timestep
+        return self.num_steps - self._calls
+
+    def _compare(self, timestep: float, timesteps: Sequence[float]) -> None:
+        self._calls = self.calls
+        wanted = timesteps[-1 - self._calls]
+        if timestep == timesteps[-1] != wanted:  # the last trajectory was broken off
+            self._calls = 0
+        elif timestep != wanted:
+            raise ValueError(
+                f"timestep is {timestep:g} in call {self._calls + 1} of the trajectory and the router was "
+                f"made for {wanted:g}: give the pipeline num_inference_steps {self.num_steps} and the "
+                f"scheduler {self.sampler}, or apply with allow_other_sampler"
+            )
+
+    def _count(self, timestep: float) -> None:
+        # After one call, the same again is the next trajectory; later, rounding can make two steps equal.
+        if timestep > self._last or (timestep == self._last and self._calls == 1):
+            if self.calls:
+                logger.warning(
+                    "a trajectory of %d of %d calls was broken off, or num_inference_steps is not %d",
+                    *(self._calls, self.num_steps, self.num_steps),
+                )
+            self._calls = 0
+        elif self._calls == self.num_steps:
+            raise ValueError(
+                f"timestep is {timestep:g} in call {self._calls + 1} of the trajectory and the router was "
+                f"made for {self.num_steps} steps: give the pipeline num_inference_steps {self.num_steps} "
+                "and a scheduler with one call a step"
+            )

@@ -1,0 +1,140 @@
+"""Small pipelines of diffusers beside our own model of the same weights, and a router for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiny_pixart
+import torch
+from diffusers import DiTPipeline
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from tiny_pipeline import LINEAR, make_vae, write_pipeline
+from torch import Tensor
+
+from harmonica.artifact import RouterArtifact
+from harmonica.models.base import BranchedTransformer
+from harmonica.models.loading import ModelConfig, load_model
+from harmonica.samplers import SamplerConfig, make_sampler
+from harmonica.sampling import sample
+
+STEPS = 4
+KINDS = ("dit", "sigma", "alpha 1024")
+
+
+def config(name: str = "dpm-solver++", **settings) -> SamplerConfig:
+    defaults = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "clip_sample": False}
+    return SamplerConfig(name=name, **defaults | settings)
+
+
+@dataclass
+class Case:
+    """Everything in float64."""
+
+    pipe: Any
+    model: BranchedTransformer
+    """Ours: of its own, loaded from the pipeline's folder, for a DiT; around the pipeline's for a PixArt."""
+    noise: Tensor
+    condition: Any
+    one_call: dict[str, Any]
+    """Of the transformer, without sample and timestep."""
+    run: Callable[..., Tensor]
+    """Latents (N, C, H, W) by the pipeline; takes its keywords."""
+
+    @property
+    def transformer(self) -> Any:
+        return self.pipe.transformer
+
+    def artifact(
+        self, *, reuse: str = "hold", sampler: SamplerConfig | None = None, seed: int = 0
+    ) -> RouterArtifact:
+        """A router that reuses about half of its entries."""
+        sampler = sampler or config()
+        shape = (sampler.num_inference_steps, len(self.model.branches))
+        logits = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        ready = make_sampler(self.model, sampler)
+        return RouterArtifact.build(logits, ready, threshold=0.5, reuse=reuse, training={})
+
+    def ours(self, artifact: RouterArtifact, sampler: SamplerConfig | None = None) -> Tensor:
+        """Latents by our own sampler under the same plan."""
+        ready = make_sampler(self.model, sampler or artifact.sampler)
+        return sample(ready, self.noise, self.condition, artifact.plan, reuse=artifact.reuse)
+
+    def call(self, timestep: int, n: int | None = None, **changes) -> Tensor:
+        """One forward."""
+        arguments = {name: _first(value, n) for name, value in self.one_call.items()} | changes
+        noise = self.noise[:n]
+        with torch.no_grad():
+            output = self.transformer(noise, timestep=torch.full((len(noise),), timestep), **arguments)
+        return output[0]
+
+
+def _first(value: Any, n: int | None) -> Any:
+    if isinstance(value, dict):
+        return {name: _first(each, n) for name, each in value.items()}
+    return value if value is None or n is None else value[:n]
+
+
+def make_case(kind: str, folder: Path) -> Case:
+    """`dit` or one of PixArt's `tiny_pixart.FAMILY`; the largest caches cross-attention too.
+
+    Args:
+        folder: where a DiT's pipeline is written.
+    """
+    return _dit(folder) if kind == "dit" else _pixart(kind)
+
+
+def _dit(folder: Path) -> Case:
+    pipe = DiTPipeline.from_pretrained(write_pipeline(folder))
+    pipe.transformer.double()
+    pipe.vae.double()
+    pipe.scheduler = DPMSolverMultistepScheduler(**LINEAR)
+    pipe.set_progress_bar_config(disable=True)
+    decode, seen = pipe.vae.decode, []
+    pipe.vae.decode = lambda latents: (seen.append(latents), decode(latents))[1]
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def run(seed: int = 3, **changes) -> Tensor:
+        settings = {"num_inference_steps": STEPS, "guidance_scale": 3.0} | changes
+        pipe([207, 360], generator=torch.Generator().manual_seed(seed), output_type="pt", **settings)
+        return seen[-1] * pipe.vae.config.scaling_factor
+
+    labels = torch.tensor([207, 360])
+    model = load_model(ModelConfig(path=str(folder))).model.double()
+    return Case(pipe, model, noise, labels, {"class_labels": labels}, run)
+
+
+def _pixart(kind: str) -> Case:
+    cacheable = ("attn", "cross", "mlp") if kind == "alpha 1024" else ()
+    model = tiny_pixart.make_pixart(kind, *cacheable)
+    parts = {"tokenizer": None, "text_encoder": None, "vae": make_vae().double()}
+    pipe = tiny_pixart.pipeline_class(kind.split()[0])(
+        transformer=model.transformer, scheduler=DPMSolverMultistepScheduler(**LINEAR), **parts
+    )
+    pipe.set_progress_bar_config(disable=True)
+    noise, condition = tiny_pixart.make_batch(kind, 2)
+
+    def run(seed: int = 1, **changes) -> Tensor:
+        noise, condition = tiny_pixart.make_batch(kind, 2, seed=seed)
+        settings = {"num_inference_steps": STEPS, "guidance_scale": 3.0} | changes
+        return pipe(
+            negative_prompt=None,
+            prompt_embeds=condition.embeddings,
+            prompt_attention_mask=condition.mask.long(),
+            negative_prompt_embeds=condition.negative_embeddings,
+            negative_prompt_attention_mask=condition.negative_mask.long(),
+            latents=noise,
+            height=2 * noise.shape[2],
+            width=2 * noise.shape[3],
+            use_resolution_binning=False,
+            output_type="latent",
+            **settings,
+        ).images
+
+    return Case(pipe, model, noise, condition, tiny_pixart.diffusers_arguments(condition), run)
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """Relative distance."""
+    assert ours.shape == theirs.shape and theirs.norm() > 0
+    return ((ours - theirs).norm() / theirs.norm()).item()
