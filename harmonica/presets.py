@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from harmonica.models.loading import ModelConfig
+from harmonica.models.loading import BUILTIN_TEXT, ModelConfig
 from harmonica.samplers import SamplerConfig, SamplerName
 from harmonica.sdt import SdtConfig
 from harmonica.training import TrainingConfig
@@ -118,8 +118,18 @@ def fashion() -> Recipe:
     return Recipe(model=ModelConfig(), sampler=SamplerConfig(), train=train)
 
 
+def fashion_text() -> Recipe:
+    """The built-in PixArt on captions of Fashion-MNIST, DPM-Solver++ 20; trained as `fashion`."""
+    return Recipe(
+        model=ModelConfig(path=BUILTIN_TEXT, text_tokens=16),
+        sampler=SamplerConfig(name="dpm-solver++", guidance_scale=2.0),
+        train=fashion().train,
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "fashion": fashion,
+    "fashion-text": fashion_text,
     "dit-xl-2-256-t10": dit_xl_2_256_t10,
     "dit-xl-2-256-t20": dit_xl_2_256_t20,
     "dit-xl-2-256-t50": dit_xl_2_256_t50,

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from harmonica import presets
+from harmonica.builtin import CAPTIONS
 from harmonica.models.loading import ModelConfig
 from harmonica.presets import Recipe
 from harmonica.samplers import SamplerConfig, SamplerName
@@ -212,6 +213,18 @@ def fashion() -> WorkflowConfig:
     return _from_recipe(presets.fashion, evaluate=EvaluateConfig(samples=320, timing_rounds=4))
 
 
+def fashion_text() -> WorkflowConfig:
+    """The built-in PixArt on captions of Fashion-MNIST: text to image on two cores, no download."""
+    return _from_recipe(
+        presets.fashion_text,
+        preset="fashion-text",
+        registered_model="harmonica-fashion-text",
+        stages=STAGES,
+        prompts=PromptsConfig(path=str(CAPTIONS), max_tokens=16, dtype="float32"),
+        evaluate=EvaluateConfig(samples=320, timing_rounds=4),
+    )
+
+
 def _on_gpus(name: str) -> WorkflowConfig:
     """A public model on four GPUs, as the paper trained; wants its path, PixArt prompts too."""
     is_text = name.startswith("pixart")
@@ -227,6 +240,6 @@ def _on_gpus(name: str) -> WorkflowConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], WorkflowConfig]] = {"fashion": fashion} | {
-    name: partial(_on_gpus, name) for name in presets.RECIPES if name != "fashion"
+PRESETS: dict[str, Callable[[], WorkflowConfig]] = {"fashion": fashion, "fashion-text": fashion_text} | {
+    name: partial(_on_gpus, name) for name in presets.RECIPES if not name.startswith("fashion")
 }

@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from ray.data import ActorPoolStrategy
 
+from harmonica import captions
 from harmonica.artifact import RouterArtifact
 from harmonica.classifier import (
     BUILTIN_FOLDER,
@@ -21,7 +22,7 @@ from harmonica.classifier import (
     features_and_logits,
     load_classifier,
 )
-from harmonica.models.loading import BUILTIN, ModelConfig, load_model
+from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, ModelConfig, load_model
 from harmonica.pictures import router_heat_map, sample_sheet
 from harmonica.rows import Batch, RowSpec, Share
 from pipelines.config import EvaluateConfig, WorkflowConfig
@@ -52,7 +53,7 @@ class ArmSampler:
         from harmonica.metrics import psnr  # seconds to import, so only where images are judged
 
         rows = Batch.of(batch, self.spec, self.device)
-        out, images = {"label": batch["label"]}, {}
+        out, images = {"label": self._classes(batch["label"])}, {}
         for arm in self.arms:
             images[arm.name] = ours = arm.sample(self.model, rows).cpu()
             out[f"{arm.name}.psnr"] = psnr(ours, images[arm.reference]).clamp(max=100).numpy()
@@ -61,6 +62,13 @@ class ArmSampler:
                 out[f"{arm.name}.features"] = features.numpy()
                 out[f"{arm.name}.class"] = logits.argmax(1).numpy()
         return out
+
+    def _classes(self, labels: np.ndarray) -> np.ndarray:
+        """What a classifier should see: of prompts, the class that they ask for."""
+        if self.spec.prompts is None or self.classifier is None:
+            return labels
+        prompts = self.spec.prompts.rows(labels).prompts
+        return np.array([captions.meaning(prompt)[0] for prompt in prompts])
 
 
 def _judged(
@@ -85,7 +93,7 @@ def _judged(
 
 def _can_be_judged(model: ModelConfig) -> bool:
     """The shipped classifier knows the built-in model's images only."""
-    return model.path == BUILTIN
+    return model.path in (BUILTIN, BUILTIN_TEXT)
 
 
 def evaluate(config: WorkflowConfig, artifact: RouterArtifact) -> tuple[dict[str, Any], dict[str, Figure]]:

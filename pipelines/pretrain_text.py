@@ -36,7 +36,7 @@ from harmonica.text_to_image import (
     save_pipeline,
     tokenize,
 )
-from pipelines.pretrain import PretrainConfig, Task, last_state, pretrain, provenance
+from pipelines.pretrain_loop import PretrainConfig, Task, last_state, provenance, run
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,9 @@ class TextPretrainConfig(PretrainConfig):
 
     run_id: str = "fashion-pixart"
     """Names the run; the same id resumes it."""
-    steps: int = 3600
+    steps: int = 1100
     """Optimiser steps in all."""
-    decay_steps: int = 1500
+    decay_steps: int = 300
     """The last of them, over which the learning rate falls to zero."""
     warmup_steps: int = 50
     """The first of them, over which it rises."""
@@ -147,7 +147,7 @@ def main() -> None:
         report = judge(Path(config.judge), config.samples, seed=config.seed)
         logger.info("%s", json.dumps(report, indent=1))
     else:
-        logger.info("last checkpoint: %s", pretrain(config, CaptionTask))
+        logger.info("last checkpoint: %s", run(config, CaptionTask))
 
 
 if __name__ == "__main__":

@@ -229,5 +229,5 @@ def test_a_vae_that_is_none_is_refused(pipeline, tmp_path):
         load(pipeline, vae="/none")
     broken = shutil.copytree(pipeline / "vae", tmp_path / "vae")
     (broken / WEIGHTS).write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"model.vae .* cannot be loaded .*: give an AutoencoderKL folder"):
+    with pytest.raises(ValueError, match=r"model.vae .* cannot be loaded .*: give a folder of AutoencoderKL"):
         load(pipeline, vae=str(broken)).load_vae()

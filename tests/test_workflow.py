@@ -31,7 +31,7 @@ SMALL = [
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["fashoin"], ["preset is 'fashoin'", "give one of fashion, dit-xl-2-256"]),
+        (["fashoin"], ["preset is 'fashoin'", "give one of fashion, fashion-text, dit-xl-2-256"]),
         (["fashion", "--train.batch-size=3"], ["train.batch_size is 3", "give a multiple of"]),
         (["fashion", "--train.sdt.threshold=2"], ["train.sdt.threshold is 2", "between 0 and 1"]),
         (["fashion", "--sampler.num-inference-steps=1"], ["num_inference_steps is 1", "give 2 to 1000"]),

@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
-from harmonica.builtin import FASHION_DIT
+from harmonica.builtin import FASHION_DIT, FASHION_PIXART
 from harmonica.models.hub import from_hub
 from harmonica.models.object_store import from_store
 
-BUILTIN = "builtin:fashion-dit"
+BUILTIN, BUILTIN_TEXT = "builtin:fashion-dit", "builtin:fashion-pixart"
+_BUILTINS = {BUILTIN: FASHION_DIT, BUILTIN_TEXT: FASHION_PIXART}
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 
@@ -16,16 +17,16 @@ def local_path(path: str, revision: str = "", *, field: str = "model.path") -> P
     """Where `path` lies on this machine, fetched into a cache first if it is remote.
 
     Args:
-        path: `builtin:fashion-dit`, a file or folder, an s3:// or gs:// URI, or a Hugging Face id,
-            `org/name` or `org/name@revision`.
+        path: `builtin:fashion-dit` or `builtin:fashion-pixart`, a file or folder, an s3:// or gs:// URI,
+            or a Hugging Face id, `org/name` or `org/name@revision`.
         revision: Of a Hugging Face id that names none.
         field: What errors call `path`.
 
     Raises:
         ValueError: it is not there or cannot be fetched; names the field and the cure.
     """
-    if path == BUILTIN:
-        return FASHION_DIT
+    if path in _BUILTINS:
+        return _BUILTINS[path]
     if "://" in path:
         return from_store(path, field)
     local = Path(path).expanduser()

@@ -18,7 +18,7 @@ from harmonica.models import pixart_folder, sana
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.diffusers_folder import contents, find_transformer, read_diffusers, read_json
 from harmonica.models.dit_config import DiTConfig
-from harmonica.models.fetch import BUILTIN, local_path
+from harmonica.models.fetch import BUILTIN, BUILTIN_TEXT, local_path
 from harmonica.models.pixart_branches import Kind
 from harmonica.models.pixart_folder import StoredPixArt
 from harmonica.models.public_layout import read_public
@@ -28,6 +28,7 @@ from harmonica.models.vae import find_vae, load_vae
 
 __all__ = [
     "BUILTIN",
+    "BUILTIN_TEXT",
     "LoadedModel",
     "ModelConfig",
     "load_model",
@@ -49,8 +50,8 @@ class ModelConfig:
     """Which denoiser."""
 
     path: str = BUILTIN
-    """`builtin:fashion-dit`, a model folder (ours or diffusers'), a public DiT .pt file, an s3:// or gs://
-    URI of either, or a Hugging Face id such as facebook/DiT-XL-2-256."""
+    """`builtin:fashion-dit`, `builtin:fashion-pixart`, a model folder (ours or diffusers'), a public DiT
+    .pt file, an s3:// or gs:// URI of either, or a Hugging Face id such as facebook/DiT-XL-2-256."""
     revision: str = ""
     """Commit of a Hugging Face id; it has to be pinned."""
     shape: DiTConfig | None = None
