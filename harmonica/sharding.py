@@ -54,7 +54,8 @@ def shard(model: BranchedTransformer, mesh: DeviceMesh | None = None) -> None:
     fully_shard(model, mesh=mesh, ignored_params=whole)  # moves the buffers
     for parameter in whole:
         parameter.data = parameter.data.to(_device(mesh))
-    # The first module to run is FSDP's root: that has to be the model, which the passes never call.
+    # The first module to run becomes FSDP's root, through which layers share streams and buffers: that has
+    # to be the model, which the passes never call.
     vars(model)["forward"] = lambda: None
     model()
     del vars(model)["forward"]

@@ -32,6 +32,7 @@ from harmonica.presets import RECIPES, Recipe
 from harmonica.prompts import PromptStore
 from harmonica.rows import Batch, RowSpec, Share, make_rows
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
+from harmonica.sharding import shard
 from harmonica.training import RouterRun, TrainingConfig
 
 _SAY_EVERY_S = 5.0
@@ -142,7 +143,9 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
     folder = _Folder(command.output, json.loads(json.dumps(dataclasses.asdict(command), default=str)))
     folder.check()
     with _process_group(device, command.train.batch_size) as share:
-        loaded = load_model(command.model, device)
+        loaded = load_model(command.model, "cpu" if command.train.shard_model else device)
+        if command.train.shard_model:
+            shard(loaded.model)
         sampler = make_sampler(loaded.model, with_scheduler(command.sampler, loaded.scheduler))
         run = RouterRun(sampler, command.train, seed=command.seed, device=device)
         folder.load(run)

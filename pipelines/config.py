@@ -77,6 +77,12 @@ class TrainConfig(TrainingConfig):
         TrainingConfig.__post_init__(self)  # super() does not work in a dataclass with slots
         _require(self.num_workers >= 1, "train.num_workers", self.num_workers, "give 1 or more")
         _require(
+            self.num_workers > 1 or not self.shard_model,
+            "train.shard_model",
+            self.shard_model,
+            "give False, or train.num_workers above 1 to share the weights among",
+        )
+        _require(
             self.batch_size >= self.num_workers and self.batch_size % self.num_workers == 0,
             "train.batch_size",
             self.batch_size,

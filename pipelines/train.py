@@ -22,6 +22,7 @@ from harmonica.models.loading import load_model
 from harmonica.pictures import router_heat_map
 from harmonica.rows import Batch, RowSpec, Share
 from harmonica.samplers import make_sampler
+from harmonica.sharding import shard
 from harmonica.training import RouterRun
 from pipelines.config import WorkflowConfig
 from pipelines.runtime import quiet_libraries
@@ -51,9 +52,13 @@ class _Log:
         self.run.client.log_figure(self.run.mlflow_run_id, figure, path)
 
 
-def start_run(config: WorkflowConfig, device: torch.device) -> tuple[RouterRun, RowSpec]:
+def start_run(
+    config: WorkflowConfig, device: torch.device, *, shard_model: bool = False
+) -> tuple[RouterRun, RowSpec]:
     """A run at its first trajectory, and what its rows look like."""
-    model = load_model(config.model, device).model
+    model = load_model(config.model, "cpu" if shard_model else device).model
+    if shard_model:
+        shard(model)
     sampler = make_sampler(model, config.sampler)
     run = RouterRun(sampler, config.train, seed=config.seed, device=device)
     return run, row_spec(config, model, config.seed)
@@ -93,7 +98,8 @@ def _train_loop(job: dict[str, Any]) -> None:
     config: WorkflowConfig = job["config"]
     quiet_libraries()
     ray.data.DataContext.get_current().enable_progress_bars = False  # the training bar is the one to see
-    run, spec = start_run(config, ray.train.torch.get_device())
+    device, shard_model = ray.train.torch.get_device(), config.train.shard_model
+    run, spec = start_run(config, device, shard_model=shard_model)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             run.load_state(torch.load(Path(folder) / _STATE, weights_only=True, map_location=run.device))

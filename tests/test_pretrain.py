@@ -11,7 +11,8 @@ import torch
 from harmonica import fashion
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.pretraining import Learner, LearningConfig, learning_rate_factor, make_optimizers
-from pipelines.pretrain import FASHION_DIT, DiTPretrainConfig, LabelTask, export, pretrain
+from pipelines.pretrain import FASHION_DIT, DiTPretrainConfig, LabelTask, export
+from pipelines.pretrain_loop import run
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
@@ -86,8 +87,8 @@ def test_pretraining_resumes_and_exports(tmp_path: Path, request: pytest.Fixture
         export=str(tmp_path / "model"),
     )
     request.addfinalizer(ray.shutdown)
-    pretrain(config)
-    pretrain(dataclasses.replace(config, steps=5))
+    run(config, LabelTask)
+    run(dataclasses.replace(config, steps=5), LabelTask)
     loaded = load_model(ModelConfig(path=str(export(config))))
     assert loaded.class_names == fashion.CLASS_NAMES
     assert '"steps_done": 5' in (tmp_path / "model" / "config.json").read_text()

@@ -30,7 +30,8 @@ from harmonica.text_to_image import (
     tokenize,
 )
 from harmonica.warm_start import warm_start
-from pipelines.pretrain import FASHION_DIT, pretrain
+from pipelines.pretrain import FASHION_DIT
+from pipelines.pretrain_loop import run
 from pipelines.pretrain_text import CaptionTask, TextPretrainConfig, export
 
 FOLDER = Path(__file__).parents[1] / "harmonica" / "builtin" / "fashion-pixart"
@@ -252,8 +253,8 @@ def test_pretraining_resumes_and_exports(tmp_path: Path, request: pytest.Fixture
         export=str(tmp_path / "model"),
     )
     request.addfinalizer(ray.shutdown)
-    pretrain(config, CaptionTask)
-    pretrain(dataclasses.replace(config, steps=3), CaptionTask)
+    run(config, CaptionTask)
+    run(dataclasses.replace(config, steps=3), CaptionTask)
     folder = export(config)
     assert json.loads((folder / "training.json").read_text())["training"]["steps_done"] == 3
     assert Painter(folder).paint([captions.plain_caption(0)], 2.0, seed=0).isfinite().all()

@@ -35,7 +35,10 @@ def make(case: str) -> tuple[BranchedTransformer, Tensor, Any]:
     """A model, and four rows for it."""
     if case.startswith("pixart"):
         return make_pixart("sigma"), *make_batch("sigma", 4)
-    model = DiT(DiTConfig(sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=24))
+    shape = DiTConfig(
+        sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=24, num_embeds_ada_norm=10
+    )
+    model = DiT(shape)
     model.initialize(torch.Generator().manual_seed(0), zero=False)
     freeze(model)
     noise = torch.from_numpy(RowKeys.of(0, range(4)).start_noise((4, 8, 8)))
@@ -58,11 +61,14 @@ def trained(model: BranchedTransformer, case: str, noise: Tensor, condition: Any
     before = sample(sampler, noise, condition, run.router.plan(0.4))
     metrics = run.train_one(noise, condition, keys)
     after = sample(sampler, noise, condition)
+    with torch.no_grad():
+        alone = model(noise, torch.full((len(noise),), 500), condition)
     return {
         "logits": run.router.logits(),
         "lambda": run.lambda_T,
         "mse": torch.tensor(metrics["mse"]),
         "images": torch.cat([before, after]),
+        "forward": alone,
     }
 
 
@@ -139,6 +145,7 @@ def test_two_processes_train_the_router_of_one(ranks, case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_process_keeps_its_share_and_gathers_a_layer_at_a_time(ranks, case: str) -> None:
     shape = Shape.of(make(case)[0])
+    assert shape.weights(2) < 0.6 * shape.weights()
     for results in ranks:
         # Layers that do not divide evenly are padded.
         assert shape.weights(2) <= results[case]["bytes"] <= 1.03 * shape.weights(2)

@@ -70,6 +70,7 @@ def test_a_resumed_run_is_bit_identical(config: WorkflowConfig, tmp_path: Path) 
     ("change", "message"),
     [
         ({"batch_size": 3, "num_workers": 2}, r"train.batch_size is 3: give a multiple of .*\(2\)"),
+        ({"shard_model": True, "num_workers": 1}, "train.shard_model is True: give False, or train.num_w"),
         ({"trajectories": 0}, "train.trajectories is 0: give 1 or more"),
         ({"iepo": "sometimes"}, "train.iepo is 'sometimes': give one of leave_one_out"),
         ({"target_cur": 1.5}, "train.target_cur is 1.5: give 0 to below 1"),

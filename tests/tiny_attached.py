@@ -116,6 +116,7 @@ def _pixart(kind: str) -> Case:
 
     def run(seed: int = 1, **changes) -> Tensor:
         noise, condition = tiny_pixart.make_batch(kind, 2, seed=seed)
+        condition = condition.to(pipe._execution_device)
         settings = {"num_inference_steps": STEPS, "guidance_scale": 3.0} | changes
         return pipe(
             negative_prompt=None,
