@@ -41,6 +41,7 @@ def planned(case: Case, **artifact) -> tuple[Tensor, Tensor]:
 # torch.compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reuse", "is_compiled_first"), [("dit", "hold", True), ("sigma", "forecast", False)]
 )

@@ -182,6 +182,7 @@ def test_peak_of_training_is_within_a_tenth_of_the_formula(reuse, recompute, row
     assert measured == pytest.approx(expected.total - expected.weights, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reuse", REUSES)
 @pytest.mark.parametrize("name", ["dit-xl-2-512", "pixart-sigma-2048"])
 def test_peaks_of_public_models_are_within_a_twentieth_of_the_formula(name, reuse, monkeypatch) -> None:
