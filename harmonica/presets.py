@@ -122,7 +122,7 @@ def fashion_text() -> Recipe:
     """The built-in PixArt on captions of Fashion-MNIST, DPM-Solver++ 20; trained as `fashion`."""
     return Recipe(
         model=ModelConfig(path=BUILTIN_TEXT, text_tokens=16),
-        sampler=SamplerConfig(name="dpm-solver++", guidance_scale=2.0),
+        sampler=SamplerConfig(name="dpm-solver++", guidance_scale=4.5),
         train=fashion().train,
     )
 
