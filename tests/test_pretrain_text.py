@@ -231,6 +231,10 @@ def check_against_pipeline(folder: Path) -> None:
 
 
 def test_the_builtin_model_is_small_and_paints_what_it_is_told():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tokenizer", local_files_only=True)
+    assert tokenizer(captions.all_captions()) == make_tokenizer()(captions.all_captions())
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 9e6
     if not (FOLDER / "report.json").is_file():
         pytest.skip("an early checkpoint, not judged yet: see training.json beside it")

@@ -93,7 +93,7 @@ class BranchedTransformer(nn.Module, ABC):
 
     def text_shape(self) -> tuple[int, int]:
         """Width of the embeddings it takes and the number of tokens they are padded to."""
-        raise NotImplementedError(f"{type(self).__name__} takes labels")
+        raise TypeError(f"{type(self).__name__} takes labels")
 
     def told_pixels(self) -> tuple[int, int] | None:
         """Height and width that its condition has to say, where it was trained with them."""

@@ -28,6 +28,7 @@ from harmonica.sampling import sample
 from harmonica.training import RouterRun
 
 STEPS, TRAJECTORIES = 4, 3
+_FOLDER = Path(tempfile.gettempdir()) / "harmonica-xl"
 _MIB = 2**10  # /proc counts in kB
 
 
@@ -100,7 +101,7 @@ def main(
     image_size: int = 256,
     layers: int = 28,
     dtypes: tuple[str, ...] = ("float32", "bfloat16"),
-    folder: Path = Path("/tmp/harmonica-xl"),
+    folder: Path = _FOLDER,
     child: bool = False,
 ) -> None:
     """Measure; `--child` is one precision in this process, as JSON."""
