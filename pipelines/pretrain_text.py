@@ -106,9 +106,9 @@ class CaptionTask(Task[TextPretrainConfig]):
         tokens = [each.to(device) for each in self._tokens(texts, generator)]
         predicted = forward(batch.images, batch.timesteps, *tokens)
         loss = (predicted - batch.noise).square().mean()
-        if not self.config.teacher_weight:
-            return loss
         plain = [i for i, text in enumerate(texts) if not text or meaning(text)[1] is None]
+        if not plain or not self.config.teacher_weight:
+            return loss
         labels = [int(self.labels[rows[i]]) if texts[i] else self.teacher.num_classes for i in plain]
         images, timesteps = batch.images[plain], batch.timesteps[plain]
         with torch.no_grad():

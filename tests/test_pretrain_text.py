@@ -173,6 +173,14 @@ def test_the_teacher_is_followed_where_no_tone_is_asked_for():
     assert extra[0] > extra[1] > 0  # rows with a tone are left to the noise
 
 
+def test_a_batch_in_which_every_caption_has_a_tone_is_learned_from_too():
+    task, rows = make_task(condition_dropout=0.0, tone_share=1.0), np.array([0, 399])
+    assert task.tones[0] == "dark" and task.tones[399] == "light"
+    clean = torch.zeros(2, 1, 28, 28)
+    loss = task.loss(lambda x, *_: torch.zeros_like(x), clean, rows, torch.Generator().manual_seed(0))
+    assert 0.5 < loss < 1.5
+
+
 def test_an_error_counts_as_that_of_the_image_up_to_a_limit():
     signal = torch.from_numpy(alphas_cumprod())
     t = torch.tensor([0, 100, 999])
