@@ -5,6 +5,7 @@ It says what it was made for and refuses everything else.
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class RouterArtifact:
     reuse: Reuse
     model: dict[str, Any]
     """The model's `identity()`."""
+    rounded_weights: Mapping[str, str] = field(default_factory=dict)
+    """What `model["weights"]` is of the same weights in half precision, by its name."""
     ideal_speedup: float
     macs_full: int
     """Of one trajectory of one model row."""
@@ -56,6 +59,7 @@ class RouterArtifact:
             sampler=sampler.config,
             reuse=reuse,
             model=sampler.model.identity(),
+            rounded_weights=sampler.model.fingerprint().rounded,
             ideal_speedup=plan.ideal_speedup(macs),
             macs_full=macs.full * plan.num_steps,
             training=training,
@@ -70,6 +74,7 @@ class RouterArtifact:
         config = {
             "format_version": FORMAT_VERSION,
             "model": self.model,
+            "rounded_weights": dict(self.rounded_weights),
             "sampler": self.sampler.to_dict(),
             "threshold": self.threshold,
             "reuse": self.reuse,
@@ -115,6 +120,7 @@ class RouterArtifact:
                 sampler=SamplerConfig(**config["sampler"]),
                 reuse=config["reuse"],
                 model=_complete(config["model"]),
+                rounded_weights=config.get("rounded_weights", {}),
                 ideal_speedup=config["ideal_speedup"],
                 macs_full=config["macs_full"],
                 training=config["training"],
@@ -137,6 +143,8 @@ class RouterArtifact:
     ) -> None:
         """Refuse a model, step count or sampler the router was not made for.
 
+        The same weights rounded to half precision are the same model.
+
         Args:
             allow_other_sampler: only the step count of the sampler has to fit: for measuring transfer.
 
@@ -146,8 +154,11 @@ class RouterArtifact:
         made_for, given = self.sampler.to_dict(), sampler.to_dict()
         if allow_other_sampler:
             made_for, given = ({"num_inference_steps": c["num_inference_steps"]} for c in (made_for, given))
+        identity = model.identity()
+        if identity["weights"] in self.rounded_weights.values():
+            identity["weights"] = self.model.get("weights")
         wanted = _prefixed("model", self.model) | _prefixed("sampler", made_for)
-        found = _prefixed("model", model.identity()) | _prefixed("sampler", given)
+        found = _prefixed("model", identity) | _prefixed("sampler", given)
         for name in wanted | found:
             if wanted.get(name) != found.get(name):
                 cure = "use it as it was trained, or train a router for this setting"

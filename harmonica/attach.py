@@ -18,6 +18,7 @@ of its own, compiled in the first trajectory.
 
 import types
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -50,7 +51,8 @@ def apply(
         artifact: or its folder.
         allow_other_sampler: count calls, whatever their timesteps. For routers of ddim and iddpm, whose
             steps are the public DiT code's and no diffusers scheduler's, and for measuring transfer.
-        check_weights: False for weights that changed their form, not their substance: rounded, quantised.
+        check_weights: False for weights that changed their form, not their substance: quantised. (The same
+            weights in bfloat16 or float16 are recognised.)
 
     Raises:
         ValueError: there is a plan already, or the router was not made for this model, or its sampler is
@@ -113,18 +115,15 @@ def _check_weights_and_shape(
     parameters = list(model.transformer.parameters())
     if any(parameter.is_meta for parameter in parameters):
         raise ValueError("transformer has its weights elsewhere (meta): apply first, then offload")
-    view = model.view
-    view.recorded_fingerprint = model.fingerprint() if check_weights else artifact.model["weights"]
-    try:
-        artifact.check(view, artifact.sampler)
-    except ValueError as error:
-        coarse = {str(each.dtype) for each in parameters} - {"torch.float32", "torch.float64"}
-        if not str(error).startswith("model.weights") or not coarse:
-            raise
-        raise ValueError(
-            f"{error}. The transformer is in {', '.join(sorted(coarse))}: if the same weights were only "
-            "rounded, apply in float32 and convert after that, or say check_weights=False"
-        ) from error
+    found = model.fingerprint()
+    if not check_weights:
+        found = replace(found, exact=artifact.model["weights"])
+    for each in {str(parameter.dtype).removeprefix("torch.") for parameter in parameters}:
+        # Parts may have stayed in full precision: what counts is what rounding makes of them.
+        if artifact.rounded_weights.get(each, "") == found.rounded.get(each):
+            found = replace(found, exact=found.rounded[each])
+    model.view.recorded_fingerprint = found
+    artifact.check(model.view, artifact.sampler)
 
 
 def _timesteps(view: BranchedTransformer, artifact: RouterArtifact) -> Sequence[float]:

@@ -4,6 +4,7 @@ Training reads embeddings from a store (`harmonica.prompts`); this is for servin
 Shapes: N rows, S text tokens, C width of the text encoder.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
@@ -14,7 +15,7 @@ from torch import Tensor
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import LoadedModel
 from harmonica.models.text_condition import TextCondition
-from harmonica.text_encoder import EncoderDtype, OverLimit, TextEncoder
+from harmonica.text_encoder import EncoderDtype, OverLimit, PromptTooLong, TextEncoder
 
 _CACHED_PROMPTS = 128
 """2.4 MB each at 300 tokens of width 4096."""
@@ -22,6 +23,14 @@ _CACHED_PROMPTS = 128
 
 class Conditions(Protocol):
     """Makes a batch's condition."""
+
+    def check(self, subject: int | str, negative_prompt: str) -> None:
+        """Prepare a row before its batch, from any thread, or say why it cannot be drawn.
+
+        Raises:
+            PromptTooLong: where that is refused.
+        """
+        ...
 
     def of(self, subjects: Sequence[int | str], negative_prompts: Sequence[str]) -> Tensor | TextCondition:
         """One row a picture: (N,) labels, or a `TextCondition`."""
@@ -33,6 +42,9 @@ class Labels:
 
     def __init__(self, device: str | torch.device) -> None:
         self._device = device
+
+    def check(self, subject: int | str, negative_prompt: str) -> None:
+        pass
 
     def of(self, subjects: Sequence[int | str], negative_prompts: Sequence[str]) -> Tensor:
         return torch.tensor(subjects, device=self._device)
@@ -55,6 +67,7 @@ class Prompts:
         self._encoder, self._over_limit, self._cached = encoder, over_limit, cached
         self._width, self._max_tokens = model.text_shape()
         self._pixels = model.told_pixels()
+        self._lock = threading.Lock()
         self._kept: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         if encoder.width != self._width:
             raise ValueError(
@@ -62,13 +75,13 @@ class Prompts:
                 f"{self._width}: use the encoder of the model's own pipeline"
             )
 
-    def check(self, prompt: str) -> None:
-        """Embed a prompt, or say why not.
-
-        Raises:
-            ValueError: over the limit of tokens, where that is refused.
-        """
-        self._embedded(prompt)
+    def check(self, subject: int | str, negative_prompt: str) -> None:
+        for name, prompt in (("prompt", str(subject)), ("negative_prompt", negative_prompt)):
+            try:
+                self._embedded(prompt)
+            except PromptTooLong as error:
+                message = f"{name} has {error.tokens} tokens, the model reads {self._max_tokens}: shorten it"
+                raise PromptTooLong(message, error.tokens) from error
 
     def of(self, subjects: Sequence[int | str], negative_prompts: Sequence[str]) -> TextCondition:
         positive = [self._embedded(str(prompt)) for prompt in subjects]
@@ -88,13 +101,14 @@ class Prompts:
 
     def _embedded(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Embedding (S, C) and mask (S,)."""
-        if prompt not in self._kept:
-            embeddings, mask = self._encoder.encode([prompt], self._max_tokens, self._over_limit)
-            self._kept[prompt] = embeddings[0], mask[0]
-            if len(self._kept) > self._cached:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(prompt)
-        return self._kept[prompt]
+        with self._lock:
+            if prompt not in self._kept:
+                embeddings, mask = self._encoder.encode([prompt], self._max_tokens, self._over_limit)
+                self._kept[prompt] = embeddings[0], mask[0]
+                if len(self._kept) > self._cached:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(prompt)
+            return self._kept[prompt]
 
 
 def make_conditions(

@@ -53,6 +53,17 @@ def token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
 
 
+class PromptTooLong(ValueError):
+    """More tokens than the model reads, where that is to be refused."""
+
+    def __init__(self, message: str, tokens: int) -> None:
+        super().__init__(message, tokens)
+        self.message, self.tokens = message, tokens
+
+    def __str__(self) -> str:
+        return self.message
+
+
 def over_limit_words(prompt: str, tokens: int, many: int, total: int, max_tokens: int) -> str:
     """What warnings and errors say of prompts that are too long; `prompt` is the first of them."""
     shown = prompt if len(prompt) <= 60 else f"{prompt[:60]}..."
@@ -129,7 +140,8 @@ class TextEncoder:
             over_limit: longer prompts lose their end, which is said once a call, or are refused.
 
         Raises:
-            ValueError: no prompts, or one over the limit that is to be refused.
+            ValueError: no prompts.
+            PromptTooLong: a prompt is over the limit and that is to be refused.
         """
         if not prompts:
             raise ValueError("prompts is []: give at least one")
@@ -157,7 +169,7 @@ class TextEncoder:
             return
         words = over_limit_words(*over[0], len(over), total, max_tokens)
         if over_limit == "refuse":
-            raise ValueError(f"{words}: shorten them, or set prompts.over_limit to truncate")
+            raise PromptTooLong(f"{words}: shorten them, or set prompts.over_limit to truncate", over[0][1])
         logger.warning("%s; they lose their end", words)
 
 

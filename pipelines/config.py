@@ -139,6 +139,8 @@ class ServeConfig:
     """How long a request waits for others to share its trajectory."""
     max_images_per_request: int = 10
     """Upper bound of `n`."""
+    over_limit: OverLimit = "truncate"
+    """Prompts with more tokens than the model reads lose their end, or are refused."""
     keep: bool = False
     """Stay up after the workflow, until Ctrl-C."""
 
@@ -153,6 +155,9 @@ class ServeConfig:
             self.max_images_per_request,
             "give 1 or more",
         )
+        limits = get_args(OverLimit)
+        cure = f"give {' or '.join(limits)}"
+        _require(self.over_limit in limits, "serve.over_limit", self.over_limit, cure)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

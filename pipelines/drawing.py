@@ -18,6 +18,7 @@ from harmonica.pictures import encode_png
 from harmonica.plan import Plan
 from harmonica.samplers import Sampler, make_sampler
 from harmonica.sampling import check_plan, sample
+from harmonica.text_encoder import OverLimit
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,9 @@ class _Router:
 class ImageSampler:
     """A model under a router, which may be exchanged between two trajectories."""
 
-    def __init__(self, loaded: LoadedModel, device: str = "cpu") -> None:
+    def __init__(
+        self, loaded: LoadedModel, device: str = "cpu", *, over_limit: OverLimit = "truncate"
+    ) -> None:
         self.model, self.class_names = loaded.model.to(device), loaded.class_names
         self.device = device
         self._vae = None if draws_pixels(self.model) else loaded.load_vae(device)
@@ -66,7 +69,7 @@ class ImageSampler:
                 f"model.in_channels is {self.model.in_channels}, so the model draws latents, and it comes "
                 "without a decoder: give model.vae"
             )
-        self.conditions = make_conditions(loaded, device)
+        self.conditions = make_conditions(loaded, device, over_limit=over_limit)
         self._router: _Router | None = None
 
     @property
@@ -94,6 +97,14 @@ class ImageSampler:
         sampler, plan = make_sampler(self.model, artifact.sampler), artifact.plan
         check_plan(plan, sampler)
         self._router = _Router(sampler, plan, artifact.reuse, version)
+
+    def check(self, row: Row) -> None:
+        """Prepare a row before it is drawn: its prompts are embedded. From any thread.
+
+        Raises:
+            PromptTooLong: a prompt has more tokens than the model reads, and `over_limit` is refuse.
+        """
+        self.conditions.check(row.subject, row.negative_prompt)
 
     def draw(self, rows: list[Row]) -> list[Drawing]:
         """All rows in one trajectory."""

@@ -8,6 +8,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from harmonica.text_encoder import PromptTooLong
+
 _MAX_ECHO = 100
 
 
@@ -68,6 +70,10 @@ def answer_errors(app: FastAPI) -> None:
     async def on_overload(request: Request, error: Overloaded) -> JSONResponse:
         answer = ApiError(503, "too many images are waiting: try again shortly", None, "overloaded")
         return answer.response({"retry-after": "1"})
+
+    @app.exception_handler(PromptTooLong)
+    async def on_long_prompt(request: Request, error: PromptTooLong) -> JSONResponse:
+        return ApiError(400, error.message, error.message.split()[0], "string_above_max_length").response()
 
     @app.exception_handler(Exception)
     async def on_failure(request: Request, error: Exception) -> JSONResponse:

@@ -68,7 +68,7 @@ class Sampler:
         torch.set_num_threads(max(1, int(config.num_cpus)))
         self._args = args
         device = "cuda" if config.use_gpu else "cpu"
-        self._images = ImageSampler(load_model(args.model, device), device)
+        self._images = ImageSampler(load_model(args.model, device), device, over_limit=config.over_limit)
         self._load()
         # One thread: one trajectory at a time, with the event loop free for the next requests.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trajectory")
@@ -107,6 +107,8 @@ class Sampler:
         )
 
     async def draw(self, row: Row) -> Drawing:
+        if isinstance(row.subject, str):  # embedded while the trajectory before still runs
+            await asyncio.to_thread(self._images.check, row)
         return await self._trajectory(row)
 
     @serve.batch

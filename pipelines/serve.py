@@ -216,9 +216,10 @@ def _choose_router(command: ServeCommand) -> tuple[str, str, str]:
 
 
 def _curl(url: str) -> str:
-    """A command that draws the model's first class into image.png."""
+    """A command that draws the model's first class, or a prompt, into image.png."""
     card = httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]
-    body = shlex.quote(json.dumps({"prompt": card["class_names"][0], "seed": 1}))
+    prompt = card["class_names"][0] if card["class_names"] else "a photo of a sneaker"
+    body = shlex.quote(json.dumps({"prompt": prompt, "seed": 1}))
     decode = "import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)"
     return (
         f"  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' -d {body} \\\n"

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_dit import SAMPLER, make_artifact, write_model
 
 from harmonica.artifact import RouterArtifact
 from harmonica.models.dit import DiT
+from harmonica.models.loading import load_model
 from harmonica.samplers import Ddim, SamplerConfig
 
 
@@ -148,3 +150,18 @@ def test_it_is_made_for_the_samplers_configuration(artifact, tiny_dit):
         num_inference_steps=6, guidance_scale=1.5, guidance_channels="first_three", clip_sample=False
     )
     assert Ddim(tiny_dit, artifact.sampler).num_steps == artifact.plan.num_steps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_saved_in_half_precision_is_the_same_model(tmp_path, dtype):
+    folder = make_artifact(write_model(tmp_path / "model")).save(tmp_path / "router")
+    half = write_model(tmp_path / "half")
+    path = tmp_path / "half" / "model.safetensors"
+    rounded = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(rounded, path)
+    RouterArtifact.load(folder).check(load_model(half).model, SAMPLER)
+    name = next(iter(rounded))
+    rounded[name].view(-1)[0] += 1
+    save_file(rounded, path)
+    with pytest.raises(ValueError, match=r"model.weights is sha256:\w+ and the router was made for sha256"):
+        RouterArtifact.load(folder).check(load_model(half).model, SAMPLER)

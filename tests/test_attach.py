@@ -273,22 +273,35 @@ def test_a_model_it_was_not_made_for_is_refused(dit, pixart):
         harmonica.apply(case.transformer, artifact, check_weights=False)
 
 
-def test_rounded_weights_are_told_apart_from_others(case):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_weights_in_half_precision_are_recognised(case, dtype):
     artifact = case.artifact()
+    case.pipe.to(dtype)
     harmonica.apply(case.transformer, artifact)
-    case.pipe.to(torch.bfloat16)
     times = make_sampler(case.model, config()).timesteps
-    noise, case.noise = case.noise, case.noise.bfloat16()
+    noise, case.noise = case.noise, case.noise.to(dtype)
     case.one_call = {
-        name: value.bfloat16() if name == "encoder_hidden_states" else value
+        name: value.to(dtype) if name == "encoder_hidden_states" else value
         for name, value in case.one_call.items()
     }
-    assert [case.call(t).dtype for t in reversed(times)] == [torch.bfloat16] * STEPS
+    assert [case.call(t).dtype for t in reversed(times)] == [dtype] * STEPS
     harmonica.remove(case.transformer)
-    with pytest.raises(ValueError, match=r"model.weights .* is in torch.bfloat16: if the same weights were"):
-        harmonica.apply(case.transformer, artifact)
-    harmonica.apply(case.transformer, artifact, check_weights=False)
     case.noise = noise
+    bias = case.transformer.transformer_blocks[0].attn1.to_k.bias
+    before = bias.data.clone()
+    bias.data[0] += 1
+    with pytest.raises(ValueError, match=r"model.weights is sha256:\w+ and the router was made for sha"):
+        harmonica.apply(case.transformer, artifact)
+    bias.data = before
+    harmonica.apply(case.transformer, artifact)
+
+
+def test_parts_kept_in_full_precision_are_recognised(case):
+    artifact = case.artifact()
+    full = copy.deepcopy(case.transformer.pos_embed)
+    case.transformer.to(torch.bfloat16)
+    case.transformer.pos_embed = full
+    harmonica.apply(case.transformer, artifact)
 
 
 def test_a_sampler_that_no_pipeline_follows_is_refused(dit):

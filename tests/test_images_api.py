@@ -43,6 +43,7 @@ class InProcess:
     async def draw(self, row: Row) -> Drawing:
         if self.error:
             raise self.error
+        self.images.check(row)
         return self.images.draw([row])[0]
 
 

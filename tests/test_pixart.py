@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica.artifact import RouterArtifact
-from harmonica.models.base import weights_fingerprint
+from harmonica.models.base import Fingerprint
 from harmonica.models.pixart import PixArt
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import make_sampler
@@ -122,7 +122,7 @@ def test_shape_and_weights_name_the_model(tmp_path):
     assert shape["architecture"] == "PixArt" and shape["cacheable"] == ["attn", "mlp"]
     assert (shape["sample_size"], shape["num_layers"], shape["out_channels"]) == (8, 3, 8)
     assert make_pixart("alpha").identity() == model.identity()
-    assert model.fingerprint() == weights_fingerprint(make_transformer("alpha").state_dict())
+    assert model.fingerprint() == Fingerprint.of(make_transformer("alpha").state_dict())
     other = make_pixart("alpha", seed=1)
     assert other.shape() == shape and other.fingerprint() != model.fingerprint()
     other.recorded_fingerprint = model.fingerprint()

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica.artifact import RouterArtifact
-from harmonica.models.base import weights_fingerprint
+from harmonica.models.base import Fingerprint
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.models.sana import FULL_PRECISION_PARTS, Sana
 from harmonica.models.text_condition import TextCondition
@@ -103,7 +103,7 @@ def test_shape_and_weights_name_the_model(tmp_path):
     assert (shape["architecture"], shape["out_channels"], shape["num_layers"]) == ("Sana", 4, 2)
     assert (shape["cacheable"], shape["qk_norm"]) == (["attn", "mlp"], "rms_norm_across_heads")
     assert model.text_shape() == (10, TEXT_TOKENS)
-    assert model.fingerprint() == weights_fingerprint(make_transformer("1.5").state_dict())
+    assert model.fingerprint() == Fingerprint.of(make_transformer("1.5").state_dict())
     assert make_sana("1.5", seed=1).fingerprint() != model.fingerprint()
     sampler = make_sampler(model, config())
     logits = torch.randn(STEPS, 4, generator=torch.Generator().manual_seed(0))
@@ -162,7 +162,7 @@ def test_a_folder_is_its_model_and_its_scheduler(tmp_path, dtype):
     model = loaded.model
     assert (model.text_tokens, model.cacheable) == (300, cacheable)
     assert (loaded.vae_folder, loaded.text_folder, loaded.class_names) == (None, None, ())
-    assert model.fingerprint() == weights_fingerprint(dict(transformer.named_parameters()))
+    assert model.fingerprint() == Fingerprint.of(dict(transformer.named_parameters()))
     kept = {n for n, p in model.transformer.named_parameters() if p.dtype == torch.float32}
     assert kept == {
         n for n in transformer.state_dict() if dtype == torch.float32 or n.startswith(FULL_PRECISION_PARTS)

@@ -25,6 +25,28 @@ def weights_fingerprint(parameters: Mapping[str, Tensor]) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
+@dataclass(frozen=True)
+class Fingerprint:
+    """Tells checkpoints of one shape apart, also where they were rounded since."""
+
+    exact: str
+    """`weights_fingerprint` of the values as they are."""
+    rounded: Mapping[str, str]
+    """That of the values rounded to bfloat16 and to float16, by the precision's name."""
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Tensor]) -> "Fingerprint":
+        """Of all parameters of a model; only their first values are read."""
+        first = {name: each.detach().flatten()[:FINGERPRINT_VALUES] for name, each in parameters.items()}
+        rounded = {
+            str(dtype).removeprefix("torch."): weights_fingerprint(
+                {name: values.float().to(dtype) for name, values in first.items()}
+            )
+            for dtype in (torch.bfloat16, torch.float16)
+        }
+        return cls(weights_fingerprint(first), rounded)
+
+
 class Branch(ABC):
     """One residual sub-layer of a block, taken before its gate and its add: the unit of caching."""
 
@@ -69,9 +91,9 @@ class BranchedTransformer(nn.Module, ABC):
     """What its output is: the noise, or the velocity of flow matching, noise minus image."""
     full_precision_parts: tuple[str, ...] = ()
     """Prefixes of the parameters that a loader leaves in float32 when the model is in half precision."""
-    recorded_fingerprint: str = ""
+    recorded_fingerprint: Fingerprint | None = None
     """Of the weights as stored, set by whoever loads them: a router trained in bfloat16 fits the same
-    checkpoint in float32. Whoever changes the weights later empties it."""
+    checkpoint in float32. Whoever changes the weights later resets it to None."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,11 +135,11 @@ class BranchedTransformer(nn.Module, ABC):
 
     def identity(self) -> dict[str, Any]:
         """What a router must have been made for: architecture, shape and weights."""
-        return {**self.shape(), "weights": self.fingerprint()}
+        return {**self.shape(), "weights": self.fingerprint().exact}
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         """Tells checkpoints of one shape apart, whatever precision they were loaded in."""
-        return self.recorded_fingerprint or weights_fingerprint(dict(self.named_parameters()))
+        return self.recorded_fingerprint or Fingerprint.of(dict(self.named_parameters()))
 
     def forward(self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Any) -> Tensor:
         """The whole model, every branch computed."""

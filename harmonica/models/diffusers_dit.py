@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harmonica.models.base import FINGERPRINT_VALUES, BranchedTransformer, Macs, weights_fingerprint
+from harmonica.models.base import FINGERPRINT_VALUES, BranchedTransformer, Fingerprint, Macs
 from harmonica.models.diffusers_layout import config_from_diffusers, tensors_from_diffusers
 from harmonica.models.dit import DiTBranch, DiTConditioning, modulate
 from harmonica.models.stored import skeleton
@@ -92,7 +92,7 @@ class DiffusersDiT(BranchedTransformer):
     def shape(self) -> dict[str, Any]:
         return {"architecture": "DiT", **asdict(self.config)}
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         """That of our `DiT` with these weights; adapters are not looked at.
 
         Raises:
@@ -105,4 +105,4 @@ class DiffusersDiT(BranchedTransformer):
             name: torch.cat([piece.detach().flatten()[:FINGERPRINT_VALUES] for piece in pieces])
             for name, pieces in tensors.items()
         }
-        return weights_fingerprint(first)
+        return Fingerprint.of(first)

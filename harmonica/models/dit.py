@@ -199,7 +199,7 @@ class DiT(BranchedTransformer):
         At zero gates and outputs every branch is silent, so tests of caching on random weights
         would pass vacuously: they ask for `zero=False`.
         """
-        self.recorded_fingerprint = ""
+        self.recorded_fingerprint = None
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 nn.init.zeros_(parameter)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonica.models.base import BranchedTransformer, weights_fingerprint
+from harmonica.models.base import BranchedTransformer, Fingerprint
 from harmonica.models.diffusers_dit import DiffusersDiT, base_parameters
 from harmonica.models.pixart import PixArt
 from harmonica.models.pixart_branches import ProjectedText
@@ -95,7 +95,7 @@ class PipelineTransformer(ABC):
                 )
 
     @abstractmethod
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         """Of the weights without adapters, as a loader of the view takes it."""
 
     @abstractmethod
@@ -141,7 +141,7 @@ class _PipelineDiT(PipelineTransformer):
                         "label are embedded once for all blocks, give adapters of other layers"
                     )
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         return self.view.fingerprint()
 
 
@@ -188,8 +188,8 @@ class _PipelinePixArt(PipelineTransformer):
     def forget(self) -> None:
         self._kept = None
 
-    def fingerprint(self) -> str:
-        return weights_fingerprint(base_parameters(self.transformer))
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint.of(base_parameters(self.transformer))
 
     def bypassed(self) -> Iterator[tuple[str, nn.Module]]:
         for i, block in enumerate(self.transformer.transformer_blocks):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from harmonica.models.base import BranchedTransformer, Macs, weights_fingerprint
+from harmonica.models.base import BranchedTransformer, Fingerprint, Macs
 from harmonica.models.pixart_branches import (
     KINDS,
     Kind,
@@ -173,9 +173,9 @@ class PixArt(BranchedTransformer):
         rest += self.text_tokens * sum(linear_macs(each.to_k, each.to_v) for each in attentions)
         return Macs(tuple(branch.macs for branch in self.branches), rest)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         """Under diffusers' names: a module from a pipeline is the one that was loaded from its folder."""
-        return self.recorded_fingerprint or weights_fingerprint(dict(self.transformer.named_parameters()))
+        return self.recorded_fingerprint or Fingerprint.of(dict(self.transformer.named_parameters()))
 
     def shape(self) -> dict[str, Any]:
         model = self.transformer

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from harmonica.models.base import weights_fingerprint
+from harmonica.models.base import Fingerprint
 from harmonica.models.diffusers_folder import PipelineParts, find_transformer
 from harmonica.models.diffusers_module import StoredModule
 from harmonica.models.pixart import PixArt
@@ -41,7 +41,7 @@ class StoredPixArt:
         module = self.module.assemble(PixArtTransformer2DModel, device, dtype, full)
         model = PixArt(module, text_tokens=self.text_tokens, cacheable=self.cacheable)
         stored = self.module.tensors
-        model.recorded_fingerprint = weights_fingerprint(
+        model.recorded_fingerprint = Fingerprint.of(
             {name: stored[name] for name, _ in module.named_parameters()}
         )
         model.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from harmonica.models.base import BranchedTransformer, Macs, weights_fingerprint
+from harmonica.models.base import BranchedTransformer, Fingerprint, Macs
 from harmonica.models.diffusers_folder import PipelineParts, find_transformer
 from harmonica.models.diffusers_module import StoredModule
 from harmonica.models.pixart_branches import (
@@ -193,9 +193,9 @@ class Sana(BranchedTransformer):
         rest += _weights(model.time_embed) + self.text_tokens * _weights(model.caption_projection, *texts)
         return Macs(tuple(branch.macs for branch in self.branches), rest)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         """Under diffusers' names: a module from a pipeline is the one that was loaded from its folder."""
-        return self.recorded_fingerprint or weights_fingerprint(dict(self.transformer.named_parameters()))
+        return self.recorded_fingerprint or Fingerprint.of(dict(self.transformer.named_parameters()))
 
     def shape(self) -> dict[str, Any]:
         own = {"out_channels": self.out_channels, "cacheable": list(self.cacheable)}
@@ -225,7 +225,7 @@ class StoredSana:
         model = Sana(module, text_tokens=self.text_tokens, cacheable=self.cacheable)
         stored = self.module.tensors
         names = [name for name, _ in module.named_parameters()]
-        model.recorded_fingerprint = weights_fingerprint({name: stored[name] for name in names})
+        model.recorded_fingerprint = Fingerprint.of({name: stored[name] for name in names})
         model.eval().requires_grad_(False)
         return model
 

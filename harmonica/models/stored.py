@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.models.base import FINGERPRINT_VALUES, weights_fingerprint
+from harmonica.models.base import FINGERPRINT_VALUES, Fingerprint
 from harmonica.models.dit import DiT, sincos_position_embedding
 from harmonica.models.dit_config import DiTConfig
 from harmonica.sdt import freeze
@@ -67,6 +67,6 @@ class StoredModel:
             state[name] = stored.to(device=device, dtype=torch.float32 if is_full else dtype)
         state[POSITIONS] = self.positions().to(device=device, dtype=torch.float32)
         model.load_state_dict(state, assign=True)
-        model.recorded_fingerprint = weights_fingerprint(first_values)
+        model.recorded_fingerprint = Fingerprint.of(first_values)
         freeze(model)
         return model
