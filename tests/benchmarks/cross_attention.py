@@ -1,0 +1,115 @@
+"""What it is worth to cache PixArt's cross-attention too, on the built-in text-to-image model.
+
+    python -m tests.benchmarks.cross_attention [--trajectories 30]
+
+Fixed plans first: every second step, each kind of branch alone and together. Then two routers with the same
+budget, one that may reuse self-attention and MLP, one that may reuse all three, aimed at equal arithmetic.
+Distances are to the full sampler's images of the same captions and noise.
+"""
+
+import argparse
+import dataclasses
+import itertools
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from harmonica.builtin import CAPTIONS
+from harmonica.cache import Reuse
+from harmonica.conditions import Conditions, make_conditions
+from harmonica.metrics import psnr
+from harmonica.models.base import BranchedTransformer
+from harmonica.models.loading import load_model
+from harmonica.models.text_condition import TextCondition
+from harmonica.noise import RowKeys
+from harmonica.plan import Plan
+from harmonica.presets import fashion_text
+from harmonica.samplers import Sampler, make_sampler
+from harmonica.sampling import sample
+from harmonica.training import RouterRun
+
+KINDS = ("attn", "cross", "mlp")
+TRAINING_ROWS, JUDGED_ROWS = 4, 32
+CUR = 0.42
+"""Of the router that leaves cross-attention alone."""
+
+
+def rows(model: BranchedTransformer, conditions: Conditions, seed: int, first: int, count: int):
+    """Noise, condition and keys of some rows; the caption is the row's, by its number."""
+    captions = CAPTIONS.read_text().splitlines()
+    keys = RowKeys.of(seed, range(first, first + count))
+    chosen = [captions[(7 * index) % len(captions)] for index in range(first, first + count)]
+    shape = (model.in_channels, model.sample_size, model.sample_size)
+    condition = conditions.of(chosen, [""] * count)
+    return torch.from_numpy(keys.start_noise(shape)), condition, keys
+
+
+def every_second_step(sampler: Sampler, kinds: tuple[str, ...]) -> Plan:
+    """Branches of these kinds are computed at every second step, the others always."""
+    names = [branch.name.split()[0] for branch in sampler.model.branches]
+    last = sampler.num_steps - 1
+    return Plan(
+        tuple(
+            tuple((last - i) % 2 == 0 or name not in kinds for name in names)
+            for i in range(sampler.num_steps)
+        )
+    )
+
+
+def trained_plan(
+    sampler: Sampler, conditions: Conditions, target_cur: float, trajectories: int
+) -> tuple[Plan, Reuse]:
+    """By the preset, on one process."""
+    config = dataclasses.replace(
+        fashion_text().train, batch_size=TRAINING_ROWS, target_cur=target_cur, trajectories=trajectories
+    )
+    run = RouterRun(sampler, config, seed=0)
+    for trajectory in range(trajectories):
+        run.train_one(*rows(sampler.model, conditions, 0, trajectory * TRAINING_ROWS, TRAINING_ROWS))
+    return run.router.plan(config.sdt.threshold), config.sdt.reuse
+
+
+def main() -> None:
+    """Both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--trajectories", type=int, default=fashion_text().train.trajectories)
+    arguments = parser.parse_args()
+    recipe, console = fashion_text(), Console()
+    loaded = load_model(dataclasses.replace(recipe.model, cacheable=KINDS))
+    sampler = make_sampler(loaded.model, recipe.sampler)
+    conditions = make_conditions(loaded, "cpu", dtype="float32")
+    noise, condition, keys = rows(loaded.model, conditions, 1, 0, JUDGED_ROWS)
+    assert isinstance(condition, TextCondition)
+    full = sample(sampler, noise, condition, rows=keys)
+
+    def quality(by: Sampler, plan: Plan, reuse: Reuse) -> Tensor:
+        return psnr(sample(by, noise, condition, plan, reuse=reuse, rows=keys), full)
+
+    table = Table("every second step", "CUR", "ideal speedup", "PSNR, hold", "PSNR, forecast")
+    for kinds in itertools.chain.from_iterable(itertools.combinations(KINDS, n) for n in (1, 2, 3)):
+        plan = every_second_step(sampler, kinds)
+        values = [f"{quality(sampler, plan, reuse).mean():.1f}" for reuse in ("hold", "forecast")]
+        speedup = f"{plan.ideal_speedup(sampler.model.macs()):.2f}"
+        table.add_row(" ".join(kinds), f"{plan.cur:.0%}", speedup, *values)
+    console.print(table)
+
+    table = Table("trained", "CUR", "ideal speedup", "PSNR")
+    pair = make_sampler(load_model(recipe.model).model, recipe.sampler)
+    plan, reuse = trained_plan(pair, conditions, CUR, arguments.trajectories)
+    speedup = plan.ideal_speedup(pair.model.macs())
+    table.add_row("attn mlp", f"{plan.cur:.1%}", f"{speedup:.3f}", f"{quality(pair, plan, reuse).mean():.1f}")
+    macs = sampler.model.macs()
+    # The share of the arithmetic that all branches have, so that CUR of it gives the same speedup.
+    target = (1 - 1 / speedup) * macs.full / sum(macs.branches)
+    plan, reuse = trained_plan(sampler, conditions, target, arguments.trajectories)
+    speedup = plan.ideal_speedup(macs)
+    table.add_row(
+        "attn cross mlp", f"{plan.cur:.1%}", f"{speedup:.3f}", f"{quality(sampler, plan, reuse).mean():.1f}"
+    )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
