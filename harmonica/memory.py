@@ -31,6 +31,7 @@ import tyro
 from harmonica.cache import Reuse
 from harmonica.command_line import fail, say
 from harmonica.models.base import BranchedTransformer
+from harmonica.models.dit import ROWS_AT_ONCE
 from harmonica.models.dit_config import dit_shape
 from harmonica.models.loading import Dtype
 from harmonica.models.stored import skeleton
@@ -38,6 +39,8 @@ from harmonica.passes import branches_per_checkpoint
 from harmonica.sharding import shared_layers
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
+NUM_STEPS = 20
+"""Of a trajectory, where nothing else is said."""
 _SUB_LAYERS = {"DiT": ("attn", "mlp"), "PixArt": ("attn", "cross", "mlp")}
 
 
@@ -125,13 +128,19 @@ class Shape:
         """One y of M rows."""
         return rows * self.tokens * self.width * self.value_bytes
 
-    def text(self, rows: int) -> int:
-        """Keys and values of the prompts of M rows, made once a trajectory."""
-        return self.layers * rows * 2 * self.text_tokens * self.width * self.value_bytes
+    def prepared(self, rows: int, num_steps: int) -> int:
+        """What a trajectory of M rows makes ahead: keys and values of prompts, a DiT's modulations."""
+        if self.text_tokens:
+            return self.layers * rows * 2 * self.text_tokens * self.width * self.value_bytes
+        return min(num_steps, max(1, ROWS_AT_ONCE // rows)) * self.modulations(rows)
+
+    def modulations(self, rows: int) -> int:
+        """Of all blocks at one step."""
+        return self.layers * rows * 6 * self.width * self.value_bytes
 
     def working(self, rows: int, *, backward: bool = False) -> int:
-        """Modulations, and what is alive at the worst moment of a branch, inside an MLP."""
-        modulations = self.layers * rows * 6 * self.width * self.value_bytes
+        """What is alive at the worst moment of a branch, inside an MLP, and modulations made for a step."""
+        modulations = self.modulations(rows) if self.text_tokens else 0
         if backward:
             return modulations + 5 * self.hidden(rows)
         return modulations + 2 * self.hidden(rows) + 10 * self.value(rows)
@@ -167,6 +176,7 @@ def training_memory(
     reuse: Reuse = "hold",
     activation_checkpointing: bool = False,
     processes: int = 1,
+    num_steps: int = NUM_STEPS,
 ) -> Memory:
     """Peak of one worker's router training, when every branch is refreshed: SDT's or lambda's.
 
@@ -176,24 +186,32 @@ def training_memory(
         processes: that the model is sharded over.
     """
     per_row, kept = 1 + is_guided, 1 + (reuse == "forecast")
-    rows, all_rows = per_row * (micro_batch_size or batch_size), per_row * batch_size
+    size = micro_batch_size or batch_size
+    rows, all_rows = per_row * size, per_row * batch_size
+    prepared = shape.prepared(rows, num_steps)
     weights, values = shape.weights(processes), shape.num_branches * shape.value(1)
     sdt = Memory(
         weights,
-        (kept * all_rows + rows) * values + shape.text(all_rows),
+        (kept * all_rows + rows) * values + -(-batch_size // size) * prepared,
         shape.activations(rows, checkpointing=activation_checkpointing),
         shape.working(rows, backward=True),
     )
-    lambda_ = Memory(weights, 2 * kept * rows * values + shape.text(rows), 0, shape.working(rows))
+    lambda_ = Memory(weights, 2 * kept * rows * values + prepared, 0, shape.working(rows))
     return max(sdt, lambda_, key=lambda memory: memory.total)
 
 
 def sampling_memory(
-    shape: Shape, *, batch_size: int, is_guided: bool = True, reuse: Reuse = "hold", processes: int = 1
+    shape: Shape,
+    *,
+    batch_size: int,
+    is_guided: bool = True,
+    reuse: Reuse = "hold",
+    processes: int = 1,
+    num_steps: int = NUM_STEPS,
 ) -> Memory:
     """Peak of sampling; the images' decoder is not in it."""
     rows, kept = (1 + is_guided) * batch_size, 1 + (reuse == "forecast")
-    caches = kept * shape.num_branches * shape.value(rows) + shape.text(rows)
+    caches = kept * shape.num_branches * shape.value(rows) + shape.prepared(rows, num_steps)
     return Memory(shape.weights(processes), caches, 0, shape.working(rows))
 
 

@@ -122,8 +122,8 @@ class _Case:
     @torch.inference_mode()
     def _guided(self, t: int) -> Tensor:
         state = self.sampler.start(*self.inputs)
-        timestep = torch.full_like(state.condition_M, t)
-        return self.sampler.guide(self.model(state.x_MCHW, timestep, state.condition_M))
+        labels_M = self.model.guided_condition(self.inputs[1])
+        return self.sampler.guide(self.model(state.x_MCHW, torch.full_like(labels_M, t), labels_M))
 
     def _lambda(self, kind: IepoKind) -> Tensor:
         threshold = self.sdt_config.threshold

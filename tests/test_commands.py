@@ -78,8 +78,12 @@ def test_an_interrupted_training_goes_on_bit_for_bit(command, tmp_path):
         train.train(dataclasses.replace(often, seed=1), quiet)
 
 
+LEAN = ("--train.shard-model", "--train.micro-batch-size=1", "--train.sdt.activation-checkpointing")
+
+
 @pytest.mark.slow
-def test_torchrun_trains_the_same_router_on_two_processes(command, tmp_path):
+@pytest.mark.parametrize("lean", [(), LEAN], ids=["plain", "lean"])
+def test_torchrun_trains_the_same_router_on_two_processes(command, tmp_path, lean):
     alone = train.train(command, quiet)
     arguments = [
         f"--output={tmp_path / 'two'}",
@@ -97,7 +101,7 @@ def test_torchrun_trains_the_same_router_on_two_processes(command, tmp_path):
     ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
-        [*launcher, "-m", "harmonica.train", "fashion", *arguments],
+        [*launcher, "-m", "harmonica.train", "fashion", *arguments, *lean],
         capture_output=True,
         text=True,
         timeout=240,

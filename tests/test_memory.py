@@ -178,6 +178,7 @@ def test_peak_of_training_is_within_a_tenth_of_the_formula(reuse, recompute, row
         micro_batch_size=size,
         reuse=reuse,
         activation_checkpointing=recompute,
+        num_steps=5,
     )
     assert measured == pytest.approx(expected.total - expected.weights, rel=0.1)
 
@@ -217,7 +218,9 @@ def test_peaks_of_public_models_are_within_a_twentieth_of_the_formula(name, reus
                 noise, condition, torch.ones(4)
             )
         )
-        expected = training_memory(shape, batch_size=1, reuse=reuse, activation_checkpointing=recompute)
+        expected = training_memory(
+            shape, batch_size=1, reuse=reuse, activation_checkpointing=recompute, num_steps=5
+        )
         assert measured == pytest.approx(expected.total - expected.weights, rel=0.05)
 
     def measure_lambda(noise: Tensor) -> None:
@@ -227,7 +230,7 @@ def test_peaks_of_public_models_are_within_a_twentieth_of_the_formula(name, reus
 
     # Two caches, whatever the number of steps.
     caches = 2 * (1 + (reuse == "forecast")) * count * shape.value(2)
-    assert peak(measure_lambda) == pytest.approx(caches + shape.working(2), rel=0.05)
+    assert peak(measure_lambda) == pytest.approx(caches + shape.working(2) + shape.prepared(2, 5), rel=0.05)
 
 
 def test_a_worker_can_do_with_less_the_less_it_does_at_a_time() -> None:

@@ -40,7 +40,7 @@ def test_the_full_pass_is_diffusers_forward(kind, cacheable):
     for noise, condition in (make_batch(kind), make_batch(kind, tall=True)):
         theirs = model.transformer(noise, timestep=TIMES, **diffusers_arguments(condition)).sample
         assert apart(model(noise, TIMES, condition), theirs) < 1e-12
-        assert apart(model.full_pass(*model.embed(noise, TIMES, model.prepare(condition))), theirs) < 1e-12
+        assert apart(model.full_pass(*model.embed(noise, TIMES, model.project(condition))), theirs) < 1e-12
     model.float()
     assert apart(model(noise.float(), TIMES, condition.to(dtype=torch.float32)), theirs) < 1e-5
 

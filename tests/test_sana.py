@@ -36,7 +36,7 @@ def test_the_full_pass_is_diffusers_forward(kind, cacheable):
         theirs = module_forward(model, noise, TIMES, condition)
         assert apart(model(noise, TIMES, condition), theirs) < 1e-6  # linear attention is in float32
         assert torch.equal(
-            model.full_pass(*model.embed(noise, TIMES, model.prepare(condition))),
+            model.full_pass(*model.embed(noise, TIMES, model.project(condition))),
             model(noise, TIMES, condition),
         )
     model.float()

@@ -126,7 +126,7 @@ def test_teacher_and_student_see_the_students_x(tiny_sampler, batch: Batch, rout
     torch.testing.assert_close(final, student.final.chunk(2)[0])
     for record in records:
         i = record.step
-        condition = tiny_sampler.start(*batch).condition_M
+        condition = tiny_sampler.model.guided_condition(batch[1])
         half = student.x[i].chunk(2)[0]
         t = torch.full_like(condition, tiny_sampler.timesteps[i])
         teacher = tiny_sampler.guide(tiny_sampler.model(torch.cat([half, half]), t, condition))

@@ -82,9 +82,9 @@ def test_guided_rows_are_conditional_then_negative(condition):
             lambda: TextCondition.concatenate([prompts(1), prompts(1, tokens=5)]),
             r"condition.embeddings has rows of \(7, 10\), \(5, 10\): pad all prompts",
         ),
-        (lambda: make_pixart("alpha 1024").prepare(prompts(1)), "condition.resolution is None and the model"),
+        (lambda: make_pixart("alpha 1024").project(prompts(1)), "condition.resolution is None and the model"),
         (
-            lambda: make_pixart("alpha").prepare(prompts(1, width=16)),
+            lambda: make_pixart("alpha").project(prompts(1, width=16)),
             "condition.embeddings has width 16 and the model takes 10",
         ),
     ],

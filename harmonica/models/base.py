@@ -101,9 +101,13 @@ class BranchedTransformer(nn.Module, ABC):
         own = (p for name, p in self.named_parameters() if not name.startswith(self.full_precision_parts))
         return next(own).dtype
 
-    def prepare(self, condition_N: Any) -> Any:
-        """What of the condition no step changes, made once a trajectory; `embed` takes it in its place."""
-        return condition_N
+    def prepare(self, condition_N: Any, timesteps: Sequence[float]) -> Sequence[Any]:
+        """What does not depend on the sample, made ahead of a trajectory.
+
+        Returns:
+            Entry i is what `embed` takes in the condition's place at `timesteps[i]`.
+        """
+        return [condition_N] * len(timesteps)
 
     @abstractmethod
     def embed(self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Any) -> tuple[Tensor, Any]:

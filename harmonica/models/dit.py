@@ -5,10 +5,10 @@ Shapes: N batch, C channels, H W image, L tokens, D width, F frequencies.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ ensure_torchvision_imports()
 from timm.layers import Attention, Mlp, PatchEmbed  # noqa: E402  (the schemas must come first)
 
 NUM_FREQUENCIES = 256
+ROWS_AT_ONCE = 64
+"""Of which modulations are made; for fewer, reading their weights takes longer than multiplying by them."""
 _NORM_EPS = 1e-6  # of the norms before attention and in the final layer, in the public code and diffusers
 
 
@@ -112,6 +114,43 @@ class DiTConditioning:
     final: tuple[Tensor, ...] = field(repr=False)
     """Shift and scale (N, D) of the final layer."""
 
+    def rows(self, part: slice) -> "DiTConditioning":
+        """Of some rows."""
+        return DiTConditioning(
+            [tuple(each[part] for each in block) for block in self.blocks],
+            tuple(each[part] for each in self.final),
+        )
+
+
+class StepConditionings(Sequence[DiTConditioning]):
+    """The conditioning of every step of a trajectory, made some steps at a time, from the last step down.
+
+    Modulations are a third of a DiT's weights, and a step of few rows needs no more of the machine than
+    to read them. Several steps' rows together read them once.
+    """
+
+    def __init__(self, model: "DiT", label_N: Tensor, timesteps: Sequence[float]) -> None:
+        self._model, self._label_N, self._timesteps = model, label_N, timesteps
+        self._at_once = max(1, ROWS_AT_ONCE // len(label_N))
+        self._made: dict[int, DiTConditioning] = {}
+
+    def __len__(self) -> int:
+        return len(self._timesteps)
+
+    @overload
+    def __getitem__(self, index: int) -> DiTConditioning: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[DiTConditioning]: ...
+    def __getitem__(self, index: int | slice) -> DiTConditioning | Sequence[DiTConditioning]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        if index not in self._made:
+            steps = range(max(0, index + 1 - self._at_once), index + 1)
+            timesteps = [self._timesteps[i] for i in steps]
+            made = self._model.conditionings(self._label_N, timesteps)
+            self._made = dict(zip(steps, made, strict=True))
+        return self._made[index]
+
 
 class DiTBranch(Branch):
     """Attention (offset 0) or MLP (offset 3) of one block; the offset is into the six modulations."""
@@ -162,14 +201,30 @@ class DiT(BranchedTransformer):
             self.branches.append(DiTBranch(i, "attn", block.attn, attention_macs, _NORM_EPS))
             self.branches.append(DiTBranch(i, "mlp", block.mlp, 8 * tokens * width**2, config.norm_eps))
 
+    def prepare(self, condition_N: Tensor, timesteps: Sequence[float]) -> Sequence[DiTConditioning]:
+        return StepConditionings(self, condition_N, timesteps)
+
     def embed(
-        self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor
+        self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor | DiTConditioning
     ) -> tuple[Tensor, DiTConditioning]:
         positions = cast(Tensor, self.pos_embed)
         hidden = self.x_embedder(sample_NCHW.to(positions.dtype)) + positions
-        c_ND = F.silu(self.t_embedder(timestep_N) + self.y_embedder(condition_N))
+        if isinstance(condition_N, DiTConditioning):
+            return hidden, condition_N
+        return hidden, self._modulations(timestep_N, condition_N)
+
+    def conditionings(self, label_N: Tensor, timesteps: Sequence[float]) -> list[DiTConditioning]:
+        """Of the rows at each of some timesteps."""
+        n = len(label_N)
+        timestep_K = torch.tensor(timesteps, device=label_N.device).repeat_interleave(n)
+        together = self._modulations(timestep_K, label_N.repeat(len(timesteps)))
+        return [together.rows(slice(first, first + n)) for first in range(0, len(timestep_K), n)]
+
+    def _modulations(self, timestep_N: Tensor, label_N: Tensor) -> DiTConditioning:
+        c_ND = F.silu(self.t_embedder(timestep_N) + self.y_embedder(label_N))
         blocks = [block.modulations(c_ND) for block in cast(Iterable[DiTBlock], self.blocks)]
-        return hidden, DiTConditioning(blocks, self.final_layer.modulations(c_ND.to(hidden.dtype)))
+        final = self.final_layer.modulations(c_ND.to(cast(Tensor, self.pos_embed).dtype))
+        return DiTConditioning(blocks, final)
 
     def head(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
         normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=_NORM_EPS)

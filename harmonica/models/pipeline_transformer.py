@@ -182,7 +182,7 @@ class _PipelinePixArt(PipelineTransformer):
                 resolution=sizes.get("resolution"),
                 aspect_ratio=sizes.get("aspect_ratio"),
             )
-            self._kept = sources, self.view.prepare(condition)
+            self._kept = sources, self.view.project(condition)
         return self._kept[1]
 
     def forget(self) -> None:

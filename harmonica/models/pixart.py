@@ -6,6 +6,7 @@ own projections: keys and values of the text are the same at every step.
 Shapes: N batch, C channels, H W image, L tokens, D width, S text tokens, G blocks.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,7 +93,10 @@ class PixArt(BranchedTransformer):
         layers = sub_layers(transformer, self.num_tokens, text_tokens)
         self._before, self.branches, self._uncached_macs = arrange(layers, cacheable)
 
-    def prepare(self, condition_N: TextCondition) -> ProjectedText:
+    def prepare(self, condition_N: TextCondition, timesteps: Sequence[float]) -> Sequence[ProjectedText]:
+        return [self.project(condition_N)] * len(timesteps)
+
+    def project(self, condition_N: TextCondition) -> ProjectedText:
         """What of the prompts no step changes. `embed` takes this too: once a trajectory is enough.
 
         Raises:
@@ -125,7 +129,7 @@ class PixArt(BranchedTransformer):
         self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: TextCondition | ProjectedText
     ) -> tuple[Tensor, PixArtConditioning]:
         model = self.transformer
-        text = self.prepare(condition_N) if isinstance(condition_N, TextCondition) else condition_N
+        text = self.project(condition_N) if isinstance(condition_N, TextCondition) else condition_N
         n, (height, width) = len(sample_NCHW), sample_NCHW.shape[-2:]
         hidden = model.pos_embed(sample_NCHW.to(model.pos_embed.proj.weight.dtype))
         modulation, time_ND = model.adaln_single(

@@ -6,7 +6,7 @@ normalise queries and keys.
 Shapes: N batch, C channels, H W image, L tokens, D width, S text tokens, G blocks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +129,10 @@ class Sana(BranchedTransformer):
         layers = _sub_layers(transformer, self.num_tokens, text_tokens)
         self._before, self.branches, self._uncached_macs = arrange(layers, cacheable)
 
-    def prepare(self, condition_N: TextCondition) -> ProjectedText:
+    def prepare(self, condition_N: TextCondition, timesteps: Sequence[float]) -> Sequence[ProjectedText]:
+        return [self.project(condition_N)] * len(timesteps)
+
+    def project(self, condition_N: TextCondition) -> ProjectedText:
         """What of the prompts no step changes. `embed` takes this too: once a trajectory is enough.
 
         Raises:
@@ -156,7 +159,7 @@ class Sana(BranchedTransformer):
     ) -> tuple[Tensor, PixArtConditioning]:
         """`timestep_N` is the scheduler's; the module's own differs by `timestep_scale`."""
         model = self.transformer
-        text = self.prepare(condition_N) if isinstance(condition_N, TextCondition) else condition_N
+        text = self.project(condition_N) if isinstance(condition_N, TextCondition) else condition_N
         n, (height, width) = len(sample_NCHW), sample_NCHW.shape[-2:]
         hidden = model.patch_embed(sample_NCHW.to(model.patch_embed.proj.weight.dtype))
         modulation, time_ND = model.time_embed(

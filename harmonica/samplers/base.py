@@ -25,8 +25,8 @@ class State:
     """
 
     x_MCHW: Tensor
-    condition_M: Any
-    """What the model's `prepare` made of labels or embedded prompts."""
+    conditions_T: Sequence[Any]
+    """What the model's `prepare` made of labels or embedded prompts, an entry a step."""
     rows: RowKeys | None = None
     """Names the rows to samplers that draw noise."""
     solver: Any = None
@@ -79,9 +79,9 @@ class Sampler(ABC):
                 "(seed, index) of each row"
             )
         if not self.is_guided:
-            return State(noise_NCHW, self.model.prepare(condition_N), rows)
-        condition_M = self.model.prepare(self.model.guided_condition(condition_N))
-        return State(torch.cat([noise_NCHW, noise_NCHW]), condition_M, rows)
+            return State(noise_NCHW, self.model.prepare(condition_N, self.timesteps), rows)
+        conditions_T = self.model.prepare(self.model.guided_condition(condition_N), self.timesteps)
+        return State(torch.cat([noise_NCHW, noise_NCHW]), conditions_T, rows)
 
     def embed(self, i: int, state: State) -> tuple[Tensor, Any]:
         """The model's hidden state and conditioning at step i."""
@@ -92,7 +92,7 @@ class Sampler(ABC):
             half = x_MCHW.chunk(2)[0]
             x_MCHW = torch.cat([half, half])
         timestep_M = torch.full((x_MCHW.shape[0],), self.timesteps[i], device=x_MCHW.device)
-        return self.model.embed(x_MCHW, timestep_M, state.condition_M)
+        return self.model.embed(x_MCHW, timestep_M, state.conditions_T[i])
 
     def guide(self, output_MCHW: Tensor) -> Tensor:
         """Guided model output, all channels, in float32 or better."""

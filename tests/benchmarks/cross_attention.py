@@ -22,6 +22,7 @@ from harmonica.conditions import Conditions, make_conditions
 from harmonica.metrics import psnr
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
+from harmonica.models.pixart_branches import KINDS
 from harmonica.models.text_condition import TextCondition
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan
@@ -30,7 +31,6 @@ from harmonica.samplers import Sampler, make_sampler
 from harmonica.sampling import sample
 from harmonica.training import RouterRun
 
-KINDS = ("attn", "cross", "mlp")
 TRAINING_ROWS, JUDGED_ROWS = 4, 32
 CUR = 0.42
 """Of the router that leaves cross-attention alone."""
@@ -98,16 +98,14 @@ def main() -> None:
     table = Table("trained", "CUR", "ideal speedup", "PSNR")
     pair = make_sampler(load_model(recipe.model).model, recipe.sampler)
     plan, reuse = trained_plan(pair, conditions, CUR, arguments.trajectories)
-    speedup = plan.ideal_speedup(pair.model.macs())
-    table.add_row("attn mlp", f"{plan.cur:.1%}", f"{speedup:.3f}", f"{quality(pair, plan, reuse).mean():.1f}")
+    ideal = plan.ideal_speedup(pair.model.macs())
+    table.add_row("attn mlp", f"{plan.cur:.1%}", f"{ideal:.3f}", f"{quality(pair, plan, reuse).mean():.1f}")
     macs = sampler.model.macs()
     # The share of the arithmetic that all branches have, so that CUR of it gives the same speedup.
-    target = (1 - 1 / speedup) * macs.full / sum(macs.branches)
+    target = (1 - 1 / ideal) * macs.full / sum(macs.branches)
     plan, reuse = trained_plan(sampler, conditions, target, arguments.trajectories)
-    speedup = plan.ideal_speedup(macs)
-    table.add_row(
-        "attn cross mlp", f"{plan.cur:.1%}", f"{speedup:.3f}", f"{quality(sampler, plan, reuse).mean():.1f}"
-    )
+    ideal, distance = plan.ideal_speedup(macs), quality(sampler, plan, reuse).mean()
+    table.add_row("attn cross mlp", f"{plan.cur:.1%}", f"{ideal:.3f}", f"{distance:.1f}")
     console.print(table)
 
 

@@ -1,0 +1,75 @@
+"""Modulations of several steps are made together; nobody can tell but by the time it takes."""
+
+import pytest
+import torch
+from torch import nn
+
+from harmonica.models import dit
+from harmonica.models.dit import DiT, StepConditionings
+from harmonica.noise import RowKeys
+from harmonica.plan import Plan
+from harmonica.samplers import Ddim, SamplerConfig
+from harmonica.sampling import sample
+from harmonica.sdt import freeze
+
+
+class Counted(nn.Module):
+    """Rows that each call of a block's modulation had."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.rows = inner, []
+
+    def forward(self, x):
+        self.rows.append(len(x))
+        return self.inner(x)
+
+
+@pytest.fixture
+def counted(tiny_shape) -> tuple[DiT, Counted]:
+    model = DiT(tiny_shape)
+    model.initialize(torch.Generator().manual_seed(3), zero=False)
+    freeze(model.double())
+    counted = Counted(model.blocks[0].adaLN_modulation[1])
+    model.blocks[0].adaLN_modulation[1] = counted
+    return model, counted
+
+
+def noise_of(model: DiT, count: int) -> torch.Tensor:
+    shape = (model.in_channels, model.sample_size, model.sample_size)
+    return torch.from_numpy(RowKeys.of(0, range(count)).start_noise(shape)).double()
+
+
+@pytest.mark.parametrize(
+    ("images", "rows"), [(1, [10]), (7, [56, 14]), (16, [64, 64, 32]), (32, [64] * 5), (33, [66] * 5)]
+)
+def test_a_trajectory_reads_modulation_weights_once_for_some_64_rows(counted, images, rows):
+    model, calls = counted
+    sampler = Ddim(model, SamplerConfig(num_inference_steps=5, guidance_scale=1.5))
+    noise, labels = noise_of(model, images), torch.arange(images) % 10
+    together = sample(sampler, noise, labels)
+    assert calls.rows == rows
+    calls.rows.clear()
+    row_by_row = torch.cat([sample(sampler, noise[i : i + 1], labels[i : i + 1]) for i in range(images)])
+    torch.testing.assert_close(together, row_by_row, rtol=1e-9, atol=1e-9)
+    assert calls.rows == [10] * images
+
+
+def test_each_step_has_its_own(counted, monkeypatch):
+    model, _ = counted
+    labels, timesteps = torch.tensor([1, 10]), [0, 130, 131, 600, 999]
+    monkeypatch.setattr(dit, "ROWS_AT_ONCE", 4)  # two steps at a time, from the last one down
+    steps = StepConditionings(model, labels, timesteps)
+    assert len(steps) == 5 and len(steps[1:]) == 4
+    for i in (4, 3, 2, 4, 0, 1, 2):  # also back again, as IEPO's forks do
+        wanted = model.embed(torch.zeros(2, 4, 8, 8).double(), torch.full((2,), timesteps[i]), labels)[1]
+        torch.testing.assert_close(steps[i].blocks, wanted.blocks, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(steps[i].final, wanted.final, rtol=1e-12, atol=1e-12)
+
+
+def test_a_plan_changes_nothing_about_it(counted):
+    model, calls = counted
+    sampler = Ddim(model, SamplerConfig(num_inference_steps=5, guidance_scale=1.5))
+    compute = ((False,) * len(model.branches),) * 4 + ((True,) * len(model.branches),)
+    sample(sampler, noise_of(model, 2), torch.tensor([1, 2]), Plan(compute))
+    assert calls.rows == [20]
