@@ -77,3 +77,41 @@ def test_work_at_import_is_found(tmp_path):
     folder.mkdir()
     assert import_each(["eager"], tmp_path / "package", folder).returncode == 0
     assert [path.name for path in folder.iterdir()] == ["log.txt"]
+
+
+NOT_NEEDED_FOR_DIT = (
+    *FORBIDDEN,
+    *("accelerate", "boto3", "diffusers", "fastapi", "matplotlib", "pandas", "pyarrow"),
+    *("pydantic", "rich", "s3fs", "sentencepiece", "tokenizers", "torchmetrics", "transformers", "tyro"),
+)
+DIT_ALONE = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv[1].split()))
+import torch
+from harmonica.artifact import RouterArtifact
+from harmonica.models.loading import ModelConfig, load_model
+from harmonica.noise import RowKeys
+from harmonica.samplers import SamplerConfig, make_sampler
+from harmonica.sampling import sample
+from harmonica.training import RouterRun, TrainingConfig
+torch.set_num_threads(1)
+model = load_model(ModelConfig()).model
+sampler = make_sampler(model, SamplerConfig(num_inference_steps=3))
+run = RouterRun(sampler, TrainingConfig(trajectories=1, batch_size=2), seed=0)
+keys, labels = RowKeys.of(0, range(2)), torch.arange(2)
+noise = torch.from_numpy(keys.start_noise((1, 28, 28)))
+run.train_one(noise, labels, keys)
+artifact = RouterArtifact.load(run.artifact().save(sys.argv[2]))
+print(sample(sampler, noise, labels, artifact.plan).isfinite().all().item())
+"""
+
+
+def test_a_dit_is_trained_and_sampled_with_torch_timm_and_safetensors(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", DIT_ALONE, " ".join(NOT_NEEDED_FOR_DIT), str(tmp_path / "router")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "True\n", result.stderr

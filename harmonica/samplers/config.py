@@ -3,9 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_args
 
-import tyro
-
 from harmonica.diffusion import NUM_TRAIN_TIMESTEPS
+
+try:
+    from tyro.conf import Suppress
+except ModuleNotFoundError:  # sampling and training need torch, timm and safetensors, and no command line
+    Suppress = None  # type: ignore[misc]
 
 MAX_GUIDANCE_SCALE = 50.0
 SamplerName = Literal["ddim", "iddpm", "dpm-solver++", "sa-solver", "diffusers"]
@@ -27,7 +30,7 @@ class SamplerConfig:
     """Which noise channels are guided: the public DiT code guides three, diffusers all."""
     clip_sample: bool = True
     """Clip the predicted x_0 to [-1, 1]: for pixels, not for latents. A folder's scheduler says itself."""
-    scheduler: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None  # not a command-line option
+    scheduler: Annotated[dict[str, Any] | None, Suppress] = None  # not a command-line option
     """diffusers only: the scheduler's config. Empty: that of the model's folder."""
 
     def __post_init__(self) -> None:
