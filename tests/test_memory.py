@@ -1,7 +1,6 @@
 """What training and sampling take, measured, against the formula."""
 
 import functools
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from harmonica import memory
@@ -26,43 +24,10 @@ from harmonica.router import Router
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.sampling import planned_step
 from harmonica.sdt import SdtConfig, SdtTrainer, freeze
+from tests.benchmarks.live_tensors import peak_of
 
 STEPS = SamplerConfig(num_inference_steps=5, guidance_scale=1.5, clip_sample=False)
 REUSES = ("hold", "forecast")
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the tensors alive that were made since, and the most there were."""
-
-    def __init__(self, *known: torch.nn.Module) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._bytes = {p.untyped_storage()._cdata: 0 for model in known for p in model.parameters()}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._bytes:
-            self._bytes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.now -= self._bytes.pop(key)
-
-
-def peak_of(model: BranchedTransformer, run: Callable[[], object]) -> int:
-    live = Live(model)
-    with live:
-        run()
-    return live.peak
 
 
 def in_precision(model: BranchedTransformer, dtype: torch.dtype) -> BranchedTransformer:

@@ -16,6 +16,7 @@ import ray
 from tiny_dit import make_artifact, write_model
 
 import workflow
+from harmonica.prompt_files import MANIFEST
 
 ROOT = Path(workflow.__file__).parent
 SMALL = [
@@ -161,6 +162,30 @@ def test_the_chain_and_its_second_run(
         assert workflow.main([*arguments, "--stages", "train", "evaluate", "register"]) == 0
         assert capsys.readouterr().out.count("done before") == 2
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_chain_on_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of a dark boot\na pale dress\na photo of a dark boot\na bag\n" * 2)
+    arguments = ["fashion-text", "--run-id=t1", f"--storage-path={tmp_path / 'runs'}", *SMALL]
+    arguments += [f"--prompts.path={prompts}", f"--serve.port={free_port()}"]
+    try:
+        assert workflow.main(arguments) == 0, capsys.readouterr().err
+        run = tmp_path / "runs" / "t1"
+        assert json.loads((run / "prompts" / MANIFEST).read_text())["count"] == 3
+        report = json.loads((run / "report.json").read_text())
+        assert report["arms"]["cached"]["psnr_to_full"] > 5
+        assert json.loads((run / "router" / "config.json").read_text())["model"]["architecture"] == "PixArt"
+        for name in ("samples.png", "router.png", "served.png"):
+            assert (run / name).read_bytes().startswith(b"\x89PNG")
     finally:
         ray.shutdown()
 

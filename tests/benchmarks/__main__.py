@@ -1,34 +1,70 @@
-"""Run every comparison, print the table, write `bench.json` in the current folder.
+"""Run comparisons, print the table, write `bench.json` in the current folder.
 
-Exit code 0 whether or not the aims hold: a busy machine must not fail a build.
+    python -m tests.benchmarks                    # some minutes on two cores (make bench)
+    python -m tests.benchmarks --whole            # every size: hours there
+    python -m tests.benchmarks full_pass growth   # these alone
+
+Exit code 0 whether or not the aims hold: a busy machine must not fail a build. With torch, timm and
+safetensors alone, `--dit` runs what needs no more.
 """
 
+import argparse
 import dataclasses
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from tests.benchmarks.method import BENCHMARKS
+from tests.benchmarks.model import full_pass, growth, reused_branch
+from tests.benchmarks.sampling import planned_dit, planned_pixart
+from tests.benchmarks.system import data, scaling, start
 from tests.benchmarks.timing import Row, describe_machine
+from tests.benchmarks.training import lambda_refresh, sdt_update
+
+DIT: tuple[Callable[..., Iterator[Row]], ...] = (
+    sdt_update,
+    lambda_refresh,
+    planned_dit,
+    reused_branch,
+    growth,
+    scaling,
+    start,
+)
+BENCHMARKS = (*DIT, planned_pixart, full_pass, data)
 
 
-def make_table(rows: list[Row]) -> Table:
-    """One line a comparison."""
-    machine = ", ".join(f"{name} {value}" for name, value in describe_machine().items())
-    table = Table("what", "arms: median (spread)", "value", "aim", "holds", caption=machine)
-    for row in rows:
-        arms = "\n".join(f"{name}: {t.median_s:.3f} s ({t.spread_s:.3f})" for name, t in row.arms.items())
-        table.add_row(row.what, arms, f"{row.value:.3f} {row.unit}", row.aim, "yes" if row.holds else "no")
-    return table
+def line(row: Row) -> str:
+    """A comparison in words."""
+    arms = ", ".join(f"{name} {t.median_s:.4g} s (spread {t.spread_s:.2g})" for name, t in row.arms.items())
+    said = f"{row.what}: {row.value:.3f} {row.unit}; aim {row.aim} {'holds' if row.holds else 'missed'}"
+    return f"{said}\n    {arms}" if arms else said
 
 
 def main() -> None:
-    """All comparisons, in order."""
-    rows = [row for benchmark in BENCHMARKS for row in benchmark()]
-    Path("bench.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
-    Console().print(make_table(rows))
+    """The comparisons asked for, in order, each said as it is done."""
+    names = [benchmark.__name__ for benchmark in BENCHMARKS]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m tests.benchmarks",
+    )
+    parser.add_argument("only", nargs="*", metavar="NAME", help=f"some of {', '.join(names)}")
+    parser.add_argument("--whole", action="store_true", help="every size")
+    parser.add_argument("--dit", action="store_true", help="what torch, timm and safetensors are enough for")
+    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    arguments = parser.parse_args()
+    if unknown := set(arguments.only) - set(names):
+        parser.error(f"NAME is {', '.join(unknown)}: give some of {', '.join(names)}")
+    offered = DIT if arguments.dit else BENCHMARKS
+    chosen = [each for each in offered if not arguments.only or each.__name__ in arguments.only]
+    rows: list[Row] = []
+    print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), flush=True)
+    for benchmark in chosen:
+        print(f"\n{benchmark.__name__}: {(benchmark.__doc__ or '').splitlines()[0]}", flush=True)
+        for row in benchmark(whole=arguments.whole):
+            rows.append(row)
+            print(f"  {line(row)}", flush=True)
+    arguments.output.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    print(f"\n{sum(row.holds for row in rows)} of {len(rows)} aims hold; {arguments.output} has all numbers")
 
 
 if __name__ == "__main__":
