@@ -5,6 +5,7 @@ Shapes: N batch, C channels, H W image, T steps, N branches (of a router's table
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 _DPI = 150
+_NAME_WIDTH = 16  # letters that a column is wide
 _INK, _MUTED = "#222222", "#666666"
 
 
@@ -47,6 +49,8 @@ def sample_sheet(
 ) -> Figure:
     """Rows of images (columns, C, H, W) above each other, titled at left, columns named above.
 
+    Long names, prompts for example, take up to three lines and lose the rest.
+
     Raises:
         ValueError: a row does not hold one image a column.
     """
@@ -59,7 +63,9 @@ def sample_sheet(
             )
     cell, gap = 0.9, 0.06  # inches
     left = 0.25 + 0.085 * max(len(line) for name in rows for line in name.split("\n"))
-    top, edge = (0.68 if title else 0.4), 0.15
+    names = [textwrap.wrap(name, _NAME_WIDTH, max_lines=3, placeholder=" ...") for name in column_names]
+    lines = max(1, *map(len, names))
+    top, edge = (0.68 if title else 0.4) + 0.13 * (lines - 1), 0.15
     width = left + len(column_names) * (cell + gap) + edge
     height = top + len(rows) * (cell + gap) + edge
     figure = _figure(width, height)
@@ -82,7 +88,7 @@ def sample_sheet(
             axes.imshow(np.asarray(to_pil(image)), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axes.set_axis_off()
             if row == 0:
-                axes.set_title(column_names[column], size=8, color=_MUTED, pad=5)
+                axes.set_title("\n".join(names[column]), size=8, color=_MUTED, pad=5)
     if path is not None:
         figure.savefig(path)
     return figure

@@ -77,7 +77,7 @@ def encoder_identity(folder: Path, max_tokens: int) -> dict[str, Any]:
     """
     tokenizer, config = load_tokenizer(folder), _config(folder)
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    digest.update(json.dumps(tokenizer(preprocess(_PROBE))["input_ids"]).encode())
+    digest.update(json.dumps(tokenizer(preprocess(_PROBE), verbose=False)["input_ids"]).encode())
     first_values = {}
     for path in _weight_files(folder / "text_encoder"):
         for name, tensor in read_tensors(path).items():

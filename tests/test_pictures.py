@@ -77,3 +77,14 @@ def test_heat_map_of_many_steps_labels_the_first_run_one() -> None:
 def test_heat_map_refuses_a_plan_of_another_shape() -> None:
     with pytest.raises(ValueError, match="plan"):
         router_heat_map(torch.ones(3, 2), torch.ones(2, 2, dtype=torch.bool), ["a", "b"])
+
+
+def test_prompts_above_a_sheet_stay_within_their_columns() -> None:
+    names = ["Bag", "a studio photo of a light coat and much else that goes on"]
+    figure = sample_sheet({"full": torch.zeros(2, 1, 28, 28)}, names)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["Bag", "a studio photo\nof a light coat\nand much ..."]
+    for axes in figure.axes:
+        box, text = axes.get_position(), axes.title.get_window_extent()
+        assert text.width < 1.15 * box.width * figure.bbox.width
+        assert text.y1 < figure.bbox.height
