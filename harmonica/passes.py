@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from harmonica.cache import BranchCache
-from harmonica.models.base import BranchedTransformer
+from harmonica.models.base import BranchedTransformer, merge_of
 
 
 class _Mix(torch.autograd.Function):
@@ -62,7 +62,7 @@ def planned_pass(
             cache.write(index, step, y)
         else:
             y = cache.read(index, step)
-        hidden_NLD = branch.merge(hidden_NLD, y, conditioning)
+        hidden_NLD = merge_of(branch, index)(hidden_NLD, y, conditioning)
     return model.head(hidden_NLD, conditioning)
 
 

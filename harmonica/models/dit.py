@@ -168,8 +168,13 @@ class DiTBranch(Branch):
         return self.layer(modulate(normed, shift, scale).to(shift.dtype))
 
     def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
-        gate = conditioning.blocks[self.index][self.offset + 2]
-        return torch.addcmul(hidden_NLD, gate[:, None], y_NLD)
+        return torch.addcmul(hidden_NLD, self._gate(conditioning), y_NLD)
+
+    def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
+        return hidden_NLD.addcmul_(self._gate(conditioning), y_NLD)
+
+    def _gate(self, conditioning: DiTConditioning) -> Tensor:
+        return conditioning.blocks[self.index][self.offset + 2][:, None]
 
 
 class DiT(BranchedTransformer):

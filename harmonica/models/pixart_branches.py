@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harmonica.models.base import Branch
+from harmonica.models.base import Branch, merge_of
 
 Kind = Literal["attn", "cross", "mlp"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -58,8 +58,14 @@ class ModulatedBranch(Branch):
         return layer(torch.addcmul(shift, norm(hidden_NLD), scale).to(shift.dtype))
 
     def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
+        return torch.addcmul(hidden_NLD, self._gate(conditioning), y_NLD)
+
+    def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
+        return hidden_NLD.addcmul_(self._gate(conditioning), y_NLD)
+
+    def _gate(self, conditioning: PixArtConditioning) -> Tensor:
         o = self.offset + 2
-        return torch.addcmul(hidden_NLD, conditioning.blocks[self.index, :, o : o + 1], y_NLD)
+        return conditioning.blocks[self.index, :, o : o + 1]
 
 
 class CrossAttention(Branch):
@@ -86,6 +92,9 @@ class CrossAttention(Branch):
 
     def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
         return hidden_NLD + y_NLD
+
+    def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
+        return hidden_NLD.add_(y_NLD)
 
 
 SubLayer = ModulatedBranch | CrossAttention
@@ -117,6 +126,10 @@ class LeadingBranch(Branch):
         hidden_NLD = self.branch.merge(hidden_NLD, y_NLD, conditioning)
         return run_all(self.following, hidden_NLD, conditioning)
 
+    def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
+        hidden_NLD = self.branch.merge_(hidden_NLD, y_NLD, conditioning)
+        return run_all(self.following, hidden_NLD, conditioning)
+
 
 def arrange(
     layers: Iterable[SubLayer], cacheable: tuple[Kind, ...]
@@ -143,8 +156,9 @@ def arrange(
 
 def run_all(layers: Sequence[Branch], hidden_NLD: Tensor, conditioning: Any) -> Tensor:
     """The hidden state behind `layers`, each computed."""
-    for layer in layers:
-        hidden_NLD = layer.merge(hidden_NLD, layer.compute(hidden_NLD, conditioning), conditioning)
+    for index, layer in enumerate(layers):
+        y_NLD = layer.compute(hidden_NLD, conditioning)
+        hidden_NLD = merge_of(layer, index)(hidden_NLD, y_NLD, conditioning)
     return hidden_NLD
 
 

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.cross_attention [--trajectories 30]
 
 Fixed plans first: every second step, each kind of branch alone and together. Then two routers with the same
-budget, one that may reuse self-attention and MLP, one that may reuse all three, aimed at equal arithmetic.
-Distances are to the full sampler's images of the same captions and noise.
+budget, one that may reuse self-attention and MLP, one that may reuse all three, their scores cut where both
+leave the same arithmetic. Distances are to the full sampler's images of the same captions and noise.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from harmonica.builtin import CAPTIONS
 from harmonica.cache import Reuse
 from harmonica.conditions import Conditions, make_conditions
 from harmonica.metrics import psnr
-from harmonica.models.base import BranchedTransformer
+from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.loading import load_model
 from harmonica.models.pixart_branches import KINDS
 from harmonica.models.text_condition import TextCondition
@@ -32,8 +32,8 @@ from harmonica.sampling import sample
 from harmonica.training import RouterRun
 
 TRAINING_ROWS, JUDGED_ROWS = 4, 32
-CUR = 0.42
-"""Of the router that leaves cross-attention alone."""
+SPEEDUPS = (1.3, 1.45, 1.6, 1.75)
+"""By MACs, at which the two routers are compared."""
 
 
 def rows(model: BranchedTransformer, conditions: Conditions, seed: int, first: int, count: int):
@@ -58,17 +58,19 @@ def every_second_step(sampler: Sampler, kinds: tuple[str, ...]) -> Plan:
     )
 
 
-def trained_plan(
-    sampler: Sampler, conditions: Conditions, target_cur: float, trajectories: int
-) -> tuple[Plan, Reuse]:
+def trained_scores(sampler: Sampler, conditions: Conditions, trajectories: int) -> tuple[Tensor, Reuse]:
     """By the preset, on one process."""
-    config = dataclasses.replace(
-        fashion_text().train, batch_size=TRAINING_ROWS, target_cur=target_cur, trajectories=trajectories
-    )
+    config = dataclasses.replace(fashion_text().train, batch_size=TRAINING_ROWS, trajectories=trajectories)
     run = RouterRun(sampler, config, seed=0)
     for trajectory in range(trajectories):
         run.train_one(*rows(sampler.model, conditions, 0, trajectory * TRAINING_ROWS, TRAINING_ROWS))
-    return run.router.plan(config.sdt.threshold), config.sdt.reuse
+    return run.router.logits().sigmoid(), config.sdt.reuse
+
+
+def cut(scores_TB: Tensor, macs: Macs, speedup: float) -> Plan:
+    """The plan of these scores whose threshold brings it nearest to an ideal speedup."""
+    plans = [Plan.from_scores(scores_TB, float(each)) for each in scores_TB[:-1].unique()]
+    return min(plans, key=lambda plan: abs(plan.ideal_speedup(macs) - speedup))
 
 
 def main() -> None:
@@ -95,18 +97,22 @@ def main() -> None:
         table.add_row(" ".join(kinds), f"{plan.cur:.0%}", speedup, *values)
     console.print(table)
 
-    table = Table("trained", "CUR", "ideal speedup", "PSNR")
+    table = Table("trained, cut at", *(f"{speedup:.2f}x" for speedup in SPEEDUPS))
     two = dataclasses.replace(recipe.model, cacheable=("attn", "mlp"))
-    pair = make_sampler(load_model(two).model, recipe.sampler)
-    plan, reuse = trained_plan(pair, conditions, CUR, arguments.trajectories)
-    ideal = plan.ideal_speedup(pair.model.macs())
-    table.add_row("attn mlp", f"{plan.cur:.1%}", f"{ideal:.3f}", f"{quality(pair, plan, reuse).mean():.1f}")
-    macs = sampler.model.macs()
-    # The share of the arithmetic that all branches have, so that CUR of it gives the same speedup.
-    target = (1 - 1 / ideal) * macs.full / sum(macs.branches)
-    plan, reuse = trained_plan(sampler, conditions, target, arguments.trajectories)
-    ideal, distance = plan.ideal_speedup(macs), quality(sampler, plan, reuse).mean()
-    table.add_row("attn cross mlp", f"{plan.cur:.1%}", f"{ideal:.3f}", f"{distance:.1f}")
+    for by in (make_sampler(load_model(two).model, recipe.sampler), sampler):
+        scores_TB, reuse = trained_scores(by, conditions, arguments.trajectories)
+        cells = []
+        for wanted in SPEEDUPS:
+            plan = cut(scores_TB, by.model.macs(), wanted)
+            ideal, distance = plan.ideal_speedup(by.model.macs()), quality(by, plan, reuse).mean()
+            cells.append(f"{distance:.1f} dB (CUR {plan.cur:.1%}, {ideal:.2f}x)")
+        table.add_row("attn mlp" if by is not sampler else "attn cross mlp", *cells)
+    for steps in (10, 12, 14):
+        fewer = make_sampler(loaded.model, dataclasses.replace(recipe.sampler, num_inference_steps=steps))
+        distance = psnr(sample(fewer, noise, condition, rows=keys), full).mean()
+        table.add_row(
+            f"{steps} steps", f"{distance:.1f} dB ({recipe.sampler.num_inference_steps / steps:.2f}x)"
+        )
     console.print(table)
 
 
