@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import harmonica
-from harmonica.cache import Reuse
+from harmonica.cache import Reuse, cache_bytes
 from harmonica.checkpoints import read_tensors
 from harmonica.models.base import BranchedTransformer
 from harmonica.plan import Plan
@@ -39,6 +39,8 @@ class RouterArtifact:
     ideal_speedup: float
     macs_full: int
     """Of one trajectory of one model row."""
+    cache_bytes: int = 0
+    """Of one image's cache, in the precision that the router was trained in."""
     training: dict[str, Any] = field(default_factory=dict)
     """Settings and provenance, for people to read."""
 
@@ -62,6 +64,7 @@ class RouterArtifact:
             rounded_weights=sampler.model.fingerprint().rounded,
             ideal_speedup=plan.ideal_speedup(macs),
             macs_full=macs.full * plan.num_steps,
+            cache_bytes=cache_bytes(sampler.model, reuse, is_guided=sampler.is_guided),
             training=training,
         )
 
@@ -83,6 +86,7 @@ class RouterArtifact:
             "ideal_speedup": self.ideal_speedup,
             "macs_full": self.macs_full,
             "macs_planned": round(self.macs_full / self.ideal_speedup),
+            "cache_bytes": self.cache_bytes,
             "training": self.training,
             "versions": {
                 "harmonica": harmonica.__version__,
@@ -123,6 +127,7 @@ class RouterArtifact:
                 rounded_weights=config.get("rounded_weights", {}),
                 ideal_speedup=config["ideal_speedup"],
                 macs_full=config["macs_full"],
+                cache_bytes=config.get("cache_bytes", 0),
                 training=config["training"],
             )
             stored_plan = config["plan"]

@@ -1,11 +1,20 @@
 """What a branch hands out when it is not computed: its last value, or a forecast from its last two."""
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from harmonica.models.base import BranchedTransformer
+
 Reuse = Literal["hold", "forecast"]
+
+
+def cache_bytes(model: BranchedTransformer, reuse: Reuse, *, is_guided: bool) -> int:
+    """Of one image's cache: every branch's last value, or last two, of both halves under guidance."""
+    values = len(model.branches) * (1 + (reuse == "forecast")) * (1 + is_guided)
+    return values * math.prod(model.value_shape) * model.dtype.itemsize
 
 
 class BranchCache:
@@ -36,6 +45,12 @@ class BranchCache:
         if self.reuse == "forecast":
             self._before[branch] = self._last[branch]
         self._last[branch] = (step, value.detach())
+
+    @property
+    def nbytes(self) -> int:
+        """Of the values it holds."""
+        kept = {value[1].data_ptr(): value[1].nbytes for value in (*self._last, *self._before) if value}
+        return sum(kept.values())
 
     def copy(self) -> "BranchCache":
         """A second cache with the same contents; values are shared, never written in place."""

@@ -82,6 +82,7 @@ def _process_group(device: torch.device, batch_size: int) -> Iterator[Share]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Share(batch_size, rank, world_size)
+        dist.barrier()  # a process that leaves while another still speaks to it brings that one down
     finally:
         dist.destroy_process_group()
 

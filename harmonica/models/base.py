@@ -129,6 +129,11 @@ class BranchedTransformer(nn.Module, ABC):
     def head(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         """The model's output (N, out_channels, H, W)."""
 
+    @property
+    @abstractmethod
+    def value_shape(self) -> tuple[int, int]:
+        """(L, D) of every branch's y: tokens and width."""
+
     def text_shape(self) -> tuple[int, int]:
         """Width of the embeddings it takes and the number of tokens they are padded to."""
         raise TypeError(f"{type(self).__name__} takes labels")

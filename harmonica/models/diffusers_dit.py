@@ -83,6 +83,10 @@ class DiffusersDiT(BranchedTransformer):
         grid = patches.reshape(n, side, side, p, p, c)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, c, side * p, side * p)
 
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        return self.config.num_tokens, self.config.hidden_size
+
     def guided_condition(self, condition_N: Tensor) -> Tensor:
         return torch.cat([condition_N, torch.full_like(condition_N, self.num_classes)])
 

@@ -152,6 +152,10 @@ class PixArt(BranchedTransformer):
         image = patches.reshape(-1, rows, columns, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return image.reshape(-1, self.out_channels, rows * p, columns * p)
 
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        return self.num_tokens, self.transformer.inner_dim
+
     def text_shape(self) -> tuple[int, int]:
         config = self.transformer.config
         return config.caption_channels or config.cross_attention_dim, self.text_tokens

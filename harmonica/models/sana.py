@@ -180,6 +180,11 @@ class Sana(BranchedTransformer):
         image = patches.reshape(-1, rows, columns, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return image.reshape(-1, self.out_channels, rows * p, columns * p)
 
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        config = self.transformer.config
+        return self.num_tokens, config.num_attention_heads * config.attention_head_dim
+
     def text_shape(self) -> tuple[int, int]:
         return self.transformer.config.caption_channels, self.text_tokens
 

@@ -76,7 +76,7 @@ def make_pixart(latent_size: int, layers: int) -> BranchedTransformer:
 
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
-        sample_size=latent_size, num_layers=layers, use_additional_conditions=False
+        sample_size=latent_size, num_layers=layers, caption_channels=4096, use_additional_conditions=False
     )
     transformer.eval().requires_grad_(False)
     return PixArt(transformer, text_tokens=300)

@@ -23,11 +23,12 @@ from tests.benchmarks.timing import Aim, Row, Timing, time_arms
 _ROWS, _STEPS, _ROUNDS = 4, 6, 5
 
 
-def _work(rank: int, processes: int, folder: str) -> None:
+def _work(rank: int, processes: int, together: bool, folder: str) -> None:
     """One of some processes with a thread each: seconds of a trajectory of training, and of sampling."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    store, group = (f"{folder}/store", (rank, processes)) if together else (f"{folder}/{rank}", (0, 1))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=group[0], world_size=group[1])
     sampler = make_sampler(make_dit(builtin_shape()), _STEPS)
     run = RouterRun(sampler, TrainingConfig(batch_size=_ROWS, iepo="none"), seed=0)
     batch, keys = make_batch(sampler.model, _ROWS), RowKeys.of(1, range(_ROWS))
@@ -48,23 +49,26 @@ def _work(rank: int, processes: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def _seconds(processes: int) -> dict[str, Timing]:
+def _seconds(processes: int, *, together: bool = True) -> dict[str, Timing]:
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_work, args=(processes, folder), nprocs=processes)
+        multiprocessing.spawn(_work, args=(processes, together, folder), nprocs=processes)
         measured = json.loads(Path(folder, "seconds.json").read_text())
     return {name: Timing(*values) for name, values in measured.items()}
 
 
 def scaling(*, whole: bool) -> Iterator[Row]:
-    """Twice the rows on two processes, in the time of one: one thread each."""
-    one, two = _seconds(1), _seconds(2)
+    """Twice the rows on two processes, in the time of one: one thread each.
+
+    Two that have nothing to do with each other show what the machine itself loses.
+    """
+    one, two, apart = _seconds(1), _seconds(2), _seconds(2, together=False)
     branches = len(make_dit(builtin_shape()).branches)
     for name, unit in (
         ("train", f"of linear scaling ({4 * branches} bytes to reduce an update)"),
         ("sample", "of linear scaling"),
     ):
         efficiency = one[name].median_s / two[name].median_s
-        arms = {"one process": one[name], "two, as many rows each": two[name]}
+        arms = {"one process": one[name], "two, as many rows each": two[name], "two strangers": apart[name]}
         yield Row.judge(f"{name}, built-in shape, two processes", arms, efficiency, unit, Aim(">=", 0.95))
 
 
@@ -97,7 +101,10 @@ def data(*, whole: bool) -> Iterator[Row]:
 
 _PARTS = {
     "torch": "import torch",
-    "timm": "import timm.layers",
+    "timm": (
+        "from harmonica.torchvision_ops import ensure_torchvision_imports; ensure_torchvision_imports(); "
+        "import timm.layers"
+    ),
     "harmonica": "import harmonica.sampling, harmonica.models.loading, harmonica.samplers",
     "model": "from harmonica.models.loading import *; loaded = load_model(ModelConfig())",
     "first image": (
