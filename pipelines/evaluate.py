@@ -64,11 +64,12 @@ class ArmSampler:
         return out
 
     def _classes(self, labels: np.ndarray) -> np.ndarray:
-        """What a classifier should see: of prompts, the class that they ask for."""
+        """What a classifier should see: of prompts, the class that they ask for, or -1 where nobody knows."""
         if self.spec.prompts is None or self.classifier is None:
             return labels
-        prompts = self.spec.prompts.rows(labels).prompts
-        return np.array([captions.meaning(prompt)[0] for prompt in prompts])
+        known = set(captions.all_captions())
+        prompts = (prompt.lower() for prompt in self.spec.prompts.rows(labels).prompts)
+        return np.array([captions.meaning(prompt)[0] if prompt in known else -1 for prompt in prompts])
 
 
 def _judged(
@@ -169,7 +170,9 @@ def _quality(arm: Arm, columns: dict[str, np.ndarray], judge: bool) -> dict[str,
         ours, classes = statistics_of(arm.name), columns[f"{arm.name}.class"]
         test = FeatureStatistics.load(BUILTIN_FOLDER / STATISTICS_FILE)
         report["frechet_to_test"] = frechet_distance(ours, test)
-        report["label_accuracy"] = float((classes == columns["label"]).mean())
+        known = columns["label"] >= 0
+        if known.any():
+            report["label_accuracy"] = float((classes == columns["label"])[known].mean())
         if not is_reference:
             report["frechet_to_full"] = frechet_distance(ours, statistics_of(arm.reference))
             report["label_agreement"] = float((classes == columns[f"{arm.reference}.class"]).mean())
