@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from harmonica import memory
 from harmonica.cache import BranchCache
 from harmonica.iepo import image_error_proxy
-from harmonica.memory import Shape, sampling_memory, training_memory
+from harmonica.memory import sampling_memory, training_memory
+from harmonica.memory_shape import Shape
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.dit import DiT, DiTConfig
 from harmonica.models.text_condition import TextCondition

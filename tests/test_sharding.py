@@ -13,7 +13,7 @@ from tiny_pixart import make_batch, make_pixart
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from harmonica.memory import Shape
+from harmonica.memory_shape import Shape
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.dit import DiT, DiTConfig
 from harmonica.noise import RowKeys

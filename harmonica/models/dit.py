@@ -6,15 +6,16 @@ Shapes: N batch, C channels, H W image, L tokens, D width, F frequencies.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harmonica.models.base import Branch, BranchedTransformer, Macs
+from harmonica.models.dit_conditioning import DiTConditioning, StepConditionings
 from harmonica.models.dit_config import DiTConfig
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
@@ -23,8 +24,6 @@ ensure_torchvision_imports()
 from timm.layers import Attention, Mlp, PatchEmbed  # noqa: E402  (the schemas must come first)
 
 NUM_FREQUENCIES = 256
-ROWS_AT_ONCE = 64
-"""Of which modulations are made; for fewer, reading their weights takes longer than multiplying by them."""
 _NORM_EPS = 1e-6  # of the norms before attention and in the final layer, in the public code and diffusers
 
 
@@ -105,53 +104,6 @@ class FinalLayer(nn.Module):
         return self.adaLN_modulation[1](silu_c_ND).chunk(2, dim=1)
 
 
-@dataclass(frozen=True, slots=True)
-class DiTConditioning:
-    """All modulations of one step, made once for every block."""
-
-    blocks: list[tuple[Tensor, ...]] = field(repr=False)
-    """Per block: shift, scale, gate of attention, then of the MLP, each (N, D)."""
-    final: tuple[Tensor, ...] = field(repr=False)
-    """Shift and scale (N, D) of the final layer."""
-
-    def rows(self, part: slice) -> "DiTConditioning":
-        """Of some rows."""
-        return DiTConditioning(
-            [tuple(each[part] for each in block) for block in self.blocks],
-            tuple(each[part] for each in self.final),
-        )
-
-
-class StepConditionings(Sequence[DiTConditioning]):
-    """The conditioning of every step of a trajectory, made some steps at a time, from the last step down.
-
-    Modulations are a third of a DiT's weights, and a step of few rows needs no more of the machine than
-    to read them. Several steps' rows together read them once.
-    """
-
-    def __init__(self, model: "DiT", label_N: Tensor, timesteps: Sequence[float]) -> None:
-        self._model, self._label_N, self._timesteps = model, label_N, timesteps
-        self._at_once = max(1, ROWS_AT_ONCE // len(label_N))
-        self._made: dict[int, DiTConditioning] = {}
-
-    def __len__(self) -> int:
-        return len(self._timesteps)
-
-    @overload
-    def __getitem__(self, index: int) -> DiTConditioning: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[DiTConditioning]: ...
-    def __getitem__(self, index: int | slice) -> DiTConditioning | Sequence[DiTConditioning]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        if index not in self._made:
-            steps = range(max(0, index + 1 - self._at_once), index + 1)
-            timesteps = [self._timesteps[i] for i in steps]
-            made = self._model.conditionings(self._label_N, timesteps)
-            self._made = dict(zip(steps, made, strict=True))
-        return self._made[index]
-
-
 class DiTBranch(Branch):
     """Attention (offset 0) or MLP (offset 3) of one block; the offset is into the six modulations."""
 
@@ -207,7 +159,7 @@ class DiT(BranchedTransformer):
             self.branches.append(DiTBranch(i, "mlp", block.mlp, 8 * tokens * width**2, config.norm_eps))
 
     def prepare(self, condition_N: Tensor, timesteps: Sequence[float]) -> Sequence[DiTConditioning]:
-        return StepConditionings(self, condition_N, timesteps)
+        return StepConditionings(self.conditionings, condition_N, timesteps)
 
     def embed(
         self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor | DiTConditioning
