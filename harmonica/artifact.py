@@ -1,4 +1,4 @@
-"""The product: a folder with `router.safetensors` and `config.json` that loads anywhere.
+"""The product: a folder with `router.safetensors`, `config.json` and a sample that loads anywhere.
 
 It says what it was made for and refuses everything else.
 """
@@ -22,6 +22,7 @@ from harmonica.plan import Plan
 from harmonica.samplers import Sampler, SamplerConfig
 
 FORMAT_VERSION = 1
+_SAMPLE = "sample.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class RouterArtifact:
     """Of one image's cache, in the precision that the router was trained in."""
     training: dict[str, Any] = field(default_factory=dict)
     """Settings and provenance, for people to read."""
+    sample_CHW: Tensor | None = None
+    """What `harmonica.smoke` drew with it, in the model's precision: others should draw the same."""
 
     @property
     def plan(self) -> Plan:
@@ -69,10 +72,12 @@ class RouterArtifact:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write both files; returns the folder."""
+        """Write the files; returns the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"logits": self.logits_TB.contiguous()}, folder / "router.safetensors")
+        if self.sample_CHW is not None:
+            save_file({"sample": self.sample_CHW.contiguous()}, folder / _SAMPLE)
         plan = self.plan
         config = {
             "format_version": FORMAT_VERSION,
@@ -105,6 +110,7 @@ class RouterArtifact:
             ValueError: files missing or damaged, or the stored plan is not the logits' plan.
         """
         folder = Path(folder)
+        sample = folder / _SAMPLE
         try:
             config = json.loads((folder / "config.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
@@ -129,6 +135,7 @@ class RouterArtifact:
                 macs_full=config["macs_full"],
                 cache_bytes=config.get("cache_bytes", 0),
                 training=config["training"],
+                sample_CHW=read_tensors(sample)["sample"] if sample.exists() else None,
             )
             stored_plan = config["plan"]
         except (KeyError, TypeError) as error:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+PictureFormat = Literal["png", "jpeg", "webp"]
 _DPI = 150
 _NAME_WIDTH = 16  # letters that a column is wide
 _INK, _MUTED = "#222222", "#666666"
@@ -32,10 +33,14 @@ def to_pil(image_CHW: Tensor) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def encode_png(image_CHW: Tensor) -> bytes:
-    """One image in [-1, 1] as a PNG file's bytes."""
+def encode_picture(image_CHW: Tensor, kind: PictureFormat = "png", quality: int = 100) -> bytes:
+    """One image in [-1, 1] as a picture file's bytes.
+
+    Args:
+        quality: of jpeg and webp, 0 to 100, the best; png loses nothing.
+    """
     buffer = io.BytesIO()
-    to_pil(image_CHW).save(buffer, format="PNG")
+    to_pil(image_CHW).save(buffer, format=kind.upper(), **({} if kind == "png" else {"quality": quality}))
     return buffer.getvalue()
 
 

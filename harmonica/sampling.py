@@ -1,6 +1,7 @@
 """Sampling a batch: all T steps, full or under a plan. No host sync, no data-dependent branch."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from harmonica.passes import planned_pass
 from harmonica.plan import Plan
 from harmonica.samplers import Sampler, State
 
-OnStep = Callable[[int, Tensor], None]
-"""Called after step i with x_{t-1}: progress bars, previews."""
+OnStep = Callable[[int, Callable[[], Tensor]], None]
+"""Called after step i with what makes the predicted x_0 (N, C, H, W): progress bars, previews."""
 
 
 def planned_step(
@@ -52,9 +53,10 @@ def sample(
     state = sampler.start(noise_NCHW, condition_N, rows)
     for i in reversed(range(sampler.num_steps)):
         row = plan.compute[i] if plan is not None else (True,) * len(model.branches)
-        state, _ = planned_step(sampler, i, state, row, cache)
+        before = state
+        state, guided = planned_step(sampler, i, before, row, cache)
         if on_step is not None:
-            on_step(i, state.x_MCHW)
+            on_step(i, partial(sampler.predict_clean, i, before, guided))
     return sampler.finish(state)
 
 

@@ -137,8 +137,15 @@ class ServeConfig:
     """Images sampled in one trajectory."""
     batch_wait_s: float = 0.02
     """How long a request waits for others to share its trajectory."""
+    max_waiting: int = 64
+    """Images that may wait at a replica for a trajectory; more are turned away with 503."""
     max_images_per_request: int = 10
     """Upper bound of `n`."""
+    max_steps: int = 100
+    """Upper bound of `num_inference_steps` where no router is used; the champion's own is always good."""
+    api_keys_file: str = ""
+    """File with a bearer key a line, which clients must then bring. Empty: those in HARMONICA_API_KEYS,
+    separated by commas; where that is empty too, anybody may ask."""
     over_limit: OverLimit = "truncate"
     """Prompts with more tokens than the model reads lose their end, or are refused."""
     keep: bool = False
@@ -149,12 +156,16 @@ class ServeConfig:
         _require(self.num_replicas >= 1, "serve.num_replicas", self.num_replicas, "give 1 or more")
         _require(self.max_batch_size >= 1, "serve.max_batch_size", self.max_batch_size, "give 1 or more")
         _require(self.batch_wait_s >= 0, "serve.batch_wait_s", self.batch_wait_s, "give 0 or more")
+        for name in ("max_waiting", "max_images_per_request"):
+            _require(getattr(self, name) >= 1, f"serve.{name}", getattr(self, name), "give 1 or more")
         _require(
-            self.max_images_per_request >= 1,
-            "serve.max_images_per_request",
-            self.max_images_per_request,
-            "give 1 or more",
+            self.max_waiting >= self.max_images_per_request,
+            "serve.max_waiting",
+            self.max_waiting,
+            f"give serve.max_images_per_request ({self.max_images_per_request}) or more, or such a request "
+            "never has room",
         )
+        _require(self.max_steps >= 2, "serve.max_steps", self.max_steps, "give 2 or more")
         limits = get_args(OverLimit)
         cure = f"give {' or '.join(limits)}"
         _require(self.over_limit in limits, "serve.over_limit", self.over_limit, cure)

@@ -3,10 +3,13 @@
 Shapes: N rows, C channels, H W image.
 """
 
-import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
 from harmonica.cache import Reuse
@@ -14,55 +17,70 @@ from harmonica.conditions import make_conditions
 from harmonica.models.loading import LoadedModel
 from harmonica.models.vae import decode_latents, draws_pixels, pixels_per_latent
 from harmonica.noise import RowKeys
-from harmonica.pictures import encode_png
 from harmonica.plan import Plan
 from harmonica.samplers import Sampler, make_sampler
 from harmonica.sampling import check_plan, sample
 from harmonica.text_encoder import OverLimit
 
+Quality = Literal["low", "medium", "high"]
+"""high computes every branch, medium is the champion's plan, low that of the fastest router there is."""
+UNCACHED = "uncached"
+"""Version of what draws `high`."""
+_KEPT_SETTINGS = 16
+
+
+class SettingRefused(ValueError):
+    """A setting that this model or router cannot draw with; the message begins with its name."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message  # Ray's own copies of errors have a traceback for a text
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image to draw; it depends on these alone."""
+    """One image to draw; under one router it depends on these alone."""
 
-    subject: int | str
+    subject: int | str = field(repr=False)  # prompts are kept out of logs
     """A class's label, or a prompt."""
     seed: int
     index: int
     """Number of the image within its request."""
-    negative_prompt: str = ""
+    negative_prompt: str = field(default="", repr=False)
     """What it should not show, for models that take prompts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """One image, and how it came about."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Router:
+    """A plan, and the sampler it was made for. Equal to itself alone: a row is drawn under the very one it
+    was checked against, though another becomes champion meanwhile."""
 
-    png: bytes
-    router_version: str
-    cur: float
-    batch_size: int
-    """Images that shared the trajectory."""
-    seconds: float
-    """Of the trajectory."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Router:
     sampler: Sampler
     plan: Plan
     reuse: Reuse
     version: str
+    ideal_speedup: float = 1.0
+    scores: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+    """T x B, rounded, for people to look at."""
+
+
+OnPreview = Callable[[int, Callable[[Sequence[int]], Tensor]], None]
+"""Called with the number of steps done and what makes the predicted images (N, C, H, W) of some rows."""
 
 
 class ImageSampler:
-    """A model under a router, which may be exchanged between two trajectories."""
+    """A model under its routers, which may be exchanged between two trajectories."""
 
     def __init__(
-        self, loaded: LoadedModel, device: str = "cpu", *, over_limit: OverLimit = "truncate"
+        self,
+        loaded: LoadedModel,
+        device: str = "cpu",
+        *,
+        over_limit: OverLimit = "truncate",
+        max_steps: int = 100,
     ) -> None:
         self.model, self.class_names = loaded.model.to(device), loaded.class_names
-        self.device = device
+        self.device, self._max_steps = device, max_steps
         self._vae = None if draws_pixels(self.model) else loaded.load_vae(device)
         if self._vae is None and not draws_pixels(self.model):
             raise ValueError(
@@ -70,12 +88,14 @@ class ImageSampler:
                 "without a decoder: give model.vae"
             )
         self.conditions = make_conditions(loaded, device, over_limit=over_limit)
-        self._router: _Router | None = None
+        self._routers: dict[Quality, Router] = {}
+        self._uncached: dict[tuple[int, float], Router] = {}
 
     @property
-    def router(self) -> _Router:
-        assert self._router is not None, "use() comes first"
-        return self._router
+    def router(self) -> Router:
+        """The champion."""
+        assert "medium" in self._routers, "use() comes first"
+        return self._routers["medium"]
 
     @property
     def image_size(self) -> int:
@@ -84,11 +104,11 @@ class ImageSampler:
 
     @property
     def version(self) -> str:
-        """Of the router in use; empty before the first."""
-        return self._router.version if self._router else ""
+        """Of the champion in use; empty before the first."""
+        return self.router.version if self._routers else ""
 
-    def use(self, artifact: RouterArtifact, version: str) -> None:
-        """Draw under this router from the next trajectory on.
+    def make_router(self, artifact: RouterArtifact, version: str) -> Router:
+        """A router as it is used here.
 
         Raises:
             ValueError: the router was made for another model.
@@ -96,7 +116,58 @@ class ImageSampler:
         artifact.check(self.model, artifact.sampler)
         sampler, plan = make_sampler(self.model, artifact.sampler), artifact.plan
         check_plan(plan, sampler)
-        self._router = _Router(sampler, plan, artifact.reuse, version)
+        scores = [[round(score, 3) for score in row] for row in artifact.logits_TB.sigmoid().tolist()]
+        return Router(
+            sampler, plan, artifact.reuse, version, artifact.ideal_speedup, tuple(map(tuple, scores))
+        )
+
+    def use(self, champion: Router, fastest: Router | None = None) -> None:
+        """Draw under these from the next row on; `low` is the champion too where no other is faster."""
+        self._routers, self._uncached = {"medium": champion, "low": fastest or champion}, {}
+
+    def router_for(
+        self, quality: Quality, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Router:
+        """What a quality is drawn under; only `high` leaves a choice of steps and guidance.
+
+        Raises:
+            SettingRefused: the router was made for other settings, or there is no such setting.
+        """
+        if quality == "high":
+            config = self.router.sampler.config
+            return self._make_uncached(
+                num_inference_steps or config.num_inference_steps,
+                config.guidance_scale if guidance_scale is None else guidance_scale,
+            )
+        router = self._routers[quality]
+        asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        for name, value in asked.items():
+            made_for = getattr(router.sampler.config, name)
+            if value is not None and value != made_for:
+                raise SettingRefused(
+                    f"{name} is {value} and router {router.version} of quality {quality} was made for "
+                    f"{made_for}: leave it out, or give quality high, which uses no router"
+                )
+        return router
+
+    def _make_uncached(self, num_inference_steps: int, guidance_scale: float) -> Router:
+        key, made = (num_inference_steps, guidance_scale), self._uncached
+        if key in made:
+            return made[key]
+        config = self.router.sampler.config
+        most = max(self._max_steps, config.num_inference_steps)
+        if num_inference_steps > most:
+            raise SettingRefused(f"num_inference_steps is {num_inference_steps}: give 2 to {most}")
+        try:
+            changed = replace(config, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+            sampler = make_sampler(self.model, changed)
+        except ValueError as error:
+            raise SettingRefused(str(error).removeprefix("sampler.")) from error
+        if len(made) == _KEPT_SETTINGS:
+            del made[next(iter(made))]
+        plan = Plan.full(num_inference_steps, len(self.model.branches))
+        made[key] = Router(sampler, plan, "hold", UNCACHED)
+        return made[key]
 
     def check(self, row: Row) -> None:
         """Prepare a row before it is drawn: its prompts are embedded. From any thread.
@@ -106,24 +177,38 @@ class ImageSampler:
         """
         self.conditions.check(row.subject, row.negative_prompt)
 
-    def draw(self, rows: list[Row]) -> list[Drawing]:
-        """All rows in one trajectory."""
-        started = time.perf_counter()
-        router = self.router
+    def draw(
+        self, rows: Sequence[Row], router: Router | None = None, on_preview: OnPreview | None = None
+    ) -> Tensor:
+        """All rows in one trajectory: images (N, C, H, W) in [-1, 1], on the CPU.
+
+        Args:
+            router: default: the champion.
+        """
+        router = router or self.router
         shape = (self.model.in_channels, self.model.sample_size, self.model.sample_size)
         keys = RowKeys([row.seed for row in rows], [row.index for row in rows])
         noise = torch.from_numpy(keys.start_noise(shape))
         condition = self.conditions.of([row.subject for row in rows], [row.negative_prompt for row in rows])
-        images_NCHW = sample(
+
+        def on_step(i: int, predict: Callable[[], Tensor]) -> None:
+            if on_preview is not None:
+                on_preview(router.plan.num_steps - i, partial(self._preview, predict))
+
+        samples_NCHW = sample(
             router.sampler,
             noise.to(self.device),
             condition,
             router.plan,
             reuse=router.reuse,
             rows=keys,
+            on_step=on_step,
         )
-        if self._vae is not None:
-            images_NCHW = decode_latents(self._vae, images_NCHW)
-        images_NCHW = images_NCHW.cpu()
-        seconds, cur = time.perf_counter() - started, router.plan.cur
-        return [Drawing(encode_png(image), router.version, cur, len(rows), seconds) for image in images_NCHW]
+        return self._decode(samples_NCHW)
+
+    def _preview(self, predict: Callable[[], Tensor], rows: Sequence[int]) -> Tensor:
+        return self._decode(predict()[list(rows)])
+
+    def _decode(self, samples_NCHW: Tensor) -> Tensor:
+        images_NCHW = samples_NCHW if self._vae is None else decode_latents(self._vae, samples_NCHW)
+        return images_NCHW.cpu()

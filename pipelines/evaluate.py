@@ -25,6 +25,8 @@ from harmonica.classifier import (
 from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, ModelConfig, load_model
 from harmonica.pictures import router_heat_map, sample_sheet
 from harmonica.rows import Batch, RowSpec, Share
+from harmonica.samplers import make_sampler
+from harmonica.smoke import record_sample
 from pipelines.config import EvaluateConfig, WorkflowConfig
 from pipelines.stream import stream_rows
 from pipelines.timing import (
@@ -121,6 +123,16 @@ def evaluate(config: WorkflowConfig, artifact: RouterArtifact) -> tuple[dict[str
     if transfer:
         report["transfer"] = {arm.name: _quality(arm, columns, judge) for arm in transfer}
     return report | verdict(report_arms), _pictures(config, artifact, timing)
+
+
+def with_sample(config: WorkflowConfig, artifact: RouterArtifact) -> RouterArtifact:
+    """The artifact with the sample that others hold it to, drawn on a worker."""
+
+    def record() -> RouterArtifact:
+        model = load_model(config.model, device_of(config.evaluate.use_gpu)).model
+        return record_sample(artifact, make_sampler(model, artifact.sampler))
+
+    return ray.get(ray.remote(num_cpus=1, num_gpus=int(config.evaluate.use_gpu))(record).remote())
 
 
 def _pictures(config: WorkflowConfig, artifact: RouterArtifact, timing: Timing) -> dict[str, Figure]:

@@ -9,25 +9,55 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harmonica.text_encoder import PromptTooLong
+from pipelines.api_models import ErrorBody, ErrorDetail
+from pipelines.batching import Overloaded
+from pipelines.drawing import SettingRefused
 
 _MAX_ECHO = 100
-
-
-class Overloaded(Exception):
-    """The source takes no more rows now."""
 
 
 class ApiError(Exception):
     """An answer in OpenAI's error shape."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
+        self._headers = headers
 
-    def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return JSONResponse({"error": error}, self.status, headers)
+    def body(self) -> ErrorBody:
+        return ErrorBody(
+            error=ErrorDetail(
+                message=self.message,
+                type="invalid_request_error" if self.status < 500 else "server_error",
+                param=self.param,
+                code=self.code,
+            )
+        )
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body().model_dump(), self.status, self._headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of what went wrong in drawing: of what is not its business, nothing."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Overloaded):
+        headers = {"retry-after": str(error.retry_after_s)}
+        message = f"too many images are waiting: try again in {error.retry_after_s} s"
+        return ApiError(503, message, None, "overloaded", headers)
+    if isinstance(error, PromptTooLong):
+        return ApiError(400, error.message, error.message.split()[0], "string_above_max_length")
+    if isinstance(error, SettingRefused):
+        return ApiError(400, error.message, error.message.split()[0], "invalid_value")
+    return ApiError(500, "drawing failed: the server's log says why", None, "internal_error")
 
 
 def _explain(error: Any) -> ApiError:
@@ -45,17 +75,13 @@ def _explain(error: Any) -> ApiError:
     if kind == "missing":
         return ApiError(400, f"{name} is missing", name, "missing_required_parameter")
     value = repr(error["input"])
-    value = value if len(value) <= 100 else value[:100] + "..."
+    value = value if len(value) <= _MAX_ECHO else value[:_MAX_ECHO] + "..."
     cure = error["msg"].removeprefix("Input ").removeprefix("should be ")
     return ApiError(400, f"{name} is {value}: it should be {cure}", name, "invalid_value")
 
 
 def answer_errors(app: FastAPI) -> None:
     """Every error in OpenAI's shape, and no trace of the stack."""
-
-    @app.exception_handler(ApiError)
-    async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -64,20 +90,14 @@ def answer_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-        return ApiError(error.status_code, message).response(dict(error.headers or {}))
+        return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
 
-    @app.exception_handler(Overloaded)
-    async def on_overload(request: Request, error: Overloaded) -> JSONResponse:
-        answer = ApiError(503, "too many images are waiting: try again shortly", None, "overloaded")
-        return answer.response({"retry-after": "1"})
+    async def on_error(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
 
-    @app.exception_handler(PromptTooLong)
-    async def on_long_prompt(request: Request, error: PromptTooLong) -> JSONResponse:
-        return ApiError(400, error.message, error.message.split()[0], "string_above_max_length").response()
-
-    @app.exception_handler(Exception)
-    async def on_failure(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "drawing failed: the server's log says why", None, "internal_error").response()
+    # Exception's own handler is the last resort, which raises the error again: named, these do not.
+    for kind in (ApiError, Overloaded, PromptTooLong, SettingRefused, Exception):
+        app.add_exception_handler(kind, on_error)
 
 
 class LimitBody:

@@ -75,10 +75,28 @@ def load(name: str, alias: str, uri: str) -> tuple[RouterArtifact, str]:
         ValueError: no such registered model, no such alias, or what lies there is no router artifact.
     """
     version = resolve(name, alias, uri)
+    return load_version(name, version, uri), version
+
+
+def load_version(name: str, version: str, uri: str) -> RouterArtifact:
+    """The router of a version.
+
+    Raises:
+        ValueError: what lies there is no router artifact.
+        MlflowException, OSError: it cannot be fetched.
+    """
     source = make_client(uri).get_model_version_download_uri(name, version)
     with tempfile.TemporaryDirectory() as folder:
         path = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=uri)
-        return RouterArtifact.load(path), version
+        return RouterArtifact.load(path)
+
+
+def newest_versions(name: str, uri: str, most: int) -> list[str]:
+    """Registered versions, newest first, at most so many."""
+    found = make_client(uri).search_model_versions(
+        f"name = '{name}'", max_results=most, order_by=["version_number DESC"]
+    )
+    return [str(version.version) for version in found]
 
 
 def _ensure_registered_model(client: MlflowClient, name: str) -> None:

@@ -4,7 +4,7 @@
     serve deploy with import_path: pipelines.serve:build
 
 Two deployments: `Api` speaks HTTP, `Sampler` holds the model and draws. A request for n images is n
-rows, which share trajectories with whatever other requests wait.
+orders, which share trajectories with whatever other requests wait.
 """
 
 import json
@@ -28,7 +28,8 @@ from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
 from pipelines import registry
 from pipelines.config import ServeConfig, WorkflowConfig
-from pipelines.replicas import FOLLOW_S, Sampler, ServeArgs, build_api
+from pipelines.following import FOLLOW_S, ServeArgs
+from pipelines.replicas import Sampler, api_builder
 from pipelines.runtime import connect, is_private
 from pipelines.tracking import tracking_uri as local_tracking_uri
 
@@ -41,19 +42,21 @@ def build(args: ServeArgs) -> serve.Application:
     """The application, for `serve.run` and for YAML (`import_path: pipelines.serve:build`).
 
     Raises:
-        ValueError: MLflow is named and has no such registered model, or no champion.
+        ValueError: MLflow is named and has no such registered model, or no champion, or there are no keys in
+            the file that should have them.
     """
     args = args.resolved()
     args.current_version()  # fails here, not on a replica
-    config, waiting = args.serve, 4 * args.serve.max_batch_size
+    config = args.serve
+    at_most = config.max_batch_size + config.max_waiting
     sampler = serve.deployment(
         name="Sampler",
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": int(config.use_gpu)},
-        # Two trajectories: the next one fills up while one runs.
-        max_ongoing_requests=2 * config.max_batch_size,
-        # All rows of a request are queued for a moment before they are handed out.
-        max_queued_requests=waiting + config.max_images_per_request,
+        # A replica says itself when it is full: it knows what waits and how long that will take.
+        max_ongoing_requests=at_most + config.max_images_per_request,
+        # All images of a request are queued for a moment before they are handed out.
+        max_queued_requests=at_most + config.max_images_per_request,
         # A model that does not fit its router fits no better the third time.
         max_constructor_retry_count=1,
         # A line an image says nothing that `Api`'s line a request does not.
@@ -61,7 +64,7 @@ def build(args: ServeArgs) -> serve.Application:
     )(Sampler)
     api = serve.deployment(
         name="Api", ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000, max_queued_requests=100
-    )(serve.ingress(build_api)())
+    )(serve.ingress(api_builder(config.api_keys_file))())
     return api.bind(sampler.bind(args))
 
 

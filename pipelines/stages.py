@@ -196,9 +196,16 @@ class Workflow:
         self.storage.write_bytes(name, buffer.getvalue())
 
     def _register(self) -> str:
+        from pipelines.evaluate import with_sample
+
         assert self._parent is not None
+        folder = self.storage.download_folder(ROUTER)
+        artifact = RouterArtifact.load(folder)
+        if artifact.sample_CHW is None:
+            folder = with_sample(self.config, artifact).save(folder)
+            self.storage.upload_folder(folder, ROUTER)
         version = registry.register(
-            self.storage.download_folder(ROUTER),
+            folder,
             name=self.config.registered_model,
             run=self._parent,
             tags={"run_id": self.config.run_id},

@@ -1,19 +1,19 @@
 """Rows that share trajectories: who waits for whom, and that company does not change an image."""
 
 import dataclasses
-import io
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tiny_dit import SHAPE, make_artifact, write_model
 from tiny_pipeline import write_pipeline
 
 from harmonica.artifact import RouterArtifact
 from harmonica.models.loading import ModelConfig, load_model
+from harmonica.noise import RowKeys
+from harmonica.pictures import to_uint8
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
-from pipelines.drawing import ImageSampler, Row
+from harmonica.sampling import sample
+from pipelines.drawing import ImageSampler, Row, SettingRefused
 
 
 @pytest.fixture(scope="module")
@@ -23,42 +23,107 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sampler(model):
-    images = ImageSampler(load_model(model))
-    images.use(make_artifact(model), "7")
+    images = ImageSampler(load_model(model), max_steps=30)
+    use(images, make_artifact(model), "7")
     return images
 
 
-def pixels(drawing):
-    return np.asarray(Image.open(io.BytesIO(drawing.png))).astype(int)
+def use(images, artifact, version):
+    images.use(images.make_router(artifact, version))
+
+
+def far(first, second):
+    """Kernels may sum in another order for another batch size, which can tip a rounded grey level."""
+    return int((pixels(first) - pixels(second)).abs().max()) > 1
+
+
+def pixels(image_CHW):
+    return torch.from_numpy(to_uint8(image_CHW[None])[0]).int()
 
 
 def test_an_image_depends_on_its_row_alone(sampler):
     row = Row(3, 11, 1)
     (alone,) = sampler.draw([row])
     company = sampler.draw([Row(0, 5, 0), Row(9, 11, 1), row, Row(3, 11, 0)])
-    assert (alone.batch_size, company[2].batch_size) == (1, 4)
-    # Kernels may sum in another order for another batch size, which can tip a rounded grey level.
-    assert np.abs(pixels(alone) - pixels(company[2])).max() <= 1
+    assert not far(alone, company[2])
     for other in (company[1], company[3]):  # another label, another index
-        assert np.abs(pixels(alone) - pixels(other)).max() > 1
+        assert far(alone, other)
 
 
 def test_the_router_is_the_one_in_use(model, sampler):
     rows = [Row(1, 1, 0)]
     images = ImageSampler(load_model(model))
-    images.use(make_artifact(model, seed=1), "1")
+    use(images, make_artifact(model, seed=1), "1")
+    before = images.router
     first = images.draw(rows)[0]
-    images.use(make_artifact(model, seed=2), "2")
+    use(images, make_artifact(model, seed=2), "2")
     second = images.draw(rows)[0]
-    assert (first.router_version, second.router_version) == ("1", "2")
-    assert first.png != second.png
-    assert second.cur == make_artifact(model, seed=2).plan.cur
+    assert images.version == "2" and images.router.plan == make_artifact(model, seed=2).plan
+    assert far(first, second)
+    assert not far(images.draw(rows, before)[0], first), "who was checked against it is drawn under it"
+
+
+def test_qualities_are_the_champion_the_fastest_and_no_router(model):
+    images = ImageSampler(load_model(model), max_steps=30)
+    champion, fastest = (images.make_router(make_artifact(model, seed=seed), str(seed)) for seed in (1, 2))
+    images.use(champion)
+    assert images.router_for("medium") is images.router_for("low") is champion
+    images.use(champion, fastest)
+    assert (images.router_for("medium"), images.router_for("low")) == (champion, fastest)
+    high = images.router_for("high")
+    assert (high.version, high.plan.cur, high.sampler.config) == ("uncached", 0, champion.sampler.config)
+    rows = [Row(1, 1, 0)]
+    full = sample(champion.sampler, *start(images, rows))
+    torch.testing.assert_close(images.draw(rows, high), full)
+    assert far(images.draw(rows, champion)[0], full[0])
+
+
+def start(images, rows):
+    """What `sample` takes: noise and labels."""
+    keys = RowKeys([row.seed for row in rows], [row.index for row in rows])
+    noise = torch.from_numpy(keys.start_noise((1, 28, 28)))
+    return noise, images.conditions.of([row.subject for row in rows], ["" for _ in rows])
+
+
+def test_only_high_leaves_a_choice_of_steps_and_guidance(sampler):
+    for quality in ("low", "medium"):
+        assert sampler.router_for(quality, 8, 2.0) is sampler.router
+        for settings, words in (
+            ((9, None), "num_inference_steps is 9 and router 7 of quality .* made for 8: .* quality high"),
+            ((None, 3.0), "guidance_scale is 3.0 and router 7 of quality .* was made for 2.0"),
+        ):
+            with pytest.raises(SettingRefused, match=words):
+                sampler.router_for(quality, *settings)
+    other = sampler.router_for("high", 12, 3.0)
+    assert (other.sampler.num_steps, other.sampler.config.guidance_scale) == (12, 3.0)
+    assert sampler.router_for("high", 12, 3.0) is other, "such rows share trajectories"
+    assert len(sampler.draw([Row(1, 1, 0)], other)) == 1
+    for settings, words in (
+        ((31, None), "^num_inference_steps is 31: give 2 to 30"),
+        ((1, None), "^num_inference_steps is 1: give 2"),
+        ((None, 51.0), "^guidance_scale is 51.0: give 1 to 50"),
+    ):
+        with pytest.raises(SettingRefused, match=words):
+            sampler.router_for("high", *settings)
+    for steps in range(2, 31):
+        sampler.router_for("high", steps)
+    assert len(sampler._uncached) <= 16
+
+
+def test_previews_show_the_rows_asked_for(sampler):
+    rows, seen = [Row(3, 11, 0), Row(4, 11, 1)], {}
+    images = sampler.draw(rows, on_preview=lambda step, predict: seen.update({step: predict([1])}))
+    assert list(seen) == list(range(1, 9))
+    assert all(preview.shape == (1, 1, 28, 28) for preview in seen.values())
+    distances = [float((preview[0] - images[1]).norm()) for preview in seen.values()]
+    assert distances[-1] < distances[3] < distances[0]
+    assert float((seen[8][0] - images[0]).norm()) > distances[-1]
 
 
 def test_a_router_of_another_model_is_refused(tmp_path, sampler):
     other = write_model(tmp_path, shape=dataclasses.replace(SHAPE, num_layers=2))
     with pytest.raises(ValueError, match=r"model.num_layers is 3 and the router was made for 2"):
-        sampler.use(make_artifact(other), "8")
+        use(sampler, make_artifact(other), "8")
     assert sampler.version == "7"
 
 
@@ -75,11 +140,11 @@ def test_every_sampler_draws_the_pictures_of_a_latent_model(tmp_path, name):
     denoiser = make_sampler(loaded.model, with_scheduler(config, loaded.scheduler))
     logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     images = ImageSampler(loaded)
-    images.use(
-        RouterArtifact.build(logits, denoiser, threshold=0.5, reuse="forecast", training={}), version="1"
-    )
+    use(images, RouterArtifact.build(logits, denoiser, threshold=0.5, reuse="forecast", training={}), "1")
     row = Row(1, 5, 2)
     (alone,), company = images.draw([row]), images.draw([Row(1, 6, 2), row])
-    assert images.image_size == 16 and pixels(alone).shape == (16, 16, 3)
-    assert np.abs(pixels(alone) - pixels(company[1])).max() <= 1
-    assert np.abs(pixels(alone) - pixels(company[0])).max() > 1
+    assert images.image_size == 16 and alone.shape == (3, 16, 16)
+    assert not far(alone, company[1]) and far(alone, company[0])
+    previews = []
+    images.draw([row], on_preview=lambda step, predict: previews.append(predict([0])))
+    assert len(previews) == 5 and previews[2].shape == (1, 3, 16, 16)

@@ -18,6 +18,8 @@ def test_a_straight_flow_ends_at_its_image_in_T_steps(scheduler, steps):
     state, visited = sampler.start(noise, condition), []
     for i in reversed(range(steps)):
         visited.append(state)
+        predicted = sampler.predict_clean(i, state, noise - image)
+        torch.testing.assert_close(predicted, image, rtol=2e-3, atol=2e-3)
         state = sampler.advance(i, state, noise - image)
     # The first noise level is 0.9997 to some of them, the last 1e-3 of the image to none.
     torch.testing.assert_close(sampler.finish(state), image, rtol=2e-3, atol=2e-3)

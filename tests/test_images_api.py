@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-from dataclasses import dataclass
 
 import numpy as np
 import openai
@@ -11,48 +10,22 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 from tiny_dit import make_artifact, write_model
+from tiny_studio import make_studio
 
 from harmonica.fashion import CLASS_NAMES
 from harmonica.models.loading import load_model
-from pipelines.drawing import Drawing, ImageSampler, Row
-from pipelines.http_errors import Overloaded
-from pipelines.images_api import MAX_BODY_BYTES, ModelCard, create_app
+from harmonica.pictures import encode_picture
+from pipelines.batching import Overloaded
+from pipelines.drawing import Row
+from pipelines.images_api import MAX_BODY_BYTES, create_app
 
 PATH = "/v1/images/generations"
-
-
-@dataclass
-class InProcess:
-    """What the Sampler deployment does, without Serve and so without batching."""
-
-    images: ImageSampler
-    error: Exception | None = None
-
-    async def describe(self) -> ModelCard:
-        if self.error:
-            raise self.error
-        return ModelCard(
-            model="tiny",
-            router_version=self.images.version,
-            cur=self.images.router.plan.cur,
-            class_names=self.images.class_names,
-            image_size=self.images.model.sample_size,
-            max_images=4,
-        )
-
-    async def draw(self, row: Row) -> Drawing:
-        if self.error:
-            raise self.error
-        self.images.check(row)
-        return self.images.draw([row])[0]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     model = write_model(tmp_path_factory.mktemp("model"))
-    images = ImageSampler(load_model(model))
-    images.use(make_artifact(model), "3")
-    return InProcess(images)
+    return make_studio(load_model(model), make_artifact(model), fastest=make_artifact(model, seed=5))
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +66,16 @@ def test_answer_holds_images_and_how_they_were_made(client, source):
     assert answer.status_code == 200, answer.text
     body = answer.json()
     assert body["seed"] == 5 and body["size"] == "28x28" and body["output_format"] == "png"
-    assert body["router_version"] == "3" and body["batch_size"] == 1
+    assert body["router_version"] == "3" and body["batch_size"] == 3
+    assert (body["quality"], body["num_inference_steps"], body["guidance_scale"]) == ("medium", 8, 2.0)
     assert body["cur"] == pytest.approx(source.images.router.plan.cur)
     assert body["inference_time_s"] > 0 and body["created"] > 1.7e9
     assert [entry["revised_prompt"] for entry in body["data"]] == ["Ankle boot"] * 3
     images = [picture(entry) for entry in body["data"]]
     assert {image.shape for image in images} == {(28, 28)}
     expected = source.images.draw([Row(9, 5, index) for index in range(3)])
-    assert [base64.b64decode(entry["b64_json"]) for entry in body["data"]] == [d.png for d in expected]
+    pictures = [base64.b64decode(entry["b64_json"]) for entry in body["data"]]
+    assert pictures == [encode_picture(image) for image in expected]
 
 
 def test_without_a_seed_images_differ_and_the_seed_drawn_gives_them_again(client):
@@ -112,8 +87,9 @@ def test_without_a_seed_images_differ_and_the_seed_drawn_gives_them_again(client
 
 
 def test_what_openai_has_and_this_model_has_not_is_ignored(client):
-    extras = {"user": "me", "quality": "hd", "style": "vivid", "background": "auto", "moderation": "low"}
-    nothing = {"model": None, "n": None, "size": None, "response_format": None, "stream": None}
+    extras = {"user": "me", "style": "vivid", "background": "auto", "moderation": "low", "complexity": "low"}
+    names = ("model", "n", "size", "response_format", "stream", "quality", "output_format", "partial_images")
+    nothing = dict.fromkeys(names)
     answer = client.post(PATH, json={"prompt": "Coat", "seed": 2**62, **extras, **nothing})
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["data"]) == 1
@@ -150,8 +126,37 @@ def test_its_own_size_and_name_are_accepted(client, size):
             "invalid_value",
             "'url': it should be 'b64_json'",
         ),
-        ({"output_format": "webp"}, 400, "output_format", "invalid_value", "it should be 'png'"),
-        ({"stream": True}, 400, "stream", "invalid_value", "stream is True"),
+        ({"output_format": "gif"}, 400, "output_format", "invalid_value", "'png', 'jpeg' or 'webp'"),
+        ({"output_compression": 50}, 400, "output_compression", "invalid_value", "give jpeg or webp"),
+        (
+            {"output_compression": 101},
+            400,
+            "output_compression",
+            "invalid_value",
+            "less than or equal to 100",
+        ),
+        ({"quality": "best"}, 400, "quality", "invalid_value", "'low', 'medium', 'high'"),
+        ({"stream": 1}, 400, "stream", "invalid_value", "stream is 1"),
+        ({"stream": True, "partial_images": 4}, 400, "partial_images", "invalid_value", "less than or equal"),
+        ({"partial_images": 2}, 400, "partial_images", "invalid_value", "set stream, or leave it out"),
+        ({"progress": True}, 400, "progress", "invalid_value", "set stream, or leave it out"),
+        ({"num_inference_steps": 9}, 400, "num_inference_steps", "invalid_value", "3 of quality medium was"),
+        (
+            {"num_inference_steps": 31, "quality": "high"},
+            400,
+            "num_inference_steps",
+            "invalid_value",
+            "num_inference_steps is 31: give 2 to 30",
+        ),
+        (
+            {"guidance_scale": 4, "quality": "low"},
+            400,
+            "guidance_scale",
+            "invalid_value",
+            "give quality high",
+        ),
+        ({"guidance_scale": 0.5}, 400, "guidance_scale", "invalid_value", "greater than or equal to 1"),
+        ({"guidance_scale": float("nan")}, 400, "guidance_scale", "invalid_value", "guidance_scale is nan"),
         ({"size": "1024x1024"}, 400, "size", "invalid_value", "this model draws 28x28"),
         ({"model": "dall-e-3"}, 404, "model", "model_not_found", "this endpoint serves 'tiny'"),
         ({"sed": 3}, 400, "sed", "unknown_parameter", "unknown parameter sed"),
@@ -203,6 +208,45 @@ def test_unknown_paths_and_methods(client):
     assert answer.headers["allow"] == "POST"
 
 
+FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_pictures_come_in_the_format_asked_for(client, kind):
+    asked = {"prompt": "Bag", "seed": 3, "output_format": kind}
+    body = client.post(PATH, json=asked).json()
+    data = base64.b64decode(body["data"][0]["b64_json"])
+    assert Image.open(io.BytesIO(data)).format == FORMATS[kind] and body["output_format"] == kind
+    if kind != "png":
+        smaller = client.post(PATH, json=asked | {"output_compression": 20}).json()
+        assert len(base64.b64decode(smaller["data"][0]["b64_json"])) < len(data)
+
+
+def test_quality_picks_the_router(client, source):
+    def ask(**settings):
+        body = client.post(PATH, json={"prompt": "Bag", "seed": 3} | settings).json()
+        return body["quality"], body["router_version"], body["cur"] > 0, body["num_inference_steps"]
+
+    assert ask() == ask(quality="auto") == ask(quality="standard") == ("medium", "3", True, 8)
+    assert ask(quality="low") == ("low", "fast", True, 8)
+    assert ask(quality="high") == ask(quality="hd") == ("high", "uncached", False, 8)
+    assert ask(quality="high", num_inference_steps=12, guidance_scale=3) == ("high", "uncached", False, 12)
+    assert ask(num_inference_steps=8, guidance_scale=2) == ("medium", "3", True, 8), "its own are no others"
+
+
+def test_routers(client, source):
+    routers = {entry["id"]: entry for entry in client.get("/v1/routers").json()["data"]}
+    assert {name: entry["quality"] for name, entry in routers.items()} == {
+        "uncached": ["high"],
+        "3": ["medium"],
+        "fast": ["low"],
+    }
+    champion = routers["3"]
+    assert champion["plan"] == source.images.router.plan.to_strings()
+    assert len(champion["scores"]) == 8 and len(champion["scores"][0]) == len(champion["plan"][0]) == 6
+    assert champion["ideal_speedup"] > 1 and routers["uncached"]["scores"] == []
+
+
 def test_models(client):
     (entry,) = client.get("/v1/models").json()["data"]
     assert entry["id"] == "tiny" and entry["object"] == "model" and entry["size"] == "28x28"
@@ -220,10 +264,10 @@ def test_health_says_what_is_served(client, failing):
 
 
 def test_overload_asks_to_come_again(client, failing):
-    failing(Overloaded())
+    failing(Overloaded(7))
     answer = client.post(PATH, json={"prompt": "Bag", "n": 2})
-    refused(answer, 503, None, "overloaded")
-    assert answer.headers["retry-after"] == "1"
+    assert "try again in 7 s" in refused(answer, 503, None, "overloaded")
+    assert answer.headers["retry-after"] == "7"
 
 
 def test_a_failure_inside_shows_nothing_of_the_inside(client, failing):

@@ -1,5 +1,6 @@
 """The three passes agree where they should, and a cache is what its trajectory left in it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -139,7 +140,7 @@ def test_a_trajectory_is_not_touched_by_another_that_runs_between_its_steps(tiny
     plan = half_plan()
     alone = sample(tiny_sampler, noise, labels, plan)
 
-    def run_another(i: int, x: Tensor) -> None:
+    def run_another(i: int, predict: Callable[[], Tensor]) -> None:
         sample(tiny_sampler, noise.flip(0), labels.flip(0), plan)
 
     assert torch.equal(sample(tiny_sampler, noise, labels, plan, on_step=run_another), alone)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from harmonica.pictures import encode_png, router_heat_map, sample_sheet, to_pil, to_uint8
+from harmonica.pictures import encode_picture, router_heat_map, sample_sheet, to_pil, to_uint8
 
 
 def test_pixels_cover_the_range_and_clip() -> None:
@@ -26,7 +26,7 @@ def test_every_pixel_value_survives_the_round_trip() -> None:
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_png_holds_the_pixels(channels: int, mode: str) -> None:
     image = torch.rand(channels, 6, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    decoded = Image.open(io.BytesIO(encode_png(image)))
+    decoded = Image.open(io.BytesIO(encode_picture(image)))
     assert (decoded.format, decoded.mode, decoded.size) == ("PNG", mode, (4, 6))
     assert np.array_equal(np.asarray(decoded), np.asarray(to_pil(image)))
 

@@ -18,7 +18,7 @@ from tiny_dit import SHAPE, make_artifact, write_model
 
 from pipelines import registry, serve
 from pipelines.config import ServeConfig
-from pipelines.replicas import ServeArgs
+from pipelines.following import ServeArgs
 from pipelines.runtime import connect
 from pipelines.tracking import find_or_create
 
@@ -52,7 +52,8 @@ def register(folders, model, run_id, seed):
 @pytest.fixture(scope="module")
 def config():
     # The long wait is for this machine: requests that come together must meet however busy it is.
-    return ServeConfig(port=free_port(), max_batch_size=8, batch_wait_s=0.3, max_images_per_request=4)
+    settings = {"max_batch_size": 8, "batch_wait_s": 0.3, "max_images_per_request": 4, "max_steps": 1000}
+    return ServeConfig(port=free_port(), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,35 @@ def test_an_image_is_its_seeds_alone_or_in_company(client):
     assert max(answer.batch_size for answer in company) > 1
     assert same(pictures(company[7])[0], image)
     assert not any(same(pictures(answer)[0], image) for answer in company[:7])
+
+
+@pytest.mark.cluster
+def test_qualities_and_previews_reach_the_client(client):
+    asked = {"prompt": "sneaker", "output_format": "webp", "extra_body": {"seed": 7}}
+    whole = client.images.generate(**asked, quality="high")
+    assert (whole.router_version, whole.cur, whole.quality) == ("uncached", 0, "high")
+    *previews, completed = client.images.generate(**asked, quality="high", stream=True, partial_images=3)
+    assert [event.partial_image_index for event in previews] == [0, 1, 2]
+    assert same(pixels(completed.b64_json), pictures(whole)[0])
+    with pytest.raises(openai.BadRequestError, match="router 1 of quality medium was made for 8"):
+        client.images.generate(prompt="bag", stream=True, extra_body={"num_inference_steps": 9})
+
+
+@pytest.mark.cluster
+def test_a_client_that_has_gone_is_not_drawn_for(client, url):
+    endpoint, medium = f"{url}/v1/images/generations", {"prompt": "Bag", "seed": 1}
+    long = {"prompt": "Bag", "n": 4, "quality": "high", "num_inference_steps": 1000}
+    for gone in (medium, medium | {"stream": True}):
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(httpx.post, endpoint, json=long, timeout=120)
+            time.sleep(0.6)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(endpoint, json=gone, timeout=0.3)
+            stayed = threads.submit(httpx.post, endpoint, json=medium, timeout=120)
+            time.sleep(0.3)
+            assert not first.done(), "else nobody had to wait"
+            assert stayed.result().json()["batch_size"] == 1
+            assert first.result().json()["batch_size"] == 4
 
 
 @pytest.mark.cluster

@@ -2,20 +2,21 @@
 
 import base64
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from test_images_api import PATH, InProcess
+from test_images_api import PATH
+from tiny_studio import CONFIG, make_studio
 
 from harmonica.artifact import RouterArtifact
 from harmonica.conditions import Prompts, make_conditions
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.text_encoder import PromptTooLong, TextEncoder
-from pipelines.drawing import ImageSampler
 from pipelines.images_api import create_app
 
 LONG = "a photo of a dark sneaker " * 4
@@ -41,9 +42,8 @@ def clients(loaded, artifact):
     """One endpoint for each way with prompts that are too long."""
     made = {}
     for over_limit in ("truncate", "refuse"):
-        images = ImageSampler(loaded, over_limit=over_limit)
-        images.use(artifact, "1")
-        made[over_limit] = TestClient(create_app(InProcess(images)), raise_server_exceptions=False)
+        studio = make_studio(loaded, artifact, config=replace(CONFIG, over_limit=over_limit))
+        made[over_limit] = TestClient(create_app(studio), raise_server_exceptions=False)
     with made["truncate"], made["refuse"]:
         yield made
 

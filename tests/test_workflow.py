@@ -157,6 +157,7 @@ def test_the_chain_and_its_second_run(
         assert report["transfer"]["dpm-solver++ cached"]["psnr_to_full"] > 5
         for name in ("samples.png", "router.png", "served.png"):
             assert (run / name).read_bytes().startswith(b"\x89PNG")
+        assert (run / "router" / "sample.safetensors").exists(), "what serving holds the router to"
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
         capsys.readouterr()
         assert workflow.main([*arguments, "--stages", "train", "evaluate", "register"]) == 0

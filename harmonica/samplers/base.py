@@ -107,6 +107,16 @@ class Sampler(ABC):
     def advance(self, i: int, state: State, guided_MCHW: Tensor) -> State:
         """The state before step i - 1, from that before step i and the guided output."""
 
+    def predict_clean(self, i: int, state: State, guided_MCHW: Tensor) -> Tensor:
+        """The x_0 that step i points at (N, C, H, W), from the state before it and the guided output."""
+        num_images = state.x_MCHW.shape[0] // (2 if self.is_guided else 1)
+        predicted_NCHW = guided_MCHW[:num_images, : self.model.in_channels]
+        return self._clean_at(i, state.x_MCHW[:num_images], predicted_NCHW)
+
+    @abstractmethod
+    def _clean_at(self, i: int, x_NCHW: Tensor, predicted_NCHW: Tensor) -> Tensor:
+        """x_0 from x_t before step i and the predicted noise or velocity."""
+
     def finish(self, state: State) -> Tensor:
         """The images or latents (N, C, H, W)."""
         return state.x_MCHW.chunk(2)[0] if self.is_guided else state.x_MCHW

@@ -43,6 +43,10 @@ class _Respaced(Sampler):
         clean = (x_MCHW - noise * noise_MCHW) / signal
         return clean.clamp(-1, 1) if self.config.clip_sample else clean
 
+    def _clean_at(self, i: int, x_NCHW: Tensor, predicted_NCHW: Tensor) -> Tensor:
+        share = float(self._share[i])
+        return self._clean(x_NCHW, predicted_NCHW, share**0.5, (1 - share) ** 0.5)
+
 
 class Ddim(_Respaced):
     """Deterministic DDIM (Song et al. 2021, eq. 12 with sigma = 0)."""

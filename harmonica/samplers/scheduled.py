@@ -151,3 +151,10 @@ class Scheduled(Sampler):
         predicted_MCHW = guided_MCHW[:, : self.model.in_channels]
         x_MCHW = scheduler.step(predicted_MCHW, timestep, state.x_MCHW, return_dict=False, **drawn)[0]
         return self._moved(state, x_MCHW, scheduler)
+
+    def _clean_at(self, i: int, x_NCHW: Tensor, predicted_NCHW: Tensor) -> Tensor:
+        scheduler = self._scheduler
+        if self.model.prediction == "flow":
+            return x_NCHW - float(scheduler.sigmas[self.num_steps - 1 - i]) * predicted_NCHW
+        share = float(scheduler.alphas_cumprod[int(self.timesteps[i])])
+        return (x_NCHW - (1 - share) ** 0.5 * predicted_NCHW) / share**0.5

@@ -1,0 +1,202 @@
+"""The champion is taken up when it proves to draw here, and refused when not: on a real MLflow store."""
+
+import asyncio
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from tiny_dit import SAMPLER, SHAPE, make_artifact, write_model
+from tiny_studio import CONFIG
+
+from harmonica.artifact import RouterArtifact
+from harmonica.models.loading import load_model
+from harmonica.samplers import make_sampler
+from harmonica.smoke import record_sample
+from pipelines import registry
+from pipelines.drawing import ImageSampler, Row
+from pipelines.following import Follower, ServeArgs
+from pipelines.images_api import create_app
+from pipelines.orders import Order
+from pipelines.studio import Studio
+from pipelines.tracking import find_or_create, make_client
+
+NAME = "tiny"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A store that others are copied from: making one costs seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        folder = tmp_path_factory.mktemp("template")
+        find_or_create("register", "first", str(folder), {})
+    return folder
+
+
+@pytest.fixture
+def store(template, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(template, tmp_path / "store")
+    return tmp_path / "store"
+
+
+@dataclasses.dataclass
+class Registry:
+    """Registers routers under names, each the champion from then on."""
+
+    store: Path
+    uri: str = ""
+
+    def add(self, run_id, artifact):
+        run = find_or_create("register", run_id, str(self.store), {})
+        self.uri = run.uri
+        return registry.register(artifact.save(self.store / run_id), name=NAME, run=run)
+
+    def files(self, run_id):
+        """Where MLflow keeps a version's files."""
+        run = find_or_create("register", run_id, str(self.store), {})
+        root = run.client.get_run(run.mlflow_run_id).info.artifact_uri.removeprefix("file://")
+        return Path(root) / "router"
+
+    def move_alias(self, version):
+        make_client(self.uri).set_registered_model_alias(NAME, registry.CHAMPION, version)
+
+
+def make_follower(model, uri):
+    studio = Studio(ImageSampler(load_model(model)), NAME, CONFIG)
+    return studio, Follower(studio, ServeArgs(tracking_uri=uri, registered_model=NAME, model=model))
+
+
+def recorded(model, seed):
+    artifact = make_artifact(model, seed=seed)
+    return record_sample(artifact, make_sampler(load_model(model).model, artifact.sampler))
+
+
+def test_what_cannot_be_served_is_refused_and_the_one_before_stays(model, store, tmp_path):
+    routers = Registry(store)
+    assert routers.add("good", recorded(model, 1)) == "1"
+    studio, follower = make_follower(model, routers.uri)
+
+    async def run():
+        await follower.look()
+        assert (studio.images.version, studio.refused) == ("1", None)
+        before = await studio.draw(Order(Row(1, 1, 0)))
+
+        other = recorded(model, 2)  # its sample says it draws otherwise
+        routers.add("differs", dataclasses.replace(other, sample_CHW=other.sample_CHW.flip(1)))
+        await follower.look()
+        assert studio.images.version == "1" and studio.refused.version == "2"
+        assert "the router's sample differs by" in studio.refused.reason
+
+        routers.add("damaged", recorded(model, 3))
+        (routers.files("damaged") / "router.safetensors").write_bytes(b"damaged")
+        await follower.look()
+        assert studio.refused.version == "3" and "router.safetensors" in studio.refused.reason
+
+        foreign = write_model(tmp_path / "foreign", shape=dataclasses.replace(SHAPE, num_layers=2))
+        routers.add("foreign", make_artifact(foreign))
+        await follower.look()
+        assert studio.refused.version == "4" and "model.num_layers is 3" in studio.refused.reason
+
+        after = await studio.draw(Order(Row(1, 1, 0)))
+        assert (after.picture, after.router_version) == (before.picture, "1")
+        card = await studio.describe()
+        assert card.refused == studio.refused
+
+        routers.move_alias("1")
+        await follower.look()
+        assert studio.refused is None, "rolled back"
+        assert routers.add("better", recorded(model, 5)) == "5"
+        await follower.look()
+        assert (studio.images.version, studio.refused) == ("5", None)
+
+    asyncio.run(run())
+
+
+def test_a_refusal_is_seen_in_health(model, store):
+    routers = Registry(store)
+    routers.add("good", recorded(model, 1))
+    studio, follower = make_follower(model, routers.uri)
+    other = recorded(model, 2)
+
+    async def run():
+        await follower.look()
+        routers.add("differs", dataclasses.replace(other, sample_CHW=other.sample_CHW.flip(1)))
+        await follower.look()
+
+    asyncio.run(run())
+    with TestClient(create_app(studio)) as client:
+        health = client.get("/healthz").json()
+    assert (health["status"], health["router_version"]) == ("ok", "1")
+    assert health["refused"]["version"] == "2" and "differs by" in health["refused"]["reason"]
+
+
+def test_what_was_refused_for_good_is_not_tried_again_and_an_outage_is(model, store, monkeypatch):
+    routers, tried = Registry(store), []
+    routers.add("good", recorded(model, 1))
+    studio, follower = make_follower(model, routers.uri)
+    load = registry.load_version
+
+    def count(name, version, uri):
+        tried.append(version)
+        if version == "2" and len(tried) < 4:
+            raise OSError("the store is down")
+        return load(name, version, uri)
+
+    async def run():
+        await follower.look()
+        monkeypatch.setattr(registry, "load_version", count)
+        other = recorded(model, 2)
+        routers.add("differs", dataclasses.replace(other, sample_CHW=other.sample_CHW.flip(1)))
+        for _ in range(3):
+            await follower.look()
+            assert studio.refused.reason == "the store is down"
+        for _ in range(3):
+            await follower.look()
+            assert "differs by" in studio.refused.reason
+        assert tried == ["2"] * 4
+
+    asyncio.run(run())
+
+
+def test_the_first_router_of_all_is_not_refused_in_silence(model, store):
+    routers, other = Registry(store), recorded(model, 2)
+    routers.add("differs", dataclasses.replace(other, sample_CHW=other.sample_CHW.flip(1)))
+    _, follower = make_follower(model, routers.uri)
+    with pytest.raises(ValueError, match="the router's sample differs"):
+        asyncio.run(follower.look())
+
+
+def test_low_is_the_fastest_that_is_registered_and_can_be_used(model, store, tmp_path):
+    routers = Registry(store)
+    sampler = make_sampler(load_model(model).model, SAMPLER)
+
+    def build(threshold):
+        logits = make_artifact(model, seed=1).logits_TB
+        built = RouterArtifact.build(logits, sampler, threshold=threshold, reuse="hold", training={})
+        return record_sample(built, sampler)
+
+    slow, fast, faster = build(0.3), build(0.6), build(0.7)
+    assert fast.ideal_speedup > slow.ideal_speedup
+    routers.add("fast", fast)
+    routers.add("foreign", make_artifact(write_model(tmp_path / "other", seed=9)))
+    routers.add("slow", slow)
+    studio, follower = make_follower(model, routers.uri)
+
+    async def run():
+        await follower.look()
+        versions = {quality: studio.images.router_for(quality).version for quality in ("medium", "low")}
+        assert versions == {"medium": "3", "low": "1"}
+        routers.add("faster", faster)
+        routers.move_alias("3")
+        await follower.look()
+        assert studio.images.version == "3" and studio.images.router_for("low").version == "4"
+
+    asyncio.run(run())

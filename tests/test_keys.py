@@ -1,0 +1,116 @@
+"""Who may ask, and what is told to nobody: keys and prompts."""
+
+import logging
+
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from tiny_dit import make_artifact, write_model
+from tiny_studio import make_studio
+
+from harmonica.models.loading import load_model
+from pipelines.drawing import Row
+from pipelines.images_api import create_app
+from pipelines.keys import ENVIRONMENT, load_keys
+from pipelines.orders import Order
+from pipelines.replicas import api_builder
+
+PATH = "/v1/images/generations"
+KEYS = ("first-key", "zweiter-schlüssel")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    model = write_model(tmp_path_factory.mktemp("model"))
+    return make_studio(load_model(model), make_artifact(model))
+
+
+@pytest.fixture(scope="module")
+def client(source):
+    with TestClient(create_app(source, KEYS), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_any_of_the_keys_opens(client, key):
+    for kind in ("Bearer", "bearer"):
+        headers = {"authorization": f"{kind} {key}".encode()}
+        assert client.post(PATH, json={"prompt": "Bag"}, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, "", "Bearer", "Bearer ", "Bearer first-ke", "Bearer first-key2", "Basic first-key", "first-key"],
+)
+def test_nothing_else_does(client, header):
+    headers = {} if header is None else {"authorization": header}
+    for answer in (
+        client.post(PATH, json={"prompt": "Bag"}, headers=headers),
+        client.get("/v1/models", headers=headers),
+        client.get("/v1/routers", headers=headers),
+        client.get("/nowhere", headers=headers),
+    ):
+        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        error = answer.json()["error"]
+        assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_api_key")
+        assert "first" not in error["message"]
+
+
+def test_a_body_is_not_read_for_strangers(client):
+    assert client.post(PATH, content=b"x" * 100_000).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/docs", "/openapi.json"])
+def test_what_no_key_protects_is_open(client, path):
+    assert client.get(path).status_code == 200
+
+
+def test_the_official_client_brings_its_key(client):
+    for key, ok in ((KEYS[0], True), ("wrong", False)):
+        api = openai.OpenAI(api_key=key, base_url="http://testserver/v1", http_client=client, max_retries=0)
+        if ok:
+            assert api.models.list().data[0].id == "tiny"
+        else:
+            with pytest.raises(openai.AuthenticationError):
+                api.models.list()
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    assert load_keys("") == ()
+    monkeypatch.setenv(ENVIRONMENT, " one, two ,,")
+    assert load_keys("") == ("one", "two")
+    file = tmp_path / "keys"
+    file.write_text("three\n\n four \n")
+    assert load_keys(str(file)) == ("three", "four"), "the file goes before the environment"
+    file.write_text("\n \n")
+    with pytest.raises(ValueError, match=r"serve.api_keys_file is .*, which holds no key: give a file"):
+        load_keys(str(file))
+    with pytest.raises(ValueError, match=r"serve.api_keys_file is .*, which cannot be read"):
+        load_keys(str(tmp_path / "missing"))
+
+
+def test_an_endpoint_that_was_to_be_closed_does_not_open_where_its_keys_are_missing(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "one")
+    build_api = api_builder("")
+    monkeypatch.delenv(ENVIRONMENT)
+    with pytest.raises(ValueError, match=f"{ENVIRONMENT} is set where the application was built and not"):
+        build_api()
+
+
+def test_prompts_and_keys_are_not_logged(client, caplog):
+    caplog.set_level(logging.DEBUG)
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    for prompt in ("Ankle boot", "a private wish"):
+        client.post(PATH, json={"prompt": prompt, "seed": 3}, headers=headers)
+        client.post(PATH, json={"prompt": prompt}, headers={"authorization": "Bearer mistyped-key"})
+    for said in ("private", "Ankle", "key"):
+        assert said not in "".join(record.getMessage() for record in caplog.records)
+    order = Order(Row("a private wish", 1, 0, "an unwanted thing"))
+    assert "private" not in repr(order) and "unwanted" not in repr(order)
+
+
+def test_other_sites_pages_may_not_ask(client):
+    headers = {"origin": "https://elsewhere.example", "access-control-request-method": "POST"}
+    for answer in (client.options(PATH, headers=headers), client.get("/healthz", headers=headers)):
+        assert not [name for name in answer.headers if name.startswith("access-control")]

@@ -1,0 +1,116 @@
+"""The page at `/`: one file that loads nothing else, and draws what the endpoint draws."""
+
+import re
+import shutil
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from importlib import resources
+
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+from tiny_dit import make_artifact, write_model
+from tiny_studio import make_studio, slow_steps
+
+from harmonica.models.loading import load_model
+from pipelines.images_api import create_app
+
+
+@pytest.fixture(scope="module")
+def studio_parts(tmp_path_factory):
+    model = write_model(tmp_path_factory.mktemp("model"))
+    return load_model(model), make_artifact(model)
+
+
+def test_the_page_is_served_and_may_load_nothing_else(studio_parts):
+    with TestClient(create_app(make_studio(*studio_parts))) as client:
+        answer = client.get("/")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+    assert answer.text == resources.files("pipelines").joinpath("page.html").read_text()
+
+
+def test_the_page_refers_to_nothing_outside():
+    page = resources.files("pipelines").joinpath("page.html").read_text()
+    assert re.findall(r"(?:https?:)?//[a-z]", page.replace("http-equiv", "")) == []
+    assert re.findall(r"<(?:script|img|iframe)[^>]*\bsrc=|@import|url\(", page) == []
+    assert re.findall(r"""<link[^>]*href="([^"]*)""", page) == ["data:,"]
+    assert len(page.encode()) < 20_000, "small"
+    assert 'name="viewport"' in page
+
+
+@contextmanager
+def running(app):
+    """URL of the app on a real server in a thread."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as running_playwright:
+        # Root in a container has no user namespaces to build the sandbox of.
+        started = running_playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1100, 360])
+def test_full_and_cached_are_drawn_side_by_side(studio_parts, browser, width, tmp_path):
+    studio = make_studio(*studio_parts)
+    slow_steps(studio, 0.05)
+    with running(create_app(studio)) as url:
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        complaints = []
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+        page.goto(url)
+        page.wait_for_selector("#draw:not([disabled])")
+        assert page.locator("#class option").count() == 10
+        page.select_option("#class", label="Sneaker")
+        page.fill("#seed", "7")
+        page.click("#draw")
+        rows = set()
+        while page.locator("#draw[disabled]").count():
+            rows.add(page.get_attribute("#map", "data-row"))
+            time.sleep(0.02)
+        assert len(rows - {"", None}) >= 4, "the current step moves over the router"
+        assert "as fast" in page.inner_text("#speedup")
+        assert "dB" in page.inner_text("#difference-note")
+        assert "router 3" in page.inner_text("#cached-note") and "8 steps" in page.inner_text("#full-note")
+        assert page.evaluate("document.getElementById('full').width") == 28
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
+            "no sideways scroll"
+        )
+        page.screenshot(path=str(tmp_path / f"page-{width}.png"))
+        assert complaints == []
+
+
+@pytest.mark.browser
+def test_a_key_is_asked_for_where_one_is_needed(studio_parts, browser):
+    with running(create_app(make_studio(*studio_parts), keys=("secret",))) as url:
+        page = browser.new_page()
+        page.goto(url)
+        page.wait_for_selector("#key", state="visible")
+        page.fill("#key", "secret")
+        page.press("#key", "Tab")
+        page.wait_for_selector("#draw:not([disabled])")
