@@ -26,7 +26,6 @@ MIN_LOGICAL_CPUS = 6
 _LOUD = {
     "ray.data": logging.ERROR,
     "ray.train": logging.WARNING,
-    "ray.train.v2._internal.execution.context": logging.WARNING,  # a line for every report
     "ray.serve": logging.WARNING,
     "mlflow": logging.WARNING,
 }

@@ -158,7 +158,8 @@ def _train_loop(job: dict[str, Any]) -> None:
             tell(f"the checkpoint after trajectory {run.trajectory}")
             if keeper is not None:
                 keeper.save()
-            ray.train.report(metrics | {"trajectory": run.trajectory})
+            # Few, since Ray Train makes a line of them in the log; the rest is in MLflow.
+            ray.train.report({"trajectory": run.trajectory, "loss": metrics["loss"], "cur": metrics["cur"]})
             last_checkpoint = time.monotonic()
     if keeper is not None:
         keeper.finish()

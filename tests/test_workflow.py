@@ -230,7 +230,7 @@ def test_the_chain_with_everything_on_s3(
             monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
             try:
                 assert workflow.main(arguments) == 0, capsys.readouterr().err
-                said = capsys.readouterr()
+                said, stored = capsys.readouterr(), s3.stored()
                 assert workflow.main([*arguments, "--stages", "train", "evaluate", "register"]) == 0
                 assert capsys.readouterr().out.count("done before") == 2
                 again = [*arguments, "--from=evaluate", "--stages", "train", "evaluate", "register"]
@@ -239,7 +239,6 @@ def test_the_chain_with_everything_on_s3(
                 assert out.count("done before") == 1 and "[register] version 2 of" in out
             finally:
                 ray.shutdown()
-        stored = s3.stored()
         for name in ("config.json", "report.json", "samples.png", "router.png", "served.png"):
             assert f"runs/r1/{name}" in stored
         assert any(key.startswith("runs/r1/train/checkpoints/") for key in stored)

@@ -10,7 +10,7 @@ from pyarrow import fs
 
 from harmonica.models.object_store import without_secrets
 
-# Waits of 50 ms, doubled each time: 10 tries outlast a store that is gone for some 25 s, 3 one of 0.2 s.
+# Waits of 50 ms, doubled each time: 10 tries outlast a store that is gone for some 25 s; by itself 6 s.
 _PATIENT_TRIES = 10
 
 
