@@ -11,7 +11,7 @@ ray job submit --working-dir . -- python workflow.py
 import sys
 
 from harmonica.command_line import fail, parse, say
-from pipelines.config import PRESETS
+from pipelines.presets import PRESETS
 from pipelines.stages import Workflow
 
 

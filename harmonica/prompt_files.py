@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -17,7 +16,7 @@ import torch
 from pyarrow import fs
 from torch import Tensor
 
-from harmonica.models.object_store import without_secrets
+from harmonica.models.file_systems import open_uri, shown
 
 MANIFEST = "store.json"
 _PARTS, _SUFFIX = "parts", ".parquet"
@@ -65,27 +64,6 @@ class Manifest:
         """Tells stores apart: the encoder, and every prompt in order, as parts are named by theirs."""
         said = json.dumps(asdict(self), sort_keys=True)
         return f"sha256:{hashlib.sha256(said.encode()).hexdigest()[:16]}"
-
-
-def shown(uri: str) -> str:
-    """A path or URI as messages show it."""
-    return without_secrets(uri) if "://" in uri else uri
-
-
-def open_uri(uri: str, field: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a local path or URI, and the path in it.
-
-    Raises:
-        ValueError: no such kind of URI; pyarrow's own words would quote the secrets in it.
-    """
-    path = uri if "://" in uri else str(Path(uri).expanduser().resolve())
-    try:
-        filesystem, root = fs.FileSystem.from_uri(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{field} {shown(uri)} cannot be opened ({type(error).__name__}): give a path or an s3:// URI"
-        ) from None
-    return filesystem, root.rstrip("/")
 
 
 def part_path(name: str) -> str:

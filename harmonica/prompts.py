@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from harmonica.models.file_systems import open_uri, shown
 from harmonica.models.text_condition import TextCondition
-from harmonica.prompt_files import MANIFEST, PromptRows, open_uri, part_path, read_manifest, shown
+from harmonica.prompt_files import MANIFEST, PromptRows, part_path, read_manifest
 
 _OPEN_PARTS = 16  # the footer of an open one takes some 170 bytes a row
 

@@ -22,6 +22,7 @@ from harmonica.passes import soft_pass
 from harmonica.router import Router
 from harmonica.samplers import Sampler, State
 from harmonica.sampling import planned_step
+from harmonica.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +104,7 @@ class SdtTrainer:
 
     def __init__(self, sampler: Sampler, router: Router, config: SdtConfig) -> None:
         self.sampler, self.router, self.config = sampler, router, config
+        self.stopwatch = Stopwatch(router.rows[0].device)
         trained = [row for row in router.rows if row.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
 
@@ -146,7 +148,8 @@ class SdtTrainer:
             scores_B.backward(lambda_T[i] / count * error_B + beta)
             assert row.grad is not None
             if average is not None:
-                average(row.grad)
+                with self.stopwatch.measure("reduce"):
+                    average(row.grad)
             if on_gradient is not None:
                 on_gradient(i, row.grad)
             self.optimizer.step()
@@ -168,23 +171,25 @@ class SdtTrainer:
     def _step(self, i: int, part: _MicroBatch, scores_B: Tensor) -> tuple[Tensor, Tensor, int]:
         """Take the rows past step i: sum of squared errors, its gradient in the scores (B,), elements."""
         sampler, model, config = self.sampler, self.sampler.model, self.config
-        with torch.no_grad():
+        with torch.no_grad(), self.stopwatch.measure("teacher"):
             hidden, conditioning = sampler.embed(i, part.state)
             target = sampler.guide(model.full_pass(hidden, conditioning))
-        output = soft_pass(
-            model,
-            hidden,
-            conditioning,
-            scores_B,
-            (scores_B.detach() > config.threshold).tolist(),
-            part.cache,
-            i,
-            recompute=config.activation_checkpointing,
-        )
-        guided = sampler.guide(output)
+        with self.stopwatch.measure("student"):
+            output = soft_pass(
+                model,
+                hidden,
+                conditioning,
+                scores_B,
+                (scores_B.detach() > config.threshold).tolist(),
+                part.cache,
+                i,
+                recompute=config.activation_checkpointing,
+            )
+            guided = sampler.guide(output)
         # The gradient of the sum of squares: a mean times lambda, some 1e-10 an element, would underflow
         # on its way through a float16 model. And sums add up over micro-batches.
         error = (guided - target).square().sum()
-        (error_B,) = torch.autograd.grad(error, scores_B)
+        with self.stopwatch.measure("backward"):
+            (error_B,) = torch.autograd.grad(error, scores_B)
         part.state = sampler.advance(i, part.state, guided.detach())
         return error.detach(), error_B, guided.numel()

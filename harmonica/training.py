@@ -141,18 +141,19 @@ class RouterRun:
         config, started = self.config, time.monotonic()
         metrics = {}
         if config.iepo != "none" and self.trajectory % config.iepo_every == 0:
-            self.lambda_T = image_error_proxy(
-                self.sampler,
-                self.router,
-                noise_NCHW,
-                condition_N,
-                kind=config.iepo,
-                threshold=config.sdt.threshold,
-                reuse=config.sdt.reuse,
-                rows=rows,
-                micro_batch_size=config.micro_batch_size,
-                average=average,
-            )
+            with self.trainer.stopwatch.measure("lambda"):
+                self.lambda_T = image_error_proxy(
+                    self.sampler,
+                    self.router,
+                    noise_NCHW,
+                    condition_N,
+                    kind=config.iepo,
+                    threshold=config.sdt.threshold,
+                    reuse=config.sdt.reuse,
+                    rows=rows,
+                    micro_batch_size=config.micro_batch_size,
+                    average=average,
+                )
             metrics = {f"lambda.step_{i:03d}": value for i, value in enumerate(self.lambda_T.tolist())}
         records, _ = self.trainer.train_trajectory(
             noise_NCHW,
@@ -169,6 +170,7 @@ class RouterRun:
         average(means)
         metrics |= dict(zip(("loss", "mse", "l1"), means.tolist(), strict=True))
         metrics |= {"cur": self.cur, "beta": self.beta_now}
+        metrics |= {f"seconds.{n}": took for n, took in self.trainer.stopwatch.take().items()}
         metrics["updates_per_s"] = len(records) / (time.monotonic() - started)
         if self.beta:
             self.beta.update()

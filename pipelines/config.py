@@ -1,29 +1,29 @@
 """Every setting of the workflow. This file is the manual: a line under each field says what it does.
 
-Presets are functions that return a whole `WorkflowConfig`; the command line overrides single fields,
-as in `python workflow.py fashion --train.trajectories 50`.
+`pipelines.presets` fills them in; the command line overrides single fields, as in
+`python workflow.py fashion --train.trajectories 50`.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from harmonica import presets
-from harmonica.builtin import CAPTIONS
+import tyro
+
+from harmonica.models.file_systems import shown
 from harmonica.models.loading import ModelConfig
-from harmonica.presets import Recipe
 from harmonica.samplers import SamplerConfig, SamplerName
 from harmonica.text_encoder import EncoderDtype, OverLimit
 from harmonica.training import TrainingConfig
 
 Stage = Literal["prompts", "train", "evaluate", "register", "serve"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+Placement = Literal["PACK", "SPREAD", "STRICT_SPREAD"]
 CLASS_STAGES: tuple[Stage, ...] = STAGES[1:]
 """Of a model that takes no prompts."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_ENDPOINT = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+/?")
 
 
 def _require(condition: bool, field_name: str, value: object, cure: str) -> None:
@@ -72,10 +72,20 @@ class TrainConfig(TrainingConfig):
     """One GPU a worker."""
     max_failures: int = 3
     """Worker failures survived, each from the last checkpoint."""
+    placement_strategy: Placement = "PACK"
+    """Workers on few nodes (PACK), spread over many (SPREAD), or never two on one (STRICT_SPREAD)."""
+    stall_timeout_s: float = 1800.0
+    """A run of which no worker has begun anything new for this long fails, and says what it waited for."""
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)  # super() does not work in a dataclass with slots
         _require(self.num_workers >= 1, "train.num_workers", self.num_workers, "give 1 or more")
+        strategies = get_args(Placement)
+        cure = f"give one of {', '.join(strategies)}"
+        _require(
+            self.placement_strategy in strategies, "train.placement_strategy", self.placement_strategy, cure
+        )
+        _require(self.stall_timeout_s > 0, "train.stall_timeout_s", self.stall_timeout_s, "give seconds")
         _require(
             self.num_workers > 1 or not self.shard_model,
             "train.shard_model",
@@ -180,9 +190,14 @@ class WorkflowConfig:
     run_id: str = ""
     """Names the run; the same id again skips its finished stages. Empty: a new one."""
     storage_path: str = "runs"
-    """Folder, or s3://bucket/prefix, that holds runs."""
+    """Folder, or s3://bucket/prefix, that holds runs; credentials come from the environment or ~/.aws."""
+    storage_endpoint: str = ""
+    """Address of an S3 store that is not Amazon's, such as http://minio:9000; empty takes AWS_ENDPOINT_URL,
+    or what ~/.aws/config says."""
     stages: tuple[Stage, ...] = CLASS_STAGES
     """What to run, in this order."""
+    done_again_from: Annotated[Stage | None, tyro.conf.arg(name="from")] = None
+    """Of a run that has it already: do this stage and those after it again."""
     registered_model: str = "harmonica-fashion"
     """Name in MLflow's registry; the alias `champion` points at the version Serve loads."""
     seed: int = 0
@@ -207,9 +222,33 @@ class WorkflowConfig:
             self.run_id,
             "give letters, digits, '.', '_' and '-', at most 100",
         )
+        _require(
+            "://" not in self.storage_path or shown(self.storage_path) == self.storage_path.rstrip("/"),
+            "storage_path",
+            shown(self.storage_path),
+            "leave out what may be a credential: it would be logged; the environment or ~/.aws gives it",
+        )
+        _require(
+            not self.storage_endpoint or bool(_ENDPOINT.fullmatch(self.storage_endpoint)),
+            "storage_endpoint",
+            shown(self.storage_endpoint),
+            "give http://host:port or https://host, without credentials",
+        )
         _require(bool(self.stages), "stages", self.stages, f"give some of {', '.join(STAGES)}")
         unknown = [stage for stage in self.stages if stage not in STAGES]
         _require(not unknown, "stages", unknown, f"give some of {', '.join(STAGES)}")
+        _require(
+            self.done_again_from is None or bool(self.run_id),
+            "from",
+            self.done_again_from,
+            "give the --run-id of the run whose stages are to be done again",
+        )
+        _require(
+            self.done_again_from in (None, *self.stages),
+            "from",
+            self.done_again_from,
+            f"give one of the stages to run, {', '.join(self.stages)}",
+        )
         _require(0 <= self.seed < 2**62, "seed", self.seed, "give a whole number from 0")
         _require(
             bool(_NAME.fullmatch(self.registered_model)),
@@ -219,49 +258,11 @@ class WorkflowConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All settings, for records and logs: URIs without the credentials that may be in them."""
+        return _without_secrets(dataclasses.asdict(self))
 
 
-def _from_recipe(recipe: Callable[[], Recipe], **settings: Any) -> WorkflowConfig:
-    parts, train = recipe(), settings.pop("train", {})
-    base = {f.name: getattr(parts.train, f.name) for f in dataclasses.fields(parts.train)}
-    return WorkflowConfig(
-        model=parts.model, sampler=parts.sampler, train=TrainConfig(**base | train), **settings
-    )
-
-
-def fashion() -> WorkflowConfig:
-    """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download."""
-    return _from_recipe(presets.fashion, evaluate=EvaluateConfig(samples=320, timing_rounds=4))
-
-
-def fashion_text() -> WorkflowConfig:
-    """The built-in PixArt on captions of Fashion-MNIST: text to image on two cores, no download."""
-    return _from_recipe(
-        presets.fashion_text,
-        preset="fashion-text",
-        registered_model="harmonica-fashion-text",
-        stages=STAGES,
-        prompts=PromptsConfig(path=str(CAPTIONS), max_tokens=16, dtype="float32"),
-        evaluate=EvaluateConfig(samples=320, timing_rounds=4),
-    )
-
-
-def _on_gpus(name: str) -> WorkflowConfig:
-    """A public model on four GPUs, as the paper trained; wants its path, PixArt prompts too."""
-    is_text = name.startswith("pixart")
-    return _from_recipe(
-        presets.RECIPES[name],
-        stages=STAGES if is_text else CLASS_STAGES,
-        prompts=PromptsConfig(max_tokens=300 if "sigma" in name else 120, use_gpu=is_text),
-        preset=name,
-        registered_model=f"harmonica-{name}",
-        train={"num_workers": 4, "use_gpu": True},
-        evaluate=EvaluateConfig(samples=50_000, num_actors=4, use_gpu=True),
-        serve=ServeConfig(use_gpu=True),
-    )
-
-
-PRESETS: dict[str, Callable[[], WorkflowConfig]] = {"fashion": fashion, "fashion-text": fashion_text} | {
-    name: partial(_on_gpus, name) for name in presets.RECIPES if not name.startswith("fashion")
-}
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_secrets(one) for name, one in value.items()}
+    return shown(value) if isinstance(value, str) else value

@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from harmonica import text_encoder
 from harmonica.models.fetch import local_path
-from harmonica.prompt_files import open_uri, shown
+from harmonica.models.file_systems import open_uri, shown
 from pipelines.config import PromptsConfig
 
 logger = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from ray.data import ActorPoolStrategy
 
 from harmonica import text_encoder
 from harmonica.models.fetch import local_path
+from harmonica.models.file_systems import shown
 from harmonica.prompt_files import (
     MANIFEST,
     Manifest,
@@ -29,7 +30,6 @@ from harmonica.prompt_files import (
     part_bytes,
     part_path,
     read_manifest,
-    shown,
     stored_parts,
 )
 from harmonica.prompts import PromptStore

@@ -4,7 +4,6 @@ A version's source is the folder `router/` of the MLflow run that made it: `rout
 `config.json` as they are, no MLflow flavour and so no pickle.
 """
 
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from harmonica.artifact import RouterArtifact
-from pipelines.tracking import StageRun, make_client
+from pipelines.tracking import StageRun, make_client, without_credentials
 
 CHAMPION = "champion"
 _FOLDER = "router"
@@ -109,7 +108,7 @@ def _ensure_registered_model(client: MlflowClient, name: str) -> None:
 
 def _raise_if_unknown(client: MlflowClient, name: str, alias: str, uri: str) -> None:
     """ValueError when the server answers and lacks the name or the alias; else nothing."""
-    where = re.sub(r"//[^/@]*@", "//", uri)  # without credentials
+    where = without_credentials(uri)
     known = {model.name: model for model in client.search_registered_models()}
     if name not in known:
         raise ValueError(

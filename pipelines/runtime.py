@@ -5,6 +5,8 @@ import os
 
 import ray
 
+from pipelines.storage import ENDPOINT
+
 logger = logging.getLogger(__name__)
 
 QUIET = {
@@ -37,11 +39,14 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(level)
 
 
-def connect() -> None:
+def connect(endpoint: str = "") -> None:
     """Join the cluster of `RAY_ADDRESS` (set by `ray job submit`), else start a private local one.
 
     A private cluster is closed by a token: where the environment names none, Ray makes one itself
     and keeps it in `~/.ray/auth_token`.
+
+    Args:
+        endpoint: of an S3 store, for the workers of a joined cluster; a private one's inherit it.
     """
     if ray.is_initialized():
         return
@@ -49,7 +54,9 @@ def connect() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
+        # Only what is no secret: a runtime environment is shown on the dashboard.
+        shared = {"env_vars": {ENDPOINT: endpoint}} if endpoint else None
+        ray.init(logging_level=logging.WARNING, runtime_env=shared)
         return
     ray.init(
         address="local",

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import importlib.metadata
 import io
-import json
 import shutil
 import subprocess
 import tempfile
@@ -23,17 +22,13 @@ from harmonica.models.vae import draws_pixels
 from harmonica.prompt_files import MANIFEST
 from harmonica.prompts import PromptStore
 from harmonica.samplers import make_sampler, with_scheduler
-from pipelines import registry, tracking
+from pipelines import registry, resume, tracking
 from pipelines.config import Stage, WorkflowConfig
+from pipelines.resume import HEAT_MAP, REPORT, ROUTER, SERVED, SHEET
 from pipelines.runtime import connect, is_private
-from pipelines.storage import RunStorage
+from pipelines.storage import RunStorage, settle_endpoint
 from pipelines.stream import PROMPTS
 from pipelines.terminal import results_table
-
-ROUTER, REPORT, SHEET, HEAT_MAP, CONFIG = "router", "report.json", "samples.png", "router.png", "config.json"
-SERVED = "served.png"
-# What may differ when a run is resumed: none of it changes what the finished stages made.
-_FREE_TO_CHANGE = ("run_id", "stages", "serve", "storage_path", "preset")
 
 
 def _git_revision() -> str:
@@ -50,7 +45,11 @@ class Workflow:
     def __init__(self, config: WorkflowConfig) -> None:
         run_id = config.run_id or datetime.now(UTC).strftime(f"{config.preset}-%Y%m%d-%H%M%S")
         self.config = dataclasses.replace(config, run_id=run_id)
-        self.storage = RunStorage(config.storage_path, run_id)
+        if config.storage_endpoint or config.storage_path.startswith("s3://"):
+            settle_endpoint(config.storage_endpoint)
+        self.storage = RunStorage(config.storage_path, run_id, patient=True)
+        # Absolute, since actors run in folders of their own.
+        self.config = dataclasses.replace(self.config, storage_path=self.storage.root)
         self.url = ""
         self._class_names: tuple[str, ...] = ()
         self._parent: tracking.StageRun | None = None
@@ -61,6 +60,8 @@ class Workflow:
         Raises:
             ValueError: names field, value and cure.
         """
+        if not self.storage.is_local:  # without patience, or a wrong address would take a minute to be told
+            RunStorage(self.storage.root, self.storage.run_id).check_writable()
         if "serve" in self.config.stages and is_private():
             from pipelines.serve import check_port
 
@@ -75,7 +76,7 @@ class Workflow:
                 f"model.vae is '' and {self.config.model.path} draws latents: give its decoder, or leave the "
                 "stage serve out"
             )
-        if self.storage.exists(f"{ROUTER}/config.json"):
+        if self._is_finished("train"):
             RouterArtifact.load(self.storage.download_folder(ROUTER)).check(model, self.config.sampler)
         elif "train" not in self.config.stages and {"evaluate", "register"} & set(self.config.stages):
             raise ValueError(
@@ -83,19 +84,13 @@ class Workflow:
                 "add the stage train, or give the --run-id of a trained run"
             )
         self._check_prompts(model)
-        self.storage.check_writable()
+        if self.storage.is_local:  # last, since it makes the folder
+            self.storage.check_writable()
         tracking.tracking_uri(self.config.storage_path)
-        wanted = {k: v for k, v in self._plain_config().items() if k not in _FREE_TO_CHANGE}
-        if not self.storage.exists(CONFIG):
-            self.storage.write_json(CONFIG, self._plain_config())
-            return
-        before = self.storage.read_json(CONFIG)
-        for name, value in wanted.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"{name} is {value} and run_id {self.config.run_id} was started with "
-                    f"{before.get(name)}: resume it with its own settings, or take a new run id"
-                )
+        resume.take_up(self.config, self.storage)
+
+    def _is_finished(self, stage: Stage) -> bool:
+        return resume.is_finished(stage, self.config, self.storage)
 
     def _check_prompts(self, model: BranchedTransformer) -> None:
         stages, prompts = self.config.stages, self.config.prompts
@@ -108,7 +103,7 @@ class Workflow:
             raise ValueError(
                 f"prompts.max_tokens is {prompts.max_tokens} and the model takes {tokens}: give that number"
             )
-        if self.storage.exists(f"{PROMPTS}/{MANIFEST}") or not {"prompts", "train", "evaluate"} & set(stages):
+        if self._is_finished("prompts") or not {"prompts", "train", "evaluate"} & set(stages):
             return
         if "prompts" not in stages:
             raise ValueError(
@@ -118,14 +113,10 @@ class Workflow:
         if not prompts.path:
             raise ValueError("prompts.path is '' and the model takes prompts: give a file of prompts")
 
-    def _plain_config(self) -> dict[str, Any]:
-        """The settings as they come back from JSON, where tuples are lists."""
-        return json.loads(json.dumps(self.config.to_dict()))
-
     @contextmanager
     def tracked(self) -> Iterator[None]:
         """One MLflow run for the workflow; the stages' runs are nested in it."""
-        connect()
+        connect(self.config.storage_endpoint)
         with tracking.stage_run(
             "workflow", self.config.run_id, self.config.storage_path, self._parameters()
         ) as self._parent:

@@ -1,14 +1,16 @@
 """MLflow: one run a workflow, one nested run a stage, each found again after a restart."""
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "harmonica"
@@ -41,6 +43,19 @@ def make_client(uri: str) -> MlflowClient:
     return MlflowClient(uri, registry_uri=uri)
 
 
+def without_credentials(uri: str) -> str:
+    """A tracking URI for messages."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+class Point(NamedTuple):
+    """Metrics of one step, and when they were measured: that is theirs however late they are sent."""
+
+    step: int
+    time_ms: int
+    metrics: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class StageRun:
     """A handle on one MLflow run, plain enough to send to a worker."""
@@ -52,17 +67,38 @@ class StageRun:
     def client(self) -> MlflowClient:
         return make_client(self.uri)
 
+    @property
+    def shown_uri(self) -> str:
+        """For messages."""
+        return without_credentials(self.uri)
+
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """All metrics of one step in one request."""
-        self.log_many([(step, metrics)])
+        self.log_points([Point(step, int(time.time() * 1000), metrics)])
 
-    def log_many(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Metrics of many steps in as few requests as MLflow takes."""
-        now = int(time.time() * 1000)
-        batch = [Metric(name, float(v), now, step) for step, row in rows for name, v in row.items()]
+    def log_points(self, points: Sequence[Point]) -> None:
+        """Metrics of many steps in as few requests as MLflow takes, steps in order and each in one request.
+
+        Sent again after a lost answer they are stored once, since MLflow tells points by step and time.
+        """
         client = self.client
+        batch: list[Metric] = []
+        for point in points:
+            metrics = [Metric(n, float(v), point.time_ms, point.step) for n, v in point.metrics.items()]
+            if len(batch) + len(metrics) > _MAX_METRICS_PER_REQUEST:
+                self._log_batch(client, batch)
+                batch = []
+            batch += metrics
+        self._log_batch(client, batch)
+
+    def _log_batch(self, client: MlflowClient, batch: list[Metric]) -> None:
         for first in range(0, len(batch), _MAX_METRICS_PER_REQUEST):
             client.log_batch(self.mlflow_run_id, metrics=batch[first : first + _MAX_METRICS_PER_REQUEST])
+
+    def last_step(self, metric: str) -> int:
+        """The newest step that MLflow has of a metric, -1 where it has none."""
+        history = self.client.get_metric_history(self.mlflow_run_id, metric)
+        return max((point.step for point in history), default=-1)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -83,7 +119,29 @@ def _experiment_id(client: MlflowClient, storage_path: str) -> str:
     # A server decides where artifacts go; beside a local SQLite file they go next to it.
     local = not os.environ.get("MLFLOW_TRACKING_URI")
     location = (Path(storage_path).resolve() / "mlartifacts").as_uri() if local else None
-    return client.create_experiment(EXPERIMENT, artifact_location=location)
+    try:
+        return client.create_experiment(EXPERIMENT, artifact_location=location)
+    except MlflowException as error:
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+            raise
+        return found.experiment_id  # of a workflow that started at the same moment
+
+
+def _find(client: MlflowClient, experiment_id: str, stage: str, run_id: str) -> str:
+    """MLflow's id of the run of (run id, stage), "" where there is none."""
+    query = f"tags.`{_RUN_TAG}` = '{run_id}' and tags.`{_STAGE_TAG}` = '{stage}'"
+    found = client.search_runs([experiment_id], query, max_results=1)
+    return found[0].info.run_id if found else ""
+
+
+def set_aside(stages: Sequence[str], run_id: str, storage_path: str) -> None:
+    """Keep the runs of stages that are to be done again as what they were; new ones take their place."""
+    client = make_client(tracking_uri(storage_path))
+    experiment_id = _experiment_id(client, storage_path)
+    for stage in stages:
+        if found := _find(client, experiment_id, stage, run_id):
+            client.set_tag(found, _STAGE_TAG, f"{stage} (done again)")
 
 
 def find_or_create(
@@ -93,10 +151,9 @@ def find_or_create(
     uri = tracking_uri(storage_path)
     client = make_client(uri)
     experiment_id = _experiment_id(client, storage_path)
-    query = f"tags.`{_RUN_TAG}` = '{run_id}' and tags.`{_STAGE_TAG}` = '{stage}'"
-    if found := client.search_runs([experiment_id], query, max_results=1):
-        client.update_run(found[0].info.run_id, status="RUNNING")
-        return StageRun(uri, found[0].info.run_id)
+    if found := _find(client, experiment_id, stage, run_id):
+        client.update_run(found, status="RUNNING")
+        return StageRun(uri, found)
     tags = {_RUN_TAG: run_id, _STAGE_TAG: stage}
     name = run_id if parent is None else f"{run_id} {stage}"
     if parent is not None:

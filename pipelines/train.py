@@ -1,20 +1,20 @@
 """Router training on Ray Train V2: rows by Ray Data, checkpoints, metrics to MLflow, resumable."""
 
+import dataclasses
 import logging
-import tempfile
+import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray.data
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.experimental import tqdm_ray
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from harmonica.artifact import RouterArtifact
@@ -24,32 +24,22 @@ from harmonica.rows import Batch, RowSpec, Share
 from harmonica.samplers import make_sampler
 from harmonica.sharding import shard
 from harmonica.training import RouterRun
+from pipelines.checkpoints import Checkpoints
 from pipelines.config import WorkflowConfig
+from pipelines.metric_log import MetricLog
+from pipelines.progress import make_board, run_watched
 from pipelines.runtime import quiet_libraries
 from pipelines.storage import RunStorage
 from pipelines.stream import row_spec, stream_rows
 from pipelines.tracking import StageRun
+from pipelines.worker_times import WorkerTimes
 
 logger = logging.getLogger(__name__)
 
-_STATE = "state.pt"
-
-
-@dataclass
-class _Log:
-    """Rank 0's metrics since the last checkpoint: logged with it, so a replayed step is logged once."""
-
-    run: StageRun
-    pending: list[tuple[int, dict[str, float]]]
-
-    def flush(self, state: RouterRun) -> None:
-        self.run.log_many(self.pending)
-        self.pending.clear()
-        names = [branch.name for branch in state.sampler.model.branches]
-        plan = state.router.plan(state.config.sdt.threshold)
-        figure = router_heat_map(state.router.logits().sigmoid().cpu(), plan.to_tensor(), names)
-        path = f"router/trajectory_{state.trajectory:06d}.png"
-        self.run.client.log_figure(self.run.mlflow_run_id, figure, path)
+_METRICS = "unlogged_metrics"
+_MLFLOW_PATIENCE_S = 600
+# Training does not stand still for its curves: they wait in the checkpoint (`MetricLog`).
+_MLFLOW_CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
 def start_run(
@@ -64,7 +54,9 @@ def start_run(
     return run, row_spec(config, model, config.seed)
 
 
-def _trajectories(run: RouterRun, spec: RowSpec) -> Iterator[Batch]:
+def _trajectories(
+    run: RouterRun, spec: RowSpec, times: WorkerTimes, tell: Callable[[str], object]
+) -> Iterator[Batch]:
     """This worker's rows of every trajectory still to train."""
     context = ray.train.get_context()
     share = Share(run.config.batch_size, context.get_world_rank(), context.get_world_size())
@@ -72,8 +64,13 @@ def _trajectories(run: RouterRun, spec: RowSpec) -> Iterator[Batch]:
     if remaining <= 0:
         return
     rows = stream_rows(spec, share, first_trajectory=run.trajectory, trajectories=remaining)
-    for batch in rows.iter_batches(batch_size=share.size, prefetch_batches=4, batch_format="numpy"):
-        yield Batch.of(batch, spec, run.device)
+    batches = iter(rows.iter_batches(batch_size=share.size, prefetch_batches=4, batch_format="numpy"))
+    for _ in range(remaining):
+        tell(f"rows of trajectory {run.trajectory}")
+        with times.waiting_for_data():
+            batch = Batch.of(next(batches), spec, run.device)
+        tell(f"trajectory {run.trajectory}, its updates and the other workers' gradients")
+        yield batch
 
 
 def _agree(due: bool, device: torch.device | str) -> bool:
@@ -84,71 +81,139 @@ def _agree(due: bool, device: torch.device | str) -> bool:
     return bool(flag.item())
 
 
-def _report(run: RouterRun, metrics: dict[str, float], log: _Log | None) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if log is not None:
-            log.flush(run)
-            torch.save(run.state(), Path(folder) / _STATE)
-            checkpoint = Checkpoint.from_directory(folder)
-        ray.train.report(metrics | {"trajectory": run.trajectory}, checkpoint=checkpoint)
+class _Keeper:
+    """Rank 0's: what it leaves of a run, on the storage and in MLflow, at every checkpoint."""
+
+    def __init__(self, checkpoints: Checkpoints, run: RouterRun, stage: StageRun, pending: list[Any]) -> None:
+        self.checkpoints, self.run, self.stage = checkpoints, run, stage
+        self.log = MetricLog(stage, pending)
+        self.bar = tqdm_ray.tqdm(total=run.config.trajectories, desc="train router", position=0)
+        self.bar.update(run.trajectory)
+
+    def add(self, metrics: dict[str, float]) -> None:
+        self.log.add(self.run.trajectory, metrics)
+        self.bar.update(1)
+
+    def save(self) -> None:
+        self.checkpoints.save(self.run.trajectory, self.run.state() | {_METRICS: self.log.state()})
+        if self.log.flush():
+            self._draw()
+
+    def _draw(self) -> None:
+        names = [branch.name for branch in self.run.sampler.model.branches]
+        plan = self.run.router.plan(self.run.config.sdt.threshold)
+        scores = self.run.router.logits().sigmoid().cpu()
+        path = f"router/trajectory_{self.run.trajectory:06d}.png"
+        try:
+            figure = router_heat_map(scores, plan.to_tensor(), names)
+            self.stage.client.log_figure(self.stage.mlflow_run_id, figure, path)
+        except Exception as error:  # of many libraries; a picture is not worth a run
+            logger.warning("%s is not in MLflow (%s)", path, type(error).__name__)
+
+    def finish(self) -> None:
+        self.log.finish(_MLFLOW_PATIENCE_S)
+        self.bar.close()
+
+
+def _resume(run: RouterRun, checkpoints: Checkpoints, is_rank_0: bool) -> list[Any]:
+    """Go on from the newest whole checkpoint, on all workers the same; its metrics not logged yet."""
+    found = checkpoints.last() if is_rank_0 else None
+    name: str = ray.train.collective.broadcast_from_rank_zero(found)
+    if not name:
+        return []
+    state = checkpoints.load(name, run.device)
+    run.load_state(state)
+    logger.info("resumed after trajectory %d", run.trajectory)
+    return state[_METRICS]
 
 
 def _train_loop(job: dict[str, Any]) -> None:
     config: WorkflowConfig = job["config"]
     quiet_libraries()
+    for name, value in _MLFLOW_CLIENT.items():
+        os.environ.setdefault(name, value)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the training bar is the one to see
+    rank = ray.train.get_context().get_world_rank()
+
+    def tell(doing: str) -> None:
+        job["board"].tell.remote(rank, doing)
+
+    tell("the model")
     device, shard_model = ray.train.torch.get_device(), config.train.shard_model
     run, spec = start_run(config, device, shard_model=shard_model)
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            run.load_state(torch.load(Path(folder) / _STATE, weights_only=True, map_location=run.device))
-        logger.info("resumed after trajectory %d", run.trajectory)
-    is_rank_0 = ray.train.get_context().get_world_rank() == 0
-    log = _Log(job["mlflow"], []) if is_rank_0 else None
-    total = config.train.trajectories
-    bar = tqdm_ray.tqdm(total=total, desc="train router", position=0) if is_rank_0 else None
-    if bar is not None:
-        bar.update(run.trajectory)
-    last_checkpoint = time.monotonic()
-    for rows in _trajectories(run, spec):
+    checkpoints = Checkpoints(RunStorage(config.storage_path, config.run_id, patient=True))
+    pending = _resume(run, checkpoints, rank == 0)
+    keeper = _Keeper(checkpoints, run, job["mlflow"], pending) if rank == 0 else None
+    times, last_checkpoint = WorkerTimes(run.device), time.monotonic()
+    for rows in _trajectories(run, spec, times, tell):
         metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
-        if log is not None and bar is not None:
-            log.pending.append((run.trajectory, metrics))
-            bar.update(1)
-        is_last = run.trajectory == total
+        times.add(metrics)
+        is_last = run.trajectory == config.train.trajectories
         is_due = time.monotonic() - last_checkpoint > config.train.checkpoint_interval_s
-        if _agree(is_last or is_due, run.device):
-            _report(run, metrics, log)
+        if is_kept := _agree(is_last or is_due, run.device):
+            metrics |= times.gather(rank)
+        if keeper is not None:
+            keeper.add(metrics)
+        if is_kept:
+            tell(f"the checkpoint after trajectory {run.trajectory}")
+            if keeper is not None:
+                keeper.save()
+            # Few, since Ray Train makes a line of them in the log; the rest is in MLflow.
+            ray.train.report({"trajectory": run.trajectory, "loss": metrics["loss"], "cur": metrics["cur"]})
             last_checkpoint = time.monotonic()
-    if bar is not None:
-        bar.close()
+    if keeper is not None:
+        keeper.finish()
 
 
 def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> RouterArtifact:
-    """Train to `config.train.trajectories`, resuming the run's last checkpoint; returns the router."""
+    """Train to `config.train.trajectories`, resuming the run's last checkpoint; returns the router.
+
+    Raises:
+        RuntimeError: workers failed more often than `train.max_failures`; says how the last one did.
+        TimeoutError: nothing went on for `train.stall_timeout_s`; says what it waited for.
+    """
     settings = config.train
+    config = dataclasses.replace(config, storage_path=storage.root)  # workers run in folders of their own
+    board = make_board()
     trainer = TorchTrainer(
         _train_loop,
-        train_loop_config={"config": config, "mlflow": stage},
-        scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=settings.use_gpu),
+        train_loop_config={"config": config, "mlflow": stage, "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=settings.num_workers,
+            use_gpu=settings.use_gpu,
+            placement_strategy=settings.placement_strategy,
+        ),
         run_config=RunConfig(  # type: ignore[call-arg]  # ray.train's stubs still show the V1 class
             name="train",
             storage_path=storage.uri(),
             failure_config=FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    result = trainer.fit()
-    if result.checkpoint is None:
-        raise RuntimeError(f"training of {config.run_id} ended without a checkpoint under {storage.uri()}")
-    return _build_artifact(config, result.checkpoint)
+    kind = "GPU" if settings.use_gpu else "CPU"
+    wanted = f"{settings.num_workers} workers of one {kind} each, {settings.placement_strategy}"
+    try:
+        run_watched(trainer.fit, board, settings.stall_timeout_s, wanted)
+    except WorkerGroupError as error:
+        raise RuntimeError(_last_failure(error, settings.max_failures)) from error
+    return _build_artifact(config, Checkpoints(storage))
 
 
-def _build_artifact(config: WorkflowConfig, checkpoint: Checkpoint) -> RouterArtifact:
-    with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / _STATE, weights_only=True, map_location="cpu")
+def _last_failure(error: WorkerGroupError, max_failures: int) -> str:
+    each = {f"rank {rank}: {str(cause).strip()}" for rank, cause in error.worker_failures.items()}
+    return f"training failed more than train.max_failures ({max_failures}) times, at last\n" + "\n".join(
+        sorted(each)
+    )
+
+
+def _build_artifact(config: WorkflowConfig, checkpoints: Checkpoints) -> RouterArtifact:
     run, _ = start_run(config, torch.device("cpu"))
-    run.load_state(state)
+    name = checkpoints.last()
+    if name:
+        run.load_state(checkpoints.load(name))
+    if run.trajectory < config.train.trajectories:
+        raise RuntimeError(
+            f"training of {config.run_id} ended and its last whole checkpoint is of trajectory "
+            f"{run.trajectory} of {config.train.trajectories}: run again with the same run id"
+        )
     return run.artifact(run_id=config.run_id, **config.to_dict()["train"])

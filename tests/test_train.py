@@ -1,17 +1,20 @@
 """Router training: resumable bit for bit, and the same router from one worker and from two."""
 
 import dataclasses
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
 from tiny_dit import write_model
 
 from harmonica.noise import RowKeys
-from harmonica.rows import make_rows
+from harmonica.rows import Batch, make_rows
 from harmonica.training import RouterRun
-from pipelines.config import TrainConfig, WorkflowConfig, fashion
+from pipelines.config import TrainConfig, WorkflowConfig
+from pipelines.presets import fashion
 from pipelines.runtime import connect
 from pipelines.storage import RunStorage
 from pipelines.tracking import find_or_create, make_client, tracking_uri
@@ -54,6 +57,20 @@ def test_training_moves_the_router(config: WorkflowConfig) -> None:
     after = trained_here(config).router.logits()
     assert (after[:-1] != before[:-1]).any(dim=1).all(), "every trained row has moved"
     assert torch.equal(after[-1], before[-1]), "row T-1 never moves"
+
+
+def test_a_trajectory_says_what_its_time_went_into(config: WorkflowConfig) -> None:
+    run, spec = start_run(config, torch.device("cpu"))
+    rows = Batch.of(make_rows(np.arange(4), spec), spec, "cpu")
+    started = time.perf_counter()
+    first = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+    second = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+    took = time.perf_counter() - started
+    kinds = {f"seconds.{name}" for name in ("teacher", "student", "backward", "reduce")}
+    assert {name for name in first if name.startswith("seconds.")} == kinds | {"seconds.lambda"}
+    assert {name for name in second if name.startswith("seconds.")} == kinds, "lambda every iepo_every"
+    summed = sum(value for each in (first, second) for name, value in each.items() if "seconds." in name)
+    assert 0.5 * took < summed < took
 
 
 def test_a_resumed_run_is_bit_identical(config: WorkflowConfig, tmp_path: Path) -> None:

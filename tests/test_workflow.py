@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import ray
+from mlflow_server import MlflowServer
+from processes import free_port
+from s3_server import BUCKET, SECRET, s3_server
 from tiny_dit import make_artifact, write_model
 
 import workflow
 from harmonica.prompt_files import MANIFEST
+from pipelines.tracking import find_or_create
 
 ROOT = Path(workflow.__file__).parent
 SMALL = [
@@ -41,7 +45,9 @@ SMALL = [
         (["fashion", "--model.path=/no/such"], ["model.path /no/such does not exist", "give builtin:"]),
         (["dit-xl-2-256-t20"], ["model.path DiT-XL-2-256x256.pt does not exist"]),
         (["fashion", "--storage-path=/proc/x"], ["storage_path /proc/x cannot be written", "writable"]),
-        (["fashion", "--storage-path=nope://x"], ["storage_path nope://x is not usable"]),
+        (["fashion", "--storage-path=nope://x"], ["storage_path nope://x cannot be opened"]),
+        (["fashion", "--storage-path=s3://id:hush@b/p"], ["storage_path is 's3://b/p'", "~/.aws gives it"]),
+        (["fashion", "--storage-endpoint=http://a:b@c"], ["storage_endpoint is 'http://c'", "http://host"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -98,6 +104,47 @@ def test_a_run_is_resumed_with_its_own_settings_only(
     assert "seed is 0 and run_id r1 was started with 7" in capsys.readouterr().err
 
 
+def test_how_a_run_is_placed_may_change_when_it_is_resumed(tmp_path: Path) -> None:
+    def prepared(*arguments: str) -> None:
+        given = ["fashion", "--run-id=r1", f"--storage-path={tmp_path}", "--stages", "train", *arguments]
+        workflow.Workflow(workflow.parse(given, workflow.PRESETS, "workflow.py")).check()
+
+    prepared()
+    prepared("--train.num-workers=1", "--train.placement-strategy=SPREAD", "--train.stall-timeout-s=60")
+    with pytest.raises(ValueError, match=r"train is .* and run_id r1 was started with"):
+        prepared("--train.trajectories=31")
+
+
+def test_done_again_from_a_stage_forgets_it_and_those_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run, runs = tmp_path / "r1", {}
+    for stage in ("workflow", "train", "evaluate"):
+        runs[stage] = find_or_create(stage, "r1", str(tmp_path), {}).mlflow_run_id
+
+    def prepared(*arguments: str) -> None:
+        given = ["fashion", "--run-id=r1", f"--storage-path={tmp_path}", *arguments]
+        given += ["--stages", "train", "evaluate", "register"]
+        workflow.Workflow(workflow.parse(given, workflow.PRESETS, "workflow.py")).check()
+
+    prepared()
+    for name in ("train/checkpoints/1.pt", "report.json", "samples.png", "served.png"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("{}")
+    prepared("--from=evaluate", "--evaluate.samples=16")
+    assert {path.name for path in run.iterdir()} == {"config.json", "train"}
+    (run / "router").mkdir()
+    (run / "router" / "config.json").write_text("{}")
+    prepared("--from=train", "--train.trajectories=31", "--evaluate.samples=16")
+    assert [path.name for path in run.iterdir()] == ["config.json"]
+    assert json.loads((run / "config.json").read_text())["train"]["trajectories"] == 31
+    for stage, before in runs.items():
+        assert find_or_create(stage, "r1", str(tmp_path), {}).mlflow_run_id != before, stage
+    with pytest.raises(ValueError, match="from is 'train': give the --run-id"):
+        workflow.parse(["fashion", "--from=train"], workflow.PRESETS, "workflow.py")
+
+
 def test_a_router_of_another_step_count_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,12 +164,6 @@ def test_a_router_of_another_step_count_is_refused(
 def test_evaluation_without_a_router_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert workflow.main(["fashion", f"--storage-path={tmp_path}", "--stages", "evaluate"]) == 2
     assert "has no router yet: add the stage train" in capsys.readouterr().err
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.cluster
@@ -165,6 +206,50 @@ def test_the_chain_and_its_second_run(
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
     finally:
         ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_chain_with_everything_on_s3(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("HARMONICA_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    write_model(folder)
+    with s3_server() as s3:
+        for name, value in s3.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("AWS_ENDPOINT_URL")  # the workflow's own setting says it, once
+        for path in folder.iterdir():
+            s3.client().put_object(Bucket=BUCKET, Key=f"models/dit/{path.name}", Body=path.read_bytes())
+        arguments = ["fashion", "--run-id=r1", f"--storage-path=s3://{BUCKET}/runs", *SMALL]
+        arguments += [f"--storage-endpoint={s3.endpoint}", f"--model.path=s3://{BUCKET}/models/dit"]
+        arguments += [f"--serve.port={free_port()}"]
+        artifacts = f"s3://{BUCKET}/mlflow"
+        with MlflowServer(tmp_path / "server", artifacts=artifacts, environment=s3.environment) as server:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+            try:
+                assert workflow.main(arguments) == 0, capsys.readouterr().err
+                said, stored = capsys.readouterr(), s3.stored()
+                assert workflow.main([*arguments, "--stages", "train", "evaluate", "register"]) == 0
+                assert capsys.readouterr().out.count("done before") == 2
+                again = [*arguments, "--from=evaluate", "--stages", "train", "evaluate", "register"]
+                assert workflow.main(again) == 0, capsys.readouterr().err
+                out = capsys.readouterr().out
+                assert out.count("done before") == 1 and "[register] version 2 of" in out
+            finally:
+                ray.shutdown()
+        for name in ("config.json", "report.json", "samples.png", "router.png", "served.png"):
+            assert f"runs/r1/{name}" in stored
+        assert any(key.startswith("runs/r1/train/checkpoints/") for key in stored)
+        for name in ("config.json", "router.safetensors"):
+            assert f"runs/r1/router/{name}" in stored
+            assert any(
+                key.startswith("mlflow/") and key.endswith(f"artifacts/router/{name}") for key in stored
+            )
+        assert SECRET not in said.out + said.err + (tmp_path / "server" / "mlflow-server.log").read_text()
+        assert not (tmp_path / "server" / "mlartifacts").exists(), "artifacts are on S3 alone"
 
 
 @pytest.mark.slow

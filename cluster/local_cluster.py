@@ -1,0 +1,158 @@
+"""A Ray cluster of several nodes on this machine, each with processes and ports of its own, to try things on.
+
+    python cluster/local_cluster.py --workers 2
+
+Says how to reach it, stays until Ctrl-C, and ends just what it started, by process id: `ray stop` would end
+other people's clusters on the machine too. In Python:
+
+    with LocalCluster(workers=2) as cluster:
+        cluster.nodes[1].kill()  # as if its machine lost power
+        cluster.add_node()
+"""
+
+import argparse
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from processes import Session, free_port
+
+_START_S = 120.0
+_STARTED = "Ray runtime started."
+
+
+class Node(Session):
+    """A `ray start --block`, and so all that it started."""
+
+    def __init__(self, arguments: list[str], environment: Mapping[str, str], log: Path) -> None:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
+        super().__init__(command, environment, log)
+
+    def wait_started(self) -> None:
+        """
+        Raises:
+            RuntimeError: it ended, or took too long; with the end of its log.
+        """
+        deadline = time.monotonic() + _START_S
+        while _STARTED not in (said := self.log.read_text()):
+            self.check_alive("ray start")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"ray start took {_START_S:.0f} s, its log says\n{said[-2000:]}")
+            time.sleep(0.2)
+
+    def kill_raylet(self) -> None:
+        """kill -9 of its raylet alone."""
+        (raylet,) = self.pids("raylet/raylet")
+        os.kill(raylet, signal.SIGKILL)
+
+
+class LocalCluster:
+    """A head and workers; a context manager."""
+
+    def __init__(
+        self,
+        *,
+        workers: int = 2,
+        head_cpus: int = 4,
+        worker_cpus: int = 2,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            head_cpus: logical; with none of the workers left it still must do all the work.
+            environment: for every node's processes, beside this process's own; none of Ray's is inherited.
+        """
+        self.workers, self.head_cpus, self.worker_cpus = workers, head_cpus, worker_cpus
+        self._port, self._dashboard, self._count = free_port(), free_port(), 0
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self._environment = inherited | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+            "RAY_raylet_start_wait_time_s": f"{_START_S:.0f}",
+            # Ray Train's actors look for the dashboard, and else find another cluster's in /tmp/ray.
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self._dashboard}",
+            **(environment or {}),
+        }
+        self.nodes: list[Node] = []
+        """The head first."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a driver needs to join, with the token."""
+        return self._environment | {"RAY_ADDRESS": f"127.0.0.1:{self._port}"}
+
+    def __enter__(self) -> "LocalCluster":
+        # Short, since Unix sockets lie in it: their paths have at most 107 characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        try:
+            head = [
+                f"--port={self._port}",
+                f"--dashboard-port={self._dashboard}",
+                "--dashboard-host=127.0.0.1",
+            ]
+            head += [f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder}"]
+            self._start(["--head", *head], self.head_cpus).wait_started()
+            for _ in range(self.workers):  # one by one: together they starve each other on a small machine
+                self.add_node()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def add_node(self) -> Node:
+        """One more worker."""
+        node = self._start([f"--address=127.0.0.1:{self._port}"], self.worker_cpus)
+        node.wait_started()
+        return node
+
+    def stop(self) -> None:
+        """All nodes, the head last."""
+        for node in reversed(self.nodes):
+            node.stop()
+        self.nodes.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, arguments: list[str], cpus: int) -> Node:
+        # The job agent's port is a fixed one by default, and there can be one of that on a machine.
+        own = [f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={free_port()}"]
+        own += ["--object-store-memory=200000000", "--disable-usage-stats"]
+        self._count += 1
+        log = self.folder / f"node-{self._count}.log"
+        self.nodes.append(Node([*arguments, *own], self._environment, log))
+        return self.nodes[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=2, help="worker nodes beside the head (default 2)")
+    parser.add_argument("--head-cpus", type=int, default=4, help="logical CPUs of the head (default 4)")
+    parser.add_argument("--worker-cpus", type=int, default=2, help="of each worker (default 2)")
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with LocalCluster(
+        workers=given.workers, head_cpus=given.head_cpus, worker_cpus=given.worker_cpus
+    ) as cluster:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+            print(f"export {name}={cluster.environment[name]}")
+        print("# up until Ctrl-C; process ids:", *(node.process.pid for node in cluster.nodes), flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""A program and all that it starts, to be ended by process id and nothing else with it."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_STOP_S = 10.0
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Session:
+    """A command in a session of its own: its descendants stay in it, whatever groups they make."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        """
+        Args:
+            log: gets all output; the command runs in its folder.
+        """
+        self.log = log
+        with log.open("a") as out:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=out, stderr=out, start_new_session=True, cwd=log.parent
+            )
+
+    def check_alive(self, what: str) -> None:
+        """
+        Raises:
+            RuntimeError: the command has ended; with the end of its log.
+        """
+        if self.process.poll() is not None:
+            raise RuntimeError(f"{what} has ended, its log {self.log} with\n{self.log.read_text()[-2000:]}")
+
+    def pids(self, name: str = "") -> list[int]:
+        """Processes that are alive, those with `name` in what runs."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                # After the command's name, which may hold anything: state, parent, group, session.
+                state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                program = (folder / "cmdline").read_bytes().split(b"\0")[0]
+                if int(session) == self.process.pid and state != "Z" and name.encode() in program:
+                    found.append(int(folder.name))
+        return found
+
+    def kill(self) -> None:
+        """kill -9 of all at once, as a power cut."""
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End all: asked first, then not."""
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_S
+        while self.pids() and time.monotonic() < deadline:
+            time.sleep(0.2)
+            self.process.poll()
+        self.kill()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)

@@ -1,0 +1,64 @@
+"""Presets: functions that return a whole `WorkflowConfig`, by the names that the command line takes."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from harmonica import presets
+from harmonica.builtin import CAPTIONS
+from harmonica.presets import Recipe
+from pipelines.config import (
+    CLASS_STAGES,
+    STAGES,
+    EvaluateConfig,
+    PromptsConfig,
+    ServeConfig,
+    TrainConfig,
+    WorkflowConfig,
+)
+
+
+def _from_recipe(recipe: Callable[[], Recipe], **settings: Any) -> WorkflowConfig:
+    parts, train = recipe(), settings.pop("train", {})
+    base = {f.name: getattr(parts.train, f.name) for f in dataclasses.fields(parts.train)}
+    return WorkflowConfig(
+        model=parts.model, sampler=parts.sampler, train=TrainConfig(**base | train), **settings
+    )
+
+
+def fashion() -> WorkflowConfig:
+    """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download."""
+    return _from_recipe(presets.fashion, evaluate=EvaluateConfig(samples=320, timing_rounds=4))
+
+
+def fashion_text() -> WorkflowConfig:
+    """The built-in PixArt on captions of Fashion-MNIST: text to image on two cores, no download."""
+    return _from_recipe(
+        presets.fashion_text,
+        preset="fashion-text",
+        registered_model="harmonica-fashion-text",
+        stages=STAGES,
+        prompts=PromptsConfig(path=str(CAPTIONS), max_tokens=16, dtype="float32"),
+        evaluate=EvaluateConfig(samples=320, timing_rounds=4),
+    )
+
+
+def _on_gpus(name: str) -> WorkflowConfig:
+    """A public model on four GPUs, as the paper trained; wants its path, PixArt prompts too."""
+    is_text = name.startswith("pixart")
+    return _from_recipe(
+        presets.RECIPES[name],
+        stages=STAGES if is_text else CLASS_STAGES,
+        prompts=PromptsConfig(max_tokens=300 if "sigma" in name else 120, use_gpu=is_text),
+        preset=name,
+        registered_model=f"harmonica-{name}",
+        train={"num_workers": 4, "use_gpu": True},
+        evaluate=EvaluateConfig(samples=50_000, num_actors=4, use_gpu=True),
+        serve=ServeConfig(use_gpu=True),
+    )
+
+
+PRESETS: dict[str, Callable[[], WorkflowConfig]] = {"fashion": fashion, "fashion-text": fashion_text} | {
+    name: partial(_on_gpus, name) for name in presets.RECIPES if not name.startswith("fashion")
+}

@@ -1,0 +1,58 @@
+"""What each worker's time goes into, gathered at checkpoints, so that a slow node is seen.
+
+The one that the others wait for has the least of `reduce`, and the most of something else.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from ray.util.metrics import Gauge
+
+NAMES = ("data", "teacher", "student", "backward", "reduce", "lambda")
+_PREFIX = "seconds."
+
+
+class WorkerTimes:
+    """Of one worker, since the last checkpoint."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = device
+        self._seconds = dict.fromkeys(NAMES, 0.0)
+        self._trajectories = 0
+        self._gauge = Gauge(
+            "harmonica_train_seconds",
+            description="Seconds of a trajectory that a training worker spent on something.",
+            tag_keys=("rank", "kind"),
+        )
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds["data"] += time.perf_counter() - started
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Take the times of a trajectory out of its metrics."""
+        self._trajectories += 1
+        for name in [name for name in metrics if name.startswith(_PREFIX)]:
+            self._seconds[name.removeprefix(_PREFIX)] += metrics.pop(name)
+
+    def gather(self, rank: int) -> dict[str, float]:
+        """Mean seconds a trajectory by worker and kind, such as `worker.1.student_s`; all ranks call it."""
+        mean = [self._seconds[name] / max(1, self._trajectories) for name in NAMES]
+        for name, seconds in zip(NAMES, mean):
+            self._gauge.set(seconds, {"rank": str(rank), "kind": name})
+        self._seconds, self._trajectories = dict.fromkeys(NAMES, 0.0), 0
+        mine = torch.tensor(mean, device=self._device)  # NCCL moves nothing that is not on the GPU
+        each = [mine]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            each = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(each, mine)
+        return {
+            f"worker.{worker}.{name}_s": seconds
+            for worker, row in enumerate(each)
+            for name, seconds in zip(NAMES, row.tolist())
+        }

@@ -1,0 +1,100 @@
+"""Metrics of training reach MLflow once each: a real SQLite store, and an address where nothing answers."""
+
+import dataclasses
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from pipelines.metric_log import MetricLog
+from pipelines.tracking import Point, StageRun, find_or_create
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A folder whose database exists: making one costs seconds."""
+    return str(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def run(store, monkeypatch, request) -> StageRun:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("RETRIES", "BACKOFF_FACTOR"):
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{'MAX_' if name == 'RETRIES' else ''}{name}", "0")
+    return find_or_create("train", request.node.name, store, {})
+
+
+@pytest.fixture
+def silent(run) -> StageRun:
+    """The same run where nothing listens."""
+    return dataclasses.replace(run, uri="http://user:hush@127.0.0.1:1")
+
+
+def steps(run: StageRun, metric: str = "loss") -> list[int]:
+    return [point.step for point in run.client.get_metric_history(run.mlflow_run_id, metric)]
+
+
+def add(log: MetricLog, *trajectories: int) -> None:
+    for trajectory in trajectories:
+        log.add(trajectory, {"loss": 1 / trajectory, "cur": 0.5})
+
+
+def test_each_flush_sends_what_is_new(run):
+    log = MetricLog(run)
+    add(log, 1, 2)
+    assert log.flush() and log.state() == []
+    add(log, 3)
+    assert log.flush()
+    assert steps(run) == steps(run, "cur") == [1, 2, 3]
+
+
+def test_what_nobody_answered_to_waits_for_the_next_worker(run, silent, caplog):
+    log = MetricLog(silent)
+    add(log, 1, 2)
+    assert not log.flush()
+    assert "2 trajectories wait in the checkpoint" in caplog.text
+    assert "hush" not in caplog.text
+    resumed = MetricLog(run, log.state())
+    add(resumed, 3)
+    assert resumed.flush()
+    assert steps(run) == [1, 2, 3]
+
+
+def test_trajectories_trained_again_are_not_logged_again(run):
+    first = MetricLog(run)
+    add(first, 1, 2, 3)
+    first.flush()
+    resumed = MetricLog(run)  # from a checkpoint before them
+    add(resumed, 2, 3, 4)
+    assert resumed.flush()
+    add(resumed, 5)
+    assert resumed.flush()
+    assert steps(run) == [1, 2, 3, 4, 5]
+
+
+def test_points_sent_again_after_a_lost_answer_are_stored_once(run):
+    points = [Point(step, 1000 + step, {"loss": 1.0, "cur": 0.5}) for step in range(1, 4)]
+    run.log_points(points[:2])
+    run.log_points(points)
+    assert steps(run) == [1, 2, 3]
+
+
+def test_many_points_go_in_several_requests(run):
+    wide = {f"lambda.step_{i:03d}": 0.5 for i in range(99)}
+    run.log_points([Point(step, 1, wide | {"loss": 1.0}) for step in range(1, 26)])
+    assert steps(run) == steps(run, "lambda.step_098") == list(range(1, 26))
+    assert run.last_step("loss") == 25 and run.last_step("none") == -1
+
+
+def test_patience_ends_with_what_to_do(silent):
+    log = MetricLog(silent)
+    add(log, 1)
+    words = r"MLflow at http://127.0.0.1:1 has not answered for 0 s and lacks 1 traj.*again with the same run"
+    with pytest.raises(TimeoutError, match=words):
+        log.finish(patience_s=0)
+
+
+def test_what_does_not_pass_by_itself_is_raised(run):
+    gone = MetricLog(dataclasses.replace(run, mlflow_run_id="0" * 32))
+    add(gone, 1)
+    with pytest.raises(MlflowException, match="not found"):
+        gone.flush()

@@ -1,0 +1,150 @@
+"""The folder of a run, on a disk and on a real S3 endpoint: one behaviour."""
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+
+import boto3
+import pytest
+import s3fs
+from s3_server import BUCKET, SECRET, s3_server
+
+from harmonica.models.file_systems import open_uri
+from pipelines.storage import RunStorage, settle_endpoint
+
+OUTAGE_S = 10  # pyarrow by itself outlasts 6
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    with s3_server() as server:
+        for name in ("AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_ENDPOINT_URL_S3"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(params=["disk", "s3"])
+def storage(request, tmp_path):
+    if request.param == "disk":
+        return RunStorage(str(tmp_path / "runs"), "r1")
+    request.getfixturevalue("s3")
+    return RunStorage(f"s3://{BUCKET}/runs", "r1")
+
+
+def test_what_is_written_is_read(storage):
+    storage.check_writable()
+    assert storage.names("train") == []
+    assert not storage.exists("train/a")
+    storage.write_bytes("train/b", b"old")
+    storage.write_bytes("train/b", b"new")
+    storage.write_json("train/a", {"x": 1})
+    assert (storage.read_bytes("train/b"), storage.read_json("train/a")) == (b"new", {"x": 1})
+    assert storage.names("train") == ["a", "b"]
+    assert storage.exists("train/a") and storage.exists("train")
+    storage.delete("train/a")
+    storage.delete("train/a")  # gone already: fine
+    assert storage.names("train") == ["b"]
+    storage.write_bytes("b", b"x")
+    for name in ("train", "train", "b", "b"):
+        storage.delete_all(name)
+    assert not storage.exists("train/b") and not storage.exists("b") and storage.names("train") == []
+
+
+def test_of_a_folder_the_manifest_comes_last(storage, tmp_path, monkeypatch):
+    folder = tmp_path / "router"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("config.json", "a.safetensors", "sub/z.txt"):
+        (folder / name).write_text(name)
+    written = []
+    write = storage.write_bytes
+    monkeypatch.setattr(storage, "write_bytes", lambda name, data: (written.append(name), write(name, data)))
+    storage.upload_folder(folder, "router")
+    assert written[-1] == "router/config.json" and len(written) == 3
+    copy = storage.download_folder("router")
+    assert (copy / "sub" / "z.txt").read_text() == "sub/z.txt"
+
+
+def test_a_uri_opens_what_the_storage_wrote(storage):
+    storage.write_bytes("train/a", b"x")
+    filesystem, path = open_uri(storage.uri("train/a"), "it")
+    with filesystem.open_input_stream(path) as stream:
+        assert stream.read() == b"x"
+
+
+def test_one_endpoint_serves_pyarrow_s3fs_and_boto3(s3):
+    RunStorage(f"s3://{BUCKET}/runs", "r1").write_bytes("a", b"by pyarrow")
+    assert s3fs.S3FileSystem(skip_instance_cache=True).cat(f"{BUCKET}/runs/r1/a") == b"by pyarrow"
+    assert boto3.client("s3").get_object(Bucket=BUCKET, Key="runs/r1/a")["Body"].read() == b"by pyarrow"
+
+
+def test_an_endpoint_in_a_profile_is_told_to_those_that_do_not_read_it(s3, tmp_path, monkeypatch):
+    (tmp_path / "config").write_text(f"[default]\nendpoint_url = {s3.endpoint}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    settle_endpoint()
+    assert os.environ["AWS_ENDPOINT_URL"] == s3.endpoint
+    storage = RunStorage(f"s3://{BUCKET}/runs", "r1")
+    storage.write_bytes("a", b"x")
+    assert s3.stored("runs/") == ["runs/r1/a"]
+    settle_endpoint("http://127.0.0.1:1")
+    assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:1"
+
+
+def test_amazon_itself_is_left_alone(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/no/such")
+    settle_endpoint()
+    assert "AWS_ENDPOINT_URL" not in os.environ
+
+
+def test_a_store_that_does_not_answer_for_a_while_is_waited_for(s3):
+    patient = RunStorage(f"s3://{BUCKET}/runs", "r1", patient=True)
+    brief = RunStorage(f"s3://{BUCKET}/runs", "r1")
+    s3.stop()
+    with pytest.raises(
+        ValueError, match=r"storage_path s3://bucket/runs cannot be written \(.*: give a writ"
+    ):
+        brief.check_writable()
+    threading.Timer(OUTAGE_S, s3.start).start()
+    started = time.monotonic()
+    patient.write_bytes("a", b"x")
+    assert time.monotonic() - started > OUTAGE_S - 0.5
+    assert brief.read_bytes("a") == b"x"
+
+
+def test_a_missing_bucket_is_named_without_credentials(s3):
+    with pytest.raises(ValueError, match="storage_path s3://no-such-bucket/runs cannot be written") as caught:
+        RunStorage("s3://no-such-bucket/runs", "r1").check_writable()
+    assert SECRET not in str(caught.value)
+
+
+FILL = """
+import sys
+from pipelines.storage import RunStorage
+storage = RunStorage(sys.argv[1], "r1")
+storage.write_bytes("a", b"x" * 1000)
+storage.write_bytes("a", b"y" * 100_000)
+"""
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    limit = 50_000
+    done = subprocess.run(
+        [sys.executable, "-c", FILL, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1
+    assert "r1/a of 100,000 bytes finds no room (File too large)" in done.stderr
+    assert "make room and run again with the same run id" in done.stderr
+    storage = RunStorage(str(tmp_path), "r1")
+    assert storage.read_bytes("a") == b"x" * 1000
+    assert [path.name for path in (tmp_path / "r1").iterdir()] == ["a"], "no remains"
