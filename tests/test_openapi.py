@@ -50,9 +50,15 @@ def check(document, method, path, answer):
     if kind == "application/json":
         checked.validate(answer.json())
     else:
-        for line in answer.text.split("\n"):
-            if line.startswith("data: "):
-                checked.validate(json.loads(line[len("data: ") :]))
+        for block in answer.text.strip().split("\n\n"):
+            event = dict(line.split(": ", 1) for line in block.split("\n"))
+            checked.validate(event)
+            (described,) = (
+                each["properties"]["data"]["contentSchema"]
+                for each in content[kind]["schema"]["oneOf"]
+                if each["properties"]["event"]["const"] == event["event"]
+            )
+            validator(document, described).validate(json.loads(event["data"]))
 
 
 def test_every_schema_is_one_and_every_reference_leads_somewhere(document):

@@ -2,15 +2,12 @@
 
 import re
 import shutil
-import socket
-import threading
 import time
-from contextlib import contextmanager
 from importlib import resources
 
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
+from live_app import running
 from tiny_dit import make_artifact, write_model
 from tiny_studio import make_studio, slow_steps
 
@@ -43,24 +40,6 @@ def test_the_page_refers_to_nothing_outside():
     assert re.findall(r"""<link[^>]*href="([^"]*)""", page) == ["data:,"]
     assert len(page.encode()) < 20_000, "small"
     assert 'name="viewport"' in page
-
-
-@contextmanager
-def running(app):
-    """URL of the app on a real server in a thread."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture
