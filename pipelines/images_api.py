@@ -74,10 +74,9 @@ def _orders(body: api.GenerateRequest, subject: int | str, seed: int) -> list[Or
     """An image each, so that they share trajectories with other requests' images."""
     return [
         Order(
-            Row(subject, seed, index, body.negative_prompt or ""),
+            Row(subject, seed, index, body.negative_prompt or "", body.guidance_scale),
             body.drawn_quality,
             num_inference_steps=body.num_inference_steps,
-            guidance_scale=body.guidance_scale,
             output_format=body.output_format or "png",
             output_compression=100 if body.output_compression is None else body.output_compression,
             partial_images=body.partial_images or 0,

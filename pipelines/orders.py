@@ -18,8 +18,6 @@ class Order:
     quality: Quality = "medium"
     num_inference_steps: int | None = None
     """Default: the router's."""
-    guidance_scale: float | None = None
-    """Default: the router's."""
     output_format: PictureFormat = "png"
     output_compression: int = 100
     """Of jpeg and webp, 0 to 100, the best."""

@@ -111,7 +111,7 @@ class Studio:
     async def _admit(self, order: Order) -> Router:
         """The order's router, once its prompts are embedded, which goes on while a trajectory runs."""
         self.batcher.check_room()
-        router = self.images.router_for(order.quality, order.num_inference_steps, order.guidance_scale)
+        router = self.images.router_for(order.quality, order.num_inference_steps, order.row.guidance_scale)
         if isinstance(order.row.subject, str):
             await asyncio.to_thread(self.images.check, order.row)
         return router
@@ -129,13 +129,13 @@ class Studio:
         )
 
     async def _finish(self, order: Order, router: Router, drawn: _Drawn) -> Drawing:
-        config = router.sampler.config
+        config, guidance_scale = router.sampler.config, order.row.guidance_scale
         return Drawing(
             picture=await self._encode(order, drawn.image_CHW),
             router_version=router.version,
             cur=router.plan.cur,
             num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
+            guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
             batch_size=drawn.batch_size,
             seconds=drawn.seconds,
         )
