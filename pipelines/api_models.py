@@ -61,6 +61,13 @@ class GenerateRequest(BaseModel):
         allow_inf_nan=False,
         description="Classifier-free guidance: the router's own, or with `high` any.",
     )
+    timeout_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that an image may wait for its turn, or be given up with 504. Default, and at "
+        "most: the server's bound.",
+    )
     response_format: Literal["b64_json"] | None = "b64_json"
     output_format: PictureFormat | None = "png"
     output_compression: Whole | None = Field(

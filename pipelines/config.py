@@ -146,7 +146,13 @@ class ServeConfig:
     max_batch_size: int = 16
     """Images sampled in one trajectory."""
     batch_wait_s: float = 0.02
-    """How long a request waits for others to share its trajectory."""
+    """How long at most a trajectory waits for images that are expected: the rest of a request, and clients
+    that were just answered."""
+    latency_target_s: float | None = None
+    """What an image may take that finds a trajectory running: batches are kept as small as that wants.
+    Empty: only max_batch_size bounds them, which is most images a second."""
+    timeout_s: float = 60.0
+    """An image that has waited this long for its trajectory is given up with 504; requests may say less."""
     max_waiting: int = 64
     """Images that may wait at a replica for a trajectory; more are turned away with 503."""
     max_images_per_request: int = 10
@@ -166,6 +172,13 @@ class ServeConfig:
         _require(self.num_replicas >= 1, "serve.num_replicas", self.num_replicas, "give 1 or more")
         _require(self.max_batch_size >= 1, "serve.max_batch_size", self.max_batch_size, "give 1 or more")
         _require(self.batch_wait_s >= 0, "serve.batch_wait_s", self.batch_wait_s, "give 0 or more")
+        _require(
+            self.latency_target_s is None or self.latency_target_s > self.batch_wait_s,
+            "serve.latency_target_s",
+            self.latency_target_s,
+            f"give more seconds than serve.batch_wait_s ({self.batch_wait_s})",
+        )
+        _require(self.timeout_s > 0, "serve.timeout_s", self.timeout_s, "give seconds")
         for name in ("max_waiting", "max_images_per_request"):
             _require(getattr(self, name) >= 1, f"serve.{name}", getattr(self, name), "give 1 or more")
         _require(

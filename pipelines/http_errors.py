@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harmonica.text_encoder import PromptTooLong
 from pipelines.api_models import ErrorBody, ErrorDetail
-from pipelines.batching import Overloaded
+from pipelines.batching import Overloaded, TimedOut
 from pipelines.drawing import SettingRefused
 
 _MAX_ECHO = 100
@@ -53,6 +53,9 @@ def as_api_error(error: Exception) -> ApiError:
         headers = {"retry-after": str(error.retry_after_s)}
         message = f"too many images are waiting: try again in {error.retry_after_s} s"
         return ApiError(503, message, None, "overloaded", headers)
+    if isinstance(error, TimedOut):
+        message = "the image has waited for as long as it may: try again, or give a larger timeout_s"
+        return ApiError(504, message, None, "timeout")
     if isinstance(error, PromptTooLong):
         return ApiError(400, error.message, error.message.split()[0], "string_above_max_length")
     if isinstance(error, SettingRefused):
@@ -96,7 +99,7 @@ def answer_errors(app: FastAPI) -> None:
         return as_api_error(error).response()
 
     # Exception's own handler is the last resort, which raises the error again: named, these do not.
-    for kind in (ApiError, Overloaded, PromptTooLong, SettingRefused, Exception):
+    for kind in (ApiError, Overloaded, TimedOut, PromptTooLong, SettingRefused, Exception):
         app.add_exception_handler(kind, on_error)
 
 

@@ -77,6 +77,8 @@ def _orders(body: api.GenerateRequest, subject: int | str, seed: int) -> list[Or
             Row(subject, seed, index, body.negative_prompt or "", body.guidance_scale),
             body.drawn_quality,
             num_inference_steps=body.num_inference_steps,
+            company=body.n or 1,
+            timeout_s=body.timeout_s,
             output_format=body.output_format or "png",
             output_compression=100 if body.output_compression is None else body.output_compression,
             partial_images=body.partial_images or 0,
@@ -171,7 +173,7 @@ def create_app(source: ImageSource, keys: tuple[str, ...] = ()) -> FastAPI:
     @app.post(
         "/v1/images/generations",
         response_model=api.GenerateResponse,
-        responses=events() | errors(400, 401, 404, 413, 500, 503),
+        responses=events() | errors(400, 401, 404, 413, 500, 503, 504),
     )
     async def generate(body: api.GenerateRequest) -> Response | api.GenerateResponse:
         """Draw images; with `stream`, show them while they are drawn."""

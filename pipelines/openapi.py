@@ -15,6 +15,7 @@ _REASONS = {
     413: "The body is too large.",
     500: "Drawing failed.",
     503: "Too many images are waiting.",
+    504: "The image has waited for too long.",
 }
 _EVENTS = (PartialImageEvent, ProgressEvent, CompletedEvent)
 

@@ -18,6 +18,10 @@ class Order:
     quality: Quality = "medium"
     num_inference_steps: int | None = None
     """Default: the router's."""
+    company: int = 1
+    """Images of the same request, which are drawn together where they can be."""
+    timeout_s: float | None = None
+    """How long it may wait for its trajectory. Default: the server's bound."""
     output_format: PictureFormat = "png"
     output_compression: int = 100
     """Of jpeg and webp, 0 to 100, the best."""
@@ -120,7 +124,7 @@ class ImageSource(Protocol):
     async def draw(self, order: Order) -> Drawing:
         """
         Raises:
-            Overloaded, SettingRefused, PromptTooLong
+            Overloaded, TimedOut, SettingRefused, PromptTooLong
         """
         ...
 

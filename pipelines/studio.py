@@ -55,6 +55,7 @@ class Studio:
             max_batch_size=config.max_batch_size,
             wait_s=config.batch_wait_s,
             max_waiting=config.max_waiting,
+            target_s=config.latency_target_s,
         )
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="encoder")
 
@@ -82,7 +83,7 @@ class Studio:
 
     async def draw(self, order: Order) -> Drawing:
         router = await self._admit(order)
-        drawn = await self.batcher.submit(router, _Job(order.row))
+        drawn = await self._submit(order, router, _Job(order.row))
         return await self._finish(order, router, drawn)
 
     async def watch(self, order: Order) -> AsyncIterator[Progress | Preview | Drawing]:
@@ -94,7 +95,7 @@ class Studio:
         def report(step: int, image_CHW: Tensor | None) -> None:
             loop.call_soon_threadsafe(reports.put_nowait, (step, image_CHW))
 
-        drawing = asyncio.create_task(self.batcher.submit(router, _Job(order.row, shown, report)))
+        drawing = asyncio.create_task(self._submit(order, router, _Job(order.row, shown, report)))
         drawing.add_done_callback(lambda _: reports.put_nowait(None))
         try:
             while (reported := await reports.get()) is not None:
@@ -115,6 +116,11 @@ class Studio:
         if isinstance(order.row.subject, str):
             await asyncio.to_thread(self.images.check, order.row)
         return router
+
+    async def _submit(self, order: Order, router: Router, job: _Job) -> _Drawn:
+        bound = self._config.timeout_s
+        timeout_s = bound if order.timeout_s is None else min(bound, order.timeout_s)
+        return await self.batcher.submit(router, job, company=order.company, timeout_s=timeout_s)
 
     def _trajectory(self, router: Router, jobs: Sequence[_Job]) -> list[_Drawn]:
         started = time.perf_counter()

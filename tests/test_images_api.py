@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
@@ -10,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 from tiny_dit import make_artifact, write_model
-from tiny_studio import make_studio
+from tiny_studio import make_studio, slow_steps
 
 from harmonica.fashion import CLASS_NAMES
 from harmonica.models.loading import load_model
@@ -292,3 +294,18 @@ def test_the_official_client(client):
     assert (refusal.value.param, refusal.value.code) == ("prompt", "unknown_class")
     with pytest.raises(openai.NotFoundError):
         api.models.retrieve("huge")
+
+
+def test_who_waits_for_too_long_is_told_so(tmp_path):
+    model = write_model(tmp_path)
+    studio = make_studio(load_model(model), make_artifact(model))
+    slow_steps(studio, 0.05)
+    with TestClient(create_app(studio)) as client, ThreadPoolExecutor(1) as threads:
+        first = threads.submit(client.post, PATH, json={"prompt": "Bag", "seed": 1})
+        while not studio.batcher.is_busy:
+            time.sleep(0.005)
+        answer = client.post(PATH, json={"prompt": "Bag", "timeout_s": 0.1})
+        assert "larger timeout_s" in refused(answer, 504, None, "timeout")
+        answer = client.post(PATH, json={"prompt": "Bag", "timeout_s": 0.1, "stream": True})
+        assert answer.status_code == 504
+        assert first.result().status_code == 200

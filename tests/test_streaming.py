@@ -127,7 +127,7 @@ def test_who_stops_watching_gives_up_the_place(model):
     async def run():
         config = replace(CONFIG, batch_wait_s=60)
         studio = make_studio(load_model(model), make_artifact(model), config=config)
-        orders = [Order(Row(1, 1, index), partial_images=3) for index in range(2)]
+        orders = [Order(Row(1, 1, index), partial_images=3, company=3) for index in range(2)]
         waiting = asyncio.create_task(anext(merge([studio.watch(order) for order in orders])))
         while studio.batcher.num_waiting < 2:
             await asyncio.sleep(0.001)
