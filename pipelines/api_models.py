@@ -227,6 +227,14 @@ class Health(BaseModel):
     refused: RefusedRouter | None
 
 
+class Ready(BaseModel):
+    status: Literal["ready"] = "ready"
+
+
+class Live(BaseModel):
+    status: Literal["alive"] = "alive"
+
+
 class ErrorDetail(BaseModel):
     message: str
     type: Literal["invalid_request_error", "server_error"]

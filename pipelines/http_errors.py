@@ -1,5 +1,7 @@
 """What the endpoint refuses, in the shape of OpenAI's errors: `{"error": {message, type, param, code}}`."""
 
+import re
+import uuid
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,8 +14,10 @@ from harmonica.text_encoder import PromptTooLong
 from pipelines.api_models import ErrorBody, ErrorDetail
 from pipelines.batching import Overloaded, TimedOut
 from pipelines.drawing import SettingRefused
+from pipelines.orders import REFUSALS
 
 _MAX_ECHO = 100
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class ApiError(Exception):
@@ -99,7 +103,7 @@ def answer_errors(app: FastAPI) -> None:
         return as_api_error(error).response()
 
     # Exception's own handler is the last resort, which raises the error again: named, these do not.
-    for kind in (ApiError, Overloaded, TimedOut, PromptTooLong, SettingRefused, Exception):
+    for kind in (ApiError, *REFUSALS, Exception):
         app.add_exception_handler(kind, on_error)
 
 
@@ -129,3 +133,24 @@ class LimitBody:
             return pending.pop() if pending else await receive()
 
         await self._app(scope, replay, send)
+
+
+class NameRequest:
+    """ASGI middleware: answers X-Request-Id, the client's where it is a good one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", name)]}
+            await send(message)
+
+        await self._app(scope, receive, named)

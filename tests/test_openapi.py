@@ -14,7 +14,7 @@ from harmonica.models.loading import load_model
 from pipelines.images_api import create_app
 
 PATH = "/v1/images/generations"
-PATHS = {PATH, "/v1/models", "/v1/models/{model}", "/v1/routers", "/healthz"}
+PATHS = {PATH, "/v1/models", "/v1/models/{model}", "/v1/routers", "/healthz", "/livez", "/readyz"}
 
 
 @pytest.fixture(scope="module")
@@ -148,5 +148,5 @@ def test_keys_are_documented_where_there_are_any(source):
         for op in operations.values()
         if "security" in op
     }
-    assert closed == PATHS - {"/healthz"}
+    assert closed == PATHS - {"/healthz", "/livez", "/readyz"}
     assert "secret" not in json.dumps(document)

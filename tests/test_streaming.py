@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -16,10 +17,11 @@ from tiny_dit import make_artifact, write_model
 from tiny_studio import CONFIG, make_studio
 
 from harmonica.models.loading import load_model
-from pipelines.batching import Overloaded
-from pipelines.drawing import Row
+from harmonica.text_encoder import PromptTooLong
+from pipelines.batching import Overloaded, TimedOut
+from pipelines.drawing import Row, SettingRefused
 from pipelines.images_api import create_app
-from pipelines.orders import Order
+from pipelines.orders import REFUSALS, Order
 from pipelines.streaming import merge
 from pipelines.studio import preview_steps
 
@@ -155,3 +157,12 @@ def test_an_overloaded_source_says_so_before_the_stream(source, client, monkeypa
     monkeypatch.setattr(source.batcher, "check_room", full)
     answer = client.post(PATH, json={"prompt": "Bag", "stream": True, "n": 2})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "3")
+
+
+@pytest.mark.parametrize(
+    "refusal", [Overloaded(3), TimedOut(), SettingRefused("n is 1: no"), PromptTooLong("prompt is long", 400)]
+)
+def test_refusals_travel_between_processes(refusal):
+    assert isinstance(refusal, REFUSALS)
+    copy = pickle.loads(pickle.dumps(refusal))
+    assert type(copy) is type(refusal) and vars(copy) == vars(refusal) and str(copy) == str(refusal)
