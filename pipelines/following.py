@@ -19,7 +19,7 @@ from pipelines.orders import Refusal
 from pipelines.serve_config import ServeConfig
 from pipelines.studio import Studio
 
-FOLLOW_S = 30.0
+FOLLOW_S = 5.0
 _MOST_VERSIONS = 50
 logger = logging.getLogger("ray.serve")
 

@@ -1,6 +1,8 @@
 """What runs in Ray Serve's replicas: `Sampler` holds the model and draws, `api_builder` speaks HTTP."""
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -22,9 +24,13 @@ from pipelines.serve_config import ServeConfig
 from pipelines.serve_metrics import ServeMetrics
 from pipelines.studio import Studio
 
+_REGISTRY_WAIT_S = 600.0
 _LOST = (ActorDiedError, ActorUnavailableError)
 _PAUSES_S = (0.0, 0.2, 0.5, 1.0, 2.0)
 """Before an order goes to another replica; of a lost node, several calls may fail before Serve knows."""
+
+
+logger = logging.getLogger("ray.serve")
 
 
 class Sampler:
@@ -39,7 +45,7 @@ class Sampler:
         )
         self._studio = Studio(images, args.registered_model, config, ServeMetrics())
         follower = Follower(self._studio, args)
-        await follower.look()
+        await _first_look(follower)
         self._following = asyncio.create_task(follower.follow()) if args.tracking_uri else None
 
     def check_health(self) -> None:
@@ -62,6 +68,22 @@ class Sampler:
                 yield event
         except REFUSALS as error:
             yield error.with_traceback(None)
+
+
+async def _first_look(follower: Follower) -> None:
+    """A replica that takes a lost one's place while the registry is away waits for it."""
+    deadline = time.monotonic() + _REGISTRY_WAIT_S
+    while True:
+        try:
+            await follower.look()
+            return
+        except ValueError:
+            raise
+        except Exception as error:
+            if time.monotonic() > deadline:
+                raise
+            logger.warning("the registry does not answer yet: %s", error)
+            await asyncio.sleep(2)
 
 
 def _checked(result: Any) -> Any:
