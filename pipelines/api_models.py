@@ -1,8 +1,8 @@
 """Bodies of the HTTP endpoint: OpenAI's Images API with extensions, which its own client hands through."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from harmonica.pictures import PictureFormat
 from harmonica.samplers import MAX_GUIDANCE_SCALE
@@ -19,6 +19,14 @@ _QUALITIES: dict[str | None, Quality] = {
 AskedQuality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 
 
+def _whole(value: Any) -> Any:
+    """JSON has no integers, so 2.0 is one; pydantic's strict mode disagrees."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
 class GenerateRequest(BaseModel):
     """Body of `POST /v1/images/generations`."""
 
@@ -33,15 +41,15 @@ class GenerateRequest(BaseModel):
         None, max_length=MAX_PROMPT_LENGTH, description="What not to draw, for models that take text."
     )
     model: str | None = Field(None, description="The served model, or nothing.")
-    n: int | None = Field(1, ge=1, description="Number of images.")
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Same seed, same images. Absent: random.")
+    n: Whole | None = Field(1, ge=1, description="Number of images.")
+    seed: Whole | None = Field(None, ge=0, le=MAX_SEED, description="Same seed, same images. Absent: random.")
     size: str | None = Field("auto", description="`auto`, or the model's own size.")
     quality: AskedQuality | None = Field(
         "auto",
         description="`high` (`hd`, ...) computes everything, `medium` (`auto`, `standard`) is the champion "
         "router's, `low` the fastest registered router's.",
     )
-    num_inference_steps: int | None = Field(
+    num_inference_steps: Whole | None = Field(
         None,
         ge=2,
         description="Denoising steps: the router's own, or with `high` any that the server allows.",
@@ -53,13 +61,20 @@ class GenerateRequest(BaseModel):
         allow_inf_nan=False,
         description="Classifier-free guidance: the router's own, or with `high` any.",
     )
+    timeout_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that an image may wait for its turn, or be given up with 504. Default, and at "
+        "most: the server's bound.",
+    )
     response_format: Literal["b64_json"] | None = "b64_json"
     output_format: PictureFormat | None = "png"
-    output_compression: int | None = Field(
+    output_compression: Whole | None = Field(
         None, ge=0, le=100, description="Quality of jpeg and webp, 100 the best and the default."
     )
     stream: bool | None = Field(False, description="Answer in server-sent events.")
-    partial_images: int | None = Field(
+    partial_images: Whole | None = Field(
         None, ge=0, le=MAX_PARTIAL_IMAGES, description="With `stream`: previews before each image."
     )
     progress: bool | None = Field(
@@ -210,6 +225,14 @@ class Health(BaseModel):
     cur: float
     waiting: int = Field(description="Images in the queue of the replica asked.")
     refused: RefusedRouter | None
+
+
+class Ready(BaseModel):
+    status: Literal["ready"] = "ready"
+
+
+class Live(BaseModel):
+    status: Literal["alive"] = "alive"
 
 
 class ErrorDetail(BaseModel):

@@ -16,6 +16,8 @@ from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig, SamplerName
 from harmonica.text_encoder import EncoderDtype, OverLimit
 from harmonica.training import TrainingConfig
+from pipelines.checks import require
+from pipelines.serve_config import ServeConfig
 
 Stage = Literal["prompts", "train", "evaluate", "register", "serve"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -24,11 +26,6 @@ CLASS_STAGES: tuple[Stage, ...] = STAGES[1:]
 """Of a model that takes no prompts."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ENDPOINT = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+/?")
-
-
-def _require(condition: bool, field_name: str, value: object, cure: str) -> None:
-    if not condition:
-        raise ValueError(f"{field_name} is {value!r}: {cure}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,20 +76,20 @@ class TrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)  # super() does not work in a dataclass with slots
-        _require(self.num_workers >= 1, "train.num_workers", self.num_workers, "give 1 or more")
+        require(self.num_workers >= 1, "train.num_workers", self.num_workers, "give 1 or more")
         strategies = get_args(Placement)
         cure = f"give one of {', '.join(strategies)}"
-        _require(
+        require(
             self.placement_strategy in strategies, "train.placement_strategy", self.placement_strategy, cure
         )
-        _require(self.stall_timeout_s > 0, "train.stall_timeout_s", self.stall_timeout_s, "give seconds")
-        _require(
+        require(self.stall_timeout_s > 0, "train.stall_timeout_s", self.stall_timeout_s, "give seconds")
+        require(
             self.num_workers > 1 or not self.shard_model,
             "train.shard_model",
             self.shard_model,
             "give False, or train.num_workers above 1 to share the weights among",
         )
-        _require(
+        require(
             self.batch_size >= self.num_workers and self.batch_size % self.num_workers == 0,
             "train.batch_size",
             self.batch_size,
@@ -122,63 +119,11 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size", "num_actors", "timing_rounds", "timing_batch_size"):
-            _require(getattr(self, name) >= 1, f"evaluate.{name}", getattr(self, name), "give 1 or more")
-        _require(self.samples >= 16, "evaluate.samples", self.samples, "give 16 or more")
+            require(getattr(self, name) >= 1, f"evaluate.{name}", getattr(self, name), "give 1 or more")
+        require(self.samples >= 16, "evaluate.samples", self.samples, "give 16 or more")
         unknown = [name for name in self.transfer if name not in get_args(SamplerName)]
         known = ", ".join(get_args(SamplerName))
-        _require(not unknown, "evaluate.transfer", unknown, f"give some of {known}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServeConfig:
-    """The HTTP endpoint."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 opens it to the network."""
-    port: int = 8000
-    """Port to listen on."""
-    num_replicas: int = 1
-    """Sampling replicas, each with its own copy of the model."""
-    num_cpus: float = 1.0
-    """Cores of a replica; torch uses as many threads."""
-    use_gpu: bool = False
-    """One GPU a replica."""
-    max_batch_size: int = 16
-    """Images sampled in one trajectory."""
-    batch_wait_s: float = 0.02
-    """How long a request waits for others to share its trajectory."""
-    max_waiting: int = 64
-    """Images that may wait at a replica for a trajectory; more are turned away with 503."""
-    max_images_per_request: int = 10
-    """Upper bound of `n`."""
-    max_steps: int = 100
-    """Upper bound of `num_inference_steps` where no router is used; the champion's own is always good."""
-    api_keys_file: str = ""
-    """File with a bearer key a line, which clients must then bring. Empty: those in HARMONICA_API_KEYS,
-    separated by commas; where that is empty too, anybody may ask."""
-    over_limit: OverLimit = "truncate"
-    """Prompts with more tokens than the model reads lose their end, or are refused."""
-    keep: bool = False
-    """Stay up after the workflow, until Ctrl-C."""
-
-    def __post_init__(self) -> None:
-        _require(1 <= self.port <= 65535, "serve.port", self.port, "give 1 to 65535")
-        _require(self.num_replicas >= 1, "serve.num_replicas", self.num_replicas, "give 1 or more")
-        _require(self.max_batch_size >= 1, "serve.max_batch_size", self.max_batch_size, "give 1 or more")
-        _require(self.batch_wait_s >= 0, "serve.batch_wait_s", self.batch_wait_s, "give 0 or more")
-        for name in ("max_waiting", "max_images_per_request"):
-            _require(getattr(self, name) >= 1, f"serve.{name}", getattr(self, name), "give 1 or more")
-        _require(
-            self.max_waiting >= self.max_images_per_request,
-            "serve.max_waiting",
-            self.max_waiting,
-            f"give serve.max_images_per_request ({self.max_images_per_request}) or more, or such a request "
-            "never has room",
-        )
-        _require(self.max_steps >= 2, "serve.max_steps", self.max_steps, "give 2 or more")
-        limits = get_args(OverLimit)
-        cure = f"give {' or '.join(limits)}"
-        _require(self.over_limit in limits, "serve.over_limit", self.over_limit, cure)
+        require(not unknown, "evaluate.transfer", unknown, f"give some of {known}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,41 +161,41 @@ class WorkflowConfig:
     """Endpoint."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             not self.run_id or bool(_NAME.fullmatch(self.run_id)),
             "run_id",
             self.run_id,
             "give letters, digits, '.', '_' and '-', at most 100",
         )
-        _require(
+        require(
             "://" not in self.storage_path or shown(self.storage_path) == self.storage_path.rstrip("/"),
             "storage_path",
             shown(self.storage_path),
             "leave out what may be a credential: it would be logged; the environment or ~/.aws gives it",
         )
-        _require(
+        require(
             not self.storage_endpoint or bool(_ENDPOINT.fullmatch(self.storage_endpoint)),
             "storage_endpoint",
             shown(self.storage_endpoint),
             "give http://host:port or https://host, without credentials",
         )
-        _require(bool(self.stages), "stages", self.stages, f"give some of {', '.join(STAGES)}")
+        require(bool(self.stages), "stages", self.stages, f"give some of {', '.join(STAGES)}")
         unknown = [stage for stage in self.stages if stage not in STAGES]
-        _require(not unknown, "stages", unknown, f"give some of {', '.join(STAGES)}")
-        _require(
+        require(not unknown, "stages", unknown, f"give some of {', '.join(STAGES)}")
+        require(
             self.done_again_from is None or bool(self.run_id),
             "from",
             self.done_again_from,
             "give the --run-id of the run whose stages are to be done again",
         )
-        _require(
+        require(
             self.done_again_from in (None, *self.stages),
             "from",
             self.done_again_from,
             f"give one of the stages to run, {', '.join(self.stages)}",
         )
-        _require(0 <= self.seed < 2**62, "seed", self.seed, "give a whole number from 0")
-        _require(
+        require(0 <= self.seed < 2**62, "seed", self.seed, "give a whole number from 0")
+        require(
             bool(_NAME.fullmatch(self.registered_model)),
             "registered_model",
             self.registered_model,

@@ -3,7 +3,8 @@
 Shapes: N rows, C channels, H W image.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -48,6 +49,8 @@ class Row:
     """Number of the image within its request."""
     negative_prompt: str = field(default="", repr=False)
     """What it should not show, for models that take prompts."""
+    guidance_scale: float | None = None
+    """Default: the sampler's, which is the only one where a router is used."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -62,6 +65,15 @@ class Router:
     ideal_speedup: float = 1.0
     scores: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
     """T x B, rounded, for people to look at."""
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What a sampler's settings refuse is the client's matter."""
+    try:
+        yield
+    except ValueError as error:
+        raise SettingRefused(str(error).removeprefix("sampler.")) from error
 
 
 OnPreview = Callable[[int, Callable[[Sequence[int]], Tensor]], None]
@@ -89,7 +101,7 @@ class ImageSampler:
             )
         self.conditions = make_conditions(loaded, device, over_limit=over_limit)
         self._routers: dict[Quality, Router] = {}
-        self._uncached: dict[tuple[int, float], Router] = {}
+        self._uncached: dict[int, Router] = {}
 
     @property
     def router(self) -> Router:
@@ -135,10 +147,10 @@ class ImageSampler:
         """
         if quality == "high":
             config = self.router.sampler.config
-            return self._make_uncached(
-                num_inference_steps or config.num_inference_steps,
-                config.guidance_scale if guidance_scale is None else guidance_scale,
-            )
+            if guidance_scale is not None:
+                with _refusing():
+                    replace(config, guidance_scale=guidance_scale)
+            return self._make_uncached(num_inference_steps or config.num_inference_steps)
         router = self._routers[quality]
         asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         for name, value in asked.items():
@@ -150,24 +162,21 @@ class ImageSampler:
                 )
         return router
 
-    def _make_uncached(self, num_inference_steps: int, guidance_scale: float) -> Router:
-        key, made = (num_inference_steps, guidance_scale), self._uncached
-        if key in made:
-            return made[key]
+    def _make_uncached(self, num_inference_steps: int) -> Router:
+        made = self._uncached
+        if num_inference_steps in made:
+            return made[num_inference_steps]
         config = self.router.sampler.config
         most = max(self._max_steps, config.num_inference_steps)
         if num_inference_steps > most:
             raise SettingRefused(f"num_inference_steps is {num_inference_steps}: give 2 to {most}")
-        try:
-            changed = replace(config, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-            sampler = make_sampler(self.model, changed)
-        except ValueError as error:
-            raise SettingRefused(str(error).removeprefix("sampler.")) from error
+        with _refusing():
+            sampler = make_sampler(self.model, replace(config, num_inference_steps=num_inference_steps))
         if len(made) == _KEPT_SETTINGS:
             del made[next(iter(made))]
         plan = Plan.full(num_inference_steps, len(self.model.branches))
-        made[key] = Router(sampler, plan, "hold", UNCACHED)
-        return made[key]
+        made[num_inference_steps] = Router(sampler, plan, "hold", UNCACHED)
+        return made[num_inference_steps]
 
     def check(self, row: Row) -> None:
         """Prepare a row before it is drawn: its prompts are embedded. From any thread.
@@ -195,8 +204,12 @@ class ImageSampler:
             if on_preview is not None:
                 on_preview(router.plan.num_steps - i, partial(self._preview, predict))
 
+        scales, sampler = [row.guidance_scale for row in rows], router.sampler
+        if any(scale is not None for scale in scales):
+            default = sampler.config.guidance_scale
+            sampler = sampler.with_guidance([default if scale is None else scale for scale in scales])
         samples_NCHW = sample(
-            router.sampler,
+            sampler,
             noise.to(self.device),
             condition,
             router.plan,

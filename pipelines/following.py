@@ -13,12 +13,13 @@ from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
 from harmonica.smoke import check_sample
 from pipelines import registry
-from pipelines.config import ServeConfig, WorkflowConfig
+from pipelines.config import WorkflowConfig
 from pipelines.drawing import Router
 from pipelines.orders import Refusal
+from pipelines.serve_config import ServeConfig
 from pipelines.studio import Studio
 
-FOLLOW_S = 30.0
+FOLLOW_S = 5.0
 _MOST_VERSIONS = 50
 logger = logging.getLogger("ray.serve")
 
@@ -78,7 +79,19 @@ class Follower:
         self._seen: tuple[str, ...] = ()
 
     async def look(self) -> None:
-        """Look once, and change over where there is something new.
+        """Look once, change over where there is something new, and say what is served.
+
+        Raises:
+            ValueError: the first router of all is refused.
+            Exception: the registry does not answer.
+        """
+        await self._look()
+        studio = self._studio
+        if studio.metrics:
+            studio.metrics.serving(studio.images.version, studio.refused.version if studio.refused else "")
+
+    async def _look(self) -> None:
+        """Change over where there is something new.
 
         Raises:
             ValueError: the first router of all is refused.

@@ -1,5 +1,7 @@
 """What the endpoint refuses, in the shape of OpenAI's errors: `{"error": {message, type, param, code}}`."""
 
+import re
+import uuid
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,10 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harmonica.text_encoder import PromptTooLong
 from pipelines.api_models import ErrorBody, ErrorDetail
-from pipelines.batching import Overloaded
+from pipelines.batching import Overloaded, TimedOut
 from pipelines.drawing import SettingRefused
+from pipelines.orders import REFUSALS
 
 _MAX_ECHO = 100
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class ApiError(Exception):
@@ -53,6 +57,9 @@ def as_api_error(error: Exception) -> ApiError:
         headers = {"retry-after": str(error.retry_after_s)}
         message = f"too many images are waiting: try again in {error.retry_after_s} s"
         return ApiError(503, message, None, "overloaded", headers)
+    if isinstance(error, TimedOut):
+        message = "the image has waited for as long as it may: try again, or give a larger timeout_s"
+        return ApiError(504, message, None, "timeout")
     if isinstance(error, PromptTooLong):
         return ApiError(400, error.message, error.message.split()[0], "string_above_max_length")
     if isinstance(error, SettingRefused):
@@ -96,7 +103,7 @@ def answer_errors(app: FastAPI) -> None:
         return as_api_error(error).response()
 
     # Exception's own handler is the last resort, which raises the error again: named, these do not.
-    for kind in (ApiError, Overloaded, PromptTooLong, SettingRefused, Exception):
+    for kind in (ApiError, *REFUSALS, Exception):
         app.add_exception_handler(kind, on_error)
 
 
@@ -126,3 +133,24 @@ class LimitBody:
             return pending.pop() if pending else await receive()
 
         await self._app(scope, replay, send)
+
+
+class NameRequest:
+    """ASGI middleware: answers X-Request-Id, the client's where it is a good one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", name)]}
+            await send(message)
+
+        await self._app(scope, receive, named)

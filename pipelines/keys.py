@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pipelines.http_errors import ApiError
 
 ENVIRONMENT = "HARMONICA_API_KEYS"
-OPEN_PATHS = frozenset({"/", "/healthz", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/healthz", "/livez", "/readyz", "/docs", "/openapi.json"})
 """What says nothing that a key protects: the page, health and documentation."""
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
 from pipelines.api_models import CompletedEvent, ErrorBody, PartialImageEvent, ProgressEvent
 
@@ -14,6 +15,7 @@ _REASONS = {
     413: "The body is too large.",
     500: "Drawing failed.",
     503: "Too many images are waiting.",
+    504: "The image has waited for too long.",
 }
 _EVENTS = (PartialImageEvent, ProgressEvent, CompletedEvent)
 
@@ -29,10 +31,22 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return found
 
 
+def _event(kind: str, body: type[BaseModel]) -> dict[str, Any]:
+    """Schema of a server-sent event, whose data is JSON in a string."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": f"#/components/schemas/{body.__name__}"},
+    }
+    properties = {"event": {"const": kind}, "data": data}
+    return {"type": "object", "required": ["event", "data"], "properties": properties}
+
+
 def events() -> dict[int | str, dict[str, Any]]:
-    """`responses=` of a route whose answer may be a stream."""
-    names = [{"$ref": f"#/components/schemas/{event.__name__}"} for event in _EVENTS]
-    return {200: {"content": {"text/event-stream": {"schema": {"oneOf": names}}}}}
+    """`responses=` of a route whose answer may be a stream; each event is one of these."""
+    described = [_event(event.model_fields["type"].default, event) for event in _EVENTS]
+    described.append(_event("error", ErrorBody))
+    return {200: {"content": {"text/event-stream": {"schema": {"oneOf": described}}}}}
 
 
 def describe_fully(app: FastAPI, *, has_keys: bool) -> None:

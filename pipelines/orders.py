@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from harmonica.pictures import PictureFormat
-from pipelines.drawing import Quality, Row
+from harmonica.text_encoder import PromptTooLong
+from pipelines.batching import Overloaded, TimedOut
+from pipelines.drawing import Quality, Row, SettingRefused
 
 MAX_PARTIAL_IMAGES = 3
+REFUSALS = (Overloaded, TimedOut, SettingRefused, PromptTooLong)
+"""What an order may be answered with instead of a drawing, and nobody's mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +22,10 @@ class Order:
     quality: Quality = "medium"
     num_inference_steps: int | None = None
     """Default: the router's."""
-    guidance_scale: float | None = None
-    """Default: the router's."""
+    company: int = 1
+    """Images of the same request, which are drawn together where they can be."""
+    timeout_s: float | None = None
+    """How long it may wait for its trajectory. Default: the server's bound."""
     output_format: PictureFormat = "png"
     output_compression: int = 100
     """Of jpeg and webp, 0 to 100, the best."""
@@ -108,6 +114,12 @@ class ModelCard:
     """The registry's champion, where that cannot be served."""
     waiting: int = 0
     """Images in the queue."""
+    max_waiting: int = 0
+    """Room in it."""
+
+    @property
+    def is_full(self) -> bool:
+        return self.waiting >= self.max_waiting > 0
 
     @property
     def size(self) -> str:
@@ -122,7 +134,7 @@ class ImageSource(Protocol):
     async def draw(self, order: Order) -> Drawing:
         """
         Raises:
-            Overloaded, SettingRefused, PromptTooLong
+            one of `REFUSALS`
         """
         ...
 

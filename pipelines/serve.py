@@ -26,46 +26,18 @@ from ray import serve
 
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
-from pipelines import registry
-from pipelines.config import ServeConfig, WorkflowConfig
+from pipelines import proxy, registry
+from pipelines.application import JSON_LOGS, make_application
+from pipelines.application import build as build
+from pipelines.config import WorkflowConfig
 from pipelines.following import FOLLOW_S, ServeArgs
-from pipelines.replicas import Sampler, api_builder
 from pipelines.runtime import connect, is_private
+from pipelines.serve_config import ServeConfig
 from pipelines.tracking import tracking_uri as local_tracking_uri
 
 APP_NAME = "harmonica"
 _READY_TIMEOUT_S = 60.0
 _DRAW_TIMEOUT_S = 600.0
-
-
-def build(args: ServeArgs) -> serve.Application:
-    """The application, for `serve.run` and for YAML (`import_path: pipelines.serve:build`).
-
-    Raises:
-        ValueError: MLflow is named and has no such registered model, or no champion, or there are no keys in
-            the file that should have them.
-    """
-    args = args.resolved()
-    args.current_version()  # fails here, not on a replica
-    config = args.serve
-    at_most = config.max_batch_size + config.max_waiting
-    sampler = serve.deployment(
-        name="Sampler",
-        num_replicas=config.num_replicas,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": int(config.use_gpu)},
-        # A replica says itself when it is full: it knows what waits and how long that will take.
-        max_ongoing_requests=at_most + config.max_images_per_request,
-        # All images of a request are queued for a moment before they are handed out.
-        max_queued_requests=at_most + config.max_images_per_request,
-        # A model that does not fit its router fits no better the third time.
-        max_constructor_retry_count=1,
-        # A line an image says nothing that `Api`'s line a request does not.
-        logging_config={"enable_access_log": False},
-    )(Sampler)
-    api = serve.deployment(
-        name="Api", ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000, max_queued_requests=100
-    )(serve.ingress(api_builder(config.api_keys_file))())
-    return api.bind(sampler.bind(args))
 
 
 def deploy(
@@ -91,12 +63,17 @@ def deploy(
         router=router,
         follow_s=follow_s,
     )
-    application = build(args)
+    # On a private cluster every log line lands on the user's terminal; on a shared one, in Ray's files.
+    logging_config = {"log_level": "WARNING"} if is_private() else JSON_LOGS
+    application = make_application(args, logging_config)
     if not _is_serving():
         check_port(config)
-    # On a private cluster every log line lands on the user's terminal; on a shared one, in Ray's files.
-    logging_config = {"log_level": "WARNING" if is_private() else "INFO"}
-    serve.start(http_options={"host": config.host, "port": config.port}, logging_config=logging_config)
+    serve.start(
+        http_options={"host": config.host, "port": config.port},
+        # Inherited by the proxies, and the working directory with it.
+        controller_options={"runtime_env": {"env_vars": {proxy.CALLBACK: "pipelines.proxy.middlewares"}}},
+        logging_config=logging_config,
+    )
     try:
         serve.run(application, name=APP_NAME, route_prefix="/", logging_config=logging_config)
     except RuntimeError as error:

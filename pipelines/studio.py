@@ -4,20 +4,33 @@ The trajectory has a thread of its own and picture files have others: the event 
 """
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
 from harmonica.pictures import encode_picture
-from pipelines.batching import Batcher
-from pipelines.config import ServeConfig
+from pipelines.batching import Batcher, Overloaded, TimedOut
 from pipelines.drawing import ImageSampler, Quality, Router, Row
 from pipelines.orders import Drawing, ModelCard, Order, Preview, Progress, Refusal, RouterCard
+from pipelines.serve_config import ServeConfig
+
+logger = logging.getLogger("ray.serve")
+
+
+class Metrics(Protocol):
+    """Who is told what goes on."""
+
+    def trajectory(self, router: Router, waits_s: Sequence[float], seconds: float) -> None: ...
+    def waiting(self, count: int) -> None: ...
+    def refused(self, reason: str) -> None: ...
+    def serving(self, version: str, refused: str) -> None: ...
 
 
 def preview_steps(num_steps: int, count: int) -> tuple[int, ...]:
@@ -31,6 +44,7 @@ class _Job:
     """A row in the queue, and who watches it."""
 
     row: Row
+    arrived: float = field(default_factory=time.perf_counter)
     shown: tuple[int, ...] = ()
     """Steps after which it wants to be seen."""
     report: Callable[[int, Tensor | None], None] | None = None
@@ -41,20 +55,26 @@ class _Job:
 class _Drawn:
     image_CHW: Tensor
     batch_size: int
+    waited_s: float
     seconds: float
 
 
 class Studio:
     """An `ImageSource` in this process."""
 
-    def __init__(self, images: ImageSampler, model: str, config: ServeConfig) -> None:
+    def __init__(
+        self, images: ImageSampler, model: str, config: ServeConfig, metrics: Metrics | None = None
+    ) -> None:
         self.images, self._model, self._config = images, model, config
+        self.metrics = metrics
+        self._began: float | None = None
         self.refused: Refusal | None = None
         self.batcher: Batcher[Router, _Job, _Drawn] = Batcher(
             self._trajectory,
             max_batch_size=config.max_batch_size,
             wait_s=config.batch_wait_s,
             max_waiting=config.max_waiting,
+            target_s=config.latency_target_s,
         )
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="encoder")
 
@@ -70,6 +90,7 @@ class Studio:
             routers=self._router_cards(),
             refused=self.refused,
             waiting=self.batcher.num_waiting,
+            max_waiting=self._config.max_waiting,
         )
 
     def _router_cards(self) -> tuple[RouterCard, ...]:
@@ -82,7 +103,7 @@ class Studio:
 
     async def draw(self, order: Order) -> Drawing:
         router = await self._admit(order)
-        drawn = await self.batcher.submit(router, _Job(order.row))
+        drawn = await self._submit(order, router, _Job(order.row))
         return await self._finish(order, router, drawn)
 
     async def watch(self, order: Order) -> AsyncIterator[Progress | Preview | Drawing]:
@@ -94,7 +115,9 @@ class Studio:
         def report(step: int, image_CHW: Tensor | None) -> None:
             loop.call_soon_threadsafe(reports.put_nowait, (step, image_CHW))
 
-        drawing = asyncio.create_task(self.batcher.submit(router, _Job(order.row, shown, report)))
+        drawing = asyncio.create_task(
+            self._submit(order, router, _Job(order.row, shown=shown, report=report))
+        )
         drawing.add_done_callback(lambda _: reports.put_nowait(None))
         try:
             while (reported := await reports.get()) is not None:
@@ -110,17 +133,54 @@ class Studio:
 
     async def _admit(self, order: Order) -> Router:
         """The order's router, once its prompts are embedded, which goes on while a trajectory runs."""
-        self.batcher.check_room()
-        router = self.images.router_for(order.quality, order.num_inference_steps, order.guidance_scale)
+        try:
+            self.batcher.check_room()
+        except Overloaded:
+            self._count_refused("overloaded")
+            raise
+        router = self.images.router_for(order.quality, order.num_inference_steps, order.row.guidance_scale)
         if isinstance(order.row.subject, str):
             await asyncio.to_thread(self.images.check, order.row)
         return router
 
+    async def _submit(self, order: Order, router: Router, job: _Job) -> _Drawn:
+        bound = self._config.timeout_s
+        timeout_s = bound if order.timeout_s is None else min(bound, order.timeout_s)
+        try:
+            return await self.batcher.submit(router, job, company=order.company, timeout_s=timeout_s)
+        except (Overloaded, TimedOut) as error:
+            self._count_refused("timeout" if isinstance(error, TimedOut) else "overloaded")
+            raise
+        finally:
+            if self.metrics:
+                self.metrics.waiting(self.batcher.num_waiting)
+
+    def _count_refused(self, reason: str) -> None:
+        if self.metrics:
+            self.metrics.refused(reason)
+
     def _trajectory(self, router: Router, jobs: Sequence[_Job]) -> list[_Drawn]:
-        started = time.perf_counter()
-        images_NCHW = self.images.draw([job.row for job in jobs], router, partial(_report, jobs))
+        self._began = started = time.perf_counter()
+        try:
+            images_NCHW = self.images.draw([job.row for job in jobs], router, partial(_report, jobs))
+        finally:
+            self._began = None
         seconds = time.perf_counter() - started
-        return [_Drawn(image_CHW, len(jobs), seconds) for image_CHW in images_NCHW]
+        waits_s = [started - job.arrived for job in jobs]
+        if self.metrics:
+            self.metrics.trajectory(router, waits_s, seconds)
+        return [
+            _Drawn(image_CHW, len(jobs), wait_s, seconds) for image_CHW, wait_s in zip(images_NCHW, waits_s)
+        ]
+
+    def check_health(self) -> None:
+        """
+        Raises:
+            RuntimeError: a trajectory has stood still for longer than any may take.
+        """
+        began, limit_s = self._began, self._config.stall_timeout_s
+        if began is not None and time.perf_counter() - began > limit_s:
+            raise RuntimeError(f"a trajectory has run for more than serve.stall_timeout_s ({limit_s:g})")
 
     async def _encode(self, order: Order, image_CHW: Tensor) -> bytes:
         loop = asyncio.get_running_loop()
@@ -129,13 +189,16 @@ class Studio:
         )
 
     async def _finish(self, order: Order, router: Router, drawn: _Drawn) -> Drawing:
-        config = router.sampler.config
+        config, guidance_scale = router.sampler.config, order.row.guidance_scale
+        about = {"router_version": router.version, "batch_size": drawn.batch_size}
+        seconds = {"waited_s": round(drawn.waited_s, 4), "seconds": round(drawn.seconds, 4)}
+        logger.info("image drawn", extra={**about, **seconds})  # fields of Serve's JSON logs
         return Drawing(
             picture=await self._encode(order, drawn.image_CHW),
             router_version=router.version,
             cur=router.plan.cur,
             num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
+            guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
             batch_size=drawn.batch_size,
             seconds=drawn.seconds,
         )

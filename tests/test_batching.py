@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from pipelines.batching import Batcher, Overloaded
+from pipelines.batching import Batcher, Overloaded, TimedOut
+from pipelines.pace import Pace
 
 
 class Workshop:
@@ -73,15 +74,99 @@ def test_who_comes_while_a_batch_runs_joins_the_next():
     assert run(body).batches == [("x", [0]), ("a", [1, 2])]
 
 
-def test_a_full_batch_does_not_wait_and_one_alone_not_for_long():
+def test_a_full_batch_and_one_alone_wait_for_nobody():
     async def body(workshop):
         started = time.monotonic()
         await asyncio.gather(*await workshop.submit_all(("a", 1), ("a", 2), ("a", 3)))
-        assert time.monotonic() - started < 0.4
         await workshop.batcher.submit("a", 4)
-        assert 0.5 <= time.monotonic() - started < 2
+        await workshop.batcher.submit("a", 5)
+        assert time.monotonic() - started < 0.4
 
     run(body, wait_s=0.5)
+
+
+def test_the_rest_of_a_request_is_waited_for_but_not_for_long():
+    async def body(workshop):
+        first = asyncio.create_task(workshop.batcher.submit("a", 1, company=2))
+        await asyncio.sleep(0.1)
+        await asyncio.gather(first, workshop.batcher.submit("a", 2, company=2))
+        started = time.monotonic()
+        await workshop.batcher.submit("a", 3, company=2)
+        assert 0.5 <= time.monotonic() - started < 2
+
+    assert run(body, wait_s=0.5).batches == [("a", [1, 2]), ("a", [3])]
+
+
+def test_clients_that_ask_again_at_once_do_not_split_into_halves_that_take_turns():
+    sizes = []
+
+    def work(key, items):
+        sizes.append(len(items))
+        time.sleep(0.08)
+        return items
+
+    async def body():
+        batcher = Batcher(work, max_batch_size=8, wait_s=0.05, max_waiting=8)
+
+        async def client(number):
+            await asyncio.sleep(0.01 * number)  # so that they begin split
+            for _ in range(8):
+                await batcher.submit("a", number)
+                await asyncio.sleep(0.002)
+
+        await asyncio.gather(*map(client, range(6)))
+
+    asyncio.run(body())
+    assert sizes.count(6) >= 5, sizes
+
+
+def test_who_has_waited_for_long_enough_is_told():
+    async def body(workshop):
+        first = await start_busy(workshop)
+        late = asyncio.create_task(workshop.batcher.submit("a", 1, timeout_s=0.05))
+        patient = asyncio.create_task(workshop.batcher.submit("a", 2, timeout_s=5))
+        with pytest.raises(TimedOut):
+            await late
+        assert workshop.batcher.num_waiting == 1
+        workshop.sign.set()
+        assert [await first, await patient] == ["x0", "a2"]
+
+    assert run(body).batches == [("x", [0]), ("a", [2])]
+
+
+def test_what_has_started_is_not_given_up():
+    async def body(workshop):
+        workshop.sign.clear()
+        task = asyncio.create_task(workshop.batcher.submit("a", 1, timeout_s=0.05))
+        await asyncio.sleep(0.1)
+        workshop.sign.set()
+        assert await task == "a1"
+
+    run(body)
+
+
+def test_batches_are_as_large_as_the_target_leaves_time_for():
+    async def body(workshop):
+        for size, seconds in ((1, 0.3), (2, 0.4), (3, 0.5)):
+            workshop.batcher._paces.setdefault("a", Pace()).add(size, seconds)
+        tasks = await workshop.submit_all(*[("a", item) for item in range(5)])
+        await asyncio.gather(*tasks)
+
+    for target_s, size in ((0.83, 2), (0.1, 1), (None, 3)):  # the first: later ones go by their own speed
+        assert len(run(body, target_s=target_s).batches[0][1]) == size
+
+
+def test_the_time_of_a_batch_is_learnt_and_follows_changes():
+    pace = Pace()
+    assert pace.seconds(4) == 0 and pace.largest(1, 8) == 8
+    pace.add(2, 1.0)
+    assert pace.seconds(4) == pytest.approx(2.0), "proportional, while one size is known"
+    pace.add(6, 2.0)
+    assert (pace.seconds(1), pace.seconds(4)) == pytest.approx((0.75, 1.5))
+    assert (pace.largest(1.5, 8), pace.largest(1.5, 3), pace.largest(0.1, 8)) == (4, 3, 1)
+    for size in [2, 6] * 30:
+        pace.add(size, 0.1 * size)
+    assert pace.seconds(4) == pytest.approx(0.4, rel=0.05)
 
 
 def test_who_is_one_too_many_is_turned_away_until_there_is_room():

@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,11 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 from pydantic import ValidationError
+from ray._common.utils import import_attr
 
 import harmonica
+from pipelines import proxy
+from pipelines.following import ServeArgs
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -174,6 +181,12 @@ def test_serve_config_is_what_serve_reads():
     assert application["name"] == "harmonica"
     assert application["route_prefix"] == "/"
     assert application["import_path"] == "pipelines.serve:build"
+    assert ServeArgs.model_validate(application["args"]).serve.max_replicas == 3
+    (container,) = load("rayservice.yaml")["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"][
+        "containers"
+    ]
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert import_attr(environment[proxy.CALLBACK]) is proxy.middlewares
 
 
 def test_a_spoilt_serve_config_is_found():
@@ -200,3 +213,45 @@ def test_a_spoilt_ray_up_file_is_found():
     document["provider"].pop("type")
     found = " ".join(errors(ray_up_validator(), document))
     assert "worker_nodes" in found and "'type'" in found
+
+
+def dashboard_metrics() -> set[str]:
+    """Names of our own that cluster/grafana.json asks Prometheus for."""
+    text = (CLUSTER / "grafana.json").read_text()
+    return set(re.findall(r"ray_harmonica_[a-z_]+", text))
+
+
+def test_the_dashboard_shows_every_metric_of_serving_and_no_other():
+    source = (ROOT / "pipelines" / "serve_metrics.py").read_text()
+    kinds = re.findall(r'(Counter|Gauge|Histogram)\(\s*"(harmonica_[a-z_]+)"', source)
+    assert len(kinds) == 9
+    suffix = {"Counter": "_total", "Gauge": "", "Histogram": ""}
+    expected = {f"ray_{name}{suffix[kind]}" for kind, name in kinds}
+    shown = {re.sub(r"_(bucket|sum|count)$", "", name) for name in dashboard_metrics()}
+    assert shown == expected
+
+
+def test_the_dashboard_is_one_that_grafana_reads():
+    document = json.loads((CLUSTER / "grafana.json").read_text())
+    assert document["title"] and document["schemaVersion"] >= 36
+    places = [tuple(panel["gridPos"][name] for name in "xywh") for panel in document["panels"]]
+    assert all(x + w <= 24 for x, _, w, _ in places) and len(set(places)) == len(places)
+    ids = [panel["id"] for panel in document["panels"]]
+    assert len(set(ids)) == len(ids)
+    for panel in document["panels"]:
+        assert panel["datasource"]["uid"] == "${datasource}"
+        assert all(target["expr"] for target in panel["targets"])
+
+
+def test_serve_build_writes_a_configuration_that_serve_reads(tmp_path):
+    command = [sys.executable, "-m", "ray.serve.scripts", "build", "pipelines.application:app"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
+    subprocess.run(
+        [*command, "-o", "serve.yaml"], cwd=tmp_path, env=environment, check=True, capture_output=True
+    )
+    document = yaml.safe_load((tmp_path / "serve.yaml").read_text())
+    assert serve_errors(document) == []
+    deployments = {each["name"]: each for each in document["applications"][0]["deployments"]}
+    assert deployments.keys() == {"Api", "Sampler"}
+    for deployment in deployments.values():
+        assert deployment["logging_config"]["encoding"] == "JSON"

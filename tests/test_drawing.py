@@ -1,6 +1,7 @@
 """Rows that share trajectories: who waits for whom, and that company does not change an image."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tiny_dit import SHAPE, make_artifact, write_model
 from tiny_pipeline import write_pipeline
 
 from harmonica.artifact import RouterArtifact
+from harmonica.builtin import CHAMPION
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.noise import RowKeys
 from harmonica.pictures import to_uint8
@@ -95,8 +97,8 @@ def test_only_high_leaves_a_choice_of_steps_and_guidance(sampler):
             with pytest.raises(SettingRefused, match=words):
                 sampler.router_for(quality, *settings)
     other = sampler.router_for("high", 12, 3.0)
-    assert (other.sampler.num_steps, other.sampler.config.guidance_scale) == (12, 3.0)
-    assert sampler.router_for("high", 12, 3.0) is other, "such rows share trajectories"
+    assert other.sampler.num_steps == 12
+    assert sampler.router_for("high", 12, 4.0) is other, "such rows share trajectories"
     assert len(sampler.draw([Row(1, 1, 0)], other)) == 1
     for settings, words in (
         ((31, None), "^num_inference_steps is 31: give 2 to 30"),
@@ -148,3 +150,31 @@ def test_every_sampler_draws_the_pictures_of_a_latent_model(tmp_path, name):
     previews = []
     images.draw([row], on_preview=lambda step, predict: previews.append(predict([0])))
     assert len(previews) == 5 and previews[2].shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("quality", ["medium", "high"])
+def test_a_company_changes_no_bit_of_an_image(quality):
+    """In float32 on the CPU: there the products over rows, the softmax and the norms sum each row alike
+    whatever the batch. The built-in model, since its are the shapes that are served."""
+    images = ImageSampler(load_model(ModelConfig()))
+    use(images, RouterArtifact.load(CHAMPION), "builtin")
+    router = images.router_for(quality)
+    scales = [None, 1.0, 3.5, 2.0, 1.0, 7.25] if quality == "high" else [None] * 6
+    rows = [Row(i % 10, 11 + i, i, guidance_scale=scale) for i, scale in enumerate(scales)]
+    alone = [images.draw([row], router)[0] for row in rows]
+    for size in (2, 3, 6, 16):
+        company = images.draw([*rows[:size], *(Row(3, i, 0) for i in range(size - len(rows)))], router)
+        for first, second in zip(alone, company):
+            assert torch.equal(first, second), size
+    if quality == "high":
+        assert torch.equal(alone[0], images.draw([replace(rows[0], guidance_scale=2.0)], router)[0])
+        assert far(alone[0], images.draw([replace(rows[0], guidance_scale=2.5)], router)[0])
+
+
+def test_a_row_s_own_guidance_is_that_of_a_sampler_of_its_scale(sampler):
+    router = sampler.router_for("high")
+    rows = [Row(3, 11, 1, guidance_scale=scale) for scale in (1.0, 3.5, 2.0)]
+    for row, drawn in zip(rows, sampler.draw(rows, router)):
+        config = dataclasses.replace(router.sampler.config, guidance_scale=row.guidance_scale)
+        expected = sample(make_sampler(sampler.model, config), *start(sampler, [row]))[0]
+        torch.testing.assert_close(drawn, expected, rtol=1e-5, atol=1e-5)

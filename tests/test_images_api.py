@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
@@ -10,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 from tiny_dit import make_artifact, write_model
-from tiny_studio import make_studio
+from tiny_studio import CONFIG, make_studio, slow_steps
 
 from harmonica.fashion import CLASS_NAMES
 from harmonica.models.loading import load_model
@@ -292,3 +294,44 @@ def test_the_official_client(client):
     assert (refusal.value.param, refusal.value.code) == ("prompt", "unknown_class")
     with pytest.raises(openai.NotFoundError):
         api.models.retrieve("huge")
+
+
+def test_who_waits_for_too_long_is_told_so(tmp_path):
+    model = write_model(tmp_path)
+    studio = make_studio(load_model(model), make_artifact(model))
+    slow_steps(studio, 0.05)
+    with TestClient(create_app(studio)) as client, ThreadPoolExecutor(1) as threads:
+        first = threads.submit(client.post, PATH, json={"prompt": "Bag", "seed": 1})
+        while not studio.batcher.is_busy:
+            time.sleep(0.005)
+        answer = client.post(PATH, json={"prompt": "Bag", "timeout_s": 0.1})
+        assert "larger timeout_s" in refused(answer, 504, None, "timeout")
+        answer = client.post(PATH, json={"prompt": "Bag", "timeout_s": 0.1, "stream": True})
+        assert answer.status_code == 504
+        assert first.result().status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/livez", "/v1/models", "/v1/missing"])
+def test_every_answer_has_the_request_s_name(client, path):
+    assert client.get(path, headers={"X-Request-Id": "mine-7"}).headers["x-request-id"] == "mine-7"
+    first, second = (client.get(path).headers["x-request-id"] for _ in range(2))
+    assert first != second and len(first) == 32
+    assert client.get(path, headers={"X-Request-Id": "x" * 500}).headers["x-request-id"] != "x" * 500
+
+
+def test_ready_is_who_would_draw_now_and_alive_who_answers(client, source, failing, monkeypatch):
+    assert client.get("/readyz").json() == {"status": "ready"}
+    failing(Overloaded(1))
+    refused(client.get("/readyz"), 503, None, "not_ready")
+    assert client.get("/livez").json() == {"status": "alive"}
+    failing(None)
+    assert client.get("/readyz").status_code == 200
+    monkeypatch.setattr(type(source.batcher), "num_waiting", CONFIG.max_waiting)
+    assert client.get("/readyz").headers["retry-after"] == "1"
+
+
+def test_a_trajectory_that_stands_still_is_no_health(source, monkeypatch):
+    source.check_health()
+    monkeypatch.setattr(source, "_began", time.perf_counter() - CONFIG.stall_timeout_s - 1)
+    with pytest.raises(RuntimeError, match=r"more than serve\.stall_timeout_s"):
+        source.check_health()

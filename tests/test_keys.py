@@ -14,6 +14,7 @@ from pipelines.images_api import create_app
 from pipelines.keys import ENVIRONMENT, load_keys
 from pipelines.orders import Order
 from pipelines.replicas import api_builder
+from pipelines.serve_config import ServeConfig
 
 PATH = "/v1/images/generations"
 KEYS = ("first-key", "zweiter-schlüssel")
@@ -92,7 +93,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
 
 def test_an_endpoint_that_was_to_be_closed_does_not_open_where_its_keys_are_missing(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "one")
-    build_api = api_builder("")
+    build_api = api_builder(ServeConfig())
     monkeypatch.delenv(ENVIRONMENT)
     with pytest.raises(ValueError, match=f"{ENVIRONMENT} is set where the application was built and not"):
         build_api()
@@ -114,3 +115,19 @@ def test_other_sites_pages_may_not_ask(client):
     headers = {"origin": "https://elsewhere.example", "access-control-request-method": "POST"}
     for answer in (client.options(PATH, headers=headers), client.get("/healthz", headers=headers)):
         assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_sites_that_are_named_may_ask_and_others_still_not(source):
+    mine = "https://gallery.example"
+    with TestClient(create_app(source, KEYS, cors_origins=[mine])) as client:
+        for origin, may in ((mine, True), ("https://elsewhere.example", False)):
+            headers = {"origin": origin, "access-control-request-method": "POST"}
+            headers["access-control-request-headers"] = "authorization"
+            before = client.options(PATH, headers=headers)
+            assert (before.headers.get("access-control-allow-origin") == origin) == may
+            headers = {"origin": origin, "authorization": f"Bearer {KEYS[0]}"}
+            answer = client.post(PATH, json={"prompt": "Bag"}, headers=headers)
+            assert (answer.headers.get("access-control-allow-origin") == origin) == may
+        refused = client.post(PATH, json={"prompt": "Bag"}, headers={"origin": mine})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == mine, "or no page could read why"

@@ -14,7 +14,7 @@ from harmonica.models.loading import load_model
 from pipelines.images_api import create_app
 
 PATH = "/v1/images/generations"
-PATHS = {PATH, "/v1/models", "/v1/models/{model}", "/v1/routers", "/healthz"}
+PATHS = {PATH, "/v1/models", "/v1/models/{model}", "/v1/routers", "/healthz", "/livez", "/readyz"}
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,15 @@ def check(document, method, path, answer):
     if kind == "application/json":
         checked.validate(answer.json())
     else:
-        for line in answer.text.split("\n"):
-            if line.startswith("data: "):
-                checked.validate(json.loads(line[len("data: ") :]))
+        for block in answer.text.strip().split("\n\n"):
+            event = dict(line.split(": ", 1) for line in block.split("\n"))
+            checked.validate(event)
+            (described,) = (
+                each["properties"]["data"]["contentSchema"]
+                for each in content[kind]["schema"]["oneOf"]
+                if each["properties"]["event"]["const"] == event["event"]
+            )
+            validator(document, described).validate(json.loads(event["data"]))
 
 
 def test_every_schema_is_one_and_every_reference_leads_somewhere(document):
@@ -142,5 +148,5 @@ def test_keys_are_documented_where_there_are_any(source):
         for op in operations.values()
         if "security" in op
     }
-    assert closed == PATHS - {"/healthz"}
+    assert closed == PATHS - {"/healthz", "/livez", "/readyz"}
     assert "secret" not in json.dumps(document)

@@ -2,20 +2,20 @@
 
 import re
 import shutil
-import socket
-import threading
 import time
-from contextlib import contextmanager
 from importlib import resources
 
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
+from live_app import running
 from tiny_dit import make_artifact, write_model
 from tiny_studio import make_studio, slow_steps
 
 from harmonica.models.loading import load_model
 from pipelines.images_api import create_app
+
+# Root in a container has no user namespaces to build the sandbox of; the others keep it off the network.
+FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
 
 
 @pytest.fixture(scope="module")
@@ -42,24 +42,6 @@ def test_the_page_refers_to_nothing_outside():
     assert 'name="viewport"' in page
 
 
-@contextmanager
-def running(app):
-    """URL of the app on a real server in a thread."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.fixture
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -67,8 +49,7 @@ def browser():
     if path is None:
         pytest.skip("no chromium here: apt-get install chromium")
     with playwright.sync_playwright() as running_playwright:
-        # Root in a container has no user namespaces to build the sandbox of.
-        started = running_playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        started = running_playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield started
         started.close()
 
@@ -88,15 +69,19 @@ def test_full_and_cached_are_drawn_side_by_side(studio_parts, browser, width, tm
         assert page.locator("#class option").count() == 10
         page.select_option("#class", label="Sneaker")
         page.fill("#seed", "7")
+        assert page.input_value("#steps") == "8", "as many as the router has"
+        page.fill("#steps", "12")
         page.click("#draw")
-        rows = set()
+        rows, pictures = set(), set()
         while page.locator("#draw[disabled]").count():
             rows.add(page.get_attribute("#map", "data-row"))
+            pictures.add(page.evaluate("document.getElementById('full').toDataURL()"))
             time.sleep(0.02)
         assert len(rows - {"", None}) >= 4, "the current step moves over the router"
+        assert len(pictures) >= 4, "previews are shown as they come"
         assert "as fast" in page.inner_text("#speedup")
         assert "dB" in page.inner_text("#difference-note")
-        assert "router 3" in page.inner_text("#cached-note") and "8 steps" in page.inner_text("#full-note")
+        assert "router 3" in page.inner_text("#cached-note") and "12 steps" in page.inner_text("#full-note")
         assert page.evaluate("document.getElementById('full').width") == 28
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
             "no sideways scroll"

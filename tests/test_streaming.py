@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -16,10 +17,11 @@ from tiny_dit import make_artifact, write_model
 from tiny_studio import CONFIG, make_studio
 
 from harmonica.models.loading import load_model
-from pipelines.batching import Overloaded
-from pipelines.drawing import Row
+from harmonica.text_encoder import PromptTooLong
+from pipelines.batching import Overloaded, TimedOut
+from pipelines.drawing import Row, SettingRefused
 from pipelines.images_api import create_app
-from pipelines.orders import Order
+from pipelines.orders import REFUSALS, Order
 from pipelines.streaming import merge
 from pipelines.studio import preview_steps
 
@@ -127,7 +129,7 @@ def test_who_stops_watching_gives_up_the_place(model):
     async def run():
         config = replace(CONFIG, batch_wait_s=60)
         studio = make_studio(load_model(model), make_artifact(model), config=config)
-        orders = [Order(Row(1, 1, index), partial_images=3) for index in range(2)]
+        orders = [Order(Row(1, 1, index), partial_images=3, company=3) for index in range(2)]
         waiting = asyncio.create_task(anext(merge([studio.watch(order) for order in orders])))
         while studio.batcher.num_waiting < 2:
             await asyncio.sleep(0.001)
@@ -155,3 +157,12 @@ def test_an_overloaded_source_says_so_before_the_stream(source, client, monkeypa
     monkeypatch.setattr(source.batcher, "check_room", full)
     answer = client.post(PATH, json={"prompt": "Bag", "stream": True, "n": 2})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "3")
+
+
+@pytest.mark.parametrize(
+    "refusal", [Overloaded(3), TimedOut(), SettingRefused("n is 1: no"), PromptTooLong("prompt is long", 400)]
+)
+def test_refusals_travel_between_processes(refusal):
+    assert isinstance(refusal, REFUSALS)
+    copy = pickle.loads(pickle.dumps(refusal))
+    assert type(copy) is type(refusal) and vars(copy) == vars(refusal) and str(copy) == str(refusal)

@@ -4,6 +4,7 @@ Step i is row i of T respaced steps; i = T-1 is the noisiest and runs first.
 Shapes: N images, M model rows (2N under guidance: conditional half, then unconditional), C H W image.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,12 +34,17 @@ class State:
     """What a multistep solver remembers of earlier steps."""
 
 
-def guide(output_MCHW: Tensor, scale: float, channels: GuidanceChannels, noise_channels: int) -> Tensor:
+def guide(
+    output_MCHW: Tensor, scale: float | Tensor, channels: GuidanceChannels, noise_channels: int
+) -> Tensor:
     """Classifier-free guidance on [conditional; unconditional] outputs; both halves get the result.
 
     Channels that are not guided (the learned variance; under `first_three` the fourth noise channel
     too) pass through, each half keeping its own. `first_three` counts output channels, as the public code
     does: with fewer than three noise channels it guides variance too.
+
+    Args:
+        scale: one for all, or (N, 1, 1, 1).
     """
     guided = 3 if channels == "first_three" else noise_channels
     conditional, unconditional = output_MCHW[:, :guided].chunk(2)
@@ -58,10 +64,22 @@ class Sampler(ABC):
         """Timestep of each step, ascending: entry i is step i. Those of flow matching may be fractions."""
         self.is_guided = config.is_guided
         """Whether the model runs on both halves."""
+        self._scale: float | Tensor = config.guidance_scale
 
     @property
     def num_steps(self) -> int:
         return self.config.num_inference_steps
+
+    def with_guidance(self, scales: Sequence[float]) -> "Sampler":
+        """This sampler for a batch whose rows have guidance scales of their own.
+
+        A row is drawn as by a sampler of its scale, bit for bit as far as the model's kernels do not depend
+        on the batch: at 1 the other half weighs nothing.
+        """
+        twin = copy.copy(self)
+        twin.is_guided = any(scale != 1.0 for scale in scales)
+        twin._scale = torch.tensor(scales, dtype=torch.float64)[:, None, None, None]
+        return twin
 
     def start(self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None = None) -> State:
         """The state from which step T-1 begins.
@@ -101,7 +119,9 @@ class Sampler(ABC):
             output_MCHW = output_MCHW.float()
         if not self.is_guided:
             return output_MCHW
-        return guide(output_MCHW, config.guidance_scale, config.guidance_channels, self.model.in_channels)
+        if isinstance(self._scale, Tensor):
+            self._scale = self._scale.to(output_MCHW)  # moves once
+        return guide(output_MCHW, self._scale, config.guidance_channels, self.model.in_channels)
 
     @abstractmethod
     def advance(self, i: int, state: State, guided_MCHW: Tensor) -> State:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.benchmarks.model import full_pass, growth, reused_branch
 from tests.benchmarks.sampling import planned_dit, planned_pixart
+from tests.benchmarks.serving import serving
 from tests.benchmarks.system import data, scaling, start
 from tests.benchmarks.timing import Row, describe_machine
 from tests.benchmarks.training import lambda_refresh, sdt_update
@@ -29,7 +30,7 @@ DIT: tuple[Callable[..., Iterator[Row]], ...] = (
     scaling,
     start,
 )
-BENCHMARKS = (*DIT, planned_pixart, full_pass, data)
+BENCHMARKS = (*DIT, planned_pixart, full_pass, data, serving)
 
 
 def line(row: Row) -> str:

@@ -1,0 +1,106 @@
+"""What stands in Serve's HTTP proxy: who is asked again, who is not, and what a client reads."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from ray.serve._private.http_util import validate_http_proxy_callback_return
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+from pipelines import proxy
+from pipelines.proxy import RetryLost, middlewares
+
+
+class Replicas:
+    """Answers in turn; each request's body is kept."""
+
+    def __init__(self, *answers):
+        self.answers, self.bodies = list(answers), []
+
+    async def __call__(self, scope, receive, send):
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        self.bodies.append(body)
+        await self.answers.pop(0)(scope, receive, send)
+
+
+LOST, FULL = PlainTextResponse("Internal Server Error", 500), PlainTextResponse("Service Unavailable", 503)
+OWN = JSONResponse({"error": {"code": "internal_error"}}, 500)
+
+
+def ask(replicas, body=b'{"seed": 1}', path="/v1/images/generations"):
+    async def inside():
+        transport = httpx.ASGITransport(RetryLost(replicas))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post(path, content=body)
+
+    return asyncio.run(inside())
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(proxy, "_PAUSE_S", 0)
+
+
+async def nothing(scope, receive, send):
+    pass
+
+
+def test_what_a_lost_replica_was_asked_another_is_asked():
+    replicas = Replicas(LOST, nothing, JSONResponse({"fine": True}))
+    answer = ask(replicas)
+    assert (answer.status_code, answer.json()) == (200, {"fine": True})
+    assert replicas.bodies == [b'{"seed": 1}'] * 3
+
+
+def test_an_answer_of_the_application_is_passed_on_whatever_it_says():
+    for given in (OWN, JSONResponse({}, 503), PlainTextResponse("gone", 404)):
+        replicas = Replicas(given)
+        assert ask(replicas).status_code == given.status_code and len(replicas.bodies) == 1
+
+
+def test_a_stream_is_passed_on_as_it_comes():
+    async def events():
+        yield b"one"
+        yield b"two"
+
+    assert ask(Replicas(StreamingResponse(events(), media_type="text/event-stream"))).content == b"onetwo"
+
+
+def test_a_full_queue_is_not_asked_again_and_no_replica_at_all_is_told_in_openai_s_shape():
+    for replicas, asked in ((Replicas(FULL), 1), (Replicas(*[LOST] * 9), 4)):
+        answer = ask(replicas)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        error = json.loads(answer.content)["error"]
+        assert (error["type"], error["code"]) == ("server_error", "unavailable")
+        assert len(replicas.bodies) == asked
+
+
+def test_what_is_too_large_to_be_kept_is_asked_once_and_in_whole():
+    body = b"x" * (proxy._MAX_BODY_BYTES + 10)
+    replicas = Replicas(JSONResponse({}))
+    assert ask(replicas, body).status_code == 200 and replicas.bodies == [body]
+
+
+def test_a_client_that_has_gone_is_not_asked_for_again():
+    async def wait(scope, receive, send):
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def inside():
+        messages = [{"type": "http.request", "body": b"", "more_body": False}, {"type": "http.disconnect"}]
+
+        async def receive():
+            return messages.pop(0)
+
+        replicas = Replicas(wait, wait)
+        await RetryLost(replicas)({"type": "http", "path": "/v1", "headers": []}, receive, None)
+        assert len(replicas.bodies) == 1
+
+    asyncio.run(inside())
+
+
+def test_serve_takes_it():
+    assert [each.cls for each in validate_http_proxy_callback_return(middlewares())] == [RetryLost]

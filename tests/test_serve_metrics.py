@@ -1,0 +1,81 @@
+"""What Prometheus is told, number by number; that it arrives there is in test_serve."""
+
+import asyncio
+from collections import defaultdict
+
+import pytest
+from tiny_dit import make_artifact, write_model
+from tiny_studio import CONFIG, make_studio
+
+from harmonica.models.loading import load_model
+from pipelines import serve_metrics
+from pipelines.batching import Overloaded
+from pipelines.drawing import Row, SettingRefused
+from pipelines.orders import Order
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Everything recorded, by metric and its tag."""
+    values = defaultdict(list)
+
+    class Recorder:
+        def __init__(self, name, *_):
+            self._name = name
+
+        def record(self, value, tags=None):
+            (tag,) = (tags or {"": ""}).values()
+            values[self._name, tag].append(value)
+
+        inc = set = observe = record
+
+    for kind in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(serve_metrics, kind, Recorder)
+    return values
+
+
+@pytest.fixture
+def studio(told, tmp_path):
+    model = write_model(tmp_path)
+    studio = make_studio(load_model(model), make_artifact(model))
+    studio.metrics = serve_metrics.ServeMetrics()
+    return studio
+
+
+def test_a_trajectory(studio, told):
+    async def draw():
+        orders = [Order(Row(1, 1, index), company=3) for index in range(3)]
+        drawn = await asyncio.gather(*map(studio.draw, orders))
+        await studio.draw(Order(Row(1, 1, 0), "high"))
+        return drawn[0]
+
+    drawing = asyncio.run(draw())
+    assert told["harmonica_images", "3"] == [3] and told["harmonica_images", "uncached"] == [1]
+    assert told["harmonica_batch_size", "3"] == [3]
+    assert told["harmonica_cache_ratio", "3"] == [drawing.cur] and drawing.cur > 0
+    assert told["harmonica_step_seconds", "3"] == [pytest.approx(drawing.seconds / 8)]
+    waits = told["harmonica_queue_wait_seconds", "3"]
+    assert len(waits) == 3 and all(0 <= wait < 5 for wait in waits)
+    assert told["harmonica_waiting", ""][-1] == 0
+
+
+def test_refusals_by_reason(studio, told, monkeypatch):
+    async def ask(**settings):
+        await studio.draw(Order(Row(1, 1, 0), **settings))
+
+    with pytest.raises(SettingRefused):
+        asyncio.run(ask(num_inference_steps=9))
+    assert not told, "a mistake in a request is no matter of load"
+    monkeypatch.setattr(type(studio.batcher), "num_waiting", CONFIG.max_waiting)
+    monkeypatch.setattr(studio.batcher, "_waiting", [None] * CONFIG.max_waiting)
+    with pytest.raises(Overloaded):
+        asyncio.run(ask())
+    assert told["harmonica_refused", "overloaded"] == [1]
+
+
+def test_the_champion_served_and_one_refused(told):
+    metrics = serve_metrics.ServeMetrics()
+    for served, refused in (("1", ""), ("1", "2"), ("1", "2"), ("3", "")):
+        metrics.serving(served, refused)
+    assert told["harmonica_champion", "1"] == [1, 1, 1, 0] and told["harmonica_champion", "3"] == [1]
+    assert told["harmonica_champion_refused", "2"] == [1, 1, 0]
