@@ -18,7 +18,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -41,12 +40,7 @@ class Node(Session):
         Raises:
             RuntimeError: it ended, or took too long; with the end of its log.
         """
-        deadline = time.monotonic() + _START_S
-        while _STARTED not in (said := self.log.read_text()):
-            self.check_alive("ray start")
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"ray start took {_START_S:.0f} s, its log says\n{said[-2000:]}")
-            time.sleep(0.2)
+        self.wait_until(lambda: _STARTED in self.log.read_text(), _START_S, "ray start")
 
     def kill_raylet(self) -> None:
         """kill -9 of its raylet alone."""

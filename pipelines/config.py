@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
@@ -200,6 +201,8 @@ class WorkflowConfig:
     """Of a run that has it already: do this stage and those after it again."""
     registered_model: str = "harmonica-fashion"
     """Name in MLflow's registry; the alias `champion` points at the version Serve loads."""
+    node_metrics_interval_s: float = 10.0
+    """Seconds between readings of every node's CPU, memory and GPUs, which go to MLflow; 0 takes none."""
     seed: int = 0
     """Fixes every label and every noise of training; evaluation draws from seed + 1."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -248,6 +251,12 @@ class WorkflowConfig:
             "from",
             self.done_again_from,
             f"give one of the stages to run, {', '.join(self.stages)}",
+        )
+        _require(
+            0 <= self.node_metrics_interval_s < math.inf,
+            "node_metrics_interval_s",
+            self.node_metrics_interval_s,
+            "give seconds, or 0 for none",
         )
         _require(0 <= self.seed < 2**62, "seed", self.seed, "give a whole number from 0")
         _require(
