@@ -69,6 +69,11 @@ class TrainConfig(TrainingConfig):
 
     num_workers: int = 2
     """Ray Train workers, one core or GPU each."""
+    min_workers: int = 0
+    """Go on with as few as these where there is no room for num_workers, and with more once there is; 0 waits
+    for all of them."""
+    resize_interval_s: float = 60.0
+    """How often training on fewer workers than num_workers looks for room for more."""
     use_gpu: bool = False
     """One GPU a worker."""
     max_failures: int = 3
@@ -87,18 +92,45 @@ class TrainConfig(TrainingConfig):
             self.placement_strategy in strategies, "train.placement_strategy", self.placement_strategy, cure
         )
         _require(self.stall_timeout_s > 0, "train.stall_timeout_s", self.stall_timeout_s, "give seconds")
+        self._check_elastic()
+        least = "min_workers" if self.min_workers else "num_workers"
         _require(
-            self.num_workers > 1 or not self.shard_model,
+            min(self.counts) > 1 or not self.shard_model,
             "train.shard_model",
             self.shard_model,
-            "give False, or train.num_workers above 1 to share the weights among",
+            f"give False, or train.{least} above 1 to share the weights among",
         )
+        whom = f"train.num_workers ({self.num_workers})"
+        if self.min_workers:
+            whom = f"every number from train.min_workers ({self.min_workers}) to {whom}"
         _require(
-            self.batch_size >= self.num_workers and self.batch_size % self.num_workers == 0,
+            not any(self.batch_size % count for count in self.counts),
             "train.batch_size",
             self.batch_size,
-            f"give a multiple of train.num_workers ({self.num_workers}), so that workers share evenly",
+            f"give a multiple of {whom}, so that workers share evenly",
         )
+
+    def _check_elastic(self) -> None:
+        _require(
+            0 <= self.min_workers <= self.num_workers,
+            "train.min_workers",
+            self.min_workers,
+            f"give 1 to train.num_workers ({self.num_workers}), or 0 for all of them or none",
+        )
+        _require(
+            self.resize_interval_s > 0, "train.resize_interval_s", self.resize_interval_s, "give seconds"
+        )
+        _require(
+            not self.min_workers or self.placement_strategy != "STRICT_SPREAD",
+            "train.placement_strategy",
+            self.placement_strategy,
+            "give SPREAD or PACK with train.min_workers, since Ray counts free cores and GPUs, not nodes",
+        )
+
+    @property
+    def counts(self) -> range:
+        """How many workers there may be."""
+        return range(self.min_workers or self.num_workers, self.num_workers + 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

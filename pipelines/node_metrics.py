@@ -18,12 +18,14 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.runtime import node_names
 from pipelines.tracking import Point, StageRun
 
 logger = logging.getLogger(__name__)
 
 _MOST_PENDING = 1000  # points kept while MLflow does not answer
 _PATIENCE_S = 5.0
+_END_S = 1.0  # `ray job stop` waits three seconds for all of it
 _NVIDIA_QUERY = "index,utilization.gpu,memory.used,memory.total,power.draw"
 
 
@@ -81,14 +83,16 @@ class Nodes:
 
     def __init__(self) -> None:
         self._readers: dict[str, Any] = {}
-        self._names: dict[str, str] = {}
 
     def read(self) -> dict[str, float]:
-        """Of all nodes that answer, such as `system/<host>/cpu_utilization_percentage`."""
-        alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        """Of all nodes that answer, such as `system/<node>/cpu_utilization_percentage`."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         self._readers = {one: reader for one, reader in self._readers.items() if one in alive}
-        for node_id in sorted(alive.keys() - self._readers.keys()):
-            self._add(node_id, alive[node_id]["NodeManagerHostname"])
+        for node_id in alive - self._readers.keys():
+            there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            options = {"num_cpus": 0, "scheduling_strategy": there}
+            self._readers[node_id] = ray.remote(NodeReader).options(**options).remote()
+        names = node_names()
         asked = {reader.read.remote(): node_id for node_id, reader in self._readers.items()}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE_S)
         metrics: dict[str, float] = {}
@@ -99,17 +103,8 @@ class Nodes:
             except ray.exceptions.RayError:  # node or reader is gone: a new one next time
                 del self._readers[node_id]
                 continue
-            metrics |= {f"system/{self._names[node_id]}/{name}": value for name, value in found.items()}
+            metrics |= {f"system/{names[node_id]}/{name}": value for name, value in found.items()}
         return metrics
-
-    def _add(self, node_id: str, host: str) -> None:
-        if node_id not in self._names:
-            # Several nodes of one host are told apart.
-            self._names[node_id] = f"{host}-{node_id[:8]}" if host in self._names.values() else host
-        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        self._readers[node_id] = (
-            ray.remote(NodeReader).options(num_cpus=0, scheduling_strategy=there).remote()
-        )
 
 
 def _watch(run: StageRun, interval_s: float, stopped: threading.Event) -> None:
@@ -144,4 +139,4 @@ def node_metrics(run: StageRun, interval_s: float) -> Iterator[None]:
         yield
     finally:
         stopped.set()
-        thread.join(_PATIENCE_S)
+        thread.join(_END_S)

@@ -25,6 +25,8 @@ _FREE = {
 # How training is placed and watched: after the loss of a node it may have to change.
 _FREE_IN_TRAIN = {
     "num_workers",
+    "min_workers",
+    "resize_interval_s",
     "max_failures",
     "placement_strategy",
     "stall_timeout_s",

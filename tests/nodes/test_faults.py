@@ -2,103 +2,29 @@
 for bit, and every metric is there once.
 """
 
-import dataclasses
 import subprocess
 import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from cluster_runs import TRAJECTORIES, TrainingRun, closing, kill, until
+from cluster_runs import TRAJECTORIES, TrainingRun, check_same, closing, kill, until
 from local_cluster import LocalCluster
 from mlflow_server import MlflowServer
-from s3_server import BUCKET, S3Server, s3_server
-from tiny_dit import write_model
+from s3_server import BUCKET, S3Server
 
-from harmonica.rows import Batch, Share, make_rows
-from harmonica.samplers import SamplerConfig
 from pipelines.checkpoints import FOLDER
-from pipelines.presets import fashion
-from pipelines.train import start_run
 from pipelines.worker_times import NAMES
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 OUTAGE_S = 20.0
 
 
-@pytest.fixture(scope="module")
-def s3():
-    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        yield server
-
-
-@pytest.fixture(scope="module")
-def cluster(s3: S3Server):
-    with LocalCluster(workers=2, head_cpus=3, worker_cpus=2, environment=s3.environment) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("faults")
-
-
-@pytest.fixture(scope="module")
-def make_run(cluster: LocalCluster, folder: Path):
-    model = write_model(folder / "model")
-
-    def make(name: str, **settings) -> TrainingRun:
-        return TrainingRun(cluster, model, folder, name, **settings)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def unbroken(make_run) -> TrainingRun:
-    """Two workers, each on a node of its own, and nothing happens to them."""
-    with closing(make_run("unbroken")) as run:
-        run.start()
-        run.wait_for(2)
-        run.nodes_used = sum(bool(run.workers(node)) for node in range(3))
-        assert run.wait() == 0, run.said
-        return run
-
-
-def check_same(run: TrainingRun, unbroken: TrainingRun, database: Path | None = None) -> None:
-    assert torch.equal(run.router, unbroken.router)
-    for metric in ("loss", "cur", "lambda.step_000"):
-        assert run.curve(metric, database) == unbroken.curve(metric), metric
-
-
-def test_two_nodes_train_as_one_process(unbroken: TrainingRun, folder: Path):
-    assert unbroken.nodes_used == 2
-    base = fashion()
-    sdt = dataclasses.replace(base.train.sdt, learning_rate=0.01)
-    train = dataclasses.replace(base.train, trajectories=TRAJECTORIES, batch_size=4, iepo_every=5, sdt=sdt)
-    config = dataclasses.replace(
-        base,
-        model=dataclasses.replace(base.model, path=str(folder / "model")),
-        sampler=SamplerConfig(num_inference_steps=6),
-        train=train,
-    )
-    run, spec = start_run(config, torch.device("cpu"))
-    share, alone = Share(4), []
-    while run.trajectory < TRAJECTORIES:
-        rows = Batch.of(make_rows(share.indices(np.arange(4), run.trajectory), spec), spec, "cpu")
-        alone.append(run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys))
-    for metric in ("loss", "mse", "l1", "beta", "lambda.step_000"):
-        ours = [(i + 1, point[metric]) for i, point in enumerate(alone) if metric in point]
-        np.testing.assert_allclose(unbroken.curve(metric), ours, rtol=1e-5, err_msg=metric)
-    torch.testing.assert_close(unbroken.router, run.router.logits(), rtol=1e-5, atol=1e-5)
-
-
 def test_where_each_worker_s_time_goes_is_a_metric(unbroken: TrainingRun):
-    for name in (f"worker.{rank}.{kind}_s" for rank in (0, 1) for kind in NAMES):
-        steps, seconds = zip(*unbroken.curve(name))
+    times = unbroken.metrics("train", "worker.%")
+    assert times.keys() == {f"worker.{rank}.{kind}_s" for rank in (0, 1) for kind in NAMES}
+    for name, points in times.items():
+        steps, seconds = zip(*points)
         assert steps == tuple(range(1, TRAJECTORIES + 1)), name
         assert all(value >= 0 for value in seconds) and sum(seconds) > 0, name
 
@@ -191,6 +117,3 @@ def test_kill_of_the_mlflow_server(make_run, folder: Path, unbroken: TrainingRun
         assert run.wait() == 0, run.said
         until("the server is back", server.answers)
         check_same(run, unbroken, folder / "server" / "mlflow.db")
-        assert [step for step, _ in run.curve("loss", folder / "server" / "mlflow.db")] == [
-            *range(1, TRAJECTORIES + 1)
-        ]

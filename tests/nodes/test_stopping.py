@@ -1,0 +1,85 @@
+"""Runs that are stopped, by Ctrl-C, SIGTERM and as jobs: nothing keeps running, and they can be resumed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from cluster_runs import TrainingRun, check_same, closing
+from local_cluster import LocalCluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+def test_ctrl_c_and_sigterm_leave_a_run_that_goes_on(make_run, unbroken: TrainingRun) -> None:
+    with closing(make_run("stopped")) as run:
+        for number, code, trajectory in ((signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 6)):
+            run.start()
+            run.wait_for(trajectory)
+            run.driver.process.send_signal(number)
+            assert run.wait() == code, run.said
+            assert "interrupted: the same command with --run-id stopped goes on from here" in run.said
+            assert run.statuses == {"KILLED"}
+            run.cluster_is_idle()
+        run.complete()
+        assert run.statuses == {"FINISHED"}
+        check_same(run, unbroken)
+
+
+@pytest.fixture(scope="module")
+def job(cluster: LocalCluster):
+    """`ray job`, from a folder of its own, as another user than the cluster's where that can be."""
+    folder = Path(tempfile.mkdtemp(prefix="jobs-", dir="/tmp"))  # one that the other user may enter
+    kept = ("RAY_AUTH", "RAY_API", "RAY_USAGE")
+    environment = {name: value for name, value in cluster.environment.items() if name.startswith(kept)}
+    environment |= {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+    }
+    user = None
+    if os.geteuid() == 0:
+        shutil.chown(folder, "nobody")
+        if not subprocess.run([sys.executable, "-c", "import ray"], user="nobody", check=False).returncode:
+            user = "nobody"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "job", *arguments]
+        return subprocess.run(
+            command, cwd=folder, env=environment, user=user, capture_output=True, text=True, check=False
+        )
+
+    yield run
+    shutil.rmtree(folder)
+
+
+def test_a_job_is_stopped_and_submitted_again(job, make_run, unbroken: TrainingRun) -> None:
+    with closing(make_run("job")) as run:
+        env = {"env_vars": {"MLFLOW_TRACKING_URI": f"sqlite:///{run.database}"}}
+        submit = ["submit", f"--working-dir={ROOT}", f"--runtime-env-json={json.dumps(env)}"]
+        command = ["--", "python", *run.command[1:], "--stages", "train"]
+        command[2] = "workflow.py"  # that of the upload
+
+        until("a job agent", lambda: "No available agent" not in job("list").stderr)
+        first = job(*submit, "--submission-id=first", "--no-wait", *command)
+        assert first.returncode == 0, first.stderr
+        run.wait_for(1)
+        stopped = job("stop", "first")
+        assert stopped.returncode == 0 and "was stopped" in stopped.stdout, stopped.stdout
+        run.cluster_is_idle()
+        assert run.trajectory < TRAJECTORIES and run.statuses == {"KILLED"}
+
+        refused = job(*submit, *command, "--train.batch-size=3")
+        assert refused.returncode == 1 and "error: train.batch_size is 3" in refused.stdout, refused.stdout
+        again = job(*submit, "--submission-id=again", *command)
+        assert again.returncode == 0, again.stdout[-3000:]
+        assert "resumed after trajectory" in again.stdout and "succeeded" in again.stdout
+        said = re.sub(r"\x1b\[[0-9;]*m", "", again.stdout)
+        assert "Reporting training result" not in said and "it/s" not in said, "readable"
+        check_same(run, unbroken)
