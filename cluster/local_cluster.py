@@ -67,7 +67,9 @@ class LocalCluster:
         self.workers, self.head_cpus, self.worker_cpus = workers, head_cpus, worker_cpus
         self._port, self._dashboard, self._count = free_port(), free_port(), 0
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        python = Path(sys.executable).parent  # for the `python` of a job's entrypoint
         self._environment = inherited | {
+            "PATH": f"{python}:{os.environ.get('PATH', os.defpath)}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
