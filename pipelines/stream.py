@@ -57,5 +57,8 @@ def stream_rows(
     firsts = range(0, count, rows_per_block)
     ids = [pa.table({"id": np.arange(i, min(i + rows_per_block, count))}) for i in firsts]
     return ray.data.from_blocks(ids).map_batches(
-        make, batch_size=rows_per_block, num_cpus=_TASK_CPUS, compute=TaskPoolStrategy(size=min(_TASKS, len(ids)))
+        make,
+        batch_size=rows_per_block,
+        num_cpus=_TASK_CPUS,
+        compute=TaskPoolStrategy(size=min(_TASKS, len(ids))),
     )

@@ -197,7 +197,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
         _train_loop,
         train_loop_config={"config": config, "mlflow": stage, "board": board},
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
-            num_workers=workers,
+            num_workers=workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=settings.resize_interval_s,
             use_gpu=settings.use_gpu,
             placement_strategy=settings.placement_strategy,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ ROOT = Path(workflow.__file__).parent
 TRAJECTORIES = 14
 LEARNING_RATE = 0.01
 """The paper's; the preset's is 15 times that, and multiplies roundings as much."""
+LONGER: dict[str, Any] = {"trajectories": 60, "learning_rate": 0.002}
+"""For what takes its time while training goes on; small steps, since many multiply roundings."""
 SETTINGS = [
     "--sampler.num-inference-steps=6",
     "--train.batch-size=4",
@@ -73,6 +76,7 @@ class TrainingRun:
         self.cluster, self.folder, self.trajectories = cluster, folder, trajectories
         self.storage = RunStorage(storage_path or str(folder / "runs"), name)
         self.database = folder / "mlflow.db"
+        self._broken_at: float | None = None
         self.log = folder / f"{name}.log"
         self._environment = cluster.environment | {
             "MLFLOW_TRACKING_URI": mlflow or f"sqlite:///{self.database}",
@@ -87,9 +91,14 @@ class TrainingRun:
         command = [*self.command, *arguments, "--stages", *stages]
         self.driver = Session(command, self._environment, self.log)
 
+    def breaks(self) -> None:
+        """From here on the time is taken until the next checkpoint."""
+        self._broken_at = time.monotonic()
+
     def wait(self) -> int:
-        """Exit code; at `--log-cli-level=INFO` also the longest pause between checkpoints from here on."""
-        seen, changed, pause = self.trajectory, time.monotonic(), 0.0
+        """Exit code; at `--log-cli-level=INFO` the longest pause between checkpoints since the fault."""
+        seen, changed, pause = self.trajectory, self._broken_at or time.monotonic(), 0.0
+        self._broken_at = None
 
         def ended() -> bool:
             nonlocal seen, changed, pause

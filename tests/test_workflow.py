@@ -294,6 +294,10 @@ def test_the_chain_on_prompts(
         assert json.loads((run / "prompts" / MANIFEST).read_text())["count"] == 3
         report = json.loads((run / "report.json").read_text())
         assert report["arms"]["cached"]["psnr_to_full"] > 5
+        capsys.readouterr()
+        again = [*arguments, "--stages", "prompts", "train", "evaluate", "register"]
+        assert workflow.main(again) == 0, capsys.readouterr().err
+        assert capsys.readouterr().out.count("done before") == 4
         assert json.loads((run / "router" / "config.json").read_text())["model"]["architecture"] == "PixArt"
         for name in ("samples.png", "router.png", "served.png"):
             assert (run / name).read_bytes().startswith(b"\x89PNG")

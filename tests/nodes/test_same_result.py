@@ -13,7 +13,7 @@ from tiny_dit import write_model
 from pipelines import registry
 from pipelines.tracking import make_client
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 MODEL = "shared"
 
 
