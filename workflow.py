@@ -12,11 +12,12 @@ import sys
 
 from harmonica.command_line import fail, parse, say
 from pipelines.presets import PRESETS
+from pipelines.runtime import Terminated
 from pipelines.stages import Workflow
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when every stage is done, 2 for unusable input, 1 when a stage fails."""
+    """Exit code 0 when every stage is done, 2 for unusable input, 1 when a stage fails, else 128 + signal."""
     try:
         config = parse(arguments, PRESETS, "workflow.py")
         workflow = Workflow(config)
@@ -28,8 +29,9 @@ def main(arguments: list[str]) -> int:
         with workflow.tracked():
             for stage in config.stages:
                 workflow.run(stage)
-    except KeyboardInterrupt:
-        return fail("interrupted: the same command with this --run-id goes on from here", code=130)
+    except KeyboardInterrupt as signal:
+        words = f"interrupted: the same command with --run-id {workflow.config.run_id} goes on from here"
+        return fail(words, code=143 if isinstance(signal, Terminated) else 130)
     except Exception as error:  # whatever a stage raises ends here, once, with its name
         return fail(error, code=1)
     workflow.summarise()

@@ -18,7 +18,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -41,12 +40,7 @@ class Node(Session):
         Raises:
             RuntimeError: it ended, or took too long; with the end of its log.
         """
-        deadline = time.monotonic() + _START_S
-        while _STARTED not in (said := self.log.read_text()):
-            self.check_alive("ray start")
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"ray start took {_START_S:.0f} s, its log says\n{said[-2000:]}")
-            time.sleep(0.2)
+        self.wait_until(lambda: _STARTED in self.log.read_text(), _START_S, "ray start")
 
     def kill_raylet(self) -> None:
         """kill -9 of its raylet alone."""
@@ -73,7 +67,9 @@ class LocalCluster:
         self.workers, self.head_cpus, self.worker_cpus = workers, head_cpus, worker_cpus
         self._port, self._dashboard, self._count = free_port(), free_port(), 0
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        python = Path(sys.executable).parent  # for the `python` of a job's entrypoint
         self._environment = inherited | {
+            "PATH": f"{python}:{os.environ.get('PATH', os.defpath)}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",

@@ -1,9 +1,10 @@
 """A real MLflow server on this machine: runs and registry in a database, artifacts in a folder or on S3.
 
-    python cluster/mlflow_server.py --port 5000 --artifacts s3://bucket/mlflow
+    python cluster/mlflow_server.py --database postgresql --artifacts s3://bucket/mlflow
 
-Says how to reach it and stays until Ctrl-C. A PostgreSQL address goes to --database and wants a driver,
-`pip install psycopg2-binary`; without one it is SQLite, which one server may use and several may not.
+Says how to reach it and stays until Ctrl-C. `--database postgresql` brings up a PostgreSQL of its own
+(Debian's package `postgresql`); one that exists goes there by its address. Both want `pip install
+"psycopg[binary]"`. Without it is SQLite, which one server may use and several may not.
 """
 
 import argparse
@@ -11,15 +12,16 @@ import contextlib
 import os
 import signal
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from postgres import Postgres
 from processes import Session, free_port
 
+OWN = "postgresql"
 _START_S = 120.0
 
 
@@ -38,7 +40,7 @@ class MlflowServer:
         """
         Args:
             folder: for its log, and for what it is not told another place for.
-            database: URI; empty is SQLite in `folder`.
+            database: URI, such as `Postgres.uri`; empty is SQLite in `folder`.
             artifacts: folder or s3:// URI; empty is in `folder`.
             environment: beside this process's own: S3's, for one.
         """
@@ -67,12 +69,7 @@ class MlflowServer:
         self._session = Session(
             [*command, "--workers=1"], self._environment, self.folder / "mlflow-server.log"
         )
-        deadline = time.monotonic() + _START_S
-        while not self.answers():
-            self._session.check_alive("mlflow server")
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"mlflow server took {_START_S:.0f} s: see {self._session.log}")
-            time.sleep(0.2)
+        self._session.wait_until(self.answers, _START_S, "mlflow server")
 
     def answers(self) -> bool:
         """Whether it is up."""
@@ -104,13 +101,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, default=5000)
     parser.add_argument("--folder", type=Path, default=Path("mlflow"), help="log, SQLite and local artifacts")
-    parser.add_argument("--database", default="", help="such as postgresql://user@host/mlflow")
+    parser.add_argument("--database", default="", help=f"{OWN}, or postgresql+psycopg://user@host/mlflow")
     parser.add_argument("--artifacts", default="", help="folder, or s3://bucket/prefix")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with MlflowServer(
-        given.folder, port=given.port, database=given.database, artifacts=given.artifacts
-    ) as server:
+    with contextlib.ExitStack() as stack:
+        database = given.database
+        if database == OWN:
+            database = stack.enter_context(Postgres(given.folder / OWN)).uri
+        server = stack.enter_context(
+            MlflowServer(given.folder, port=given.port, database=database, artifacts=given.artifacts)
+        )
         print(f"export MLFLOW_TRACKING_URI={server.uri}\n# up until Ctrl-C", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()

@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import pwd
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _STOP_S = 10.0
 
@@ -19,19 +21,50 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def as_user(user: pwd.struct_passwd | None) -> dict[str, Any]:
+    """Popen's arguments; None is the user of this process."""
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
+
+
 class Session:
     """A command in a session of its own: its descendants stay in it, whatever groups they make."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        user: pwd.struct_passwd | None = None,
+    ) -> None:
         """
         Args:
             log: gets all output; the command runs in its folder.
+            user: whom it runs as; only root may choose.
         """
         self.log = log
         with log.open("a") as out:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=out, stderr=out, start_new_session=True, cwd=log.parent
+                command,
+                env=environment,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                cwd=log.parent,
+                **as_user(user),
             )
+
+    def wait_until(self, holds: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """
+        Raises:
+            RuntimeError: the command ended first, or it took too long; with the end of its log.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not holds():
+            self.check_alive(what)
+            if time.monotonic() > deadline:
+                said = self.log.read_text()[-2000:]
+                raise RuntimeError(f"{what} took {timeout_s:.0f} s, its log {self.log} says\n{said}")
+            time.sleep(0.2)
 
     def check_alive(self, what: str) -> None:
         """

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
@@ -65,6 +66,11 @@ class TrainConfig(TrainingConfig):
 
     num_workers: int = 2
     """Ray Train workers, one core or GPU each."""
+    min_workers: int = 0
+    """Go on with as few as these where there is no room for num_workers, and with more once there is; 0 waits
+    for all of them."""
+    resize_interval_s: float = 60.0
+    """How often training on fewer workers than num_workers looks for room for more."""
     use_gpu: bool = False
     """One GPU a worker."""
     max_failures: int = 3
@@ -83,18 +89,45 @@ class TrainConfig(TrainingConfig):
             self.placement_strategy in strategies, "train.placement_strategy", self.placement_strategy, cure
         )
         require(self.stall_timeout_s > 0, "train.stall_timeout_s", self.stall_timeout_s, "give seconds")
+        self._check_elastic()
+        least = "min_workers" if self.min_workers else "num_workers"
         require(
-            self.num_workers > 1 or not self.shard_model,
+            min(self.counts) > 1 or not self.shard_model,
             "train.shard_model",
             self.shard_model,
-            "give False, or train.num_workers above 1 to share the weights among",
+            f"give False, or train.{least} above 1 to share the weights among",
         )
+        whom = f"train.num_workers ({self.num_workers})"
+        if self.min_workers:
+            whom = f"every number from train.min_workers ({self.min_workers}) to {whom}"
         require(
-            self.batch_size >= self.num_workers and self.batch_size % self.num_workers == 0,
+            not any(self.batch_size % count for count in self.counts),
             "train.batch_size",
             self.batch_size,
-            f"give a multiple of train.num_workers ({self.num_workers}), so that workers share evenly",
+            f"give a multiple of {whom}, so that workers share evenly",
         )
+
+    def _check_elastic(self) -> None:
+        require(
+            0 <= self.min_workers <= self.num_workers,
+            "train.min_workers",
+            self.min_workers,
+            f"give 1 to train.num_workers ({self.num_workers}), or 0 for all of them or none",
+        )
+        require(
+            self.resize_interval_s > 0, "train.resize_interval_s", self.resize_interval_s, "give seconds"
+        )
+        require(
+            not self.min_workers or self.placement_strategy != "STRICT_SPREAD",
+            "train.placement_strategy",
+            self.placement_strategy,
+            "give SPREAD or PACK with train.min_workers, since Ray counts free cores and GPUs, not nodes",
+        )
+
+    @property
+    def counts(self) -> range:
+        """How many workers there may be."""
+        return range(self.min_workers or self.num_workers, self.num_workers + 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +178,8 @@ class WorkflowConfig:
     """Of a run that has it already: do this stage and those after it again."""
     registered_model: str = "harmonica-fashion"
     """Name in MLflow's registry; the alias `champion` points at the version Serve loads."""
+    node_metrics_interval_s: float = 10.0
+    """Seconds between readings of every node's CPU, memory and GPUs, which go to MLflow; 0 takes none."""
     seed: int = 0
     """Fixes every label and every noise of training; evaluation draws from seed + 1."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -193,6 +228,12 @@ class WorkflowConfig:
             "from",
             self.done_again_from,
             f"give one of the stages to run, {', '.join(self.stages)}",
+        )
+        require(
+            0 <= self.node_metrics_interval_s < math.inf,
+            "node_metrics_interval_s",
+            self.node_metrics_interval_s,
+            "give seconds, or 0 for none",
         )
         require(0 <= self.seed < 2**62, "seed", self.seed, "give a whole number from 0")
         require(

@@ -1,19 +1,33 @@
-"""What each training worker does at the moment, so that a run that stands still says what it waits for."""
+"""What each training worker does at the moment: a line of progress at intervals, and when a run stands still,
+what it waits for.
+"""
 
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from harmonica.command_line import say
+
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-_LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S, _SAY_EVERY_S = 1.0, 20.0
+
+
+class Reached(NamedTuple):
+    """Where training is."""
+
+    trajectory: int
+    trajectories: int
+    loss: float
+    cur: float
 
 
 class _Board:
@@ -21,14 +35,19 @@ class _Board:
 
     def __init__(self) -> None:
         self._said: dict[int, tuple[str, float]] = {}
+        self._reached: Reached | None = None
 
     def tell(self, rank: int, doing: str) -> None:
         self._said[rank] = (doing, time.monotonic())
 
-    def read(self) -> dict[int, tuple[str, float]]:
-        """Of each rank what it does, and for how many seconds."""
+    def reach(self, reached: Reached) -> None:
+        self._reached = reached
+
+    def read(self) -> tuple[dict[int, tuple[str, float]], Reached | None]:
+        """Of each rank what it does, and for how many seconds; and how far they are."""
         now = time.monotonic()
-        return {rank: (doing, now - since) for rank, (doing, since) in sorted(self._said.items())}
+        said = {rank: (doing, now - since) for rank, (doing, since) in sorted(self._said.items())}
+        return said, self._reached
 
 
 def make_board() -> Any:
@@ -58,12 +77,13 @@ def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: 
             done.put((None, error))
 
     threading.Thread(target=run, daemon=True, name="training").start()
-    started = time.monotonic()
+    started, lines = time.monotonic(), _Lines()
     while True:
         try:
             result, error = done.get(timeout=_LOOK_EVERY_S)
         except queue.Empty:
-            said = ray.get(board.read.remote())
+            said, reached = ray.get(board.read.remote())
+            lines.show(reached)
             still = min([age for _, age in said.values()], default=time.monotonic() - started)
             if still > stall_s:
                 raise TimeoutError(_words(said, still, wanted)) from None
@@ -71,6 +91,32 @@ def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: 
         if error is not None:
             raise error
         return result  # type: ignore[return-value]
+
+
+class _Lines:
+    """Tells how far training is: not often, and nothing twice."""
+
+    def __init__(self) -> None:
+        self._last: Reached | None = None
+        self._at = time.monotonic()
+
+    def show(self, reached: Reached | None) -> None:
+        now, last = time.monotonic(), self._last
+        if reached is None or reached == last:
+            return
+        if last is None or reached.trajectory <= last.trajectory:  # no pace yet
+            self._last, self._at = reached, now
+        elif now - self._at >= _SAY_EVERY_S:
+            say(_line(reached, (reached.trajectory - last.trajectory) / (now - self._at)))
+            self._last, self._at = reached, now
+
+
+def _line(reached: Reached, pace: float) -> str:
+    left = timedelta(seconds=round((reached.trajectories - reached.trajectory) / pace))
+    return (
+        f"[train] trajectory {reached.trajectory} of {reached.trajectories}, loss {reached.loss:.3g}, "
+        f"CUR {reached.cur:.1%}, {pace:.2f} trajectories/s, {left} left"
+    )
 
 
 def _words(said: dict[int, tuple[str, float]], still: float, wanted: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import mlflow.artifacts
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -17,6 +18,8 @@ from pipelines.tracking import StageRun, make_client, without_credentials
 
 CHAMPION = "champion"
 _FOLDER = "router"
+_PROMOTED = "harmonica.promoted_to"
+"""Tag of a version that has carried an alias: it gets it once, and takes it from no later one."""
 
 
 def register(
@@ -29,8 +32,8 @@ def register(
 ) -> str:
     """Upload the folder to the MLflow run and point the alias at it; returns the version.
 
-    Called again for the same MLflow run it makes no second version and leaves the first one's files
-    alone: a registered version never changes.
+    Called again for the same MLflow run it makes no second version, leaves the first one's files alone, since
+    a registered version never changes, and the alias where it is by then.
 
     Raises:
         ValueError: the folder is no router artifact.
@@ -38,9 +41,9 @@ def register(
     RouterArtifact.load(artifact_folder)
     client = run.client
     _ensure_registered_model(client, name)
-    found = client.search_model_versions(f"name = '{name}' and run_id = '{run.mlflow_run_id}'", max_results=1)
-    if found:
-        version = str(found[0].version)
+    found = _find(client, name, run)
+    if found is not None:
+        version = str(found.version)
     else:
         client.log_artifacts(run.mlflow_run_id, str(artifact_folder), artifact_path=_FOLDER)
         # Not runs:/...: a server takes only what lies under the run's own artifact URI, and this is it.
@@ -49,8 +52,22 @@ def register(
             name, source=f"{root}/{_FOLDER}", run_id=run.mlflow_run_id, tags=dict(tags or {})
         )
         version = str(created.version)
-    client.set_registered_model_alias(name, alias, version)
+    if found is None or found.tags.get(_PROMOTED) != alias:
+        client.set_registered_model_alias(name, alias, version)
+        client.set_model_version_tag(name, version, _PROMOTED, alias)
     return version
+
+
+def registered(name: str, run: StageRun, alias: str = CHAMPION) -> str:
+    """The version that `register` has made of this MLflow run, "" where it has not, or not to the end."""
+    found = _find(run.client, name, run)
+    return str(found.version) if found is not None and found.tags.get(_PROMOTED) == alias else ""
+
+
+def _find(client: MlflowClient, name: str, run: StageRun) -> ModelVersion | None:
+    query = f"name = '{name}' and run_id = '{run.mlflow_run_id}'"
+    found = client.search_model_versions(query, max_results=1)
+    return found[0] if found else None
 
 
 def resolve(name: str, alias: str, uri: str) -> str:

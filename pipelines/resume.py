@@ -12,10 +12,21 @@ from pipelines.stream import PROMPTS
 ROUTER, REPORT, SHEET, HEAT_MAP, CONFIG = "router", "report.json", "samples.png", "router.png", "config.json"
 SERVED = "served.png"
 # None of it changes what the finished stages made.
-_FREE = {"run_id", "stages", "serve", "storage_path", "storage_endpoint", "preset", "done_again_from"}
+_FREE = {
+    "run_id",
+    "stages",
+    "serve",
+    "storage_path",
+    "storage_endpoint",
+    "preset",
+    "done_again_from",
+    "node_metrics_interval_s",
+}
 # How training is placed and watched: after the loss of a node it may have to change.
 _FREE_IN_TRAIN = {
     "num_workers",
+    "min_workers",
+    "resize_interval_s",
     "max_failures",
     "placement_strategy",
     "stall_timeout_s",

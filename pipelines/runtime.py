@@ -2,6 +2,10 @@
 
 import logging
 import os
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
 
 import ray
 
@@ -37,6 +41,24 @@ def quiet_libraries() -> None:
     """Keep the libraries' routine messages off the terminal, in this process; warnings stay."""
     for name, level in _LOUD.items():
         logging.getLogger(name).setLevel(level)
+    # Ray Train has a line for every report, by a logger that is named after its file.
+    files = str(Path(ray.__file__).parent / "train")
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith(files)]:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as `ray job stop` and Kubernetes send it: to be met like Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def _settle_sigterm() -> None:
+    """Ray's own handler ends the process with exit code 15 and no word."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
 
 
 def connect(endpoint: str = "") -> None:
@@ -57,6 +79,7 @@ def connect(endpoint: str = "") -> None:
         # Only what is no secret: a runtime environment is shown on the dashboard.
         shared = {"env_vars": {ENDPOINT: endpoint}} if endpoint else None
         ray.init(logging_level=logging.WARNING, runtime_env=shared)
+        _settle_sigterm()
         return
     ray.init(
         address="local",
@@ -67,8 +90,16 @@ def connect(endpoint: str = "") -> None:
         dashboard_host="127.0.0.1",
         logging_level=logging.WARNING,
     )
+    _settle_sigterm()
 
 
 def is_private() -> bool:
     """Whether the cluster is this process's own and ends with it."""
     return not os.environ.get("RAY_ADDRESS")
+
+
+def node_names() -> dict[str, str]:
+    """Of every node, by its id: the host's name, and more where it has several nodes."""
+    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+    several = {host for host, count in Counter(hosts.values()).items() if count > 1}
+    return {one: f"{host}-{one[:8]}" if host in several else host for one, host in hosts.items()}

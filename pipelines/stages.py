@@ -24,6 +24,7 @@ from harmonica.prompts import PromptStore
 from harmonica.samplers import make_sampler, with_scheduler
 from pipelines import registry, resume, tracking
 from pipelines.config import Stage, WorkflowConfig
+from pipelines.node_metrics import node_metrics
 from pipelines.resume import HEAT_MAP, REPORT, ROUTER, SERVED, SHEET
 from pipelines.runtime import connect, is_private
 from pipelines.storage import RunStorage, settle_endpoint
@@ -117,9 +118,12 @@ class Workflow:
     def tracked(self) -> Iterator[None]:
         """One MLflow run for the workflow; the stages' runs are nested in it."""
         connect(self.config.storage_endpoint)
-        with tracking.stage_run(
-            "workflow", self.config.run_id, self.config.storage_path, self._parameters()
-        ) as self._parent:
+        with (
+            tracking.stage_run(
+                "workflow", self.config.run_id, self.config.storage_path, self._parameters()
+            ) as self._parent,
+            node_metrics(self._parent, self.config.node_metrics_interval_s),
+        ):
             yield
 
     def _parameters(self) -> dict[str, Any]:
@@ -190,6 +194,8 @@ class Workflow:
         from pipelines.evaluate import with_sample
 
         assert self._parent is not None
+        if version := registry.registered(self.config.registered_model, self._parent):
+            return f"version {version} of {self.config.registered_model}, done before"
         folder = self.storage.download_folder(ROUTER)
         artifact = RouterArtifact.load(folder)
         if artifact.sample_CHW is None:

@@ -4,7 +4,9 @@ A row is 3 kB for the built-in model, and 3.5 MB for PixArt-Sigma at 2K: 2.5 MB 
 """
 
 import numpy as np
+import pyarrow as pa
 import ray.data
+from ray.data import TaskPoolStrategy
 
 from harmonica.models.base import BranchedTransformer
 from harmonica.prompts import PromptStore
@@ -16,7 +18,9 @@ PROMPTS = "prompts"
 """Where a run keeps its embedded prompts."""
 
 _ROWS_PER_BLOCK, _BYTES_PER_BLOCK = 256, 32 * 2**20
-_TASK_CPUS = 0.25  # a row costs microseconds: never let the stream hold a core that trains
+# A row costs microseconds, so its tasks claim no core: they would wait for ever where workers have them
+# all, as elastic ones may after the loss of a node. Few at a time, or there would be one a block.
+_TASK_CPUS, _TASKS = 0, 2
 
 
 def row_spec(config: WorkflowConfig, model: BranchedTransformer, seed: int) -> RowSpec:
@@ -49,7 +53,12 @@ def stream_rows(
     def make(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return make_rows(share.indices(batch["id"], first_trajectory), spec)
 
-    blocks = max(1, -(-count // rows_per_block))
-    return ray.data.range(count, override_num_blocks=blocks).map_batches(
-        make, batch_size=rows_per_block, num_cpus=_TASK_CPUS
+    # Not `ray.data.range`, whose own tasks each claim a core.
+    firsts = range(0, count, rows_per_block)
+    ids = [pa.table({"id": np.arange(i, min(i + rows_per_block, count))}) for i in firsts]
+    return ray.data.from_blocks(ids).map_batches(
+        make,
+        batch_size=rows_per_block,
+        num_cpus=_TASK_CPUS,
+        compute=TaskPoolStrategy(size=min(_TASKS, len(ids))),
     )

@@ -168,10 +168,13 @@ def find_or_create(
 def stage_run(
     stage: str, run_id: str, storage_path: str, config: Mapping[str, Any], parent: StageRun | None = None
 ) -> Iterator[StageRun]:
-    """`find_or_create`, closed as finished, or as failed when the body raises."""
+    """`find_or_create`, closed as finished, or as failed or killed when the body raises."""
     run = find_or_create(stage, run_id, storage_path, config, parent)
     try:
         yield run
+    except KeyboardInterrupt:
+        run.client.set_terminated(run.mlflow_run_id, "KILLED")
+        raise
     except BaseException:
         run.client.set_terminated(run.mlflow_run_id, "FAILED")
         raise

@@ -13,7 +13,6 @@ import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.experimental import tqdm_ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
@@ -27,19 +26,22 @@ from harmonica.training import RouterRun
 from pipelines.checkpoints import Checkpoints
 from pipelines.config import WorkflowConfig
 from pipelines.metric_log import MetricLog
-from pipelines.progress import make_board, run_watched
+from pipelines.progress import Reached, make_board, run_watched
 from pipelines.runtime import quiet_libraries
 from pipelines.storage import RunStorage
 from pipelines.stream import row_spec, stream_rows
 from pipelines.tracking import StageRun
-from pipelines.worker_times import WorkerTimes
+from pipelines.worker_times import WorkerTimes, worker_nodes
 
 logger = logging.getLogger(__name__)
 
 _METRICS = "unlogged_metrics"
+_WORKERS_TAG = "harmonica.workers"
 _MLFLOW_PATIENCE_S = 600
 # Training does not stand still for its curves: they wait in the checkpoint (`MetricLog`).
 _MLFLOW_CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+# An elastic run that counts on a node that is gone waits so long for it (else a minute), then counts again.
+_START_PATIENCE = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 
 
 def start_run(
@@ -84,15 +86,25 @@ def _agree(due: bool, device: torch.device | str) -> bool:
 class _Keeper:
     """Rank 0's: what it leaves of a run, on the storage and in MLflow, at every checkpoint."""
 
-    def __init__(self, checkpoints: Checkpoints, run: RouterRun, stage: StageRun, pending: list[Any]) -> None:
-        self.checkpoints, self.run, self.stage = checkpoints, run, stage
+    def __init__(
+        self, checkpoints: Checkpoints, run: RouterRun, stage: StageRun, board: Any, pending: list[Any]
+    ) -> None:
+        self.checkpoints, self.run, self.stage, self.board = checkpoints, run, stage, board
         self.log = MetricLog(stage, pending)
-        self.bar = tqdm_ray.tqdm(total=run.config.all_trajectories, desc="train router", position=0)
-        self.bar.update(run.trajectory)
+
+    def say_where(self, nodes: list[str]) -> None:
+        """As a tag of the MLflow run, so that a slow worker's node is known."""
+        ranks = {node: [str(rank) for rank, one in enumerate(nodes) if one == node] for node in nodes}
+        said = "; ".join(f"{node}: {' '.join(on_it)}" for node, on_it in ranks.items())
+        try:
+            self.stage.client.set_tag(self.stage.mlflow_run_id, _WORKERS_TAG, said)
+        except Exception as error:  # of many libraries; a tag is not worth a run
+            logger.warning("the workers' nodes are not in MLflow (%s)", type(error).__name__)
 
     def add(self, metrics: dict[str, float]) -> None:
         self.log.add(self.run.trajectory, metrics)
-        self.bar.update(1)
+        total = self.run.config.trajectories
+        self.board.reach.remote(Reached(self.run.trajectory, total, metrics["loss"], metrics["cur"]))
 
     def save(self) -> None:
         self.checkpoints.save(self.run.trajectory, self.run.state() | {_METRICS: self.log.state()})
@@ -112,7 +124,6 @@ class _Keeper:
 
     def finish(self) -> None:
         self.log.finish(_MLFLOW_PATIENCE_S)
-        self.bar.close()
 
 
 def _resume(run: RouterRun, checkpoints: Checkpoints, is_rank_0: bool) -> list[Any]:
@@ -132,7 +143,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     quiet_libraries()
     for name, value in _MLFLOW_CLIENT.items():
         os.environ.setdefault(name, value)
-    ray.data.DataContext.get_current().enable_progress_bars = False  # the training bar is the one to see
+    ray.data.DataContext.get_current().enable_progress_bars = False
     rank = ray.train.get_context().get_world_rank()
 
     def tell(doing: str) -> None:
@@ -143,7 +154,10 @@ def _train_loop(job: dict[str, Any]) -> None:
     run, spec = start_run(config, device, shard_model=shard_model)
     checkpoints = Checkpoints(RunStorage(config.storage_path, config.run_id, patient=True))
     pending = _resume(run, checkpoints, rank == 0)
-    keeper = _Keeper(checkpoints, run, job["mlflow"], pending) if rank == 0 else None
+    keeper = _Keeper(checkpoints, run, job["mlflow"], job["board"], pending) if rank == 0 else None
+    nodes = worker_nodes(run.device)
+    if keeper is not None:
+        keeper.say_where(nodes)
     times, last_checkpoint = WorkerTimes(run.device), time.monotonic()
     for rows in _trajectories(run, spec, times, tell):
         metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
@@ -158,7 +172,7 @@ def _train_loop(job: dict[str, Any]) -> None:
             tell(f"the checkpoint after trajectory {run.trajectory}")
             if keeper is not None:
                 keeper.save()
-            # Few, since Ray Train makes a line of them in the log; the rest is in MLflow.
+            # Few: Ray Train keeps them all; the rest is in MLflow.
             told = {name: metrics[name] for name in ("loss", "image_error", "cur") if name in metrics}
             ray.train.report({"trajectory": run.trajectory} | told)
             last_checkpoint = time.monotonic()
@@ -175,12 +189,17 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
     """
     settings = config.train
     config = dataclasses.replace(config, storage_path=storage.root)  # workers run in folders of their own
+    workers: int | tuple[int, int] = settings.num_workers
+    if settings.min_workers:
+        workers = (settings.min_workers, settings.num_workers)
+        os.environ.setdefault(*_START_PATIENCE)
     board = make_board()
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"config": config, "mlflow": stage, "board": board},
-        scaling_config=ScalingConfig(
-            num_workers=settings.num_workers,
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=settings.resize_interval_s,
             use_gpu=settings.use_gpu,
             placement_strategy=settings.placement_strategy,
         ),
@@ -192,7 +211,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
         ),
     )
     kind = "GPU" if settings.use_gpu else "CPU"
-    wanted = f"{settings.num_workers} workers of one {kind} each, {settings.placement_strategy}"
+    wanted = f"{settings.counts[0]} workers of one {kind} each, {settings.placement_strategy}"
     try:
         run_watched(trainer.fit, board, settings.stall_timeout_s, wanted)
     except WorkerGroupError as error:

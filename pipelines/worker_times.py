@@ -1,4 +1,4 @@
-"""What each worker's time goes into, gathered at checkpoints, so that a slow node is seen.
+"""Where each worker is and what its time goes into, gathered at checkpoints, so that a slow node is seen.
 
 The one that the others wait for has the least of `reduce`, and the most of something else.
 """
@@ -7,12 +7,31 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import ray
 import torch
 import torch.distributed as dist
 from ray.util.metrics import Gauge
 
+from pipelines.runtime import node_names
+
 NAMES = ("data", "teacher", "student", "backward", "reduce", "lambda")
 _PREFIX = "seconds."
+
+
+def worker_nodes(device: torch.device | str) -> list[str]:
+    """The node of every rank; all ranks call it."""
+    node_id = bytes.fromhex(ray.get_runtime_context().get_node_id())
+    mine = torch.tensor(list(node_id), dtype=torch.uint8, device=device)
+    names = node_names()
+    return [names[bytes(row.tolist()).hex()] for row in _gather(mine)]
+
+
+def _gather(mine: torch.Tensor) -> list[torch.Tensor]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    each = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(each, mine)
+    return each
 
 
 class WorkerTimes:
@@ -47,12 +66,8 @@ class WorkerTimes:
             self._gauge.set(seconds, {"rank": str(rank), "kind": name})
         self._seconds, self._trajectories = dict.fromkeys(NAMES, 0.0), 0
         mine = torch.tensor(mean, device=self._device)  # NCCL moves nothing that is not on the GPU
-        each = [mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            each = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-            dist.all_gather(each, mine)
         return {
             f"worker.{worker}.{name}_s": seconds
-            for worker, row in enumerate(each)
+            for worker, row in enumerate(_gather(mine))
             for name, seconds in zip(NAMES, row.tolist())
         }

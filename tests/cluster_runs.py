@@ -1,5 +1,6 @@
 """Training runs of `workflow.py` on a real cluster of several nodes, as processes that can be killed."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -10,32 +11,43 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from local_cluster import LocalCluster
 from processes import Session
 
 import workflow
 from harmonica.models.loading import ModelConfig
+from harmonica.rows import Batch, Share, make_rows
+from harmonica.samplers import SamplerConfig
 from pipelines.checkpoints import FOLDER
+from pipelines.presets import fashion
 from pipelines.storage import RunStorage
+from pipelines.train import start_run
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(workflow.__file__).parent
 TRAJECTORIES = 14
+LEARNING_RATE = 0.01
+"""The paper's; the preset's is 15 times that, and multiplies roundings as much."""
+LONGER: dict[str, Any] = {"trajectories": 60, "learning_rate": 0.002}
+"""For what takes its time while training goes on; small steps, since many multiply roundings."""
 SETTINGS = [
     "--sampler.num-inference-steps=6",
-    f"--train.trajectories={TRAJECTORIES}",
     "--train.batch-size=4",
     "--train.iepo-every=5",
     "--train.checkpoint-interval-s=0",
     "--train.placement-strategy=SPREAD",
-    # The paper's; the preset's is 15 times that, and multiplies roundings as much.
-    "--train.sdt.learning-rate=0.01",
 ]
 _WAIT_S = 200.0
 TRAIN_WORKER = "RayTrainWorker"
+_RUN = """select run.run_uuid from tags run join tags stage on stage.run_uuid = run.run_uuid
+    where run.key = 'harmonica.run_id' and run.value = ?
+    and stage.key = 'harmonica.stage' and stage.value = ?"""
+Curves = dict[str, list[tuple[int, float]]]
 
 
 def until(what: str, holds: Callable[[], bool], timeout_s: float = _WAIT_S) -> None:
@@ -49,8 +61,6 @@ def until(what: str, holds: Callable[[], bool], timeout_s: float = _WAIT_S) -> N
 class TrainingRun:
     """One run id, its storage and its driver."""
 
-    nodes_used = 0
-
     def __init__(
         self,
         cluster: LocalCluster,
@@ -60,25 +70,35 @@ class TrainingRun:
         *,
         storage_path: str = "",
         mlflow: str = "",
+        trajectories: int = TRAJECTORIES,
+        learning_rate: float = LEARNING_RATE,
     ) -> None:
-        self.cluster, self.folder = cluster, folder
+        self.cluster, self.folder, self.trajectories = cluster, folder, trajectories
         self.storage = RunStorage(storage_path or str(folder / "runs"), name)
         self.database = folder / "mlflow.db"
+        self._broken_at: float | None = None
         self.log = folder / f"{name}.log"
         self._environment = cluster.environment | {
             "MLFLOW_TRACKING_URI": mlflow or f"sqlite:///{self.database}",
             "PYTHONPATH": str(ROOT),
         }
-        self._command = [sys.executable, str(ROOT / "workflow.py"), "fashion", f"--run-id={name}"]
-        self._command += [f"--storage-path={self.storage.root}", f"--model.path={model.path}", *SETTINGS]
+        self.command = [sys.executable, str(ROOT / "workflow.py"), "fashion", f"--run-id={name}"]
+        self.command += [f"--storage-path={self.storage.root}", f"--model.path={model.path}", *SETTINGS]
+        self.command += [f"--train.trajectories={trajectories}"]
+        self.command += [f"--train.sdt.learning-rate={learning_rate}"]
 
     def start(self, *arguments: str, stages: tuple[str, ...] = ("train",)) -> None:
-        command = [*self._command, *arguments, "--stages", *stages]
+        command = [*self.command, *arguments, "--stages", *stages]
         self.driver = Session(command, self._environment, self.log)
 
+    def breaks(self) -> None:
+        """From here on the time is taken until the next checkpoint."""
+        self._broken_at = time.monotonic()
+
     def wait(self) -> int:
-        """Exit code; at `--log-cli-level=INFO` also the longest pause between checkpoints from here on."""
-        seen, changed, pause = self.trajectory, time.monotonic(), 0.0
+        """Exit code; at `--log-cli-level=INFO` the longest pause between checkpoints since the fault."""
+        seen, changed, pause = self.trajectory, self._broken_at or time.monotonic(), 0.0
+        self._broken_at = None
 
         def ended() -> bool:
             nonlocal seen, changed, pause
@@ -114,7 +134,7 @@ class TrainingRun:
             return self.trajectory >= trajectory
 
         until(f"trajectory {trajectory}", reached)
-        assert self.trajectory < TRAJECTORIES, "too late to break anything"
+        assert self.trajectory < self.trajectories, "too late to break anything"
 
     def workers(self, node: int) -> list[int]:
         """Process ids of the training workers on a node."""
@@ -126,15 +146,40 @@ class TrainingRun:
 
         return RouterArtifact.load(self.storage.download_folder("router")).logits_TB
 
-    def curve(self, metric: str, database: Path | None = None) -> list[tuple[int, float]]:
-        """(step, value) of every point that MLflow's database has, in order."""
-        query = """select metrics.step, metrics.value from metrics join tags using (run_uuid)
-            where metrics.key = ? and tags.key = 'harmonica.run_id' and tags.value = ?
-            and metrics.run_uuid in
-                (select run_uuid from tags where key = 'harmonica.stage' and value = 'train')
-            order by metrics.step"""
+    def curves(self, database: Path | None = None) -> Curves:
+        """Every metric of training that is not a time: (step, value) of all points that MLflow has."""
+        query = f"""select key, step, value from metrics where run_uuid = ({_RUN}) order by key, step"""
+        found: Curves = {}
+        for name, step, value in self._select(query, "train", database):
+            if not name.startswith("worker.") and name != "updates_per_s":
+                found.setdefault(name, []).append((step, value))
+        return found
+
+    def metrics(self, stage: str, pattern: str) -> Curves:
+        """Of a stage, those that are like the pattern."""
+        query = f"select key, step, value from metrics where run_uuid = ({_RUN}) and key like '{pattern}'"
+        found: Curves = {}
+        for name, step, value in self._select(query + " order by key, step", stage):
+            found.setdefault(name, []).append((step, value))
+        return found
+
+    @property
+    def nodes(self) -> int:
+        """How many had a training worker of this run, the last time that it started."""
+        query = f"select value from tags where run_uuid = ({_RUN}) and key = 'harmonica.workers'"
+        ((said,),) = self._select(query, "train")
+        return len(said.split(";"))
+
+    @property
+    def statuses(self) -> set[str]:
+        """Of its MLflow runs."""
+        query = """select status from runs join tags using (run_uuid)
+            where tags.key = 'harmonica.run_id' and tags.value = ? and ? = ''"""
+        return {status for (status,) in self._select(query, "")}
+
+    def _select(self, query: str, stage: str, database: Path | None = None) -> list[tuple]:
         with sqlite3.connect(database or self.database) as connection:
-            return connection.execute(query, (metric, self.storage.run_id)).fetchall()
+            return connection.execute(query, (self.storage.run_id, stage)).fetchall()
 
     def close(self) -> None:
         """Whatever still runs."""
@@ -153,6 +198,46 @@ def closing(run: TrainingRun) -> Iterator[TrainingRun]:
         yield run
     finally:
         run.close()
+
+
+def check_same(run: TrainingRun, other: TrainingRun, database: Path | None = None) -> None:
+    """Router and whole curves, bit for bit."""
+    assert torch.equal(run.router, other.router)
+    assert run.curves(database) == other.curves()
+
+
+def check_close(run: TrainingRun, curves: Curves, router: torch.Tensor, lambda_rtol: float = 1e-5) -> None:
+    """To what the order of sums may change.
+
+    Args:
+        lambda_rtol: lambda is made of differences of nearly equal images, and has their roundings.
+    """
+    ours = run.curves()
+    assert ours.keys() == curves.keys()
+    for name, points in curves.items():
+        rtol = lambda_rtol if name.startswith("lambda.") else 1e-5
+        np.testing.assert_allclose(ours[name], points, rtol=rtol, err_msg=f"{run.storage.run_id} {name}")
+    torch.testing.assert_close(run.router, router, rtol=1e-5, atol=1e-5)
+
+
+def trained_alone(
+    model: ModelConfig, trajectories: int = TRAJECTORIES, learning_rate: float = LEARNING_RATE
+) -> tuple[Curves, torch.Tensor]:
+    """The same training in this process, without Ray: curves and router."""
+    base = fashion()
+    sdt = dataclasses.replace(base.train.sdt, learning_rate=learning_rate)
+    train = dataclasses.replace(base.train, trajectories=trajectories, batch_size=4, iepo_every=5, sdt=sdt)
+    sampler = SamplerConfig(num_inference_steps=6)
+    config = dataclasses.replace(base, model=model, sampler=sampler, train=train)
+    run, spec = start_run(config, torch.device("cpu"))
+    share = Share(4)
+    curves: Curves = {}
+    while run.trajectory < trajectories:
+        rows = Batch.of(make_rows(share.indices(np.arange(4), run.trajectory), spec), spec, "cpu")
+        for name, value in run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys).items():
+            if not name.startswith("seconds.") and name != "updates_per_s":
+                curves.setdefault(name, []).append((run.trajectory, value))
+    return curves, run.router.logits()
 
 
 def kill(pid: int) -> None:

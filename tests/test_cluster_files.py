@@ -146,13 +146,38 @@ def test_a_spoilt_manifest_is_found(spoil: Callable[[Any], None], named: str):
 @pytest.mark.parametrize("file", KUBERAY_FILES)
 def test_pods_agree_with_one_another_and_with_the_code(file):
     spec = at(load(file), *RAY_CLUSTER_SPEC[file])
-    head = at(spec, "headGroupSpec", "template", "spec", "containers", 0)
-    workers = [at(group, "template", "spec", "containers", 0) for group in spec["workerGroupSpecs"]]
+    groups = {group["groupName"]: group["template"]["spec"] for group in spec["workerGroupSpecs"]}
+    assert groups.keys() == {"cpu-workers", "gpu-workers"}
     assert spec["authOptions"] == {"mode": "token"}
-    for container in (head, *workers):
-        assert container["image"] == f"harmonica-ray:{harmonica.__version__}"
-        names = {variable["name"] for variable in container["env"]}
-        assert {"MLFLOW_TRACKING_URI", "GLOO_SOCKET_IFNAME"} <= names
+    for name, pod in {"head": spec["headGroupSpec"]["template"]["spec"], **groups}.items():
+        (container,) = pod["containers"]
+        has_gpu = name == "gpu-workers"
+        image = f"harmonica-ray:{harmonica.__version__}" + ("-gpu" if has_gpu else "")
+        assert container["image"] == image
+        assert ("nvidia.com/gpu" in container["resources"]["limits"]) == has_gpu
+        sources = [next(iter(source.items())) for source in container["envFrom"]]
+        assert [(kind, source["name"]) for kind, source in sources] == [
+            ("configMapRef", "harmonica-settings"),
+            ("secretRef", "harmonica-storage"),
+        ]
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+def test_settings_are_strings_and_none_is_a_secret():
+    settings = load("settings.yaml")
+    assert (settings["apiVersion"], settings["kind"]) == ("v1", "ConfigMap")
+    assert settings["metadata"] == {"name": "harmonica-settings"}
+    assert {"MLFLOW_TRACKING_URI", "GLOO_SOCKET_IFNAME"} <= settings["data"].keys()
+    for name, value in settings["data"].items():
+        assert isinstance(value, str) and "SECRET" not in name and "KEY" not in name
+
+
+def test_the_image_runs_as_an_ordinary_user():
+    users = [
+        line for line in (CLUSTER / "Containerfile").read_text().splitlines() if line.startswith("USER ")
+    ]
+    assert users[-1] == "USER ray"
 
 
 def test_ray_is_the_pinned_one_everywhere():

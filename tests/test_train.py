@@ -87,6 +87,11 @@ def test_a_resumed_run_is_bit_identical(config: WorkflowConfig, tmp_path: Path) 
     ("change", "message"),
     [
         ({"batch_size": 3, "num_workers": 2}, r"train.batch_size is 3: give a multiple of .*\(2\)"),
+        ({"batch_size": 4, "num_workers": 4, "min_workers": 2}, r"multiple of every .*\(2\) to .*\(4\)"),
+        ({"min_workers": 3}, r"train.min_workers is 3: give 1 to train.num_workers \(2\), or 0 for all"),
+        ({"min_workers": 1, "placement_strategy": "STRICT_SPREAD"}, "give SPREAD or PACK with train.min_w"),
+        ({"resize_interval_s": 0}, "train.resize_interval_s is 0: give seconds"),
+        ({"min_workers": 1, "shard_model": True}, "train.shard_model is True: give False, or train.min_w"),
         ({"shard_model": True, "num_workers": 1}, "train.shard_model is True: give False, or train.num_w"),
         ({"trajectories": 0}, "train.trajectories is 0: give 1 or more"),
         ({"iepo": "sometimes"}, "train.iepo is 'sometimes': give one of leave_one_out"),

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import postgres
 import pytest
 import ray
 from mlflow_server import MlflowServer
@@ -202,22 +203,30 @@ def test_the_chain_and_its_second_run(
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
         capsys.readouterr()
         assert workflow.main([*arguments, "--stages", "train", "evaluate", "register"]) == 0
-        assert capsys.readouterr().out.count("done before") == 2
+        assert capsys.readouterr().out.count("done before") == 3
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
     finally:
         ray.shutdown()
 
 
+RUNS = """select coalesce(parent.value, ''), stage.value, runs.status from runs
+    join tags stage on stage.run_uuid = runs.run_uuid and stage.key = 'harmonica.stage'
+    left join tags parent on parent.run_uuid = runs.run_uuid and parent.key = 'mlflow.parentRunId'
+    order by runs.start_time"""
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_the_chain_with_everything_on_s3(
+def test_the_chain_with_everything_on_s3_and_runs_in_postgresql(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if postgres.binaries() is None:
+        pytest.skip("PostgreSQL is not installed: on Debian, apt-get install postgresql")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("HARMONICA_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "model"
     write_model(folder)
-    with s3_server() as s3:
+    with s3_server() as s3, postgres.Postgres() as database:
         for name, value in s3.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("AWS_ENDPOINT_URL")  # the workflow's own setting says it, once
@@ -225,21 +234,37 @@ def test_the_chain_with_everything_on_s3(
             s3.client().put_object(Bucket=BUCKET, Key=f"models/dit/{path.name}", Body=path.read_bytes())
         arguments = ["fashion", "--run-id=r1", f"--storage-path=s3://{BUCKET}/runs", *SMALL]
         arguments += [f"--storage-endpoint={s3.endpoint}", f"--model.path=s3://{BUCKET}/models/dit"]
-        arguments += [f"--serve.port={free_port()}"]
-        artifacts = f"s3://{BUCKET}/mlflow"
-        with MlflowServer(tmp_path / "server", artifacts=artifacts, environment=s3.environment) as server:
+        arguments += [f"--serve.port={free_port()}", "--node-metrics-interval-s=1"]
+        server = MlflowServer(
+            tmp_path / "server",
+            database=database.uri,
+            artifacts=f"s3://{BUCKET}/mlflow",
+            environment=s3.environment,
+        )
+        with server:
             monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
             try:
                 assert workflow.main(arguments) == 0, capsys.readouterr().err
                 said, stored = capsys.readouterr(), s3.stored()
                 assert workflow.main([*arguments, "--stages", "train", "evaluate", "register"]) == 0
-                assert capsys.readouterr().out.count("done before") == 2
+                assert capsys.readouterr().out.count("done before") == 3
+                runs = [line.split("|") for line in database.query("mlflow", RUNS).splitlines()]
+                assert [stage for _, stage, _ in runs] == ["workflow", "train", "evaluate"], "none twice"
+                (parent,) = {parent for parent, _, _ in runs[1:]}
+                assert parent and not runs[0][0], "stages are nested in the workflow"
+                assert {status for _, _, status in runs} == {"FINISHED"}
                 again = [*arguments, "--from=evaluate", "--stages", "train", "evaluate", "register"]
                 assert workflow.main(again) == 0, capsys.readouterr().err
                 out = capsys.readouterr().out
                 assert out.count("done before") == 1 and "[register] version 2 of" in out
             finally:
                 ray.shutdown()
+        host = socket.gethostname()
+        counts = "select count(*), count(distinct step) from metrics where run_uuid = '{}' and key = '{}'"
+        for name in ("cpu_utilization_percentage", "system_memory_usage_megabytes"):
+            said_of = database.query("mlflow", counts.format(parent, f"system/{host}/{name}"))
+            points, steps = map(int, said_of.split("|"))
+            assert points == steps > 5, name
         for name in ("config.json", "report.json", "samples.png", "router.png", "served.png"):
             assert f"runs/r1/{name}" in stored
         assert any(key.startswith("runs/r1/train/checkpoints/") for key in stored)
@@ -269,6 +294,10 @@ def test_the_chain_on_prompts(
         assert json.loads((run / "prompts" / MANIFEST).read_text())["count"] == 3
         report = json.loads((run / "report.json").read_text())
         assert report["arms"]["cached"]["psnr_to_full"] > 5
+        capsys.readouterr()
+        again = [*arguments, "--stages", "prompts", "train", "evaluate", "register"]
+        assert workflow.main(again) == 0, capsys.readouterr().err
+        assert capsys.readouterr().out.count("done before") == 4
         assert json.loads((run / "router" / "config.json").read_text())["model"]["architecture"] == "PixArt"
         for name in ("samples.png", "router.png", "served.png"):
             assert (run / name).read_bytes().startswith(b"\x89PNG")

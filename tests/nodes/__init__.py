@@ -1,0 +1,1 @@
+"""On real clusters of several nodes. A package, so that its tests share one."""

@@ -1,0 +1,122 @@
+"""What an operator lives through, done for real: whatever breaks, the router is that of an unbroken run, bit
+for bit, and every metric is there once.
+"""
+
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from cluster_runs import TRAJECTORIES, TrainingRun, check_same, closing, kill, until
+from local_cluster import LocalCluster
+from mlflow_server import MlflowServer
+from s3_server import BUCKET, S3Server
+
+from pipelines.checkpoints import FOLDER
+from pipelines.worker_times import NAMES
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+OUTAGE_S = 20.0
+
+
+def test_where_each_worker_s_time_goes_is_a_metric(unbroken: TrainingRun):
+    times = unbroken.metrics("train", "worker.%")
+    assert times.keys() == {f"worker.{rank}.{kind}_s" for rank in (0, 1) for kind in NAMES}
+    for name, points in times.items():
+        steps, seconds = zip(*points)
+        assert steps == tuple(range(1, TRAJECTORIES + 1)), name
+        assert all(value >= 0 for value in seconds) and sum(seconds) > 0, name
+
+
+def test_kill_of_a_training_worker(make_run, unbroken: TrainingRun):
+    with closing(make_run("worker")) as run:
+        run.start()
+        run.wait_for(4)
+        victim = next(pid for node in range(3) for pid in run.workers(node))
+        run.breaks()
+        kill(victim)
+        assert run.wait() == 0, run.said
+        check_same(run, unbroken)
+
+
+def test_kill_of_a_raylet(make_run, cluster: LocalCluster, unbroken: TrainingRun):
+    with closing(make_run("raylet")) as run:
+        run.start()
+        run.wait_for(4)
+        used = [node for node in (1, 2) if run.workers(node)]
+        run.breaks()
+        cluster.nodes[used[0]].kill_raylet()
+        try:
+            assert run.wait() == 0, run.said
+            check_same(run, unbroken)
+        finally:
+            cluster.nodes.pop(used[0]).stop()
+            cluster.add_node()
+
+
+def test_kill_of_the_driver_and_a_truncated_checkpoint(make_run, unbroken: TrainingRun):
+    with closing(make_run("driver")) as run:
+        run.start()
+        run.wait_for(4)
+        run.driver.kill()
+        run.cluster_is_idle()
+        before = run.trajectory
+        newest = Path(run.storage.uri(FOLDER)) / run.storage.names(FOLDER)[-1]
+        newest.write_bytes(newest.read_bytes()[:-100])
+        run.breaks()
+        run.complete()
+        assert f"{newest.name} is damaged" in run.said, run.said
+        assert before >= 4
+        check_same(run, unbroken)
+
+
+def test_s3_that_refuses_for_a_while(make_run, s3: S3Server, unbroken: TrainingRun):
+    with closing(make_run("s3", storage_path=f"s3://{BUCKET}/runs")) as run:
+        run.start()
+        run.wait_for(4)
+        run.breaks()
+        s3.stop()
+        threading.Timer(OUTAGE_S, s3.start).start()
+        time.sleep(OUTAGE_S + 1)
+        assert run.wait() == 0, run.said
+        check_same(run, unbroken)
+
+
+def test_a_full_disk(make_run, folder: Path, unbroken: TrainingRun):
+    small = folder / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system wants root")
+    filler = small / "filler"
+    try:
+        with closing(make_run("full", storage_path=str(small))) as run:
+            run.start("--train.max-failures=0")
+            run.wait_for(4)
+            with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+                while True:
+                    file.write(b"x" * 512)
+            assert run.wait() == 1
+            assert "finds no room (No space left on device)" in run.said
+            assert "make room and run again with the same run id" in run.said
+            before = run.storage.names(FOLDER)
+            assert len(before) == 3
+            run.breaks()
+            filler.unlink()
+            run.complete("--train.max-failures=0")
+            check_same(run, unbroken)
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_kill_of_the_mlflow_server(make_run, folder: Path, unbroken: TrainingRun):
+    with MlflowServer(folder / "server") as server, closing(make_run("mlflow", mlflow=server.uri)) as run:
+        run.start()
+        run.wait_for(4)
+        run.breaks()
+        server.kill()
+        threading.Timer(OUTAGE_S, server.start).start()
+        assert run.wait() == 0, run.said
+        until("the server is back", server.answers)
+        check_same(run, unbroken, folder / "server" / "mlflow.db")
