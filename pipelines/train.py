@@ -159,8 +159,7 @@ def _train_loop(job: dict[str, Any]) -> None:
             if keeper is not None:
                 keeper.save()
             # Few, since Ray Train makes a line of them in the log; the rest is in MLflow.
-            told = {name: metrics[name] for name in ("loss", "image_error", "cur") if name in metrics}
-            ray.train.report({"trajectory": run.trajectory} | told)
+            ray.train.report({"trajectory": run.trajectory, "loss": metrics["loss"], "cur": metrics["cur"]})
             last_checkpoint = time.monotonic()
     if keeper is not None:
         keeper.finish()
