@@ -213,7 +213,10 @@ class ForecastFit:
     def train_one(
         self, sampler: Sampler, parts: Sequence[Rows], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """Measure one batch, given in parts, and solve where a round ends; the metrics to log."""
+        """Measure one batch, given in parts, and solve where a round ends; the metrics to log.
+
+        `loss` is the mean squared change of the final latents.
+        """
         config, count = self.config, len(self.unknowns)
         # Matrix and right side of the normal equations, and below them the mean error.
         sums = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=parts[0][0].device)
@@ -224,7 +227,7 @@ class ForecastFit:
         sums = sums.cpu()
         self._folds[self.trajectories % _FOLDS].add(sums[:-1, :-1], sums[:-1, -1])
         self.trajectories += 1
-        metrics = {"image_error": float(sums[-1, -1])}
+        metrics = {"loss": float(sums[-1, -1])}
         if config.ends_round(self.trajectories):
             metrics |= self._solve()
             self._begin_round()

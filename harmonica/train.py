@@ -168,7 +168,7 @@ def _train(run: RouterRun, spec: RowSpec, share: Share, folder: _Folder, tell: C
         metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
         is_last, now = run.trajectory == config.all_trajectories, time.monotonic()
         if is_last or now - last_said > _SAY_EVERY_S:
-            shown = ("loss", "mse", "beta", "image_error", "updates_per_s")
+            shown = ("loss", "mse", "beta", "updates_per_s")
             told = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown if name in metrics)
             tell(f"trajectory {run.trajectory}/{config.all_trajectories}  CUR {metrics['cur']:.1%}  {told}")
             last_said = now

@@ -114,9 +114,7 @@ class TrainConfig(TrainingConfig):
             self.min_workers,
             f"give 1 to train.num_workers ({self.num_workers}), or 0 for all of them or none",
         )
-        require(
-            self.resize_interval_s > 0, "train.resize_interval_s", self.resize_interval_s, "give seconds"
-        )
+        require(self.resize_interval_s > 0, "train.resize_interval_s", self.resize_interval_s, "give seconds")
         require(
             not self.min_workers or self.placement_strategy != "STRICT_SPREAD",
             "train.placement_strategy",

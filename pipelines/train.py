@@ -103,7 +103,7 @@ class _Keeper:
 
     def add(self, metrics: dict[str, float]) -> None:
         self.log.add(self.run.trajectory, metrics)
-        total = self.run.config.trajectories
+        total = self.run.config.all_trajectories
         self.board.reach.remote(Reached(self.run.trajectory, total, metrics["loss"], metrics["cur"]))
 
     def save(self) -> None:
@@ -173,8 +173,7 @@ def _train_loop(job: dict[str, Any]) -> None:
             if keeper is not None:
                 keeper.save()
             # Few: Ray Train keeps them all; the rest is in MLflow.
-            told = {name: metrics[name] for name in ("loss", "image_error", "cur") if name in metrics}
-            ray.train.report({"trajectory": run.trajectory} | told)
+            ray.train.report({"trajectory": run.trajectory, "loss": metrics["loss"], "cur": metrics["cur"]})
             last_checkpoint = time.monotonic()
     if keeper is not None:
         keeper.finish()
