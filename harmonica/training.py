@@ -212,11 +212,17 @@ class RouterRun:
     ) -> dict[str, float]:
         """One trajectory of the forecasts, its rows some at a time."""
         assert self.fit is not None, "there are forecast.trajectories left"
-        started, size = time.monotonic(), self.config.micro_batch_size or self.config.forecast.rows_at_once
-        parts = micro_batches(noise_NCHW, condition_N, rows, size)
-        metrics = self.fit.train_one(self.sampler, parts, average)
+        parts = micro_batches(
+            noise_NCHW,
+            condition_N,
+            rows,
+            self.config.micro_batch_size or self.config.forecast.rows_at_once,
+        )
+        with self.trainer.stopwatch.measure("forecast"):
+            metrics = self.fit.train_one(self.sampler, parts, average)
         self.trajectory += 1
-        return metrics | {"cur": self.cur, "seconds.forecast": time.monotonic() - started}
+        taken = self.trainer.stopwatch.take()
+        return metrics | {"cur": self.cur} | {f"seconds.{name}": took for name, took in taken.items()}
 
     def _observe(self, i: int, gradient_B: Tensor) -> None:
         if self.beta:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from ray.util.metrics import Gauge
 
-NAMES = ("data", "teacher", "student", "backward", "reduce", "lambda")
+NAMES = ("data", "teacher", "student", "backward", "reduce", "lambda", "forecast")
 _PREFIX = "seconds."
 
 

@@ -10,6 +10,7 @@ import ray
 import torch
 from tiny_dit import write_model
 
+from harmonica.forecast import ForecastConfig
 from harmonica.noise import RowKeys
 from harmonica.rows import Batch, make_rows
 from harmonica.training import RouterRun
@@ -108,12 +109,16 @@ def test_two_workers_train_the_router_of_one_and_resume(
     stage = find_or_create("train", config.run_id, config.storage_path, {})
     half = dataclasses.replace(config, train=dataclasses.replace(config.train, trajectories=2))
     train(half, storage, stage)
+    whole = dataclasses.replace(config.train, forecast=ForecastConfig(trajectories=4, probes=1))
+    config = dataclasses.replace(config, train=whole)
     artifact = train(config, storage, stage)  # same run id: goes on after trajectory 2
-    alone = trained_here(config).router.logits()
+    alone = trained_here(config, until=TRAJECTORIES + 4)
     # Two halves of a batch are summed in another order than one whole: equal up to that.
-    torch.testing.assert_close(artifact.logits_TB, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(artifact.logits_TB, alone.router.logits(), rtol=1e-5, atol=1e-5)
+    assert artifact.forecast_TBK is not None
+    torch.testing.assert_close(artifact.forecast_TBK, alone.artifact().forecast_TBK, rtol=1e-3, atol=1e-3)
     client = make_client(tracking_uri(config.storage_path))
     curve = client.get_metric_history(stage.mlflow_run_id, "loss")
-    assert [point.step for point in curve] == [1, 2, 3, 4], "one point a trajectory, none twice"
+    assert [point.step for point in curve] == [1, 2, 3, 4, 5, 6, 7, 8], "one point a trajectory, none twice"
     lambdas = client.get_metric_history(stage.mlflow_run_id, "lambda.step_000")
     assert [point.step for point in lambdas] == [1, 3], "lambda is refreshed every iepo_every trajectories"
