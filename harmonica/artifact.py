@@ -21,7 +21,7 @@ from harmonica.models.base import BranchedTransformer
 from harmonica.plan import Plan
 from harmonica.samplers import Sampler, SamplerConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SAMPLE = "sample.safetensors"
 
 
@@ -33,6 +33,8 @@ class RouterArtifact:
     threshold: float
     sampler: SamplerConfig
     reuse: Reuse
+    forecast_TBK: Tensor | None = None
+    """Learned weights of the forecasts (`harmonica.forecast`); None where they are linear."""
     model: dict[str, Any]
     """The model's `identity()`."""
     rounded_weights: Mapping[str, str] = field(default_factory=dict)
@@ -49,11 +51,18 @@ class RouterArtifact:
 
     @property
     def plan(self) -> Plan:
-        return Plan.from_scores(self.logits_TB.sigmoid(), self.threshold)
+        return Plan.from_scores(self.logits_TB.sigmoid(), self.threshold, self.forecast_TBK)
 
     @classmethod
     def build(
-        cls, logits_TB: Tensor, sampler: Sampler, *, threshold: float, reuse: Reuse, training: dict[str, Any]
+        cls,
+        logits_TB: Tensor,
+        sampler: Sampler,
+        *,
+        threshold: float,
+        reuse: Reuse,
+        training: dict[str, Any],
+        forecast_TBK: Tensor | None = None,
     ) -> "RouterArtifact":
         """The artifact of a router trained on `sampler`'s model under `sampler`'s configuration."""
         macs = sampler.model.macs()
@@ -63,11 +72,17 @@ class RouterArtifact:
             threshold=threshold,
             sampler=sampler.config,
             reuse=reuse,
+            forecast_TBK=None if forecast_TBK is None else forecast_TBK.detach().float().cpu(),
             model=sampler.model.identity(),
             rounded_weights=sampler.model.fingerprint().rounded,
             ideal_speedup=plan.ideal_speedup(macs),
             macs_full=macs.full * plan.num_steps,
-            cache_bytes=cache_bytes(sampler.model, reuse, is_guided=sampler.is_guided),
+            cache_bytes=cache_bytes(
+                sampler.model,
+                reuse,
+                is_guided=sampler.is_guided,
+                forecast_order=1 if forecast_TBK is None else forecast_TBK.shape[2],
+            ),
             training=training,
         )
 
@@ -75,12 +90,16 @@ class RouterArtifact:
         """Write the files; returns the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"logits": self.logits_TB.contiguous()}, folder / "router.safetensors")
+        tensors = {"logits": self.logits_TB.contiguous()}
+        if self.forecast_TBK is not None:
+            tensors["forecast"] = self.forecast_TBK.contiguous()
+        save_file(tensors, folder / "router.safetensors")
         if self.sample_CHW is not None:
             save_file({"sample": self.sample_CHW.contiguous()}, folder / _SAMPLE)
         plan = self.plan
         config = {
-            "format_version": FORMAT_VERSION,
+            # Readers of version 1 would pass over a learned forecast, and draw something else.
+            "format_version": 1 if self.forecast_TBK is None else FORMAT_VERSION,
             "model": self.model,
             "rounded_weights": dict(self.rounded_weights),
             "sampler": self.sampler.to_dict(),
@@ -118,17 +137,19 @@ class RouterArtifact:
                 f"router {folder} has no readable config.json ({error}): give a router artifact folder"
             ) from error
         try:
-            if config["format_version"] != FORMAT_VERSION:
+            if config["format_version"] not in (1, FORMAT_VERSION):
                 raise ValueError(
                     f"router {folder} has format_version {config['format_version']}, this version reads "
-                    f"{FORMAT_VERSION}: install the harmonica that wrote it "
+                    f"1 to {FORMAT_VERSION}: install the harmonica that wrote it "
                     f"({config.get('versions', {}).get('harmonica')})"
                 )
+            tensors = read_tensors(folder / "router.safetensors")
             artifact = cls(
-                logits_TB=read_tensors(folder / "router.safetensors")["logits"],
+                logits_TB=tensors["logits"],
                 threshold=config["threshold"],
                 sampler=SamplerConfig(**config["sampler"]),
                 reuse=config["reuse"],
+                forecast_TBK=tensors.get("forecast"),
                 model=_complete(config["model"]),
                 rounded_weights=config.get("rounded_weights", {}),
                 ideal_speedup=config["ideal_speedup"],

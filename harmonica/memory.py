@@ -28,7 +28,7 @@ from typing import Annotated, get_args
 import torch
 import tyro
 
-from harmonica.cache import Reuse
+from harmonica.cache import Reuse, values_kept
 from harmonica.command_line import fail, say
 from harmonica.memory_shape import Memory, Shape
 from harmonica.models.base import BranchedTransformer
@@ -59,7 +59,7 @@ def training_memory(
         micro_batch_size: of these at a time; 0 is all.
         processes: that the model is sharded over.
     """
-    per_row, kept = 1 + is_guided, 1 + (reuse == "forecast")
+    per_row, kept = 1 + is_guided, values_kept(reuse)
     size = micro_batch_size or batch_size
     rows, all_rows = per_row * size, per_row * batch_size
     prepared = shape.prepared(rows, num_steps)
@@ -80,11 +80,12 @@ def sampling_memory(
     batch_size: int,
     is_guided: bool = True,
     reuse: Reuse = "hold",
+    forecast_order: int = 1,
     processes: int = 1,
     num_steps: int = NUM_STEPS,
 ) -> Memory:
     """Peak of sampling; the images' decoder is not in it."""
-    rows, kept = (1 + is_guided) * batch_size, 1 + (reuse == "forecast")
+    rows, kept = (1 + is_guided) * batch_size, values_kept(reuse, forecast_order)
     caches = kept * shape.num_branches * shape.value(rows) + shape.prepared(rows, num_steps)
     return Memory(shape.weights(processes), caches, 0, shape.working(rows))
 

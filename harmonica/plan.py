@@ -1,11 +1,19 @@
 """The plan: which branch is computed at which step. Static, known before sampling, same for all."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from harmonica.models.base import Macs
+
+Forecast = tuple[tuple[tuple[float, ...], ...], ...]
+"""T x B: what a reused entry adds of the differences between its branch's last values, newest first."""
+
+
+def forecast_of(weights_TBK: Tensor) -> Forecast:
+    """A table of weights as a plan keeps it."""
+    return tuple(tuple(tuple(entry) for entry in row) for row in weights_TBK.tolist())
 
 
 @dataclass(frozen=True)
@@ -14,21 +22,32 @@ class Plan:
 
     compute: tuple[tuple[bool, ...], ...]
     """Row i is step i; True computes the branch and refreshes its cache, False reuses it."""
+    forecast: Forecast | None = field(default=None, repr=False)
+    """Learned weights of forecasts (`harmonica.forecast`); None where they are linear, or values are held."""
 
     def __post_init__(self) -> None:
         if not self.compute or len({len(row) for row in self.compute}) != 1:
             raise ValueError("plan rows differ in length: give T rows of one entry a branch")
         if not all(self.compute[-1]):
             raise ValueError("plan row T-1 reuses a branch: it runs first and has nothing to reuse")
+        if self.forecast is not None and [len(row) for row in self.forecast] != [
+            len(r) for r in self.compute
+        ]:
+            raise ValueError("the forecast has another shape than the plan: give weights for T x B entries")
 
     @classmethod
-    def from_scores(cls, scores_TB: Tensor, threshold: float) -> "Plan":
-        """Compute where r > tau, and everywhere in row T-1."""
+    def from_scores(cls, scores_TB: Tensor, threshold: float, forecast_TBK: Tensor | None = None) -> "Plan":
+        """Compute where r > tau, and everywhere in row T-1.
+
+        Args:
+            forecast_TBK: learned weights, K of each entry.
+        """
         if scores_TB.ndim != 2:
             raise ValueError(f"router scores have shape {tuple(scores_TB.shape)}: give a T x B table")
         compute_TB = scores_TB.detach() > threshold
         compute_TB[-1] = True
-        return cls(tuple(tuple(row) for row in compute_TB.tolist()))
+        forecast = None if forecast_TBK is None else forecast_of(forecast_TBK)
+        return cls(tuple(tuple(row) for row in compute_TB.tolist()), forecast)
 
     @classmethod
     def full(cls, num_steps: int, num_branches: int) -> "Plan":

@@ -71,7 +71,8 @@ class PlannedForward:
         shape = tuple(call.sample_NCHW.shape)
         if i == self._plan.num_steps - 1:
             self._model.check()  # hooks, adapters and attention processors can have come since
-            self._cache, self._shape = BranchCache(self._plan.num_branches, self._reuse), shape
+            self._cache = BranchCache(self._plan.num_branches, self._reuse, self._plan.forecast)
+            self._shape = shape
         elif shape != self._shape:
             raise ValueError(
                 f"hidden_states has shape {shape} and the trajectory began with {self._shape}: a batch stays "

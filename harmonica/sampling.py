@@ -49,7 +49,7 @@ def sample(
     if plan is not None:
         check_plan(plan, sampler)
     model = sampler.model
-    cache = BranchCache(len(model.branches), reuse)
+    cache = BranchCache(len(model.branches), reuse, plan.forecast if plan else None)
     state = sampler.start(noise_NCHW, condition_N, rows)
     for i in reversed(range(sampler.num_steps)):
         row = plan.compute[i] if plan is not None else (True,) * len(model.branches)

@@ -162,17 +162,15 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
 
 def _train(run: RouterRun, spec: RowSpec, share: Share, folder: _Folder, tell: Callable[[str], None]) -> None:
     config, last_said, last_saved = run.config, 0.0, time.monotonic()
-    while run.trajectory < config.trajectories:
+    while run.trajectory < config.all_trajectories:
         indices = share.indices(np.arange(share.size), run.trajectory)
         rows = Batch.of(make_rows(indices, spec), spec, run.device)
         metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
-        is_last, now = run.trajectory == config.trajectories, time.monotonic()
+        is_last, now = run.trajectory == config.all_trajectories, time.monotonic()
         if is_last or now - last_said > _SAY_EVERY_S:
-            tell(
-                f"trajectory {run.trajectory}/{config.trajectories}  CUR {metrics['cur']:.1%}  "
-                f"loss {metrics['loss']:.3e}  mse {metrics['mse']:.3e}  beta {metrics['beta']:.2e}  "
-                f"{metrics['updates_per_s']:.2f} updates/s"
-            )
+            shown = ("loss", "mse", "beta", "updates_per_s")
+            told = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown if name in metrics)
+            tell(f"trajectory {run.trajectory}/{config.all_trajectories}  CUR {metrics['cur']:.1%}  {told}")
             last_said = now
         if share.rank == 0:  # the state is the same on every rank
             folder.log(run.trajectory, metrics)

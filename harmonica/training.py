@@ -15,11 +15,12 @@ from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
 from harmonica.beta import BetaController
+from harmonica.forecast import ForecastConfig, ForecastFit
 from harmonica.iepo import KINDS, IepoKind, image_error_proxy
 from harmonica.noise import RowKeys
 from harmonica.router import Router
 from harmonica.samplers import Sampler
-from harmonica.sdt import SdtConfig, SdtTrainer
+from harmonica.sdt import SdtConfig, SdtTrainer, micro_batches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +50,8 @@ class TrainingConfig:
     (sensitivity), or not at all (all ones)."""
     iepo_every: int = 20
     """Trajectories between refreshes of lambda (the paper's C)."""
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
+    """Weights of forecasts, fitted once the router is trained."""
     checkpoint_interval_s: float = 20.0
     """Seconds between checkpoints: the work an interruption can cost."""
 
@@ -66,6 +69,16 @@ class TrainingConfig:
             raise ValueError(f"train.iepo is {self.iepo!r}: give one of {', '.join(KINDS)}, none")
         if self.initial not in ("constant", "alternate", "normal"):
             raise ValueError(f"train.initial is {self.initial!r}: give constant, alternate or normal")
+        if self.forecast.trajectories and self.sdt.reuse != "forecast":
+            raise ValueError(
+                f"train.forecast.trajectories is {self.forecast.trajectories} and train.sdt.reuse is "
+                f"{self.sdt.reuse}: give reuse forecast, or 0 trajectories"
+            )
+
+    @property
+    def all_trajectories(self) -> int:
+        """The router's, and then the forecast's."""
+        return self.trajectories + self.forecast.trajectories
 
 
 def average(tensor: Tensor) -> None:
@@ -98,6 +111,18 @@ class RouterRun:
         if config.target_cur:
             self.beta = BetaController(*shape, target_cur=config.target_cur, threshold=config.sdt.threshold)
         self.trajectory = 0
+        self._fit: ForecastFit | None = None
+
+    @property
+    def fit(self) -> ForecastFit | None:
+        """Of the forecasts, once the router is trained and has its plan."""
+        if self._fit is None and self.config.forecast.trajectories and self._is_router_trained:
+            self._fit = ForecastFit(self.router.plan(self.config.sdt.threshold), self.config.forecast)
+        return self._fit
+
+    @property
+    def _is_router_trained(self) -> bool:
+        return self.trajectory >= self.config.trajectories
 
     @property
     def router(self) -> Router:
@@ -120,6 +145,7 @@ class RouterRun:
             "lambda": self.lambda_T,
             "beta": self.beta.state_dict() if self.beta else None,
             "trajectory": self.trajectory,
+            "forecast": self.fit.state() if self.fit else None,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -129,6 +155,8 @@ class RouterRun:
         self.trajectory = state["trajectory"]
         if self.beta:
             self.beta.load_state_dict(state["beta"])
+        if self.fit and state["forecast"]:
+            self.fit.load_state(state["forecast"])
 
     def train_one(
         self,
@@ -137,8 +165,11 @@ class RouterRun:
         rows: RowKeys,
         average: Callable[[Tensor], None] = average,
     ) -> dict[str, float]:
-        """One trajectory, after a refresh of lambda where it is due; the metrics to log."""
+        """One trajectory of the router, after a refresh of lambda where it is due, or of the forecasts; the
+        metrics to log."""
         config, started = self.config, time.monotonic()
+        if self._is_router_trained:
+            return self._fit_one(noise_NCHW, condition_N, rows, average)
         metrics = {}
         if config.iepo != "none" and self.trajectory % config.iepo_every == 0:
             with self.trainer.stopwatch.measure("lambda"):
@@ -176,6 +207,17 @@ class RouterRun:
             self.beta.update()
         return metrics
 
+    def _fit_one(
+        self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
+    ) -> dict[str, float]:
+        """One trajectory of the forecasts, its rows some at a time."""
+        assert self.fit is not None, "there are forecast.trajectories left"
+        started, size = time.monotonic(), self.config.micro_batch_size or self.config.forecast.rows_at_once
+        parts = micro_batches(noise_NCHW, condition_N, rows, size)
+        metrics = self.fit.train_one(self.sampler, parts, average)
+        self.trajectory += 1
+        return metrics | {"cur": self.cur, "seconds.forecast": time.monotonic() - started}
+
     def _observe(self, i: int, gradient_B: Tensor) -> None:
         if self.beta:
             self.beta.observe(i, gradient_B, self.router.rows[i])
@@ -188,5 +230,6 @@ class RouterRun:
             self.sampler,
             threshold=self.config.sdt.threshold,
             reuse=self.config.sdt.reuse,
+            forecast_TBK=self.fit.weights_TBK if self.fit else None,
             training=settings | {"trajectories": self.trajectory},
         )

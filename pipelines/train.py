@@ -62,7 +62,7 @@ def _trajectories(
     """This worker's rows of every trajectory still to train."""
     context = ray.train.get_context()
     share = Share(run.config.batch_size, context.get_world_rank(), context.get_world_size())
-    remaining = run.config.trajectories - run.trajectory
+    remaining = run.config.all_trajectories - run.trajectory
     if remaining <= 0:
         return
     rows = stream_rows(spec, share, first_trajectory=run.trajectory, trajectories=remaining)
@@ -103,7 +103,7 @@ class _Keeper:
 
     def add(self, metrics: dict[str, float]) -> None:
         self.log.add(self.run.trajectory, metrics)
-        total = self.run.config.trajectories
+        total = self.run.config.all_trajectories
         self.board.reach.remote(Reached(self.run.trajectory, total, metrics["loss"], metrics["cur"]))
 
     def save(self) -> None:
@@ -162,7 +162,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     for rows in _trajectories(run, spec, times, tell):
         metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
         times.add(metrics)
-        is_last = run.trajectory == config.train.trajectories
+        is_last = run.trajectory == config.train.all_trajectories
         is_due = time.monotonic() - last_checkpoint > config.train.checkpoint_interval_s
         if is_kept := _agree(is_last or is_due, run.device):
             metrics |= times.gather(rank)
@@ -180,7 +180,7 @@ def _train_loop(job: dict[str, Any]) -> None:
 
 
 def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> RouterArtifact:
-    """Train to `config.train.trajectories`, resuming the run's last checkpoint; returns the router.
+    """Train to `config.train.all_trajectories`, resuming the run's last checkpoint; returns the router.
 
     Raises:
         RuntimeError: workers failed more often than `train.max_failures`; says how the last one did.
@@ -230,9 +230,9 @@ def _build_artifact(config: WorkflowConfig, checkpoints: Checkpoints) -> RouterA
     name = checkpoints.last()
     if name:
         run.load_state(checkpoints.load(name))
-    if run.trajectory < config.train.trajectories:
+    if run.trajectory < config.train.all_trajectories:
         raise RuntimeError(
             f"training of {config.run_id} ended and its last whole checkpoint is of trajectory "
-            f"{run.trajectory} of {config.train.trajectories}: run again with the same run id"
+            f"{run.trajectory} of {config.train.all_trajectories}: run again with the same run id"
         )
     return run.artifact(run_id=config.run_id, **config.to_dict()["train"])

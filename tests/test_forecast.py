@@ -1,0 +1,160 @@
+"""Learned forecasts: their derivatives against differences, their fit against images it has not seen."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from harmonica.artifact import RouterArtifact
+from harmonica.forecast import ForecastConfig, ForecastFit, linear_weights, sketch_image_error, unknowns
+from harmonica.models.dit import DiT
+from harmonica.noise import RowKeys
+from harmonica.plan import Plan, forecast_of
+from harmonica.router import Router
+from harmonica.samplers import Sampler, SamplerConfig, make_sampler
+from harmonica.sampling import sample
+from harmonica.sdt import SdtConfig, micro_batches
+from harmonica.training import RouterRun, TrainingConfig
+
+STEPS = 9
+FIT = ForecastConfig(trajectories=8, rounds=2, probes=2)
+
+
+def alternating() -> Plan:
+    return Router.alternating(STEPS, 6, 1.0).plan(0.5)
+
+
+@pytest.fixture
+def sampler(tiny_dit: DiT) -> Sampler:
+    config = SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.5, clip_sample=False)
+    return make_sampler(tiny_dit, config)
+
+
+def rows(first: int, count: int = 4) -> tuple[Tensor, Tensor, RowKeys]:
+    keys = RowKeys.of(5, range(first, first + count))
+    labels = torch.arange(first, first + count) % 10
+    return torch.from_numpy(keys.start_noise((4, 8, 8))).double(), labels, keys
+
+
+def error(sampler: Sampler, plan: Plan, first: int, count: int) -> float:
+    noise, labels, keys = rows(first, count)
+    full = sample(sampler, noise, labels, rows=keys)
+    return (sample(sampler, noise, labels, plan, reuse="forecast", rows=keys) - full).square().mean().item()
+
+
+def test_linear_weights_are_the_linear_forecast(sampler):
+    plan, batch = alternating(), rows(0)
+    weighted = Plan(plan.compute, forecast_of(linear_weights(plan, 2)))
+    linear, same = (sample(sampler, *batch[:2], p, reuse="forecast") for p in (plan, weighted))
+    assert (linear - same).abs().max() < 1e-12
+    held = sample(sampler, *batch[:2], weighted, reuse="hold")
+    assert torch.equal(held, sample(sampler, *batch[:2], plan, reuse="hold")), "to hold asks for no weights"
+
+
+def test_derivatives_are_those_of_moved_weights(sampler):
+    plan, batch, small = alternating(), rows(0, 2), 1e-5
+    weights = linear_weights(plan, 2)
+    names = unknowns(plan, 2)
+    at = lambda w: Plan(plan.compute, forecast_of(w))  # noqa: E731
+    seen = sketch_image_error(sampler, at(weights), *batch, order=2, probes=2)
+    assert seen.jacobian_RP.shape == (4, len(names))
+    for column in (0, len(names) // 2, len(names) - 1):
+        moved = []
+        for sign in (1, -1):
+            w = weights.clone()
+            w[names[column]] += sign * small
+            other = sketch_image_error(sampler, at(w), *batch, order=2, probes=2)
+            moved.append(other.residual_R)
+        slope = (moved[0] - moved[1]) / (2 * small)
+        assert slope.abs().max() > 1e-9
+        torch.testing.assert_close(seen.jacobian_RP[:, column].double(), slope, rtol=1e-3, atol=1e-8)
+
+
+def test_a_fit_holds_for_images_it_has_not_seen(sampler):
+    fit = ForecastFit(alternating(), replace(FIT, trajectories=16, probes=4))
+    before = error(sampler, fit.planned(), 100, 16)
+    for k in range(16):
+        metrics = fit.train_one(sampler, [rows(4 * k)], lambda sums: None)
+        assert metrics["loss"] > 0
+        assert ("forecast.ridge" in metrics) == (k in (7, 15)), "a round ends after half of the trajectories"
+    assert error(sampler, fit.planned(), 100, 16) < 0.8 * before
+
+
+def test_rows_at_once_change_nothing(sampler):
+    fits = []
+    for size in (1, 4):
+        fit = ForecastFit(alternating(), FIT)
+        for k in range(4):
+            fit.train_one(sampler, micro_batches(*rows(4 * k), size), lambda sums: None)
+        fits.append(fit.weights_TBK)
+    torch.testing.assert_close(*fits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_resumes_bit_for_bit_within_its_forecasts(tiny_dit):
+    sampler = make_sampler(tiny_dit, SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.5))
+    config = TrainingConfig(
+        trajectories=2,
+        batch_size=4,
+        initial="alternate",
+        initial_logit=1.0,
+        iepo="none",
+        sdt=SdtConfig(reuse="forecast", threshold=0.5),
+        forecast=FIT,
+    )
+
+    def go_on(run: RouterRun, until: int) -> RouterRun:
+        while run.trajectory < until:
+            run.train_one(*rows(4 * run.trajectory))
+        return run
+
+    whole = go_on(RouterRun(sampler, config, seed=0), config.all_trajectories)
+    for stop in (1, 2, 5, 6, 10):
+        state = go_on(RouterRun(sampler, config, seed=0), stop).state()
+        resumed = RouterRun(sampler, config, seed=0)
+        resumed.load_state(state)
+        weights = go_on(resumed, config.all_trajectories).artifact().forecast_TBK
+        assert torch.equal(weights, whole.artifact().forecast_TBK), stop
+    assert not torch.equal(weights.double(), linear_weights(whole.artifact().plan, 2))
+
+
+def test_an_artifact_keeps_its_forecast(sampler, tmp_path: Path):
+    weights = linear_weights(alternating(), 2) + 0.1
+    logits = Router.alternating(STEPS, 6, 1.0).logits()
+    made = RouterArtifact.build(
+        logits, sampler, threshold=0.5, reuse="forecast", training={}, forecast_TBK=weights
+    )
+    read = RouterArtifact.load(made.save(tmp_path))
+    assert torch.equal(read.forecast_TBK, weights.float()) and read.plan == made.plan
+    plain = RouterArtifact.build(logits, sampler, threshold=0.5, reuse="forecast", training={})
+    assert made.cache_bytes == 1.5 * plain.cache_bytes, "three values a branch, not two"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["format_version"] == 2, "what reads version 1 alone would draw something else"
+    drawn = sample(sampler, *rows(0)[:2], read.plan, reuse=read.reuse)
+    assert not torch.allclose(drawn, sample(sampler, *rows(0)[:2], plain.plan, reuse="forecast"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trajectories": -1}, "forecast.trajectories is -1"),
+        ({"trajectories": 3}, "give 4 or more"),
+        ({"order": 0}, "forecast.order is 0"),
+        ({"rows_at_once": 0}, "forecast.rows_at_once is 0"),
+    ],
+)
+def test_bad_settings_are_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        ForecastConfig(**changes)
+
+
+def test_values_that_are_held_have_no_forecast():
+    with pytest.raises(ValueError, match=r"train\.sdt\.reuse is hold: give reuse forecast"):
+        TrainingConfig(forecast=FIT)
+
+
+def test_a_forecast_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="another shape than the plan"):
+        Plan(((True,), (True,)), (((0.5,),),))
