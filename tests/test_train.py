@@ -75,7 +75,7 @@ def test_a_trajectory_says_what_its_time_went_into(config: WorkflowConfig) -> No
 
 
 def test_each_kind_of_time_is_one_that_workers_tell(config: WorkflowConfig) -> None:
-    forecast = dataclasses.replace(config.train.forecast, trajectories=1)
+    forecast = dataclasses.replace(config.train.forecast, trajectories=4)
     settings = dataclasses.replace(config.train, trajectories=1, forecast=forecast)
     run, spec = start_run(dataclasses.replace(config, train=settings), torch.device("cpu"))
     rows = Batch.of(make_rows(np.arange(4), spec), spec, "cpu")
