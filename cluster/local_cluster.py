@@ -96,7 +96,7 @@ class LocalCluster:
                 f"--dashboard-port={self._dashboard}",
                 "--dashboard-host=127.0.0.1",
             ]
-            head += [f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder}"]
+            head += [f"--ray-client-server-port={free_port()}"]
             self._start(["--head", *head], self.head_cpus).wait_started()
             for _ in range(self.workers):  # one by one: together they starve each other on a small machine
                 self.add_node()
@@ -128,6 +128,8 @@ class LocalCluster:
         own = [f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={free_port()}"]
         own += ["--object-store-memory=200000000", "--disable-usage-stats"]
         self._count += 1
+        # A folder each: what one node's agent unpacks for a job, another's would delete.
+        own += [f"--temp-dir={self.folder / str(self._count)}"]
         log = self.folder / f"node-{self._count}.log"
         self.nodes.append(Node([*arguments, *own], self._environment, log))
         return self.nodes[-1]

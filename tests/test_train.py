@@ -20,6 +20,7 @@ from pipelines.runtime import connect
 from pipelines.storage import RunStorage
 from pipelines.tracking import find_or_create, make_client, tracking_uri
 from pipelines.train import start_run, train
+from pipelines.worker_times import NAMES
 
 TRAJECTORIES = 4
 
@@ -72,6 +73,16 @@ def test_a_trajectory_says_what_its_time_went_into(config: WorkflowConfig) -> No
     assert {name for name in second if name.startswith("seconds.")} == kinds, "lambda every iepo_every"
     summed = sum(value for each in (first, second) for name, value in each.items() if "seconds." in name)
     assert 0.5 * took < summed < took
+
+
+def test_each_kind_of_time_is_one_that_workers_tell(config: WorkflowConfig) -> None:
+    forecast = dataclasses.replace(config.train.forecast, trajectories=4)
+    settings = dataclasses.replace(config.train, trajectories=1, forecast=forecast)
+    run, spec = start_run(dataclasses.replace(config, train=settings), torch.device("cpu"))
+    rows = Batch.of(make_rows(np.arange(4), spec), spec, "cpu")
+    both = [run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys) for _ in range(2)]
+    told = {name.removeprefix("seconds.") for one in both for name in one if name.startswith("seconds.")}
+    assert "forecast" in told and told <= set(NAMES)
 
 
 def test_a_resumed_run_is_bit_identical(config: WorkflowConfig, tmp_path: Path) -> None:

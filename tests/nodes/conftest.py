@@ -19,8 +19,8 @@ def s3():
 
 @pytest.fixture(scope="package")
 def cluster(s3: S3Server):
-    """Its head has room for four workers, so that they can be on one node and on several."""
-    with LocalCluster(workers=2, head_cpus=5, worker_cpus=2, environment=s3.environment) as cluster:
+    """Its head has room for two runs, of four workers and of two, so that each can be on one node."""
+    with LocalCluster(workers=2, head_cpus=6, worker_cpus=2, environment=s3.environment) as cluster:
         yield cluster
 
 

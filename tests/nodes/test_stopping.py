@@ -30,6 +30,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_ctrl_c_and_sigterm_leave_a_run_that_goes_on(make_run, unbroken: TrainingRun) -> None:
+    # Ignored signals are inherited, from a shell's background job for one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with closing(make_run("stopped")) as run:
         for number, code, trajectory in ((signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 6)):
             run.start()
@@ -85,7 +87,11 @@ def test_a_job_is_stopped_and_submitted_again(job, make_run, folder: Path) -> No
         until("a job agent", lambda: "No available agent" not in job("list").stderr)
         first = job(*submit, "--submission-id=first", "--no-wait", *command)
         assert first.returncode == 0, first.stderr
-        until("a checkpoint", lambda: run.trajectory >= 1)
+        until(
+            "a checkpoint or the end",
+            lambda: run.trajectory >= 1 or "RUNNING" not in job("status", "first").stdout,
+        )
+        assert run.trajectory, job("logs", "first").stdout
         stopped = job("stop", "first")
         assert stopped.returncode == 0 and "was stopped" in stopped.stdout + stopped.stderr, stopped
         run.cluster_is_idle()
