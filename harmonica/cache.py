@@ -53,7 +53,7 @@ class BranchCache:
     def read(self, branch: int, step: int) -> Tensor:
         """The branch's value (N, L, D) for a step at which it is reused."""
         kept = self._kept[branch]
-        assert kept, "step T-1 computes every branch, so the cache is never empty"
+        assert len(kept) > 0, "step T-1 computes every branch, so the cache is never empty"
         if len(kept) == 1:
             return kept[0][1]
         return extrapolate([value for _, value in kept], self.weights(branch, step))
