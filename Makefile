@@ -13,6 +13,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Files side by side, tests with Ray clusters after one another.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
+
 .PHONY: help demo test test-slow lint types bench serve ui clean
 
 help: ## list these targets
@@ -22,10 +25,10 @@ demo: $(STAMP)-run ## the whole workflow on the built-in Fashion-MNIST model
 	$(BIN)/python workflow.py fashion
 
 test: $(STAMP)-test ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"
+	$(PYTEST) -m "not slow and not browser and not gpu"
 
 test-slow: $(STAMP)-test ## the slow and the browser tests
-	$(BIN)/python -m pytest -m "slow or browser" || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
+	$(PYTEST) -m "slow or browser" || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
 
 lint: $(STAMP)-dev ## ruff: rules and format
 	$(BIN)/ruff check .

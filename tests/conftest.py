@@ -21,6 +21,15 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist files go to processes as wholes, and all tests with Ray clusters to one, started first."""
+    for item in items:
+        is_cluster = item.get_closest_marker("cluster") is not None
+        item.add_marker(pytest.mark.xdist_group("cluster" if is_cluster else item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+
+
 @pytest.fixture
 def tiny_shape() -> DiTConfig:
     """The shape of `assets/case_a`: 16 tokens of width 48, six branches."""
