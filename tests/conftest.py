@@ -21,13 +21,18 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
+def _needs_a_cluster(item: pytest.Item) -> bool:
+    return item.get_closest_marker("cluster") is not None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Under pytest-xdist files go to processes as wholes, and all tests with Ray clusters to one of them."""
+    item.add_marker(pytest.mark.xdist_group("cluster" if _needs_a_cluster(item) else item.path.stem))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist files go to processes as wholes, and all tests with Ray clusters to one, started first."""
-    for item in items:
-        is_cluster = item.get_closest_marker("cluster") is not None
-        item.add_marker(pytest.mark.xdist_group("cluster" if is_cluster else item.path.stem))
-    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+    """Clusters first: they are what everything waits for in the end."""
+    items.sort(key=lambda item: not _needs_a_cluster(item))
 
 
 @pytest.fixture
