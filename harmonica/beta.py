@@ -3,7 +3,8 @@
 Nobody should have to guess beta: its scale is that of lambda times a squared error, which differs by
 orders of magnitude between models. Where the loss is at rest, an entry with score r satisfies
 `-lambda_i * dMSE/dr = beta`; to first order the left side is `(1 - r)` times what the entry's full
-computation is worth. Entries worth less than `beta / (1 - tau)` rest below tau, that is, are reused.
+computation is worth. Entries worth less than `beta / (1 - tau)` rest below tau, that is, are reused. Where the
+penalty counts MACs, worth is per MAC.
 """
 
 from typing import Any
@@ -18,13 +19,17 @@ DECAY = 0.8
 class BetaController:
     """Running estimate of what each entry is worth, and the beta at which the target share is reused."""
 
-    def __init__(self, num_steps: int, num_branches: int, *, target_cur: float, threshold: float) -> None:
-        trained = num_steps - 1
-        # The target counts row T-1, which is never reused.
-        self.share = min(1.0, target_cur * num_steps / trained)
+    def __init__(self, num_steps: int, costs_B: Tensor, *, share: float, threshold: float) -> None:
+        """
+        Args:
+            costs_B: what the penalty counts a branch as, 1 on average; the share is of these.
+            share: to be reused of rows 0 ... T-2; row T-1 never is.
+        """
+        self.share = min(1.0, share)
         self.threshold = threshold
+        self.costs_B = costs_B.cpu()
         self.beta = 0.0
-        self.worth_TB = torch.zeros(trained, num_branches)
+        self.worth_TB = torch.zeros(num_steps - 1, len(costs_B))
         self._latest_TB = torch.zeros_like(self.worth_TB)
         self._updates = 0
 
@@ -32,16 +37,27 @@ class BetaController:
         """Take step i's gradient of the loss, under the present beta, before the update."""
         r = logits_B.detach().sigmoid().cpu()
         score_gradient = logit_gradient_B.detach().cpu() / (r * (1 - r))
-        self._latest_TB[i] = (self.beta - score_gradient) / (1 - r)
+        self._latest_TB[i] = (self.beta - score_gradient / self.costs_B) / (1 - r)
 
     def update(self) -> float:
         """Once a trajectory, after all its steps: the next beta."""
         decay = DECAY if self._updates else 0.0
         self.worth_TB = torch.lerp(self._latest_TB, self.worth_TB, decay)
         self._updates += 1
-        quantile = self.worth_TB.flatten().quantile(self.share).clamp_min(0).item()
-        self.beta = (1 - self.threshold) * quantile
+        self.beta = (1 - self.threshold) * max(0.0, self._quantile())
         return self.beta
+
+    def _quantile(self) -> float:
+        """The worth below which `share` of the costs lie; of equal costs, the ordinary quantile."""
+        worth, order = self.worth_TB.flatten().sort()
+        costs = self.costs_B.expand_as(self.worth_TB).flatten()[order]
+        below = costs.cumsum(0) - costs
+        place = self.share * float(below[-1])
+        upper = min(int(torch.searchsorted(below, place)), len(worth) - 1)
+        lower = max(upper - 1, 0)
+        gap = float(below[upper] - below[lower])
+        weight = (place - float(below[lower])) / gap if gap else 0.0
+        return float(worth[lower].lerp(worth[upper], weight))
 
     def state_dict(self) -> dict[str, Any]:
         return {"beta": self.beta, "worth": self.worth_TB, "updates": self._updates}

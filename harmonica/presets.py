@@ -15,7 +15,7 @@ from functools import partial
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig
 from harmonica.samplers import SamplerConfig, SamplerName
 from harmonica.sdt import SdtConfig
-from harmonica.training import TrainingConfig
+from harmonica.training_config import TrainingConfig
 
 _UPDATES, _UPDATES_PER_LAMBDA = 20_000, 500  # [R] --max-steps, --lambda-c; T updates a trajectory there
 

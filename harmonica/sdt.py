@@ -11,7 +11,7 @@ micro-batches; `harmonica.memory` says what each comes to.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class SdtConfig:
     """Logits stay within [-clamp, clamp]."""
     reuse: Reuse = "hold"
     """A reused branch holds its last value (the paper), or is forecast from its last two."""
+    penalty: Literal["count", "macs"] = "count"
+    """Beta counts entries (the paper), or their multiply-accumulates, 1 on average: so that time is saved."""
     activation_checkpointing: bool = False
     """Compute the student's branches again in the backward instead of keeping what they need: a fraction
     of the memory for about a third more time, the same update."""
@@ -54,6 +56,8 @@ class SdtConfig:
             raise ValueError(f"train.sdt.clamp is {self.clamp}: give a positive number")
         if self.reuse not in ("hold", "forecast"):
             raise ValueError(f"train.sdt.reuse is {self.reuse!r}: give hold or forecast")
+        if self.penalty not in ("count", "macs"):
+            raise ValueError(f"train.sdt.penalty is {self.penalty!r}: give count or macs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class StepRecord:
     l1: float
     """Sum of the row's scores."""
     loss: float
-    """lambda_i * mse + beta * l1."""
+    """lambda_i * mse + beta * l1; the scores times their costs where the penalty counts those."""
 
 
 def freeze(model: torch.nn.Module) -> None:
@@ -107,6 +111,10 @@ class SdtTrainer:
         self.stopwatch = Stopwatch(router.rows[0].device)
         trained = [row for row in router.rows if row.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+        self.costs_B = torch.ones_like(router.rows[0])
+        if config.penalty == "macs":
+            macs = self.costs_B.new_tensor(sampler.model.macs().branches)
+            self.costs_B = macs / macs.mean()
 
     def train_trajectory(
         self,
@@ -145,7 +153,7 @@ class SdtTrainer:
             measured = [self._step(i, part, scores_B) for part in parts]
             error, error_B, count = (sum(values) for values in zip(*measured, strict=True))
             mse, l1 = error / count, scores_B.sum()
-            scores_B.backward(lambda_T[i] / count * error_B + beta)
+            scores_B.backward(lambda_T[i] / count * error_B + beta * self.costs_B)
             assert row.grad is not None
             if average is not None:
                 with self.stopwatch.measure("reduce"):
@@ -155,7 +163,7 @@ class SdtTrainer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.router.clamp_(config.clamp)
-            loss = lambda_T[i] * mse + beta * l1
+            loss = lambda_T[i] * mse + beta * (self.costs_B * scores_B).sum()
             records.append(StepRecord(i, mse.item(), l1.item(), loss.item()))
         return records, torch.cat([sampler.finish(part.state) for part in parts])
 

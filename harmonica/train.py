@@ -33,7 +33,8 @@ from harmonica.prompts import PromptStore
 from harmonica.rows import Batch, RowSpec, Share, make_rows
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.sharding import shard
-from harmonica.training import RouterRun, TrainingConfig
+from harmonica.training import RouterRun
+from harmonica.training_config import TrainingConfig
 
 _SAY_EVERY_S = 5.0
 _FREE_TO_CHANGE = ("output", "device")

@@ -6,8 +6,7 @@ torchrun, `pipelines.train` under Ray Train.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,70 +14,16 @@ from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
 from harmonica.beta import BetaController
-from harmonica.forecast import ForecastConfig, ForecastFit
-from harmonica.iepo import KINDS, IepoKind, image_error_proxy
+from harmonica.choice import PlanChoice
+from harmonica.forecast import ForecastFit
+from harmonica.iepo import image_error_proxy
 from harmonica.noise import RowKeys
+from harmonica.plan import Plan
 from harmonica.router import Router
 from harmonica.samplers import Sampler
-from harmonica.sdt import SdtConfig, SdtTrainer, micro_batches
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingConfig:
-    """Router training, wherever it runs."""
-
-    trajectories: int = 60
-    """Trajectories in all; each updates every row of the router once."""
-    batch_size: int = 8
-    """(label, noise) rows of one trajectory, over all workers."""
-    micro_batch_size: int = 0
-    """Rows that a worker computes at a time, where its share does not fit in memory; 0 is all of it. An
-    update is that of the whole batch all the same."""
-    shard_model: bool = False
-    """Every worker holds its share of the frozen weights (FSDP2), where one GPU cannot hold them all."""
-    sdt: SdtConfig = field(default_factory=SdtConfig)
-    """Objective and optimiser."""
-    target_cur: float = 0.0
-    """When above 0, beta follows from this share of reused entries; else beta stays as set."""
-    initial: Literal["constant", "alternate", "normal"] = "constant"
-    """Logits to start from: all `initial_logit`, that with its sign changing from step to step, or
-    standard normal (the released code)."""
-    initial_logit: float = 5.0
-    """Where constant and alternate logits start; 5 computes everything."""
-    iepo: IepoKind | Literal["none"] = "leave_one_out"
-    """How lambda is measured: the paper's way, the released code's (cumulative), per unit of step error
-    (sensitivity), or not at all (all ones)."""
-    iepo_every: int = 20
-    """Trajectories between refreshes of lambda (the paper's C)."""
-    forecast: ForecastConfig = field(default_factory=ForecastConfig)
-    """Weights of forecasts, fitted once the router is trained."""
-    checkpoint_interval_s: float = 20.0
-    """Seconds between checkpoints: the work an interruption can cost."""
-
-    def __post_init__(self) -> None:
-        for name in ("trajectories", "batch_size", "iepo_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}: give 1 or more")
-        if self.micro_batch_size < 0:
-            raise ValueError(
-                f"train.micro_batch_size is {self.micro_batch_size}: give 1 or more, or 0 for all at once"
-            )
-        if not 0 <= self.target_cur < 1:
-            raise ValueError(f"train.target_cur is {self.target_cur}: give 0 to below 1")
-        if self.iepo not in (*KINDS, "none"):
-            raise ValueError(f"train.iepo is {self.iepo!r}: give one of {', '.join(KINDS)}, none")
-        if self.initial not in ("constant", "alternate", "normal"):
-            raise ValueError(f"train.initial is {self.initial!r}: give constant, alternate or normal")
-        if self.forecast.trajectories and self.sdt.reuse != "forecast":
-            raise ValueError(
-                f"train.forecast.trajectories is {self.forecast.trajectories} and train.sdt.reuse is "
-                f"{self.sdt.reuse}: give reuse forecast, or 0 trajectories"
-            )
-
-    @property
-    def all_trajectories(self) -> int:
-        """The router's, and then the forecast's."""
-        return self.trajectories + self.forecast.trajectories
+from harmonica.sdt import SdtTrainer, micro_batches
+from harmonica.targets import even_plan, logits_of, reusable_share, threshold_for
+from harmonica.training_config import TrainingConfig
 
 
 def average(tensor: Tensor) -> None:
@@ -88,50 +33,92 @@ def average(tensor: Tensor) -> None:
         tensor /= dist.get_world_size()
 
 
-def _initial_router(shape: tuple[int, int], config: TrainingConfig, seed: int) -> Router:
+def _initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Router:
+    shape = (sampler.num_steps, len(sampler.model.branches))
     if config.initial == "normal":
         return Router.normal(*shape, seed)
     if config.initial == "alternate":
         return Router.alternating(*shape, config.initial_logit)
+    if config.initial == "even":
+        plan = even_plan(sampler.num_steps, sampler.model.macs(), config.target_speedup)
+        return Router.from_logits(logits_of(plan, config.initial_logit))
     return Router(*shape, config.initial_logit)
 
 
+def _beta_controller(trainer: SdtTrainer, config: TrainingConfig) -> BetaController | None:
+    """Where there is a target; one in speed is a share of MACs, and counts as entries if the penalty does."""
+    num_steps = trainer.sampler.num_steps
+    if config.target_speedup:
+        share = reusable_share(num_steps, trainer.sampler.model.macs(), config.target_speedup)
+    elif config.target_cur:
+        share = config.target_cur * num_steps / (num_steps - 1)  # the target counts row T-1 too
+    else:
+        return None
+    return BetaController(num_steps, trainer.costs_B, share=share, threshold=config.sdt.threshold)
+
+
 class RouterRun:
-    """Trainer, lambda, beta and position; all of it goes into a checkpoint."""
+    """Trainer, lambda, beta, what comes after them, and position; all of it goes into a checkpoint.
+
+    Three phases: the router is trained, its plan is held against the one that it started from, the plan's
+    forecasts are fitted.
+    """
 
     def __init__(
         self, sampler: Sampler, config: TrainingConfig, *, seed: int, device: torch.device | str = "cpu"
     ) -> None:
         self.sampler, self.config, self.seed, self.device = sampler, config, seed, device
-        shape = (sampler.num_steps, len(sampler.model.branches))
-        router = _initial_router(shape, config, seed).to(device)
+        router = _initial_router(sampler, config, seed).to(device)
+        self._start_TB = router.logits()
         self.trainer = SdtTrainer(sampler, router, config.sdt)
         self.lambda_T = torch.ones(sampler.num_steps - 1, device=device)
-        self.beta: BetaController | None = None
-        if config.target_cur:
-            self.beta = BetaController(*shape, target_cur=config.target_cur, threshold=config.sdt.threshold)
+        self.beta = _beta_controller(self.trainer, config)
         self.trajectory = 0
+        self.chosen = ""
+        """Which plan was nearer to the full sampler's images, the one trained or the start; "" until then."""
+        self._choice: PlanChoice | None = None
         self._fit: ForecastFit | None = None
 
     @property
+    def choice(self) -> PlanChoice | None:
+        """Between the trained plan and the one that training started from, while it is made."""
+        begun, ended = self.trajectory >= self.config.trajectories, self.trajectory >= self._end_of_choice
+        if not begun or ended:
+            return None
+        if self._choice is None:
+            plans = {"start": self._plan_of(self._start_TB), "trained": self.plan}
+            self._choice = PlanChoice(plans, self.config.sdt.reuse)
+        return self._choice
+
+    @property
     def fit(self) -> ForecastFit | None:
-        """Of the forecasts, once the router is trained and has its plan."""
-        if self._fit is None and self.config.forecast.trajectories and self._is_router_trained:
-            self._fit = ForecastFit(self.router.plan(self.config.sdt.threshold), self.config.forecast)
+        """Of the forecasts, once the plan is final."""
+        is_due = self.config.forecast.trajectories and self.trajectory >= self._end_of_choice
+        if self._fit is None and is_due:
+            self._fit = ForecastFit(self.plan, self.config.forecast)
         return self._fit
 
     @property
-    def _is_router_trained(self) -> bool:
-        return self.trajectory >= self.config.trajectories
+    def _end_of_choice(self) -> int:
+        return self.config.trajectories + self.config.choice_trajectories
 
     @property
     def router(self) -> Router:
         return self.trainer.router
 
     @property
-    def cur(self) -> float:
-        """Of the router as it stands."""
-        return self.router.plan(self.config.sdt.threshold).cur
+    def plan(self) -> Plan:
+        """Of the router as it stands, forecasts linear."""
+        return self._plan_of(self.router.logits())
+
+    def _plan_of(self, logits_TB: Tensor) -> Plan:
+        return Plan.from_scores(logits_TB.sigmoid(), self._threshold_of(logits_TB))
+
+    def _threshold_of(self, logits_TB: Tensor) -> float:
+        """tau as configured, or where the plan meets the target speedup."""
+        if not self.config.target_speedup:
+            return self.config.sdt.threshold
+        return threshold_for(logits_TB.sigmoid(), self.sampler.model.macs(), self.config.target_speedup)
 
     @property
     def beta_now(self) -> float:
@@ -145,6 +132,8 @@ class RouterRun:
             "lambda": self.lambda_T,
             "beta": self.beta.state_dict() if self.beta else None,
             "trajectory": self.trajectory,
+            "chosen": self.chosen,
+            "choice": self.choice.state() if self.choice else None,
             "forecast": self.fit.state() if self.fit else None,
         }
 
@@ -152,9 +141,11 @@ class RouterRun:
         self.router.load_state_dict(state["router"])
         self.trainer.optimizer.load_state_dict(state["optimizer"])
         self.lambda_T = state["lambda"].to(self.device)
-        self.trajectory = state["trajectory"]
+        self.trajectory, self.chosen = state["trajectory"], state["chosen"]
         if self.beta:
             self.beta.load_state_dict(state["beta"])
+        if self.choice and state["choice"]:
+            self.choice.load_state(state["choice"])
         if self.fit and state["forecast"]:
             self.fit.load_state(state["forecast"])
 
@@ -165,12 +156,26 @@ class RouterRun:
         rows: RowKeys,
         average: Callable[[Tensor], None] = average,
     ) -> dict[str, float]:
-        """One trajectory of the router, after a refresh of lambda where it is due, or of the forecasts; the
-        metrics to log."""
-        config, started = self.config, time.monotonic()
-        if self._is_router_trained:
-            return self._fit_one(noise_NCHW, condition_N, rows, average)
-        metrics = {}
+        """One trajectory of whatever phase it is; the metrics to log."""
+        started, batch = time.monotonic(), (noise_NCHW, condition_N, rows)
+        if self.trajectory < self.config.trajectories:
+            metrics = self._train_router(*batch, average)
+        elif self.choice:
+            metrics = self._compare(*batch, average)
+        else:
+            metrics = self._fit_forecasts(*batch, average)
+        self.trajectory += 1
+        metrics["cur"] = self.plan.cur
+        metrics |= {f"seconds.{name}": took for name, took in self.trainer.stopwatch.take().items()}
+        if "beta" in metrics:
+            metrics["updates_per_s"] = (self.sampler.num_steps - 1) / (time.monotonic() - started)
+        return metrics
+
+    def _train_router(
+        self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
+    ) -> dict[str, float]:
+        """A refresh of lambda where it is due, and an update of every row."""
+        config, metrics = self.config, {}
         if config.iepo != "none" and self.trajectory % config.iepo_every == 0:
             with self.trainer.stopwatch.measure("lambda"):
                 self.lambda_T = image_error_proxy(
@@ -196,33 +201,40 @@ class RouterRun:
             average=average,
             on_gradient=self._observe,
         )
-        self.trajectory += 1
         means = torch.tensor([[r.loss, r.mse, r.l1] for r in records], device=self.device).mean(0)
         average(means)
-        metrics |= dict(zip(("loss", "mse", "l1"), means.tolist(), strict=True))
-        metrics |= {"cur": self.cur, "beta": self.beta_now}
-        metrics |= {f"seconds.{n}": took for n, took in self.trainer.stopwatch.take().items()}
-        metrics["updates_per_s"] = len(records) / (time.monotonic() - started)
+        metrics |= dict(zip(("loss", "mse", "l1"), means.tolist(), strict=True)) | {"beta": self.beta_now}
         if self.beta:
             self.beta.update()
         return metrics
 
-    def _fit_one(
+    def _compare(
+        self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
+    ) -> dict[str, float]:
+        """One trajectory of the choice; after the last one, the router is that of the nearer plan."""
+        choice = self.choice
+        assert choice is not None
+        parts = micro_batches(noise_NCHW, condition_N, rows, self.config.micro_batch_size)
+        with self.trainer.stopwatch.measure("choice"):
+            metrics = choice.train_one(self.sampler, parts, average)
+        if choice.trajectories == self.config.choice_trajectories:
+            self.chosen = choice.best
+            if self.chosen == "start":
+                with torch.no_grad():
+                    for row, start_B in zip(self.router.rows, self._start_TB, strict=True):
+                        row.copy_(start_B)
+        return metrics
+
+    def _fit_forecasts(
         self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """One trajectory of the forecasts, its rows some at a time."""
         assert self.fit is not None, "there are forecast.trajectories left"
-        parts = micro_batches(
-            noise_NCHW,
-            condition_N,
-            rows,
-            self.config.micro_batch_size or self.config.forecast.rows_at_once,
-        )
+        size = self.config.micro_batch_size or self.config.forecast.rows_at_once
         with self.trainer.stopwatch.measure("forecast"):
-            metrics = self.fit.train_one(self.sampler, parts, average)
-        self.trajectory += 1
-        taken = self.trainer.stopwatch.take()
-        return metrics | {"cur": self.cur} | {f"seconds.{name}": took for name, took in taken.items()}
+            return self.fit.train_one(
+                self.sampler, micro_batches(noise_NCHW, condition_N, rows, size), average
+            )
 
     def _observe(self, i: int, gradient_B: Tensor) -> None:
         if self.beta:
@@ -231,10 +243,12 @@ class RouterRun:
     def artifact(self, **provenance: Any) -> RouterArtifact:
         """The router as it stands, with what it was trained for."""
         settings = {"seed": self.seed, "final_beta": self.beta_now, **provenance}
+        if self.chosen:
+            settings["chosen"] = self.chosen
         return RouterArtifact.build(
             self.router.logits(),
             self.sampler,
-            threshold=self.config.sdt.threshold,
+            threshold=self._threshold_of(self.router.logits()),
             reuse=self.config.sdt.reuse,
             forecast_TBK=self.fit.weights_TBK if self.fit else None,
             training=settings | {"trajectories": self.trajectory},

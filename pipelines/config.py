@@ -16,7 +16,7 @@ from harmonica.models.file_systems import shown
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig, SamplerName
 from harmonica.text_encoder import EncoderDtype, OverLimit
-from harmonica.training import TrainingConfig
+from harmonica.training_config import TrainingConfig
 from pipelines.checks import require
 from pipelines.serve_config import ServeConfig
 

@@ -113,7 +113,7 @@ class _Keeper:
 
     def _draw(self) -> None:
         names = [branch.name for branch in self.run.sampler.model.branches]
-        plan = self.run.router.plan(self.run.config.sdt.threshold)
+        plan = self.run.plan
         scores = self.run.router.logits().sigmoid().cpu()
         path = f"router/trajectory_{self.run.trajectory:06d}.png"
         try:

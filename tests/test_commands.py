@@ -21,7 +21,7 @@ from harmonica.presets import RECIPES
 from harmonica.samplers import SamplerConfig
 from harmonica.sdt import SdtConfig
 from harmonica.train import TrainCommand
-from harmonica.training import TrainingConfig
+from harmonica.training_config import TrainingConfig
 
 CASE = Path(__file__).parent / "assets" / "case_a"
 SIX_STEPS = SamplerConfig(num_inference_steps=6)

@@ -17,7 +17,8 @@ from harmonica.router import Router
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.sampling import sample
 from harmonica.sdt import SdtConfig, micro_batches
-from harmonica.training import RouterRun, TrainingConfig
+from harmonica.training import RouterRun
+from harmonica.training_config import TrainingConfig
 
 STEPS = 9
 FIT = ForecastConfig(trajectories=8, rounds=2, probes=2)

@@ -93,7 +93,8 @@ from harmonica.models.loading import ModelConfig, load_model
 from harmonica.noise import RowKeys
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.sampling import sample
-from harmonica.training import RouterRun, TrainingConfig
+from harmonica.training import RouterRun
+from harmonica.training_config import TrainingConfig
 torch.set_num_threads(1)
 model = load_model(ModelConfig()).model
 sampler = make_sampler(model, SamplerConfig(num_inference_steps=3))

@@ -18,7 +18,8 @@ from harmonica.passes import planned_pass, soft_pass
 from harmonica.router import Router
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.sdt import SdtConfig, SdtTrainer
-from harmonica.training import RouterRun, TrainingConfig
+from harmonica.training import RouterRun
+from harmonica.training_config import TrainingConfig
 
 STEPS = SamplerConfig(num_inference_steps=5, guidance_scale=1.5, clip_sample=False)
 KEYS = RowKeys.of(3, range(4))

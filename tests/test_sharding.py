@@ -21,7 +21,8 @@ from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.sampling import sample
 from harmonica.sdt import SdtConfig, SdtTrainer, freeze
 from harmonica.sharding import shard, shared_layers
-from harmonica.training import RouterRun, TrainingConfig
+from harmonica.training import RouterRun
+from harmonica.training_config import TrainingConfig
 
 STEPS = SamplerConfig(num_inference_steps=3, guidance_scale=1.5, clip_sample=False)
 PLAIN = TrainingConfig(

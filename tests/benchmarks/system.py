@@ -16,7 +16,8 @@ from torch import multiprocessing
 from harmonica.noise import RowKeys
 from harmonica.rows import RowSpec, Share
 from harmonica.sampling import sample
-from harmonica.training import RouterRun, TrainingConfig
+from harmonica.training import RouterRun
+from harmonica.training_config import TrainingConfig
 from tests.benchmarks.arms import builtin_shape, make_batch, make_dit, make_sampler, random_plan
 from tests.benchmarks.timing import Aim, Row, Timing, time_arms
 

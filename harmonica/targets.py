@@ -1,0 +1,83 @@
+"""What a speed asks of a plan: how much to reuse, where training starts, and where its scores are cut.
+
+Speed is counted in multiply-accumulates, full over planned; `tests/benchmarks` has what is realised of it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from harmonica.models.base import Macs
+from harmonica.plan import Plan
+
+_NEAR = 0.015
+"""Relative: whole steps are reused where that comes so near to the speed; a part of one more where not."""
+_TIE = 1e-6
+"""Scores nearer than this are one: devices round a sigmoid differently."""
+
+
+def reusable_share(num_steps: int, macs: Macs, speedup: float) -> float:
+    """Of what the branches of steps 0 ... T-2 cost: how much must be reused for the speed, 0 to 1.
+
+    Raises:
+        ValueError: more than there is.
+    """
+    most = num_steps * macs.full / (macs.full + (num_steps - 1) * macs.rest)
+    if speedup > most:
+        raise ValueError(
+            f"train.target_speedup is {speedup}: {num_steps} steps of this model reach {most:.2f} at most"
+        )
+    return (1 - 1 / speedup) * num_steps * macs.full / ((num_steps - 1) * sum(macs.branches))
+
+
+def even_steps(num_steps: int, count: int) -> list[int]:
+    """So many of the steps 0 ... T-2, evenly spread: no two running up to half of all."""
+    return [int((k + 0.5) * (num_steps - 1) / count) for k in range(count)]
+
+
+def even_plan(num_steps: int, macs: Macs, speedup: float) -> Plan:
+    """Whole steps reused, evenly spread, and of one more as many branches as the speed still asks for.
+
+    What hurts is not reuse but runs of it, and staggering blocks over steps is worse than whole steps
+    (tests/benchmarks/RESULTS.md).
+    """
+    num_branches = len(macs.branches)
+    steps = reusable_share(num_steps, macs, speedup) * (num_steps - 1)
+    whole = _with_steps(num_steps, num_branches, even_steps(num_steps, round(steps)) if round(steps) else [])
+    if abs(whole.ideal_speedup(macs) / speedup - 1) < _NEAR:
+        return whole
+    chosen = even_steps(num_steps, math.ceil(steps))
+    part = chosen.pop(len(chosen) // 2)
+    plan = _with_steps(num_steps, num_branches, chosen)
+    rows = [list(row) for row in plan.compute]
+    wanted = (steps - len(chosen)) * sum(macs.branches)
+    for branch in reversed(range(num_branches)):
+        if wanted < macs.branches[branch] / 2:
+            break
+        rows[part][branch] = False
+        wanted -= macs.branches[branch]
+    return Plan(tuple(tuple(row) for row in rows))
+
+
+def _with_steps(num_steps: int, num_branches: int, reused: list[int]) -> Plan:
+    return Plan(tuple((i not in reused,) * num_branches for i in range(num_steps)))
+
+
+def logits_of(plan: Plan, logit: float) -> Tensor:
+    """The logits (T, B) to start from: +logit where the plan computes, -logit where it reuses."""
+    return torch.where(plan.to_tensor(), logit, -logit)
+
+
+def threshold_for(scores_TB: Tensor, macs: Macs, speedup: float) -> float:
+    """The tau at which a router's plan comes nearest to a speed: lowest scores are reused first."""
+    scores = scores_TB[:-1].detach().cpu().double()
+    costs = torch.tensor(macs.branches, dtype=torch.float64).expand_as(scores)
+    scores, order = scores.flatten().sort()
+    spent = costs.flatten()[order].cumsum(0)
+    wanted = reusable_share(len(scores_TB), macs, speedup) * spent[-1]
+    # A cut lies between two scores, before the first of them, or behind the last.
+    cuts = torch.cat([scores[:1] / 2, (scores[1:] + scores[:-1]) / 2, (scores[-1:] + 1) / 2])
+    missed = (torch.cat([spent.new_zeros(1), spent]) - wanted).abs()
+    missed[1:-1][scores.diff() < _TIE] = torch.inf
+    return float(cuts[missed.argmin()])
