@@ -3,8 +3,8 @@
 Nobody should have to guess beta: its scale is that of lambda times a squared error, which differs by
 orders of magnitude between models. Where the loss is at rest, an entry with score r satisfies
 `-lambda_i * dMSE/dr = beta`; to first order the left side is `(1 - r)` times what the entry's full
-computation is worth. Entries worth less than `beta / (1 - tau)` rest below tau, that is, are reused. Where the
-penalty counts MACs, worth is per MAC.
+computation is worth. Entries worth less than `beta / (1 - tau)` rest below tau, that is, are reused. Where
+the penalty counts MACs, worth is per MAC.
 """
 
 from typing import Any
