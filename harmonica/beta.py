@@ -14,6 +14,7 @@ from torch import Tensor
 
 DECAY = 0.8
 """Of the estimate's moving average over trajectories: one trajectory's gradients are noisy."""
+_BEYOND_PRICE = 1e30
 
 
 class BetaController:
@@ -32,6 +33,10 @@ class BetaController:
         self.worth_TB = torch.zeros(num_steps - 1, len(costs_B))
         self._latest_TB = torch.zeros_like(self.worth_TB)
         self._updates = 0
+
+    def spare(self, i: int) -> None:
+        """Row i is not for reuse: its entries count as worth more than any other."""
+        self.worth_TB[i] = self._latest_TB[i] = _BEYOND_PRICE
 
     def observe(self, i: int, logit_gradient_B: Tensor, logits_B: Tensor) -> None:
         """Take step i's gradient of the loss, under the present beta, before the update."""

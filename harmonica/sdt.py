@@ -39,6 +39,9 @@ class SdtConfig:
     """Logits stay within [-clamp, clamp]."""
     reuse: Reuse = "hold"
     """A reused branch holds its last value (the paper), or is forecast from its last two."""
+    objective: Literal["stepwise", "pairwise"] = "stepwise"
+    """Every step follows the student before it (SDT), or every second step reuses what the full step before
+    it computed, along full trajectories (Learning-to-Cache, arXiv 2406.01733, equation 8)."""
     penalty: Literal["count", "macs"] = "count"
     """Beta counts entries (the paper), or their multiply-accumulates, 1 on average: so that time is saved."""
     activation_checkpointing: bool = False
@@ -56,6 +59,8 @@ class SdtConfig:
             raise ValueError(f"train.sdt.clamp is {self.clamp}: give a positive number")
         if self.reuse not in ("hold", "forecast"):
             raise ValueError(f"train.sdt.reuse is {self.reuse!r}: give hold or forecast")
+        if self.objective not in ("stepwise", "pairwise"):
+            raise ValueError(f"train.sdt.objective is {self.objective!r}: give stepwise or pairwise")
         if self.penalty not in ("count", "macs"):
             raise ValueError(f"train.sdt.penalty is {self.penalty!r}: give count or macs")
 
@@ -149,6 +154,10 @@ class SdtTrainer:
         records = []
         for i in reversed(range(sampler.num_steps - 1)):
             row = self.router.rows[i]
+            if not self.trains(i):
+                for part in parts:
+                    self._full_step(i, part)
+                continue
             scores_B = self.router.scores(i)
             measured = [self._step(i, part, scores_B) for part in parts]
             error, error_B, count = (sum(values) for values in zip(*measured, strict=True))
@@ -167,14 +176,22 @@ class SdtTrainer:
             records.append(StepRecord(i, mse.item(), l1.item(), loss.item()))
         return records, torch.cat([sampler.finish(part.state) for part in parts])
 
+    def trains(self, i: int) -> bool:
+        """Whether row i is learned; in pairs, the first step of each computes everything, as step T-1 does."""
+        return self.config.objective == "stepwise" or (self.sampler.num_steps - 1 - i) % 2 == 1
+
+    @torch.no_grad()
+    def _full_step(self, i: int, part: "_MicroBatch") -> None:
+        everything = (True,) * self.router.num_branches
+        part.state, _ = planned_step(self.sampler, i, part.state, everything, part.cache)
+
     @torch.no_grad()
     def _start(self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None) -> _MicroBatch:
         """Step T-1 computes everything, fills the cache, trains nothing."""
-        sampler, everything = self.sampler, (True,) * self.router.num_branches
-        cache = BranchCache(len(everything), self.config.reuse)
-        state = sampler.start(noise_NCHW, condition_N, rows)
-        state, _ = planned_step(sampler, sampler.num_steps - 1, state, everything, cache)
-        return _MicroBatch(state, cache)
+        cache = BranchCache(self.router.num_branches, self.config.reuse)
+        part = _MicroBatch(self.sampler.start(noise_NCHW, condition_N, rows), cache)
+        self._full_step(self.sampler.num_steps - 1, part)
+        return part
 
     def _step(self, i: int, part: _MicroBatch, scores_B: Tensor) -> tuple[Tensor, Tensor, int]:
         """Take the rows past step i: sum of squared errors, its gradient in the scores (B,), elements."""
@@ -199,5 +216,6 @@ class SdtTrainer:
         error = (guided - target).square().sum()
         with self.stopwatch.measure("backward"):
             (error_B,) = torch.autograd.grad(error, scores_B)
-        part.state = sampler.advance(i, part.state, guided.detach())
+        along = target if config.objective == "pairwise" else guided.detach()
+        part.state = sampler.advance(i, part.state, along)
         return error.detach(), error_B, guided.numel()

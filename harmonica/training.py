@@ -54,7 +54,11 @@ def _beta_controller(trainer: SdtTrainer, config: TrainingConfig) -> BetaControl
         share = config.target_cur * num_steps / (num_steps - 1)  # the target counts row T-1 too
     else:
         return None
-    return BetaController(num_steps, trainer.costs_B, share=share, threshold=config.sdt.threshold)
+    beta = BetaController(num_steps, trainer.costs_B, share=share, threshold=config.sdt.threshold)
+    for i in range(num_steps - 1):
+        if not trainer.trains(i):
+            beta.spare(i)
+    return beta
 
 
 class RouterRun:
