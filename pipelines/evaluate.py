@@ -14,7 +14,7 @@ from harmonica.pictures import router_heat_map, sample_sheet
 from harmonica.samplers import make_sampler
 from harmonica.smoke import record_sample
 from pipelines.config import WorkflowConfig
-from pipelines.judging import judge
+from pipelines.judging import NOISE_FLOOR, judge
 from pipelines.timing import (
     CACHED,
     FEWER,
@@ -35,6 +35,7 @@ def evaluate(config: WorkflowConfig, artifact: RouterArtifact) -> tuple[dict[str
     timing: Timing = ray.get(remote.remote(config, artifact))
     arms, transfer = make_arms(config, artifact, timing.fewer_steps), make_transfer_arms(config, artifact)
     quality = judge(config, timing.rows, arms + transfer)
+    noise_floor = quality[FULL].pop(NOISE_FLOOR, None)
     report_arms = {arm.name: _times(arm, timing) | quality[arm.name] for arm in arms}
     seconds = timing.seconds_per_image
     measured = seconds[FULL] / seconds[CACHED]
@@ -48,6 +49,8 @@ def evaluate(config: WorkflowConfig, artifact: RouterArtifact) -> tuple[dict[str
         "realised_share": (1 - 1 / measured) / saved if saved > 0 else None,
         "arms": report_arms,
     }
+    if noise_floor:
+        report[NOISE_FLOOR] = noise_floor
     if transfer:
         report["transfer"] = {arm.name: quality[arm.name] for arm in transfer}
     return report | verdict(report_arms), _pictures(config, artifact, timing)
