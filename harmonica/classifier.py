@@ -5,8 +5,8 @@ Inception's stand in FID (Heusel et al. 2017), whose network means little on 28 
 
     python -m harmonica.classifier --out harmonica/builtin/classifier
 
-trains it on the 60,000 training images and writes the weights, the feature statistics of the
-10,000 test images and a `config.json`.
+trains it on the 60,000 training images and writes the weights, the statistics of the 10,000 test
+images' features, the features of some of them and a `config.json`.
 Shapes: N batch, C channels, H W image, F features, K classes.
 """
 
@@ -205,6 +205,8 @@ def train(config: ClassifierTraining) -> Classifier:
 
 
 def main() -> None:
+    from harmonica.reference_sets import write_builtin_reference  # which is made of this module
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(ClassifierTraining, description=__doc__)
     save_classifier(train(config), config.out)
@@ -214,6 +216,7 @@ def main() -> None:
     features, logits = features_and_logits(classifier, _to_input(images))
     accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
     FeatureStatistics.from_features(features).save(config.out / STATISTICS_FILE)
+    write_builtin_reference(config.out, config.data_folder)
     settings = ("epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing", "seed")
     command = ["python", "-m", "harmonica.classifier"]
     for name in settings:

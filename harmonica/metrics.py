@@ -1,4 +1,4 @@
-"""How close cached samples are to uncached ones (PSNR, label agreement), and how good they are.
+"""How close cached samples are to uncached ones (PSNR, SSIM, label agreement), and how good they are.
 
 Shapes: N batch, C channels, H W image, K classes.
 """
@@ -11,7 +11,10 @@ from harmonica.torchvision_ops import ensure_torchvision_imports
 
 ensure_torchvision_imports()
 
-from torchmetrics.functional.image import peak_signal_noise_ratio  # noqa: E402  (the schemas first)
+from torchmetrics.functional.image import (  # noqa: E402  (the schemas first)
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 
 # Private, but the only form that takes statistics: the public metric wants the reference images.
 from torchmetrics.image.fid import _compute_fid  # noqa: E402
@@ -21,13 +24,25 @@ DATA_RANGE = 2.0  # images live in [-1, 1]
 
 def psnr(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
     """Peak signal-to-noise ratio (N,) in dB of each image; infinite where the two are equal."""
-    if images_NCHW.shape != reference_NCHW.shape:
-        raise ValueError(
-            f"images have shape {tuple(images_NCHW.shape)}, their reference {tuple(reference_NCHW.shape)}"
-        )
+    _check_same_shape(images_NCHW, reference_NCHW)
     return peak_signal_noise_ratio(
         images_NCHW.float(), reference_NCHW.float(), data_range=DATA_RANGE, reduction="none", dim=(1, 2, 3)
     )
+
+
+def ssim(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
+    """Structural similarity (N,) of each image, at most 1 (Wang et al. 2004: Gaussian window, sigma 1.5)."""
+    _check_same_shape(images_NCHW, reference_NCHW)
+    value = structural_similarity_index_measure(
+        images_NCHW.float(), reference_NCHW.float(), data_range=DATA_RANGE, reduction="none"
+    )
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _check_same_shape(images: Tensor, reference: Tensor) -> None:
+    if images.shape != reference.shape:
+        raise ValueError(f"images have shape {tuple(images.shape)}, their reference {tuple(reference.shape)}")
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

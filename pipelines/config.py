@@ -22,6 +22,7 @@ from pipelines.serve_config import ServeConfig
 
 Stage = Literal["prompts", "train", "evaluate", "register", "serve"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+FeatureKind = Literal["auto", "classifier", "inception"]
 Placement = Literal["PACK", "SPREAD", "STRICT_SPREAD"]
 CLASS_STAGES: tuple[Stage, ...] = STAGES[1:]
 """Of a model that takes no prompts."""
@@ -147,6 +148,23 @@ class EvaluateConfig:
     transfer: tuple[SamplerName, ...] = ()
     """Other samplers of as many steps to measure the router under, such as dpm-solver++: what its plan is
     worth where it was not trained."""
+    features: FeatureKind = "auto"
+    """Whose features distances between sets of images are taken of: the shipped Fashion-MNIST `classifier`,
+    or `inception`; `auto` is the classifier for built-in models and none for others."""
+    inception_path: str = ""
+    """torch-fidelity's weights of Inception-v3, a local file on every node: for features `inception`."""
+    reference_statistics: str = ""
+    """ADM's reference batch, a local .npz with mu and sigma or images: what real images look like to
+    Inception."""
+    clip_path: str = ""
+    """Local folder of a CLIP model, on every node: scores images against their prompts."""
+    lpips_path: str = ""
+    """torchvision's AlexNet weights, a local file on every node: LPIPS to the uncached sample."""
+    noise_floor: bool = True
+    """Sample full once more from another seed: how far two sets of full images are apart anyway. Costs as
+    much as the full arm."""
+    resamples: int = 200
+    """Bootstrap resamples behind each 95% interval; 0 leaves the intervals out."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size", "num_actors", "timing_rounds", "timing_batch_size"):
@@ -155,6 +173,25 @@ class EvaluateConfig:
         unknown = [name for name in self.transfer if name not in get_args(SamplerName)]
         known = ", ".join(get_args(SamplerName))
         require(not unknown, "evaluate.transfer", unknown, f"give some of {known}")
+        kinds = get_args(FeatureKind)
+        require(self.features in kinds, "evaluate.features", self.features, f"give one of {', '.join(kinds)}")
+        require(0 <= self.resamples <= 10_000, "evaluate.resamples", self.resamples, "give 0 to 10000")
+        self._check_inception()
+
+    def _check_inception(self) -> None:
+        uses = self.features == "inception"
+        require(
+            uses == bool(self.inception_path),
+            "evaluate.inception_path",
+            self.inception_path,
+            "give the file of the weights with evaluate.features inception, and only then",
+        )
+        require(
+            uses or not self.reference_statistics,
+            "evaluate.reference_statistics",
+            self.reference_statistics,
+            "give evaluate.features inception with it: they are Inception's",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

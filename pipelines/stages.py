@@ -24,6 +24,7 @@ from harmonica.prompts import PromptStore
 from harmonica.samplers import make_sampler, with_scheduler
 from pipelines import registry, resume, tracking
 from pipelines.config import Stage, WorkflowConfig
+from pipelines.judges import check_judges
 from pipelines.node_metrics import node_metrics
 from pipelines.resume import HEAT_MAP, REPORT, ROUTER, SERVED, SHEET
 from pipelines.runtime import connect, is_private
@@ -85,6 +86,8 @@ class Workflow:
                 "add the stage train, or give the --run-id of a trained run"
             )
         self._check_prompts(model)
+        if "evaluate" in self.config.stages and not self._is_finished("evaluate"):
+            check_judges(self.config, loaded)
         if self.storage.is_local:  # last, since it makes the folder
             self.storage.check_writable()
         tracking.tracking_uri(self.config.storage_path)

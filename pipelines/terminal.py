@@ -10,16 +10,28 @@ _COLUMNS = (
     ("steps", "num_inference_steps", "{:d}"),
     ("s / image", "seconds_per_image", "{:.4f}"),
     ("speedup", "speedup", "{:.2f}x"),
-    ("PSNR to full", "psnr_to_full", "{:.2f} dB"),
+    ("PSNR to full, dB", "psnr_to_full", "{:.2f}"),
     ("Frechet to full", "frechet_to_full", "{:.4f}"),
-    ("Frechet to test", "frechet_to_test", "{:.3f}"),
+    ("Frechet to test", "frechet_to_test", "{:.2f}"),
+    ("FID", "frechet_to_reference", "{:.2f}"),
+    ("sFID", "spatial_frechet_to_reference", "{:.2f}"),
+    ("CLIP score", "clip_score", "{:.2f}"),
     ("label accuracy", "label_accuracy", "{:.1%}"),
     ("same label", "label_agreement", "{:.1%}"),
 )
 
 
+def _cell(arm: Mapping[str, Any], key: str, form: str) -> str:
+    """The number, and half its 95% interval where it has one."""
+    if key not in arm:
+        return ""
+    ends = arm.get(f"{key}_interval")
+    spread = f" \u00b1{form.format((ends[1] - ends[0]) / 2)}" if ends and "%" not in form else ""
+    return form.format(arm[key]) + spread
+
+
 def results_table(report: Mapping[str, Any]) -> None:
-    """Full, cached and fewer steps, side by side."""
+    """Full, cached and fewer steps, side by side; under them the noise floor of the distances."""
     share = report["realised_share"]
     title = (
         f"CUR {report['cur']:.1%}   ideal speedup {report['ideal_speedup']:.2f}x   "
@@ -34,8 +46,12 @@ def results_table(report: Mapping[str, Any]) -> None:
     for heading, _, _ in shown:
         table.add_column(heading, justify="right")
     for name, arm in {**arms, **report.get("transfer", {})}.items():
-        cells = [form.format(arm[key]) if key in arm else "" for _, key, form in shown]
+        cells = [_cell(arm, key, form) for _, key, form in shown]
         table.add_row(name.replace("_", " "), *cells)
+    if noise_floor := report.get("noise_floor"):
+        cells = [_cell(noise_floor, key, form) for _, key, form in shown]
+        table.add_section()
+        table.add_row("full, other noise", *cells)
     console = Console(highlight=False)
     # Where output goes to a file or a job's log, the table must not be folded to 80 columns.
     (console if console.is_terminal else Console(highlight=False, width=140)).print(table)

@@ -182,11 +182,16 @@ def stage_run(
 
 
 def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numeric leaves of a nested report, as MLflow metrics: `arms.cached.psnr_to_full`."""
+    """The numeric leaves of a nested report, as MLflow metrics: `arms.cached.psnr_to_full`.
+
+    An interval gives two: `arms.cached.psnr_to_full_interval.low` and `.high`.
+    """
     flat: dict[str, float] = {}
     for name, value in report.items():
         if isinstance(value, Mapping):
             flat |= numbers(value, f"{prefix}{name}.")
+        elif name.endswith("_interval"):
+            flat |= numbers(dict(zip(("low", "high"), value)), f"{prefix}{name}.")
         elif isinstance(value, int | float):
             # MLflow has no plus in its names, and DPM-Solver++ two.
             flat[(prefix + name).replace("+", "p")] = float(value)

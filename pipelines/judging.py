@@ -1,0 +1,149 @@
+"""Quality of arms: each samples the same rows, and what judging needs comes back, not the images.
+
+A pool of actors samples over a Ray Data stream, so 50,000 samples are the same code.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray
+from ray.data import ActorPoolStrategy
+
+from harmonica import captions
+from harmonica.arm_statistics import ArmStatistics
+from harmonica.models.loading import load_model
+from harmonica.quality import Resamples, arm_quality, distances_to_full
+from harmonica.reference_sets import ReferenceSet
+from harmonica.rows import Batch, RowSpec, Share, make_rows
+from pipelines.config import EvaluateConfig, WorkflowConfig
+from pipelines.judges import Judges, feature_kind, read_reference
+from pipelines.stream import stream_rows
+from pipelines.timing import Arm, device_of
+
+NOISE_FLOOR = "noise_floor"
+_OTHER_SEED = 1  # from the evaluation's: rows that neither training nor any arm has seen
+
+
+def judge(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> dict[str, dict[str, Any]]:
+    """Quality of each arm by its name, JSON-ready; `config.evaluate.samples` images of each, same noise.
+
+    The reference of the first arm also has `noise_floor`: the distances of its images to those that it
+    draws from another seed.
+
+    Args:
+        arms: any number, each after the arm that it names as its reference.
+
+    Raises:
+        ValueError: an arm whose reference does not stand before it, or two of one name.
+    """
+    _check(arms)
+    kept = _collect(config, arms, _judged(config, spec, arms))
+    real = _reference(config)
+    real_name = "reference" if config.evaluate.features == "inception" else "test"
+    resamples = Resamples.of(kept[arms[0].name], config.evaluate.resamples, config.seed)
+    quality = {}
+    for arm in arms:
+        full = None if arm.name == arm.reference else kept[arm.reference]
+        quality[arm.name] = arm_quality(kept[arm.name], full, real, resamples, real_name)
+    if NOISE_FLOOR in kept:
+        first = arms[0].reference
+        quality[first][NOISE_FLOOR] = distances_to_full(kept[NOISE_FLOOR], kept[first], resamples)
+    return quality
+
+
+def _check(arms: list[Arm]) -> None:
+    names: list[str] = []
+    for arm in arms:
+        if arm.name in (*names, NOISE_FLOOR):
+            raise ValueError(
+                f"two arms are named {arm.name!r}: give each its own name, and none {NOISE_FLOOR!r}"
+            )
+        names.append(arm.name)
+        if arm.reference not in names:
+            raise ValueError(f"arm {arm.name!r} comes before its reference {arm.reference!r}: put it after")
+
+
+class ArmSampler:
+    """A Ray Data actor: samples every arm from the same rows and hands back what judging needs."""
+
+    def __init__(self, config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> None:
+        self.arms, self.spec = arms, spec
+        self.device = device_of(config.evaluate.use_gpu)
+        loaded = load_model(config.model, self.device)
+        self.model = loaded.model
+        self.judges = Judges(config, loaded, self.device)
+        self.has_noise_floor = config.evaluate.noise_floor and self.judges.extractor is not None
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows, images = Batch.of(batch, self.spec, self.device), {}
+        out = {"index": batch["index"], "label": self._classes(batch["label"])}
+        prompts = self.spec.prompts.rows(batch["label"]).prompts if self.spec.prompts else None
+        for arm in self.arms:
+            images[arm.name] = ours = self.judges.shown(arm.sample(self.model, rows))
+            columns = self.judges.features(ours) | self.judges.fidelity(ours, prompts)
+            if arm.name != arm.reference:
+                columns |= self.judges.nearness(ours, images[arm.reference])
+            out |= {f"{arm.name}.{name}": column for name, column in columns.items()}
+        if self.has_noise_floor:
+            out |= {f"{NOISE_FLOOR}.{name}": column for name, column in self._other(batch["index"]).items()}
+        return out
+
+    def _other(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Features of what the first arm's reference draws from the same rows of another seed."""
+        other = replace(self.spec, seed=self.spec.seed + _OTHER_SEED)
+        full = next(arm for arm in self.arms if arm.name == self.arms[0].reference)
+        drawn = full.sample(self.model, Batch.of(make_rows(index, other), other, self.device))
+        return self.judges.features(self.judges.shown(drawn))
+
+    def _classes(self, labels: np.ndarray) -> np.ndarray:
+        """What a classifier should see: of prompts, the class that they ask for, or -1 where nobody knows."""
+        if self.spec.prompts is None or not self.judges.is_classifier:
+            return labels
+        known = set(captions.all_captions())
+        prompts = (prompt.lower() for prompt in self.spec.prompts.rows(labels).prompts)
+        return np.array([captions.meaning(prompt)[0] if prompt in known else -1 for prompt in prompts])
+
+
+def _judged(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of per-image numbers and features of every arm."""
+    settings: EvaluateConfig = config.evaluate
+    # A block a batch: with fewer blocks than actors some would idle.
+    rows = stream_rows(
+        spec, Share(batch_size=1), trajectories=settings.samples, rows_per_block=settings.batch_size
+    )
+    judged = rows.map_batches(
+        ArmSampler,
+        fn_constructor_kwargs={"config": config, "spec": spec, "arms": arms},
+        compute=ActorPoolStrategy(size=settings.num_actors),
+        batch_size=settings.batch_size,
+        num_cpus=1,
+        num_gpus=1 if settings.use_gpu else None,
+    )
+    yield from judged.iter_batches(batch_size=None, batch_format="numpy")
+
+
+def _collect(
+    config: WorkflowConfig, arms: list[Arm], batches: Iterator[dict[str, np.ndarray]]
+) -> dict[str, ArmStatistics]:
+    """What is kept of every arm, by its name; batches are let go one by one."""
+    kept: dict[str, ArmStatistics] = {}
+    for batch in batches:
+        index, label = batch.pop("index"), batch.pop("label")
+        columns = {arm.name: {"label": label} for arm in arms}
+        for name, column in batch.items():
+            arm_name, kind = name.rsplit(".", 1)
+            columns.setdefault(arm_name, {})[kind] = column
+        for arm_name, values in columns.items():
+            kept.setdefault(arm_name, ArmStatistics(config.evaluate.samples)).add(index, values)
+    return kept
+
+
+def _reference(config: WorkflowConfig) -> ReferenceSet | None:
+    """Real images, seen on a worker where that takes a network."""
+    if feature_kind(config.evaluate, config.model) != "inception":
+        return read_reference(config, device_of(False))
+    use_gpu = config.evaluate.use_gpu
+    remote = ray.remote(num_cpus=1, num_gpus=int(use_gpu))(read_reference)
+    return ray.get(remote.remote(config, device_of(use_gpu)))
