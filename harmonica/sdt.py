@@ -178,7 +178,8 @@ class SdtTrainer:
 
     def trains(self, i: int) -> bool:
         """Whether row i is learned; in pairs, the first step of each computes everything, as step T-1 does."""
-        return self.config.objective == "stepwise" or (self.sampler.num_steps - 1 - i) % 2 == 1
+        last = self.sampler.num_steps - 1
+        return i < last and (self.config.objective == "stepwise" or (last - i) % 2 == 1)
 
     @torch.no_grad()
     def _full_step(self, i: int, part: "_MicroBatch") -> None:

@@ -19,7 +19,7 @@ from harmonica.forecast import ForecastFit
 from harmonica.iepo import image_error_proxy
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan
-from harmonica.router import Router
+from harmonica.router import FIXED_LOGIT, Router
 from harmonica.samplers import Sampler
 from harmonica.sdt import SdtTrainer, micro_batches
 from harmonica.targets import even_plan, logits_of, reusable_share, threshold_for
@@ -75,6 +75,10 @@ class RouterRun:
         router = _initial_router(sampler, config, seed).to(device)
         self._start_TB = router.logits()
         self.trainer = SdtTrainer(sampler, router, config.sdt)
+        with torch.no_grad():
+            for i, row in enumerate(router.rows):
+                if not self.trainer.trains(i):
+                    row.fill_(FIXED_LOGIT)
         self.lambda_T = torch.ones(sampler.num_steps - 1, device=device)
         self.beta = _beta_controller(self.trainer, config)
         self.trajectory = 0

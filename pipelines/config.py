@@ -18,13 +18,16 @@ from harmonica.samplers import SamplerConfig, SamplerName
 from harmonica.text_encoder import EncoderDtype, OverLimit
 from harmonica.training_config import TrainingConfig
 from pipelines.checks import require
+from pipelines.compare_config import CompareConfig
 from pipelines.serve_config import ServeConfig
 
-Stage = Literal["prompts", "train", "evaluate", "register", "serve"]
+Stage = Literal["prompts", "train", "evaluate", "register", "serve", "compare"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 FeatureKind = Literal["auto", "classifier", "inception"]
 Placement = Literal["PACK", "SPREAD", "STRICT_SPREAD"]
-CLASS_STAGES: tuple[Stage, ...] = STAGES[1:]
+CHAIN: tuple[Stage, ...] = STAGES[:-1]
+"""What makes a router and serves it; `compare` is for those who ask."""
+CLASS_STAGES: tuple[Stage, ...] = CHAIN[1:]
 """Of a model that takes no prompts."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ENDPOINT = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+/?")
@@ -229,6 +232,8 @@ class WorkflowConfig:
     """Evaluation."""
     serve: ServeConfig = field(default_factory=ServeConfig)
     """Endpoint."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    """Rivals."""
 
     def __post_init__(self) -> None:
         require(

@@ -9,8 +9,8 @@ from harmonica import presets
 from harmonica.builtin import CAPTIONS
 from harmonica.presets import Recipe
 from pipelines.config import (
+    CHAIN,
     CLASS_STAGES,
-    STAGES,
     EvaluateConfig,
     PromptsConfig,
     ServeConfig,
@@ -38,7 +38,7 @@ def fashion_text() -> WorkflowConfig:
         presets.fashion_text,
         preset="fashion-text",
         registered_model="harmonica-fashion-text",
-        stages=STAGES,
+        stages=CHAIN,
         prompts=PromptsConfig(path=str(CAPTIONS), max_tokens=16, dtype="float32"),
         evaluate=EvaluateConfig(samples=320, timing_rounds=4),
     )
@@ -49,7 +49,7 @@ def _on_gpus(name: str) -> WorkflowConfig:
     is_text = name.startswith("pixart")
     return _from_recipe(
         presets.RECIPES[name],
-        stages=STAGES if is_text else CLASS_STAGES,
+        stages=CHAIN if is_text else CLASS_STAGES,
         prompts=PromptsConfig(max_tokens=300 if "sigma" in name else 120, use_gpu=is_text),
         preset=name,
         registered_model=f"harmonica-{name}",

@@ -10,7 +10,7 @@ from pipelines.storage import RunStorage
 from pipelines.stream import PROMPTS
 
 ROUTER, REPORT, SHEET, HEAT_MAP, CONFIG = "router", "report.json", "samples.png", "router.png", "config.json"
-SERVED = "served.png"
+SERVED, COMPARISON, COMPARISON_PICTURE = "served.png", "comparison.json", "comparison.png"
 # None of it changes what the finished stages made.
 _FREE = {
     "run_id",
@@ -39,6 +39,7 @@ _MADE_BY: dict[Stage, tuple[str, ...]] = {
     "evaluate": (REPORT, SHEET, HEAT_MAP),
     "register": (),
     "serve": (SERVED,),
+    "compare": (COMPARISON, COMPARISON_PICTURE, "compare"),
 }
 
 

@@ -26,11 +26,11 @@ from pipelines import registry, resume, tracking
 from pipelines.config import Stage, WorkflowConfig
 from pipelines.judges import check_judges
 from pipelines.node_metrics import node_metrics
-from pipelines.resume import HEAT_MAP, REPORT, ROUTER, SERVED, SHEET
+from pipelines.resume import COMPARISON, COMPARISON_PICTURE, HEAT_MAP, REPORT, ROUTER, SERVED, SHEET
 from pipelines.runtime import connect, is_private
 from pipelines.storage import RunStorage, settle_endpoint
 from pipelines.stream import PROMPTS
-from pipelines.terminal import results_table
+from pipelines.terminal import comparison_table, results_table
 
 
 def _git_revision() -> str:
@@ -141,6 +141,7 @@ class Workflow:
             "evaluate": self._evaluate,
             "register": self._register,
             "serve": self._serve,
+            "compare": self._compare,
         }
         started = time.monotonic()
         words = stages[stage]()
@@ -187,6 +188,21 @@ class Workflow:
             self._parent.log(tracking.numbers(report))
             self.storage.write_json(REPORT, {"run_id": self.config.run_id} | report)
         return report["verdict"]
+
+    def _compare(self) -> str:
+        from pipelines.compare import compare
+
+        if self.storage.exists(COMPARISON):
+            return "done before"
+        with self._stage("compare") as run:
+            comparison, figure = compare(self.config, self.storage)
+            run.client.log_figure(run.mlflow_run_id, figure, COMPARISON_PICTURE)
+            run.client.log_dict(run.mlflow_run_id, comparison, COMPARISON)
+            self._save_figure(COMPARISON_PICTURE, figure)
+            self.storage.write_json(COMPARISON, comparison)
+        comparison_table(comparison)
+        first = [said for said in comparison["verdict"] if said["is_first"]]
+        return f"HarmoniCa is first at {len(first)} of {len(comparison['verdict'])} speeds"
 
     def _save_figure(self, name: str, figure: Any) -> None:
         buffer = io.BytesIO()

@@ -52,6 +52,49 @@ def results_table(report: Mapping[str, Any]) -> None:
         cells = [_cell(noise_floor, key, form) for _, key, form in shown]
         table.add_section()
         table.add_row("full, other noise", *cells)
+    _console().print(table)
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> None:
+    """Every point of a comparison, by the speed it was made for; libraries, which have none, at the end."""
+    table = Table(
+        title=f"{comparison['sampler']}, {comparison['num_inference_steps']} steps", title_style="bold"
+    )
+    for heading in (
+        "target",
+        "method",
+        "seed",
+        "CUR",
+        "ideal",
+        "measured",
+        "PSNR to full, dB",
+        "Frechet to full",
+    ):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    columns = (
+        ("target_speedup", "{:.1f}x"),
+        ("method", "{}"),
+        ("seed", "{:d}"),
+        ("cur", "{:.1%}"),
+        ("ideal_speedup", "{:.2f}x"),
+        ("speedup", "{:.2f}x"),
+        ("psnr_to_full", "{:.2f}"),
+        ("frechet_to_full", "{:.4f}"),
+    )
+    points = sorted(comparison["points"], key=lambda p: (p.get("target_speedup", 99), -p["psnr_to_full"]))
+    for before, point in zip([None, *points], points):
+        if before is not None and before.get("target_speedup") != point.get("target_speedup"):
+            table.add_section()
+        shown = dict(point)
+        if "setting" in point:
+            shown["method"] = f"{point['method']} {point['setting']:g}"
+        if point["method"] == "fewer steps":
+            shown["method"] = f"{point['num_inference_steps']} steps"
+        table.add_row(*(_cell(shown, key, form) for key, form in columns))
+    _console().print(table)
+
+
+def _console() -> Console:
+    """Where output goes to a file or a job's log, tables must not be folded to 80 columns."""
     console = Console(highlight=False)
-    # Where output goes to a file or a job's log, the table must not be folded to 80 columns.
-    (console if console.is_terminal else Console(highlight=False, width=140)).print(table)
+    return console if console.is_terminal else Console(highlight=False, width=140)

@@ -77,7 +77,7 @@ def _seconds(arm: Arm, model: BranchedTransformer, batch: Batch) -> float:
     return time.perf_counter() - started
 
 
-def _median_times(
+def median_times(
     arms: list[Arm], model: BranchedTransformer, batch: Batch, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds per image and relative spread; arms alternate, each warmed up once."""
@@ -118,10 +118,10 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact) -> Timing:
     spec = row_spec(config, model, config.seed + SEED_OFFSET)
     batch = Batch.of(make_rows(np.arange(settings.timing_batch_size), spec), spec, device)
     total = config.sampler.num_inference_steps
-    first, _ = _median_times(make_arms(config, artifact)[:2], model, batch, min(3, settings.timing_rounds))
+    first, _ = median_times(make_arms(config, artifact)[:2], model, batch, min(3, settings.timing_rounds))
     steps = min(total, max(2, math.ceil(total * first[CACHED] / first[FULL] - 0.1)))
     arms = make_arms(config, artifact, steps)
-    seconds, spread = _median_times(arms, model, batch, settings.timing_rounds)
+    seconds, spread = median_times(arms, model, batch, settings.timing_rounds)
     columns, names = _sheet_rows(spec, loaded.class_names)
     shown = Batch.of(columns, spec, device)
     sheet = {arm.name: arm.sample(model, shown) for arm in arms}
