@@ -177,7 +177,7 @@ class SdtTrainer:
         return records, torch.cat([sampler.finish(part.state) for part in parts])
 
     def trains(self, i: int) -> bool:
-        """Whether row i is learned; in pairs, the first step of each computes everything, as step T-1 does."""
+        """Whether row i is learned; in pairs, the first step of each computes everything, as T-1 does."""
         last = self.sampler.num_steps - 1
         return i < last and (self.config.objective == "stepwise" or (last - i) % 2 == 1)
 

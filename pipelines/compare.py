@@ -36,10 +36,9 @@ _NEAR = 0.97
 def compare(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any], Figure]:
     """All points, JSON-ready, and their picture: quality against measured speed."""
     config = dataclasses.replace(config, storage_path=storage.root)
-    use_gpu = config.evaluate.use_gpu
-    remote = {"num_cpus": 1, "num_gpus": int(use_gpu)}
-    spec, macs = ray.get(ray.remote(**remote)(_model_facts).remote(config))
-    routers = _trained(config, storage, remote)
+    num_gpus = int(config.evaluate.use_gpu)
+    spec, macs = ray.get(ray.remote(_model_facts).remote(config))
+    routers = _trained(config, storage, num_gpus)
     arms: list[tuple[Entry | None, Arm]] = [(None, full_arm(config.sampler))]
     for target in config.compare.targets:
         of_target = [(entry, learned_arm(entry, artifact)) for entry, artifact in routers.items()]
@@ -48,7 +47,8 @@ def compare(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any]
     if config.compare.libraries and spec.prompts is None and config.sampler.name == "ddim":
         arms += [(None, arm) for arm in library_arms(config.model.path, config.sampler)]
     plain = [arm for _, arm in arms]
-    seconds, spread = ray.get(ray.remote(**remote)(_times).remote(config, spec, plain))
+    timed = ray.remote(num_cpus=1, num_gpus=num_gpus)(_times)
+    seconds, spread = ray.get(timed.remote(config, spec, plain))
     settings = dataclasses.replace(config.evaluate, samples=config.compare.samples)
     quality = judge(dataclasses.replace(config, evaluate=settings), spec, plain)
     points = [
@@ -72,16 +72,14 @@ def _model_facts(config: WorkflowConfig) -> tuple[RowSpec, Macs]:
     return row_spec(config, model, config.seed + SEED_OFFSET), model.macs()
 
 
-def _trained(
-    config: WorkflowConfig, storage: RunStorage, remote: dict[str, Any]
-) -> dict[Entry, RouterArtifact]:
+def _trained(config: WorkflowConfig, storage: RunStorage, num_gpus: int) -> dict[Entry, RouterArtifact]:
     """A router of each learning method, speed and seed, as many at once as there are cores or GPUs."""
     wanted: dict[Entry, TrainConfig] = {}
     for seed in range(config.compare.seeds):
         for target in config.compare.targets:
             settings = learners(config.train, target, rivals=config.compare.learners)
             wanted |= {Entry(method, target, seed): train for method, train in settings.items()}
-    task = ray.remote(**remote, max_retries=3)(_train_one)
+    task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(_train_one)
     left = {e: train for e, train in wanted.items() if not storage.exists(f"{_place(e)}/config.json")}
     ray.get([task.remote(config, entry, train) for entry, train in left.items()])
     return {entry: RouterArtifact.load(storage.download_folder(_place(entry))) for entry in wanted}
@@ -113,7 +111,7 @@ def _times(
 
 def _point(entry: Entry | None, arm: Arm, seconds: dict[str, float], macs: Macs) -> dict[str, Any]:
     measured = seconds[arm.reference] / seconds[arm.name]
-    point = {"num_inference_steps": arm.num_inference_steps, "speedup": measured}
+    point: dict[str, Any] = {"num_inference_steps": arm.num_inference_steps, "speedup": measured}
     if entry is None:
         assert isinstance(arm, LibraryArm)
         return point | {"method": arm.library, "setting": arm.setting}
