@@ -4,6 +4,7 @@ Speed is counted in multiply-accumulates, full over planned; `tests/benchmarks` 
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -33,35 +34,51 @@ def reusable_share(num_steps: int, macs: Macs, speedup: float) -> float:
 
 def even_steps(num_steps: int, count: int) -> list[int]:
     """So many of the steps 0 ... T-2, evenly spread: no two running up to half of all."""
+    gap = (num_steps - 2) / max(1, count)
+    if (
+        gap >= 2
+    ):  # every second and every third step of them, beginning with the last that has two values before
+        return [int((k + 1) * gap) - 1 for k in range(count)]
     return [int((k + 0.5) * (num_steps - 1) / count) for k in range(count)]
 
 
+def steps_for(num_steps: int, macs: Macs, speedup: float) -> tuple[int, float]:
+    """How many steps are reused for a speed, and how much of one of them: all (1), or a share of its MACs."""
+    steps = reusable_share(num_steps, macs, speedup) * (num_steps - 1)
+    whole = stepwise_plan(num_steps, len(macs.branches), range(round(steps)))
+    if abs(whole.ideal_speedup(macs) / speedup - 1) < _NEAR:
+        return round(steps), 1.0
+    return math.ceil(steps), steps - math.floor(steps)
+
+
+def stepwise_plan(num_steps: int, num_branches: int, reused: Iterable[int]) -> Plan:
+    """Whole steps reused, all others computed."""
+    chosen = set(reused)
+    return Plan(tuple((i not in chosen,) * num_branches for i in range(num_steps)))
+
+
+def with_part(plan: Plan, step: int, share: float, macs: Macs) -> Plan:
+    """Of a step, only the last branches reused, as many as cost that share of it."""
+    wanted, row = share * sum(macs.branches), [True] * plan.num_branches
+    for branch in reversed(range(plan.num_branches)):
+        if wanted < macs.branches[branch] / 2:
+            break
+        row[branch] = False
+        wanted -= macs.branches[branch]
+    rows = [tuple(row) if i == step else before for i, before in enumerate(plan.compute)]
+    return Plan(tuple(rows))
+
+
 def even_plan(num_steps: int, macs: Macs, speedup: float) -> Plan:
-    """Whole steps reused, evenly spread, and of one more as many branches as the speed still asks for.
+    """Whole steps reused, evenly spread, and of the one in the middle only as much as the speed asks for.
 
     What hurts is not reuse but runs of it, and staggering blocks over steps is worse than whole steps
     (tests/benchmarks/RESULTS.md).
     """
-    num_branches = len(macs.branches)
-    steps = reusable_share(num_steps, macs, speedup) * (num_steps - 1)
-    whole = _with_steps(num_steps, num_branches, even_steps(num_steps, round(steps)) if round(steps) else [])
-    if abs(whole.ideal_speedup(macs) / speedup - 1) < _NEAR:
-        return whole
-    chosen = even_steps(num_steps, math.ceil(steps))
-    part = chosen.pop(len(chosen) // 2)
-    plan = _with_steps(num_steps, num_branches, chosen)
-    rows = [list(row) for row in plan.compute]
-    wanted = (steps - len(chosen)) * sum(macs.branches)
-    for branch in reversed(range(num_branches)):
-        if wanted < macs.branches[branch] / 2:
-            break
-        rows[part][branch] = False
-        wanted -= macs.branches[branch]
-    return Plan(tuple(tuple(row) for row in rows))
-
-
-def _with_steps(num_steps: int, num_branches: int, reused: list[int]) -> Plan:
-    return Plan(tuple((i not in reused,) * num_branches for i in range(num_steps)))
+    count, share = steps_for(num_steps, macs, speedup)
+    chosen = even_steps(num_steps, count)
+    plan = stepwise_plan(num_steps, len(macs.branches), chosen)
+    return plan if share == 1 else with_part(plan, chosen[count // 2], share, macs)
 
 
 def logits_of(plan: Plan, logit: float) -> Tensor:

@@ -6,7 +6,7 @@ torchrun, `pipelines.train` under Ray Train.
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from harmonica.plan import Plan
 from harmonica.router import FIXED_LOGIT, Router
 from harmonica.samplers import Sampler
 from harmonica.sdt import SdtTrainer, micro_batches
+from harmonica.start import StepSearch
 from harmonica.targets import even_plan, logits_of, reusable_share, threshold_for
 from harmonica.training_config import TrainingConfig
 
@@ -39,7 +40,7 @@ def _initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Rout
         return Router.normal(*shape, seed)
     if config.initial == "alternate":
         return Router.alternating(*shape, config.initial_logit)
-    if config.initial == "even":
+    if config.initial in ("even", "measured"):  # until it is measured
         plan = even_plan(sampler.num_steps, sampler.model.macs(), config.target_speedup)
         return Router.from_logits(logits_of(plan, config.initial_logit))
     return Router(*shape, config.initial_logit)
@@ -62,10 +63,10 @@ def _beta_controller(trainer: SdtTrainer, config: TrainingConfig) -> BetaControl
 
 
 class RouterRun:
-    """Trainer, lambda, beta, what comes after them, and position; all of it goes into a checkpoint.
+    """Trainer, lambda, beta, what comes before and after them, and position; all of it goes into a checkpoint.
 
-    Three phases: the router is trained, its plan is held against the one that it started from, the plan's
-    forecasts are fitted.
+    Four phases: a start is measured, the router is trained from it, its plan is held against those that need
+    no training, the forecasts of the nearest one are fitted. A phase without trajectories is left out.
     """
 
     def __init__(
@@ -73,7 +74,6 @@ class RouterRun:
     ) -> None:
         self.sampler, self.config, self.seed, self.device = sampler, config, seed, device
         router = _initial_router(sampler, config, seed).to(device)
-        self._start_TB = router.logits()
         self.trainer = SdtTrainer(sampler, router, config.sdt)
         with torch.no_grad():
             for i, row in enumerate(router.rows):
@@ -82,33 +82,38 @@ class RouterRun:
         self.lambda_T = torch.ones(sampler.num_steps - 1, device=device)
         self.beta = _beta_controller(self.trainer, config)
         self.trajectory = 0
+        self.search = StepSearch(sampler.num_steps) if config.start_trajectories else None
+        self.starts: dict[str, Tensor] = {"start": router.logits()}
+        """Logits (T, B) of the plans that need no training."""
         self.chosen = ""
-        """Which plan was nearer to the full sampler's images, the one trained or the start; "" until then."""
+        """Whose images were nearest to the full sampler's, a start's or those of what was trained."""
         self._choice: PlanChoice | None = None
         self._fit: ForecastFit | None = None
 
     @property
     def choice(self) -> PlanChoice | None:
-        """Between the trained plan and the one that training started from, while it is made."""
-        begun, ended = self.trajectory >= self.config.trajectories, self.trajectory >= self._end_of_choice
-        if not begun or ended:
+        """Between the trained plan and the starts, while it is made."""
+        if self._left_of("router") > 0 or self._left_of("choice") <= 0:
             return None
         if self._choice is None:
-            plans = {"start": self._plan_of(self._start_TB), "trained": self.plan}
-            self._choice = PlanChoice(plans, self.config.sdt.reuse)
+            plans = {name: self._plan_of(logits_TB) for name, logits_TB in self.starts.items()}
+            self._choice = PlanChoice(plans | {"trained": self.plan}, self.config.sdt.reuse)
         return self._choice
 
     @property
     def fit(self) -> ForecastFit | None:
         """Of the forecasts, once the plan is final."""
-        is_due = self.config.forecast.trajectories and self.trajectory >= self._end_of_choice
-        if self._fit is None and is_due:
+        if self._fit is None and self.config.forecast.trajectories and self._left_of("choice") <= 0:
             self._fit = ForecastFit(self.plan, self.config.forecast)
         return self._fit
 
-    @property
-    def _end_of_choice(self) -> int:
-        return self.config.trajectories + self.config.choice_trajectories
+    def _left_of(self, phase: Literal["start", "router", "choice"]) -> int:
+        """Trajectories until the phase ends."""
+        config = self.config
+        ends = {"start": config.start_trajectories}
+        ends["router"] = ends["start"] + config.trajectories
+        ends["choice"] = ends["router"] + config.choice_trajectories
+        return ends[phase] - self.trajectory
 
     @property
     def router(self) -> Router:
@@ -140,6 +145,8 @@ class RouterRun:
             "lambda": self.lambda_T,
             "beta": self.beta.state_dict() if self.beta else None,
             "trajectory": self.trajectory,
+            "search": self.search.state() if self.search else None,
+            "starts": self.starts,
             "chosen": self.chosen,
             "choice": self.choice.state() if self.choice else None,
             "forecast": self.fit.state() if self.fit else None,
@@ -150,6 +157,9 @@ class RouterRun:
         self.trainer.optimizer.load_state_dict(state["optimizer"])
         self.lambda_T = state["lambda"].to(self.device)
         self.trajectory, self.chosen = state["trajectory"], state["chosen"]
+        self.starts = {name: logits_TB.to(self.device) for name, logits_TB in state["starts"].items()}
+        if self.search:
+            self.search.load_state(state["search"])
         if self.beta:
             self.beta.load_state_dict(state["beta"])
         if self.choice and state["choice"]:
@@ -166,7 +176,9 @@ class RouterRun:
     ) -> dict[str, float]:
         """One trajectory of whatever phase it is; the metrics to log."""
         started, batch = time.monotonic(), (noise_NCHW, condition_N, rows)
-        if self.trajectory < self.config.trajectories:
+        if self._left_of("start") > 0:
+            metrics = self._measure_start(*batch, average)
+        elif self._left_of("router") > 0:
             metrics = self._train_router(*batch, average)
         elif self.choice:
             metrics = self._compare(*batch, average)
@@ -179,12 +191,28 @@ class RouterRun:
             metrics["updates_per_s"] = (self.sampler.num_steps - 1) / (time.monotonic() - started)
         return metrics
 
+    def _measure_start(
+        self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
+    ) -> dict[str, float]:
+        """One trajectory of the search; after the last one, the router starts from what it found."""
+        assert self.search is not None
+        parts = micro_batches(noise_NCHW, condition_N, rows, self.config.micro_batch_size)
+        with self.trainer.stopwatch.measure("start"):
+            metrics = self.search.train_one(self.sampler, parts, self.config.sdt.reuse, average)
+        if self._left_of("start") == 1:
+            plan = self.search.plan(self.sampler.model.macs(), self.config.target_speedup)
+            logits_TB = logits_of(plan, self.config.initial_logit).to(self.starts["start"])
+            logits_TB[-1] = FIXED_LOGIT
+            self.starts = {"even": self.starts["start"], "measured": logits_TB}
+            self._set_router(logits_TB)
+        return metrics
+
     def _train_router(
         self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """A refresh of lambda where it is due, and an update of every row."""
         config, metrics = self.config, {}
-        if config.iepo != "none" and self.trajectory % config.iepo_every == 0:
+        if config.iepo != "none" and (self.trajectory - config.start_trajectories) % config.iepo_every == 0:
             with self.trainer.stopwatch.measure("lambda"):
                 self.lambda_T = image_error_proxy(
                     self.sampler,
@@ -227,11 +255,14 @@ class RouterRun:
             metrics = choice.train_one(self.sampler, parts, average)
         if choice.trajectories == self.config.choice_trajectories:
             self.chosen = choice.best
-            if self.chosen == "start":
-                with torch.no_grad():
-                    for row, start_B in zip(self.router.rows, self._start_TB, strict=True):
-                        row.copy_(start_B)
+            if self.chosen in self.starts:
+                self._set_router(self.starts[self.chosen])
         return metrics
+
+    @torch.no_grad()
+    def _set_router(self, logits_TB: Tensor) -> None:
+        for row, logits_B in zip(self.router.rows, logits_TB, strict=True):
+            row.copy_(logits_B)
 
     def _fit_forecasts(
         self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]

@@ -7,7 +7,7 @@ from harmonica.forecast import ForecastConfig
 from harmonica.iepo import KINDS, IepoKind
 from harmonica.sdt import SdtConfig
 
-Initial = Literal["constant", "alternate", "normal", "even"]
+Initial = Literal["constant", "alternate", "normal", "even", "measured"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,9 +32,12 @@ class TrainingConfig:
     the plan is cut where it meets it."""
     initial: Initial = "constant"
     """Logits to start from: all `initial_logit`, that with its sign changing from step to step, standard
-    normal (the released code), or reused steps evenly spread that meet the target speedup."""
+    normal (the released code), or steps reused that meet the target speedup: evenly spread, or those that
+    change the image least (`harmonica.start`)."""
+    start_trajectories: int = 0
+    """Trajectories on which a measured start is measured; each costs some T full ones."""
     initial_logit: float = 5.0
-    """Where constant, alternate and even logits start; 5 computes everything."""
+    """Where all but normal logits start; 5 computes everything."""
     iepo: IepoKind | Literal["none"] = "leave_one_out"
     """How lambda is measured: the paper's way, the released code's (cumulative), per unit of step error
     (sensitivity), or not at all (all ones)."""
@@ -73,9 +76,14 @@ class TrainingConfig:
             raise ValueError(f"train.iepo is {self.iepo!r}: give one of {', '.join(KINDS)}, none")
         if self.initial not in get_args(Initial):
             raise ValueError(f"train.initial is {self.initial!r}: give one of {', '.join(get_args(Initial))}")
-        if self.initial == "even" and not self.target_speedup:
+        if self.initial in ("even", "measured") and not self.target_speedup:
             raise ValueError(
-                "train.initial is 'even' and train.target_speedup 0: give the speed it is to have"
+                f"train.initial is {self.initial!r} and train.target_speedup 0: give the speed it is to have"
+            )
+        if (self.initial == "measured") != (self.start_trajectories > 0):
+            raise ValueError(
+                f"train.start_trajectories is {self.start_trajectories} and train.initial {self.initial!r}: "
+                "give 1 or more with initial measured, and 0 with any other"
             )
         if self.forecast.trajectories and self.sdt.reuse != "forecast":
             raise ValueError(
@@ -85,5 +93,6 @@ class TrainingConfig:
 
     @property
     def all_trajectories(self) -> int:
-        """The router's, those of the choice, and the forecasts'."""
-        return self.trajectories + self.choice_trajectories + self.forecast.trajectories
+        """Those of the start, the router, the choice and the forecasts."""
+        before, after = self.start_trajectories, self.choice_trajectories
+        return before + self.trajectories + after + self.forecast.trajectories

@@ -14,7 +14,7 @@ from ray.util.metrics import Gauge
 
 from pipelines.runtime import node_names
 
-NAMES = ("data", "teacher", "student", "backward", "reduce", "lambda", "choice", "forecast")
+NAMES = ("data", "teacher", "student", "backward", "reduce", "lambda", "start", "choice", "forecast")
 _PREFIX = "seconds."
 
 
