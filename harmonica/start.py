@@ -8,7 +8,7 @@ the best set for a speed is found by search. No two steps running are reused: th
 Ours; `tests/benchmarks/RESULTS.md` has what it is worth. Shapes: N images, T steps, E = 2(T-1) effects.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ class StepSearch:
         self.gram_EE += gram_EE.cpu()
         return {"loss": float(loss)}
 
-    def cost(self, steps: Sequence[int]) -> float:
+    def cost(self, steps: Iterable[int]) -> float:
         """The squared change that reusing these steps makes, in parts of what all single ones add up to."""
         chosen = set(steps)
         places = [i + (self.num_steps - 1 if i + 2 in chosen else 0) for i in chosen]

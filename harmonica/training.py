@@ -13,18 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
-from harmonica.beta import BetaController
 from harmonica.choice import PlanChoice
 from harmonica.forecast import ForecastFit
 from harmonica.iepo import image_error_proxy
+from harmonica.initial import beta_controller, initial_router
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan
 from harmonica.router import FIXED_LOGIT, Router
 from harmonica.samplers import Sampler
 from harmonica.sdt import SdtTrainer, micro_batches
 from harmonica.start import StepSearch
-from harmonica.targets import even_plan, logits_of, reusable_share, threshold_for
+from harmonica.targets import logits_of, threshold_for
 from harmonica.training_config import TrainingConfig
+
+_SMALLEST_LAMBDA = 1e-30
 
 
 def average(tensor: Tensor) -> None:
@@ -34,36 +36,8 @@ def average(tensor: Tensor) -> None:
         tensor /= dist.get_world_size()
 
 
-def _initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Router:
-    shape = (sampler.num_steps, len(sampler.model.branches))
-    if config.initial == "normal":
-        return Router.normal(*shape, seed)
-    if config.initial == "alternate":
-        return Router.alternating(*shape, config.initial_logit)
-    if config.initial in ("even", "measured"):  # until it is measured
-        plan = even_plan(sampler.num_steps, sampler.model.macs(), config.target_speedup)
-        return Router.from_logits(logits_of(plan, config.initial_logit))
-    return Router(*shape, config.initial_logit)
-
-
-def _beta_controller(trainer: SdtTrainer, config: TrainingConfig) -> BetaController | None:
-    """Where there is a target; one in speed is a share of MACs, and counts as entries if the penalty does."""
-    num_steps = trainer.sampler.num_steps
-    if config.target_speedup:
-        share = reusable_share(num_steps, trainer.sampler.model.macs(), config.target_speedup)
-    elif config.target_cur:
-        share = config.target_cur * num_steps / (num_steps - 1)  # the target counts row T-1 too
-    else:
-        return None
-    beta = BetaController(num_steps, trainer.costs_B, share=share, threshold=config.sdt.threshold)
-    for i in range(num_steps - 1):
-        if not trainer.trains(i):
-            beta.spare(i)
-    return beta
-
-
 class RouterRun:
-    """Trainer, lambda, beta, what comes before and after them, and position; all of it goes into a checkpoint.
+    """Trainer, lambda, beta, what comes before and after them, and position: all goes into a checkpoint.
 
     Four phases: a start is measured, the router is trained from it, its plan is held against those that need
     no training, the forecasts of the nearest one are fitted. A phase without trajectories is left out.
@@ -73,14 +47,14 @@ class RouterRun:
         self, sampler: Sampler, config: TrainingConfig, *, seed: int, device: torch.device | str = "cpu"
     ) -> None:
         self.sampler, self.config, self.seed, self.device = sampler, config, seed, device
-        router = _initial_router(sampler, config, seed).to(device)
+        router = initial_router(sampler, config, seed).to(device)
         self.trainer = SdtTrainer(sampler, router, config.sdt)
         with torch.no_grad():
             for i, row in enumerate(router.rows):
                 if not self.trainer.trains(i):
                     row.fill_(FIXED_LOGIT)
         self.lambda_T = torch.ones(sampler.num_steps - 1, device=device)
-        self.beta = _beta_controller(self.trainer, config)
+        self.beta = beta_controller(self.trainer, config)
         self.trajectory = 0
         self.search = StepSearch(sampler.num_steps) if config.start_trajectories else None
         self.starts: dict[str, Tensor] = {"start": router.logits()}
@@ -227,6 +201,9 @@ class RouterRun:
                     average=average,
                 )
             metrics = {f"lambda.step_{i:03d}": value for i, value in enumerate(self.lambda_T.tolist())}
+            if self.beta:
+                # Beta follows, so only ratios count; lambda as measured may lie below what AdamW rounds off.
+                self.lambda_T = self.lambda_T / self.lambda_T.mean().clamp_min(_SMALLEST_LAMBDA)
         records, _ = self.trainer.train_trajectory(
             noise_NCHW,
             condition_N,

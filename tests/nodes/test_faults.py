@@ -27,9 +27,7 @@ def test_where_each_worker_s_time_goes_is_a_metric(unbroken: TrainingRun):
         steps, seconds = zip(*points)
         assert steps == tuple(range(1, TRAJECTORIES + 1)), name
         assert all(value >= 0 for value in seconds), name
-        assert (sum(seconds) > 0) != name.endswith(("start_s", "choice_s", "forecast_s")), (
-            "neither is asked for here"
-        )
+        assert (sum(seconds) > 0) != name.endswith(("start_s", "choice_s", "forecast_s")), name
 
 
 def test_kill_of_a_training_worker(make_run, unbroken: TrainingRun):

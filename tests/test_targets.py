@@ -1,0 +1,193 @@
+"""Training for a speed: even and measured starts, the cut, the choice, and what is refused."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from harmonica.choice import PlanChoice
+from harmonica.forecast import ForecastConfig
+from harmonica.models.base import Macs
+from harmonica.models.dit import DiT
+from harmonica.noise import RowKeys
+from harmonica.plan import Plan
+from harmonica.samplers import Sampler, SamplerConfig, make_sampler
+from harmonica.sampling import sample
+from harmonica.sdt import SdtConfig
+from harmonica.start import StepSearch, step_effects
+from harmonica.targets import even_plan, even_steps, reusable_share, steps_for, stepwise_plan, threshold_for
+from harmonica.training import RouterRun
+from harmonica.training_config import TrainingConfig
+
+STEPS = 9
+MACS = Macs(branches=(30, 60) * 6, rest=12)
+FORECAST = SdtConfig(reuse="forecast", threshold=0.5, learning_rate=0.1, penalty="macs")
+SPEED = TrainingConfig(
+    target_speedup=1.4, initial="even", initial_logit=2.0, trajectories=2, batch_size=4, sdt=FORECAST
+)
+
+
+@pytest.fixture
+def sampler(tiny_dit: DiT) -> Sampler:
+    config = SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.5, clip_sample=False)
+    return make_sampler(tiny_dit, config)
+
+
+def rows(first: int, count: int = 4) -> tuple[Tensor, Tensor, RowKeys]:
+    keys = RowKeys.of(5, range(first, first + count))
+    noise = torch.from_numpy(keys.start_noise((4, 8, 8))).double()
+    return noise, torch.arange(first, first + count) % 10, keys
+
+
+def train(run: RouterRun, until: int) -> list[dict[str, float]]:
+    return [run.train_one(*rows(4 * k)) for k in range(run.trajectory, until)]
+
+
+@given(num_steps=st.integers(8, 60), speedup=st.floats(1.05, 1.9))
+def test_even_plans_meet_their_speed_without_two_steps_running(num_steps, speedup):
+    plan = even_plan(num_steps, MACS, speedup)
+    assert abs(plan.ideal_speedup(MACS) / speedup - 1) < 0.02
+    reused = [not all(row) for row in plan.compute]
+    if steps_for(num_steps, MACS, speedup)[0] <= (num_steps - 1) // 2:
+        assert not any(a and b for a, b in pairwise(reused))
+    assert sum(any(row) and not all(row) for row in plan.compute) <= 1, "one step in part at most"
+
+
+def test_every_third_and_every_second_step_are_even():
+    assert even_steps(20, 6) == [2, 5, 8, 11, 14, 17]
+    assert even_steps(20, 10) == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 1000), speedup=st.floats(1.05, 3.0))
+def test_the_cut_meets_the_speed_and_reuses_the_lowest_scores(seed, speedup):
+    generator = torch.Generator().manual_seed(seed)
+    scores_TB = torch.rand(20, 12, generator=generator)
+    tau = threshold_for(scores_TB, MACS, speedup)
+    plan = Plan.from_scores(scores_TB, tau)
+    assert abs(plan.ideal_speedup(MACS) / speedup - 1) < 0.02
+    assert torch.equal(plan.to_tensor()[:-1], scores_TB[:-1] > tau)
+
+
+def test_scores_that_only_rounding_tells_apart_fall_on_one_side():
+    scores_TB = torch.full((20, 12), 0.9, dtype=torch.float64)
+    scores_TB[:10] = 0.2
+    scores_TB[3] += 1e-9
+    plan = Plan.from_scores(scores_TB, threshold_for(scores_TB, MACS, 1.7))
+    assert plan.compute[:10] == ((False,) * 12,) * 10
+
+
+def test_a_speed_beyond_reach_is_refused_with_the_highest():
+    with pytest.raises(ValueError, match=r"train.target_speedup is 30.* reach \d+\.\d\d at most"):
+        reusable_share(20, MACS, 30.0)
+
+
+def test_trained_plans_meet_their_speed(sampler):
+    run = RouterRun(sampler, SPEED, seed=0)
+    train(run, 2)
+    macs = sampler.model.macs()
+    assert abs(run.artifact().ideal_speedup / 1.4 - 1) < 0.02
+    assert run.artifact().plan.ideal_speedup(macs) == run.plan.ideal_speedup(macs)
+
+
+def test_effects_are_those_of_plans_with_the_step_reused(sampler):
+    noise, labels, keys = batch = rows(0, 2)
+    full = sample(sampler, noise, labels, rows=keys)
+
+    def change(*reused: int) -> Tensor:
+        plan = stepwise_plan(STEPS, 6, reused)
+        return (sample(sampler, noise, labels, plan, reuse="forecast", rows=keys) - full).flatten(1)
+
+    with torch.no_grad():
+        effects = step_effects(sampler, batch, "forecast")
+    assert len(effects) == 2 * (STEPS - 1)
+    for i in (0, 3, 7):
+        torch.testing.assert_close(effects[i], change(i))
+    torch.testing.assert_close(effects[STEPS - 1 + 3], change(3, 5) - change(5))
+
+
+def test_the_search_finds_the_best_set_of_a_small_form():
+    search = StepSearch(10)
+    generator = torch.Generator().manual_seed(3)
+    effects = torch.randn(18, 40, generator=generator, dtype=torch.float64)
+    search.gram_EE = effects @ effects.T
+    sets = [(a, b, c) for a in range(9) for b in range(a + 2, 9) for c in range(b + 2, 9)]
+    assert search.best(3) == list(min(sets, key=search.cost))
+
+
+def test_a_measured_start_is_nearer_than_an_even_one(sampler):
+    config = replace(SPEED, initial="measured", start_trajectories=2)
+    run = RouterRun(sampler, config, seed=0)
+    train(run, 2)
+    plans = {name: Plan.from_scores(logits.sigmoid(), 0.5) for name, logits in run.starts.items()}
+    choice = PlanChoice(plans, "forecast")
+    choice.train_one(sampler, [rows(100, 16)], lambda tensor: None)
+    assert choice.best == "measured"
+
+
+def test_the_nearest_plan_is_kept_and_says_whose_it_is(sampler):
+    sdt = replace(FORECAST, learning_rate=0.5)
+    config = replace(SPEED, initial_logit=0.5, trajectories=4, choice_trajectories=1, sdt=sdt)
+    run = RouterRun(sampler, config, seed=0)
+    start = run.plan
+    train(run, 4)
+    assert run.plan != start
+    (metrics,) = train(run, 5)
+    nearer = "start" if metrics["choice.start_db"] > metrics["choice.trained_db"] else "trained"
+    assert run.chosen == nearer == run.artifact().training["chosen"]
+    assert (run.plan == start) == (nearer == "start")
+
+
+def test_a_run_of_all_phases_resumes_bit_for_bit(sampler):
+    config = replace(
+        SPEED,
+        initial="measured",
+        start_trajectories=2,
+        choice_trajectories=2,
+        forecast=ForecastConfig(trajectories=4, probes=1),
+    )
+    whole = RouterRun(sampler, config, seed=0)
+    expected = train(whole, config.all_trajectories)
+    run, found = RouterRun(sampler, config, seed=0), []
+    for k in range(config.all_trajectories):
+        state = run.state()
+        run = RouterRun(sampler, config, seed=0)
+        run.load_state(state)
+        found += train(run, k + 1)
+    for before, now in zip(expected, found, strict=True):
+        assert {n: v for n, v in before.items() if "_s" not in n and "seconds" not in n} == {
+            n: v for n, v in now.items() if "_s" not in n and "seconds" not in n
+        }
+    assert torch.equal(run.router.logits(), whole.router.logits())
+    assert torch.equal(run.artifact().forecast_TBK, whole.artifact().forecast_TBK)
+
+
+def test_in_pairs_only_every_second_row_is_trained(sampler):
+    sdt = SdtConfig(objective="pairwise", learning_rate=0.3, threshold=0.5)
+    config = replace(SPEED, initial="constant", trajectories=3, iepo="none", sdt=sdt)
+    run = RouterRun(sampler, config, seed=0)
+    train(run, 3)
+    moved = [bool((row != first).any()) for row, first in zip(run.router.logits(), run.starts["start"])]
+    assert [i for i, has_moved in enumerate(moved) if has_moved] == [1, 3, 5, 7]
+    assert all(all(run.plan.compute[i]) for i in (0, 2, 4, 6, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"target_speedup": 0.9}, "train.target_speedup is 0.9"),
+        ({"target_cur": 0.3}, "train.target_speedup is 1.4 and train.target_cur 0.3"),
+        ({"target_speedup": 0.0}, "train.initial is 'even' and train.target_speedup 0"),
+        ({"choice_trajectories": -1}, "train.choice_trajectories is -1"),
+        ({"start_trajectories": 1}, "train.start_trajectories is 1 and train.initial 'even'"),
+        ({"initial": "measured"}, "train.start_trajectories is 0 and train.initial 'measured'"),
+        ({"initial": "odd"}, "train.initial is 'odd'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, named):
+    with pytest.raises(ValueError, match=named):
+        replace(SPEED, **changes)
