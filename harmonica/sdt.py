@@ -33,6 +33,9 @@ class SdtConfig:
     """Weight of the sum of scores against lambda_i * MSE: larger means more reuse."""
     learning_rate: float = 0.01
     """Of AdamW, without weight decay."""
+    epsilon: float = 1e-8
+    """AdamW's. Gradients below it hardly move a logit, and they shrink with lambda, which is in squared
+    latents: smaller where beta follows from a target."""
     threshold: float = 0.1
     """tau: r > tau computes the branch and refreshes its cache."""
     clamp: float = 5.0
@@ -53,6 +56,8 @@ class SdtConfig:
             raise ValueError(f"train.sdt.beta is {self.beta}: give 0 or more")
         if self.learning_rate <= 0:
             raise ValueError(f"train.sdt.learning_rate is {self.learning_rate}: give a positive number")
+        if self.epsilon <= 0:
+            raise ValueError(f"train.sdt.epsilon is {self.epsilon}: give a positive number")
         if not 0 < self.threshold < 1:
             raise ValueError(f"train.sdt.threshold is {self.threshold}: give a number between 0 and 1")
         if self.clamp <= 0:
@@ -115,7 +120,9 @@ class SdtTrainer:
         self.sampler, self.router, self.config = sampler, router, config
         self.stopwatch = Stopwatch(router.rows[0].device)
         trained = [row for row in router.rows if row.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=config.learning_rate, eps=config.epsilon, weight_decay=0.0
+        )
         self.costs_B = torch.ones_like(router.rows[0])
         if config.penalty == "macs":
             macs = self.costs_B.new_tensor(sampler.model.macs().branches)

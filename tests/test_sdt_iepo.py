@@ -225,7 +225,14 @@ def test_an_unknown_kind_lists_the_known(tiny_sampler, batch: Batch, router):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("beta", -1.0), ("learning_rate", 0.0), ("threshold", 1.0), ("clamp", 0.0), ("reuse", "guess")],
+    [
+        ("beta", -1.0),
+        ("learning_rate", 0.0),
+        ("epsilon", 0.0),
+        ("threshold", 1.0),
+        ("clamp", 0.0),
+        ("reuse", "guess"),
+    ],
 )
 def test_impossible_settings_are_refused_by_name_and_value(name, value):
     with pytest.raises(ValueError, match=rf"train.sdt.{name} is .?{value}"):

@@ -25,7 +25,7 @@ from harmonica.training_config import TrainingConfig
 
 STEPS = 9
 MACS = Macs(branches=(30, 60) * 6, rest=12)
-FORECAST = SdtConfig(reuse="forecast", threshold=0.5, learning_rate=0.1, penalty="macs")
+FORECAST = SdtConfig(reuse="forecast", threshold=0.5, learning_rate=0.1, epsilon=1e-20, penalty="macs")
 SPEED = TrainingConfig(
     target_speedup=1.4, initial="even", initial_logit=2.0, trajectories=2, batch_size=4, sdt=FORECAST
 )
