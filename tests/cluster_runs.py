@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from local_cluster import LocalCluster
 from processes import Session
+from router_only import ROUTER_ONLY, ROUTER_ONLY_FLAGS
 
 import workflow
 from harmonica.models.loading import ModelConfig
@@ -36,6 +37,7 @@ LEARNING_RATE = 0.01
 LONGER: dict[str, Any] = {"trajectories": 60, "learning_rate": 0.002}
 """For what takes its time while training goes on; small steps, since many multiply roundings."""
 SETTINGS = [
+    *ROUTER_ONLY_FLAGS,
     "--sampler.num-inference-steps=6",
     "--train.batch-size=4",
     "--train.iepo-every=5",
@@ -226,7 +228,8 @@ def trained_alone(
     """The same training in this process, without Ray: curves and router."""
     base = fashion()
     sdt = dataclasses.replace(base.train.sdt, learning_rate=learning_rate)
-    train = dataclasses.replace(base.train, trajectories=trajectories, batch_size=4, iepo_every=5, sdt=sdt)
+    changes = ROUTER_ONLY | {"trajectories": trajectories, "batch_size": 4, "iepo_every": 5, "sdt": sdt}
+    train = dataclasses.replace(base.train, **changes)
     sampler = SamplerConfig(num_inference_steps=6)
     config = dataclasses.replace(base, model=model, sampler=sampler, train=train)
     run, spec = start_run(config, torch.device("cpu"))

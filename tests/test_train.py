@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from router_only import ROUTER_ONLY
 from tiny_dit import write_model
 
 from harmonica.forecast import ForecastConfig
@@ -35,7 +36,10 @@ def config(tmp_path: Path) -> WorkflowConfig:
         model=write_model(tmp_path / "model"),
         sampler=dataclasses.replace(base.sampler, num_inference_steps=6),
         train=dataclasses.replace(
-            base.train, trajectories=TRAJECTORIES, batch_size=4, iepo_every=2, checkpoint_interval_s=0.0
+            base.train,
+            **ROUTER_ONLY | {"trajectories": TRAJECTORIES, "batch_size": 4},
+            iepo_every=2,
+            checkpoint_interval_s=0.0,
         ),
     )
 
