@@ -22,6 +22,7 @@ from harmonica.models.vae import draws_pixels
 from harmonica.prompt_files import MANIFEST
 from harmonica.prompts import PromptStore
 from harmonica.samplers import make_sampler, with_scheduler
+from harmonica.targets import reusable_share
 from pipelines import registry, resume, tracking
 from pipelines.config import Stage, WorkflowConfig
 from pipelines.judges import check_judges
@@ -73,6 +74,8 @@ class Workflow:
         sampler = with_scheduler(self.config.sampler, loaded.scheduler)
         self.config = dataclasses.replace(self.config, sampler=sampler)
         make_sampler(model, sampler)
+        if self.config.train.target_speedup:
+            reusable_share(sampler.num_inference_steps, model.macs(), self.config.train.target_speedup)
         if "serve" in self.config.stages and not draws_pixels(model) and loaded.vae_folder is None:
             raise ValueError(
                 f"model.vae is '' and {self.config.model.path} draws latents: give its decoder, or leave the "
@@ -107,7 +110,7 @@ class Workflow:
             raise ValueError(
                 f"prompts.max_tokens is {prompts.max_tokens} and the model takes {tokens}: give that number"
             )
-        if self._is_finished("prompts") or not {"prompts", "train", "evaluate"} & set(stages):
+        if self._is_finished("prompts") or not {"prompts", "train", "evaluate", "compare"} & set(stages):
             return
         if "prompts" not in stages:
             raise ValueError(
