@@ -62,7 +62,7 @@ def trained_scores(sampler: Sampler, conditions: Conditions, trajectories: int) 
     """By the preset, on one process."""
     config = dataclasses.replace(fashion_text().train, batch_size=TRAINING_ROWS, trajectories=trajectories)
     run = RouterRun(sampler, config, seed=0)
-    for trajectory in range(trajectories):
+    for trajectory in range(config.start_trajectories + trajectories):
         run.train_one(*rows(sampler.model, conditions, 0, trajectory * TRAINING_ROWS, TRAINING_ROWS))
     return run.router.logits().sigmoid(), config.sdt.reuse
 
