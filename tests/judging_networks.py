@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
@@ -16,11 +17,10 @@ def write_inception(path: Path) -> Path:
     ensure_torchvision_imports()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
 
-    skeleton = Inception.__new__(Inception)
-    nn.Module.__init__(skeleton)
-    load, saved = Inception.load_state_dict, {}
+    load: Any = Inception.load_state_dict
+    saved: dict[str, Tensor] = {}
 
-    def keep(self: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    def keep(self: nn.Module, state: dict[str, Tensor]) -> None:
         saved.update(self.state_dict())
 
     try:  # its constructor wants weights; the ones that it starts with will do
