@@ -7,13 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import tiny_text
+import torch
 from judging_networks import write_alexnet, write_clip, write_inception
 from tiny_dit import SHAPE, write_model
+from tiny_pipeline import write_pipeline
+from tiny_text import write_store
 
-from harmonica.models.loading import ModelConfig, load_model
+from harmonica.fashion import CLASS_NAMES
+from harmonica.models.fetch import local_path
+from harmonica.models.loading import BUILTIN_TEXT, ModelConfig, load_model
 from harmonica.plan import Plan
 from harmonica.rows import RowSpec, make_rows
 from harmonica.samplers import SamplerConfig
+from harmonica.text_encoder import TextEncoder
 from pipelines.config import EvaluateConfig, WorkflowConfig
 from pipelines.judges import check_judges, feature_kind
 from pipelines.judging import NOISE_FLOOR, ArmSampler, judge
@@ -94,7 +101,7 @@ def test_auto_is_the_classifier_for_built_in_models_alone() -> None:
 
 @pytest.mark.parametrize("order", [("cached", "full"), ("full", "full"), ("full", NOISE_FLOOR)])
 def test_arms_out_of_order_or_of_one_name_are_refused(order: tuple[str, str]) -> None:
-    with pytest.raises(ValueError, match="comes before its reference|two arms are named"):
+    with pytest.raises(ValueError, match=r"comes before its reference|two arms are named"):
         judge(workflow(), SPEC, [Arm(name, SAMPLER) for name in order])
 
 
@@ -129,6 +136,44 @@ def test_inception_and_lpips_look_at_images(tmp_path: Path) -> None:
     assert out["cached.pooled"].shape == (2, 2048) and out["cached.spatial"].shape == (2, 2023)
     assert (out["cached.lpips"] > 0).all() and "cached.class" not in out
     assert not any(name.startswith(NOISE_FLOOR) for name in out)
+
+
+def test_latents_are_decoded_where_somebody_looks_at_pictures(tmp_path: Path) -> None:
+    model = ModelConfig(path=str(write_pipeline(tmp_path / "pipeline")))
+    spec = RowSpec(seed=5, num_classes=1000, shape=(4, 8, 8))
+    rows, two = make_rows(np.arange(2), spec), [Arm("full", SAMPLER), Arm("full 2", SAMPLER)]
+    plain = replace(workflow(), model=model)
+    out = ArmSampler(plain, spec, two)(rows)
+    assert set(out) == {"index", "label", "full 2.psnr"}, "latents: no windows over them, no features"
+    assert (out["full 2.psnr"] == 100).all()
+    looked_at = replace(workflow(lpips_path=str(write_alexnet(tmp_path / "a.pth"))), model=model)
+    check_judges(looked_at, load_model(model))
+    actor = ArmSampler(looked_at, spec, two)
+    assert actor.judges.shown(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
+    out = actor(rows)
+    assert (out["full 2.ssim"] == 1).all() and (out["full 2.lpips"] == 0).all()
+
+
+def test_pictures_are_held_against_their_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_text, "TOKENS", 16)
+    encoder = TextEncoder.load(local_path(BUILTIN_TEXT), dtype="float32")
+    store = write_store(
+        tmp_path / "store", encoder, ["a dark bag", "a photo of a pale dress", "no such thing"]
+    )
+    config = replace(
+        workflow(clip_path=str(write_clip(tmp_path / "clip"))),
+        model=ModelConfig(path=BUILTIN_TEXT, text_tokens=16),
+        sampler=replace(SAMPLER, name="dpm-solver++"),
+    )
+    loaded = load_model(config.model)
+    check_judges(config, loaded)
+    spec = RowSpec.of(loaded.model, 5, store)
+    rows = make_rows(np.arange(6), spec)
+    out = ArmSampler(config, spec, [Arm("full", config.sampler)])(rows)
+    bag, dress = CLASS_NAMES.index("Bag"), CLASS_NAMES.index("Dress")
+    np.testing.assert_array_equal(out["label"], np.array([bag, dress, -1])[rows["label"]])
+    scores = out["full.clip_score"]
+    assert scores.shape == (6,) and (scores >= 0).all() and len(set(scores.tolist())) > 1
 
 
 @pytest.mark.cluster

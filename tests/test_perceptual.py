@@ -36,7 +36,7 @@ def test_lpips_is_0_for_equals_and_grows_with_the_difference(lpips: Lpips, chann
     noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(1))
     assert torch.equal(lpips(batch, batch), torch.zeros(3))
     little, much = (lpips(batch, batch + size * noise) for size in (0.05, 0.5))
-    assert (0 < little).all() and (little < much).all()
+    assert (little > 0).all() and (little < much).all()
     torch.testing.assert_close(lpips(batch[:1], batch[:1] + 0.5 * noise[:1]), much[:1])
 
 
