@@ -16,6 +16,17 @@ def images(n: int, channels: int, side: int) -> Tensor:
     return torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+def assert_places_then_channels(found_NS: Tensor, activations_NCHW: Tensor, channels: int) -> None:
+    _, _, height, width = activations_NCHW.shape
+    position = 0
+    for row in range(height):
+        for column in range(width):
+            for channel in range(channels):
+                torch.testing.assert_close(found_NS[:, position], activations_NCHW[:, channel, row, column])
+                position += 1
+    assert position == found_NS.shape[1] and found_NS.std() > 0
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
@@ -28,8 +39,7 @@ def test_the_classifier_s_features_and_its_middle() -> None:
     assert torch.equal(found.pooled_NF, pooled) and torch.equal(found.logits_NK, logits)
     activations = load_classifier().backbone[:4](batch)
     assert found.spatial_NS.shape == (5, 98)
-    # Row 3, column 5 of channel 1: places first, then channels.
-    torch.testing.assert_close(found.spatial_NS[:, (3 * 7 + 5) * 2 + 1], activations[:, 1, 3, 5])
+    assert_places_then_channels(found.spatial_NS, activations, 2)
 
 
 def test_inception_s_features_are_torch_fidelity_s(weights: Path) -> None:
@@ -39,10 +49,13 @@ def test_inception_s_features_are_torch_fidelity_s(weights: Path) -> None:
     found = extractor(batch)
     network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(weights))
     pixels = ((batch + 1) * 127.5).round().byte()
+    given: list[Tensor] = []
+    network.Mixed_6d.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     pooled, logits = network(pixels)
     assert torch.equal(found.pooled_NF, pooled) and torch.equal(found.logits_NK, logits)
     assert found.pooled_NF.shape == (2, 2048) and found.logits_NK.shape == (2, 1008)
-    assert found.spatial_NS.shape == (2, 2023) and found.spatial_NS.std() > 0
+    assert found.spatial_NS.shape == (2, 2023)
+    assert_places_then_channels(found.spatial_NS, network.Mixed_6d.branch1x1(given[0]), 7)
     again = extractor.of_pixels(pixels)
     assert torch.equal(again.spatial_NS, found.spatial_NS)
 

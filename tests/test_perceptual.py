@@ -60,6 +60,15 @@ def test_clip_score_is_the_cosine_of_clip_s_embeddings(clip_folder: Path) -> Non
     torch.testing.assert_close(clip(batch, prompts), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_a_picture_of_the_opposite_scores_0(clip_folder: Path) -> None:
+    clip, batch, prompts = ClipScore(clip_folder), images(2, 3, 32), ["a dark boot", "a bag"]
+    before = clip(batch, prompts)
+    clip.model.visual_projection.weight.neg_()
+    after = clip(batch, prompts)
+    assert torch.equal(torch.minimum(before, after), torch.zeros(2)), "one of the two points away"
+    assert (torch.maximum(before, after) > 0).all()
+
+
 def test_clip_takes_grey_pictures_and_prompts_of_any_length(clip_folder: Path) -> None:
     scores = ClipScore(clip_folder)(images(2, 1, 28), ["a bag " * 50, ""])
     assert scores.shape == (2,) and scores.isfinite().all()
