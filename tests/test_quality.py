@@ -75,7 +75,10 @@ def test_labels_that_nobody_knows_are_left_out() -> None:
     label = np.where(np.arange(ROWS) < 20, np.arange(ROWS) % 5, -1)
     seen = np.where(np.arange(ROWS) < 10, label, 7)
     ours = arm(**{"label": label, "class": seen})
-    assert arm_quality(ours, None, None, resamples(ours))["label_accuracy"] == 0.5
+    report = arm_quality(ours, None, None, resamples(ours, 400))
+    low, high = report["label_accuracy_interval"]
+    assert report["label_accuracy"] == 0.5
+    assert high - low == pytest.approx(2 * 1.96 * (0.25 / 20) ** 0.5, rel=0.25), "of the 20 that are known"
     unknown = arm(label=np.full(ROWS, -1))
     assert "label_accuracy" not in arm_quality(unknown, None, None, resamples(unknown))
 
