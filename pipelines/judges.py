@@ -12,7 +12,8 @@ from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, LoadedModel, ModelCo
 from harmonica.models.vae import decode_latents, draws_pixels
 from harmonica.perceptual import ClipScore, Lpips
 from harmonica.reference_sets import ReferenceSet, builtin_reference, read_adm_reference
-from pipelines.config import EvaluateConfig, FeatureKind, WorkflowConfig
+from pipelines.config import WorkflowConfig
+from pipelines.evaluate_config import EvaluateConfig, FeatureKind
 
 _CLASSIFIER_SHAPE = (1, 28)
 _PSNR_OF_EQUALS = 100.0  # dB, for a mean that stays finite

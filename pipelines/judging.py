@@ -78,8 +78,8 @@ class ArmSampler:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows, images = Batch.of(batch, self.spec, self.device), {}
-        out = {"index": batch["index"], "label": self._classes(batch["label"])}
-        prompts = self.spec.prompts.rows(batch["label"]).prompts if self.spec.prompts else None
+        prompts = self._prompts(batch["label"])
+        out = {"index": batch["index"], "label": self._classes(batch["label"], prompts)}
         for arm in self.arms:
             images[arm.name] = ours = self.judges.shown(arm.sample(self.model, rows))
             columns = self.judges.features(ours) | self.judges.fidelity(ours, prompts)
@@ -97,13 +97,18 @@ class ArmSampler:
         drawn = full.sample(self.model, Batch.of(make_rows(index, other), other, self.device))
         return self.judges.features(self.judges.shown(drawn))
 
-    def _classes(self, labels: np.ndarray) -> np.ndarray:
+    def _prompts(self, labels: np.ndarray) -> list[str] | None:
+        """What was asked for in words, where somebody reads it."""
+        read = self.judges.is_classifier or self.judges.clip is not None
+        return self.spec.prompts.rows(labels).prompts if self.spec.prompts and read else None
+
+    def _classes(self, labels: np.ndarray, prompts: list[str] | None) -> np.ndarray:
         """What a classifier should see: of prompts, the class that they ask for, or -1 where nobody knows."""
-        if self.spec.prompts is None or not self.judges.is_classifier:
+        if self.spec.prompts is None:
             return labels
-        known = set(captions.all_captions())
-        prompts = (prompt.lower() for prompt in self.spec.prompts.rows(labels).prompts)
-        return np.array([captions.meaning(prompt)[0] if prompt in known else -1 for prompt in prompts])
+        known, texts = set(captions.all_captions()), [prompt.lower() for prompt in prompts or []]
+        meant = [captions.meaning(text)[0] if text in known else -1 for text in texts]
+        return np.array(meant or [-1] * len(labels))
 
 
 def _judged(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> Iterator[dict[str, np.ndarray]]:

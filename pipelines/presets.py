@@ -29,7 +29,7 @@ def _from_recipe(recipe: Callable[[], Recipe], **settings: Any) -> WorkflowConfi
 
 def fashion() -> WorkflowConfig:
     """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download."""
-    return _from_recipe(presets.fashion, evaluate=EvaluateConfig(samples=320, timing_rounds=4))
+    return _from_recipe(presets.fashion, evaluate=EvaluateConfig(samples=256, timing_rounds=4))
 
 
 def fashion_text() -> WorkflowConfig:
@@ -40,7 +40,7 @@ def fashion_text() -> WorkflowConfig:
         registered_model="harmonica-fashion-text",
         stages=CHAIN,
         prompts=PromptsConfig(path=str(CAPTIONS), max_tokens=16, dtype="float32"),
-        evaluate=EvaluateConfig(samples=320, timing_rounds=4),
+        evaluate=EvaluateConfig(samples=256, timing_rounds=4),
     )
 
 

@@ -15,7 +15,9 @@ from harmonica.rows import RowSpec, make_rows
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.sampling import sample
 from pipelines.evaluate import verdict
+from pipelines.terminal import results_table
 from pipelines.timing import CACHED, FEWER, FULL
+from pipelines.tracking import numbers
 
 
 def arms(cached_psnr: float, cached_frechet: float) -> dict:
@@ -38,6 +40,23 @@ def test_the_verdict_says_in_words_who_is_nearer(cached, worth, words) -> None:
     said = verdict(arms(*cached))
     assert said["worth_having"] is worth
     assert re.search(words, said["verdict"])
+
+
+def test_the_table_has_half_of_each_interval_and_the_noise_floor_beneath(capsys) -> None:
+    report = {"cur": 0.4, "ideal_speedup": 1.6, "measured_speedup": 1.5, "realised_share": 0.9, "samples": 16}
+    cached = {"psnr_to_full": 40.0, "psnr_to_full_interval": [39.5, 40.7], "frechet_to_full": 0.25}
+    floor = {"frechet_to_full": 0.5, "frechet_to_full_interval": [0.25, 0.75], "kid_to_full": 0.1}
+    results_table(report | {"arms": {FULL: {"label_accuracy": 0.9}, CACHED: cached}, "noise_floor": floor})
+    lines = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert ["arm", "PSNR to full, dB", "Frechet to full", "label accuracy"] in lines
+    assert ["cached", "40.00 ±0.60", "0.2500", ""] in lines
+    assert ["full, other noise", "", "0.5000 ±0.2500", ""] in lines
+
+
+def test_an_interval_is_two_metrics_of_mlflow() -> None:
+    report = {"arms": {"full": {"x": 1.0, "x_interval": [0.5, 1.5]}}, "verdict": "words"}
+    expected = {"arms.full.x": 1.0, "arms.full.x_interval.low": 0.5, "arms.full.x_interval.high": 1.5}
+    assert numbers(report) == expected
 
 
 @pytest.fixture(scope="module")
