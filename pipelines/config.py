@@ -18,6 +18,7 @@ from harmonica.samplers import SamplerConfig, SamplerName
 from harmonica.text_encoder import EncoderDtype, OverLimit
 from harmonica.training import TrainingConfig
 from pipelines.checks import require
+from pipelines.promote_config import Promote, PromoteConfig
 from pipelines.serve_config import ServeConfig
 
 Stage = Literal["prompts", "train", "evaluate", "register", "serve"]
@@ -176,6 +177,8 @@ class WorkflowConfig:
     """Of a run that has it already: do this stage and those after it again."""
     registered_model: str = "harmonica-fashion"
     """Name in MLflow's registry; the alias `champion` points at the version Serve loads."""
+    promote: Promote = "gate"
+    """Whether a new version becomes the champion: if it passes the gate of `promotion`, never, or always."""
     node_metrics_interval_s: float = 10.0
     """Seconds between readings of every node's CPU, memory and GPUs, which go to MLflow; 0 takes none."""
     seed: int = 0
@@ -190,6 +193,8 @@ class WorkflowConfig:
     """Router training."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Evaluation."""
+    promotion: PromoteConfig = field(default_factory=PromoteConfig)
+    """The gate."""
     serve: ServeConfig = field(default_factory=ServeConfig)
     """Endpoint."""
 
@@ -215,6 +220,8 @@ class WorkflowConfig:
         require(bool(self.stages), "stages", self.stages, f"give some of {', '.join(STAGES)}")
         unknown = [stage for stage in self.stages if stage not in STAGES]
         require(not unknown, "stages", unknown, f"give some of {', '.join(STAGES)}")
+        cure = f"give one of {', '.join(get_args(Promote))}"
+        require(self.promote in get_args(Promote), "promote", self.promote, cure)
         require(
             self.done_again_from is None or bool(self.run_id),
             "from",

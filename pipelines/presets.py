@@ -17,6 +17,7 @@ from pipelines.config import (
     TrainConfig,
     WorkflowConfig,
 )
+from pipelines.promote_config import PromoteConfig
 
 
 def _from_recipe(recipe: Callable[[], Recipe], **settings: Any) -> WorkflowConfig:
@@ -29,7 +30,11 @@ def _from_recipe(recipe: Callable[[], Recipe], **settings: Any) -> WorkflowConfi
 
 def fashion() -> WorkflowConfig:
     """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download."""
-    return _from_recipe(presets.fashion, evaluate=EvaluateConfig(samples=320, timing_rounds=4))
+    return _from_recipe(
+        presets.fashion,
+        evaluate=EvaluateConfig(samples=320, timing_rounds=4),
+        promotion=PromoteConfig(min_psnr_to_full=38, max_frechet_to_full=0.02, min_speedup=1.2),
+    )
 
 
 def fashion_text() -> WorkflowConfig:
@@ -41,6 +46,7 @@ def fashion_text() -> WorkflowConfig:
         stages=STAGES,
         prompts=PromptsConfig(path=str(CAPTIONS), max_tokens=16, dtype="float32"),
         evaluate=EvaluateConfig(samples=320, timing_rounds=4),
+        promotion=PromoteConfig(min_psnr_to_full=35, min_speedup=1.2),
     )
 
 

@@ -10,12 +10,14 @@ from pipelines.storage import RunStorage
 from pipelines.stream import PROMPTS
 
 ROUTER, REPORT, SHEET, HEAT_MAP, CONFIG = "router", "report.json", "samples.png", "router.png", "config.json"
-SERVED = "served.png"
+SERVED, PROMOTION = "served.png", "promotion.json"
 # None of it changes what the finished stages made.
 _FREE = {
     "run_id",
     "stages",
     "serve",
+    "promote",
+    "promotion",
     "storage_path",
     "storage_endpoint",
     "preset",
@@ -37,7 +39,7 @@ _MADE_BY: dict[Stage, tuple[str, ...]] = {
     "prompts": (f"{PROMPTS}/{MANIFEST}", PROMPTS),
     "train": (f"{ROUTER}/config.json", ROUTER, "train"),
     "evaluate": (REPORT, SHEET, HEAT_MAP),
-    "register": (),
+    "register": (PROMOTION,),
     "serve": (SERVED,),
 }
 

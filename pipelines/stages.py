@@ -1,6 +1,5 @@
 """The stages of one run: each is skipped where what it makes is already there."""
 
-import base64
 import dataclasses
 import importlib.metadata
 import io
@@ -22,10 +21,11 @@ from harmonica.models.vae import draws_pixels
 from harmonica.prompt_files import MANIFEST
 from harmonica.prompts import PromptStore
 from harmonica.samplers import make_sampler, with_scheduler
-from pipelines import registry, resume, tracking
+from pipelines import resume, tracking
 from pipelines.config import Stage, WorkflowConfig
 from pipelines.node_metrics import node_metrics
-from pipelines.resume import HEAT_MAP, REPORT, ROUTER, SERVED, SHEET
+from pipelines.publishing import Publisher
+from pipelines.resume import HEAT_MAP, PROMOTION, REPORT, ROUTER, SERVED, SHEET
 from pipelines.runtime import connect, is_private
 from pipelines.storage import RunStorage, settle_endpoint
 from pipelines.stream import PROMPTS
@@ -51,9 +51,21 @@ class Workflow:
         self.storage = RunStorage(config.storage_path, run_id, patient=True)
         # Absolute, since actors run in folders of their own.
         self.config = dataclasses.replace(self.config, storage_path=self.storage.root)
-        self.url = ""
         self._class_names: tuple[str, ...] = ()
         self._parent: tracking.StageRun | None = None
+        self._publisher: Publisher | None = None
+
+    @property
+    def publisher(self) -> Publisher:
+        """Once the run is tracked."""
+        assert self._publisher is not None
+        return self._publisher
+
+    @property
+    def refusal(self) -> str:
+        """Why the gate kept this run's router back, "" where it did not."""
+        decision = self._publisher.decision if self._publisher else None
+        return decision.words if decision is not None and decision.is_refused else ""
 
     def check(self) -> None:
         """Everything that can be refused is refused here, before any work starts.
@@ -84,11 +96,22 @@ class Workflow:
                 f"stages is {self.config.stages} and run_id {self.config.run_id} has no router yet: "
                 "add the stage train, or give the --run-id of a trained run"
             )
+        self._check_promotion()
         self._check_prompts(model)
         if self.storage.is_local:  # last, since it makes the folder
             self.storage.check_writable()
         tracking.tracking_uri(self.config.storage_path)
         resume.take_up(self.config, self.storage)
+
+    def _check_promotion(self) -> None:
+        stages = self.config.stages
+        if self.config.promote != "gate" or "register" not in stages or self._is_finished("evaluate"):
+            return
+        if "evaluate" not in stages[: stages.index("register")]:
+            raise ValueError(
+                f"promote is 'gate' and run_id {self.config.run_id} has no evaluation before stages {stages} "
+                "register its router: add the stage evaluate, or give --promote never or always"
+            )
 
     def _is_finished(self, stage: Stage) -> bool:
         return resume.is_finished(stage, self.config, self.storage)
@@ -124,6 +147,7 @@ class Workflow:
             ) as self._parent,
             node_metrics(self._parent, self.config.node_metrics_interval_s),
         ):
+            self._publisher = Publisher(self.config, self.storage, self._parent)
             yield
 
     def _parameters(self) -> dict[str, Any]:
@@ -136,7 +160,7 @@ class Workflow:
             "prompts": self._prompts,
             "train": self._train,
             "evaluate": self._evaluate,
-            "register": self._register,
+            "register": self.publisher.register,
             "serve": self._serve,
         }
         started = time.monotonic()
@@ -190,45 +214,8 @@ class Workflow:
         figure.savefig(buffer, format="png")
         self.storage.write_bytes(name, buffer.getvalue())
 
-    def _register(self) -> str:
-        from pipelines.evaluate import with_sample
-
-        assert self._parent is not None
-        if version := registry.registered(self.config.registered_model, self._parent):
-            return f"version {version} of {self.config.registered_model}, done before"
-        folder = self.storage.download_folder(ROUTER)
-        artifact = RouterArtifact.load(folder)
-        if artifact.sample_CHW is None:
-            folder = with_sample(self.config, artifact).save(folder)
-            self.storage.upload_folder(folder, ROUTER)
-        version = registry.register(
-            folder,
-            name=self.config.registered_model,
-            run=self._parent,
-            tags={"run_id": self.config.run_id},
-        )
-        return f"version {version} of {self.config.registered_model} is the champion"
-
     def _serve(self) -> str:
-        from pipelines import serve
-
-        uri = tracking.tracking_uri(self.config.storage_path)
-        self.url = serve.deploy(
-            self.config.serve,
-            self.config.model,
-            registered_model=self.config.registered_model,
-            tracking_uri=uri,
-        )
-        try:
-            prompt = self._class_names[-1] if self._class_names else self._first_prompt()
-            answer = serve.first_image(self.url, prompt, seed=1)
-            self.storage.write_bytes(SERVED, base64.b64decode(answer["data"][0]["b64_json"]))
-        except BaseException:
-            serve.shutdown()
-            raise
-        if not self.config.serve.keep:
-            serve.shutdown()
-        return f"{self.url} drew {prompt!r} in {answer['inference_time_s']:.2f} s"
+        return self.publisher.serve(self._class_names[-1] if self._class_names else self._first_prompt())
 
     def _first_prompt(self) -> str:
         return PromptStore(self.storage.uri(PROMPTS)).row(0)[2]
@@ -240,12 +227,12 @@ class Workflow:
             results_table(report)
             say(report["verdict"])
         say(f"results:  {self.storage.uri()}")
-        for name in (REPORT, SHEET, HEAT_MAP, SERVED):
+        for name in (REPORT, PROMOTION, SHEET, HEAT_MAP, SERVED):
             if self.storage.exists(name):
                 say(f"          {Path(self.storage.uri(name)) if self.storage.is_local else name}")
         say("MLflow:   make ui      (http://127.0.0.1:5000)")
-        if self.config.serve.keep and self.url:
-            say(f"endpoint: {self.url} stays up")
+        if self.config.serve.keep and self.publisher.url:
+            say(f"endpoint: {self.publisher.url} stays up")
             self._wait()
         else:
             say("endpoint: make serve   (http://127.0.0.1:8000, serves the champion)")
