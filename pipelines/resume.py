@@ -11,6 +11,7 @@ from pipelines.stream import PROMPTS
 
 ROUTER, REPORT, SHEET, HEAT_MAP, CONFIG = "router", "report.json", "samples.png", "router.png", "config.json"
 SERVED, PROMOTION = "served.png", "promotion.json"
+COMPARISON, SWEEP = "comparison.json", "sweep.json"
 # None of it changes what the finished stages made.
 _FREE = {
     "run_id",

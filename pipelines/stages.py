@@ -1,16 +1,12 @@
 """The stages of one run: each is skipped where what it makes is already there."""
 
 import dataclasses
-import importlib.metadata
 import io
-import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from harmonica.artifact import RouterArtifact
@@ -25,19 +21,11 @@ from pipelines import resume, tracking
 from pipelines.config import Stage, WorkflowConfig
 from pipelines.node_metrics import node_metrics
 from pipelines.publishing import Publisher
-from pipelines.resume import HEAT_MAP, PROMOTION, REPORT, ROUTER, SERVED, SHEET
+from pipelines.resume import REPORT, ROUTER
 from pipelines.runtime import connect, is_private
 from pipelines.storage import RunStorage, settle_endpoint
 from pipelines.stream import PROMPTS
-from pipelines.terminal import results_table
-
-
-def _git_revision() -> str:
-    """Of the code that runs; a job's unpacked folder, or a machine without git, has none."""
-    if shutil.which("git") is None:
-        return "unknown"
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+from pipelines.summary import git_revision, summarise, versions
 
 
 class Workflow:
@@ -151,8 +139,7 @@ class Workflow:
             yield
 
     def _parameters(self) -> dict[str, Any]:
-        versions = {n: importlib.metadata.version(n) for n in ("ray", "torch", "mlflow", "timm", "diffusers")}
-        return self.config.to_dict() | {"versions": versions, "git_revision": _git_revision()}
+        return self.config.to_dict() | {"versions": versions(), "git_revision": git_revision()}
 
     def run(self, stage: Stage) -> None:
         """Run one stage, or say that it is done already."""
@@ -221,28 +208,6 @@ class Workflow:
         return PromptStore(self.storage.uri(PROMPTS)).row(0)[2]
 
     def summarise(self) -> None:
-        """The table, and where everything is."""
-        if self.storage.exists(REPORT):
-            report = self.storage.read_json(REPORT)
-            results_table(report)
-            say(report["verdict"])
-        say(f"results:  {self.storage.uri()}")
-        for name in (REPORT, PROMOTION, SHEET, HEAT_MAP, SERVED):
-            if self.storage.exists(name):
-                say(f"          {Path(self.storage.uri(name)) if self.storage.is_local else name}")
-        say("MLflow:   make ui      (http://127.0.0.1:5000)")
-        if self.config.serve.keep and self.publisher.url:
-            say(f"endpoint: {self.publisher.url} stays up")
-            self._wait()
-        else:
-            say("endpoint: make serve   (http://127.0.0.1:8000, serves the champion)")
-
-    def _wait(self) -> None:
-        """On a private cluster the endpoint lives as long as this process; on a joined one, by itself."""
-        if is_private():
-            say("          until Ctrl-C")
-            try:
-                while True:
-                    time.sleep(3600)
-            except KeyboardInterrupt:
-                say("stopped")
+        """The page, the table, and where everything is; then, where the endpoint is to stay, stay with it."""
+        assert self._parent is not None
+        summarise(self.config, self.storage, self._parent, self.publisher.url)
