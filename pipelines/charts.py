@@ -1,5 +1,6 @@
 """Charts for a run's report, as Figures that need no display."""
 
+import io
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -63,3 +64,10 @@ def lambda_curves(curves: Mapping[int, Sequence[float]]) -> Figure:
     axes.legend(fontsize=7, frameon=False)
     _name(axes, "Lambda", "step i  (noisiest at the right)", "lambda")
     return figure
+
+
+def png_of(figure: Figure) -> bytes:
+    """As a PNG file has it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

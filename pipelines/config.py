@@ -20,11 +20,14 @@ from harmonica.training import TrainingConfig
 from pipelines.checks import require
 from pipelines.promote_config import Promote, PromoteConfig
 from pipelines.serve_config import ServeConfig
+from pipelines.sweep_config import SweepConfig
 
-Stage = Literal["prompts", "train", "evaluate", "register", "serve"]
+Stage = Literal["prompts", "train", "evaluate", "sweep", "register", "serve"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+TEXT_STAGES: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage != "sweep")
+"""The chain, where nothing else is asked for."""
 Placement = Literal["PACK", "SPREAD", "STRICT_SPREAD"]
-CLASS_STAGES: tuple[Stage, ...] = STAGES[1:]
+CLASS_STAGES: tuple[Stage, ...] = TEXT_STAGES[1:]
 """Of a model that takes no prompts."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ENDPOINT = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+/?")
@@ -193,6 +196,8 @@ class WorkflowConfig:
     """Router training."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Evaluation."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """Search over targets, lambda kinds and seeds; only where the stage sweep is asked for."""
     promotion: PromoteConfig = field(default_factory=PromoteConfig)
     """The gate."""
     serve: ServeConfig = field(default_factory=ServeConfig)

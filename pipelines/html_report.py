@@ -1,7 +1,6 @@
 """One page of a run for people: a single HTML file with no script and nothing to fetch."""
 
 import base64
-import io
 import logging
 import platform
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from pipelines import tracking
-from pipelines.charts import lambda_curves, training_curves
+from pipelines.charts import lambda_curves, png_of, training_curves
 from pipelines.config import WorkflowConfig
 from pipelines.report_tables import comparison, not_measured, results, sweep
 from pipelines.resume import COMPARISON, HEAT_MAP, PROMOTION, REPORT, SERVED, SHEET, SWEEP
@@ -51,7 +50,7 @@ def render(config: WorkflowConfig, storage: RunStorage, history: History, versio
 
     report, decision, compared, swept = map(made, (REPORT, PROMOTION, COMPARISON, SWEEP))
     pictures = {name: _data_uri(storage.read_bytes(name)) for name in _PICTURES if storage.exists(name)}
-    pictures |= {name: _data_uri(_png(figure)) for name, figure in _curves(history, config).items()}
+    pictures |= {name: _data_uri(png_of(figure)) for name, figure in _curves(history, config).items()}
     settings, done = config.to_dict(), {"gate": decision is not None, "served": SERVED in pictures}
     done |= {"comparison": compared is not None, "sweep": swept is not None}
     # Nothing that is put into it is taken for HTML: prompts and names are other people's words.
@@ -99,12 +98,6 @@ def _training_history(config: WorkflowConfig) -> History:
     except Exception as error:  # of many libraries; curves are not worth a page
         logger.warning("training's curves are not in the report (%s: %s)", type(error).__name__, error)
         return {}
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _data_uri(png: bytes) -> str:

@@ -10,7 +10,7 @@ from harmonica.builtin import CAPTIONS
 from harmonica.presets import Recipe
 from pipelines.config import (
     CLASS_STAGES,
-    STAGES,
+    TEXT_STAGES,
     EvaluateConfig,
     PromptsConfig,
     ServeConfig,
@@ -43,7 +43,7 @@ def fashion_text() -> WorkflowConfig:
         presets.fashion_text,
         preset="fashion-text",
         registered_model="harmonica-fashion-text",
-        stages=STAGES,
+        stages=TEXT_STAGES,
         prompts=PromptsConfig(path=str(CAPTIONS), max_tokens=16, dtype="float32"),
         evaluate=EvaluateConfig(samples=320, timing_rounds=4),
         promotion=PromoteConfig(min_psnr_to_full=35, min_speedup=1.2),
@@ -55,7 +55,7 @@ def _on_gpus(name: str) -> WorkflowConfig:
     is_text = name.startswith("pixart")
     return _from_recipe(
         presets.RECIPES[name],
-        stages=STAGES if is_text else CLASS_STAGES,
+        stages=TEXT_STAGES if is_text else CLASS_STAGES,
         prompts=PromptsConfig(max_tokens=300 if "sigma" in name else 120, use_gpu=is_text),
         preset=name,
         registered_model=f"harmonica-{name}",

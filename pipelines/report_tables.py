@@ -63,8 +63,13 @@ def shown(key: str, of: Mapping[str, Any]) -> str:
 
 def _keys(of: Sequence[Mapping[str, Any]]) -> list[str]:
     """Of all that is a number, in the order in which they first come."""
-    found = dict.fromkeys(key for one in of for key, value in one.items() if isinstance(value, int | float))
-    return [key for key in found if key not in _NOT_METRICS]
+    keys = (
+        key
+        for one in of
+        for key, value in one.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    )
+    return [key for key in dict.fromkeys(keys) if key not in _NOT_METRICS]
 
 
 def results(report: Mapping[str, Any]) -> tuple[list[str], list[Row]]:

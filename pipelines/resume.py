@@ -12,11 +12,12 @@ from pipelines.stream import PROMPTS
 ROUTER, REPORT, SHEET, HEAT_MAP, CONFIG = "router", "report.json", "samples.png", "router.png", "config.json"
 SERVED, PROMOTION = "served.png", "promotion.json"
 COMPARISON, SWEEP = "comparison.json", "sweep.json"
-# None of it changes what the finished stages made.
+# None of it changes what the finished stages made; a sweep keeps its own settings.
 _FREE = {
     "run_id",
     "stages",
     "serve",
+    "sweep",
     "promote",
     "promotion",
     "storage_path",
@@ -40,6 +41,7 @@ _MADE_BY: dict[Stage, tuple[str, ...]] = {
     "prompts": (f"{PROMPTS}/{MANIFEST}", PROMPTS),
     "train": (f"{ROUTER}/config.json", ROUTER, "train"),
     "evaluate": (REPORT, SHEET, HEAT_MAP),
+    "sweep": (SWEEP, "sweep", "sweep.png"),
     "register": (PROMOTION,),
     "serve": (SERVED,),
 }

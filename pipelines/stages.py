@@ -1,7 +1,6 @@
 """The stages of one run: each is skipped where what it makes is already there."""
 
 import dataclasses
-import io
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +17,11 @@ from harmonica.prompt_files import MANIFEST
 from harmonica.prompts import PromptStore
 from harmonica.samplers import make_sampler, with_scheduler
 from pipelines import resume, tracking
+from pipelines.charts import png_of
 from pipelines.config import Stage, WorkflowConfig
 from pipelines.node_metrics import node_metrics
 from pipelines.publishing import Publisher
-from pipelines.resume import REPORT, ROUTER
+from pipelines.resume import REPORT, ROUTER, SWEEP
 from pipelines.runtime import connect, is_private
 from pipelines.storage import RunStorage, settle_endpoint
 from pipelines.stream import PROMPTS
@@ -86,6 +86,10 @@ class Workflow:
             )
         self._check_promotion()
         self._check_prompts(model)
+        if "sweep" in self.config.stages and not self._is_finished("sweep"):
+            from pipelines.sweep import check
+
+            check(self.config, self.storage)
         if self.storage.is_local:  # last, since it makes the folder
             self.storage.check_writable()
         tracking.tracking_uri(self.config.storage_path)
@@ -115,7 +119,7 @@ class Workflow:
             raise ValueError(
                 f"prompts.max_tokens is {prompts.max_tokens} and the model takes {tokens}: give that number"
             )
-        if self._is_finished("prompts") or not {"prompts", "train", "evaluate"} & set(stages):
+        if self._is_finished("prompts") or not {"prompts", "train", "evaluate", "sweep"} & set(stages):
             return
         if "prompts" not in stages:
             raise ValueError(
@@ -147,6 +151,7 @@ class Workflow:
             "prompts": self._prompts,
             "train": self._train,
             "evaluate": self._evaluate,
+            "sweep": self._sweep,
             "register": self.publisher.register,
             "serve": self._serve,
         }
@@ -189,17 +194,21 @@ class Workflow:
             report, pictures = evaluate(self.config, artifact)
             for name, figure in pictures.items():
                 run.client.log_figure(run.mlflow_run_id, figure, name)
-                self._save_figure(name, figure)
+                self.storage.write_bytes(name, png_of(figure))
             run.log(tracking.numbers(report))
             assert self._parent is not None
             self._parent.log(tracking.numbers(report))
             self.storage.write_json(REPORT, {"run_id": self.config.run_id} | report)
         return report["verdict"]
 
-    def _save_figure(self, name: str, figure: Any) -> None:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        self.storage.write_bytes(name, buffer.getvalue())
+    def _sweep(self) -> str:
+        from pipelines.sweep import sweep
+
+        if self.storage.exists(SWEEP):
+            return "done before"
+        with self._stage("sweep") as run:
+            verdict: str = sweep(self.config, self.storage, run)["verdict"]
+        return verdict
 
     def _serve(self) -> str:
         return self.publisher.serve(self._class_names[-1] if self._class_names else self._first_prompt())

@@ -203,7 +203,9 @@ def test_the_chain_and_its_second_run(
         answers = {check["name"]: check["passed"] for check in decision["checks"]}
         assert (answers["psnr_to_full"], answers["reproduces"]) == (False, True)
         page = (run / "report.html").read_text()
-        assert "PSNR to full is" in page and page.count("data:image/png;base64,") == 4, "also of a refused one"
+        assert "PSNR to full is" in page and page.count("data:image/png;base64,") == 4, (
+            "also of a refused one"
+        )
         assert (run.parent / "mlartifacts").is_dir() and list(run.parent.rglob("artifacts/report.html"))
 
         arguments.append(LET_THROUGH)  # overruled, with the same run id

@@ -1,0 +1,148 @@
+"""A sweep: what is tried, what is on the front, and the whole of it on Ray Tune, begun again half way."""
+
+import dataclasses
+import json
+
+import pytest
+import ray
+from tiny_dit import write_model
+
+import workflow
+from pipelines.html_report import render
+from pipelines.pareto import front_figure, on_front
+from pipelines.presets import fashion
+from pipelines.registry import current
+from pipelines.storage import RunStorage
+from pipelines.sweep import check
+from pipelines.sweep_config import SweepConfig
+from pipelines.sweep_trial import Trial, judging_seed, trials_of
+from pipelines.tracking import find
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [
+        ([(1.0, 40.0)], [True]),
+        ([(1.0, 40.0), (1.5, 38.0), (1.4, 37.0)], [True, True, False]),
+        ([(1.0, 40.0), (1.0, 41.0), (0.9, 41.0)], [False, True, False]),
+        ([(1.0, 40.0), (1.0, 40.0)], [True, True]),
+        ([(1.3, 40.0), (1.2, 39.0), (1.4, 41.0)], [False, False, True]),
+    ],
+)
+def test_on_the_front_is_what_no_other_beats(points, front):
+    assert on_front(points) == front
+    assert front_figure(points, [str(i) for i in range(len(points))]).axes
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"search": "random"}, "sweep.search is 'random': give one of grid, asha"),
+        ({"targets": ()}, "sweep.targets is"),
+        ({"targets": (0.2, 0.2)}, "give each value once"),
+        ({"targets": (1.2,)}, "sweep.targets is .* above 0 and below 1"),
+        ({"over": "target_speedup", "targets": (0.5,)}, "give values above 1"),
+        ({"iepo": ("paper",)}, "sweep.iepo is .* give some of leave_one_out"),
+        ({"report_every": 0}, "sweep.report_every is 0"),
+        ({"max_concurrent": 0}, "sweep.max_concurrent is 0"),
+        ({"seeds": (-1,)}, "sweep.seeds"),
+    ],
+)
+def test_settings_are_refused_with_their_cure(settings, words):
+    with pytest.raises(ValueError, match=words):
+        SweepConfig(**settings)
+
+
+def config(**settings):
+    return dataclasses.replace(fashion(), run_id="r1", sweep=SweepConfig(**settings))
+
+
+def test_trials_are_every_combination_and_are_judged_on_rows_of_none():
+    ours = config(targets=(0.2, 0.4), iepo=("none", "sensitivity"), seeds=(0, 3))
+    trials = trials_of(ours)
+    assert len({trial.name for trial in trials}) == 8
+    assert trials[0].name == "cur-0.2-none-seed-0"
+    trained = trials[-1].settings(ours)
+    assert (trained.train.target_cur, trained.train.iepo, trained.seed) == (0.4, "sensitivity", 3)
+    assert trained.train.sdt == ours.train.sdt
+    assert judging_seed(ours) > 3
+    assert [trial.name for trial in trials_of(config(targets=(0.3,)))] == ["cur-0.3-sensitivity-seed-0"]
+
+
+def test_a_sweep_goes_on_with_its_own_settings_only(tmp_path):
+    storage = RunStorage(str(tmp_path), "r1")
+    ours = config(targets=(0.2,))
+    check(ours, storage)
+    begun = json.loads(json.dumps(ours.to_dict()["sweep"]))
+    begun.pop("max_concurrent")
+    storage.write_json("sweep/settings.json", begun)
+    check(config(targets=(0.2,), max_concurrent=9), storage)
+    with pytest.raises(ValueError, match=r"sweep is .* begun with .*: give those, or --from sweep"):
+        check(config(targets=(0.3,)), storage)
+    with pytest.raises(ValueError, match=r"train\.iepo_every is 0|sweep\.over|target"):
+        Trial("target_of_nothing", 2.0, "none", 0).settings(ours)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("search", ["grid", "asha"])
+def test_a_sweep_and_its_second_half(search, tmp_path, capsys, monkeypatch):
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    model = write_model(tmp_path / "model")
+    arguments = [
+        "fashion",
+        "--run-id=r1",
+        f"--storage-path={tmp_path / 'runs'}",
+        f"--model.path={model.path}",
+    ]
+    arguments += ["--sampler.num-inference-steps=4", "--train.trajectories=4", "--train.batch-size=2"]
+    arguments += ["--evaluate.samples=16", "--evaluate.timing-rounds=1", f"--sweep.search={search}"]
+    arguments += ["--sweep.report-every=2", "--sweep.report-samples=2", "--sweep.iepo", "none", "sensitivity"]
+    arguments += ["--sweep.targets", "0.25", "0.5", "--stages", "sweep"]
+    storage = RunStorage(str(tmp_path / "runs"), "r1")
+    try:
+        assert workflow.main(arguments) == 0, capsys.readouterr().err
+        said, first = capsys.readouterr().out, storage.read_json("sweep.json")
+        assert "routers are on the front" in said
+        assert len(first["points"]) + len(first["stopped"]) == 4
+        assert len(first["points"]) == 4 or search == "asha"
+        front = [point for point in first["points"] if point["on_front"]]
+        assert front and all(point["version"] for point in front)
+        places = [(point["speedup"], point["psnr_to_full"]) for point in first["points"]]
+        assert [point["on_front"] for point in first["points"]] == on_front(places)
+
+        parent = find("sweep", "r1", storage.root)
+        assert current("harmonica-fashion", "champion", parent.uri) is None, "none is promoted"
+        stored = parent.client.get_model_version("harmonica-fashion", front[0]["version"])
+        assert float(stored.tags["psnr_to_full"]) == pytest.approx(front[0]["psnr_to_full"], rel=1e-4)
+        assert stored.tags["sweep"] == front[0]["name"] and stored.tags["harmonica.gate"] == "never"
+        logged = {file.path for file in parent.client.list_artifacts(parent.mlflow_run_id)}
+        assert logged >= {"sweep.png", "sweep.json", "sweep_table.json"}
+        assert storage.read_bytes("sweep.png").startswith(b"\x89PNG")
+        page = render(dataclasses.replace(fashion(), run_id="r1"), storage, {}, {})
+        assert first["verdict"] in page and front[0]["name"] in page
+
+        # As if it had been killed: one trial half trained, another not measured.
+        storage.delete("sweep.json")
+        half, unmeasured = first["points"][0]["name"], first["points"][-1]["name"]
+        storage.delete_all(f"sweep/{half}/router")
+        storage.delete(f"sweep/{half}/report.json")
+        newest = storage.names(f"sweep/{half}/checkpoints")[-1]
+        storage.delete(f"sweep/{half}/checkpoints/{newest}")
+        storage.delete(f"sweep/{unmeasured}/report.json")
+        assert workflow.main(arguments) == 0, capsys.readouterr().err
+        second = storage.read_json("sweep.json")
+        before = {point["name"]: point for point in first["points"]}
+        for point in second["points"]:
+            # Bit for bit the same router, if all points are there again.
+            if point["name"] in before:
+                assert point["psnr_to_full"] == before[point["name"]]["psnr_to_full"]
+        versions = parent.client.search_model_versions("name = 'harmonica-fashion'")
+        assert len(versions) <= len(
+            {p["name"] for r in (first, second) for p in r["points"] if p["on_front"]}
+        )
+        assert workflow.main(arguments) == 0
+        assert "[sweep] done before" in capsys.readouterr().out
+    finally:
+        ray.shutdown()
