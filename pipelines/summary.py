@@ -11,7 +11,7 @@ from harmonica.command_line import say
 from pipelines import tracking
 from pipelines.config import WorkflowConfig
 from pipelines.html_report import PAGE, write_page
-from pipelines.resume import HEAT_MAP, PROMOTION, REPORT, SERVED, SHEET
+from pipelines.resume import COMPARISON, HEAT_MAP, PROMOTION, REPORT, SERVED, SHEET, SWEEP
 from pipelines.runtime import is_private
 from pipelines.storage import RunStorage
 from pipelines.terminal import results_table
@@ -49,7 +49,7 @@ def summarise(config: WorkflowConfig, storage: RunStorage, run: tracking.StageRu
         results_table(report)
         say(report["verdict"])
     say(f"results:  {storage.uri()}")
-    for name in (PAGE, REPORT, PROMOTION, SHEET, HEAT_MAP, SERVED):
+    for name in (PAGE, REPORT, COMPARISON, SWEEP, PROMOTION, SHEET, HEAT_MAP, SERVED):
         if storage.exists(name):
             say(f"          {Path(storage.uri(name)) if storage.is_local else name}")
     say("MLflow:   make ui      (http://127.0.0.1:5000)")

@@ -41,7 +41,11 @@ PICTURE = "sweep.png"
 _SETTINGS = f"{FOLDER}/settings.json"
 _SAY_EVERY_S = 20.0
 # Ctrl-C ends the workflow, not only the search; and its tables and logs have their place in MLflow.
-_TUNE = {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
+_TUNE = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
 
 
 class _Progress(tune.Callback):
@@ -139,6 +143,7 @@ def _search(config: WorkflowConfig, storage: RunStorage, trials: list[Trial]) ->
         tune_config=tune.TuneConfig(
             scheduler=_scheduler(config),
             max_concurrent_trials=config.sweep.max_concurrent,
+            reuse_actors=True,  # a process of its own takes longer to start than a short trial
             trial_dirname_creator=lambda trial: f"{Trial(**trial.config['trial']).name}-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
@@ -234,10 +239,10 @@ def _register(
 def _verdict(points: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> str:
     front = sorted((p for p in points if p["on_front"]), key=lambda point: point["speedup"])
     ends = [f"{p['psnr_to_full']:.1f} dB at {p['speedup']:.2f}x" for p in (front[0], front[-1])]
+    words = f"{len(front)} of {len(points)} trained routers on the front: {' to '.join(dict.fromkeys(ends))}"
     best = max(front, key=lambda point: point[SCORE])
-    words = f"{len(front)} of {len(points)} trained routers are on the front, from {ends[0]} to {ends[1]}"
-    early = f"; {len(stopped)} trials were stopped early" if stopped else ""
-    return f"{words}; the best score, {best[SCORE]:.1f}, has {best['name']}{early}."
+    early = f"; trials stopped early: {len(stopped)}" if stopped else ""
+    return f"{words}; the best score, {best[SCORE]:.1f}, is that of {best['name']}{early}."
 
 
 def _log(run: tracking.StageRun, result: dict[str, Any], figure: Figure) -> None:

@@ -15,7 +15,7 @@ from pipelines.registry import current
 from pipelines.storage import RunStorage
 from pipelines.sweep import check
 from pipelines.sweep_config import SweepConfig
-from pipelines.sweep_trial import Trial, judging_seed, trials_of
+from pipelines.sweep_trial import Trial, judging_seed, reports_of, trials_of
 from pipelines.tracking import find
 
 
@@ -83,66 +83,83 @@ def test_a_sweep_goes_on_with_its_own_settings_only(tmp_path):
         Trial("target_of_nothing", 2.0, "none", 0).settings(ours)
 
 
-@pytest.mark.slow
-@pytest.mark.cluster
-@pytest.mark.parametrize("search", ["grid", "asha"])
-def test_a_sweep_and_its_second_half(search, tmp_path, capsys, monkeypatch):
+SMALL = [
+    "--sampler.num-inference-steps=4",
+    "--train.batch-size=2",
+    "--train.initial=constant",
+    "--train.initial-logit=0.1",
+    "--evaluate.samples=16",
+    "--evaluate.batch-size=8",
+    "--evaluate.timing-rounds=1",
+    "--sweep.report-every=2",
+    "--sweep.report-samples=2",
+]
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     model = write_model(tmp_path / "model")
-    arguments = [
-        "fashion",
-        "--run-id=r1",
-        f"--storage-path={tmp_path / 'runs'}",
-        f"--model.path={model.path}",
-    ]
-    arguments += ["--sampler.num-inference-steps=4", "--train.trajectories=4", "--train.batch-size=2"]
-    arguments += ["--evaluate.samples=16", "--evaluate.timing-rounds=1", f"--sweep.search={search}"]
-    arguments += ["--sweep.report-every=2", "--sweep.report-samples=2", "--sweep.iepo", "none", "sensitivity"]
-    arguments += ["--sweep.targets", "0.25", "0.5", "--stages", "sweep"]
+    command = ["fashion", "--run-id=r1", f"--storage-path={tmp_path / 'runs'}", *SMALL]
+    yield [*command, f"--model.path={model.path}", "--stages", "sweep"]
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_sweep_and_its_second_half(arguments, tmp_path, capsys):
+    arguments += ["--train.trajectories=4", "--sweep.targets", "0.25", "0.5"]
     storage = RunStorage(str(tmp_path / "runs"), "r1")
-    try:
-        assert workflow.main(arguments) == 0, capsys.readouterr().err
-        said, first = capsys.readouterr().out, storage.read_json("sweep.json")
-        assert "routers are on the front" in said
-        assert len(first["points"]) + len(first["stopped"]) == 4
-        assert len(first["points"]) == 4 or search == "asha"
-        front = [point for point in first["points"] if point["on_front"]]
-        assert front and all(point["version"] for point in front)
-        places = [(point["speedup"], point["psnr_to_full"]) for point in first["points"]]
-        assert [point["on_front"] for point in first["points"]] == on_front(places)
+    assert workflow.main(arguments) == 0, capsys.readouterr().err
+    said, first = capsys.readouterr().out, storage.read_json("sweep.json")
+    assert "2 trained routers on the front" in said
+    assert len(first["points"]) == 2 and not first["stopped"]
+    front = [point for point in first["points"] if point["on_front"]]
+    assert front and all(point["version"] for point in front)
+    places = [(point["speedup"], point["psnr_to_full"]) for point in first["points"]]
+    assert [point["on_front"] for point in first["points"]] == on_front(places)
 
-        parent = find("sweep", "r1", storage.root)
-        assert current("harmonica-fashion", "champion", parent.uri) is None, "none is promoted"
-        stored = parent.client.get_model_version("harmonica-fashion", front[0]["version"])
-        assert float(stored.tags["psnr_to_full"]) == pytest.approx(front[0]["psnr_to_full"], rel=1e-4)
-        assert stored.tags["sweep"] == front[0]["name"] and stored.tags["harmonica.gate"] == "never"
-        logged = {file.path for file in parent.client.list_artifacts(parent.mlflow_run_id)}
-        assert logged >= {"sweep.png", "sweep.json", "sweep_table.json"}
-        assert storage.read_bytes("sweep.png").startswith(b"\x89PNG")
-        page = render(dataclasses.replace(fashion(), run_id="r1"), storage, {}, {})
-        assert first["verdict"] in page and front[0]["name"] in page
+    parent = find("sweep", "r1", storage.root)
+    assert current("harmonica-fashion", "champion", parent.uri) is None, "none is promoted"
+    stored = parent.client.get_model_version("harmonica-fashion", front[0]["version"])
+    assert float(stored.tags["psnr_to_full"]) == pytest.approx(front[0]["psnr_to_full"], rel=1e-4)
+    assert stored.tags["sweep"] == front[0]["name"] and stored.tags["harmonica.gate"] == "never"
+    logged = {file.path for file in parent.client.list_artifacts(parent.mlflow_run_id)}
+    assert logged >= {"sweep.png", "sweep.json", "sweep_table.json"}
+    assert storage.read_bytes("sweep.png").startswith(b"\x89PNG")
+    page = render(dataclasses.replace(fashion(), run_id="r1"), storage, {}, {})
+    assert first["verdict"] in page and front[0]["name"] in page
 
-        # As if it had been killed: one trial half trained, another not measured.
-        storage.delete("sweep.json")
-        half, unmeasured = first["points"][0]["name"], first["points"][-1]["name"]
-        storage.delete_all(f"sweep/{half}/router")
-        storage.delete(f"sweep/{half}/report.json")
-        newest = storage.names(f"sweep/{half}/checkpoints")[-1]
-        storage.delete(f"sweep/{half}/checkpoints/{newest}")
-        storage.delete(f"sweep/{unmeasured}/report.json")
-        assert workflow.main(arguments) == 0, capsys.readouterr().err
-        second = storage.read_json("sweep.json")
-        before = {point["name"]: point for point in first["points"]}
-        for point in second["points"]:
-            # Bit for bit the same router, if all points are there again.
-            if point["name"] in before:
-                assert point["psnr_to_full"] == before[point["name"]]["psnr_to_full"]
-        versions = parent.client.search_model_versions("name = 'harmonica-fashion'")
-        assert len(versions) <= len(
-            {p["name"] for r in (first, second) for p in r["points"] if p["on_front"]}
-        )
-        assert workflow.main(arguments) == 0
-        assert "[sweep] done before" in capsys.readouterr().out
-    finally:
-        ray.shutdown()
+    # As if it had been killed: one trial half trained.
+    half = first["points"][0]["name"]
+    newest = storage.names(f"sweep/{half}/checkpoints")[-1]
+    for name in ("sweep.json", f"sweep/{half}/report.json", f"sweep/{half}/checkpoints/{newest}"):
+        storage.delete(name)
+    storage.delete_all(f"sweep/{half}/router")
+    assert workflow.main(arguments) == 0, capsys.readouterr().err
+    second = storage.read_json("sweep.json")
+    for before, after in zip(first["points"], second["points"]):
+        assert (after["name"], after["psnr_to_full"]) == (before["name"], before["psnr_to_full"])
+    told = reports_of(storage, Trial("target_cur", 0.25, "sensitivity", 0))
+    assert [report["trajectory"] for report in told] == [2, 4], "from its last report on"
+    versions = parent.client.search_model_versions("name = 'harmonica-fashion'")
+    on_either = {p["name"] for made in (first, second) for p in made["points"] if p["on_front"]}
+    assert len(versions) == len(on_either), "none twice"
+    capsys.readouterr()
+    assert workflow.main(arguments) == 0
+    assert "[sweep] done before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_asha_stops_what_falls_behind(arguments, tmp_path, capsys):
+    arguments += ["--train.trajectories=8", "--sweep.search=asha", "--sweep.max-concurrent=1"]
+    # Nothing is gained by reuse at this rate: the earlier trials are the better ones.
+    arguments += ["--promotion.db-per-doubling=0", "--sweep.targets", "0.1", "0.7"]
+    assert workflow.main(arguments) == 0, capsys.readouterr().err
+    made = RunStorage(str(tmp_path / "runs"), "r1").read_json("sweep.json")
+    assert [point["name"] for point in made["points"]] == ["cur-0.1-sensitivity-seed-0"]
+    (stopped,) = made["stopped"]
+    assert stopped["name"] == "cur-0.7-sensitivity-seed-0" and stopped["trajectory"] < 8
+    assert "trials stopped early: 1" in made["verdict"]
