@@ -23,7 +23,7 @@ from pipelines.evaluate import evaluate, with_sample
 from pipelines.gate import score
 from pipelines.pareto import front_figure, on_front
 from pipelines.promotion import measurements
-from pipelines.resume import ROUTER, SWEEP
+from pipelines.resume import ROUTER, SWEEP, stages_again
 from pipelines.storage import RunStorage
 from pipelines.sweep_trial import (
     FOLDER,
@@ -78,7 +78,9 @@ def check(config: WorkflowConfig, storage: RunStorage) -> None:
     """
     for trial in trials_of(config):
         trial.settings(config)
-    if storage.exists(_SETTINGS) and storage.read_json(_SETTINGS) != _settings(config):
+    if "sweep" in stages_again(config) or not storage.exists(_SETTINGS):
+        return
+    if storage.read_json(_SETTINGS) != _settings(config):
         raise ValueError(
             f"sweep is {_settings(config)} and that of run_id {config.run_id} was begun with "
             f"{storage.read_json(_SETTINGS)}: give those, or --from sweep to do it again"

@@ -79,6 +79,7 @@ def test_a_sweep_goes_on_with_its_own_settings_only(tmp_path):
     check(config(targets=(0.2,), max_concurrent=9), storage)
     with pytest.raises(ValueError, match=r"sweep is .* begun with .*: give those, or --from sweep"):
         check(config(targets=(0.3,)), storage)
+    check(dataclasses.replace(config(targets=(0.3,)), stages=("sweep",), done_again_from="sweep"), storage)
     with pytest.raises(ValueError, match=r"train\.iepo_every is 0|sweep\.over|target"):
         Trial("target_of_nothing", 2.0, "none", 0).settings(ours)
 
