@@ -15,7 +15,7 @@ from harmonica.rows import RowSpec, make_rows
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.sampling import sample
 from pipelines.evaluate import verdict
-from pipelines.timing import CACHED, FEWER, FULL
+from pipelines.timing import CACHED, FEWER, FULL, steps_as_long
 
 
 def arms(cached_psnr: float, cached_frechet: float) -> dict:
@@ -38,6 +38,13 @@ def test_the_verdict_says_in_words_who_is_nearer(cached, worth, words) -> None:
     said = verdict(arms(*cached))
     assert said["worth_having"] is worth
     assert re.search(words, said["verdict"])
+
+
+@pytest.mark.parametrize(
+    ("cached", "steps"), [(0.5, 10), (0.501, 10), (0.52, 11), (0.677, 14), (1.3, 20), (0.01, 2)]
+)
+def test_fewer_steps_take_no_less_time_than_cached(cached, steps) -> None:
+    assert steps_as_long(20, {FULL: 1.0, CACHED: cached}) == steps
 
 
 @pytest.fixture(scope="module")
