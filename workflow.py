@@ -3,6 +3,7 @@
 python workflow.py                                   # the `fashion` preset
 python workflow.py fashion --train.trajectories 200  # a preset with overrides
 python workflow.py fashion --run-id NAME             # again: finished stages are skipped
+python workflow.py fashion --promote never           # register it, and leave the champion as it is
 python workflow.py --help                            # presets; `fashion --help` lists every setting
 
 ray job submit --working-dir . -- python workflow.py
@@ -17,7 +18,8 @@ from pipelines.stages import Workflow
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when every stage is done, 2 for unusable input, 1 when a stage fails, else 128 + signal."""
+    """Exit code 0 when every stage is done, 3 when it is and the gate kept the new router from being the
+    champion, 2 for unusable input, 1 when a stage fails, else 128 + signal."""
     try:
         config = parse(arguments, PRESETS, "workflow.py")
         workflow = Workflow(config)
@@ -35,7 +37,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:  # whatever a stage raises ends here, once, with its name
         return fail(error, code=1)
     workflow.summarise()
-    return 0
+    return fail(workflow.refusal, code=3) if workflow.refusal else 0
 
 
 if __name__ == "__main__":

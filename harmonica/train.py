@@ -161,8 +161,8 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
     return artifact
 
 
-def trajectories(run: RouterRun, spec: RowSpec, share: Share) -> Iterator[dict[str, float]]:
-    """Train to the end on rows made here; the metrics after each trajectory."""
+def trained(run: RouterRun, spec: RowSpec, share: Share) -> Iterator[dict[str, float]]:
+    """Train the trajectories that are left, on rows made here; the metrics after each."""
     while run.trajectory < run.config.all_trajectories:
         indices = share.indices(np.arange(share.size), run.trajectory)
         rows = Batch.of(make_rows(indices, spec), spec, run.device)
@@ -171,7 +171,7 @@ def trajectories(run: RouterRun, spec: RowSpec, share: Share) -> Iterator[dict[s
 
 def _train(run: RouterRun, spec: RowSpec, share: Share, folder: _Folder, tell: Callable[[str], None]) -> None:
     config, last_said, last_saved = run.config, 0.0, time.monotonic()
-    for metrics in trajectories(run, spec, share):
+    for metrics in trained(run, spec, share):
         is_last, now = run.trajectory == config.all_trajectories, time.monotonic()
         if is_last or now - last_said > _SAY_EVERY_S:
             shown = ("loss", "mse", "beta", "updates_per_s")

@@ -24,8 +24,8 @@ _DIGITS = 16
 class Checkpoints:
     """The states of one run; only tensors and plain values, since loading executes nothing."""
 
-    def __init__(self, storage: RunStorage) -> None:
-        self.storage = storage
+    def __init__(self, storage: RunStorage, folder: str = FOLDER) -> None:
+        self.storage, self.folder = storage, folder
 
     def save(self, trajectory: int, state: dict[str, Any]) -> None:
         """Write a state, then delete all but the last few.
@@ -37,20 +37,20 @@ class Checkpoints:
         torch.save(state, buffer)
         data = buffer.getvalue()
         name = f"{trajectory:09d}-{_digest(data)}.pt"
-        self.storage.write_bytes(f"{FOLDER}/{name}", data)
-        older = [other for other in self.storage.names(FOLDER) if other < name]
+        self.storage.write_bytes(f"{self.folder}/{name}", data)
+        older = [other for other in self.storage.names(self.folder) if other < name]
         for other in older[: 1 - _KEPT]:
-            self.storage.delete(f"{FOLDER}/{other}")
+            self.storage.delete(f"{self.folder}/{other}")
 
     def last(self) -> str:
         """Name of the newest state that is whole, "" where there is none; warns of those passed over."""
-        for name in reversed(self.storage.names(FOLDER)):
+        for name in reversed(self.storage.names(self.folder)):
             size = len(data := self._read(name))
             if _digest(data) == _digest_in(name):
                 return name
             logger.warning(
                 "checkpoint %s is damaged (%d bytes are not what was written): going on from the one before",
-                self.storage.uri(f"{FOLDER}/{name}"),
+                self.storage.uri(f"{self.folder}/{name}"),
                 size,
             )
         return ""
@@ -60,7 +60,7 @@ class Checkpoints:
         return torch.load(io.BytesIO(self._read(name)), weights_only=True, map_location=device)
 
     def _read(self, name: str) -> bytes:
-        return self.storage.read_bytes(f"{FOLDER}/{name}")
+        return self.storage.read_bytes(f"{self.folder}/{name}")
 
 
 def _digest(data: bytes) -> str:

@@ -16,7 +16,7 @@ from harmonica.artifact import RouterArtifact
 from harmonica.models.base import Macs
 from harmonica.models.loading import load_model
 from harmonica.rows import Batch, RowSpec, Share, make_rows
-from harmonica.train import trajectories
+from harmonica.train import trained
 from pipelines.comparison_picture import comparison_picture
 from pipelines.config import TrainConfig, WorkflowConfig
 from pipelines.contenders import OURS, Entry, full_arm, learned_arm, learners, unlearned
@@ -51,6 +51,7 @@ def compare(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any]
     seconds, spread = ray.get(timed.remote(config, spec, plain))
     settings = dataclasses.replace(config.evaluate, samples=config.compare.samples)
     quality = judge(dataclasses.replace(config, evaluate=settings), spec, plain)
+    full = quality[FULL]
     points = [
         _point(entry, arm, seconds, macs) | quality[arm.name]
         for entry, arm in arms
@@ -61,7 +62,7 @@ def compare(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any]
         "sampler": config.sampler.name,
         "samples": config.compare.samples,
         "seconds_spread": max(spread.values()),
-        "full": quality[FULL],
+        "full": full,
         "points": points,
         "verdict": verdict(points, config.compare.targets),
     }, comparison_picture(points)
@@ -93,7 +94,7 @@ def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig) -> None
     quiet_libraries()
     config = dataclasses.replace(config, train=train, seed=config.seed + 1000 * entry.seed)
     run, spec = start_run(config, device_of(config.evaluate.use_gpu))
-    for _ in trajectories(run, spec, Share(train.batch_size)):
+    for _ in trained(run, spec, Share(train.batch_size)):
         pass
     storage = RunStorage(config.storage_path, config.run_id, patient=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -20,14 +20,16 @@ from harmonica.training_config import TrainingConfig
 from pipelines.checks import require
 from pipelines.compare_config import CompareConfig
 from pipelines.evaluate_config import EvaluateConfig
+from pipelines.promote_config import Promote, PromoteConfig
 from pipelines.serve_config import ServeConfig
+from pipelines.sweep_config import SweepConfig
 
-Stage = Literal["prompts", "train", "evaluate", "register", "serve", "compare"]
+Stage = Literal["prompts", "train", "evaluate", "sweep", "register", "serve", "compare"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+TEXT_STAGES: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage not in ("sweep", "compare"))
+"""The chain, where nothing else is asked for."""
 Placement = Literal["PACK", "SPREAD", "STRICT_SPREAD"]
-CHAIN: tuple[Stage, ...] = STAGES[:-1]
-"""What makes a router and serves it; `compare` is for those who ask."""
-CLASS_STAGES: tuple[Stage, ...] = CHAIN[1:]
+CLASS_STAGES: tuple[Stage, ...] = TEXT_STAGES[1:]
 """Of a model that takes no prompts."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ENDPOINT = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+/?")
@@ -151,6 +153,8 @@ class WorkflowConfig:
     """Of a run that has it already: do this stage and those after it again."""
     registered_model: str = "harmonica-fashion"
     """Name in MLflow's registry; the alias `champion` points at the version Serve loads."""
+    promote: Promote = "gate"
+    """Whether a new version becomes the champion: if it passes the gate of `promotion`, never, or always."""
     node_metrics_interval_s: float = 10.0
     """Seconds between readings of every node's CPU, memory and GPUs, which go to MLflow; 0 takes none."""
     seed: int = 0
@@ -165,6 +169,10 @@ class WorkflowConfig:
     """Router training."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Evaluation."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """Search over targets, lambda kinds and seeds; only where the stage sweep is asked for."""
+    promotion: PromoteConfig = field(default_factory=PromoteConfig)
+    """The gate."""
     serve: ServeConfig = field(default_factory=ServeConfig)
     """Endpoint."""
     compare: CompareConfig = field(default_factory=CompareConfig)
@@ -192,6 +200,8 @@ class WorkflowConfig:
         require(bool(self.stages), "stages", self.stages, f"give some of {', '.join(STAGES)}")
         unknown = [stage for stage in self.stages if stage not in STAGES]
         require(not unknown, "stages", unknown, f"give some of {', '.join(STAGES)}")
+        cure = f"give one of {', '.join(get_args(Promote))}"
+        require(self.promote in get_args(Promote), "promote", self.promote, cure)
         require(
             self.done_again_from is None or bool(self.run_id),
             "from",

@@ -9,14 +9,15 @@ from harmonica import presets
 from harmonica.builtin import CAPTIONS
 from harmonica.presets import Recipe
 from pipelines.config import (
-    CHAIN,
     CLASS_STAGES,
+    TEXT_STAGES,
     EvaluateConfig,
     PromptsConfig,
     ServeConfig,
     TrainConfig,
     WorkflowConfig,
 )
+from pipelines.promote_config import PromoteConfig
 
 
 def _from_recipe(recipe: Callable[[], Recipe], **settings: Any) -> WorkflowConfig:
@@ -29,7 +30,11 @@ def _from_recipe(recipe: Callable[[], Recipe], **settings: Any) -> WorkflowConfi
 
 def fashion() -> WorkflowConfig:
     """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download."""
-    return _from_recipe(presets.fashion, evaluate=EvaluateConfig(samples=256, timing_rounds=4))
+    return _from_recipe(
+        presets.fashion,
+        evaluate=EvaluateConfig(samples=256, timing_rounds=4),
+        promotion=PromoteConfig(min_psnr_to_full=38, max_frechet_to_full=0.02, min_speedup=1.2),
+    )
 
 
 def fashion_text() -> WorkflowConfig:
@@ -38,9 +43,10 @@ def fashion_text() -> WorkflowConfig:
         presets.fashion_text,
         preset="fashion-text",
         registered_model="harmonica-fashion-text",
-        stages=CHAIN,
+        stages=TEXT_STAGES,
         prompts=PromptsConfig(path=str(CAPTIONS), max_tokens=16, dtype="float32"),
         evaluate=EvaluateConfig(samples=256, timing_rounds=4),
+        promotion=PromoteConfig(min_psnr_to_full=35, min_speedup=1.2),
     )
 
 
@@ -49,7 +55,7 @@ def _on_gpus(name: str) -> WorkflowConfig:
     is_text = name.startswith("pixart")
     return _from_recipe(
         presets.RECIPES[name],
-        stages=CHAIN if is_text else CLASS_STAGES,
+        stages=TEXT_STAGES if is_text else CLASS_STAGES,
         prompts=PromptsConfig(max_tokens=300 if "sigma" in name else 120, use_gpu=is_text),
         preset=name,
         registered_model=f"harmonica-{name}",

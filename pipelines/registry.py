@@ -18,6 +18,10 @@ from pipelines.tracking import StageRun, make_client, without_credentials
 
 CHAMPION = "champion"
 _FOLDER = "router"
+GATE = "harmonica.gate"
+"""Tag of a version that is not promoted as it is made: what was decided about it."""
+PENDING, PASSED, REFUSED, FORCED, NOT_ASKED = "pending", "passed", "refused", "always", "never"
+_KEPT_BACK = (PENDING, REFUSED, NOT_ASKED)
 _PROMOTED = "harmonica.promoted_to"
 """Tag of a version that has carried an alias: it gets it once, and takes it from no later one."""
 
@@ -27,7 +31,7 @@ def register(
     *,
     name: str,
     run: StageRun,
-    alias: str = CHAMPION,
+    alias: str | None = CHAMPION,
     tags: Mapping[str, str] | None = None,
 ) -> str:
     """Upload the folder to the MLflow run and point the alias at it; returns the version.
@@ -35,39 +39,64 @@ def register(
     Called again for the same MLflow run it makes no second version, leaves the first one's files alone, since
     a registered version never changes, and the alias where it is by then.
 
+    Args:
+        alias: None leaves that to a later `promote`.
+
     Raises:
         ValueError: the folder is no router artifact.
     """
     RouterArtifact.load(artifact_folder)
     client = run.client
     _ensure_registered_model(client, name)
-    found = _find(client, name, run)
+    found = find(name, run)
     if found is not None:
         version = str(found.version)
     else:
         client.log_artifacts(run.mlflow_run_id, str(artifact_folder), artifact_path=_FOLDER)
         # Not runs:/...: a server takes only what lies under the run's own artifact URI, and this is it.
         root = client.get_run(run.mlflow_run_id).info.artifact_uri.rstrip("/")
+        pending = {} if alias else {GATE: PENDING}
         created = client.create_model_version(
-            name, source=f"{root}/{_FOLDER}", run_id=run.mlflow_run_id, tags=dict(tags or {})
+            name, source=f"{root}/{_FOLDER}", run_id=run.mlflow_run_id, tags=pending | dict(tags or {})
         )
         version = str(created.version)
-    if found is None or found.tags.get(_PROMOTED) != alias:
-        client.set_registered_model_alias(name, alias, version)
-        client.set_model_version_tag(name, version, _PROMOTED, alias)
+    if alias and not (found is not None and was_promoted(found, alias)):
+        promote(client, name, version, alias)
     return version
 
 
-def registered(name: str, run: StageRun, alias: str = CHAMPION) -> str:
-    """The version that `register` has made of this MLflow run, "" where it has not, or not to the end."""
-    found = _find(run.client, name, run)
-    return str(found.version) if found is not None and found.tags.get(_PROMOTED) == alias else ""
+def promote(client: MlflowClient, name: str, version: str, alias: str = CHAMPION) -> None:
+    """Point the alias at the version, and remember that it had it."""
+    client.set_registered_model_alias(name, alias, version)
+    client.set_model_version_tag(name, version, _PROMOTED, alias)
 
 
-def _find(client: MlflowClient, name: str, run: StageRun) -> ModelVersion | None:
+def was_promoted(version: ModelVersion, alias: str = CHAMPION) -> bool:
+    """Whether it has carried the alias, even if it does no more."""
+    return version.tags.get(_PROMOTED) == alias
+
+
+def set_tags(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
+    """Give a version those of the tags that it has not."""
+    before = client.get_model_version(name, version).tags
+    for key, value in tags.items():
+        if before.get(key) != value:
+            client.set_model_version_tag(name, version, key, value)
+
+
+def find(name: str, run: StageRun) -> ModelVersion | None:
+    """The version that `register` has made of this MLflow run."""
     query = f"name = '{name}' and run_id = '{run.mlflow_run_id}'"
-    found = client.search_model_versions(query, max_results=1)
+    found = run.client.search_model_versions(query, max_results=1)
     return found[0] if found else None
+
+
+def current(name: str, alias: str, uri: str) -> ModelVersion | None:
+    """The version that carries the alias now, if any does."""
+    try:
+        return make_client(uri).get_model_version(name, resolve(name, alias, uri))
+    except ValueError:
+        return None
 
 
 def resolve(name: str, alias: str, uri: str) -> str:
@@ -108,11 +137,11 @@ def load_version(name: str, version: str, uri: str) -> RouterArtifact:
 
 
 def newest_versions(name: str, uri: str, most: int) -> list[str]:
-    """Registered versions, newest first, at most so many."""
+    """Registered versions, newest first, at most so many; without those that the gate has not let through."""
     found = make_client(uri).search_model_versions(
         f"name = '{name}'", max_results=most, order_by=["version_number DESC"]
     )
-    return [str(version.version) for version in found]
+    return [str(version.version) for version in found if version.tags.get(GATE) not in _KEPT_BACK]
 
 
 def _ensure_registered_model(client: MlflowClient, name: str) -> None:

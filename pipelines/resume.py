@@ -10,12 +10,16 @@ from pipelines.storage import RunStorage
 from pipelines.stream import PROMPTS
 
 ROUTER, REPORT, SHEET, HEAT_MAP, CONFIG = "router", "report.json", "samples.png", "router.png", "config.json"
-SERVED, COMPARISON, COMPARISON_PICTURE = "served.png", "comparison.json", "comparison.png"
-# None of it changes what the finished stages made.
+SERVED, PROMOTION = "served.png", "promotion.json"
+COMPARISON, COMPARISON_PICTURE, SWEEP = "comparison.json", "comparison.png", "sweep.json"
+# None of it changes what the finished stages made; a sweep keeps its own settings.
 _FREE = {
     "run_id",
     "stages",
     "serve",
+    "sweep",
+    "promote",
+    "promotion",
     "storage_path",
     "storage_endpoint",
     "preset",
@@ -37,7 +41,8 @@ _MADE_BY: dict[Stage, tuple[str, ...]] = {
     "prompts": (f"{PROMPTS}/{MANIFEST}", PROMPTS),
     "train": (f"{ROUTER}/config.json", ROUTER, "train"),
     "evaluate": (REPORT, SHEET, HEAT_MAP),
-    "register": (),
+    "sweep": (SWEEP, "sweep", "sweep.png"),
+    "register": (PROMOTION,),
     "serve": (SERVED,),
     "compare": (COMPARISON, COMPARISON_PICTURE, "compare"),
 }

@@ -1,17 +1,11 @@
 """The stages of one run: each is skipped where what it makes is already there."""
 
-import base64
 import dataclasses
-import importlib.metadata
-import io
-import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from harmonica.artifact import RouterArtifact
@@ -23,23 +17,18 @@ from harmonica.prompt_files import MANIFEST
 from harmonica.prompts import PromptStore
 from harmonica.samplers import make_sampler, with_scheduler
 from harmonica.targets import reusable_share
-from pipelines import registry, resume, tracking
+from pipelines import resume, tracking
+from pipelines.charts import png_of
 from pipelines.config import Stage, WorkflowConfig
 from pipelines.judges import check_judges
 from pipelines.node_metrics import node_metrics
-from pipelines.resume import COMPARISON, COMPARISON_PICTURE, HEAT_MAP, REPORT, ROUTER, SERVED, SHEET
+from pipelines.publishing import Publisher
+from pipelines.resume import COMPARISON, COMPARISON_PICTURE, REPORT, ROUTER, SWEEP
 from pipelines.runtime import connect, is_private
 from pipelines.storage import RunStorage, settle_endpoint
 from pipelines.stream import PROMPTS
-from pipelines.terminal import comparison_table, results_table
-
-
-def _git_revision() -> str:
-    """Of the code that runs; a job's unpacked folder, or a machine without git, has none."""
-    if shutil.which("git") is None:
-        return "unknown"
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+from pipelines.summary import git_revision, summarise, versions
+from pipelines.terminal import comparison_table
 
 
 class Workflow:
@@ -53,9 +42,21 @@ class Workflow:
         self.storage = RunStorage(config.storage_path, run_id, patient=True)
         # Absolute, since actors run in folders of their own.
         self.config = dataclasses.replace(self.config, storage_path=self.storage.root)
-        self.url = ""
         self._class_names: tuple[str, ...] = ()
         self._parent: tracking.StageRun | None = None
+        self._publisher: Publisher | None = None
+
+    @property
+    def publisher(self) -> Publisher:
+        """Once the run is tracked."""
+        assert self._publisher is not None
+        return self._publisher
+
+    @property
+    def refusal(self) -> str:
+        """Why the gate kept this run's router back, "" where it did not."""
+        decision = self._publisher.decision if self._publisher else None
+        return decision.words if decision is not None and decision.is_refused else ""
 
     def check(self) -> None:
         """Everything that can be refused is refused here, before any work starts.
@@ -88,13 +89,28 @@ class Workflow:
                 f"stages is {self.config.stages} and run_id {self.config.run_id} has no router yet: "
                 "add the stage train, or give the --run-id of a trained run"
             )
+        self._check_promotion()
         self._check_prompts(model)
         if "evaluate" in self.config.stages and not self._is_finished("evaluate"):
             check_judges(self.config, loaded)
+        if "sweep" in self.config.stages and not self._is_finished("sweep"):
+            from pipelines.sweep import check
+
+            check(self.config, self.storage)
         if self.storage.is_local:  # last, since it makes the folder
             self.storage.check_writable()
         tracking.tracking_uri(self.config.storage_path)
         resume.take_up(self.config, self.storage)
+
+    def _check_promotion(self) -> None:
+        stages = self.config.stages
+        if self.config.promote != "gate" or "register" not in stages or self._is_finished("evaluate"):
+            return
+        if "evaluate" not in stages[: stages.index("register")]:
+            raise ValueError(
+                f"promote is 'gate' and run_id {self.config.run_id} has no evaluation before stages {stages} "
+                "register its router: add the stage evaluate, or give --promote never or always"
+            )
 
     def _is_finished(self, stage: Stage) -> bool:
         return resume.is_finished(stage, self.config, self.storage)
@@ -110,7 +126,8 @@ class Workflow:
             raise ValueError(
                 f"prompts.max_tokens is {prompts.max_tokens} and the model takes {tokens}: give that number"
             )
-        if self._is_finished("prompts") or not {"prompts", "train", "evaluate", "compare"} & set(stages):
+        trained_on = {"prompts", "train", "evaluate", "sweep", "compare"}
+        if self._is_finished("prompts") or not trained_on & set(stages):
             return
         if "prompts" not in stages:
             raise ValueError(
@@ -130,11 +147,11 @@ class Workflow:
             ) as self._parent,
             node_metrics(self._parent, self.config.node_metrics_interval_s),
         ):
+            self._publisher = Publisher(self.config, self.storage, self._parent)
             yield
 
     def _parameters(self) -> dict[str, Any]:
-        versions = {n: importlib.metadata.version(n) for n in ("ray", "torch", "mlflow", "timm", "diffusers")}
-        return self.config.to_dict() | {"versions": versions, "git_revision": _git_revision()}
+        return self.config.to_dict() | {"versions": versions(), "git_revision": git_revision()}
 
     def run(self, stage: Stage) -> None:
         """Run one stage, or say that it is done already."""
@@ -142,7 +159,8 @@ class Workflow:
             "prompts": self._prompts,
             "train": self._train,
             "evaluate": self._evaluate,
-            "register": self._register,
+            "sweep": self._sweep,
+            "register": self.publisher.register,
             "serve": self._serve,
             "compare": self._compare,
         }
@@ -185,7 +203,7 @@ class Workflow:
             report, pictures = evaluate(self.config, artifact)
             for name, figure in pictures.items():
                 run.client.log_figure(run.mlflow_run_id, figure, name)
-                self._save_figure(name, figure)
+                self.storage.write_bytes(name, png_of(figure))
             run.log(tracking.numbers(report))
             assert self._parent is not None
             self._parent.log(tracking.numbers(report))
@@ -201,83 +219,28 @@ class Workflow:
             comparison, figure = compare(self.config, self.storage)
             run.client.log_figure(run.mlflow_run_id, figure, COMPARISON_PICTURE)
             run.client.log_dict(run.mlflow_run_id, comparison, COMPARISON)
-            self._save_figure(COMPARISON_PICTURE, figure)
+            self.storage.write_bytes(COMPARISON_PICTURE, png_of(figure))
             self.storage.write_json(COMPARISON, comparison)
         comparison_table(comparison)
         first = [said for said in comparison["verdict"] if said["is_first"]]
         return f"HarmoniCa is first at {len(first)} of {len(comparison['verdict'])} speeds"
 
-    def _save_figure(self, name: str, figure: Any) -> None:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        self.storage.write_bytes(name, buffer.getvalue())
+    def _sweep(self) -> str:
+        from pipelines.sweep import sweep
 
-    def _register(self) -> str:
-        from pipelines.evaluate import with_sample
-
-        assert self._parent is not None
-        if version := registry.registered(self.config.registered_model, self._parent):
-            return f"version {version} of {self.config.registered_model}, done before"
-        folder = self.storage.download_folder(ROUTER)
-        artifact = RouterArtifact.load(folder)
-        if artifact.sample_CHW is None:
-            folder = with_sample(self.config, artifact).save(folder)
-            self.storage.upload_folder(folder, ROUTER)
-        version = registry.register(
-            folder,
-            name=self.config.registered_model,
-            run=self._parent,
-            tags={"run_id": self.config.run_id},
-        )
-        return f"version {version} of {self.config.registered_model} is the champion"
+        if self.storage.exists(SWEEP):
+            return "done before"
+        with self._stage("sweep") as run:
+            verdict: str = sweep(self.config, self.storage, run)["verdict"]
+        return verdict
 
     def _serve(self) -> str:
-        from pipelines import serve
-
-        uri = tracking.tracking_uri(self.config.storage_path)
-        self.url = serve.deploy(
-            self.config.serve,
-            self.config.model,
-            registered_model=self.config.registered_model,
-            tracking_uri=uri,
-        )
-        try:
-            prompt = self._class_names[-1] if self._class_names else self._first_prompt()
-            answer = serve.first_image(self.url, prompt, seed=1)
-            self.storage.write_bytes(SERVED, base64.b64decode(answer["data"][0]["b64_json"]))
-        except BaseException:
-            serve.shutdown()
-            raise
-        if not self.config.serve.keep:
-            serve.shutdown()
-        return f"{self.url} drew {prompt!r} in {answer['inference_time_s']:.2f} s"
+        return self.publisher.serve(self._class_names[-1] if self._class_names else self._first_prompt())
 
     def _first_prompt(self) -> str:
         return PromptStore(self.storage.uri(PROMPTS)).row(0)[2]
 
     def summarise(self) -> None:
-        """The table, and where everything is."""
-        if self.storage.exists(REPORT):
-            report = self.storage.read_json(REPORT)
-            results_table(report)
-            say(report["verdict"])
-        say(f"results:  {self.storage.uri()}")
-        for name in (REPORT, SHEET, HEAT_MAP, SERVED):
-            if self.storage.exists(name):
-                say(f"          {Path(self.storage.uri(name)) if self.storage.is_local else name}")
-        say("MLflow:   make ui      (http://127.0.0.1:5000)")
-        if self.config.serve.keep and self.url:
-            say(f"endpoint: {self.url} stays up")
-            self._wait()
-        else:
-            say("endpoint: make serve   (http://127.0.0.1:8000, serves the champion)")
-
-    def _wait(self) -> None:
-        """On a private cluster the endpoint lives as long as this process; on a joined one, by itself."""
-        if is_private():
-            say("          until Ctrl-C")
-            try:
-                while True:
-                    time.sleep(3600)
-            except KeyboardInterrupt:
-                say("stopped")
+        """The page, the table, and where everything is; then, where the endpoint is to stay, stay with it."""
+        assert self._parent is not None
+        summarise(self.config, self.storage, self._parent, self.publisher.url)

@@ -97,8 +97,16 @@ class StageRun:
 
     def last_step(self, metric: str) -> int:
         """The newest step that MLflow has of a metric, -1 where it has none."""
-        history = self.client.get_metric_history(self.mlflow_run_id, metric)
-        return max((point.step for point in history), default=-1)
+        return max((step for step, _ in self.history(metric)), default=-1)
+
+    def history(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of all that MLflow has of a metric, in order."""
+        points = self.client.get_metric_history(self.mlflow_run_id, metric)
+        return sorted((point.step, point.value) for point in points)
+
+    def metric_names(self) -> list[str]:
+        """Of all metrics that MLflow has of it."""
+        return sorted(self.client.get_run(self.mlflow_run_id).data.metrics)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -133,6 +141,14 @@ def _find(client: MlflowClient, experiment_id: str, stage: str, run_id: str) -> 
     query = f"tags.`{_RUN_TAG}` = '{run_id}' and tags.`{_STAGE_TAG}` = '{stage}'"
     found = client.search_runs([experiment_id], query, max_results=1)
     return found[0].info.run_id if found else ""
+
+
+def find(stage: str, run_id: str, storage_path: str) -> StageRun | None:
+    """The MLflow run of (run id, stage), where there is one."""
+    uri = tracking_uri(storage_path)
+    client = make_client(uri)
+    found = _find(client, _experiment_id(client, storage_path), stage, run_id)
+    return StageRun(uri, found) if found else None
 
 
 def set_aside(stages: Sequence[str], run_id: str, storage_path: str) -> None:

@@ -16,7 +16,7 @@ from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.sampling import sample
 from pipelines.evaluate import verdict
 from pipelines.terminal import results_table
-from pipelines.timing import CACHED, FEWER, FULL
+from pipelines.timing import CACHED, FEWER, FULL, steps_as_long
 from pipelines.tracking import numbers
 
 
@@ -57,6 +57,13 @@ def test_an_interval_is_two_metrics_of_mlflow() -> None:
     report = {"arms": {"full": {"x": 1.0, "x_interval": [0.5, 1.5]}}, "verdict": "words"}
     expected = {"arms.full.x": 1.0, "arms.full.x_interval.low": 0.5, "arms.full.x_interval.high": 1.5}
     assert numbers(report) == expected
+
+
+@pytest.mark.parametrize(
+    ("cached", "steps"), [(0.5, 10), (0.501, 10), (0.52, 11), (0.677, 14), (1.3, 20), (0.01, 2)]
+)
+def test_fewer_steps_take_no_less_time_than_cached(cached, steps) -> None:
+    assert steps_as_long(20, {FULL: 1.0, CACHED: cached}) == steps
 
 
 @pytest.fixture(scope="module")

@@ -35,11 +35,16 @@ SMALL = [
     "--evaluate.batch-size=8",
     "--evaluate.timing-rounds=1",
 ]
+LET_THROUGH = "--promote=always"
+"""What two trajectories make is not worth having."""
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["fashion", "--promotion.min-speedup=0.5"], ["promotion.min_speedup is 0.5", "give 1 or more"]),
+        (["fashion", "--stages", "train", "register"], ["promote is 'gate'", "add the stage evaluate"]),
+        (["fashion", "--stages", "train", "register", "evaluate"], ["no evaluation before", "register"]),
         (["fashoin"], ["preset is 'fashoin'", "give one of fashion, fashion-text, dit-xl-2-256"]),
         (["fashion", "--train.batch-size=3"], ["train.batch_size is 3", "give a multiple of"]),
         (["fashion", "--train.sdt.threshold=2"], ["train.sdt.threshold is 2", "between 0 and 1"]),
@@ -190,8 +195,27 @@ def test_the_chain_and_its_second_run(
         *SMALL,
     ]
     try:
+        assert workflow.main([*arguments, "--promotion.min-psnr-to-full=99"]) == 3
+        said, run = capsys.readouterr(), tmp_path / "runs" / "r1"
+        assert (
+            "error: version 1 of harmonica-fashion is kept and not promoted, there is no champion" in said.err
+        )
+        assert "[serve] skipped: no version of harmonica-fashion is the champion" in said.out
+        decision = json.loads((run / "promotion.json").read_text())
+        assert (decision["outcome"], decision["promoted"]) == ("refused", False)
+        answers = {check["name"]: check["passed"] for check in decision["checks"]}
+        assert (answers["psnr_to_full"], answers["reproduces"]) == (False, True)
+        page = (run / "report.html").read_text()
+        assert "PSNR to full is" in page and page.count("data:image/png;base64,") == 4, (
+            "also of a refused one"
+        )
+        assert (run.parent / "mlartifacts").is_dir() and list(run.parent.rglob("artifacts/report.html"))
+
+        arguments.append(LET_THROUGH)  # overruled, with the same run id
         assert workflow.main(arguments) == 0
-        run = tmp_path / "runs" / "r1"
+        said = capsys.readouterr()
+        assert said.out.count("done before") == 2
+        assert "version 1 of harmonica-fashion is the champion" in said.out
         report = json.loads((run / "report.json").read_text())
         for key in ("cur", "ideal_speedup", "measured_speedup", "realised_share", "verdict"):
             assert key in report
@@ -235,7 +259,7 @@ def test_the_chain_with_everything_on_s3_and_runs_in_postgresql(
         monkeypatch.delenv("AWS_ENDPOINT_URL")  # the workflow's own setting says it, once
         for path in folder.iterdir():
             s3.client().put_object(Bucket=BUCKET, Key=f"models/dit/{path.name}", Body=path.read_bytes())
-        arguments = ["fashion", "--run-id=r1", f"--storage-path=s3://{BUCKET}/runs", *SMALL]
+        arguments = ["fashion", "--run-id=r1", f"--storage-path=s3://{BUCKET}/runs", LET_THROUGH, *SMALL]
         arguments += [f"--storage-endpoint={s3.endpoint}", f"--model.path=s3://{BUCKET}/models/dit"]
         arguments += [f"--serve.port={free_port()}", "--node-metrics-interval-s=1"]
         server = MlflowServer(
@@ -290,7 +314,7 @@ def test_the_chain_on_prompts(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a dark boot\na pale dress\na photo of a dark boot\na bag\n" * 2)
     arguments = ["fashion-text", "--run-id=t1", f"--storage-path={tmp_path / 'runs'}", *SMALL]
-    arguments += [f"--prompts.path={prompts}", f"--serve.port={free_port()}"]
+    arguments += [LET_THROUGH, f"--prompts.path={prompts}", f"--serve.port={free_port()}"]
     try:
         assert workflow.main(arguments) == 0, capsys.readouterr().err
         run = tmp_path / "runs" / "t1"
@@ -356,7 +380,7 @@ def test_submitted_as_a_job(tmp_path: Path, cluster_environment: dict[str, str])
     model = write_model(tmp_path / "model")
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "workflow.py", "fashion"]
     command += ["--run-id=job", f"--storage-path={tmp_path / 'runs'}", f"--model.path={model.path}", *SMALL]
-    command += ["--stages", "train", "register"]
+    command += ["--promote=always", "--stages", "train", "register"]
     for _ in range(5):
         done = subprocess.run(
             command,

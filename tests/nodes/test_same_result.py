@@ -25,6 +25,7 @@ def trained_at_once(make_run, **placed: tuple[int, str]) -> list[TrainingRun]:
             f"--train.num-workers={workers}",
             f"--train.placement-strategy={placement}",
             f"--registered-model={MODEL}",
+            "--promote=always",
             stages=("train", "register"),
         )
     for run in runs:

@@ -1,0 +1,255 @@
+"""Many targets, lambda kinds and seeds: trained on Ray Tune, measured, and the best of them registered.
+
+Trials train side by side; they are measured after one another, so that none slows down another's times.
+"""
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+from harmonica.artifact import RouterArtifact
+from harmonica.command_line import say
+from pipelines import registry, tracking
+from pipelines.charts import png_of
+from pipelines.config import WorkflowConfig
+from pipelines.evaluate import evaluate, with_sample
+from pipelines.gate import score
+from pipelines.pareto import front_figure, on_front
+from pipelines.promotion import measurements
+from pipelines.resume import ROUTER, SWEEP, stages_again
+from pipelines.storage import RunStorage
+from pipelines.sweep_trial import (
+    FOLDER,
+    SCORE,
+    TRAJECTORY,
+    Trial,
+    judging_seed,
+    reports_of,
+    run_trial,
+    trials_of,
+)
+from pipelines.timing import CACHED
+
+PICTURE = "sweep.png"
+_SETTINGS = f"{FOLDER}/settings.json"
+_SAY_EVERY_S = 20.0
+# Ctrl-C ends the workflow, not only the search; and its tables and logs have their place in MLflow.
+_TUNE = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+class _Progress(tune.Callback):
+    """A line now and then."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self._ended, self._said = total, 0, 0.0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._ended += 1
+        self._said = 0.0
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if time.monotonic() - self._said < _SAY_EVERY_S:
+            return
+        self._said = time.monotonic()
+        name = Trial(**trial.config["trial"]).name
+        near, faster = result["psnr_to_full"], result["ideal_speedup"]
+        at = f"{name} at trajectory {result[TRAJECTORY]:.0f}: {near:.1f} dB, ideal {faster:.2f}x"
+        say(f"[sweep] {self._ended} of {self.total} trials ended, {at}")
+
+
+def check(config: WorkflowConfig, storage: RunStorage) -> None:
+    """Before any work starts.
+
+    Raises:
+        ValueError: a trial's settings are refused, or the run's sweep was begun with others.
+    """
+    for trial in trials_of(config):
+        trial.settings(config)
+    if "sweep" in stages_again(config) or not storage.exists(_SETTINGS):
+        return
+    if storage.read_json(_SETTINGS) != _settings(config):
+        raise ValueError(
+            f"sweep is {_settings(config)} and that of run_id {config.run_id} was begun with "
+            f"{storage.read_json(_SETTINGS)}: give those, or --from sweep to do it again"
+        )
+
+
+def sweep(config: WorkflowConfig, storage: RunStorage, run: tracking.StageRun) -> dict[str, Any]:
+    """Train, measure and register; returns what is written to `sweep.json`.
+
+    A sweep that was stopped goes on: trials from their last report, measurements with the first that lacks.
+
+    Args:
+        run: MLflow's, of the stage.
+
+    Raises:
+        RuntimeError: a trial failed more often than train.max_failures.
+    """
+    trials = trials_of(config)
+    if not storage.exists(_SETTINGS):
+        storage.write_json(_SETTINGS, _settings(config))
+    if not all(_is_trained(storage, trial) for trial in trials):
+        _search(config, storage, trials)
+    whole = [trial for trial in trials if _is_trained(storage, trial)]
+    points = [_measured(config, storage, trial, run) for trial in whole]
+    places = [(point["speedup"], point["psnr_to_full"]) for point in points]
+    for trial, point, best in zip(whole, points, on_front(places)):
+        point["on_front"] = best
+        point["version"] = _register(config, storage, trial, point, run) if best else ""
+    stopped = [
+        {"name": trial.name} | (reports_of(storage, trial) or [{}])[-1]
+        for trial in trials
+        if trial not in whole
+    ]
+    result: dict[str, Any] = {"verdict": _verdict(points, stopped), "points": points, "stopped": stopped}
+    figure = front_figure(places, [point["name"] for point in points])
+    storage.write_bytes(PICTURE, png_of(figure))
+    _log(run, result, figure)
+    storage.write_json(SWEEP, result)
+    return result
+
+
+def _settings(config: WorkflowConfig) -> dict[str, Any]:
+    """What the results depend on; how many run at once is free."""
+    found: dict[str, Any] = config.to_dict()["sweep"]
+    names = {name: value for name, value in found.items() if name != "max_concurrent"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in names.items()}
+
+
+def _is_trained(storage: RunStorage, trial: Trial) -> bool:
+    return storage.exists(f"{FOLDER}/{trial.name}/{ROUTER}/config.json")
+
+
+def _search(config: WorkflowConfig, storage: RunStorage, trials: list[Trial]) -> None:
+    for name, value in _TUNE.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    resources = {"cpu": 1.0, "gpu": float(config.train.use_gpu)}
+    trainable = tune.with_resources(tune.with_parameters(run_trial, config=config), resources)
+    tuner = tune.Tuner(
+        trainable,
+        param_space={"trial": tune.grid_search([dataclasses.asdict(trial) for trial in trials])},
+        tune_config=tune.TuneConfig(
+            scheduler=_scheduler(config),
+            max_concurrent_trials=config.sweep.max_concurrent,
+            reuse_actors=True,  # a process of its own takes longer to start than a short trial
+            trial_dirname_creator=lambda trial: f"{Trial(**trial.config['trial']).name}-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=storage.uri(FOLDER),
+            failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
+            callbacks=[_Progress(len(trials))],
+            verbose=0,
+        ),
+    )
+    errors = tuner.fit().errors
+    if errors:
+        raise RuntimeError(
+            f"{len(errors)} of {len(trials)} trials failed more than train.max_failures "
+            f"({config.train.max_failures}) times, the first with\n{errors[0]}"
+        )
+
+
+def _scheduler(config: WorkflowConfig) -> TrialScheduler | None:
+    if config.sweep.search == "grid":
+        return None
+    return ASHAScheduler(
+        time_attr=TRAJECTORY,
+        metric=SCORE,
+        mode="max",
+        max_t=config.train.all_trajectories,
+        grace_period=min(config.sweep.report_every, config.train.all_trajectories),
+        reduction_factor=config.sweep.reduction_factor,
+    )
+
+
+def _measured(
+    config: WorkflowConfig, storage: RunStorage, trial: Trial, run: tracking.StageRun
+) -> dict[str, Any]:
+    """A trial's evaluation, as a point of the front; done before, it is read."""
+    folder = f"{FOLDER}/{trial.name}"
+    path = f"{folder}/report.json"
+    if storage.exists(path):
+        report = storage.read_json(path)
+    else:
+        artifact = RouterArtifact.load(storage.download_folder(f"{folder}/{ROUTER}"))
+        judged = dataclasses.replace(
+            config, seed=judging_seed(config), evaluate=dataclasses.replace(config.evaluate, transfer=())
+        )
+        report, _ = evaluate(judged, artifact)
+        with _tracked(config, trial, run) as ours:
+            last = ours.last_step(SCORE)
+            for told in reports_of(storage, trial):
+                if told[TRAJECTORY] > last:
+                    ours.log(told, step=int(told[TRAJECTORY]))
+            ours.log(tracking.numbers(report))
+        storage.write_json(path, report)
+        say(f"[sweep] {trial.name}: {report['verdict']}")
+    cached = report["arms"][CACHED]
+    wanted = ("cur", "ideal_speedup", "realised_share", "samples", "worth_having")
+    point = {"name": trial.name, **dataclasses.asdict(trial), **{name: report[name] for name in wanted}}
+    point |= {name: value for name, value in cached.items() if name != "num_inference_steps"}
+    speedup = report["measured_speedup"]
+    worth = score(cached["psnr_to_full"], speedup, config.promotion.db_per_doubling)
+    return point | {"speedup": speedup, SCORE: worth}
+
+
+def _tracked(config: WorkflowConfig, trial: Trial, run: tracking.StageRun) -> Any:
+    """A trial's own MLflow run, nested in the sweep's; of a sweep that is done again, another one."""
+    stage = f"{FOLDER} {trial.name} of {run.mlflow_run_id[:8]}"
+    return tracking.stage_run(stage, config.run_id, config.storage_path, dataclasses.asdict(trial), run)
+
+
+def _register(
+    config: WorkflowConfig,
+    storage: RunStorage,
+    trial: Trial,
+    point: Mapping[str, Any],
+    run: tracking.StageRun,
+) -> str:
+    """A version of its own, never the champion by itself."""
+    folder = storage.download_folder(f"{FOLDER}/{trial.name}/{ROUTER}")
+    artifact = RouterArtifact.load(folder)
+    if artifact.sample_CHW is None:
+        folder = with_sample(config, artifact).save(folder)
+        storage.upload_folder(folder, f"{FOLDER}/{trial.name}/{ROUTER}")
+    report = storage.read_json(f"{FOLDER}/{trial.name}/report.json")
+    tags = measurements(artifact, report, use_gpu=config.evaluate.use_gpu)
+    tags |= {"run_id": config.run_id, "sweep": trial.name, "score": f"{point[SCORE]:.6g}"}
+    with _tracked(config, trial, run) as ours:
+        version = registry.register(folder, name=config.registered_model, run=ours, alias=None, tags=tags)
+        registry.set_tags(
+            ours.client, config.registered_model, version, tags | {registry.GATE: registry.NOT_ASKED}
+        )
+    return version
+
+
+def _verdict(points: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> str:
+    front = sorted((p for p in points if p["on_front"]), key=lambda point: point["speedup"])
+    ends = [f"{p['psnr_to_full']:.1f} dB at {p['speedup']:.2f}x" for p in (front[0], front[-1])]
+    words = f"{len(front)} of {len(points)} trained routers on the front: {' to '.join(dict.fromkeys(ends))}"
+    best = max(front, key=lambda point: point[SCORE])
+    early = f"; trials stopped early: {len(stopped)}" if stopped else ""
+    return f"{words}; the best score, {best[SCORE]:.1f}, is that of {best['name']}{early}."
+
+
+def _log(run: tracking.StageRun, result: dict[str, Any], figure: Figure) -> None:
+    columns = sorted({key for point in result["points"] for key in point})
+    table = {key: [str(point.get(key, "")) for point in result["points"]] for key in columns}
+    run.client.log_figure(run.mlflow_run_id, figure, PICTURE)
+    run.client.log_table(run.mlflow_run_id, table, "sweep_table.json")
+    run.client.log_dict(run.mlflow_run_id, result, SWEEP)

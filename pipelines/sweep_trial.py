@@ -1,0 +1,156 @@
+"""One trial of a sweep: a router's training in a process of its own, reported to Ray Tune as it goes.
+
+Its state and what it has reported lie in the run's storage as training's checkpoints do. A trial that starts
+again reports all of it again at once, so that a new Tuner knows what the one before did; Tune's own way to
+restore an experiment unpickles what it finds in the storage.
+"""
+
+import dataclasses
+import itertools
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+from ray import tune
+
+from harmonica.artifact import RouterArtifact
+from harmonica.cache import Reuse
+from harmonica.models.base import BranchedTransformer
+from harmonica.rows import Batch, Share, make_rows
+from harmonica.sampling import sample
+from harmonica.train import trained
+from harmonica.training import RouterRun
+from pipelines.checkpoints import Checkpoints
+from pipelines.config import WorkflowConfig
+from pipelines.gate import score
+from pipelines.resume import ROUTER
+from pipelines.runtime import quiet_libraries
+from pipelines.storage import RunStorage
+from pipelines.stream import row_spec
+from pipelines.timing import device_of
+
+FOLDER = "sweep"
+SCORE, TRAJECTORY = "score", "trajectory"
+_REPORTS = "reports"
+_OTHER_TARGET = {"target_cur": "target_speedup", "target_speedup": "target_cur"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trial:
+    """What is particular about one training."""
+
+    over: str
+    target: float
+    iepo: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Names its folder."""
+        return f"{self.over.removeprefix('target_')}-{self.target:g}-{self.iepo}-seed-{self.seed}"
+
+    def settings(self, config: WorkflowConfig) -> WorkflowConfig:
+        """The run's, with this trial's in their place.
+
+        Raises:
+            ValueError: training has no such target, or refuses it.
+        """
+        known = {field.name for field in dataclasses.fields(config.train)}
+        if self.over not in known:
+            raise ValueError(
+                f"sweep.over is {self.over!r}: give one of {', '.join(known & set(_OTHER_TARGET))}"
+            )
+        targets = dict.fromkeys(known & set(_OTHER_TARGET), 0.0) | {self.over: self.target}
+        train = dataclasses.replace(config.train, iepo=self.iepo, **targets)  # type: ignore[arg-type]
+        return dataclasses.replace(config, train=train, seed=self.seed)
+
+
+def trials_of(config: WorkflowConfig) -> list[Trial]:
+    """Every combination."""
+    chosen = config.sweep
+    kinds, seeds = chosen.iepo or (config.train.iepo,), chosen.seeds or (config.seed,)
+    return [Trial(chosen.over, *rest) for rest in itertools.product(chosen.targets, kinds, seeds)]
+
+
+def judging_seed(config: WorkflowConfig) -> int:
+    """A seed such that neither its rows nor those of the seed after it are any trial's."""
+    return max(trial.seed for trial in trials_of(config)) + 1
+
+
+class _Probe:
+    """The PSNR of a router on a few fixed rows, while it trains."""
+
+    def __init__(self, config: WorkflowConfig, run: RouterRun, model: BranchedTransformer) -> None:
+        self.config, self.run = config, run
+        spec = row_spec(config, model, judging_seed(config))
+        rows = make_rows(np.arange(config.sweep.report_samples), spec)
+        self.batch = Batch.of(rows, spec, run.device)
+        self.full_NCHW = self._sample(None)
+
+    def _sample(self, artifact: RouterArtifact | None) -> torch.Tensor:
+        plan = artifact.plan if artifact else None
+        reuse: Reuse = artifact.reuse if artifact else "hold"
+        noise, condition = self.batch.noise_NCHW, self.batch.condition_N
+        return sample(self.run.sampler, noise, condition, plan, reuse=reuse, rows=self.batch.keys)
+
+    def report(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What Tune is told: plain numbers, for a checkpoint too."""
+        from harmonica.metrics import psnr
+
+        artifact = self.run.artifact()
+        near = float(psnr(self._sample(artifact).cpu(), self.full_NCHW.cpu()).clamp(max=100).mean())
+        worth = score(near, artifact.ideal_speedup, self.config.promotion.db_per_doubling)
+        told = {TRAJECTORY: float(self.run.trajectory), "cur": artifact.plan.cur, "psnr_to_full": near}
+        if "loss" in metrics:
+            told["loss"] = float(metrics["loss"])
+        return told | {"ideal_speedup": artifact.ideal_speedup, SCORE: worth}
+
+
+def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
+    """Ray Tune's trainable.
+
+    Args:
+        chosen: a `Trial`, by field.
+        config: the run's, its storage path absolute.
+    """
+    from pipelines.train import start_run
+
+    quiet_libraries()
+    trial = Trial(**chosen["trial"])
+    storage = RunStorage(config.storage_path, config.run_id, patient=True)
+    folder = f"{FOLDER}/{trial.name}"
+    checkpoints = Checkpoints(storage, f"{folder}/checkpoints")
+    found = checkpoints.last()
+    state: dict[str, Any] = checkpoints.load(found) if found else {_REPORTS: []}
+    reports: list[dict[str, float]] = state[_REPORTS]
+    is_done = storage.exists(f"{folder}/{ROUTER}/config.json")
+    for before in reports:
+        # At its last report ASHA ends a trial, and the router would be missing.
+        if is_done or before[TRAJECTORY] < config.train.all_trajectories:
+            tune.report(before)
+    if is_done:
+        return
+    ours = trial.settings(config)
+    run, spec = start_run(ours, device_of(config.train.use_gpu))
+    if found:
+        run.load_state(checkpoints.load(found, run.device))
+    probe = _Probe(config, run, run.sampler.model)
+    for metrics in trained(run, spec, Share(run.config.batch_size)):
+        is_last = run.trajectory == run.config.all_trajectories
+        if is_last or run.trajectory % config.sweep.report_every == 0:
+            reports.append(probe.report(metrics))
+            checkpoints.save(run.trajectory, run.state() | {_REPORTS: reports})
+            if not is_last:
+                tune.report(reports[-1])
+    with tempfile.TemporaryDirectory() as local:
+        artifact = run.artifact(run_id=config.run_id, **ours.to_dict()["train"])
+        storage.upload_folder(artifact.save(local), f"{folder}/{ROUTER}")
+    tune.report(reports[-1])
+
+
+def reports_of(storage: RunStorage, trial: Trial) -> list[dict[str, float]]:
+    """What a trial has reported so far."""
+    checkpoints = Checkpoints(storage, f"{FOLDER}/{trial.name}/checkpoints")
+    found = checkpoints.last()
+    return checkpoints.load(found)[_REPORTS] if found else []

@@ -1,0 +1,227 @@
+"""The gate: what it asks, whom it compares with, and what it leaves in the registry."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import ray
+from tiny_dit import SAMPLER, make_artifact, write_model
+
+from harmonica.models.loading import load_model
+from harmonica.samplers import make_sampler
+from harmonica.smoke import record_sample
+from pipelines import registry
+from pipelines.config import WorkflowConfig
+from pipelines.gate import MEASURED_ON, against_champion, quality_checks, score
+from pipelines.promote_config import PromoteConfig
+from pipelines.promotion import cannot_draw, carry_out, decide, measurements
+from pipelines.storage import RunStorage
+from pipelines.tracking import find_or_create
+
+NAME = "tiny"
+GATE = PromoteConfig(min_psnr_to_full=30, max_frechet_to_full=0.1, min_speedup=1.3)
+
+
+def report(psnr=40.0, speedup=1.5, frechet=0.01, worth=True):
+    cached = {"psnr_to_full": psnr, "frechet_to_full": frechet, "speedup": speedup, "num_inference_steps": 8}
+    words = "Worth having: nearer." if worth else "Not worth having as trained: fewer steps are nearer."
+    return {
+        "samples": 16,
+        "cur": 0.5,
+        "measured_speedup": speedup,
+        "realised_share": 0.9,
+        "arms": {"full": {"num_inference_steps": 8}, "cached": cached},
+        "worth_having": worth,
+        "verdict": words,
+    }
+
+
+@pytest.mark.parametrize(
+    ("made", "failed", "words"),
+    [
+        (report(), set(), ""),
+        (report(psnr=29.9), {"psnr_to_full"}, "PSNR to full is 29.90 dB, at least 30 is asked"),
+        (report(frechet=0.2), {"frechet_to_full"}, "Frechet distance to full is 0.2000, at most 0.1"),
+        (report(speedup=1.2), {"speedup"}, "measured speedup is 1.20x, at least 1.3x is asked"),
+        (report(worth=False), {"fewer_steps"}, "Not worth having as trained: fewer steps are nearer"),
+        (report(psnr=1, speedup=1.0), {"psnr_to_full", "speedup"}, ""),
+    ],
+)
+def test_every_bound_is_held_and_says_its_number(made, failed, words):
+    checks = quality_checks(made, GATE)
+    assert {check.name for check in checks if check.passed is False} == failed
+    assert words in "; ".join(check.words for check in checks if check.passed is False)
+
+
+def test_what_is_not_asked_or_not_measured_holds_nothing_up():
+    nothing = PromoteConfig(min_psnr_to_full=0, min_speedup=1, beat_fewer_steps=False)
+    bad = report(psnr=1, frechet=9, speedup=1.0, worth=False)
+    assert [check.passed for check in quality_checks(bad, nothing)] == [None, None, True, None]
+    del bad["arms"]["cached"]["frechet_to_full"]
+    by_name = {check.name: check for check in quality_checks(bad, GATE)}
+    assert by_name["frechet_to_full"].passed is None
+    assert by_name["frechet_to_full"].words == "Frechet distance to full is not measured"
+
+
+def test_the_score_lets_the_nearer_or_the_faster_win():
+    assert score(40, 1.5, 12) < score(40.1, 1.5, 12)
+    assert score(40, 1.5, 12) < score(40, 1.51, 12)
+    assert score(40, 2.0, 12) == pytest.approx(score(52, 1.0, 12))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@dataclasses.dataclass
+class Champion:
+    """What is read of a registered version."""
+
+    tags: dict
+    version: str = "7"
+
+
+def compared(ours, theirs, new=None, old=None, **tags):
+    settings = PromoteConfig()
+    their_tags = measurements(theirs, old, use_gpu=False) | tags
+    our_tags = measurements(ours, new or report(), use_gpu=False)
+    return against_champion(ours, our_tags, theirs, Champion(their_tags), settings)
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "better"),
+    [
+        (report(40.5, 1.5), report(40.0, 1.5), True),
+        (report(39.5, 1.5), report(40.0, 1.5), False),
+        (report(40.0, 1.5), report(40.0, 1.5), False),  # better, not as good
+        (report(40.0, 1.6), report(40.0, 1.5), True),
+        (report(38.0, 1.8), report(41.5, 1.5), False),
+        (report(38.0, 1.8), report(40.5, 1.5), True),
+    ],
+)
+def test_the_champion_is_beaten_by_a_higher_score(model, new, old, better):
+    check = compared(make_artifact(model, seed=1), make_artifact(model, seed=2), new, old)
+    assert check.passed is better
+    assert (
+        f"({old['arms']['cached']['psnr_to_full']:.2f} dB at {old['measured_speedup']:.2f}x)" in check.words
+    )
+
+
+def test_a_champion_for_something_else_holds_nothing_up(model):
+    ours, theirs = make_artifact(model, seed=1), make_artifact(model, seed=2)
+    much_better = report(90, 3.0)
+    assert compared(ours, theirs, old=much_better).passed is False
+    guided = dataclasses.replace(theirs, sampler=dataclasses.replace(SAMPLER, guidance_scale=3.0))
+    other_weights = dataclasses.replace(theirs, model=theirs.model | {"weights": "others"})
+    for champion, tags, words in (
+        (guided, {}, "another sampler.guidance_scale"),
+        (other_weights, {}, "another model"),
+        (theirs, {MEASURED_ON: "gpu"}, "measured on a gpu, this one on a cpu"),
+    ):
+        check = compared(ours, champion, old=much_better, **tags)
+        assert (check.passed, words in check.words) == (None, True), check.words
+    assert "not recorded" in compared(ours, theirs, old=None).words
+
+
+def test_the_champions_router_trained_again_is_no_worse_for_a_slower_moment(model):
+    ours = make_artifact(model, seed=1)
+    check = compared(ours, make_artifact(model, seed=1), report(speedup=1.4), report(speedup=1.5))
+    assert check.passed and "the router of version 7" in check.words
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path / "store"
+
+
+def make_config(model, store, **settings):
+    promotion = dataclasses.replace(GATE, min_psnr_to_full=30)
+    return WorkflowConfig(
+        model=model,
+        sampler=SAMPLER,
+        registered_model=NAME,
+        storage_path=str(store),
+        **{"promotion": promotion} | settings,
+    )
+
+
+def add(config, store, run_id, artifact, made):
+    """Register one and decide about it, as the stage does."""
+    run = find_or_create("workflow", run_id, str(store), {})
+    version = registry.register(artifact.save(store / run_id), name=NAME, run=run, alias=None)
+    decision = decide(config, artifact, made, version, run)
+    carry_out(decision, run)
+    return run, decision
+
+
+def with_sample(model, seed):
+    artifact = make_artifact(model, seed=seed)
+    return record_sample(artifact, make_sampler(load_model(model).model, artifact.sampler))
+
+
+def test_never_leaves_the_champion_and_always_takes_the_alias(model, store):
+    never, always = (make_config(model, store, promote=mode) for mode in ("never", "always"))
+    run, decision = add(never, store, "a", make_artifact(model, seed=1), report())
+    assert not decision.is_promoted and not decision.is_refused
+    assert registry.current(NAME, "champion", run.uri) is None
+    assert registry.newest_versions(NAME, run.uri, 9) == [], "nobody asked for it to be served"
+
+    run, decision = add(always, store, "b", make_artifact(model, seed=2), None)
+    assert decision.is_promoted
+    assert registry.resolve(NAME, "champion", run.uri) == "2"
+    assert registry.newest_versions(NAME, run.uri, 9) == ["2"]
+    tags = run.client.get_model_version(NAME, "1").tags
+    assert (tags["psnr_to_full"], tags["measured_speedup"], tags["harmonica.gate"]) == ("40", "1.5", "never")
+    _, decision = add(never, store, "a", make_artifact(model, seed=1), report())
+    assert (decision.version, decision.champion) == ("1", "2"), "no second version"
+
+
+def test_a_router_that_draws_otherwise_is_known(model, store):
+    config = make_config(model, store)
+    ours = with_sample(model, 1)
+    assert cannot_draw(config, ours) == ""
+    flipped = dataclasses.replace(ours, sample_CHW=ours.sample_CHW.flip(1))
+    assert "sample differs by" in cannot_draw(config, flipped)
+    assert "no recorded sample" in cannot_draw(config, dataclasses.replace(ours, sample_CHW=None))
+    longer = dataclasses.replace(config, sampler=dataclasses.replace(SAMPLER, num_inference_steps=9))
+    assert "sampler.num_inference_steps is 9" in cannot_draw(longer, ours)
+
+
+@pytest.mark.cluster
+def test_the_gate_promotes_what_passes_and_keeps_what_does_not(model, store, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = make_config(model, store)
+    first, second = with_sample(model, 1), with_sample(model, 2)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        run, decision = add(config, store, "first", first, report(40, 1.5))
+        assert decision.words == "version 1 of tiny is the champion"
+        stored = run.client.get_model_version(NAME, "1").tags
+        assert stored["harmonica.gate"] == "passed"
+        assert stored["harmonica.gate.reproduces"].startswith("passed: it loads from the registry")
+        assert stored["harmonica.gate.speedup"] == "passed: measured speedup is 1.50x, at least 1.3x is asked"
+
+        run, decision = add(config, store, "worse", second, report(39, 1.5))
+        assert [check.name for check in decision.failed] == ["champion"]
+        assert "version 1 stays the champion" in decision.words
+        assert run.client.get_model_version(NAME, "2").tags["harmonica.gate"] == "refused"
+        assert registry.resolve(NAME, "champion", run.uri) == "1"
+        assert registry.newest_versions(NAME, run.uri, 9) == ["1"], "what is refused is served to nobody"
+
+        # Its files in the registry are not what was measured.
+        run = find_or_create("workflow", "damaged", str(store), {})
+        root = run.client.get_run(run.mlflow_run_id).info.artifact_uri.removeprefix("file://")
+        folder = dataclasses.replace(second, sample_CHW=first.sample_CHW).save(store / "other")
+        registry.register(folder, name=NAME, run=run, alias=None)
+        run, decision = add(config, store, "damaged", second, report(50, 1.6))
+        assert [check.name for check in decision.failed] == ["reproduces"]
+        shutil.rmtree(Path(root) / "router")
+        RunStorage(str(store), "damaged").upload_folder(second.save(store / "x"), "x")
+        shutil.copytree(store / "x", Path(root) / "router")
+        _, decision = add(config, store, "damaged", second, report(50, 1.6))
+        assert decision.version == "3" and decision.is_promoted, "decided again until it was the champion"
+    finally:
+        ray.shutdown()
