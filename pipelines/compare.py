@@ -64,7 +64,8 @@ def compare(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any]
         "seconds_spread": max(spread.values()),
         "full": full,
         "points": points,
-        "verdict": verdict(points, config.compare.targets),
+        "speeds": (speeds := ahead(points, config.compare.targets)),
+        "verdict": verdict(speeds),
     }, comparison_picture(points)
 
 
@@ -122,7 +123,20 @@ def _point(entry: Entry | None, arm: Arm, seconds: dict[str, float], macs: Macs)
     return point
 
 
-def verdict(points: list[dict[str, Any]], targets: tuple[float, ...]) -> list[dict[str, Any]]:
+def verdict(speeds: list[dict[str, Any]]) -> str:
+    """In words, for the report and the last line."""
+    first = sum(said["is_first"] for said in speeds)
+    lost = [
+        f"{said['target_speedup']:g}x ({said['rival']}: {said['rival_psnr_to_full']:.1f} dB, ours "
+        f"{said['psnr_to_full']:.1f})"
+        for said in speeds
+        if not said["is_first"]
+    ]
+    words = f"HarmoniCa is first at {first} of {len(speeds)} speeds"
+    return words + (f", not at {', '.join(lost)}." if lost else ".")
+
+
+def ahead(points: list[dict[str, Any]], targets: tuple[float, ...]) -> list[dict[str, Any]]:
     """At each speed: how near HarmoniCa's images are, the nearest rival, and who is ahead.
 
     A rival is any arm as fast: one made for the speed, or a library's whose measured speed is near it.

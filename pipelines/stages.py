@@ -222,8 +222,8 @@ class Workflow:
             self.storage.write_bytes(COMPARISON_PICTURE, png_of(figure))
             self.storage.write_json(COMPARISON, comparison)
         comparison_table(comparison)
-        first = [said for said in comparison["verdict"] if said["is_first"]]
-        return f"HarmoniCa is first at {len(first)} of {len(comparison['verdict'])} speeds"
+        verdict: str = comparison["verdict"]
+        return verdict
 
     def _sweep(self) -> str:
         from pipelines.sweep import sweep

@@ -15,10 +15,10 @@ LambdaKind = IepoKind | Literal["none"]
 class SweepConfig:
     """Many short trainings on Ray Tune; all that is not varied is the run's own settings."""
 
-    over: Target = "target_cur"
+    over: Target = "target_speedup"
     """The setting of training that `targets` are of."""
-    targets: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5)
-    """Shares of reused entries, or speedups."""
+    targets: tuple[float, ...] = (1.2, 1.4, 1.6, 2.0)
+    """Speedups, or shares of reused entries."""
     iepo: tuple[LambdaKind, ...] = ()
     """Ways to measure lambda; none: that of train.iepo."""
     seeds: tuple[int, ...] = ()

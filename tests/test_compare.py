@@ -9,7 +9,7 @@ from tiny_dit import write_model
 import workflow
 from harmonica.models.base import Macs
 from harmonica.samplers import SamplerConfig
-from pipelines.compare import verdict
+from pipelines.compare import ahead, verdict
 from pipelines.compare_config import CompareConfig
 from pipelines.contenders import OURS, PAPER, learners, unlearned
 from pipelines.presets import fashion
@@ -31,11 +31,12 @@ def test_first_is_who_is_nearer_than_every_rival_as_fast() -> None:
         point("cache-dit DBCache", 50.0, target=None, speedup=1.1, setting=0.05),
         point("cache-dit DBCache", 44.9, target=None, speedup=1.39, setting=0.08),
     ]
-    (said,) = verdict(points, (1.4,))
+    (said,) = ahead(points, (1.4,))
     assert said["psnr_to_full"] == 45.0 and said["is_first"]
     assert (said["rival"], said["rival_psnr_to_full"]) == ("cache-dit DBCache 0.08", 44.9)
-    (said,) = verdict([*points, point("fewer steps", 47.0)], (1.4,))
-    assert not said["is_first"] and said["rival"] == "fewer steps", "the mean of its seeds"
+    (said,) = ahead([*points, point("fewer steps", 47.0)], (1.4,))
+    assert not said["is_first"] and said["rival"] == "fewer steps", "the mean of its points"
+    assert "first at 0 of 1 speeds, not at 1.4x (fewer steps: 45.8 dB, ours 45.0)" in verdict([said])
 
 
 def test_all_learners_take_as_many_trajectories_and_aim_at_the_speed() -> None:
@@ -94,7 +95,7 @@ def test_a_small_comparison_with_every_rival(tmp_path: Path, capfd: pytest.Captu
     made_for = [point for point in comparison["points"] if "ideal_speedup" in point]
     assert len(made_for) == 8 and all(abs(p["ideal_speedup"] / 1.3 - 1) < 0.02 for p in made_for)
     assert (run / "comparison.png").stat().st_size > 1000
-    assert [said["target_speedup"] for said in comparison["verdict"]] == [1.3]
+    assert [said["target_speedup"] for said in comparison["speeds"]] == [1.3]
     out = capfd.readouterr().out
     assert "HarmoniCa is first at" in out and "diffusers FirstBlockCache 0.05" in out
     (run / "comparison.json").unlink()

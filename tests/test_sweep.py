@@ -5,6 +5,7 @@ import json
 
 import pytest
 import ray
+from router_only import ROUTER_ONLY, ROUTER_ONLY_FLAGS
 from tiny_dit import write_model
 
 import workflow
@@ -40,8 +41,8 @@ def test_on_the_front_is_what_no_other_beats(points, front):
         ({"search": "random"}, "sweep.search is 'random': give one of grid, asha"),
         ({"targets": ()}, "sweep.targets is"),
         ({"targets": (0.2, 0.2)}, "give each value once"),
-        ({"targets": (1.2,)}, "sweep.targets is .* above 0 and below 1"),
-        ({"over": "target_speedup", "targets": (0.5,)}, "give values above 1"),
+        ({"over": "target_cur", "targets": (1.2,)}, "sweep.targets is .* above 0 and below 1"),
+        ({"targets": (0.5,)}, "give values above 1"),
         ({"iepo": ("paper",)}, "sweep.iepo is .* give some of leave_one_out"),
         ({"report_every": 0}, "sweep.report_every is 0"),
         ({"max_concurrent": 0}, "sweep.max_concurrent is 0"),
@@ -54,7 +55,10 @@ def test_settings_are_refused_with_their_cure(settings, words):
 
 
 def config(**settings):
-    return dataclasses.replace(fashion(), run_id="r1", sweep=SweepConfig(**settings))
+    base = fashion()
+    train = dataclasses.replace(base.train, **ROUTER_ONLY)
+    swept = SweepConfig(over="target_cur", **settings)
+    return dataclasses.replace(base, run_id="r1", train=train, sweep=swept)
 
 
 def test_trials_are_every_combination_and_are_judged_on_rows_of_none():
@@ -103,6 +107,7 @@ def arguments(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     model = write_model(tmp_path / "model")
     command = ["fashion", "--run-id=r1", f"--storage-path={tmp_path / 'runs'}", *SMALL]
+    command += [*ROUTER_ONLY_FLAGS, "--sweep.over=target_cur"]
     yield [*command, f"--model.path={model.path}", "--stages", "sweep"]
     ray.shutdown()
 
