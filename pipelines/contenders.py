@@ -46,6 +46,7 @@ def learners(train: TrainConfig, target: float, *, rivals: bool) -> dict[str, Tr
     paper = dataclasses.replace(
         ours,
         trajectories=ours.all_trajectories,
+        start_trajectories=0,
         choice_trajectories=0,
         forecast=ForecastConfig(),
         initial="constant",

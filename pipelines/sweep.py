@@ -188,7 +188,9 @@ def _measured(
     else:
         artifact = RouterArtifact.load(storage.download_folder(f"{folder}/{ROUTER}"))
         judged = dataclasses.replace(
-            config, seed=judging_seed(config), evaluate=dataclasses.replace(config.evaluate, transfer=())
+            config,
+            seed=judging_seed(config),
+            evaluate=dataclasses.replace(config.evaluate, transfer=(), noise_floor=False),
         )
         report, _ = evaluate(judged, artifact)
         with _tracked(config, trial, run) as ours:
