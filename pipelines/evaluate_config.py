@@ -28,6 +28,8 @@ class EvaluateConfig:
     transfer: tuple[SamplerName, ...] = ()
     """Other samplers of as many steps to measure the router under, such as dpm-solver++: what its plan is
     worth where it was not trained."""
+    transfer_guidance: tuple[float, ...] = ()
+    """Other guidance scales to measure it under."""
     features: FeatureKind = "auto"
     """Whose features distances between sets of images are taken of: the shipped Fashion-MNIST `classifier`,
     or `inception`; `auto` is the classifier for built-in models and none for others."""
@@ -53,6 +55,8 @@ class EvaluateConfig:
         unknown = [name for name in self.transfer if name not in get_args(SamplerName)]
         known = ", ".join(get_args(SamplerName))
         require(not unknown, "evaluate.transfer", unknown, f"give some of {known}")
+        for scale in self.transfer_guidance:
+            require(1 <= scale <= 50, "evaluate.transfer_guidance", scale, "give scales of 1 to 50")
         kinds = get_args(FeatureKind)
         require(self.features in kinds, "evaluate.features", self.features, f"give one of {', '.join(kinds)}")
         require(0 <= self.resamples <= 10_000, "evaluate.resamples", self.resamples, "give 0 to 10000")

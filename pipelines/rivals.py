@@ -5,6 +5,7 @@ its own uncached time. Optional: cache-dit is used where it is installed.
 """
 
 import importlib.util
+import os
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ class _DBCache(_Switch):
     is_taylor = False
 
     def start(self, module: Any, setting: float, num_steps: int) -> None:
+        os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # else some ten lines a trajectory
         import cache_dit
         from cache_dit.caching.patch_functors import DiTPatchFunctor
 

@@ -190,7 +190,9 @@ def _measured(
         judged = dataclasses.replace(
             config,
             seed=judging_seed(config),
-            evaluate=dataclasses.replace(config.evaluate, transfer=(), noise_floor=False),
+            evaluate=dataclasses.replace(
+                config.evaluate, transfer=(), transfer_guidance=(), noise_floor=False
+            ),
         )
         report, _ = evaluate(judged, artifact)
         with _tracked(config, trial, run) as ours:

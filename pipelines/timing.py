@@ -102,10 +102,12 @@ def make_arms(config: WorkflowConfig, artifact: RouterArtifact, fewer_steps: int
 
 
 def make_transfer_arms(config: WorkflowConfig, artifact: RouterArtifact) -> list[Arm]:
-    """Full and cached under each other sampler of `evaluate.transfer`; the plan was not made for it."""
+    """Full and cached under each other sampler and guidance of `evaluate`; the plan was not made for them."""
+    others = {name: replace(config.sampler, name=name, scheduler=None) for name in config.evaluate.transfer}
+    scales = config.evaluate.transfer_guidance
+    others |= {f"guidance {scale:g}": replace(config.sampler, guidance_scale=scale) for scale in scales}
     arms = []
-    for name in config.evaluate.transfer:
-        other = replace(config.sampler, name=name, scheduler=None)
+    for name, other in others.items():
         full = f"{name} {FULL}"
         arms.append(Arm(full, other, reference=full))
         arms.append(Arm(f"{name} {CACHED}", other, artifact.plan, artifact.reuse, reference=full))
