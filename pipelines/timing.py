@@ -103,14 +103,16 @@ def make_arms(config: WorkflowConfig, artifact: RouterArtifact, fewer_steps: int
 
 def make_transfer_arms(config: WorkflowConfig, artifact: RouterArtifact) -> list[Arm]:
     """Full and cached under each other sampler and guidance of `evaluate`; the plan was not made for them."""
-    others = {name: replace(config.sampler, name=name, scheduler=None) for name in config.evaluate.transfer}
-    scales = config.evaluate.transfer_guidance
-    others |= {f"guidance {scale:g}": replace(config.sampler, guidance_scale=scale) for scale in scales}
+    others: dict[str, SamplerConfig] = {}
+    for name in config.evaluate.transfer:
+        others[name] = replace(config.sampler, name=name, scheduler=None)
+    for scale in config.evaluate.transfer_guidance:
+        others[f"guidance {scale:g}"] = replace(config.sampler, guidance_scale=scale)
     arms = []
-    for name, other in others.items():
-        full = f"{name} {FULL}"
+    for title, other in others.items():
+        full = f"{title} {FULL}"
         arms.append(Arm(full, other, reference=full))
-        arms.append(Arm(f"{name} {CACHED}", other, artifact.plan, artifact.reuse, reference=full))
+        arms.append(Arm(f"{title} {CACHED}", other, artifact.plan, artifact.reuse, reference=full))
     return arms
 
 

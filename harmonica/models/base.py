@@ -130,6 +130,11 @@ class BranchedTransformer(nn.Module, ABC):
         """The model's output (N, out_channels, H, W)."""
 
     @property
+    def repeated_layers(self) -> Sequence[nn.Module]:
+        """The sub-layers of its blocks, alike from block to block: what pays to compile once for all."""
+        return ()
+
+    @property
     @abstractmethod
     def value_shape(self) -> tuple[int, int]:
         """(L, D) of every branch's y: tokens and width."""

@@ -158,6 +158,10 @@ class DiT(BranchedTransformer):
             self.branches.append(DiTBranch(i, "attn", block.attn, attention_macs, _NORM_EPS))
             self.branches.append(DiTBranch(i, "mlp", block.mlp, 8 * tokens * width**2, config.norm_eps))
 
+    @property
+    def repeated_layers(self) -> Sequence[nn.Module]:
+        return [cast(DiTBranch, branch).layer for branch in self.branches]
+
     def prepare(self, condition_N: Tensor, timesteps: Sequence[float]) -> Sequence[DiTConditioning]:
         return StepConditionings(self.conditionings, condition_N, timesteps)
 

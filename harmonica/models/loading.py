@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Compile = Literal["auto", "always", "never"]
 _TEXT_TO_IMAGE: dict[str, Callable[..., StoredPixArt | StoredSana]] = {
     pixart_folder.CLASS_NAME: pixart_folder.read_pixart,
     sana.CLASS_NAME: sana.read_sana,
@@ -66,12 +67,17 @@ class ModelConfig:
     """Padded length of a prompt. 0: that of the folder's pipeline: 120 for PixArt-alpha, else 300."""
     cacheable: tuple[Kind, ...] = ("attn", "mlp")
     """Sub-layers of a text-to-image model that a router may reuse: attn, cross, mlp."""
+    compile: Compile = "auto"
+    """Compile the sub-layers, once for all blocks (torch.compile): `auto` does so on CUDA. The first batch of
+    each shape waits for it; values move by roundings."""
     allow_tf32: bool = False
     """Let CUDA round float32 matrix products to TensorFloat-32; concerns the whole process."""
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
             raise ValueError(f"model.dtype is {self.dtype!r}: give one of {', '.join(get_args(Dtype))}")
+        if self.compile not in get_args(Compile):
+            raise ValueError(f"model.compile is {self.compile!r}: give one of {', '.join(get_args(Compile))}")
 
 
 @dataclass(frozen=True)
@@ -157,5 +163,8 @@ def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> Loade
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     model = stored.assemble(device, getattr(torch, config.dtype))
+    if config.compile == "always" or (config.compile == "auto" and torch.device(device).type == "cuda"):
+        for layer in model.repeated_layers:
+            layer.compile()  # happens when it first runs
     text_folder = None if isinstance(stored, StoredModel) else stored.text_folder
     return LoadedModel(model, stored.class_names, stored.scheduler, vae_folder, text_folder)

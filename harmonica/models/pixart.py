@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harmonica.models.base import BranchedTransformer, Fingerprint, Macs
 from harmonica.models.pixart_branches import (
@@ -92,6 +92,10 @@ class PixArt(BranchedTransformer):
         self.num_tokens = (self.sample_size // self.patch_size) ** 2
         layers = sub_layers(transformer, self.num_tokens, text_tokens)
         self._before, self.branches, self._uncached_macs = arrange(layers, cacheable)
+
+    @property
+    def repeated_layers(self) -> Sequence[nn.Module]:
+        return [layer for block in self.transformer.transformer_blocks for layer in (block.attn1, block.ff)]
 
     def prepare(self, condition_N: TextCondition, timesteps: Sequence[float]) -> Sequence[ProjectedText]:
         return [self.project(condition_N)] * len(timesteps)
