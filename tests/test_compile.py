@@ -33,7 +33,7 @@ def test_a_compiled_model_draws_and_trains_the_same(tmp_path):
     assert compiled.fingerprint() == plain.fingerprint()
     assert list(compiled.state_dict()) == list(plain.state_dict())
     for ours, wanted in zip(drawn(compiled), drawn(plain)):
-        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_auto_leaves_a_cpu_s_model_as_it_is(tmp_path):
@@ -43,5 +43,5 @@ def test_auto_leaves_a_cpu_s_model_as_it_is(tmp_path):
 
 
 def test_another_kind_is_refused():
-    with pytest.raises(ValueError, match="model.compile is 'sometimes': give one of auto, always, never"):
+    with pytest.raises(ValueError, match=r"model.compile is 'sometimes': give one of auto, always, never"):
         ModelConfig(compile="sometimes")  # type: ignore[arg-type]
