@@ -114,7 +114,7 @@ def fashion() -> Recipe:
         initial_logit=2.0,
         start_trajectories=1,
         trajectories=20,
-        sdt=SdtConfig(learning_rate=0.1, epsilon=1e-20, threshold=0.5, reuse="forecast", penalty="macs"),
+        sdt=SdtConfig(learning_rate=0.1, threshold=0.5, reuse="forecast", penalty="macs"),
         iepo="sensitivity",
         iepo_every=10,
         choice_trajectories=3,
