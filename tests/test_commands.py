@@ -99,7 +99,6 @@ def test_torchrun_trains_the_same_router_on_two_processes(command, tmp_path, lea
         "--train.choice-trajectories=0",
         "--train.forecast.trajectories=0",
         "--train.sdt.penalty=count",
-        "--train.sdt.epsilon=1e-8",
         "--train.sdt.learning-rate=0.1",
         "--train.sdt.threshold=0.1",
         "--train.sdt.reuse=hold",
