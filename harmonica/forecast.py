@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from harmonica.cache import BranchCache, extrapolate
+from harmonica.forecast_config import FOLDS, ForecastConfig
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan, forecast_of
 from harmonica.samplers import Sampler
@@ -28,41 +29,7 @@ from harmonica.sdt import Rows
 
 _RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Of the normal equations' mean diagonal; the one that predicts images it has not seen best is taken."""
-_FOLDS = 4
 _SMALLEST_ERROR = 1e-12
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ForecastConfig:
-    """Fitting the weights of forecasts, after the router's own training."""
-
-    trajectories: int = 0
-    """Trajectories in all, each of `train.batch_size` rows; 0 leaves forecasts linear."""
-    rounds: int = 1
-    """Times the weights are solved for; each round measures anew, around the weights of the one before."""
-    probes: int = 4
-    """Random directions in which each image's error is seen: each costs a backward pass."""
-    order: int = 2
-    """Differences that a forecast goes by; a cache keeps one value more."""
-    rows_at_once: int = 4
-    """Rows that a worker computes at a time: it keeps what a backward along a whole trajectory needs."""
-
-    def __post_init__(self) -> None:
-        if self.trajectories < 0:
-            raise ValueError(f"train.forecast.trajectories is {self.trajectories}: give 0 or more")
-        for name in ("rounds", "probes", "order", "rows_at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.forecast.{name} is {getattr(self, name)}: give 1 or more")
-        least = _FOLDS * self.rounds
-        if 0 < self.trajectories < least:
-            raise ValueError(
-                f"train.forecast.trajectories is {self.trajectories}: give {least} or more, {_FOLDS} a round "
-                "that check each other, or 0"
-            )
-
-    def ends_round(self, done: int) -> bool:
-        """Whether a round ends with the trajectory that makes `done` of them."""
-        return done * self.rounds // self.trajectories > (done - 1) * self.rounds // self.trajectories
 
 
 Unknown = tuple[int, int, int]
@@ -204,7 +171,7 @@ class ForecastFit:
         self._begin_round()
 
     def _begin_round(self) -> None:
-        self._folds = [_NormalEquations(len(self.unknowns)) for _ in range(_FOLDS)]
+        self._folds = [_NormalEquations(len(self.unknowns)) for _ in range(FOLDS)]
 
     def planned(self) -> Plan:
         """The plan with the weights as they stand."""
@@ -225,7 +192,7 @@ class ForecastFit:
             sums += self._measure(sampler, part) / num_images
         average(sums)
         sums = sums.cpu()
-        self._folds[self.trajectories % _FOLDS].add(sums[:-1, :-1], sums[:-1, -1])
+        self._folds[self.trajectories % FOLDS].add(sums[:-1, :-1], sums[:-1, -1])
         self.trajectories += 1
         metrics = {"loss": float(sums[-1, -1])}
         if config.ends_round(self.trajectories):
@@ -259,7 +226,7 @@ class ForecastFit:
         """Move the weights, as far as what some images ask for holds for the others."""
         if not self.unknowns:
             return {}
-        others = [self._sum(left_out=number) for number in range(_FOLDS)]
+        others = [self._sum(left_out=number) for number in range(FOLDS)]
 
         def promise(ridge: float) -> float:
             pairs = zip(self._folds, others, strict=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from harmonica.forecast import ForecastConfig
+from harmonica.forecast_config import ForecastConfig
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig
 from harmonica.samplers import SamplerConfig, SamplerName
 from harmonica.sdt import SdtConfig

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from harmonica.forecast import ForecastConfig
+from harmonica.forecast_config import ForecastConfig
 from harmonica.iepo import KINDS, IepoKind
 from harmonica.sdt import SdtConfig
 

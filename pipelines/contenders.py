@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
 from harmonica.cache import Reuse
-from harmonica.forecast import ForecastConfig
+from harmonica.forecast_config import ForecastConfig
 from harmonica.models.base import Macs
 from harmonica.plan import Plan
 from harmonica.samplers import SamplerConfig

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
-from harmonica.forecast import ForecastConfig, ForecastFit, linear_weights, sketch_image_error, unknowns
+from harmonica.forecast import ForecastFit, linear_weights, sketch_image_error, unknowns
+from harmonica.forecast_config import ForecastConfig
 from harmonica.models.dit import DiT
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan, forecast_of

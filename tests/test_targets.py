@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harmonica.choice import PlanChoice
-from harmonica.forecast import ForecastConfig
+from harmonica.forecast_config import ForecastConfig
 from harmonica.models.base import Macs
 from harmonica.models.dit import DiT
 from harmonica.noise import RowKeys

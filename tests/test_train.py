@@ -11,7 +11,7 @@ import torch
 from router_only import ROUTER_ONLY
 from tiny_dit import write_model
 
-from harmonica.forecast import ForecastConfig
+from harmonica.forecast_config import ForecastConfig
 from harmonica.noise import RowKeys
 from harmonica.rows import Batch, make_rows
 from harmonica.training import RouterRun
