@@ -7,6 +7,7 @@ its own uncached time. Optional: cache-dit is used where it is installed.
 import importlib.util
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,20 +28,22 @@ UNCACHED = "diffusers, uncached"
 _WARMUP_STEPS = 2
 
 
-class _Switch:
+class _Switch(ABC):
     """A library's cache on a module: on from the first trajectory, fresh at every one."""
 
     package = "diffusers"
     settings: tuple[float, ...] = ()
     """To try, since none of them takes a speed to aim at."""
 
+    @abstractmethod
     def start(self, module: Any, setting: float, num_steps: int) -> None:
-        raise NotImplementedError
+        """Before a trajectory."""
 
 
 class _Diffusers(_Switch):
+    @abstractmethod
     def config(self, setting: float) -> Any:
-        raise NotImplementedError
+        """diffusers' own."""
 
     def start(self, module: Any, setting: float, num_steps: int) -> None:
         if module.is_cache_enabled:

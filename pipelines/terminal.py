@@ -20,6 +20,17 @@ _COLUMNS = (
     ("same label", "label_agreement", "{:.1%}"),
 )
 
+_COMPARED = (
+    ("target", "target_speedup", "{:.1f}x"),
+    ("method", "method", "{}"),
+    ("seed", "seed", "{:d}"),
+    ("CUR", "cur", "{:.1%}"),
+    ("ideal", "ideal_speedup", "{:.2f}x"),
+    ("measured", "speedup", "{:.2f}x"),
+    ("PSNR to full, dB", "psnr_to_full", "{:.2f}"),
+    ("Frechet to full", "frechet_to_full", "{:.4f}"),
+)
+
 
 def _cell(arm: Mapping[str, Any], key: str, form: str) -> str:
     """The number, and half its 95% interval where it has one."""
@@ -57,40 +68,22 @@ def results_table(report: Mapping[str, Any]) -> None:
 
 def comparison_table(comparison: Mapping[str, Any]) -> None:
     """Every point of a comparison, by the speed it was made for; libraries, which have none, at the end."""
-    table = Table(
-        title=f"{comparison['sampler']}, {comparison['num_inference_steps']} steps", title_style="bold"
-    )
-    for heading in (
-        "target",
-        "method",
-        "seed",
-        "CUR",
-        "ideal",
-        "measured",
-        "PSNR to full, dB",
-        "Frechet to full",
-    ):
+    title = f"{comparison['sampler']}, {comparison['num_inference_steps']} steps"
+    table = Table(title=title, title_style="bold", title_justify="left")
+    for heading, _, _ in _COMPARED:
         table.add_column(heading, justify="left" if heading == "method" else "right")
-    columns = (
-        ("target_speedup", "{:.1f}x"),
-        ("method", "{}"),
-        ("seed", "{:d}"),
-        ("cur", "{:.1%}"),
-        ("ideal_speedup", "{:.2f}x"),
-        ("speedup", "{:.2f}x"),
-        ("psnr_to_full", "{:.2f}"),
-        ("frechet_to_full", "{:.4f}"),
-    )
     points = sorted(comparison["points"], key=lambda p: (p.get("target_speedup", 99), -p["psnr_to_full"]))
-    for before, point in zip([None, *points], points):
-        if before is not None and before.get("target_speedup") != point.get("target_speedup"):
+    before = points[0].get("target_speedup")
+    for point in points:
+        if (target := point.get("target_speedup")) != before:
             table.add_section()
+        before = target
         shown = dict(point)
         if "setting" in point:
             shown["method"] = f"{point['method']} {point['setting']:g}"
         if point["method"] == "fewer steps":
             shown["method"] = f"{point['num_inference_steps']} steps"
-        table.add_row(*(_cell(shown, key, form) for key, form in columns))
+        table.add_row(*(_cell(shown, key, form) for _, key, form in _COMPARED))
     _console().print(table)
 
 
