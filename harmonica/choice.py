@@ -1,5 +1,6 @@
 """Which of several plans leaves images nearest to the full sampler's, measured on rows nobody trained on."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from harmonica.sampling import sample
 from harmonica.sdt import Rows
 
 _SMALLEST_ERROR = 1e-12
+_RANGE = 2.0
 
 
 class PlanChoice:
@@ -46,6 +48,11 @@ class PlanChoice:
     def best(self) -> str:
         """The name of the plan whose images are nearest; of equals, the first."""
         return list(self.plans)[int(self.total_P.argmin())]
+
+    def psnr(self, name: str) -> float:
+        """Of a plan's images to the full ones in dB, of values in [-1, 1]; the mean over images."""
+        mean_log = float(self.total_P[list(self.plans).index(name)]) / self.trajectories
+        return 10 * (math.log10(_RANGE**2) - mean_log)
 
     def state(self) -> dict[str, Tensor]:
         return {"total": self.total_P, "trajectories": torch.tensor(self.trajectories)}

@@ -15,17 +15,19 @@ def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Route
         return Router.normal(*shape, seed)
     if config.initial == "alternate":
         return Router.alternating(*shape, config.initial_logit)
-    if config.initial in ("even", "measured"):  # until it is measured
+    if config.target_speedup and config.initial in ("even", "measured"):  # until it is measured
         plan = even_plan(sampler.num_steps, sampler.model.macs(), config.target_speedup)
         return Router.from_logits(logits_of(plan, config.initial_logit))
     return Router(*shape, config.initial_logit)
 
 
-def beta_controller(trainer: SdtTrainer, config: TrainingConfig) -> BetaController | None:
+def beta_controller(
+    trainer: SdtTrainer, config: TrainingConfig, target_speedup: float
+) -> BetaController | None:
     """Where there is a target; one in speed is a share of MACs, and counts as entries if the penalty does."""
     num_steps = trainer.sampler.num_steps
-    if config.target_speedup:
-        share = reusable_share(num_steps, trainer.sampler.model.macs(), config.target_speedup)
+    if target_speedup:
+        share = reusable_share(num_steps, trainer.sampler.model.macs(), target_speedup)
     elif config.target_cur:
         share = config.target_cur * num_steps / (num_steps - 1)  # the target counts row T-1 too
     else:

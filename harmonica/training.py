@@ -5,7 +5,7 @@ torchrun, `pipelines.train` under Ray Train.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,9 +21,9 @@ from harmonica.noise import RowKeys
 from harmonica.plan import Plan
 from harmonica.router import FIXED_LOGIT, Router
 from harmonica.samplers import Sampler
-from harmonica.sdt import SdtTrainer, micro_batches
+from harmonica.sdt import Rows, SdtTrainer, micro_batches
 from harmonica.start import StepSearch
-from harmonica.targets import logits_of, threshold_for
+from harmonica.targets import even_plan, logits_of, stepwise_plan, threshold_for
 from harmonica.training_config import TrainingConfig
 
 _SMALLEST_LAMBDA = 1e-30
@@ -54,7 +54,9 @@ class RouterRun:
                 if not self.trainer.trains(i):
                     row.fill_(FIXED_LOGIT)
         self.lambda_T = torch.ones(sampler.num_steps - 1, device=device)
-        self.beta = beta_controller(self.trainer, config)
+        self.target_speedup = config.target_speedup
+        """As configured, or what the start found for the wanted quality; 0 for none."""
+        self.beta = beta_controller(self.trainer, config, self.target_speedup)
         self.trajectory = 0
         self.search = StepSearch(sampler.num_steps) if config.start_trajectories else None
         self.starts: dict[str, Tensor] = {"start": router.logits()}
@@ -103,9 +105,9 @@ class RouterRun:
 
     def _threshold_of(self, logits_TB: Tensor) -> float:
         """tau as configured, or where the plan meets the target speedup."""
-        if not self.config.target_speedup:
+        if not self.target_speedup:
             return self.config.sdt.threshold
-        return threshold_for(logits_TB.sigmoid(), self.sampler.model.macs(), self.config.target_speedup)
+        return threshold_for(logits_TB.sigmoid(), self.sampler.model.macs(), self.target_speedup)
 
     @property
     def beta_now(self) -> float:
@@ -119,6 +121,7 @@ class RouterRun:
             "lambda": self.lambda_T,
             "beta": self.beta.state_dict() if self.beta else None,
             "trajectory": self.trajectory,
+            "target_speedup": self.target_speedup,
             "search": self.search.state() if self.search else None,
             "starts": self.starts,
             "chosen": self.chosen,
@@ -134,6 +137,8 @@ class RouterRun:
         self.starts = {name: logits_TB.to(self.device) for name, logits_TB in state["starts"].items()}
         if self.search:
             self.search.load_state(state["search"])
+        if state["target_speedup"] != self.target_speedup:
+            self._aim_at(state["target_speedup"])
         if self.beta:
             self.beta.load_state_dict(state["beta"])
         if self.choice and state["choice"]:
@@ -174,12 +179,39 @@ class RouterRun:
         with self.trainer.stopwatch.measure("start"):
             metrics = self.search.train_one(self.sampler, parts, self.config.sdt.reuse, average)
         if self._left_of("start") == 1:
-            plan = self.search.plan(self.sampler.model.macs(), self.config.target_speedup)
-            logits_TB = logits_of(plan, self.config.initial_logit).to(self.starts["start"])
-            logits_TB[-1] = FIXED_LOGIT
-            self.starts = {"even": self.starts["start"], "measured": logits_TB}
-            self._set_router(logits_TB)
+            num_steps, macs = self.sampler.num_steps, self.sampler.model.macs()
+            if self.config.target_psnr:
+                metrics |= self._settle_speed(parts, average)
+            plans = {
+                "even": even_plan(num_steps, macs, self.target_speedup),
+                "measured": self.search.plan(macs, self.target_speedup),
+            }
+            self.starts = {name: self._logits_of(plan) for name, plan in plans.items()}
+            self._set_router(self.starts["measured"])
         return metrics
+
+    def _logits_of(self, plan: Plan) -> Tensor:
+        logits_TB = logits_of(plan, self.config.initial_logit).to(self.lambda_T)
+        logits_TB[-1] = FIXED_LOGIT
+        return logits_TB
+
+    def _settle_speed(self, parts: Sequence[Rows], average: Callable[[Tensor], None]) -> dict[str, float]:
+        """The most steps reused whose images are near enough; one, where none are."""
+        assert self.search is not None
+        num_steps, macs = self.sampler.num_steps, self.sampler.model.macs()
+        counts = [str(count) for count in range(1, num_steps // 2 + 1)]
+        steps = (self.search.best(int(count)) for count in counts)
+        plans = {c: stepwise_plan(num_steps, len(macs.branches), s) for c, s in zip(counts, steps)}
+        measured = PlanChoice(plans, self.config.sdt.reuse)
+        measured.train_one(self.sampler, parts, average)
+        psnr = {count: measured.psnr(count) for count in counts}
+        reached = [count for count in counts if psnr[count] >= self.config.target_psnr] or counts[:1]
+        self._aim_at(plans[reached[-1]].ideal_speedup(macs))
+        return {"target_speedup": self.target_speedup, "psnr": psnr[reached[-1]]}
+
+    def _aim_at(self, speedup: float) -> None:
+        self.target_speedup = speedup
+        self.beta = beta_controller(self.trainer, self.config, speedup)
 
     def _train_router(
         self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]

@@ -30,6 +30,9 @@ class TrainingConfig:
     target_speedup: float = 0.0
     """When above 1, beta follows from this ideal speedup, MACs of full sampling over those of the plan, and
     the plan is cut where it meets it."""
+    target_psnr: float = 0.0
+    """When above 0, in its place: as fast as a measured start can be whose images are so near to the full
+    ones, in dB of values in [-1, 1]. Fitted forecasts come on top."""
     initial: Initial = "constant"
     """Logits to start from: all `initial_logit`, that with its sign changing from step to step, standard
     normal (the released code), or steps reused that meet the target speedup: evenly spread, or those that
@@ -76,7 +79,14 @@ class TrainingConfig:
             raise ValueError(f"train.iepo is {self.iepo!r}: give one of {', '.join(KINDS)}, none")
         if self.initial not in get_args(Initial):
             raise ValueError(f"train.initial is {self.initial!r}: give one of {', '.join(get_args(Initial))}")
-        if self.initial in ("even", "measured") and not self.target_speedup:
+        if self.target_psnr < 0 or (self.target_psnr and (self.target_speedup or self.target_cur)):
+            raise ValueError(
+                f"train.target_psnr is {self.target_psnr}: give decibels above 0, and 0 for "
+                "train.target_speedup and train.target_cur"
+            )
+        if self.target_psnr and self.initial != "measured":
+            raise ValueError(f"train.target_psnr is {self.target_psnr}: give train.initial measured with it")
+        if self.initial in ("even", "measured") and not (self.target_speedup or self.target_psnr):
             raise ValueError(
                 f"train.initial is {self.initial!r} and train.target_speedup 0: give the speed it is to have"
             )

@@ -166,6 +166,31 @@ def test_a_run_of_all_phases_resumes_bit_for_bit(sampler):
     assert torch.equal(run.artifact().forecast_TBK, whole.artifact().forecast_TBK)
 
 
+def test_a_quality_is_met_by_the_fastest_start_that_has_it(sampler):
+    settings = {"initial": "measured", "start_trajectories": 1, "target_speedup": 0.0, "trajectories": 2}
+    search = StepSearch(STEPS)
+    noise, labels, keys = batch = rows(0)
+    search.train_one(sampler, [batch], "forecast", lambda tensor: None)
+    full = sample(sampler, noise, labels, rows=keys)
+
+    def psnr(count: int) -> float:
+        plan = stepwise_plan(STEPS, 6, search.best(count))
+        images = sample(sampler, noise, labels, plan, reuse="forecast", rows=keys)
+        return float(10 * torch.log10(4 / (images - full).square().flatten(1).mean(1)).mean())
+
+    found = [psnr(count) for count in (1, 2, 3, 4)]
+    run = RouterRun(sampler, replace(SPEED, **settings, target_psnr=(found[1] + found[2]) / 2), seed=0)
+    metrics = train(run, 2)
+    assert metrics[0]["psnr"] == pytest.approx(found[1], abs=1e-3)
+    assert run.plan.cur == pytest.approx(2 / STEPS, abs=0.01)
+    again = RouterRun(sampler, run.config, seed=0)
+    again.load_state(run.state())
+    assert train(again, 3)[0]["beta"] == train(run, 3)[0]["beta"] > 0
+    unmet = RouterRun(sampler, replace(SPEED, **settings, target_psnr=500.0), seed=0)
+    train(unmet, 1)
+    assert unmet.plan.cur == pytest.approx(1 / STEPS, abs=0.01), "the nearest there is"
+
+
 def test_in_pairs_only_every_second_row_is_trained(sampler):
     sdt = SdtConfig(objective="pairwise", learning_rate=0.3, threshold=0.5)
     config = replace(SPEED, initial="constant", trajectories=3, iepo="none", sdt=sdt)
@@ -182,6 +207,11 @@ def test_in_pairs_only_every_second_row_is_trained(sampler):
         ({"target_speedup": 0.9}, "train.target_speedup is 0.9"),
         ({"target_cur": 0.3}, "train.target_speedup is 1.4 and train.target_cur 0.3"),
         ({"target_speedup": 0.0}, "train.initial is 'even' and train.target_speedup 0"),
+        ({"target_psnr": 40.0}, "train.target_psnr is 40.0: .* 0 for train.target_speedup"),
+        (
+            {"target_psnr": 40.0, "target_speedup": 0.0},
+            "train.target_psnr is 40.0: give train.initial measured",
+        ),
         ({"choice_trajectories": -1}, "train.choice_trajectories is -1"),
         ({"start_trajectories": 1}, "train.start_trajectories is 1 and train.initial 'even'"),
         ({"initial": "measured"}, "train.start_trajectories is 0 and train.initial 'measured'"),
