@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from harmonica.cache import BranchCache, Reuse
+from harmonica.choice import PlanChoice
 from harmonica.models.base import Macs
 from harmonica.plan import Plan
 from harmonica.samplers import Sampler, State
@@ -140,3 +141,27 @@ class StepSearch:
 
     def load_state(self, state: Tensor) -> None:
         self.gram_EE = state.cpu()
+
+
+def fastest_plan(
+    search: StepSearch,
+    sampler: Sampler,
+    parts: Sequence[Rows],
+    psnr: float,
+    reuse: Reuse,
+    average: Callable[[Tensor], None],
+) -> tuple[Plan, float]:
+    """The most whole steps reused whose images are as near to the full ones as that, and how near they are.
+
+    Args:
+        psnr: in dB, of values in [-1, 1]. Where no plan is so near, it is the one of a single step.
+    """
+    num_steps, num_branches = sampler.num_steps, len(sampler.model.branches)
+    plans = {
+        str(count): stepwise_plan(num_steps, num_branches, search.best(count))
+        for count in range(1, num_steps // 2 + 1)
+    }
+    measured = PlanChoice(plans, reuse)
+    measured.train_one(sampler, parts, average)
+    near = [name for name in plans if measured.psnr(name) >= psnr] or ["1"]
+    return plans[near[-1]], measured.psnr(near[-1])

@@ -5,7 +5,7 @@ torchrun, `pipelines.train` under Ray Train.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -21,9 +21,9 @@ from harmonica.noise import RowKeys
 from harmonica.plan import Plan
 from harmonica.router import FIXED_LOGIT, Router
 from harmonica.samplers import Sampler
-from harmonica.sdt import Rows, SdtTrainer, micro_batches
-from harmonica.start import StepSearch
-from harmonica.targets import even_plan, logits_of, stepwise_plan, threshold_for
+from harmonica.sdt import SdtTrainer, micro_batches
+from harmonica.start import StepSearch, fastest_plan
+from harmonica.targets import even_plan, logits_of, threshold_for
 from harmonica.training_config import TrainingConfig
 
 _SMALLEST_LAMBDA = 1e-30
@@ -181,7 +181,10 @@ class RouterRun:
         if self._left_of("start") == 1:
             num_steps, macs = self.sampler.num_steps, self.sampler.model.macs()
             if self.config.target_psnr:
-                metrics |= self._settle_speed(parts, average)
+                reuse, psnr = self.config.sdt.reuse, self.config.target_psnr
+                plan, found = fastest_plan(self.search, self.sampler, parts, psnr, reuse, average)
+                self._aim_at(plan.ideal_speedup(macs))
+                metrics |= {"target_speedup": self.target_speedup, "psnr": found}
             plans = {
                 "even": even_plan(num_steps, macs, self.target_speedup),
                 "measured": self.search.plan(macs, self.target_speedup),
@@ -194,20 +197,6 @@ class RouterRun:
         logits_TB = logits_of(plan, self.config.initial_logit).to(self.lambda_T)
         logits_TB[-1] = FIXED_LOGIT
         return logits_TB
-
-    def _settle_speed(self, parts: Sequence[Rows], average: Callable[[Tensor], None]) -> dict[str, float]:
-        """The most steps reused whose images are near enough; one, where none are."""
-        assert self.search is not None
-        num_steps, macs = self.sampler.num_steps, self.sampler.model.macs()
-        counts = [str(count) for count in range(1, num_steps // 2 + 1)]
-        steps = (self.search.best(int(count)) for count in counts)
-        plans = {c: stepwise_plan(num_steps, len(macs.branches), s) for c, s in zip(counts, steps)}
-        measured = PlanChoice(plans, self.config.sdt.reuse)
-        measured.train_one(self.sampler, parts, average)
-        psnr = {count: measured.psnr(count) for count in counts}
-        reached = [count for count in counts if psnr[count] >= self.config.target_psnr] or counts[:1]
-        self._aim_at(plans[reached[-1]].ideal_speedup(macs))
-        return {"target_speedup": self.target_speedup, "psnr": psnr[reached[-1]]}
 
     def _aim_at(self, speedup: float) -> None:
         self.target_speedup = speedup
