@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 4 -m harmonica.train dit-xl-2-256-t10 --model.path ...
     python -m harmonica.train PRESET --help                               # every setting
 
-The output folder gets `router/` (the artifact), `router.png`, `metrics.jsonl` and `state.pt`; the same
-command goes on from the last state.
+The output folder gets `router/` (the artifact), those of `train.targets` in `family/`, `router.png`,
+`metrics.jsonl` and `state.pt`; the same command goes on from the last state.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ import torch.distributed as dist
 
 from harmonica.artifact import RouterArtifact
 from harmonica.command_line import fail, parse, say
+from harmonica.family import FamilyRun
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.presets import RECIPES, Recipe
 from harmonica.prompts import PromptStore
 from harmonica.rows import Batch, RowSpec, Share, make_rows
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.sharding import shard
-from harmonica.training import RouterRun
 from harmonica.training_config import TrainingConfig
 
 _SAY_EVERY_S = 5.0
@@ -108,7 +108,7 @@ class _Folder:
                     "resume it with its own settings, or give another output"
                 )
 
-    def load(self, run: RouterRun) -> None:
+    def load(self, run: FamilyRun) -> None:
         """Go on from the last state, if there is one."""
         path = self.path / "state.pt"
         if path.is_file():
@@ -118,7 +118,7 @@ class _Folder:
         """Keep a line until the next state, so that a replayed trajectory is logged once."""
         self._pending.append({"trajectory": trajectory} | metrics)
 
-    def save(self, run: RouterRun) -> None:
+    def save(self, run: FamilyRun) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "settings.json").write_text(json.dumps(self.settings, indent=1) + "\n")
         with (self.path / "metrics.jsonl").open("a") as file:
@@ -128,11 +128,13 @@ class _Folder:
         torch.save(run.state(), part)
         part.replace(self.path / "state.pt")
 
-    def finish(self, run: RouterRun) -> RouterArtifact:
+    def finish(self, run: FamilyRun) -> RouterArtifact:
         from harmonica.pictures import router_heat_map
 
         artifact = run.artifact(**self.settings["train"])
         artifact.save(self.path / "router")
+        for name, other in run.others(**self.settings["train"]).items():
+            other.save(self.path / "family" / name)
         names = [branch.name for branch in run.sampler.model.branches]
         scores_TB = artifact.logits_TB.sigmoid()
         router_heat_map(scores_TB, artifact.plan.to_tensor(), names, self.path / "router.png")
@@ -149,7 +151,7 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
         if command.train.shard_model:
             shard(loaded.model)
         sampler = make_sampler(loaded.model, with_scheduler(command.sampler, loaded.scheduler))
-        run = RouterRun(sampler, command.train, seed=command.seed, device=device)
+        run = FamilyRun(sampler, command.train, seed=command.seed, device=device)
         folder.load(run)
         prompts = PromptStore(command.prompts) if command.prompts else None
         spec = RowSpec.of(loaded.model, command.seed, prompts)
@@ -161,15 +163,15 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
     return artifact
 
 
-def trained(run: RouterRun, spec: RowSpec, share: Share) -> Iterator[dict[str, float]]:
+def trained(run: FamilyRun, spec: RowSpec, share: Share) -> Iterator[dict[str, float]]:
     """Train the trajectories that are left, on rows made here; the metrics after each."""
-    while run.trajectory < run.config.all_trajectories:
-        indices = share.indices(np.arange(share.size), run.trajectory)
+    while run.next_rows:
+        indices = share.indices(np.arange(share.size), run.next_rows.start)
         rows = Batch.of(make_rows(indices, spec), spec, run.device)
         yield run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
 
 
-def _train(run: RouterRun, spec: RowSpec, share: Share, folder: _Folder, tell: Callable[[str], None]) -> None:
+def _train(run: FamilyRun, spec: RowSpec, share: Share, folder: _Folder, tell: Callable[[str], None]) -> None:
     config, last_said, last_saved = run.config, 0.0, time.monotonic()
     for metrics in trained(run, spec, share):
         is_last, now = run.trajectory == config.all_trajectories, time.monotonic()

@@ -15,7 +15,6 @@ from torch import Tensor
 from harmonica.artifact import RouterArtifact
 from harmonica.choice import PlanChoice
 from harmonica.forecast import ForecastFit
-from harmonica.iepo import image_error_proxy
 from harmonica.initial import beta_controller, initial_router
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan
@@ -23,10 +22,9 @@ from harmonica.router import FIXED_LOGIT, Router
 from harmonica.samplers import Sampler
 from harmonica.sdt import SdtTrainer, micro_batches
 from harmonica.start import StepSearch, fastest_plan
+from harmonica.step_weights import StepWeights
 from harmonica.targets import even_plan, logits_of, threshold_for
 from harmonica.training_config import TrainingConfig
-
-_SMALLEST_LAMBDA = 1e-30
 
 
 def average(tensor: Tensor) -> None:
@@ -53,7 +51,7 @@ class RouterRun:
             for i, row in enumerate(router.rows):
                 if not self.trainer.trains(i):
                     row.fill_(FIXED_LOGIT)
-        self.lambda_T = torch.ones(sampler.num_steps - 1, device=device)
+        self.weights = StepWeights(sampler.num_steps, config, device)
         self.target_speedup = config.target_speedup
         """As configured, or what the start found for the wanted quality; 0 for none."""
         self.beta = beta_controller(self.trainer, config, self.target_speedup)
@@ -118,7 +116,7 @@ class RouterRun:
         return {
             "router": self.router.state_dict(),
             "optimizer": self.trainer.optimizer.state_dict(),
-            "lambda": self.lambda_T,
+            "lambda": self.weights.lambda_T,
             "beta": self.beta.state_dict() if self.beta else None,
             "trajectory": self.trajectory,
             "target_speedup": self.target_speedup,
@@ -132,7 +130,7 @@ class RouterRun:
     def load_state(self, state: dict[str, Any]) -> None:
         self.router.load_state_dict(state["router"])
         self.trainer.optimizer.load_state_dict(state["optimizer"])
-        self.lambda_T = state["lambda"].to(self.device)
+        self.weights.lambda_T = state["lambda"].to(self.device)
         self.trajectory, self.chosen = state["trajectory"], state["chosen"]
         self.starts = {name: logits_TB.to(self.device) for name, logits_TB in state["starts"].items()}
         if self.search:
@@ -179,22 +177,34 @@ class RouterRun:
         with self.trainer.stopwatch.measure("start"):
             metrics = self.search.train_one(self.sampler, parts, self.config.sdt.reuse, average)
         if self._left_of("start") == 1:
-            num_steps, macs = self.sampler.num_steps, self.sampler.model.macs()
             if self.config.target_psnr:
                 reuse, psnr = self.config.sdt.reuse, self.config.target_psnr
                 plan, found = fastest_plan(self.search, self.sampler, parts, psnr, reuse, average)
-                self._aim_at(plan.ideal_speedup(macs))
+                self._aim_at(plan.ideal_speedup(self.sampler.model.macs()))
                 metrics |= {"target_speedup": self.target_speedup, "psnr": found}
-            plans = {
-                "even": even_plan(num_steps, macs, self.target_speedup),
-                "measured": self.search.plan(macs, self.target_speedup),
-            }
-            self.starts = {name: self._logits_of(plan) for name, plan in plans.items()}
-            self._set_router(self.starts["measured"])
+            self._set_starts()
         return metrics
 
+    def _set_starts(self) -> None:
+        """The router begins with the best steps for its speed; where the start was measured, it is known."""
+        assert self.search is not None
+        num_steps, macs = self.sampler.num_steps, self.sampler.model.macs()
+        plans = {
+            "even": even_plan(num_steps, macs, self.target_speedup),
+            "measured": self.search.plan(macs, self.target_speedup),
+        }
+        self.starts = {name: self._logits_of(plan) for name, plan in plans.items()}
+        self._set_router(self.starts["measured"])
+
+    def start_as(self, other: "RouterRun") -> None:
+        """Where another run, for another speed, has measured the start, take it over."""
+        self.trajectory = self.config.start_trajectories
+        if self.search is not None and other.search is not None:
+            self.search.load_state(other.search.state())
+            self._set_starts()
+
     def _logits_of(self, plan: Plan) -> Tensor:
-        logits_TB = logits_of(plan, self.config.initial_logit).to(self.lambda_T)
+        logits_TB = logits_of(plan, self.config.initial_logit).to(self.weights.lambda_T)
         logits_TB[-1] = FIXED_LOGIT
         return logits_TB
 
@@ -206,32 +216,18 @@ class RouterRun:
         self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """A refresh of lambda where it is due, and an update of every row."""
-        config, metrics = self.config, {}
-        if config.iepo != "none" and (self.trajectory - config.start_trajectories) % config.iepo_every == 0:
+        batch, since = (noise_NCHW, condition_N, rows), self.trajectory - self.config.start_trajectories
+        metrics: dict[str, float] = {}
+        if self.weights.is_due(since):
             with self.trainer.stopwatch.measure("lambda"):
-                self.lambda_T = image_error_proxy(
-                    self.sampler,
-                    self.router,
-                    noise_NCHW,
-                    condition_N,
-                    kind=config.iepo,
-                    threshold=config.sdt.threshold,
-                    reuse=config.sdt.reuse,
-                    rows=rows,
-                    micro_batch_size=config.micro_batch_size,
-                    average=average,
-                )
-            metrics = {f"lambda.step_{i:03d}": value for i, value in enumerate(self.lambda_T.tolist())}
-            if self.beta:
-                # Beta follows, so only ratios count; lambda as measured may lie below what AdamW rounds off.
-                self.lambda_T = self.lambda_T / self.lambda_T.mean().clamp_min(_SMALLEST_LAMBDA)
+                metrics = self.weights.refresh(self.sampler, self.router, *batch, average)
         records, _ = self.trainer.train_trajectory(
             noise_NCHW,
             condition_N,
-            self.lambda_T,
+            self.weights.lambda_T,
             rows=rows,
             beta=self.beta_now,
-            micro_batch_size=config.micro_batch_size,
+            micro_batch_size=self.config.micro_batch_size,
             average=average,
             on_gradient=self._observe,
         )

@@ -7,6 +7,8 @@ from harmonica.forecast_config import ForecastConfig
 from harmonica.iepo import KINDS, IepoKind
 from harmonica.sdt import SdtConfig
 
+_MOST_TARGETS = 20
+
 Initial = Literal["constant", "alternate", "normal", "even", "measured"]
 
 
@@ -30,6 +32,9 @@ class TrainingConfig:
     target_speedup: float = 0.0
     """When above 1, beta follows from this ideal speedup, MACs of full sampling over those of the plan, and
     the plan is cut where it meets it."""
+    targets: tuple[float, ...] = ()
+    """More ideal speedups: a router for each of them too, from the same measured start, trained as the one of
+    `target_speedup` is, after it."""
     target_psnr: float = 0.0
     """When above 0, in its place: as fast as a measured start can be whose images are so near to the full
     ones, in dB of values in [-1, 1]. Fitted forecasts come on top."""
@@ -73,6 +78,13 @@ class TrainingConfig:
                 f"train.target_speedup is {self.target_speedup} and train.target_cur {self.target_cur}: give "
                 "one of them, and 0 for the other"
             )
+        if self.targets and not self.target_speedup:
+            raise ValueError(
+                f"train.targets is {self.targets} and train.target_speedup {self.target_speedup}: give the "
+                "speed of the first router as well"
+            )
+        if len(self.targets) > _MOST_TARGETS or not all(target > 1 for target in self.targets):
+            raise ValueError(f"train.targets is {self.targets}: give at most {_MOST_TARGETS} numbers above 1")
         if self.choice_trajectories < 0:
             raise ValueError(f"train.choice_trajectories is {self.choice_trajectories}: give 0 or more")
         if self.iepo not in (*KINDS, "none"):
@@ -102,7 +114,12 @@ class TrainingConfig:
             )
 
     @property
+    def others(self) -> tuple[float, ...]:
+        """`targets` as they come, each once, without `target_speedup`."""
+        return tuple(target for target in dict.fromkeys(self.targets) if target != self.target_speedup)
+
+    @property
     def all_trajectories(self) -> int:
-        """Those of the start, the router, the choice and the forecasts."""
-        before, after = self.start_trajectories, self.choice_trajectories
-        return before + self.trajectories + after + self.forecast.trajectories
+        """Those of the start, and for each speed those of the router, the choice and the forecasts."""
+        each = self.trajectories + self.choice_trajectories + self.forecast.trajectories
+        return self.start_trajectories + each * (1 + len(self.others))

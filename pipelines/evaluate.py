@@ -3,6 +3,7 @@
 Speed is measured arm beside arm on one worker; quality by `pipelines.judging`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -22,38 +23,64 @@ from pipelines.timing import (
     Arm,
     Timing,
     device_of,
+    family_arm,
     make_arms,
+    make_family_arms,
     make_transfer_arms,
     measure,
 )
 
 
-def evaluate(config: WorkflowConfig, artifact: RouterArtifact) -> tuple[dict[str, Any], dict[str, Figure]]:
-    """The report of one router, JSON-ready, and its pictures by file name."""
+def evaluate(
+    config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact] | None = None
+) -> tuple[dict[str, Any], dict[str, Figure]]:
+    """The report of one router, JSON-ready, and its pictures by file name.
+
+    Args:
+        family: routers for other speeds, by name; each gets an arm on the same noise.
+    """
+    family = family or {}
     settings = config.evaluate
     remote = ray.remote(num_cpus=1, num_gpus=int(settings.use_gpu))(measure)
-    timing: Timing = ray.get(remote.remote(config, artifact))
-    arms, transfer = make_arms(config, artifact, timing.fewer_steps), make_transfer_arms(config, artifact)
+    timing: Timing = ray.get(remote.remote(config, artifact, family))
+    arms = make_arms(config, artifact, timing.fewer_steps) + make_family_arms(config, family)
+    transfer = make_transfer_arms(config, artifact)
     quality = judge(config, timing.rows, arms + transfer)
     noise_floor = quality[FULL].pop(NOISE_FLOOR, None)
     report_arms = {arm.name: _times(arm, timing) | quality[arm.name] for arm in arms}
-    seconds = timing.seconds_per_image
-    measured = seconds[FULL] / seconds[CACHED]
-    saved = 1 - 1 / artifact.ideal_speedup
+    for name, member in family.items():
+        arm = report_arms[family_arm(name)]
+        report_arms[family_arm(name)] = arm | _speeds(member, arm["speedup"])
     report = {
         "samples": settings.samples,
-        "cur": artifact.plan.cur,
         "reuse": artifact.reuse,
-        "ideal_speedup": artifact.ideal_speedup,
-        "measured_speedup": measured,
-        "realised_share": (1 - 1 / measured) / saved if saved > 0 else None,
+        **_speeds(artifact, report_arms[CACHED]["speedup"]),
         "arms": report_arms,
     }
     if noise_floor:
         report[NOISE_FLOOR] = noise_floor
     if transfer:
         report["transfer"] = {arm.name: quality[arm.name] for arm in transfer}
-    return report | verdict(report_arms), _pictures(config, artifact, timing)
+    return report | verdict(report_arms), _pictures(config, artifact, family, timing)
+
+
+def _speeds(artifact: RouterArtifact, measured: float) -> dict[str, Any]:
+    """Of a router: how much it reuses, and what that is worth in MACs and in time."""
+    ideal = artifact.ideal_speedup
+    return {
+        "cur": artifact.plan.cur,
+        "ideal_speedup": ideal,
+        "measured_speedup": measured,
+        "realised_share": (1 - 1 / measured) / (1 - 1 / ideal) if ideal > 1 else None,
+    }
+
+
+def report_of(report: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A member of the family, as if it had been evaluated alone."""
+    arm = report["arms"][family_arm(name)]
+    about = ("cur", "ideal_speedup", "measured_speedup", "realised_share")
+    quality = {key: value for key, value in arm.items() if key not in about}
+    return {"samples": report["samples"]} | {key: arm[key] for key in about} | {"arms": {CACHED: quality}}
 
 
 def with_sample(config: WorkflowConfig, artifact: RouterArtifact) -> RouterArtifact:
@@ -66,13 +93,15 @@ def with_sample(config: WorkflowConfig, artifact: RouterArtifact) -> RouterArtif
     return ray.get(ray.remote(num_cpus=1, num_gpus=int(config.evaluate.use_gpu))(record).remote())
 
 
-def _pictures(config: WorkflowConfig, artifact: RouterArtifact, timing: Timing) -> dict[str, Figure]:
+def _pictures(
+    config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact], timing: Timing
+) -> dict[str, Figure]:
     """Full above cached above fewer steps, same noise; and the router."""
     titles = {
         FULL: f"full, {config.sampler.num_inference_steps} steps",
         CACHED: f"cached, CUR {artifact.plan.cur:.0%}",
         FEWER: f"{timing.fewer_steps} steps",
-    }
+    } | {family_arm(name): f"cached {name}, CUR {one.plan.cur:.0%}" for name, one in family.items()}
     rows = {titles[name]: images for name, images in timing.sheet.items()}
     pictures = {
         "router.png": router_heat_map(

@@ -1,13 +1,45 @@
 """What becomes of a judged router: a registered version, the champion if it is let through, an endpoint."""
 
 import base64
+from collections.abc import Mapping
+from typing import Any
 
 from harmonica.artifact import RouterArtifact
+from harmonica.family import member_name
 from pipelines import registry, tracking
 from pipelines.config import WorkflowConfig
-from pipelines.promotion import Decision, carry_out, decide
-from pipelines.resume import PROMOTION, REPORT, ROUTER, SERVED
+from pipelines.promotion import Decision, carry_out, decide, measurements
+from pipelines.resume import FAMILY, PROMOTION, REPORT, ROUTER, SERVED
 from pipelines.storage import RunStorage
+
+
+def register_beside(
+    config: WorkflowConfig,
+    storage: RunStorage,
+    path: str,
+    report: Mapping[str, Any] | None,
+    run: tracking.StageRun,
+    tags: Mapping[str, str],
+) -> str:
+    """A router that is not the run's own as a version with its numbers, promoted by nothing but an alias that
+    somebody moves; called again for the same MLflow run it makes no second one.
+
+    Args:
+        path: of its folder on the storage.
+        run: MLflow's, of this router.
+    """
+    from pipelines.evaluate import with_sample
+
+    folder, name = storage.download_folder(path), config.registered_model
+    artifact = RouterArtifact.load(folder)
+    if artifact.sample_CHW is None:
+        folder = with_sample(config, artifact).save(folder)
+        storage.upload_folder(folder, path)
+    all_tags = measurements(artifact, report, use_gpu=config.evaluate.use_gpu)
+    all_tags |= {"run_id": config.run_id} | dict(tags)
+    version = registry.register(folder, name=name, run=run, alias=None, tags=all_tags)
+    registry.set_tags(run.client, name, version, all_tags | {registry.GATE: registry.NOT_ASKED})
+    return version
 
 
 class Publisher:
@@ -26,6 +58,25 @@ class Publisher:
 
     def register(self) -> str:
         """Make the version, once, and decide about it until it has been the champion."""
+        words = self._register()
+        family = [self._register_member(name) for name in map(member_name, self._config.train.others)]
+        return words + (f"; beside it, as versions {', '.join(family)}" if family else "")
+
+    def _register_member(self, name: str) -> str:
+        """Of what training made for other speeds."""
+        from pipelines.evaluate import report_of
+
+        config = self._config
+        report = self._storage.read_json(REPORT) if self._storage.exists(REPORT) else None
+        about = report_of(report, name) if report else None
+        stage = f"{FAMILY} {name} of {self._run.mlflow_run_id[:8]}"
+        with tracking.stage_run(stage, config.run_id, config.storage_path, {}, self._run) as run:
+            if about is not None:
+                run.log(tracking.numbers(about))
+            version = register_beside(config, self._storage, f"{FAMILY}/{name}", about, run, {FAMILY: name})
+        return f"{version} ({name})"
+
+    def _register(self) -> str:
         from pipelines.evaluate import with_sample
 
         config, name = self._config, self._config.registered_model

@@ -9,7 +9,14 @@ from pipelines.config import STAGES, Stage, WorkflowConfig
 from pipelines.storage import RunStorage
 from pipelines.stream import PROMPTS
 
-ROUTER, REPORT, SHEET, HEAT_MAP, CONFIG = "router", "report.json", "samples.png", "router.png", "config.json"
+ROUTER, FAMILY, REPORT, SHEET, HEAT_MAP, CONFIG = (
+    "router",
+    "family",
+    "report.json",
+    "samples.png",
+    "router.png",
+    "config.json",
+)
 SERVED, PROMOTION = "served.png", "promotion.json"
 COMPARISON, COMPARISON_PICTURE, SWEEP = "comparison.json", "comparison.png", "sweep.json"
 # None of it changes what the finished stages made; a sweep keeps its own settings.
@@ -39,7 +46,7 @@ _FREE_IN_TRAIN = {
 # What a stage leaves on the storage, its progress included; first what says that it is finished.
 _MADE_BY: dict[Stage, tuple[str, ...]] = {
     "prompts": (f"{PROMPTS}/{MANIFEST}", PROMPTS),
-    "train": (f"{ROUTER}/config.json", ROUTER, "train"),
+    "train": (f"{ROUTER}/config.json", ROUTER, FAMILY, "train"),
     "evaluate": (REPORT, SHEET, HEAT_MAP),
     "sweep": (SWEEP, "sweep", "sweep.png"),
     "register": (PROMOTION,),

@@ -10,6 +10,7 @@ from typing import Any
 
 from harmonica.artifact import RouterArtifact
 from harmonica.command_line import say
+from harmonica.family import member_name
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
 from harmonica.models.vae import draws_pixels
@@ -23,7 +24,7 @@ from pipelines.config import Stage, WorkflowConfig
 from pipelines.judges import check_judges
 from pipelines.node_metrics import node_metrics
 from pipelines.publishing import Publisher
-from pipelines.resume import COMPARISON, COMPARISON_PICTURE, REPORT, ROUTER, SWEEP
+from pipelines.resume import COMPARISON, COMPARISON_PICTURE, FAMILY, REPORT, ROUTER, SWEEP
 from pipelines.runtime import connect, is_private
 from pipelines.storage import RunStorage, settle_endpoint
 from pipelines.stream import PROMPTS
@@ -75,8 +76,9 @@ class Workflow:
         sampler = with_scheduler(self.config.sampler, loaded.scheduler)
         self.config = dataclasses.replace(self.config, sampler=sampler)
         make_sampler(model, sampler)
-        if self.config.train.target_speedup:
-            reusable_share(sampler.num_inference_steps, model.macs(), self.config.train.target_speedup)
+        for speedup in (self.config.train.target_speedup, *self.config.train.others):
+            if speedup:
+                reusable_share(sampler.num_inference_steps, model.macs(), speedup)
         if "serve" in self.config.stages and not draws_pixels(model) and loaded.vae_folder is None:
             raise ValueError(
                 f"model.vae is '' and {self.config.model.path} draws latents: give its decoder, or leave the "
@@ -189,9 +191,13 @@ class Workflow:
         if self.storage.exists(f"{ROUTER}/config.json"):
             return "done before"
         with self._stage("train") as run, tempfile.TemporaryDirectory() as folder:
-            artifact = train(self.config, self.storage, run)
-            self.storage.upload_folder(artifact.save(folder), ROUTER)
-        return f"CUR {artifact.plan.cur:.1%}, ideal speedup {artifact.ideal_speedup:.2f}x"
+            artifact, family = train(self.config, self.storage, run)
+            for name, member in family.items():
+                self.storage.upload_folder(member.save(f"{folder}/{name}"), f"{FAMILY}/{name}")
+            # Last, since it is what says that the stage is finished.
+            self.storage.upload_folder(artifact.save(f"{folder}/{ROUTER}"), ROUTER)
+        speeds = [f"{one.ideal_speedup:.2f}x" for one in (artifact, *family.values())]
+        return f"CUR {artifact.plan.cur:.1%}, ideal speedup {', '.join(speeds)}"
 
     def _evaluate(self) -> str:
         from pipelines.evaluate import evaluate
@@ -200,7 +206,7 @@ class Workflow:
             return "done before"
         artifact = RouterArtifact.load(self.storage.download_folder(ROUTER))
         with self._stage("evaluate") as run:
-            report, pictures = evaluate(self.config, artifact)
+            report, pictures = evaluate(self.config, artifact, self._family())
             for name, figure in pictures.items():
                 run.client.log_figure(run.mlflow_run_id, figure, name)
                 self.storage.write_bytes(name, png_of(figure))
@@ -209,6 +215,11 @@ class Workflow:
             self._parent.log(tracking.numbers(report))
             self.storage.write_json(REPORT, {"run_id": self.config.run_id} | report)
         return report["verdict"]
+
+    def _family(self) -> dict[str, RouterArtifact]:
+        """What training made beside the router, by name."""
+        names = map(member_name, self.config.train.others)
+        return {name: RouterArtifact.load(self.storage.download_folder(f"{FAMILY}/{name}")) for name in names}
 
     def _compare(self) -> str:
         from pipelines.compare import compare

@@ -16,13 +16,13 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from harmonica.artifact import RouterArtifact
 from harmonica.command_line import say
-from pipelines import registry, tracking
+from pipelines import tracking
 from pipelines.charts import png_of
 from pipelines.config import WorkflowConfig
-from pipelines.evaluate import evaluate, with_sample
+from pipelines.evaluate import evaluate
 from pipelines.gate import score
 from pipelines.pareto import front_figure, on_front
-from pipelines.promotion import measurements
+from pipelines.publishing import register_beside
 from pipelines.resume import ROUTER, SWEEP, stages_again
 from pipelines.storage import RunStorage
 from pipelines.sweep_trial import (
@@ -167,12 +167,13 @@ def _search(config: WorkflowConfig, storage: RunStorage, trials: list[Trial]) ->
 def _scheduler(config: WorkflowConfig) -> TrialScheduler | None:
     if config.sweep.search == "grid":
         return None
+    longest = trials_of(config)[0].settings(config).train.all_trajectories
     return ASHAScheduler(
         time_attr=TRAJECTORY,
         metric=SCORE,
         mode="max",
-        max_t=config.train.all_trajectories,
-        grace_period=min(config.sweep.report_every, config.train.all_trajectories),
+        max_t=longest,
+        grace_period=min(config.sweep.report_every, longest),
         reduction_factor=config.sweep.reduction_factor,
     )
 
@@ -225,21 +226,12 @@ def _register(
     point: Mapping[str, Any],
     run: tracking.StageRun,
 ) -> str:
-    """A version of its own, never the champion by itself."""
-    folder = storage.download_folder(f"{FOLDER}/{trial.name}/{ROUTER}")
-    artifact = RouterArtifact.load(folder)
-    if artifact.sample_CHW is None:
-        folder = with_sample(config, artifact).save(folder)
-        storage.upload_folder(folder, f"{FOLDER}/{trial.name}/{ROUTER}")
-    report = storage.read_json(f"{FOLDER}/{trial.name}/report.json")
-    tags = measurements(artifact, report, use_gpu=config.evaluate.use_gpu)
-    tags |= {"run_id": config.run_id, "sweep": trial.name, "score": f"{point[SCORE]:.6g}"}
+    folder = f"{FOLDER}/{trial.name}"
+    tags = {"sweep": trial.name, "score": f"{point[SCORE]:.6g}"}
     with _tracked(config, trial, run) as ours:
-        version = registry.register(folder, name=config.registered_model, run=ours, alias=None, tags=tags)
-        registry.set_tags(
-            ours.client, config.registered_model, version, tags | {registry.GATE: registry.NOT_ASKED}
+        return register_beside(
+            config, storage, f"{folder}/{ROUTER}", storage.read_json(f"{folder}/report.json"), ours, tags
         )
-    return version
 
 
 def _verdict(points: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> str:

@@ -16,11 +16,11 @@ from ray import tune
 
 from harmonica.artifact import RouterArtifact
 from harmonica.cache import Reuse
+from harmonica.family import FamilyRun
 from harmonica.models.base import BranchedTransformer
 from harmonica.rows import Batch, Share, make_rows
 from harmonica.sampling import sample
 from harmonica.train import trained
-from harmonica.training import RouterRun
 from pipelines.checkpoints import Checkpoints
 from pipelines.config import WorkflowConfig
 from pipelines.gate import score
@@ -62,7 +62,7 @@ class Trial:
                 f"sweep.over is {self.over!r}: give one of {', '.join(known & set(_OTHER_TARGET))}"
             )
         targets = dict.fromkeys(known & set(_OTHER_TARGET), 0.0) | {self.over: self.target}
-        train = dataclasses.replace(config.train, iepo=self.iepo, **targets)  # type: ignore[arg-type]
+        train = dataclasses.replace(config.train, iepo=self.iepo, targets=(), **targets)  # type: ignore[arg-type]
         return dataclasses.replace(config, train=train, seed=self.seed)
 
 
@@ -81,7 +81,7 @@ def judging_seed(config: WorkflowConfig) -> int:
 class _Probe:
     """The PSNR of a router on a few fixed rows, while it trains."""
 
-    def __init__(self, config: WorkflowConfig, run: RouterRun, model: BranchedTransformer) -> None:
+    def __init__(self, config: WorkflowConfig, run: FamilyRun, model: BranchedTransformer) -> None:
         self.config, self.run = config, run
         spec = row_spec(config, model, judging_seed(config))
         rows = make_rows(np.arange(config.sweep.report_samples), spec)
@@ -127,7 +127,7 @@ def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
     is_done = storage.exists(f"{folder}/{ROUTER}/config.json")
     for before in reports:
         # At its last report ASHA ends a trial, and the router would be missing.
-        if is_done or before[TRAJECTORY] < config.train.all_trajectories:
+        if is_done or before[TRAJECTORY] < trial.settings(config).train.all_trajectories:
             tune.report(before)
     if is_done:
         return

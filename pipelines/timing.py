@@ -101,6 +101,15 @@ def make_arms(config: WorkflowConfig, artifact: RouterArtifact, fewer_steps: int
     return [Arm(FULL, config.sampler), cached, Arm(FEWER, fewer)]
 
 
+def make_family_arms(config: WorkflowConfig, family: Mapping[str, RouterArtifact]) -> list[Arm]:
+    """One a member, named by `family_arm`."""
+    return [Arm(family_arm(name), config.sampler, one.plan, one.reuse) for name, one in family.items()]
+
+
+def family_arm(name: str) -> str:
+    return f"{CACHED} {name}"
+
+
 def make_transfer_arms(config: WorkflowConfig, artifact: RouterArtifact) -> list[Arm]:
     """Full and cached under each other sampler and guidance of `evaluate`; the plan was not made for them."""
     others: dict[str, SamplerConfig] = {}
@@ -121,9 +130,9 @@ def steps_as_long(total: int, seconds: Mapping[str, float]) -> int:
     return min(total, max(2, math.ceil(total * seconds[CACHED] / seconds[FULL] - 0.1)))
 
 
-def measure(config: WorkflowConfig, artifact: RouterArtifact) -> Timing:
-    """Time the arms; the step count of `fewer_steps` fits the times that are reported beside it, as far as a
-    busy machine lets them be measured alike twice."""
+def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact]) -> Timing:
+    """Time the arms, those of the family too; the step count of `fewer_steps` fits the times that are
+    reported beside it, as far as a busy machine lets them be measured alike twice."""
     settings, device = config.evaluate, device_of(config.evaluate.use_gpu)
     loaded = load_model(config.model, device)
     model = loaded.model
@@ -134,7 +143,7 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact) -> Timing:
     seconds, spread = median_times(arms, model, batch, min(3, settings.timing_rounds))
     for _ in range(_TRIES):
         steps = steps_as_long(total, seconds)
-        arms = make_arms(config, artifact, steps)
+        arms = make_arms(config, artifact, steps) + make_family_arms(config, family)
         seconds, spread = median_times(arms, model, batch, settings.timing_rounds)
         if steps_as_long(total, seconds) == steps:
             break

@@ -17,12 +17,12 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Wo
 from ray.train.torch import TorchTrainer
 
 from harmonica.artifact import RouterArtifact
+from harmonica.family import FamilyRun
 from harmonica.models.loading import load_model
 from harmonica.pictures import router_heat_map
 from harmonica.rows import Batch, RowSpec, Share
 from harmonica.samplers import make_sampler
 from harmonica.sharding import shard
-from harmonica.training import RouterRun
 from pipelines.checkpoints import Checkpoints
 from pipelines.config import WorkflowConfig
 from pipelines.metric_log import MetricLog
@@ -35,6 +35,8 @@ from pipelines.worker_times import WorkerTimes, worker_nodes
 
 logger = logging.getLogger(__name__)
 
+Routers = tuple[RouterArtifact, dict[str, RouterArtifact]]
+
 _METRICS = "unlogged_metrics"
 _WORKERS_TAG = "harmonica.workers"
 _MLFLOW_PATIENCE_S = 600
@@ -46,33 +48,31 @@ _START_PATIENCE = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 
 def start_run(
     config: WorkflowConfig, device: torch.device, *, shard_model: bool = False
-) -> tuple[RouterRun, RowSpec]:
+) -> tuple[FamilyRun, RowSpec]:
     """A run at its first trajectory, and what its rows look like."""
     model = load_model(config.model, "cpu" if shard_model else device).model
     if shard_model:
         shard(model)
     sampler = make_sampler(model, config.sampler)
-    run = RouterRun(sampler, config.train, seed=config.seed, device=device)
+    run = FamilyRun(sampler, config.train, seed=config.seed, device=device)
     return run, row_spec(config, model, config.seed)
 
 
 def _trajectories(
-    run: RouterRun, spec: RowSpec, times: WorkerTimes, tell: Callable[[str], object]
+    run: FamilyRun, spec: RowSpec, times: WorkerTimes, tell: Callable[[str], object]
 ) -> Iterator[Batch]:
     """This worker's rows of every trajectory still to train."""
     context = ray.train.get_context()
     share = Share(run.config.batch_size, context.get_world_rank(), context.get_world_size())
-    remaining = run.config.all_trajectories - run.trajectory
-    if remaining <= 0:
-        return
-    rows = stream_rows(spec, share, first_trajectory=run.trajectory, trajectories=remaining)
-    batches = iter(rows.iter_batches(batch_size=share.size, prefetch_batches=4, batch_format="numpy"))
-    for _ in range(remaining):
-        tell(f"rows of trajectory {run.trajectory}")
-        with times.waiting_for_data():
-            batch = Batch.of(next(batches), spec, run.device)
-        tell(f"trajectory {run.trajectory}, its updates and the other workers' gradients")
-        yield batch
+    while wanted := run.next_rows:  # those of one member of the family after another
+        rows = stream_rows(spec, share, first_trajectory=wanted.start, trajectories=len(wanted))
+        batches = iter(rows.iter_batches(batch_size=share.size, prefetch_batches=4, batch_format="numpy"))
+        for _ in wanted:
+            tell(f"rows of trajectory {run.trajectory}")
+            with times.waiting_for_data():
+                batch = Batch.of(next(batches), spec, run.device)
+            tell(f"trajectory {run.trajectory}, its updates and the other workers' gradients")
+            yield batch
 
 
 def _agree(due: bool, device: torch.device | str) -> bool:
@@ -87,7 +87,7 @@ class _Keeper:
     """Rank 0's: what it leaves of a run, on the storage and in MLflow, at every checkpoint."""
 
     def __init__(
-        self, checkpoints: Checkpoints, run: RouterRun, stage: StageRun, board: Any, pending: list[Any]
+        self, checkpoints: Checkpoints, run: FamilyRun, stage: StageRun, board: Any, pending: list[Any]
     ) -> None:
         self.checkpoints, self.run, self.stage, self.board = checkpoints, run, stage, board
         self.log = MetricLog(stage, pending)
@@ -126,7 +126,7 @@ class _Keeper:
         self.log.finish(_MLFLOW_PATIENCE_S)
 
 
-def _resume(run: RouterRun, checkpoints: Checkpoints, is_rank_0: bool) -> list[Any]:
+def _resume(run: FamilyRun, checkpoints: Checkpoints, is_rank_0: bool) -> list[Any]:
     """Go on from the newest whole checkpoint, on all workers the same; its metrics not logged yet."""
     found = checkpoints.last() if is_rank_0 else None
     name: str = ray.train.collective.broadcast_from_rank_zero(found)
@@ -179,8 +179,10 @@ def _train_loop(job: dict[str, Any]) -> None:
         keeper.finish()
 
 
-def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> RouterArtifact:
-    """Train to `config.train.all_trajectories`, resuming the run's last checkpoint; returns the router.
+def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Routers:
+    """Train to `config.train.all_trajectories`, resuming the run's last checkpoint; returns the routers.
+
+    First the one of `train.target_speedup`, then those of `train.targets` by name, as in "1.5x".
 
     Raises:
         RuntimeError: workers failed more often than `train.max_failures`; says how the last one did.
@@ -215,7 +217,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
         run_watched(trainer.fit, board, settings.stall_timeout_s, wanted)
     except WorkerGroupError as error:
         raise RuntimeError(_last_failure(error, settings.max_failures)) from error
-    return _build_artifact(config, Checkpoints(storage))
+    return _build_artifacts(config, Checkpoints(storage))
 
 
 def _last_failure(error: WorkerGroupError, max_failures: int) -> str:
@@ -225,7 +227,7 @@ def _last_failure(error: WorkerGroupError, max_failures: int) -> str:
     )
 
 
-def _build_artifact(config: WorkflowConfig, checkpoints: Checkpoints) -> RouterArtifact:
+def _build_artifacts(config: WorkflowConfig, checkpoints: Checkpoints) -> Routers:
     run, _ = start_run(config, torch.device("cpu"))
     name = checkpoints.last()
     if name:
@@ -235,4 +237,5 @@ def _build_artifact(config: WorkflowConfig, checkpoints: Checkpoints) -> RouterA
             f"training of {config.run_id} ended and its last whole checkpoint is of trajectory "
             f"{run.trajectory} of {config.train.all_trajectories}: run again with the same run id"
         )
-    return run.artifact(run_id=config.run_id, **config.to_dict()["train"])
+    settings = {"run_id": config.run_id} | config.to_dict()["train"]
+    return run.artifact(**settings), run.others(**settings)

@@ -66,7 +66,7 @@ def trained(model: BranchedTransformer, case: str, noise: Tensor, condition: Any
         alone = model(noise, torch.full((len(noise),), 500), condition)
     return {
         "logits": run.router.logits(),
-        "lambda": run.lambda_T,
+        "lambda": run.weights.lambda_T,
         "mse": torch.tensor(metrics["mse"]),
         "images": torch.cat([before, after]),
         "forward": alone,

@@ -20,8 +20,10 @@ from s3_server import BUCKET, SECRET, s3_server
 from tiny_dit import make_artifact, write_model
 
 import workflow
+from harmonica.artifact import RouterArtifact
 from harmonica.prompt_files import MANIFEST
-from pipelines.tracking import find_or_create
+from pipelines import registry
+from pipelines.tracking import find_or_create, make_client, tracking_uri
 
 ROOT = Path(workflow.__file__).parent
 SMALL = [
@@ -192,6 +194,7 @@ def test_the_chain_and_its_second_run(
         "--evaluate.transfer",
         "ddim",
         "dpm-solver++",
+        "--train.targets=1.3",
         *SMALL,
     ]
     try:
@@ -219,7 +222,18 @@ def test_the_chain_and_its_second_run(
         report = json.loads((run / "report.json").read_text())
         for key in ("cur", "ideal_speedup", "measured_speedup", "realised_share", "verdict"):
             assert key in report
-        assert set(report["arms"]) == {"full", "cached", "fewer_steps"}
+        assert set(report["arms"]) == {"full", "cached", "fewer_steps", "cached 1.3x"}
+        member = RouterArtifact.load(run / "family" / "1.3x")
+        assert (
+            report["arms"]["cached 1.3x"]["ideal_speedup"] == member.ideal_speedup < report["ideal_speedup"]
+        )
+        assert "beside it, as versions 2 (1.3x)" in said.out
+        uri = tracking_uri(str(run.parent))
+        assert registry.load_version("harmonica-fashion", "2", uri).plan == member.plan
+        tags = make_client(uri).get_model_version("harmonica-fashion", "2").tags
+        assert (tags["family"], tags[registry.GATE]) == ("1.3x", registry.NOT_ASKED)
+        assert float(tags["ideal_speedup"]) == pytest.approx(member.ideal_speedup, rel=1e-4)
+        assert registry.resolve("harmonica-fashion", registry.CHAMPION, uri) == "1"
         assert set(report["transfer"]) == {
             f"{name} {arm}" for name in ("ddim", "dpm-solver++") for arm in ("full", "cached")
         }
