@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import harmonica
@@ -20,6 +19,7 @@ from harmonica.checkpoints import read_tensors
 from harmonica.models.base import BranchedTransformer
 from harmonica.plan import Plan
 from harmonica.samplers import Sampler, SamplerConfig
+from harmonica.tensor_files import write_tensors
 
 FORMAT_VERSION = 2
 _SAMPLE = "sample.safetensors"
@@ -90,12 +90,12 @@ class RouterArtifact:
         """Write the files; returns the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"logits": self.logits_TB.contiguous()}
+        tensors = {"logits": self.logits_TB}
         if self.forecast_TBK is not None:
-            tensors["forecast"] = self.forecast_TBK.contiguous()
-        save_file(tensors, folder / "router.safetensors")
+            tensors["forecast"] = self.forecast_TBK
+        write_tensors(tensors, folder / "router.safetensors")
         if self.sample_CHW is not None:
-            save_file({"sample": self.sample_CHW.contiguous()}, folder / _SAMPLE)
+            write_tensors({"sample": self.sample_CHW}, folder / _SAMPLE)
         plan = self.plan
         config = {
             # Readers of version 1 would pass over a learned forecast, and draw something else.

@@ -19,11 +19,12 @@ from typing import Self
 
 import torch
 import tyro
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harmonica import fashion
+from harmonica.tensor_files import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def save_classifier(classifier: Classifier, folder: Path) -> None:
         name: tensor.to(torch.float16 if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in classifier.state_dict().items()
     }
-    save_file(state, folder / WEIGHTS_FILE)
+    write_tensors(state, folder / WEIGHTS_FILE)
 
 
 def load_classifier(folder: Path = BUILTIN_FOLDER) -> Classifier:
@@ -131,7 +132,7 @@ class FeatureStatistics:
 
     def save(self, path: Path) -> None:
         tensors = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count)}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+        write_tensors({name: tensor.cpu() for name, tensor in tensors.items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> Self:

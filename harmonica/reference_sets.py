@@ -12,12 +12,13 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from harmonica import fashion
 from harmonica.classifier import BUILTIN_FOLDER, STATISTICS_FILE, FeatureStatistics
 from harmonica.feature_extractors import ClassifierFeatures, InceptionFeatures
+from harmonica.tensor_files import write_tensors
 
 MAX_IMAGES = 10_000
 """Reference images whose features are kept, for KID, precision and recall."""
@@ -53,7 +54,7 @@ def write_builtin_reference(folder: Path, data_folder: Path = fashion.DEFAULT_FO
     pooled = torch.cat([features.pooled_NF for features in seen])
     spatial = torch.cat([features.spatial_NS for features in seen])
     FeatureStatistics.from_features(spatial).save(folder / SPATIAL_FILE)
-    save_file({"features": pooled[:_SHIPPED_IMAGES].half()}, folder / FEATURES_FILE)
+    write_tensors({"features": pooled[:_SHIPPED_IMAGES].half()}, folder / FEATURES_FILE)
 
 
 def read_adm_reference(path: str | Path, extractor: InceptionFeatures | None = None) -> ReferenceSet:

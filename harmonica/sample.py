@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
@@ -32,6 +31,7 @@ from harmonica.noise import RowKeys, row_label
 from harmonica.samplers import Sampler, SamplerConfig, SamplerName, make_sampler, with_scheduler
 from harmonica.samplers.config import GuidanceChannels
 from harmonica.sampling import check_plan, sample
+from harmonica.tensor_files import write_tensors
 from harmonica.train import pick_device
 
 _SHEET_COLUMNS = 16
@@ -194,7 +194,7 @@ def _write(
         vae = loaded.load_vae(next(iter(sampled.values())).device)
         if vae is None:
             path = command.output.with_suffix(".safetensors")
-            save_file({way: x.cpu().contiguous() for way, x in sampled.items()}, path)
+            write_tensors({way: x.cpu() for way, x in sampled.items()}, path)
             say(f"latents in {path}: give --model.vae for pictures")
             return
         sampled = {way: decode_latents(vae, x) for way, x in sampled.items()}

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import save_file
 from torch import Tensor
 
 from harmonica import fashion
 from harmonica.models.dit import DiT, DiTConfig
 from harmonica.models.loading import write_folder_config
 from harmonica.pretraining import NoisyBatch, drop
+from harmonica.tensor_files import write_tensors
 from pipelines.pretrain_loop import PretrainConfig, Task, last_state, provenance, run
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def export(config: DiTPretrainConfig) -> Path:
     target = Path(config.export)
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: p.to(torch.float16).contiguous() for name, p in state["ema"].items()}
-    save_file(weights, target / "model.safetensors")
+    write_tensors(weights, target / "model.safetensors")
     write_folder_config(
         target,
         config.model,

@@ -44,6 +44,11 @@ def test_round_trip(artifact, folder):
     assert loaded.plan == artifact.plan
 
 
+def test_others_may_read_what_is_saved(folder):
+    for path in folder.iterdir():
+        assert path.stat().st_mode & 0o777 == (folder / "config.json").stat().st_mode & 0o777, path.name
+
+
 def test_config_says_what_people_ask_for(artifact, folder, tiny_dit):
     config = json.loads((folder / "config.json").read_text())
     plan = artifact.plan

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from harmonica.checkpoints import read_state
 from harmonica.models.diffusers_layout import (
     CLASS_NAME,
@@ -17,6 +15,7 @@ from harmonica.models.diffusers_layout import (
 )
 from harmonica.models.stored import StoredModel, default_class_names
 from harmonica.models.vae import find_vae
+from harmonica.tensor_files import write_tensors
 
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -166,4 +165,4 @@ def write_diffusers(folder: Path, stored: StoredModel) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     weights = folder / "transformer" / f"{_WEIGHTS}.safetensors"
-    save_file(tensors_to_diffusers(stored), weights, metadata={"format": "pt"})
+    write_tensors(tensors_to_diffusers(stored), weights, metadata={"format": "pt"})

@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from harmonica.checkpoints import check_state, read_state
 from harmonica.models.dit_config import HEADS_OF_WIDTH, DiTConfig
 from harmonica.models.stored import POSITIONS, StoredModel, default_class_names, skeleton
+from harmonica.tensor_files import write_tensors
 
 _SHOWN = {
     "x_embedder.proj.weight": 4,
@@ -74,6 +74,6 @@ def write_public(path: Path, stored: StoredModel) -> None:
     precision = next(iter(state.values())).dtype
     state.setdefault(POSITIONS, stored.positions().to(precision))
     if path.suffix == ".safetensors":
-        save_file(state, path, metadata={"format": "pt"})
+        write_tensors(state, path, metadata={"format": "pt"})
     else:
         torch.save(state, path)
