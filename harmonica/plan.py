@@ -54,6 +54,17 @@ class Plan:
         """Nothing reused."""
         return cls(((True,) * num_branches,) * num_steps)
 
+    def at_steps(self, num_steps: int) -> "Plan":
+        """The same plan for another T: a step has the row of that step which lies as far along the trajectory.
+
+        Learned forecasts are left out, since they are for the distances between this plan's steps.
+        """
+        if num_steps == self.num_steps:
+            return self
+        scale = (self.num_steps - 1) / max(1, num_steps - 1)
+        rows = [self.compute[round(i * scale)] for i in range(num_steps - 1)]
+        return Plan((*rows, self.compute[-1]))
+
     @property
     def num_steps(self) -> int:
         return len(self.compute)

@@ -30,6 +30,8 @@ class EvaluateConfig:
     worth where it was not trained."""
     transfer_guidance: tuple[float, ...] = ()
     """Other guidance scales to measure it under."""
+    transfer_steps: tuple[int, ...] = ()
+    """Other step counts to measure it at, its plan stretched or shrunk, forecasts linear."""
     features: FeatureKind = "auto"
     """Whose features distances between sets of images are taken of: the shipped Fashion-MNIST `classifier`,
     or `inception`; `auto` is the classifier for built-in models and none for others."""
@@ -57,6 +59,8 @@ class EvaluateConfig:
         require(not unknown, "evaluate.transfer", unknown, f"give some of {known}")
         for scale in self.transfer_guidance:
             require(1 <= scale <= 50, "evaluate.transfer_guidance", scale, "give scales of 1 to 50")
+        for steps in self.transfer_steps:
+            require(2 <= steps <= 1000, "evaluate.transfer_steps", steps, "give counts of 2 to 1000")
         kinds = get_args(FeatureKind)
         require(self.features in kinds, "evaluate.features", self.features, f"give one of {', '.join(kinds)}")
         require(0 <= self.resamples <= 10_000, "evaluate.resamples", self.resamples, "give 0 to 10000")

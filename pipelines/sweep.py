@@ -192,7 +192,7 @@ def _measured(
             config,
             seed=judging_seed(config),
             evaluate=dataclasses.replace(
-                config.evaluate, transfer=(), transfer_guidance=(), noise_floor=False
+                config.evaluate, transfer=(), transfer_guidance=(), transfer_steps=(), noise_floor=False
             ),
         )
         report, _ = evaluate(judged, artifact)

@@ -111,17 +111,20 @@ def family_arm(name: str) -> str:
 
 
 def make_transfer_arms(config: WorkflowConfig, artifact: RouterArtifact) -> list[Arm]:
-    """Full and cached under each other sampler and guidance of `evaluate`; the plan was not made for them."""
+    """Full and cached under each other sampler, guidance and T of `evaluate`: the plan was made for none."""
     others: dict[str, SamplerConfig] = {}
     for name in config.evaluate.transfer:
         others[name] = replace(config.sampler, name=name, scheduler=None)
     for scale in config.evaluate.transfer_guidance:
         others[f"guidance {scale:g}"] = replace(config.sampler, guidance_scale=scale)
+    for steps in config.evaluate.transfer_steps:
+        others[f"{steps} steps"] = replace(config.sampler, num_inference_steps=steps)
     arms = []
     for title, other in others.items():
+        plan = artifact.plan.at_steps(other.num_inference_steps)
         full = f"{title} {FULL}"
         arms.append(Arm(full, other, reference=full))
-        arms.append(Arm(f"{title} {CACHED}", other, artifact.plan, artifact.reuse, reference=full))
+        arms.append(Arm(f"{title} {CACHED}", other, plan, artifact.reuse, reference=full))
     return arms
 
 

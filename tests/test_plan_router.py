@@ -129,3 +129,19 @@ def test_a_plan_of_another_shape_is_not_sampled_with(tiny_sampler, batch: tuple[
         sample(tiny_sampler, *batch, Plan.full(5, 6))
     with pytest.raises(ValueError, match=r"plan has 8 branches and the model 6: use the model"):
         sample(tiny_sampler, *batch, Plan.full(6, 8))
+
+
+@quick
+@given(num_steps=st.integers(2, 30), wanted=st.integers(2, 60), every=st.integers(2, 4))
+def test_a_plan_for_another_t_keeps_its_shape_along_the_trajectory(num_steps, wanted, every):
+    plan = Plan((*(((i % every == 0), i == 1) for i in range(num_steps - 1)), (True, True)))
+    other = plan.at_steps(wanted)
+    assert other.num_steps == wanted and all(other.compute[-1]) and other.compute[0] == plan.compute[0]
+    assert plan.at_steps(num_steps) == plan
+    twice = plan.at_steps(2 * num_steps - 1)
+    assert twice.compute[::2] == plan.compute
+
+
+def test_learned_forecasts_do_not_go_to_another_t():
+    plan = Plan(((False,), (True,), (True,)), forecast=(((0.5,),), ((0.0,),), ((0.0,),)))
+    assert plan.at_steps(3).forecast is not None and plan.at_steps(5).forecast is None

@@ -194,6 +194,7 @@ def test_the_chain_and_its_second_run(
         "--evaluate.transfer",
         "ddim",
         "dpm-solver++",
+        "--evaluate.transfer-steps=9",
         "--train.targets=1.3",
         *SMALL,
     ]
@@ -235,7 +236,7 @@ def test_the_chain_and_its_second_run(
         assert float(tags["ideal_speedup"]) == pytest.approx(member.ideal_speedup, rel=1e-4)
         assert registry.resolve("harmonica-fashion", registry.CHAMPION, uri) == "1"
         assert set(report["transfer"]) == {
-            f"{name} {arm}" for name in ("ddim", "dpm-solver++") for arm in ("full", "cached")
+            f"{name} {arm}" for name in ("ddim", "dpm-solver++", "9 steps") for arm in ("full", "cached")
         }
         assert report["transfer"]["dpm-solver++ cached"]["psnr_to_full"] > 5
         for name in ("samples.png", "router.png", "served.png"):
