@@ -55,7 +55,7 @@ class Plan:
         return cls(((True,) * num_branches,) * num_steps)
 
     def at_steps(self, num_steps: int) -> "Plan":
-        """The same plan for another T: a step has the row of that step which lies as far along the trajectory.
+        """The same plan for another T: a step has the row of the one that lies as far along the trajectory.
 
         Learned forecasts are left out, since they are for the distances between this plan's steps.
         """
