@@ -67,7 +67,7 @@ class FamilyRun:
         """One trajectory of the current member; the metrics to log."""
         metrics = self.current.train_one(noise_NCHW, condition_N, rows, average)
         if len(self.members) > 1:
-            metrics["target_speedup"] = self.current.target_speedup
+            metrics["target_speedup"] = self.current.aim.speedup
         if not self.next_rows and self._place + 1 < len(self.members):
             self._go_on()
         return metrics

@@ -18,14 +18,29 @@ from harmonica.cache import BranchCache, Reuse
 from harmonica.choice import PlanChoice
 from harmonica.models.base import Macs
 from harmonica.plan import Plan
+from harmonica.router import Router
 from harmonica.samplers import Sampler, State
 from harmonica.sampling import planned_step
 from harmonica.sdt import Rows
-from harmonica.targets import even_steps, steps_for, stepwise_plan, with_part
+from harmonica.targets import even_plan, even_steps, logits_of, steps_for, stepwise_plan, with_part
+from harmonica.training_config import TrainingConfig
 
 _SMALLEST_EFFECT = 1e-12
 _ROUNDS, _STARTS = 4000, 4
 _MOVES = (-3, -2, -1, 1, 2, 3)
+
+
+def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Router:
+    """The router that training starts from, or that a measured start is to replace."""
+    shape = (sampler.num_steps, len(sampler.model.branches))
+    if config.initial == "normal":
+        return Router.normal(*shape, seed)
+    if config.initial == "alternate":
+        return Router.alternating(*shape, config.initial_logit)
+    if config.target_speedup and config.initial in ("even", "measured"):  # until it is measured
+        plan = even_plan(sampler.num_steps, sampler.model.macs(), config.target_speedup)
+        return Router.from_logits(logits_of(plan, config.initial_logit))
+    return Router(*shape, config.initial_logit)
 
 
 def step_effects(sampler: Sampler, rows: Rows, reuse: Reuse) -> Tensor:

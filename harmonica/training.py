@@ -12,18 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from harmonica.aim import Aim
 from harmonica.artifact import RouterArtifact
 from harmonica.choice import PlanChoice
 from harmonica.forecast import ForecastFit
-from harmonica.initial import beta_controller, initial_router
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan
 from harmonica.router import FIXED_LOGIT, Router
 from harmonica.samplers import Sampler
 from harmonica.sdt import SdtTrainer, micro_batches
-from harmonica.start import StepSearch, fastest_plan
+from harmonica.start import StepSearch, fastest_plan, initial_router
 from harmonica.step_weights import StepWeights
-from harmonica.targets import even_plan, logits_of, threshold_for
+from harmonica.targets import even_plan, logits_of
 from harmonica.training_config import TrainingConfig
 
 
@@ -52,9 +52,7 @@ class RouterRun:
                 if not self.trainer.trains(i):
                     row.fill_(FIXED_LOGIT)
         self.weights = StepWeights(sampler.num_steps, config, device)
-        self.target_speedup = config.target_speedup
-        """As configured, or what the start found for the wanted quality; 0 for none."""
-        self.beta = beta_controller(self.trainer, config, self.target_speedup)
+        self.aim = Aim(self.trainer, config)
         self.trajectory = 0
         self.search = StepSearch(sampler.num_steps) if config.start_trajectories else None
         self.starts: dict[str, Tensor] = {"start": router.logits()}
@@ -70,7 +68,7 @@ class RouterRun:
         if self._left_of("router") > 0 or self._left_of("choice") <= 0:
             return None
         if self._choice is None:
-            plans = {name: self._plan_of(logits_TB) for name, logits_TB in self.starts.items()}
+            plans = {name: self.aim.plan_of(logits_TB) for name, logits_TB in self.starts.items()}
             self._choice = PlanChoice(plans | {"trained": self.plan}, self.config.sdt.reuse)
         return self._choice
 
@@ -96,30 +94,15 @@ class RouterRun:
     @property
     def plan(self) -> Plan:
         """Of the router as it stands, forecasts linear."""
-        return self._plan_of(self.router.logits())
-
-    def _plan_of(self, logits_TB: Tensor) -> Plan:
-        return Plan.from_scores(logits_TB.sigmoid(), self._threshold_of(logits_TB))
-
-    def _threshold_of(self, logits_TB: Tensor) -> float:
-        """tau as configured, or where the plan meets the target speedup."""
-        if not self.target_speedup:
-            return self.config.sdt.threshold
-        return threshold_for(logits_TB.sigmoid(), self.sampler.model.macs(), self.target_speedup)
-
-    @property
-    def beta_now(self) -> float:
-        """As configured, or what the target asks for at this point."""
-        return self.beta.beta if self.beta else self.config.sdt.beta
+        return self.aim.plan_of(self.router.logits())
 
     def state(self) -> dict[str, Any]:
         return {
             "router": self.router.state_dict(),
             "optimizer": self.trainer.optimizer.state_dict(),
             "lambda": self.weights.lambda_T,
-            "beta": self.beta.state_dict() if self.beta else None,
+            "aim": self.aim.state(),
             "trajectory": self.trajectory,
-            "target_speedup": self.target_speedup,
             "search": self.search.state() if self.search else None,
             "starts": self.starts,
             "chosen": self.chosen,
@@ -135,10 +118,7 @@ class RouterRun:
         self.starts = {name: logits_TB.to(self.device) for name, logits_TB in state["starts"].items()}
         if self.search:
             self.search.load_state(state["search"])
-        if state["target_speedup"] != self.target_speedup:
-            self._aim_at(state["target_speedup"])
-        if self.beta:
-            self.beta.load_state_dict(state["beta"])
+        self.aim.load_state(state["aim"])
         if self.choice and state["choice"]:
             self.choice.load_state(state["choice"])
         if self.fit and state["forecast"]:
@@ -180,8 +160,8 @@ class RouterRun:
             if self.config.target_psnr:
                 reuse, psnr = self.config.sdt.reuse, self.config.target_psnr
                 plan, found = fastest_plan(self.search, self.sampler, parts, psnr, reuse, average)
-                self._aim_at(plan.ideal_speedup(self.sampler.model.macs()))
-                metrics |= {"target_speedup": self.target_speedup, "psnr": found}
+                self.aim.set_speedup(plan.ideal_speedup(self.sampler.model.macs()))
+                metrics |= {"target_speedup": self.aim.speedup, "psnr": found}
             self._set_starts()
         return metrics
 
@@ -190,8 +170,8 @@ class RouterRun:
         assert self.search is not None
         num_steps, macs = self.sampler.num_steps, self.sampler.model.macs()
         plans = {
-            "even": even_plan(num_steps, macs, self.target_speedup),
-            "measured": self.search.plan(macs, self.target_speedup),
+            "even": even_plan(num_steps, macs, self.aim.speedup),
+            "measured": self.search.plan(macs, self.aim.speedup),
         }
         self.starts = {name: self._logits_of(plan) for name, plan in plans.items()}
         self._set_router(self.starts["measured"])
@@ -208,10 +188,6 @@ class RouterRun:
         logits_TB[-1] = FIXED_LOGIT
         return logits_TB
 
-    def _aim_at(self, speedup: float) -> None:
-        self.target_speedup = speedup
-        self.beta = beta_controller(self.trainer, self.config, speedup)
-
     def _train_router(
         self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
     ) -> dict[str, float]:
@@ -226,16 +202,15 @@ class RouterRun:
             condition_N,
             self.weights.lambda_T,
             rows=rows,
-            beta=self.beta_now,
+            beta=self.aim.beta,
             micro_batch_size=self.config.micro_batch_size,
             average=average,
-            on_gradient=self._observe,
+            on_gradient=self.aim.observe,
         )
         means = torch.tensor([[r.loss, r.mse, r.l1] for r in records], device=self.device).mean(0)
         average(means)
-        metrics |= dict(zip(("loss", "mse", "l1"), means.tolist(), strict=True)) | {"beta": self.beta_now}
-        if self.beta:
-            self.beta.update()
+        metrics |= dict(zip(("loss", "mse", "l1"), means.tolist(), strict=True)) | {"beta": self.aim.beta}
+        self.aim.update()
         return metrics
 
     def _compare(
@@ -269,19 +244,15 @@ class RouterRun:
                 self.sampler, micro_batches(noise_NCHW, condition_N, rows, size), average
             )
 
-    def _observe(self, i: int, gradient_B: Tensor) -> None:
-        if self.beta:
-            self.beta.observe(i, gradient_B, self.router.rows[i])
-
     def artifact(self, **provenance: Any) -> RouterArtifact:
         """The router as it stands, with what it was trained for."""
-        settings = {"seed": self.seed, "final_beta": self.beta_now, **provenance}
+        settings = {"seed": self.seed, "final_beta": self.aim.beta, **provenance}
         if self.chosen:
             settings["chosen"] = self.chosen
         return RouterArtifact.build(
             self.router.logits(),
             self.sampler,
-            threshold=self._threshold_of(self.router.logits()),
+            threshold=self.aim.threshold_of(self.router.logits()),
             reuse=self.config.sdt.reuse,
             forecast_TBK=self.fit.weights_TBK if self.fit else None,
             training=settings | {"trajectories": self.trajectory},

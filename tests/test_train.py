@@ -96,7 +96,7 @@ def test_a_resumed_run_is_bit_identical(config: WorkflowConfig, tmp_path: Path) 
     resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     trained_here(config, resumed)
     assert torch.equal(resumed.router.logits(), whole.router.logits())
-    assert resumed.beta_now == whole.beta_now
+    assert resumed.current.aim.beta == whole.current.aim.beta
 
 
 @pytest.mark.parametrize(
