@@ -11,6 +11,7 @@ from harmonica.models.base import Macs
 from harmonica.samplers import SamplerConfig
 from pipelines.compare import ahead, verdict
 from pipelines.compare_config import CompareConfig
+from pipelines.comparison_picture import line
 from pipelines.contenders import OURS, PAPER, learners, unlearned
 from pipelines.presets import fashion
 
@@ -37,6 +38,17 @@ def test_first_is_who_is_nearer_than_every_rival_as_fast() -> None:
     (said,) = ahead([*points, point("fewer steps", 47.0)], (1.4,))
     assert not said["is_first"] and said["rival"] == "fewer steps", "the mean of its points"
     assert "first at 0 of 1 speeds, not at 1.4x (fewer steps: 45.8 dB, ours 45.0)" in verdict([said])
+
+
+def test_a_line_goes_through_the_mean_of_a_speeds_seeds() -> None:
+    points = [
+        {"speedup": 1.9, "psnr_to_full": 40.0, "target_speedup": 2.0},
+        {"speedup": 1.3, "psnr_to_full": 50.0, "target_speedup": 1.4},
+        {"speedup": 2.1, "psnr_to_full": 44.0, "target_speedup": 2.0},
+    ]
+    assert line(points) == [(1.3, 50.0), (2.0, 42.0)]
+    alone = [{name: value for name, value in p.items() if name != "target_speedup"} for p in points]
+    assert len(line(alone)) == 3, "a library's settings"
 
 
 def test_all_learners_take_as_many_trajectories_and_aim_at_the_speed() -> None:
