@@ -71,7 +71,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(command, tmp_path):
             train.train(often, interrupt)
     finally:
         train._SAY_EVERY_S = before
-    assert torch.load(command.output / "state.pt", weights_only=True)["trajectory"] == 2
+    assert torch.load(command.output / "state.pt", weights_only=True)["members"][0]["trajectory"] == 2
     resumed = train.train(often, quiet)
     assert torch.equal(resumed.logits_TB, whole.logits_TB)
     assert [line["trajectory"] for line in lines_of(command.output)] == [1, 2, 3, 4], "none twice"

@@ -131,8 +131,9 @@ def test_two_workers_train_the_router_of_one_and_resume(
     train(half, storage, stage)
     whole = dataclasses.replace(config.train, forecast=ForecastConfig(trajectories=4, probes=1))
     config = dataclasses.replace(config, train=whole)
-    artifact = train(config, storage, stage)  # same run id: goes on after trajectory 2
+    artifact, family = train(config, storage, stage)  # same run id: goes on after trajectory 2
     alone = trained_here(config, until=TRAJECTORIES + 4)
+    assert not family
     # Two halves of a batch are summed in another order than one whole: equal up to that.
     torch.testing.assert_close(artifact.logits_TB, alone.router.logits(), rtol=1e-5, atol=1e-5)
     assert artifact.forecast_TBK is not None
