@@ -1,0 +1,131 @@
+"""Routers for several speeds from one training: each as it would be alone, resumed, and what is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_dit import write_model
+
+from harmonica import train
+from harmonica.artifact import RouterArtifact
+from harmonica.family import FamilyRun
+from harmonica.forecast_config import ForecastConfig
+from harmonica.models.loading import load_model
+from harmonica.rows import RowSpec, Share
+from harmonica.samplers import SamplerConfig, make_sampler
+from harmonica.sdt import SdtConfig
+from harmonica.train import TrainCommand
+from harmonica.training_config import TrainingConfig
+
+STEPS = SamplerConfig(num_inference_steps=9, guidance_scale=1.5)
+TRAINING = TrainingConfig(
+    target_speedup=1.3,
+    initial="measured",
+    initial_logit=2.0,
+    start_trajectories=1,
+    trajectories=2,
+    choice_trajectories=1,
+    forecast=ForecastConfig(trajectories=4, probes=1),
+    batch_size=2,
+    iepo_every=2,
+    iepo="sensitivity",
+    sdt=SdtConfig(reuse="forecast", threshold=0.5, learning_rate=0.1, penalty="macs"),
+)
+FAMILY = dataclasses.replace(TRAINING, targets=(1.5, 1.3, 1.7, 1.5))
+NO_FORECASTS = {"forecast": ForecastConfig(), "choice_trajectories": 0}
+
+
+@pytest.fixture
+def fresh(tmp_path: Path):
+    loaded = load_model(write_model(tmp_path / "model"))
+    sampler = make_sampler(loaded.model, STEPS)
+    spec = RowSpec.of(loaded.model, 0)
+
+    def make(config: TrainingConfig) -> tuple[FamilyRun, RowSpec]:
+        return FamilyRun(sampler, config, seed=0), spec
+
+    return make
+
+
+def trained(fresh, config: TrainingConfig) -> FamilyRun:
+    run, spec = fresh(config)
+    assert len(list(train.trained(run, spec, Share(config.batch_size)))) == config.all_trajectories
+    return run
+
+
+def same(one: RouterArtifact, other: RouterArtifact) -> bool:
+    return torch.equal(one.logits_TB, other.logits_TB) and torch.equal(one.forecast_TBK, other.forecast_TBK)
+
+
+def test_each_member_is_bit_for_bit_the_router_trained_alone(fresh):
+    family = trained(fresh, FAMILY)
+    assert family.trajectory == FAMILY.all_trajectories == 1 + 3 * (2 + 1 + 4), "the start counts once"
+    others = family.others(run_id="r")
+    assert list(others) == ["1.5x", "1.7x"]
+    for target, artifact in {1.3: family.artifact(), 1.5: others["1.5x"], 1.7: others["1.7x"]}.items():
+        alone = trained(fresh, dataclasses.replace(TRAINING, target_speedup=target)).artifact()
+        assert same(artifact, alone) and artifact.plan == alone.plan
+        assert artifact.ideal_speedup == pytest.approx(target, rel=0.02)
+    assert others["1.7x"].training["target_speedup"] == 1.7
+
+
+def test_a_start_that_is_not_measured_is_none_to_share(fresh):
+    settings = {"initial": "even", "start_trajectories": 0}
+    config = dataclasses.replace(FAMILY, **settings, **NO_FORECASTS)
+    others = trained(fresh, config).others()
+    alone = dataclasses.replace(TRAINING, **settings, **NO_FORECASTS, target_speedup=1.5)
+    assert torch.equal(others["1.5x"].logits_TB, trained(fresh, alone).artifact().logits_TB)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8, 9, 16])
+def test_it_resumes_bit_for_bit_within_any_member(fresh, stop):
+    whole = trained(fresh, FAMILY)
+    run, spec = fresh(FAMILY)
+    for _ in train.trained(run, spec, Share(2)):
+        if run.trajectory == stop:
+            break
+    resumed, _ = fresh(FAMILY)
+    resumed.load_state(run.state())
+    assert resumed.trajectory == stop and resumed.next_rows == run.next_rows
+    list(train.trained(resumed, spec, Share(2)))
+    assert same(resumed.artifact(), whole.artifact())
+    for name, artifact in whole.others().items():
+        assert same(resumed.others()[name], artifact)
+
+
+def test_its_curves_say_which_speed_they_are_of(fresh):
+    run, spec = fresh(dataclasses.replace(FAMILY, **NO_FORECASTS))
+    speeds = [metrics["target_speedup"] for metrics in train.trained(run, spec, Share(2))]
+    assert speeds == [1.3] * 3 + [1.5] * 2 + [1.7] * 2
+    alone, spec = fresh(dataclasses.replace(TRAINING, **NO_FORECASTS))
+    assert all("target_speedup" not in metrics for metrics in train.trained(alone, spec, Share(2)))
+
+
+def test_the_command_leaves_a_folder_for_each(tmp_path: Path):
+    model = write_model(tmp_path / "model")
+    command = TrainCommand(output=tmp_path / "run", model=model, sampler=STEPS, train=FAMILY)
+    train.train(command, lambda _: None)
+    found = {
+        path.parent.name: RouterArtifact.load(path.parent) for path in tmp_path.glob("run/*/*/config.json")
+    }
+    assert sorted(found) == ["1.5x", "1.7x"]
+    curs = [
+        RouterArtifact.load(tmp_path / "run" / "router").plan.cur,
+        *(found[n].plan.cur for n in sorted(found)),
+    ]
+    assert np.all(np.diff(curs) > 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"target_speedup": 0.0, "target_cur": 0.3, "initial": "constant", "start_trajectories": 0}, "1.5"),
+        ({"targets": (1.5, 1.0)}, r"\(1.5, 1.0\): give at most 20 numbers above 1"),
+        ({"targets": tuple(1 + k / 40 for k in range(1, 30))}, "give at most 20 numbers above 1"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(ValueError, match=f"train.targets is .*{words}"):
+        dataclasses.replace(FAMILY, **settings)
