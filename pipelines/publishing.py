@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from harmonica.artifact import RouterArtifact
@@ -11,6 +12,20 @@ from pipelines.config import WorkflowConfig
 from pipelines.promotion import Decision, carry_out, decide, measurements
 from pipelines.resume import FAMILY, PROMOTION, REPORT, ROUTER, SERVED
 from pipelines.storage import RunStorage
+
+
+def _with_recorded_sample(
+    config: WorkflowConfig, storage: RunStorage, path: str
+) -> tuple[Path, RouterArtifact]:
+    """A router, fetched, and its folder; the sample that others hold it to is drawn where there is none."""
+    from pipelines.evaluate import with_sample
+
+    folder = storage.download_folder(path)
+    artifact = RouterArtifact.load(folder)
+    if artifact.sample_CHW is None:
+        folder = with_sample(config, artifact).save(folder)
+        storage.upload_folder(folder, path)
+    return folder, artifact
 
 
 def register_beside(
@@ -28,13 +43,8 @@ def register_beside(
         path: of its folder on the storage.
         run: MLflow's, of this router.
     """
-    from pipelines.evaluate import with_sample
-
-    folder, name = storage.download_folder(path), config.registered_model
-    artifact = RouterArtifact.load(folder)
-    if artifact.sample_CHW is None:
-        folder = with_sample(config, artifact).save(folder)
-        storage.upload_folder(folder, path)
+    folder, artifact = _with_recorded_sample(config, storage, path)
+    name = config.registered_model
     all_tags = measurements(artifact, report, use_gpu=config.evaluate.use_gpu)
     all_tags |= {"run_id": config.run_id} | dict(tags)
     version = registry.register(folder, name=name, run=run, alias=None, tags=all_tags)
@@ -77,17 +87,11 @@ class Publisher:
         return f"{version} ({name})"
 
     def _register(self) -> str:
-        from pipelines.evaluate import with_sample
-
         config, name = self._config, self._config.registered_model
         found = registry.find(name, self._run)
         if found is not None and registry.was_promoted(found):
             return f"version {found.version} of {name}, done before"
-        folder = self._storage.download_folder(ROUTER)
-        artifact = RouterArtifact.load(folder)
-        if artifact.sample_CHW is None:
-            folder = with_sample(config, artifact).save(folder)
-            self._storage.upload_folder(folder, ROUTER)
+        folder, artifact = _with_recorded_sample(config, self._storage, ROUTER)
         version = registry.register(
             folder, name=name, run=self._run, alias=None, tags={"run_id": config.run_id}
         )
