@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import harmonica
-from harmonica.cache import Reuse, cache_bytes
+from harmonica.cache import Reuse
 from harmonica.checkpoints import read_tensors
+from harmonica.folding import kept_bytes
 from harmonica.models.base import BranchedTransformer
 from harmonica.plan import Plan
 from harmonica.samplers import Sampler, SamplerConfig
@@ -66,7 +67,8 @@ class RouterArtifact:
     ) -> "RouterArtifact":
         """The artifact of a router trained on `sampler`'s model under `sampler`'s configuration."""
         macs = sampler.model.macs()
-        plan = Plan.from_scores(logits_TB.sigmoid(), threshold)
+        plan = Plan.from_scores(logits_TB.sigmoid(), threshold, forecast_TBK)
+        kept, _ = kept_bytes(sampler.model, plan, reuse, is_guided=sampler.is_guided)
         return cls(
             logits_TB=logits_TB.detach().float().cpu(),
             threshold=threshold,
@@ -77,12 +79,7 @@ class RouterArtifact:
             rounded_weights=sampler.model.fingerprint().rounded,
             ideal_speedup=plan.ideal_speedup(macs),
             macs_full=macs.full * plan.num_steps,
-            cache_bytes=cache_bytes(
-                sampler.model,
-                reuse,
-                is_guided=sampler.is_guided,
-                forecast_order=1 if forecast_TBK is None else forecast_TBK.shape[2],
-            ),
+            cache_bytes=kept,
             training=training,
         )
 

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from harmonica.cache import BranchCache, extrapolate
 from harmonica.forecast_config import FOLDS, ForecastConfig
+from harmonica.least_squares import NormalEquations, choose_ridge, sum_of
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan, forecast_of
 from harmonica.samplers import Sampler
 from harmonica.sampling import planned_step, sample
 from harmonica.sdt import Rows
 
-_RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Of the normal equations' mean diagonal; the one that predicts images it has not seen best is taken."""
 _SMALLEST_ERROR = 1e-12
 
 
@@ -137,29 +136,6 @@ def sketch_image_error(
     return Sketch(change_NCHW.square().flatten(1).mean(1), torch.cat(residuals), torch.cat(jacobians))
 
 
-class _NormalEquations:
-    """Sums over rows: all that least squares need of them."""
-
-    def __init__(self, count: int) -> None:
-        self.matrix_PP = torch.zeros(count, count, dtype=torch.float64)
-        self.right_P = torch.zeros(count, dtype=torch.float64)
-
-    def add(self, matrix_PP: Tensor, right_P: Tensor) -> None:
-        self.matrix_PP += matrix_PP
-        self.right_P += right_P
-
-    def solve(self, ridge: float) -> Tensor:
-        """The change of the weights (P,)."""
-        shift = ridge * self.matrix_PP.diagonal().mean().clamp_min(1e-30)
-        return torch.linalg.solve(
-            self.matrix_PP + shift * torch.eye(len(self.right_P)).double(), -self.right_P
-        )
-
-    def change_of_error(self, weights_P: Tensor) -> float:
-        """What moving the weights so adds to the sum of squares; below 0 is better."""
-        return float(weights_P @ self.matrix_PP @ weights_P + 2 * weights_P @ self.right_P)
-
-
 class ForecastFit:
     """The weights of one plan's forecasts on their way to least squares."""
 
@@ -171,7 +147,7 @@ class ForecastFit:
         self._begin_round()
 
     def _begin_round(self) -> None:
-        self._folds = [_NormalEquations(len(self.unknowns)) for _ in range(FOLDS)]
+        self._folds = [NormalEquations(len(self.unknowns)) for _ in range(FOLDS)]
 
     def planned(self) -> Plan:
         """The plan with the weights as they stand."""
@@ -214,31 +190,16 @@ class ForecastFit:
         last[0, -1] = seen.error_N.sum()
         return torch.cat([sides, last])
 
-    def _sum(self, left_out: int = -1) -> _NormalEquations:
-        """Of all folds but one."""
-        total = _NormalEquations(len(self.unknowns))
-        for number, fold in enumerate(self._folds):
-            if number != left_out:
-                total.add(fold.matrix_PP, fold.right_P)
-        return total
-
     def _solve(self) -> dict[str, float]:
         """Move the weights, as far as what some images ask for holds for the others."""
         if not self.unknowns:
             return {}
-        others = [self._sum(left_out=number) for number in range(FOLDS)]
-
-        def promise(ridge: float) -> float:
-            pairs = zip(self._folds, others, strict=True)
-            return sum(fold.change_of_error(rest.solve(ridge)) for fold, rest in pairs)
-
-        promises = {ridge: promise(ridge) for ridge in _RIDGES}
-        best = min(_RIDGES, key=promises.__getitem__)
-        if promises[best] < 0:
-            moves = self._sum().solve(best).tolist()
+        chosen = choose_ridge(self._folds)
+        if chosen.promise < 0:
+            moves = sum_of(self._folds).solve(chosen.ridge).tolist()
             for (i, branch, k), moved in zip(self.unknowns, moves, strict=True):
                 self.weights_TBK[i, branch, k] += moved
-        return {"forecast.ridge": best, "forecast.promise": promises[best]}
+        return {"forecast.ridge": chosen.ridge, "forecast.promise": chosen.promise}
 
     def state(self) -> dict[str, Any]:
         return {

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION
-from harmonica.cache import cache_bytes
 from harmonica.checkpoints import read_released_router
 from harmonica.command_line import fail, parse_settings, say
+from harmonica.folding import kept_bytes
 from harmonica.labels import UnknownClass, find_class
 from harmonica.models.loading import BUILTIN, LoadedModel, ModelConfig, load_model
 from harmonica.models.vae import decode_latents, draws_pixels
@@ -179,7 +179,7 @@ def run(command: SampleCommand) -> dict[str, Tensor]:
             f"CUR {router.plan.cur:.1%}, ideal {router.ideal_speedup:.2f}x, "
             f"measured {medians['full'] / medians['cached']:.2f}x"
         )
-        held = cache_bytes(model, router.reuse, is_guided=sampler.is_guided) / 2**20
+        held = kept_bytes(model, router.plan, router.reuse, is_guided=sampler.is_guided)[0] / 2**20
         say(f"cache: {held:.1f} MiB an image, {held * len(labels):.1f} MiB for the batch")
     _write(command, loaded, sampled, [loaded.class_names[label] for label in labels])
     return sampled

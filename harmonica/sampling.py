@@ -1,6 +1,7 @@
 """Sampling a batch: all T steps, full or under a plan. No host sync, no data-dependent branch."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from harmonica.cache import BranchCache, Reuse
+from harmonica.folding import FoldedPlan, FoldedSums, kept_bytes
+from harmonica.models.step_conditionings import StepConditionings
 from harmonica.noise import RowKeys
 from harmonica.passes import planned_pass
 from harmonica.plan import Plan
@@ -26,6 +29,13 @@ def planned_step(
     return sampler.advance(i, state, guided), guided
 
 
+def folded_step(sampler: Sampler, i: int, state: State, sums: FoldedSums) -> tuple[State, Tensor]:
+    """As `planned_step`, with nothing cached but sums."""
+    hidden, conditioning = sampler.embed(i, state)
+    guided = sampler.guide(sums.planned_pass(sampler.model, hidden, conditioning, i))
+    return sampler.advance(i, state, guided), guided
+
+
 @torch.inference_mode()
 def sample(
     sampler: Sampler,
@@ -36,11 +46,14 @@ def sample(
     reuse: Reuse = "hold",
     rows: RowKeys | None = None,
     on_step: OnStep | None = None,
+    fold: bool | None = None,
 ) -> Tensor:
     """Images or latents (N, C, H, W) from noise; every branch computed where `plan` is None.
 
     Args:
         rows: the rows' names, for samplers that draw noise.
+        fold: whether values to be reused are added up ahead (`harmonica.folding`) and not kept; None does so
+            where it saves half of the memory. Images differ by rounding.
 
     Raises:
         ValueError: the plan was made for another number of steps or branches, or a stochastic sampler
@@ -49,12 +62,23 @@ def sample(
     if plan is not None:
         check_plan(plan, sampler)
     model = sampler.model
-    cache = BranchCache(len(model.branches), reuse, plan.forecast if plan else None)
     state = sampler.start(noise_NCHW, condition_N, rows)
+    cache = BranchCache(len(model.branches), reuse, plan.forecast if plan else None)
+    sums: FoldedSums | None = None
+    if plan is not None and isinstance(state.conditions_T, StepConditionings):
+        if fold is None:
+            _, fold = kept_bytes(model, plan, reuse, is_guided=sampler.is_guided)
+        if fold:
+            folded = FoldedPlan.of(plan, reuse, model)
+            ahead_T = state.conditions_T.looking_ahead(folded.lookahead)
+            state, sums = replace(state, conditions_T=ahead_T), FoldedSums(folded, ahead_T)
     for i in reversed(range(sampler.num_steps)):
         row = plan.compute[i] if plan is not None else (True,) * len(model.branches)
         before = state
-        state, guided = planned_step(sampler, i, before, row, cache)
+        if sums is None:
+            state, guided = planned_step(sampler, i, before, row, cache)
+        else:
+            state, guided = folded_step(sampler, i, before, sums)
         if on_step is not None:
             on_step(i, partial(sampler.predict_clean, i, before, guided))
     return sampler.finish(state)

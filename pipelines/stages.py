@@ -11,18 +11,15 @@ from typing import Any
 from harmonica.artifact import RouterArtifact
 from harmonica.command_line import say
 from harmonica.family import member_name
-from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
-from harmonica.models.vae import draws_pixels
 from harmonica.prompt_files import MANIFEST
 from harmonica.prompts import PromptStore
 from harmonica.samplers import make_sampler, with_scheduler
-from harmonica.targets import reusable_share
 from pipelines import resume, tracking
 from pipelines.charts import png_of
 from pipelines.config import Stage, WorkflowConfig
-from pipelines.judges import check_judges
 from pipelines.node_metrics import node_metrics
+from pipelines.prerequisites import check_stages
 from pipelines.publishing import Publisher
 from pipelines.resume import COMPARISON, COMPARISON_PICTURE, FAMILY, REPORT, ROUTER, SWEEP
 from pipelines.runtime import connect, is_private
@@ -76,68 +73,11 @@ class Workflow:
         sampler = with_scheduler(self.config.sampler, loaded.scheduler)
         self.config = dataclasses.replace(self.config, sampler=sampler)
         make_sampler(model, sampler)
-        for speedup in (self.config.train.target_speedup, *self.config.train.others):
-            if speedup:
-                reusable_share(sampler.num_inference_steps, model.macs(), speedup)
-        if "serve" in self.config.stages and not draws_pixels(model) and loaded.vae_folder is None:
-            raise ValueError(
-                f"model.vae is '' and {self.config.model.path} draws latents: give its decoder, or leave the "
-                "stage serve out"
-            )
-        if self._is_finished("train"):
-            RouterArtifact.load(self.storage.download_folder(ROUTER)).check(model, self.config.sampler)
-        elif "train" not in self.config.stages and {"evaluate", "register"} & set(self.config.stages):
-            raise ValueError(
-                f"stages is {self.config.stages} and run_id {self.config.run_id} has no router yet: "
-                "add the stage train, or give the --run-id of a trained run"
-            )
-        self._check_promotion()
-        self._check_prompts(model)
-        if "evaluate" in self.config.stages and not self._is_finished("evaluate"):
-            check_judges(self.config, loaded)
-        if "sweep" in self.config.stages and not self._is_finished("sweep"):
-            from pipelines.sweep import check
-
-            check(self.config, self.storage)
+        check_stages(self.config, self.storage, loaded)
         if self.storage.is_local:  # last, since it makes the folder
             self.storage.check_writable()
         tracking.tracking_uri(self.config.storage_path)
         resume.take_up(self.config, self.storage)
-
-    def _check_promotion(self) -> None:
-        stages = self.config.stages
-        if self.config.promote != "gate" or "register" not in stages or self._is_finished("evaluate"):
-            return
-        if "evaluate" not in stages[: stages.index("register")]:
-            raise ValueError(
-                f"promote is 'gate' and run_id {self.config.run_id} has no evaluation before stages {stages} "
-                "register its router: add the stage evaluate, or give --promote never or always"
-            )
-
-    def _is_finished(self, stage: Stage) -> bool:
-        return resume.is_finished(stage, self.config, self.storage)
-
-    def _check_prompts(self, model: BranchedTransformer) -> None:
-        stages, prompts = self.config.stages, self.config.prompts
-        if model.num_classes:
-            if "prompts" in stages:
-                raise ValueError(f"stages is {stages} and the model takes labels: leave prompts out")
-            return
-        tokens = model.text_shape()[1]
-        if prompts.max_tokens != tokens:
-            raise ValueError(
-                f"prompts.max_tokens is {prompts.max_tokens} and the model takes {tokens}: give that number"
-            )
-        trained_on = {"prompts", "train", "evaluate", "sweep", "compare"}
-        if self._is_finished("prompts") or not trained_on & set(stages):
-            return
-        if "prompts" not in stages:
-            raise ValueError(
-                f"stages is {stages} and run_id {self.config.run_id} has no embedded prompts yet: add the "
-                "stage prompts"
-            )
-        if not prompts.path:
-            raise ValueError("prompts.path is '' and the model takes prompts: give a file of prompts")
 
     @contextmanager
     def tracked(self) -> Iterator[None]:

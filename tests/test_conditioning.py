@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from harmonica.models import dit_conditioning
+from harmonica.models import dit
 from harmonica.models.dit import DiT
-from harmonica.models.dit_conditioning import StepConditionings
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan
 from harmonica.samplers import Ddim, SamplerConfig
@@ -59,8 +58,8 @@ def test_a_trajectory_reads_modulation_weights_once_for_some_64_rows(counted, im
 def test_each_step_has_its_own(counted, monkeypatch):
     model, _ = counted
     labels, timesteps = torch.tensor([1, 10]), [0, 130, 131, 600, 999]
-    monkeypatch.setattr(dit_conditioning, "ROWS_AT_ONCE", 4)  # two steps at a time, from the last one down
-    steps = StepConditionings(model.conditionings, labels, timesteps)
+    monkeypatch.setattr(dit, "ROWS_AT_ONCE", 4)  # two steps at a time, from the last one down
+    steps = model.prepare(labels, timesteps)
     assert len(steps) == 5 and len(steps[1:]) == 4
     for i in (4, 3, 2, 4, 0, 1, 2):  # also back again, as IEPO's forks do
         wanted = model.embed(torch.zeros(2, 4, 8, 8).double(), torch.full((2,), timesteps[i]), labels)[1]

@@ -67,6 +67,19 @@ class Branch(ABC):
         """`merge` that may write over `hidden_NLD`: a third less memory traffic."""
         return self.merge(hidden_NLD, y_NLD, conditioning)
 
+    def gate(self, conditioning: Any) -> Tensor | None:
+        """What `merge` multiplies y by, (N, 1, D); None where y is added as it is."""
+        return None
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether `merge` also runs what is no branch, and so always runs: `follow`."""
+        return False
+
+    def follow(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
+        """What always runs behind the branch, on the hidden state that y has been added to."""
+        return hidden_NLD
+
 
 def merge_of(branch: Branch, index: int) -> Callable[[Tensor, Tensor, Any], Tensor]:
     """How branch number `index` of a pass may be merged.
@@ -117,7 +130,8 @@ class BranchedTransformer(nn.Module, ABC):
         """What does not depend on the sample, made ahead of a trajectory.
 
         Returns:
-            Entry i is what `embed` takes in the condition's place at `timesteps[i]`.
+            Entry i is what `embed` takes in the condition's place at `timesteps[i]`. `StepConditionings`,
+            where that is the whole conditioning: later steps' gates are then known ahead.
         """
         return [condition_N] * len(timesteps)
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harmonica.models.base import Branch, BranchedTransformer, Macs
-from harmonica.models.dit_conditioning import DiTConditioning, StepConditionings
+from harmonica.models.dit_conditioning import ROWS_AT_ONCE, DiTConditioning
 from harmonica.models.dit_config import DiTConfig
+from harmonica.models.step_conditionings import StepConditionings
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
 ensure_torchvision_imports()
@@ -120,12 +121,12 @@ class DiTBranch(Branch):
         return self.layer(modulate(normed, shift, scale).to(shift.dtype))
 
     def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
-        return torch.addcmul(hidden_NLD, self._gate(conditioning), y_NLD)
+        return torch.addcmul(hidden_NLD, self.gate(conditioning), y_NLD)
 
     def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
-        return hidden_NLD.addcmul_(self._gate(conditioning), y_NLD)
+        return hidden_NLD.addcmul_(self.gate(conditioning), y_NLD)
 
-    def _gate(self, conditioning: DiTConditioning) -> Tensor:
+    def gate(self, conditioning: DiTConditioning) -> Tensor:
         return conditioning.blocks[self.index][self.offset + 2][:, None]
 
 
@@ -163,7 +164,8 @@ class DiT(BranchedTransformer):
         return [cast(DiTBranch, branch).layer for branch in self.branches]
 
     def prepare(self, condition_N: Tensor, timesteps: Sequence[float]) -> Sequence[DiTConditioning]:
-        return StepConditionings(self.conditionings, condition_N, timesteps)
+        at_once = max(1, ROWS_AT_ONCE // len(condition_N))
+        return StepConditionings(partial(self.conditionings, condition_N), timesteps, at_once=at_once)
 
     def embed(
         self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor | DiTConditioning

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from harmonica.models import pixart_folder, sana
+from harmonica.models import pixart_folder, sana_folder
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.diffusers_folder import contents, find_transformer, read_diffusers, read_json
 from harmonica.models.dit_config import DiTConfig
@@ -22,7 +22,7 @@ from harmonica.models.fetch import BUILTIN, BUILTIN_TEXT, local_path
 from harmonica.models.pixart_branches import Kind
 from harmonica.models.pixart_folder import StoredPixArt
 from harmonica.models.public_layout import read_public
-from harmonica.models.sana import StoredSana
+from harmonica.models.sana_folder import StoredSana
 from harmonica.models.stored import StoredModel, default_class_names
 from harmonica.models.vae import find_vae, load_vae
 
@@ -41,7 +41,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Compile = Literal["auto", "always", "never"]
 _TEXT_TO_IMAGE: dict[str, Callable[..., StoredPixArt | StoredSana]] = {
     pixart_folder.CLASS_NAME: pixart_folder.read_pixart,
-    sana.CLASS_NAME: sana.read_sana,
+    sana_folder.CLASS_NAME: sana_folder.read_sana,
 }
 """Readers of folders, by the transformer's class in diffusers."""
 

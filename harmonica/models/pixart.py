@@ -7,6 +7,7 @@ Shapes: N batch, C channels, H W image, L tokens, D width, S text tokens, G bloc
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from harmonica.models.pixart_branches import (
     linear_macs,
     run_all,
     split_heads,
+    step_conditionings,
     sub_layers,
 )
 from harmonica.models.text_condition import TextCondition
@@ -97,8 +99,8 @@ class PixArt(BranchedTransformer):
     def repeated_layers(self) -> Sequence[nn.Module]:
         return [layer for block in self.transformer.transformer_blocks for layer in (block.attn1, block.ff)]
 
-    def prepare(self, condition_N: TextCondition, timesteps: Sequence[float]) -> Sequence[ProjectedText]:
-        return [self.project(condition_N)] * len(timesteps)
+    def prepare(self, condition_N: TextCondition, timesteps: Sequence[float]) -> Sequence[PixArtConditioning]:
+        return step_conditionings(self.project(condition_N), timesteps, self._modulations)
 
     def project(self, condition_N: TextCondition) -> ProjectedText:
         """What of the prompts no step changes. `embed` takes this too: once a trajectory is enough.
@@ -130,12 +132,24 @@ class PixArt(BranchedTransformer):
         return ProjectedText(keys_values, bias, sizes)
 
     def embed(
-        self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: TextCondition | ProjectedText
+        self,
+        sample_NCHW: Tensor,
+        timestep_N: Tensor,
+        condition_N: TextCondition | ProjectedText | PixArtConditioning,
     ) -> tuple[Tensor, PixArtConditioning]:
         model = self.transformer
-        text = self.project(condition_N) if isinstance(condition_N, TextCondition) else condition_N
-        n, (height, width) = len(sample_NCHW), sample_NCHW.shape[-2:]
+        height, width = sample_NCHW.shape[-2:]
         hidden = model.pos_embed(sample_NCHW.to(model.pos_embed.proj.weight.dtype))
+        if isinstance(condition_N, TextCondition):
+            condition_N = self.project(condition_N)
+        if isinstance(condition_N, ProjectedText):
+            condition_N = self._modulations(timestep_N, condition_N)
+        conditioning = replace(condition_N, grid=(height // self.patch_size, width // self.patch_size))
+        return run_all(self._before, hidden, conditioning), conditioning
+
+    def _modulations(self, timestep_N: Tensor, text: ProjectedText) -> PixArtConditioning:
+        """But for the grid, which the sample has."""
+        model, n = self.transformer, len(timestep_N)
         modulation, time_ND = model.adaln_single(
             timestep_N, text.sizes, batch_size=n, hidden_dtype=self.dtype
         )
@@ -143,9 +157,7 @@ class PixArt(BranchedTransformer):
         blocks = tables_G6D[:, None] + modulation.view(1, n, 6, -1)
         blocks[:, :, 1::3] += 1  # both scales, of all blocks at once
         shift, scale = (model.scale_shift_table + time_ND[:, None]).split(1, dim=1)
-        grid = height // self.patch_size, width // self.patch_size
-        conditioning = PixArtConditioning(blocks, (shift, 1 + scale), text, grid)
-        return run_all(self._before, hidden, conditioning), conditioning
+        return PixArtConditioning(blocks, (shift, 1 + scale), text)
 
     def head(self, hidden_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
         shift, scale = conditioning.final

@@ -3,7 +3,7 @@
 Shapes: N batch, L tokens, D width, S text tokens, G blocks.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harmonica.models.base import Branch, merge_of
+from harmonica.models.step_conditionings import StepConditionings
 
 Kind = Literal["attn", "cross", "mlp"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -39,8 +40,21 @@ class PixArtConditioning:
     final: tuple[Tensor, Tensor] = field(repr=False)
     """Shift and 1 + scale (N, 1, D) of the output."""
     text: ProjectedText
-    grid: tuple[int, int]
+    grid: tuple[int, int] = (0, 0)
     """Patches along height and width."""
+
+
+def step_conditionings(
+    text: ProjectedText,
+    timesteps: Sequence[float],
+    make_one: Callable[[Tensor, ProjectedText], PixArtConditioning],
+) -> StepConditionings[PixArtConditioning]:
+    """Of a trajectory's steps, from what makes them of timesteps (N,) and the prompts."""
+
+    def make(some: Sequence[float]) -> list[PixArtConditioning]:
+        return [make_one(torch.full((len(text.bias),), t, device=text.bias.device), text) for t in some]
+
+    return StepConditionings(make, timesteps)
 
 
 class ModulatedBranch(Branch):
@@ -58,12 +72,12 @@ class ModulatedBranch(Branch):
         return layer(torch.addcmul(shift, norm(hidden_NLD), scale).to(shift.dtype))
 
     def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
-        return torch.addcmul(hidden_NLD, self._gate(conditioning), y_NLD)
+        return torch.addcmul(hidden_NLD, self.gate(conditioning), y_NLD)
 
     def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
-        return hidden_NLD.addcmul_(self._gate(conditioning), y_NLD)
+        return hidden_NLD.addcmul_(self.gate(conditioning), y_NLD)
 
-    def _gate(self, conditioning: PixArtConditioning) -> Tensor:
+    def gate(self, conditioning: PixArtConditioning) -> Tensor:
         o = self.offset + 2
         return conditioning.blocks[self.index, :, o : o + 1]
 
@@ -123,11 +137,19 @@ class LeadingBranch(Branch):
         return self.branch.compute(hidden_NLD, conditioning)
 
     def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
-        hidden_NLD = self.branch.merge(hidden_NLD, y_NLD, conditioning)
-        return run_all(self.following, hidden_NLD, conditioning)
+        return self.follow(self.branch.merge(hidden_NLD, y_NLD, conditioning), conditioning)
 
     def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
-        hidden_NLD = self.branch.merge_(hidden_NLD, y_NLD, conditioning)
+        return self.follow(self.branch.merge_(hidden_NLD, y_NLD, conditioning), conditioning)
+
+    def gate(self, conditioning: Any) -> Tensor | None:
+        return self.branch.gate(conditioning)
+
+    @property
+    def is_followed(self) -> bool:
+        return True
+
+    def follow(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         return run_all(self.following, hidden_NLD, conditioning)
 
 

@@ -7,16 +7,13 @@ Shapes: N batch, C channels, H W image, L tokens, D width, S text tokens, G bloc
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from harmonica.models.base import BranchedTransformer, Fingerprint, Macs
-from harmonica.models.diffusers_folder import PipelineParts, find_transformer
-from harmonica.models.diffusers_module import StoredModule
 from harmonica.models.pixart_branches import (
     KINDS,
     CrossAttention,
@@ -28,14 +25,13 @@ from harmonica.models.pixart_branches import (
     arrange,
     run_all,
     split_heads,
+    step_conditionings,
 )
 from harmonica.models.text_condition import TextCondition
-from harmonica.torchvision_ops import ensure_torchvision_imports
 
 if TYPE_CHECKING:  # seconds to import, and whoever has the module has imported it
     from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 
-CLASS_NAME = "SanaTransformer2DModel"
 FULL_PRECISION_PARTS = ("patch_embed.", "scale_shift_table", "proj_out.")
 """`Sana.full_precision_parts` under diffusers' own names."""
 TEXT_TOKENS = 300
@@ -129,8 +125,8 @@ class Sana(BranchedTransformer):
         layers = _sub_layers(transformer, self.num_tokens, text_tokens)
         self._before, self.branches, self._uncached_macs = arrange(layers, cacheable)
 
-    def prepare(self, condition_N: TextCondition, timesteps: Sequence[float]) -> Sequence[ProjectedText]:
-        return [self.project(condition_N)] * len(timesteps)
+    def prepare(self, condition_N: TextCondition, timesteps: Sequence[float]) -> Sequence[PixArtConditioning]:
+        return step_conditionings(self.project(condition_N), timesteps, self._modulations)
 
     def project(self, condition_N: TextCondition) -> ProjectedText:
         """What of the prompts no step changes. `embed` takes this too: once a trajectory is enough.
@@ -155,13 +151,25 @@ class Sana(BranchedTransformer):
         return ProjectedText(keys_values, bias, {})
 
     def embed(
-        self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: TextCondition | ProjectedText
+        self,
+        sample_NCHW: Tensor,
+        timestep_N: Tensor,
+        condition_N: TextCondition | ProjectedText | PixArtConditioning,
     ) -> tuple[Tensor, PixArtConditioning]:
         """`timestep_N` is the scheduler's; the module's own differs by `timestep_scale`."""
         model = self.transformer
-        text = self.project(condition_N) if isinstance(condition_N, TextCondition) else condition_N
-        n, (height, width) = len(sample_NCHW), sample_NCHW.shape[-2:]
+        height, width = sample_NCHW.shape[-2:]
         hidden = model.patch_embed(sample_NCHW.to(model.patch_embed.proj.weight.dtype))
+        if isinstance(condition_N, TextCondition):
+            condition_N = self.project(condition_N)
+        if isinstance(condition_N, ProjectedText):
+            condition_N = self._modulations(timestep_N, condition_N)
+        conditioning = replace(condition_N, grid=(height // self.patch_size, width // self.patch_size))
+        return run_all(self._before, hidden, conditioning), conditioning
+
+    def _modulations(self, timestep_N: Tensor, text: ProjectedText) -> PixArtConditioning:
+        """But for the grid, which the sample has."""
+        model, n = self.transformer, len(timestep_N)
         modulation, time_ND = model.time_embed(
             timestep_N * model.config.timestep_scale, batch_size=n, hidden_dtype=self.dtype
         )
@@ -169,9 +177,7 @@ class Sana(BranchedTransformer):
         blocks = tables_G6D[:, None] + modulation.view(1, n, 6, -1)
         blocks[:, :, 1::3] += 1  # both scales, of all blocks at once
         shift, scale = (model.scale_shift_table + time_ND[:, None]).split(1, dim=1)
-        grid = height // self.patch_size, width // self.patch_size
-        conditioning = PixArtConditioning(blocks, (shift, 1 + scale), text, grid)
-        return run_all(self._before, hidden, conditioning), conditioning
+        return PixArtConditioning(blocks, (shift, 1 + scale), text)
 
     def head(self, hidden_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
         model, (shift, scale) = self.transformer, conditioning.final
@@ -209,49 +215,3 @@ class Sana(BranchedTransformer):
         own = {"out_channels": self.out_channels, "cacheable": list(self.cacheable)}
         config = {name: self.transformer.config[name] for name in _CONFIG}
         return {"architecture": "Sana", **config, **own, "text_tokens": self.text_tokens}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredSana:
-    """Checked, still on disk."""
-
-    module: StoredModule
-    text_tokens: int
-    cacheable: tuple[Kind, ...]
-    scheduler: dict[str, Any] | None
-    vae_folder: Path | None
-    text_folder: Path | None
-    """The pipeline's folder, where it has a text encoder."""
-    class_names: tuple[str, ...] = ()
-
-    def assemble(self, device: str | torch.device, dtype: torch.dtype) -> Sana:
-        """The frozen model, each tensor put where it belongs once."""
-        ensure_torchvision_imports()
-        from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
-
-        module = self.module.assemble(SanaTransformer2DModel, device, dtype, FULL_PRECISION_PARTS)
-        model = Sana(module, text_tokens=self.text_tokens, cacheable=self.cacheable)
-        stored = self.module.tensors
-        names = [name for name, _ in module.named_parameters()]
-        model.recorded_fingerprint = Fingerprint.of({name: stored[name] for name in names})
-        model.eval().requires_grad_(False)
-        return model
-
-
-def read_sana(folder: Path, *, cacheable: tuple[Kind, ...], text_tokens: int = 0) -> StoredSana:
-    """The model of a pipeline's folder, or of a transformer's.
-
-    Args:
-        text_tokens: padded length of a prompt; 0 takes the pipeline's.
-    """
-    transformer = find_transformer(folder)
-    assert transformer is not None, "the caller has found its class"
-    parts = PipelineParts.read(folder)
-    return StoredSana(
-        module=StoredModule.read(transformer),
-        text_tokens=text_tokens or TEXT_TOKENS,
-        cacheable=cacheable,
-        scheduler=parts.scheduler,
-        vae_folder=parts.vae_folder,
-        text_folder=folder if parts.has_text_encoder else None,
-    )

@@ -1,0 +1,63 @@
+"""Least squares whose ridge is chosen by what predicts the rows it has not seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Of the normal equations' mean diagonal."""
+
+
+class NormalEquations:
+    """Sums over rows: all that least squares for P weights need of them."""
+
+    def __init__(self, count: int) -> None:
+        self.matrix_PP = torch.zeros(count, count, dtype=torch.float64)
+        self.right_P = torch.zeros(count, dtype=torch.float64)
+
+    def add(self, matrix_PP: Tensor, right_P: Tensor) -> None:
+        self.matrix_PP += matrix_PP
+        self.right_P += right_P
+
+    def solve(self, ridge: float) -> Tensor:
+        """The change of the weights (P,)."""
+        shift = ridge * self.matrix_PP.diagonal().mean().clamp_min(1e-30)
+        return torch.linalg.solve(
+            self.matrix_PP + shift * torch.eye(len(self.right_P)).double(), -self.right_P
+        )
+
+    def change_of_error(self, weights_P: Tensor) -> float:
+        """What moving the weights so adds to the sum of squares; below 0 is better."""
+        return float(weights_P @ self.matrix_PP @ weights_P + 2 * weights_P @ self.right_P)
+
+
+def sum_of(equations: Sequence[NormalEquations]) -> NormalEquations:
+    """Of the rows of all of them; there is at least one."""
+    total = NormalEquations(len(equations[0].right_P))
+    for each in equations:
+        total.add(each.matrix_PP, each.right_P)
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class RidgeChoice:
+    """The ridge that did best on rows left out, and what it promises for new ones."""
+
+    ridge: float
+    promise: float
+    """Change of the sum of squares, over the rows left out; below 0 is better."""
+
+
+def choose_ridge(folds: Sequence[NormalEquations]) -> RidgeChoice:
+    """By leaving each of at least two folds out in turn."""
+    rest = [sum_of([fold for fold in folds if fold is not left_out]) for left_out in folds]
+
+    def promise(ridge: float) -> float:
+        pairs = zip(folds, rest, strict=True)
+        return sum(fold.change_of_error(others.solve(ridge)) for fold, others in pairs)
+
+    promises = {ridge: promise(ridge) for ridge in RIDGES}
+    best = min(RIDGES, key=promises.__getitem__)
+    return RidgeChoice(best, promises[best])
