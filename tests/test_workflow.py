@@ -59,6 +59,13 @@ LET_THROUGH = "--promote=always"
         (["fashion", "--storage-path=nope://x"], ["storage_path nope://x cannot be opened"]),
         (["fashion", "--storage-path=s3://id:hush@b/p"], ["storage_path is 's3://b/p'", "~/.aws gives it"]),
         (["fashion", "--storage-endpoint=http://a:b@c"], ["storage_endpoint is 'http://c'", "http://host"]),
+        (["fashion", "--stages", "prompts"], ["stages is ('prompts',)", "takes labels: leave prompts out"]),
+        (["fashion-text", "--stages", "train"], ["no embedded prompts yet", "add the stage prompts"]),
+        (["fashion-text", "--prompts.path="], ["prompts.path is ''", "give a file of prompts"]),
+        (
+            ["fashion-text", "--prompts.max-tokens=8"],
+            ["prompts.max_tokens is 8", "takes 16"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
