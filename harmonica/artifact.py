@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import harmonica
-from harmonica.cache import Reuse, cache_bytes
+from harmonica.cache import Reuse
 from harmonica.checkpoints import read_tensors
-from harmonica.folding import FoldedPlan
+from harmonica.folding import kept_bytes
 from harmonica.models.base import BranchedTransformer
 from harmonica.plan import Plan
 from harmonica.samplers import Sampler, SamplerConfig
@@ -44,9 +44,8 @@ class RouterArtifact:
     macs_full: int
     """Of one trajectory of one model row."""
     cache_bytes: int = 0
-    """Of one image's cache, in the precision that the router was trained in."""
-    sums_bytes: int = 0
-    """What takes its place where values are added up ahead (`harmonica.folding`)."""
+    """What one image keeps from step to step (`harmonica.folding`), in the precision that the router was
+    trained in."""
     training: dict[str, Any] = field(default_factory=dict)
     """Settings and provenance, for people to read."""
     sample_CHW: Tensor | None = None
@@ -70,7 +69,6 @@ class RouterArtifact:
         """The artifact of a router trained on `sampler`'s model under `sampler`'s configuration."""
         macs = sampler.model.macs()
         plan = Plan.from_scores(logits_TB.sigmoid(), threshold, forecast_TBK)
-        order = 1 if forecast_TBK is None else forecast_TBK.shape[2]
         return cls(
             logits_TB=logits_TB.detach().float().cpu(),
             threshold=threshold,
@@ -81,10 +79,7 @@ class RouterArtifact:
             rounded_weights=sampler.model.fingerprint().rounded,
             ideal_speedup=plan.ideal_speedup(macs),
             macs_full=macs.full * plan.num_steps,
-            cache_bytes=cache_bytes(sampler.model, reuse, is_guided=sampler.is_guided, forecast_order=order),
-            sums_bytes=FoldedPlan.of(plan, reuse, sampler.model).nbytes(
-                sampler.model, is_guided=sampler.is_guided
-            ),
+            cache_bytes=kept_bytes(sampler.model, plan, reuse, is_guided=sampler.is_guided),
             training=training,
         )
 
@@ -113,7 +108,6 @@ class RouterArtifact:
             "macs_full": self.macs_full,
             "macs_planned": round(self.macs_full / self.ideal_speedup),
             "cache_bytes": self.cache_bytes,
-            "sums_bytes": self.sums_bytes,
             "training": self.training,
             "versions": {
                 "harmonica": harmonica.__version__,
@@ -158,7 +152,6 @@ class RouterArtifact:
                 ideal_speedup=config["ideal_speedup"],
                 macs_full=config["macs_full"],
                 cache_bytes=config.get("cache_bytes", 0),
-                sums_bytes=config.get("sums_bytes", 0),
                 training=config["training"],
                 sample_CHW=read_tensors(sample)["sample"] if sample.exists() else None,
             )

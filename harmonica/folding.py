@@ -24,9 +24,6 @@ from harmonica.cache import BranchCache, Reuse, cache_bytes
 from harmonica.models.base import Branch, BranchedTransformer, merge_of
 from harmonica.plan import Plan
 
-_CPU_BYTES = 4 * 2**20
-"""Of a hidden state, up to which adding up ahead is no slower on a CPU (tests/benchmarks/RESULTS.md)."""
-
 Entry = tuple[int, int]
 """Step and branch. A sum goes by its step and the first branch of its run."""
 
@@ -121,34 +118,21 @@ def _fold(plan: Plan, reuse: Reuse, followed: tuple[bool, ...]) -> FoldedPlan:
     return FoldedPlan(plan, {entry: tuple(each) for entry, each in terms.items()}, ends, _most(terms))
 
 
-def is_worth_folding(
-    model: BranchedTransformer, plan: Plan, reuse: Reuse, *, rows: int, device: torch.device | str
-) -> bool:
-    """Where sums take half of what values take, or less, and no more time.
+def is_worth_folding(model: BranchedTransformer, plan: Plan, reuse: Reuse) -> bool:
+    """Where sums take half of what values take, or less.
 
-    A plan of single entries has as many sums as values, and more additions. And on a CPU, sums of many rows
-    do not stay in its cache: there the values, which are only read where they are reused, are faster.
+    Not for a plan of single entries, which has nearly as many sums as values, and more additions. The batch
+    does not count: an image's last bits must not depend on its company.
     """
-    itemsize = torch.promote_types(model.dtype, torch.float32).itemsize
-    if torch.device(device).type == "cpu" and rows * math.prod(model.value_shape) * itemsize > _CPU_BYTES:
-        return False
     values = cache_bytes(model, reuse, is_guided=False, forecast_order=_order(plan))
     return 2 * FoldedPlan.of(plan, reuse, model).nbytes(model, is_guided=False) <= values
 
 
-def kept_bytes(
-    model: BranchedTransformer,
-    plan: Plan,
-    reuse: Reuse,
-    *,
-    is_guided: bool,
-    images: int,
-    device: torch.device | str,
-) -> int:
-    """What a batch of images keeps from step to step under a plan, at most."""
-    if is_worth_folding(model, plan, reuse, rows=images * (1 + is_guided), device=device):
-        return images * FoldedPlan.of(plan, reuse, model).nbytes(model, is_guided=is_guided)
-    return images * cache_bytes(model, reuse, is_guided=is_guided, forecast_order=_order(plan))
+def kept_bytes(model: BranchedTransformer, plan: Plan, reuse: Reuse, *, is_guided: bool) -> int:
+    """What one image keeps from step to step under a plan, at most."""
+    if is_worth_folding(model, plan, reuse):
+        return FoldedPlan.of(plan, reuse, model).nbytes(model, is_guided=is_guided)
+    return cache_bytes(model, reuse, is_guided=is_guided, forecast_order=_order(plan))
 
 
 def _order(plan: Plan) -> int:

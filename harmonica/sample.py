@@ -179,9 +179,8 @@ def run(command: SampleCommand) -> dict[str, Tensor]:
             f"CUR {router.plan.cur:.1%}, ideal {router.ideal_speedup:.2f}x, "
             f"measured {medians['full'] / medians['cached']:.2f}x"
         )
-        images, is_guided = len(labels), sampler.is_guided
-        held = kept_bytes(model, router.plan, router.reuse, is_guided=is_guided, images=images, device=device)
-        say(f"cache: {held / images / 2**20:.1f} MiB an image, {held / 2**20:.1f} MiB for the batch")
+        held = kept_bytes(model, router.plan, router.reuse, is_guided=sampler.is_guided) / 2**20
+        say(f"cache: {held:.1f} MiB an image, {held * len(labels):.1f} MiB for the batch")
     _write(command, loaded, sampled, [loaded.class_names[label] for label in labels])
     return sampled
 

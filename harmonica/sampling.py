@@ -53,7 +53,7 @@ def sample(
     Args:
         rows: the rows' names, for samplers that draw noise.
         fold: whether values to be reused are added up ahead (`harmonica.folding`) and not kept; None does so
-            where it saves half of the memory and no time is lost. Images differ by rounding.
+            where it saves half of the memory. Images differ by rounding.
 
     Raises:
         ValueError: the plan was made for another number of steps or branches, or a stochastic sampler
@@ -67,8 +67,7 @@ def sample(
     sums: FoldedSums | None = None
     if plan is not None and isinstance(state.conditions_T, StepConditionings):
         if fold is None:
-            rows_M, device = state.x_MCHW.shape[0], state.x_MCHW.device
-            fold = is_worth_folding(model, plan, reuse, rows=rows_M, device=device)
+            fold = is_worth_folding(model, plan, reuse)
         if fold:
             folded = FoldedPlan.of(plan, reuse, model)
             ahead_T = state.conditions_T.looking_ahead(folded.lookahead)

@@ -1,6 +1,5 @@
 """Values added up ahead of the steps that reuse them: the same images, and what they take of memory."""
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from strategies import quick, reuses, trajectories
 from torch import Tensor
 
-from harmonica import folding
 from harmonica.cache import cache_bytes
 from harmonica.folding import FoldedPlan, FoldedSums, kept_bytes
 from harmonica.models.base import BranchedTransformer
@@ -93,26 +91,17 @@ def bytes_on_the_way(sampler: Sampler, batch: tuple[Any, Any], plan: Plan, reuse
 def test_a_plan_of_whole_steps_keeps_a_sum_for_each_step_ahead(tiny_dit, rows_of_dit, reuse, sums, guidance):
     sampler, plan, is_guided = ddim(tiny_dit, 10, guidance), even_plan(10), guidance != 1
     seen = bytes_on_the_way(sampler, rows_of_dit, plan, reuse)
-    said = kept_bytes(tiny_dit, plan, reuse, is_guided=is_guided, images=3, device="cpu")
-    assert max(seen) == said == 3 * sums * cache_bytes(tiny_dit, "hold", is_guided=is_guided) // BRANCHES
+    said = kept_bytes(tiny_dit, plan, reuse, is_guided=is_guided)
+    assert said == sums * cache_bytes(tiny_dit, "hold", is_guided=is_guided) // BRANCHES
+    assert max(seen) == 3 * said
     assert seen[-1] == 0, "nothing is left"
 
 
 def test_single_entries_are_kept_as_values(tiny_dit):
-    batch, plan = {"is_guided": True, "images": 2, "device": "cpu"}, random_plan(10, BRANCHES)
-    values = 2 * cache_bytes(tiny_dit, "hold", is_guided=True)
-    assert kept_bytes(tiny_dit, plan, "hold", **batch) == values
-    assert kept_bytes(tiny_dit, Plan.full(4, BRANCHES), "forecast", **batch) == 0
-
-
-def test_a_cpu_keeps_the_values_of_many_rows(tiny_dit):
-    """16 tokens of width 48 in float64: 6 KiB a row."""
-    most = folding._CPU_BYTES // 6144
-    worth = partial(folding.is_worth_folding, tiny_dit, even_plan(10), "hold")
-    assert worth(rows=most, device="cpu") and not worth(rows=most + 1, device="cpu")
-    assert worth(rows=most + 1, device="cuda"), "nothing is asked of the device"
-    kept = kept_bytes(tiny_dit, even_plan(10), "hold", is_guided=False, images=most + 1, device="cpu")
-    assert kept == (most + 1) * cache_bytes(tiny_dit, "hold", is_guided=False)
+    plan = random_plan(10, BRANCHES)
+    values = cache_bytes(tiny_dit, "hold", is_guided=True)
+    assert kept_bytes(tiny_dit, plan, "hold", is_guided=True) == values
+    assert kept_bytes(tiny_dit, Plan.full(4, BRANCHES), "forecast", is_guided=True) == 0
 
 
 def test_it_is_done_where_it_saves_memory(tiny_dit, rows_of_dit, monkeypatch):
