@@ -1,0 +1,207 @@
+"""What each idea for training the router is worth: one thing changed at a time, over several seeds.
+
+    python -m tests.benchmarks.ideas [--steps 10] [--speedup 1.4] [--seeds 0 1 2] [--ideas ...]
+
+Routers of the built-in model are trained for as many trajectories as its preset's and cut at the same speed.
+What is printed is the PSNR to the full sampler's images, in dB, on rows that none was trained on, before any
+choice and any fit. Beside them the steps that training starts from, and evenly spread ones.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from harmonica.aim import Aim
+from harmonica.cache import Reuse
+from harmonica.choice import PlanChoice
+from harmonica.iepo import IepoKind
+from harmonica.models.loading import load_model
+from harmonica.noise import RowKeys, row_label
+from harmonica.plan import Plan
+from harmonica.presets import fashion
+from harmonica.router import Router
+from harmonica.samplers import Sampler, make_sampler
+from harmonica.sampling import planned_step
+from harmonica.sdt import Rows, SdtTrainer
+from harmonica.start import StepSearch
+from harmonica.step_weights import StepWeights
+from harmonica.targets import even_plan, logits_of
+from harmonica.training_config import TrainingConfig
+
+JUDGED_ROWS, FIRST_JUDGED = 48, 10_000
+SHARPEST = 4.0
+_HARD = 30.0
+
+
+class HardStudent(SdtTrainer):
+    """Gradients are of the soft pass, but the next step follows the plan's own output, and its cache."""
+
+    def _step(self, i: int, part: Any, scores_B: Tensor) -> tuple[Tensor, Tensor, int]:
+        state, cache = part.state, part.cache.copy()
+        measured = super()._step(i, part, scores_B)
+        row = (scores_B.detach() > self.config.threshold).tolist()
+        with torch.no_grad():
+            part.state, _ = planned_step(self.sampler, i, state, row, cache)
+        part.cache = cache
+        return measured
+
+
+class HardWeights(StepWeights):
+    """Lambda measured under the plan, not under soft scores."""
+
+    def refresh(self, sampler: Sampler, router: Router, *batch: Any) -> dict[str, float]:
+        hard_TB = torch.where(router.logits() > 0, _HARD, -_HARD)
+        return super().refresh(sampler, Router.from_logits(hard_TB), *batch)
+
+
+class SharpeningRouter(Router):
+    """Scores that go from soft to hard."""
+
+    sharpness = 1.0
+
+    def scores(self, i: int) -> Tensor:
+        return (self.sharpness * self.rows[i]).sigmoid()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idea:
+    """One departure from the preset."""
+
+    iepo: IepoKind | str = "sensitivity"
+    start: str = "measured"
+    reuse: Reuse = "forecast"
+    penalty: str = "macs"
+    guidance_scale: float | None = None
+    trainer: type[SdtTrainer] = SdtTrainer
+    weights: type[StepWeights] = StepWeights
+    router: type[Router] = Router
+
+
+IDEAS = {
+    "the preset": Idea(),
+    "no lambda": Idea(iepo="none"),
+    "lambda: leave one out (paper)": Idea(iepo="leave_one_out"),
+    "lambda: cumulative (released)": Idea(iepo="cumulative"),
+    "lambda on hard plans": Idea(weights=HardWeights),
+    "student on hard plans": Idea(trainer=HardStudent),
+    "both on hard plans": Idea(weights=HardWeights, trainer=HardStudent),
+    "scores annealed, soft to hard": Idea(router=SharpeningRouter),
+    "trained without guidance": Idea(guidance_scale=1.0),
+    "penalty counts entries": Idea(penalty="count"),
+    "from even steps": Idea(start="even"),
+    "from scores of 0.5": Idea(start="constant"),
+    "held, not forecast": Idea(reuse="hold"),
+}
+
+
+def rows(sampler: Sampler, seed: int, first: int, count: int) -> Rows:
+    """Noise, labels and names of some of a seed's rows."""
+    keys = RowKeys.of(seed, range(first, first + count))
+    shape = (sampler.model.in_channels, sampler.model.sample_size, sampler.model.sample_size)
+    labels = torch.tensor([row_label(seed, index, 10) for index in range(first, first + count)])
+    return torch.from_numpy(keys.start_noise(shape)), labels, keys
+
+
+def on_one_worker(tensor: Tensor) -> None:
+    """The mean over all of them."""
+
+
+def starts_of(sampler: Sampler, config: TrainingConfig, seed: int) -> dict[str, Plan]:
+    """The steps that training may start from, without and with measuring."""
+    search, macs = StepSearch(sampler.num_steps), sampler.model.macs()
+    for trajectory in range(config.start_trajectories):
+        batch = rows(sampler, seed, trajectory * config.batch_size, config.batch_size)
+        search.train_one(sampler, [batch], config.sdt.reuse, on_one_worker)
+    return {
+        "even": even_plan(sampler.num_steps, macs, config.target_speedup),
+        "measured": search.plan(macs, config.target_speedup),
+    }
+
+
+def trained_plan(
+    idea: Idea, sampler: Sampler, config: TrainingConfig, starts: dict[str, Plan], seed: int
+) -> Plan:
+    """The router's, at the wanted speed."""
+    shape = (sampler.num_steps, len(sampler.model.branches))
+    logits_TB = torch.zeros(shape)
+    if idea.start in starts:
+        logits_TB = logits_of(starts[idea.start], config.initial_logit)
+    logits_TB[-1] = 5.0
+    router = idea.router.from_logits(logits_TB)
+    router.rows[-1].requires_grad_(False)
+    trainer = idea.trainer(sampler, router, config.sdt)
+    weights, aim = idea.weights(sampler.num_steps, config), Aim(trainer, config)
+    for trajectory in range(config.trajectories):
+        if isinstance(router, SharpeningRouter):
+            router.sharpness = SHARPEST ** (trajectory / max(1, config.trajectories - 1))
+        first = (config.start_trajectories + trajectory) * config.batch_size
+        noise, labels, keys = rows(sampler, seed, first, config.batch_size)
+        if weights.is_due(trajectory):
+            weights.refresh(sampler, router, noise, labels, keys, on_one_worker)
+        trainer.train_trajectory(
+            noise, labels, weights.lambda_T, rows=keys, beta=aim.beta, on_gradient=aim.observe
+        )
+        aim.update()
+    return aim.plan_of(router.logits())
+
+
+def psnr_of(sampler: Sampler, plan: Plan, reuse: Reuse, seed: int) -> float:
+    """To the full sampler's images, in dB, the mean over rows."""
+    choice = PlanChoice({"": plan}, reuse)
+    choice.train_one(sampler, [rows(sampler, seed, FIRST_JUDGED, JUDGED_ROWS)], on_one_worker)
+    return choice.psnr("")
+
+
+def measure(
+    steps: int, speedup: float, seed: int, names: Iterable[str], show: Callable[[str, float], None]
+) -> None:
+    """All ideas for one seed."""
+    recipe = fashion()
+    model = load_model(recipe.model).model
+    settings = replace(recipe.sampler, num_inference_steps=steps)
+    sampler = make_sampler(model, settings)
+    config = replace(recipe.train, target_speedup=speedup)
+    starts = starts_of(sampler, config, seed)
+    for name, plan in starts.items():
+        show(f"{name} steps, untrained", psnr_of(sampler, plan, "forecast", seed))
+    for name in names:
+        idea = IDEAS[name]
+        sdt = replace(config.sdt, reuse=idea.reuse, penalty=idea.penalty)
+        changed = replace(config, sdt=sdt, iepo=idea.iepo, forecast=replace(config.forecast, trajectories=0))
+        by = sampler
+        if idea.guidance_scale is not None:
+            by = make_sampler(model, replace(settings, guidance_scale=idea.guidance_scale))
+        plan = trained_plan(idea, by, changed, starts, seed)
+        show(name, psnr_of(sampler, plan, idea.reuse, seed))
+
+
+def main() -> None:
+    """The table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--speedup", type=float, default=1.4)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ideas", nargs="+", default=list(IDEAS), choices=list(IDEAS))
+    arguments = parser.parse_args()
+    console, found = Console(), dict[str, list[float]]()
+    for seed in arguments.seeds:
+
+        def show(name: str, psnr: float, seed: int = seed) -> None:
+            found.setdefault(name, []).append(psnr)
+            console.log(f"seed {seed}, {name}: {psnr:.2f} dB")
+
+        measure(arguments.steps, arguments.speedup, seed, arguments.ideas, show)
+    table = Table(f"T = {arguments.steps}, {arguments.speedup}x", *map(str, arguments.seeds), "mean")
+    for name, values in found.items():
+        table.add_row(name, *(f"{value:.1f}" for value in values), f"{sum(values) / len(values):.1f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
