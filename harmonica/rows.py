@@ -15,7 +15,7 @@ import torch
 
 from harmonica.models.base import BranchedTransformer
 from harmonica.noise import RowKeys, row_label, row_noise
-from harmonica.prompts import PromptStore, text_condition
+from harmonica.text.prompts import PromptStore, text_condition
 
 
 @dataclass(frozen=True, slots=True)

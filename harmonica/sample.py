@@ -24,7 +24,6 @@ from harmonica.builtin import CHAMPION
 from harmonica.checkpoints import read_released_router
 from harmonica.command_line import fail, parse_settings, say
 from harmonica.folding import kept_bytes
-from harmonica.labels import UnknownClass, find_class
 from harmonica.models.loading import BUILTIN, LoadedModel, ModelConfig, load_model
 from harmonica.models.vae import decode_latents, draws_pixels
 from harmonica.noise import RowKeys, row_label
@@ -32,6 +31,7 @@ from harmonica.samplers import Sampler, SamplerConfig, SamplerName, make_sampler
 from harmonica.samplers.config import GuidanceChannels
 from harmonica.sampling import check_plan, sample
 from harmonica.tensor_files import write_tensors
+from harmonica.text.labels import UnknownClass, find_class
 from harmonica.train import pick_device
 
 _SHEET_COLUMNS = 16

@@ -30,10 +30,10 @@ from harmonica.command_line import fail, parse, say
 from harmonica.family import FamilyRun
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.presets import RECIPES, Recipe
-from harmonica.prompts import PromptStore
 from harmonica.rows import Batch, RowSpec, Share, make_rows
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.sharding import shard
+from harmonica.text.prompts import PromptStore
 from harmonica.training_config import TrainingConfig
 
 _SAY_EVERY_S = 5.0

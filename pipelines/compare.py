@@ -17,11 +17,11 @@ from harmonica.models.base import Macs
 from harmonica.models.loading import load_model
 from harmonica.rows import Batch, RowSpec, Share, make_rows
 from harmonica.train import trained
-from pipelines.comparison_picture import comparison_picture
+from pipelines.comparing.comparison_picture import comparison_picture
+from pipelines.comparing.contenders import OURS, Entry, full_arm, learned_arm, learners, unlearned
+from pipelines.comparing.rivals import LibraryArm, library_arms
 from pipelines.config import TrainConfig, WorkflowConfig
-from pipelines.contenders import OURS, Entry, full_arm, learned_arm, learners, unlearned
 from pipelines.judging import judge
-from pipelines.rivals import LibraryArm, library_arms
 from pipelines.runtime import quiet_libraries
 from pipelines.storage import RunStorage
 from pipelines.stream import row_spec

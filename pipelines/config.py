@@ -15,13 +15,13 @@ import tyro
 from harmonica.models.file_systems import shown
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig
-from harmonica.text_encoder import EncoderDtype, OverLimit
+from harmonica.text.text_encoder import EncoderDtype, OverLimit
 from harmonica.training_config import TrainingConfig
 from pipelines.checks import require
 from pipelines.compare_config import CompareConfig
 from pipelines.evaluate_config import EvaluateConfig
 from pipelines.promote_config import Promote, PromoteConfig
-from pipelines.serve_config import ServeConfig
+from pipelines.serving.serve_config import ServeConfig
 from pipelines.sweep_config import SweepConfig
 
 Stage = Literal["prompts", "train", "evaluate", "sweep", "register", "serve", "compare"]

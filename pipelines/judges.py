@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmonica.arm_statistics import LOGITS, POOLED, SPATIAL
-from harmonica.feature_extractors import ClassifierFeatures, FeatureExtractor, InceptionFeatures
+from harmonica.judging.arm_statistics import LOGITS, POOLED, SPATIAL
+from harmonica.judging.feature_extractors import ClassifierFeatures, FeatureExtractor, InceptionFeatures
+from harmonica.judging.perceptual import ClipScore, Lpips
+from harmonica.judging.reference_sets import ReferenceSet, builtin_reference, read_adm_reference
 from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, LoadedModel, ModelConfig
 from harmonica.models.vae import decode_latents, draws_pixels
-from harmonica.perceptual import ClipScore, Lpips
-from harmonica.reference_sets import ReferenceSet, builtin_reference, read_adm_reference
 from pipelines.config import WorkflowConfig
 from pipelines.evaluate_config import EvaluateConfig, FeatureKind
 
@@ -56,7 +56,7 @@ class Judges:
 
     def nearness(self, images_NCHW: Tensor, reference_NCHW: Tensor) -> dict[str, np.ndarray]:
         """Numbers (N,) of each image beside its reference."""
-        from harmonica.metrics import psnr, ssim  # seconds to import, so only where images are judged
+        from harmonica.judging.metrics import psnr, ssim  # seconds to import, so only where images are judged
 
         columns = {"psnr": psnr(images_NCHW, reference_NCHW).clamp(max=_PSNR_OF_EQUALS)}
         if self.shows_pixels:  # windows over latents would say nothing about structure

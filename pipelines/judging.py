@@ -11,11 +11,11 @@ import numpy as np
 import ray
 from ray.data import ActorPoolStrategy
 
-from harmonica import captions
-from harmonica.arm_statistics import ArmStatistics
+from harmonica.judging.arm_statistics import ArmStatistics
+from harmonica.judging.quality import Resamples, arm_quality, distances_to_full
+from harmonica.judging.reference_sets import ReferenceSet
 from harmonica.models.loading import load_model
-from harmonica.quality import Resamples, arm_quality, distances_to_full
-from harmonica.reference_sets import ReferenceSet
+from harmonica.pretraining import captions
 from harmonica.rows import Batch, RowSpec, Share, make_rows
 from pipelines.config import EvaluateConfig, WorkflowConfig
 from pipelines.judges import Judges, feature_kind, read_reference

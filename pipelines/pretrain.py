@@ -17,10 +17,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from harmonica import fashion
 from harmonica.models.dit import DiT, DiTConfig
 from harmonica.models.loading import write_folder_config
-from harmonica.pretraining import NoisyBatch, drop
+from harmonica.pretraining import fashion
+from harmonica.pretraining.learning import NoisyBatch, drop
 from harmonica.tensor_files import write_tensors
 from pipelines.pretrain_loop import PretrainConfig, Task, last_state, provenance, run
 

@@ -21,8 +21,8 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 
-from harmonica import fashion
-from harmonica.pretraining import Learner, LearningConfig
+from harmonica.pretraining import fashion
+from harmonica.pretraining.learning import Learner, LearningConfig
 from pipelines.runtime import connect
 from pipelines.tracking import StageRun, stage_run
 

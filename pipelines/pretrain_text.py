@@ -21,11 +21,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from harmonica.captions import caption, meaning, tones
 from harmonica.models.loading import BUILTIN
-from harmonica.pretraining import NoisyBatch, drop, following_loss
-from harmonica.text_judging import judge
-from harmonica.text_to_image import (
+from harmonica.pretraining.captions import caption, meaning, tones
+from harmonica.pretraining.learning import NoisyBatch, drop, following_loss
+from harmonica.pretraining.text_judging import judge
+from harmonica.pretraining.text_to_image import (
     SPECIAL,
     UNKNOWN,
     WORD,

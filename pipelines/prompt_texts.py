@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import ray.data
 from pyarrow import fs
 
-from harmonica import text_encoder
 from harmonica.models.fetch import local_path
 from harmonica.models.file_systems import open_uri, shown
+from harmonica.text import text_encoder
 from pipelines.config import PromptsConfig
 
 logger = logging.getLogger(__name__)

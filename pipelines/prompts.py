@@ -20,10 +20,10 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from harmonica import text_encoder
 from harmonica.models.fetch import local_path
 from harmonica.models.file_systems import shown
-from harmonica.prompt_files import (
+from harmonica.text import text_encoder
+from harmonica.text.prompt_files import (
     MANIFEST,
     Manifest,
     PromptRows,
@@ -32,8 +32,8 @@ from harmonica.prompt_files import (
     read_manifest,
     stored_parts,
 )
-from harmonica.prompts import PromptStore
-from harmonica.text_encoder import TextEncoder
+from harmonica.text.prompts import PromptStore
+from harmonica.text.text_encoder import TextEncoder
 from pipelines.prompt_texts import PromptsConfig, Text, distinct_texts
 from pipelines.storage import RunStorage
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from harmonica.prompt_files import MANIFEST
+from harmonica.text.prompt_files import MANIFEST
 from pipelines import tracking
 from pipelines.config import STAGES, Stage, WorkflowConfig
 from pipelines.storage import RunStorage

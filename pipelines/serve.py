@@ -26,13 +26,14 @@ from ray import serve
 
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
-from pipelines import proxy, registry
-from pipelines.application import JSON_LOGS, make_application
-from pipelines.application import build as build
+from pipelines import registry
 from pipelines.config import WorkflowConfig
-from pipelines.following import FOLLOW_S, ServeArgs
 from pipelines.runtime import connect, is_private
-from pipelines.serve_config import ServeConfig
+from pipelines.serving import proxy
+from pipelines.serving.application import JSON_LOGS, make_application
+from pipelines.serving.application import build as build
+from pipelines.serving.following import FOLLOW_S, ServeArgs
+from pipelines.serving.serve_config import ServeConfig
 from pipelines.tracking import tracking_uri as local_tracking_uri
 
 APP_NAME = "harmonica"
@@ -71,7 +72,7 @@ def deploy(
     serve.start(
         http_options={"host": config.host, "port": config.port},
         # Inherited by the proxies, and the working directory with it.
-        controller_options={"runtime_env": {"env_vars": {proxy.CALLBACK: "pipelines.proxy.middlewares"}}},
+        controller_options={"runtime_env": {"env_vars": {proxy.CALLBACK: f"{proxy.__name__}.middlewares"}}},
         logging_config=logging_config,
     )
     try:

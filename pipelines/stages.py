@@ -12,9 +12,9 @@ from harmonica.artifact import RouterArtifact
 from harmonica.command_line import say
 from harmonica.family import member_name
 from harmonica.models.loading import load_model
-from harmonica.prompt_files import MANIFEST
-from harmonica.prompts import PromptStore
 from harmonica.samplers import make_sampler, with_scheduler
+from harmonica.text.prompt_files import MANIFEST
+from harmonica.text.prompts import PromptStore
 from pipelines import resume, tracking
 from pipelines.charts import png_of
 from pipelines.config import Stage, WorkflowConfig

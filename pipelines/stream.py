@@ -9,8 +9,8 @@ import ray.data
 from ray.data import TaskPoolStrategy
 
 from harmonica.models.base import BranchedTransformer
-from harmonica.prompts import PromptStore
 from harmonica.rows import RowSpec, Share, make_rows
+from harmonica.text.prompts import PromptStore
 from pipelines.config import WorkflowConfig
 from pipelines.storage import RunStorage
 

@@ -96,7 +96,7 @@ class _Probe:
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
         """What Tune is told: plain numbers, for a checkpoint too."""
-        from harmonica.metrics import psnr
+        from harmonica.judging.metrics import psnr
 
         artifact = self.run.artifact()
         near = float(psnr(self._sample(artifact).cpu(), self.full_NCHW.cpu()).clamp(max=100).mean())

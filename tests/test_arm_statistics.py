@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from strategies import quick
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from harmonica import arm_statistics
-from harmonica.arm_statistics import LOGITS, POOLED, ArmStatistics, FeatureSums
-from harmonica.classifier import FeatureStatistics
+from harmonica.judging import arm_statistics
+from harmonica.judging.arm_statistics import LOGITS, POOLED, ArmStatistics, FeatureSums
+from harmonica.judging.classifier import FeatureStatistics
 
 ROWS = 37
 

@@ -12,10 +12,10 @@ from ray import serve as ray_serve
 from tiny_dit import make_artifact, write_model
 
 from pipelines import serve
-from pipelines.application import make_application
-from pipelines.following import ServeArgs
 from pipelines.runtime import connect
-from pipelines.serve_config import ServeConfig
+from pipelines.serving.application import make_application
+from pipelines.serving.following import ServeArgs
+from pipelines.serving.serve_config import ServeConfig
 
 CLIENTS = 12
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from pipelines.batching import Batcher, Overloaded, TimedOut
-from pipelines.pace import Pace
+from pipelines.serving.batching import Batcher, Overloaded, TimedOut
+from pipelines.serving.pace import Pace
 
 
 class Workshop:

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from harmonica import fashion
-from harmonica.captions import (
+from harmonica.pretraining import fashion
+from harmonica.pretraining.captions import (
     NOUNS,
     TONE_LIMITS,
     all_captions,

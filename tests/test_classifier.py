@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harmonica import fashion
-from harmonica.classifier import (
+from harmonica.judging.classifier import (
     BUILTIN_FOLDER,
     CONFIG_FILE,
     FEATURE_SIZE,
@@ -19,7 +18,8 @@ from harmonica.classifier import (
     load_classifier,
     save_classifier,
 )
-from harmonica.metrics import frechet_distance, label_accuracy
+from harmonica.judging.metrics import frechet_distance, label_accuracy
+from harmonica.pretraining import fashion
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from ray._common.utils import import_attr
 
 import harmonica
-from pipelines import proxy
-from pipelines.following import ServeArgs
+from pipelines.serving import proxy
+from pipelines.serving.following import ServeArgs
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -247,7 +247,7 @@ def dashboard_metrics() -> set[str]:
 
 
 def test_the_dashboard_shows_every_metric_of_serving_and_no_other():
-    source = (ROOT / "pipelines" / "serve_metrics.py").read_text()
+    source = (ROOT / "pipelines" / "serving" / "serve_metrics.py").read_text()
     kinds = re.findall(r'(Counter|Gauge|Histogram)\(\s*"(harmonica_[a-z_]+)"', source)
     assert len(kinds) == 9
     suffix = {"Counter": "_total", "Gauge": "", "Histogram": ""}
@@ -269,7 +269,7 @@ def test_the_dashboard_is_one_that_grafana_reads():
 
 
 def test_serve_build_writes_a_configuration_that_serve_reads(tmp_path):
-    command = [sys.executable, "-m", "ray.serve.scripts", "build", "pipelines.application:app"]
+    command = [sys.executable, "-m", "ray.serve.scripts", "build", "pipelines.serving.application:app"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
     subprocess.run(
         [*command, "-o", "serve.yaml"], cwd=tmp_path, env=environment, check=True, capture_output=True

@@ -11,8 +11,8 @@ from harmonica.models.base import Macs
 from harmonica.samplers import SamplerConfig
 from pipelines.compare import ahead, verdict
 from pipelines.compare_config import CompareConfig
-from pipelines.comparison_picture import line
-from pipelines.contenders import OURS, PAPER, learners, unlearned
+from pipelines.comparing.comparison_picture import line
+from pipelines.comparing.contenders import OURS, PAPER, learners, unlearned
 from pipelines.presets import fashion
 
 MACS = Macs(branches=(30, 60) * 6, rest=12)

@@ -15,7 +15,7 @@ from harmonica.noise import RowKeys
 from harmonica.pictures import to_uint8
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.sampling import sample
-from pipelines.drawing import ImageSampler, Row, SettingRefused
+from pipelines.serving.drawing import ImageSampler, Row, SettingRefused
 
 
 @pytest.fixture(scope="module")

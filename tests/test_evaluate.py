@@ -8,8 +8,8 @@ import torch
 
 from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION
-from harmonica.classifier import features_and_logits, load_classifier
-from harmonica.metrics import label_accuracy, psnr
+from harmonica.judging.classifier import features_and_logits, load_classifier
+from harmonica.judging.metrics import label_accuracy, psnr
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.rows import RowSpec, make_rows
 from harmonica.samplers import Ddim, SamplerConfig

@@ -15,11 +15,11 @@ from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
 from harmonica.smoke import record_sample
 from pipelines import registry
-from pipelines.drawing import ImageSampler, Row
-from pipelines.following import Follower, ServeArgs
-from pipelines.images_api import create_app
-from pipelines.orders import Order
-from pipelines.studio import Studio
+from pipelines.serving.drawing import ImageSampler, Row
+from pipelines.serving.following import Follower, ServeArgs
+from pipelines.serving.images_api import create_app
+from pipelines.serving.orders import Order
+from pipelines.serving.studio import Studio
 from pipelines.tracking import find_or_create, make_client
 
 NAME = "tiny"

@@ -14,12 +14,12 @@ from PIL import Image
 from tiny_dit import make_artifact, write_model
 from tiny_studio import CONFIG, make_studio, slow_steps
 
-from harmonica.fashion import CLASS_NAMES
 from harmonica.models.loading import load_model
 from harmonica.pictures import encode_picture
-from pipelines.batching import Overloaded
-from pipelines.drawing import Row
-from pipelines.images_api import MAX_BODY_BYTES, create_app
+from harmonica.pretraining.fashion import CLASS_NAMES
+from pipelines.serving.batching import Overloaded
+from pipelines.serving.drawing import Row
+from pipelines.serving.images_api import MAX_BODY_BYTES, create_app
 
 PATH = "/v1/images/generations"
 

@@ -14,13 +14,13 @@ from tiny_dit import SHAPE, write_model
 from tiny_pipeline import write_pipeline
 from tiny_text import write_store
 
-from harmonica.fashion import CLASS_NAMES
 from harmonica.models.fetch import local_path
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig, load_model
 from harmonica.plan import Plan
+from harmonica.pretraining.fashion import CLASS_NAMES
 from harmonica.rows import RowSpec, make_rows
 from harmonica.samplers import SamplerConfig
-from harmonica.text_encoder import TextEncoder
+from harmonica.text.text_encoder import TextEncoder
 from pipelines.config import EvaluateConfig, WorkflowConfig
 from pipelines.judges import check_judges, feature_kind
 from pipelines.judging import NOISE_FLOOR, ArmSampler, judge

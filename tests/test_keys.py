@@ -9,12 +9,12 @@ from tiny_dit import make_artifact, write_model
 from tiny_studio import make_studio
 
 from harmonica.models.loading import load_model
-from pipelines.drawing import Row
-from pipelines.images_api import create_app
-from pipelines.keys import ENVIRONMENT, load_keys
-from pipelines.orders import Order
-from pipelines.replicas import api_builder
-from pipelines.serve_config import ServeConfig
+from pipelines.serving.drawing import Row
+from pipelines.serving.images_api import create_app
+from pipelines.serving.keys import ENVIRONMENT, load_keys
+from pipelines.serving.orders import Order
+from pipelines.serving.replicas import api_builder
+from pipelines.serving.serve_config import ServeConfig
 
 PATH = "/v1/images/generations"
 KEYS = ("first-key", "zweiter-schlüssel")

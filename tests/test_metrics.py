@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from harmonica.classifier import FeatureStatistics
-from harmonica.metrics import frechet_distance, label_accuracy, label_agreement, psnr
+from harmonica.judging.classifier import FeatureStatistics
+from harmonica.judging.metrics import frechet_distance, label_accuracy, label_agreement, psnr
 
 
 def gaussian(mean: list[float], covariance: list[list[float]]) -> FeatureStatistics:

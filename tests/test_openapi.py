@@ -11,7 +11,7 @@ from tiny_dit import make_artifact, write_model
 from tiny_studio import make_studio
 
 from harmonica.models.loading import load_model
-from pipelines.images_api import create_app
+from pipelines.serving.images_api import create_app
 
 PATH = "/v1/images/generations"
 PATHS = {PATH, "/v1/models", "/v1/models/{model}", "/v1/routers", "/healthz", "/livez", "/readyz"}

@@ -12,7 +12,7 @@ from tiny_dit import make_artifact, write_model
 from tiny_studio import make_studio, slow_steps
 
 from harmonica.models.loading import load_model
-from pipelines.images_api import create_app
+from pipelines.serving.images_api import create_app
 
 # Root in a container has no user namespaces to build the sandbox of; the others keep it off the network.
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
@@ -30,11 +30,11 @@ def test_the_page_is_served_and_may_load_nothing_else(studio_parts):
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy
-    assert answer.text == resources.files("pipelines").joinpath("page.html").read_text()
+    assert answer.text == resources.files("pipelines.serving").joinpath("page.html").read_text()
 
 
 def test_the_page_refers_to_nothing_outside():
-    page = resources.files("pipelines").joinpath("page.html").read_text()
+    page = resources.files("pipelines.serving").joinpath("page.html").read_text()
     assert re.findall(r"(?:https?:)?//[a-z]", page.replace("http-equiv", "")) == []
     assert re.findall(r"<(?:script|img|iframe)[^>]*\bsrc=|@import|url\(", page) == []
     assert re.findall(r"""<link[^>]*href="([^"]*)""", page) == ["data:,"]

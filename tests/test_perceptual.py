@@ -7,7 +7,7 @@ import torch
 from judging_networks import write_alexnet, write_clip
 from torch import Tensor
 
-from harmonica.perceptual import ClipScore, Lpips
+from harmonica.judging.perceptual import ClipScore, Lpips
 
 
 def images(n: int, channels: int = 3, side: int = 70) -> Tensor:

@@ -8,9 +8,14 @@ import pytest
 import ray
 import torch
 
-from harmonica import fashion
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.pretraining import Learner, LearningConfig, learning_rate_factor, make_optimizers
+from harmonica.pretraining import fashion
+from harmonica.pretraining.learning import (
+    Learner,
+    LearningConfig,
+    learning_rate_factor,
+    make_optimizers,
+)
 from pipelines.pretrain import FASHION_DIT, DiTPretrainConfig, LabelTask, export
 from pipelines.pretrain_loop import run
 

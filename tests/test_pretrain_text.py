@@ -13,13 +13,12 @@ pytest.importorskip("transformers", reason="wants transformers: the text encoder
 
 from tiny_pixart import pipeline_class
 
-from harmonica import captions, fashion
 from harmonica.diffusion import alphas_cumprod
 from harmonica.models.dit import DiT
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.pretraining import Learner, following_loss
-from harmonica.text_judging import Painter, draw_captions, judge_images
-from harmonica.text_to_image import (
+from harmonica.pretraining.learning import Learner, captions, fashion, following_loss
+from harmonica.pretraining.text_judging import Painter, draw_captions, judge_images
+from harmonica.pretraining.text_to_image import (
     SPECIAL,
     TEXT_TOKENS,
     PixArtTransformer2DModel,
@@ -29,7 +28,7 @@ from harmonica.text_to_image import (
     save_pipeline,
     tokenize,
 )
-from harmonica.warm_start import warm_start
+from harmonica.pretraining.warm_start import warm_start
 from pipelines.pretrain import FASHION_DIT
 from pipelines.pretrain_loop import run
 from pipelines.pretrain_text import CaptionTask, TextPretrainConfig, export

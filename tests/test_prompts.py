@@ -29,12 +29,12 @@ from tiny_text import (
     write_text_folder,
 )
 
-from harmonica import prompts as prompts_module
 from harmonica.models.text_condition import TextCondition
-from harmonica.prompt_files import MANIFEST, part_path, stored_parts
-from harmonica.prompts import PromptStore, text_condition
 from harmonica.rows import RowSpec, make_rows
-from harmonica.text_encoder import TextEncoder, encoder_identity, preprocess
+from harmonica.text import prompts as prompts_module
+from harmonica.text.prompt_files import MANIFEST, part_path, stored_parts
+from harmonica.text.prompts import PromptStore, text_condition
+from harmonica.text.text_encoder import TextEncoder, encoder_identity, preprocess
 from pipelines import prompts as pipeline
 from pipelines.prompts import PromptsConfig, embed_prompts
 from pipelines.runtime import connect

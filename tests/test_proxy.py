@@ -8,8 +8,8 @@ import pytest
 from ray.serve._private.http_util import validate_http_proxy_callback_return
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from pipelines import proxy
-from pipelines.proxy import RetryLost, middlewares
+from pipelines.serving import proxy
+from pipelines.serving.proxy import RetryLost, middlewares
 
 
 class Replicas:

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from harmonica.arm_statistics import LOGITS, POOLED, SPATIAL, ArmStatistics
-from harmonica.classifier import FeatureStatistics
-from harmonica.metrics import frechet_distance
-from harmonica.quality import Resamples, arm_quality, distances_to_full
-from harmonica.reference_sets import ReferenceSet
+from harmonica.judging.arm_statistics import LOGITS, POOLED, SPATIAL, ArmStatistics
+from harmonica.judging.classifier import FeatureStatistics
+from harmonica.judging.metrics import frechet_distance
+from harmonica.judging.quality import Resamples, arm_quality, distances_to_full
+from harmonica.judging.reference_sets import ReferenceSet
 
 ROWS = 60
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from harmonica import fashion, reference_sets
-from harmonica.classifier import BUILTIN_FOLDER, FeatureStatistics
-from harmonica.feature_extractors import ClassifierFeatures, Features
-from harmonica.metrics import frechet_distance
-from harmonica.reference_sets import builtin_reference, read_adm_reference
+from harmonica.judging import reference_sets
+from harmonica.judging.classifier import BUILTIN_FOLDER, FeatureStatistics
+from harmonica.judging.feature_extractors import ClassifierFeatures, Features
+from harmonica.judging.metrics import frechet_distance
+from harmonica.judging.reference_sets import builtin_reference, read_adm_reference
+from harmonica.pretraining import fashion
 
 
 class MeanColours:

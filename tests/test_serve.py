@@ -18,9 +18,9 @@ from test_cluster_files import dashboard_metrics
 from tiny_dit import SHAPE, make_artifact, write_model
 
 from pipelines import registry, serve
-from pipelines.following import ServeArgs
 from pipelines.runtime import connect
-from pipelines.serve_config import ServeConfig
+from pipelines.serving.following import ServeArgs
+from pipelines.serving.serve_config import ServeConfig
 from pipelines.tracking import find_or_create
 
 NAME = "tiny"

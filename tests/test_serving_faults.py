@@ -28,7 +28,7 @@ from harmonica.pictures import encode_picture
 from harmonica.samplers import make_sampler
 from harmonica.smoke import record_sample
 from pipelines import registry
-from pipelines.drawing import ImageSampler, Row
+from pipelines.serving.drawing import ImageSampler, Row
 from pipelines.tracking import find_or_create, make_client
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

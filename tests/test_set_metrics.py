@@ -13,10 +13,10 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 from torchmetrics.image.kid import poly_mmd
 
-from harmonica.bootstrap import resample_weights
-from harmonica.classifier import FeatureStatistics
-from harmonica.metrics import frechet_distance
-from harmonica.set_metrics import (
+from harmonica.judging.bootstrap import resample_weights
+from harmonica.judging.classifier import FeatureStatistics
+from harmonica.judging.metrics import frechet_distance
+from harmonica.judging.set_metrics import (
     class_information,
     frechet_resampled,
     in_manifold,

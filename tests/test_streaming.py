@@ -17,13 +17,13 @@ from tiny_dit import make_artifact, write_model
 from tiny_studio import CONFIG, make_studio
 
 from harmonica.models.loading import load_model
-from harmonica.text_encoder import PromptTooLong
-from pipelines.batching import Overloaded, TimedOut
-from pipelines.drawing import Row, SettingRefused
-from pipelines.images_api import create_app
-from pipelines.orders import REFUSALS, Order
-from pipelines.streaming import merge
-from pipelines.studio import preview_steps
+from harmonica.text.text_encoder import PromptTooLong
+from pipelines.serving.batching import Overloaded, TimedOut
+from pipelines.serving.drawing import Row, SettingRefused
+from pipelines.serving.images_api import create_app
+from pipelines.serving.orders import REFUSALS, Order
+from pipelines.serving.streaming import merge
+from pipelines.serving.studio import preview_steps
 
 PATH = "/v1/images/generations"
 

@@ -13,11 +13,11 @@ from test_images_api import PATH
 from tiny_studio import CONFIG, make_studio
 
 from harmonica.artifact import RouterArtifact
-from harmonica.conditions import Prompts, make_conditions
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.text_encoder import PromptTooLong, TextEncoder
-from pipelines.images_api import create_app
+from harmonica.text.conditions import Prompts, make_conditions
+from harmonica.text.text_encoder import PromptTooLong, TextEncoder
+from pipelines.serving.images_api import create_app
 
 LONG = "a photo of a dark sneaker " * 4
 """21 tokens of the 16 that the model reads."""

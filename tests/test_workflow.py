@@ -21,7 +21,7 @@ from tiny_dit import make_artifact, write_model
 
 import workflow
 from harmonica.artifact import RouterArtifact
-from harmonica.prompt_files import MANIFEST
+from harmonica.text.prompt_files import MANIFEST
 from pipelines import registry
 from pipelines.tracking import find_or_create, make_client, tracking_uri
 

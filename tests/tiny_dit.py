@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import save_file
 
 from harmonica.artifact import RouterArtifact
-from harmonica.fashion import CLASS_NAMES
 from harmonica.models.dit import DiT, DiTConfig
 from harmonica.models.loading import ModelConfig, load_model, write_folder_config
+from harmonica.pretraining.fashion import CLASS_NAMES
 from harmonica.samplers import Ddim, SamplerConfig
 
 SHAPE = DiTConfig(

@@ -4,9 +4,9 @@ import time
 
 from harmonica.artifact import RouterArtifact
 from harmonica.models.loading import LoadedModel
-from pipelines.drawing import ImageSampler
-from pipelines.serve_config import ServeConfig
-from pipelines.studio import Studio
+from pipelines.serving.drawing import ImageSampler
+from pipelines.serving.serve_config import ServeConfig
+from pipelines.serving.studio import Studio
 
 CONFIG = ServeConfig(max_batch_size=8, batch_wait_s=0.01, max_images_per_request=4, max_steps=30)
 

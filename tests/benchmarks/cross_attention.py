@@ -18,8 +18,7 @@ from torch import Tensor
 
 from harmonica.builtin import CAPTIONS
 from harmonica.cache import Reuse
-from harmonica.conditions import Conditions, make_conditions
-from harmonica.metrics import psnr
+from harmonica.judging.metrics import psnr
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.loading import load_model
 from harmonica.models.pixart_branches import KINDS
@@ -29,6 +28,7 @@ from harmonica.plan import Plan
 from harmonica.presets import fashion_text
 from harmonica.samplers import Sampler, make_sampler
 from harmonica.sampling import sample
+from harmonica.text.conditions import Conditions, make_conditions
 from harmonica.training import RouterRun
 
 TRAINING_ROWS, JUDGED_ROWS = 4, 32

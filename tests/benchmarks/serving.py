@@ -11,9 +11,9 @@ import torch
 from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION
 from harmonica.models.loading import ModelConfig, load_model
-from pipelines.drawing import ImageSampler
-from pipelines.drawing import Row as Image
-from pipelines.serve_config import ServeConfig
+from pipelines.serving.drawing import ImageSampler
+from pipelines.serving.drawing import Row as Image
+from pipelines.serving.serve_config import ServeConfig
 from tests.benchmarks.load import PATH, closed_loop, cores, open_loop
 from tests.benchmarks.timing import Aim, Row, Timing, time_arms
 

@@ -1,0 +1,1 @@
+"""How the built-in models were made; the method needs none of it."""

@@ -1,0 +1,1 @@
+"""Prompts: where they are kept, how they are embedded, and how labels and prompts become conditions."""

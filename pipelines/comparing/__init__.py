@@ -1,0 +1,1 @@
+"""Whom the stage `compare` puts HarmoniCa beside, and its picture."""

@@ -1,0 +1,1 @@
+"""What a replica is made of: HTTP, batches, drawing, and following the champion."""

@@ -1,0 +1,227 @@
+"""Images of single (subject, seed, index) rows, sampled together: what a serving replica does, without Ray.
+
+Shapes: N rows, C channels, H W image.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from harmonica.artifact import RouterArtifact
+from harmonica.cache import Reuse
+from harmonica.models.loading import LoadedModel
+from harmonica.models.vae import decode_latents, draws_pixels, pixels_per_latent
+from harmonica.noise import RowKeys
+from harmonica.plan import Plan
+from harmonica.samplers import Sampler, make_sampler
+from harmonica.sampling import check_plan, sample
+from harmonica.text.conditions import make_conditions
+from harmonica.text.text_encoder import OverLimit
+
+Quality = Literal["low", "medium", "high"]
+"""high computes every branch, medium is the champion's plan, low that of the fastest router there is."""
+UNCACHED = "uncached"
+"""Version of what draws `high`."""
+_KEPT_SETTINGS = 16
+
+
+class SettingRefused(ValueError):
+    """A setting that this model or router cannot draw with; the message begins with its name."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message  # Ray's own copies of errors have a traceback for a text
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image to draw; under one router it depends on these alone."""
+
+    subject: int | str = field(repr=False)  # prompts are kept out of logs
+    """A class's label, or a prompt."""
+    seed: int
+    index: int
+    """Number of the image within its request."""
+    negative_prompt: str = field(default="", repr=False)
+    """What it should not show, for models that take prompts."""
+    guidance_scale: float | None = None
+    """Default: the sampler's, which is the only one where a router is used."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Router:
+    """A plan, and the sampler it was made for. Equal to itself alone: a row is drawn under the very one it
+    was checked against, though another becomes champion meanwhile."""
+
+    sampler: Sampler
+    plan: Plan
+    reuse: Reuse
+    version: str
+    ideal_speedup: float = 1.0
+    scores: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+    """T x B, rounded, for people to look at."""
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What a sampler's settings refuse is the client's matter."""
+    try:
+        yield
+    except ValueError as error:
+        raise SettingRefused(str(error).removeprefix("sampler.")) from error
+
+
+OnPreview = Callable[[int, Callable[[Sequence[int]], Tensor]], None]
+"""Called with the number of steps done and what makes the predicted images (N, C, H, W) of some rows."""
+
+
+class ImageSampler:
+    """A model under its routers, which may be exchanged between two trajectories."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        device: str = "cpu",
+        *,
+        over_limit: OverLimit = "truncate",
+        max_steps: int = 100,
+    ) -> None:
+        self.model, self.class_names = loaded.model.to(device), loaded.class_names
+        self.device, self._max_steps = device, max_steps
+        self._vae = None if draws_pixels(self.model) else loaded.load_vae(device)
+        if self._vae is None and not draws_pixels(self.model):
+            raise ValueError(
+                f"model.in_channels is {self.model.in_channels}, so the model draws latents, and it comes "
+                "without a decoder: give model.vae"
+            )
+        self.conditions = make_conditions(loaded, device, over_limit=over_limit)
+        self._routers: dict[Quality, Router] = {}
+        self._uncached: dict[int, Router] = {}
+
+    @property
+    def router(self) -> Router:
+        """The champion."""
+        assert "medium" in self._routers, "use() comes first"
+        return self._routers["medium"]
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the pictures, in pixels."""
+        return self.model.sample_size * (1 if self._vae is None else pixels_per_latent(self._vae))
+
+    @property
+    def version(self) -> str:
+        """Of the champion in use; empty before the first."""
+        return self.router.version if self._routers else ""
+
+    def make_router(self, artifact: RouterArtifact, version: str) -> Router:
+        """A router as it is used here.
+
+        Raises:
+            ValueError: the router was made for another model.
+        """
+        artifact.check(self.model, artifact.sampler)
+        sampler, plan = make_sampler(self.model, artifact.sampler), artifact.plan
+        check_plan(plan, sampler)
+        scores = [[round(score, 3) for score in row] for row in artifact.logits_TB.sigmoid().tolist()]
+        return Router(
+            sampler, plan, artifact.reuse, version, artifact.ideal_speedup, tuple(map(tuple, scores))
+        )
+
+    def use(self, champion: Router, fastest: Router | None = None) -> None:
+        """Draw under these from the next row on; `low` is the champion too where no other is faster."""
+        self._routers, self._uncached = {"medium": champion, "low": fastest or champion}, {}
+
+    def router_for(
+        self, quality: Quality, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Router:
+        """What a quality is drawn under; only `high` leaves a choice of steps and guidance.
+
+        Raises:
+            SettingRefused: the router was made for other settings, or there is no such setting.
+        """
+        if quality == "high":
+            config = self.router.sampler.config
+            if guidance_scale is not None:
+                with _refusing():
+                    replace(config, guidance_scale=guidance_scale)
+            return self._make_uncached(num_inference_steps or config.num_inference_steps)
+        router = self._routers[quality]
+        asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        for name, value in asked.items():
+            made_for = getattr(router.sampler.config, name)
+            if value is not None and value != made_for:
+                raise SettingRefused(
+                    f"{name} is {value} and router {router.version} of quality {quality} was made for "
+                    f"{made_for}: leave it out, or give quality high, which uses no router"
+                )
+        return router
+
+    def _make_uncached(self, num_inference_steps: int) -> Router:
+        made = self._uncached
+        if num_inference_steps in made:
+            return made[num_inference_steps]
+        config = self.router.sampler.config
+        most = max(self._max_steps, config.num_inference_steps)
+        if num_inference_steps > most:
+            raise SettingRefused(f"num_inference_steps is {num_inference_steps}: give 2 to {most}")
+        with _refusing():
+            sampler = make_sampler(self.model, replace(config, num_inference_steps=num_inference_steps))
+        if len(made) == _KEPT_SETTINGS:
+            del made[next(iter(made))]
+        plan = Plan.full(num_inference_steps, len(self.model.branches))
+        made[num_inference_steps] = Router(sampler, plan, "hold", UNCACHED)
+        return made[num_inference_steps]
+
+    def check(self, row: Row) -> None:
+        """Prepare a row before it is drawn: its prompts are embedded. From any thread.
+
+        Raises:
+            PromptTooLong: a prompt has more tokens than the model reads, and `over_limit` is refuse.
+        """
+        self.conditions.check(row.subject, row.negative_prompt)
+
+    def draw(
+        self, rows: Sequence[Row], router: Router | None = None, on_preview: OnPreview | None = None
+    ) -> Tensor:
+        """All rows in one trajectory: images (N, C, H, W) in [-1, 1], on the CPU.
+
+        Args:
+            router: default: the champion.
+        """
+        router = router or self.router
+        shape = (self.model.in_channels, self.model.sample_size, self.model.sample_size)
+        keys = RowKeys([row.seed for row in rows], [row.index for row in rows])
+        noise = torch.from_numpy(keys.start_noise(shape))
+        condition = self.conditions.of([row.subject for row in rows], [row.negative_prompt for row in rows])
+
+        def on_step(i: int, predict: Callable[[], Tensor]) -> None:
+            if on_preview is not None:
+                on_preview(router.plan.num_steps - i, partial(self._preview, predict))
+
+        scales, sampler = [row.guidance_scale for row in rows], router.sampler
+        if any(scale is not None for scale in scales):
+            default = sampler.config.guidance_scale
+            sampler = sampler.with_guidance([default if scale is None else scale for scale in scales])
+        samples_NCHW = sample(
+            sampler,
+            noise.to(self.device),
+            condition,
+            router.plan,
+            reuse=router.reuse,
+            rows=keys,
+            on_step=on_step,
+        )
+        return self._decode(samples_NCHW)
+
+    def _preview(self, predict: Callable[[], Tensor], rows: Sequence[int]) -> Tensor:
+        return self._decode(predict()[list(rows)])
+
+    def _decode(self, samples_NCHW: Tensor) -> Tensor:
+        images_NCHW = samples_NCHW if self._vae is None else decode_latents(self._vae, samples_NCHW)
+        return images_NCHW.cpu()

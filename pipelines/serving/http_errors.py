@@ -1,0 +1,156 @@
+"""What the endpoint refuses, in the shape of OpenAI's errors: `{"error": {message, type, param, code}}`."""
+
+import re
+import uuid
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from harmonica.text.text_encoder import PromptTooLong
+from pipelines.serving.api_models import ErrorBody, ErrorDetail
+from pipelines.serving.batching import Overloaded, TimedOut
+from pipelines.serving.drawing import SettingRefused
+from pipelines.serving.orders import REFUSALS
+
+_MAX_ECHO = 100
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+class ApiError(Exception):
+    """An answer in OpenAI's error shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self._headers = headers
+
+    def body(self) -> ErrorBody:
+        return ErrorBody(
+            error=ErrorDetail(
+                message=self.message,
+                type="invalid_request_error" if self.status < 500 else "server_error",
+                param=self.param,
+                code=self.code,
+            )
+        )
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body().model_dump(), self.status, self._headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of what went wrong in drawing: of what is not its business, nothing."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Overloaded):
+        headers = {"retry-after": str(error.retry_after_s)}
+        message = f"too many images are waiting: try again in {error.retry_after_s} s"
+        return ApiError(503, message, None, "overloaded", headers)
+    if isinstance(error, TimedOut):
+        message = "the image has waited for as long as it may: try again, or give a larger timeout_s"
+        return ApiError(504, message, None, "timeout")
+    if isinstance(error, PromptTooLong):
+        return ApiError(400, error.message, error.message.split()[0], "string_above_max_length")
+    if isinstance(error, SettingRefused):
+        return ApiError(400, error.message, error.message.split()[0], "invalid_value")
+    return ApiError(500, "drawing failed: the server's log says why", None, "internal_error")
+
+
+def _explain(error: Any) -> ApiError:
+    """A validation error as field, value and cure."""
+    kind, location = error["type"], error["loc"]
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {error['ctx']['error']}", None, "invalid_json")
+    if len(location) < 2 or location[0] != "body":
+        message = "the body is not a JSON object: send one, with Content-Type: application/json"
+        return ApiError(400, message, None, "invalid_json")
+    name = str(location[1])
+    if kind == "extra_forbidden":
+        name = name if name.isidentifier() else repr(name)
+        return ApiError(400, f"unknown parameter {name[:100]}", name[:100], "unknown_parameter")
+    if kind == "missing":
+        return ApiError(400, f"{name} is missing", name, "missing_required_parameter")
+    value = repr(error["input"])
+    value = value if len(value) <= _MAX_ECHO else value[:_MAX_ECHO] + "..."
+    cure = error["msg"].removeprefix("Input ").removeprefix("should be ")
+    return ApiError(400, f"{name} is {value}: it should be {cure}", name, "invalid_value")
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Every error in OpenAI's shape, and no trace of the stack."""
+
+    @app.exception_handler(RequestValidationError)
+    async def on_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _explain(error.errors()[0]).response()
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
+
+    async def on_error(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    # Exception's own handler is the last resort, which raises the error again: named, these do not.
+    for kind in (ApiError, *REFUSALS, Exception):
+        app.add_exception_handler(kind, on_error)
+
+
+class LimitBody:
+    """ASGI middleware: 413 for bodies that are too large, before they are read into memory."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return  # the client has gone
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > self._max_bytes:
+                text = f"the body has more than {self._max_bytes} bytes: send less"
+                await ApiError(413, text, None, "request_too_large").response()(scope, receive, send)
+                return
+        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        await self._app(scope, replay, send)
+
+
+class NameRequest:
+    """ASGI middleware: answers X-Request-Id, the client's where it is a good one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", name)]}
+            await send(message)
+
+        await self._app(scope, receive, named)

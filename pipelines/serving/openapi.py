@@ -1,0 +1,78 @@
+"""The endpoint's description of itself, made to say what it does: errors, events and keys."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from pipelines.serving.api_models import CompletedEvent, ErrorBody, PartialImageEvent, ProgressEvent
+
+_REASONS = {
+    400: "A field is unknown or has a value that cannot be drawn.",
+    401: "The endpoint has keys, and none of them came along.",
+    404: "No such model.",
+    413: "The body is too large.",
+    500: "Drawing failed.",
+    503: "Too many images are waiting.",
+    504: "The image has waited for too long.",
+}
+_EVENTS = (PartialImageEvent, ProgressEvent, CompletedEvent)
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses=` of a route."""
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody, "description": _REASONS[status]} for status in statuses
+    }
+    if 503 in found:
+        seconds = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
+        found[503]["headers"] = {"Retry-After": seconds}
+    return found
+
+
+def _event(kind: str, body: type[BaseModel]) -> dict[str, Any]:
+    """Schema of a server-sent event, whose data is JSON in a string."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": f"#/components/schemas/{body.__name__}"},
+    }
+    properties = {"event": {"const": kind}, "data": data}
+    return {"type": "object", "required": ["event", "data"], "properties": properties}
+
+
+def events() -> dict[int | str, dict[str, Any]]:
+    """`responses=` of a route whose answer may be a stream; each event is one of these."""
+    described = [_event(event.model_fields["type"].default, event) for event in _EVENTS]
+    described.append(_event("error", ErrorBody))
+    return {200: {"content": {"text/event-stream": {"schema": {"oneOf": described}}}}}
+
+
+def describe_fully(app: FastAPI, *, has_keys: bool) -> None:
+    """Replace FastAPI's document, which has 422 answers that are never given and lacks events and keys."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            made = get_openapi(
+                title=app.title, version=app.version, description=app.description, routes=app.routes
+            )
+            schemas = made["components"]["schemas"]
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            for event in _EVENTS:
+                schema = event.model_json_schema(
+                    ref_template="#/components/schemas/{model}", mode="serialization"
+                )
+                schemas |= schema.pop("$defs", {}) | {event.__name__: schema}
+            for operations in made["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+                    if has_keys and "401" in operation["responses"]:
+                        operation["security"] = [{"key": []}]
+            if has_keys:
+                made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            app.openapi_schema = made
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]

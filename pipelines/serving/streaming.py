@@ -1,0 +1,71 @@
+"""Server-sent events: several images' streams as one, in the shape of OpenAI's image streaming."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import TypeVar
+
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from pipelines.serving.http_errors import as_api_error
+
+Item = TypeVar("Item")
+logger = logging.getLogger("ray.serve")
+
+
+async def merge(streams: Sequence[AsyncIterator[Item]]) -> AsyncIterator[tuple[int, Item]]:
+    """What the streams give as it comes, with the stream's number. Closed, it closes them all."""
+    ready: asyncio.Queue[tuple[int, Item] | Exception | None] = asyncio.Queue()
+
+    async def pump(number: int, stream: AsyncIterator[Item]) -> None:
+        try:
+            async for item in stream:
+                ready.put_nowait((number, item))
+        except Exception as error:
+            ready.put_nowait(error)
+        else:
+            ready.put_nowait(None)
+
+    tasks = [asyncio.create_task(pump(number, stream)) for number, stream in enumerate(streams)]
+    left = len(tasks)
+    try:
+        while left:
+            event = await ready.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                left -= 1
+            else:
+                yield event
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def encode(kind: str, body: BaseModel) -> bytes:
+    """One event. JSON has no line breaks, which would end it early."""
+    return f"event: {kind}\ndata: {body.model_dump_json()}\n\n".encode()
+
+
+async def _encoded(first: BaseModel, rest: AsyncIterator[BaseModel]) -> AsyncIterator[bytes]:
+    yield encode(first.type, first)  # type: ignore[attr-defined]
+    try:
+        async for event in rest:
+            yield encode(event.type, event)  # type: ignore[attr-defined]
+    except Exception as error:  # the status has been sent: OpenAI's client looks for `error` in the data
+        told = as_api_error(error)
+        if told.status == 500:
+            logger.error("drawing failed", exc_info=error)
+        yield encode("error", told.body())
+
+
+async def stream_events(events: AsyncIterator[BaseModel]) -> StreamingResponse:
+    """The answer, once there is a first event: what is refused is refused by a status.
+
+    Args:
+        events: models with a `type`.
+    """
+    first = await anext(events)
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # no proxy holds events back
+    return StreamingResponse(_encoded(first, events), media_type="text/event-stream", headers=headers)
