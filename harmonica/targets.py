@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harmonica.models.base import Macs
 from harmonica.plan import Plan
+from harmonica.router import FIXED_LOGIT
 
 _NEAR = 0.015
 """Relative: whole steps are reused where that comes so near to the speed; a part of one more where not."""
@@ -82,8 +83,10 @@ def even_plan(num_steps: int, macs: Macs, speedup: float) -> Plan:
 
 
 def logits_of(plan: Plan, logit: float) -> Tensor:
-    """The logits (T, B) to start from: +logit where the plan computes, -logit where it reuses."""
-    return torch.where(plan.to_tensor(), logit, -logit)
+    """The logits (T, B) to start from: +logit where the plan computes, -logit where not; row T-1 is fixed."""
+    logits_TB = torch.where(plan.to_tensor(), logit, -logit)
+    logits_TB[-1] = FIXED_LOGIT
+    return logits_TB
 
 
 def threshold_for(scores_TB: Tensor, macs: Macs, speedup: float) -> float:

@@ -173,7 +173,8 @@ class RouterRun:
             "even": even_plan(num_steps, macs, self.aim.speedup),
             "measured": self.search.plan(macs, self.aim.speedup),
         }
-        self.starts = {name: self._logits_of(plan) for name, plan in plans.items()}
+        logit, like = self.config.initial_logit, self.weights.lambda_T
+        self.starts = {name: logits_of(plan, logit).to(like) for name, plan in plans.items()}
         self._set_router(self.starts["measured"])
 
     def start_as(self, other: "RouterRun") -> None:
@@ -182,11 +183,6 @@ class RouterRun:
         if self.search is not None and other.search is not None:
             self.search.load_state(other.search.state())
             self._set_starts()
-
-    def _logits_of(self, plan: Plan) -> Tensor:
-        logits_TB = logits_of(plan, self.config.initial_logit).to(self.weights.lambda_T)
-        logits_TB[-1] = FIXED_LOGIT
-        return logits_TB
 
     def _train_router(
         self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]

@@ -78,6 +78,7 @@ class Idea:
     reuse: Reuse = "forecast"
     penalty: str = "macs"
     guidance_scale: float | None = None
+    logit: float | None = None
     trainer: type[SdtTrainer] = SdtTrainer
     weights: type[StepWeights] = StepWeights
     router: type[Router] = Router
@@ -94,6 +95,10 @@ IDEAS = {
     "scores annealed, soft to hard": Idea(router=SharpeningRouter),
     "trained without guidance": Idea(guidance_scale=1.0),
     "penalty counts entries": Idea(penalty="count"),
+    "logits from 1, not 2": Idea(logit=1.0),
+    "the same, no lambda": Idea(logit=1.0, iepo="none"),
+    "the same, student on hard plans": Idea(logit=1.0, trainer=HardStudent),
+    "the same, both on hard plans": Idea(logit=1.0, weights=HardWeights, trainer=HardStudent),
     "from even steps": Idea(start="even"),
     "from scores of 0.5": Idea(start="constant"),
     "held, not forecast": Idea(reuse="hold"),
@@ -129,12 +134,10 @@ def trained_plan(
 ) -> Plan:
     """The router's, at the wanted speed."""
     shape = (sampler.num_steps, len(sampler.model.branches))
-    logits_TB = torch.zeros(shape)
+    router = idea.router(*shape, initial_logit=0.0)
     if idea.start in starts:
-        logits_TB = logits_of(starts[idea.start], config.initial_logit)
-    logits_TB[-1] = 5.0
-    router = idea.router.from_logits(logits_TB)
-    router.rows[-1].requires_grad_(False)
+        logits_TB = logits_of(starts[idea.start], idea.logit or config.initial_logit)
+        router = idea.router.from_logits(logits_TB)
     trainer = idea.trainer(sampler, router, config.sdt)
     weights, aim = idea.weights(sampler.num_steps, config), Aim(trainer, config)
     for trajectory in range(config.trajectories):
