@@ -16,7 +16,8 @@ from tiny_pixart import pipeline_class
 from harmonica.diffusion import alphas_cumprod
 from harmonica.models.dit import DiT
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.pretraining.learning import Learner, captions, fashion, following_loss
+from harmonica.pretraining import captions, fashion
+from harmonica.pretraining.learning import Learner, following_loss
 from harmonica.pretraining.text_judging import Painter, draw_captions, judge_images
 from harmonica.pretraining.text_to_image import (
     SPECIAL,
