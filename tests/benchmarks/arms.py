@@ -13,6 +13,7 @@ from harmonica.plan import Plan
 from harmonica.router import Router
 from harmonica.samplers import Ddim, Sampler, SamplerConfig
 from harmonica.sdt import freeze
+from tests.benchmarks.hardware import PLAIN, Hardware
 
 
 def builtin_shape() -> DiTConfig:
@@ -20,12 +21,17 @@ def builtin_shape() -> DiTConfig:
     return read_folder_config(FASHION_DIT)[0]
 
 
-def make_dit(shape: DiTConfig | str) -> DiT:
+def make_dit(shape: DiTConfig | str, hardware: Hardware = PLAIN) -> DiT:
     """A frozen random DiT, none of whose branches is silent."""
     model = DiT(dit_shape(shape) if isinstance(shape, str) else shape)
     model.initialize(torch.Generator().manual_seed(0), zero=False)
     freeze(model)
-    return model
+    return hardware.place(model)
+
+
+def device_of(model: BranchedTransformer) -> torch.device:
+    """Where its weights are."""
+    return next(model.parameters()).device
 
 
 def make_sampler(model: BranchedTransformer, num_steps: int) -> Sampler:
@@ -36,19 +42,20 @@ def make_sampler(model: BranchedTransformer, num_steps: int) -> Sampler:
 def make_noise(model: BranchedTransformer, size: int) -> Tensor:
     """(N, C, H, W), each row's own."""
     shape = (model.in_channels, model.sample_size, model.sample_size)
-    return torch.from_numpy(RowKeys.of(1, range(size)).start_noise(shape))
+    return torch.from_numpy(RowKeys.of(1, range(size)).start_noise(shape)).to(device_of(model))
 
 
 def make_batch(model: BranchedTransformer, size: int) -> tuple[Tensor, Tensor]:
     """Noise and labels."""
-    return make_noise(model, size), torch.arange(size) % model.num_classes
+    return make_noise(model, size), torch.arange(size, device=device_of(model)) % model.num_classes
 
 
 def make_router(sampler: Sampler) -> Router:
     """Random scores on both sides of tau."""
     generator = torch.Generator().manual_seed(2)
     shape = (sampler.num_steps, len(sampler.model.branches))
-    return Router.from_logits((2 * torch.randn(shape, generator=generator) - 2).clamp(-5, 5))
+    router = Router.from_logits((2 * torch.randn(shape, generator=generator) - 2).clamp(-5, 5))
+    return router.to(device_of(sampler.model))
 
 
 def random_plan(num_steps: int, num_branches: int, cur: float) -> Plan:

@@ -10,7 +10,7 @@ choice and any fit. Beside them the steps that training starts from, and evenly 
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -28,7 +28,7 @@ from harmonica.presets import fashion
 from harmonica.router import Router
 from harmonica.samplers import Sampler, make_sampler
 from harmonica.sampling import planned_step
-from harmonica.sdt import Rows, SdtTrainer
+from harmonica.sdt import SdtTrainer
 from harmonica.start import StepSearch
 from harmonica.step_weights import StepWeights
 from harmonica.targets import even_plan, logits_of
@@ -73,10 +73,10 @@ class SharpeningRouter(Router):
 class Idea:
     """One departure from the preset."""
 
-    iepo: IepoKind | str = "sensitivity"
+    iepo: IepoKind | Literal["none"] = "sensitivity"
     start: str = "measured"
     reuse: Reuse = "forecast"
-    penalty: str = "macs"
+    penalty: Literal["count", "macs"] = "macs"
     guidance_scale: float | None = None
     logit: float | None = None
     trainer: type[SdtTrainer] = SdtTrainer
@@ -105,7 +105,7 @@ IDEAS = {
 }
 
 
-def rows(sampler: Sampler, seed: int, first: int, count: int) -> Rows:
+def rows(sampler: Sampler, seed: int, first: int, count: int) -> tuple[Tensor, Tensor, RowKeys]:
     """Noise, labels and names of some of a seed's rows."""
     keys = RowKeys.of(seed, range(first, first + count))
     shape = (sampler.model.in_channels, sampler.model.sample_size, sampler.model.sample_size)

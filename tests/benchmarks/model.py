@@ -15,12 +15,13 @@ from harmonica.models.stored import StoredModel
 from harmonica.passes import planned_pass
 from harmonica.sampling import sample
 from harmonica.torchvision_ops import ensure_torchvision_imports
-from tests.benchmarks.arms import block_plan, make_batch, make_dit, make_noise, make_sampler
+from tests.benchmarks.arms import block_plan, make_batch, make_dit, make_sampler
+from tests.benchmarks.hardware import Hardware, compile_each
 from tests.benchmarks.timing import Aim, Row, time_arms
 
 
-def _as_diffusers(model: DiT) -> Callable[..., Tensor]:
-    """diffusers' module with the same weights."""
+def _as_diffusers(model: DiT, hardware: Hardware) -> Callable[..., Tensor]:
+    """diffusers' module with the same weights, its blocks compiled where our sub-layers are."""
     ensure_torchvision_imports()
     from diffusers import DiTTransformer2DModel
 
@@ -41,20 +42,36 @@ def _as_diffusers(model: DiT) -> Callable[..., Tensor]:
     tensors: dict[str, tuple[Tensor, ...]] = {name: (tensor,) for name, tensor in model.state_dict().items()}
     stored = StoredModel(config=config, tensors=tensors, class_names=())
     theirs.load_state_dict(tensors_to_diffusers(stored), strict=False)
-    theirs.eval().requires_grad_(False)
-    return lambda *inputs: theirs(*inputs, return_dict=False)[0]
+    theirs.to(hardware.device, hardware.dtype).eval().requires_grad_(False)
+    if hardware.compiled:
+        compile_each(theirs.transformer_blocks)
+
+    def run(sample: Tensor, *inputs: Tensor) -> Tensor:
+        return theirs(sample.to(hardware.dtype), *inputs, return_dict=False)[0].float()
+
+    return run
+
+
+def _inputs(model: DiT, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise, a timestep and labels."""
+    noise, labels = make_batch(model, size)
+    return noise, torch.full_like(labels, 500), labels
 
 
 @torch.inference_mode()
-def full_pass(*, whole: bool) -> Iterator[Row]:
+def full_pass(*, whole: bool, hardware: Hardware) -> Iterator[Row]:
     """One uncached forward; diffusers embeds timestep and label again in every block."""
-    for name, sizes in (("DiT-B/2", (1, 4, 16)), ("DiT-XL/2", (1, 4, 16) if whole else (1,))):
+    for name, sizes in (
+        ("DiT-B/2", (1, 4, 16)),
+        ("DiT-XL/2", (1, 4, 16) if whole or hardware.is_gpu else (1,)),
+    ):
         shape = replace(dit_shape(name), downscale_freq_shift=1)
-        model = make_dit(shape)
-        theirs = _as_diffusers(model)
+        model = make_dit(shape, hardware)
+        theirs = _as_diffusers(model, hardware)
         for size in sizes:
-            inputs = make_noise(model, size), torch.full((size,), 500), torch.arange(size)
-            torch.testing.assert_close(model(*inputs), theirs(*inputs), rtol=1e-4, atol=1e-4)
+            inputs = _inputs(model, size)
+            tolerance = hardware.tolerance
+            torch.testing.assert_close(model(*inputs), theirs(*inputs), rtol=tolerance, atol=tolerance)
             ours = {"ours": partial(model, *inputs), "diffusers": partial(theirs, *inputs)}
             arms = time_arms(ours, rounds=25 if size == 1 else 5)
             ratio = arms["ours"].median_s / arms["diffusers"].median_s
@@ -63,12 +80,11 @@ def full_pass(*, whole: bool) -> Iterator[Row]:
 
 
 @torch.inference_mode()
-def reused_branch(*, whole: bool) -> Iterator[Row]:
+def reused_branch(*, whole: bool, hardware: Hardware) -> Iterator[Row]:
     """What a reused branch costs, next to a computed one: the mean over attention and MLP."""
     for size in (1, 4):
-        model = make_dit("DiT-B/2")
-        inputs = make_noise(model, 2 * size), torch.full((2 * size,), 500), torch.arange(2 * size)
-        hidden, conditioning = model.embed(*inputs)
+        model = make_dit("DiT-B/2", hardware)
+        hidden, conditioning = model.embed(*_inputs(model, 2 * size))
         branches = len(model.branches)
         for reuse in ("hold", "forecast"):
             cache = _warm_cache(model, hidden, conditioning, reuse)
@@ -97,12 +113,12 @@ def _pass_without_writing(
     return planned_pass(model, hidden, conditioning, (is_computed,) * len(model.branches), cache.copy(), 7)
 
 
-def growth(*, whole: bool) -> Iterator[Row]:
+def growth(*, whole: bool, hardware: Hardware) -> Iterator[Row]:
     """Time a step, a block and an image as T, depth and batch grow: at most linear, so at most 1."""
     base = DiTConfig(sample_size=16, num_layers=8, num_attention_heads=6, attention_head_dim=64)
 
     def run(steps: int = 10, layers: int = 8, size: int = 2) -> Callable[[], Tensor]:
-        model = make_dit(replace(base, num_layers=layers))
+        model = make_dit(replace(base, num_layers=layers), hardware)
         sampler = make_sampler(model, steps)
         plan = block_plan(steps, len(model.branches), 0.4)
         return partial(sample, sampler, *make_batch(model, size), plan)

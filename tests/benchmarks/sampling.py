@@ -1,5 +1,6 @@
 """Planned sampling against the full sampler and against the arithmetic, at public sizes."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from tests.benchmarks.arms import (
     make_sampler,
     random_plan,
 )
+from tests.benchmarks.hardware import PLAIN, Hardware
 from tests.benchmarks.timing import Aim, Row, time_arms
 
 PLANS = {"random": random_plan, "blocks": block_plan}
@@ -61,13 +63,13 @@ def planned(
             )
 
 
-def _dit(name: str, size: int, steps: int, **settings: Any) -> Iterator[Row]:
-    model = make_dit(name if name.startswith("DiT") else builtin_shape())
+def _dit(name: str, size: int, steps: int, hardware: Hardware, **settings: Any) -> Iterator[Row]:
+    model = make_dit(name if name.startswith("DiT") else builtin_shape(), hardware)
     sampler = make_sampler(model, steps)
     yield from planned(f"{name}, batch {size}", sampler, make_batch(model, size), aim=0.95, **settings)
 
 
-def make_pixart(latent_size: int, layers: int) -> BranchedTransformer:
+def make_pixart(latent_size: int, layers: int, hardware: Hardware = PLAIN) -> BranchedTransformer:
     """A random PixArt-Sigma of some of its 28 blocks."""
     ensure_torchvision_imports()
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
@@ -79,36 +81,45 @@ def make_pixart(latent_size: int, layers: int) -> BranchedTransformer:
         sample_size=latent_size, num_layers=layers, caption_channels=4096, use_additional_conditions=False
     )
     transformer.eval().requires_grad_(False)
-    return PixArt(transformer, text_tokens=300)
+    return hardware.place(PixArt(transformer, text_tokens=300))
 
 
-def _pixart(latent_size: int, layers: int, steps: int, **settings: Any) -> Iterator[Row]:
-    model = make_pixart(latent_size, layers)
-    text, mask = torch.randn(1, 300, 4096), torch.ones(1, 300, dtype=torch.bool)
+def _pixart(latent_size: int, layers: int, steps: int, hardware: Hardware, **settings: Any) -> Iterator[Row]:
+    model = make_pixart(latent_size, layers, hardware)
+    text = torch.randn(1, 300, 4096, device=hardware.device, dtype=hardware.dtype)
+    mask = torch.ones(1, 300, dtype=torch.bool, device=hardware.device)
     condition = TextCondition(embeddings=text, mask=mask, negative_embeddings=-text, negative_mask=mask)
     batch = make_noise(model, 1), condition
     what = f"PixArt-Sigma {8 * latent_size}, {layers} of 28 blocks, batch 1"
     yield from planned(what, make_sampler(model, steps), batch, aim=0.90, **settings)
 
 
-def planned_dit(*, whole: bool) -> Iterator[Row]:
+def planned_dit(*, whole: bool, hardware: Hardware) -> Iterator[Row]:
     """Planned against full sampling: the built-in model's shape, DiT-B/2 and DiT-XL/2."""
+    dit = partial(_dit, hardware=hardware)
+    if hardware.is_gpu:
+        settings: dict[str, Any] = {"curs": (0.375, 0.5, 0.7), "kinds": ("random", "blocks")}
+        for size, steps in itertools.product((1, 8, 32), (10, 20, 50)):
+            yield from dit("DiT-XL/2", size, steps, **settings, rounds=7 if whole else 3)
+        return
     if whole:
         curs, kinds = (0.2, 0.375, 0.5, 0.7), ("random", "blocks")
-        yield from _dit("built-in shape", 4, 20, curs=curs, kinds=kinds, rounds=7)
+        yield from dit("built-in shape", 4, 20, curs=curs, kinds=kinds, rounds=7)
         for size in (1, 4):
-            yield from _dit("DiT-B/2", size, 20, curs=curs, kinds=kinds, rounds=3)
-            yield from _dit("DiT-XL/2", size, 20, curs=curs, kinds=kinds, rounds=1)
+            yield from dit("DiT-B/2", size, 20, curs=curs, kinds=kinds, rounds=3)
+            yield from dit("DiT-XL/2", size, 20, curs=curs, kinds=kinds, rounds=1)
         return
-    yield from _dit("built-in shape", 4, 20, curs=(0.375, 0.7), kinds=("random",), rounds=5)
-    yield from _dit("DiT-B/2", 1, 10, curs=(0.375, 0.7), kinds=("random",), rounds=3)
-    yield from _dit("DiT-XL/2", 1, 4, curs=(0.5,), kinds=("random", "blocks"), reuses=("hold",), rounds=3)
+    yield from dit("built-in shape", 4, 20, curs=(0.375, 0.7), kinds=("random",), rounds=5)
+    yield from dit("DiT-B/2", 1, 10, curs=(0.375, 0.7), kinds=("random",), rounds=3)
+    yield from dit("DiT-XL/2", 1, 4, curs=(0.5,), kinds=("random", "blocks"), reuses=("hold",), rounds=3)
 
 
-def planned_pixart(*, whole: bool) -> Iterator[Row]:
+def planned_pixart(*, whole: bool, hardware: Hardware) -> Iterator[Row]:
     """Planned against full sampling: PixArt-Sigma's shape at 512 and 1024."""
-    if whole:
+    if whole or hardware.is_gpu:
         for latent_size in (64, 128):
-            yield from _pixart(latent_size, 28, 20, curs=(0.55,), kinds=("random", "blocks"), rounds=1)
+            yield from _pixart(
+                latent_size, 28, 20, hardware, curs=(0.55,), kinds=("random", "blocks"), rounds=1
+            )
         return
-    yield from _pixart(64, 4, 8, curs=(0.55,), kinds=("random",), rounds=3)
+    yield from _pixart(64, 4, 8, hardware, curs=(0.55,), kinds=("random",), rounds=3)

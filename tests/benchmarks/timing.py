@@ -49,7 +49,9 @@ def cpu_name() -> str:
 
 def describe_machine() -> dict[str, str | int | float]:
     """Where, and beside how much other work, the numbers were taken."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
+        "gpu": gpu,
         "cpu": cpu_name(),
         "cores": os.cpu_count() or 0,
         "load_average": round(os.getloadavg()[0], 2),
@@ -77,6 +79,21 @@ class Row:
         return cls(what=what, arms=arms, value=value, unit=unit, aim=str(aim), holds=aim.holds(value))
 
 
+def seconds_of(arm: Callable[[], object]) -> float:
+    """Of one call; where there is a GPU by its events, once all that was queued is done."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        arm()
+        return time.perf_counter() - start
+    torch.cuda.synchronize()
+    begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun.record()
+    arm()
+    done.record()
+    torch.cuda.synchronize()
+    return begun.elapsed_time(done) / 1000
+
+
 def time_arms(arms: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, Timing]:
     """Each arm once for warmth, then all of them in turn, so that a slow minute hits them alike.
 
@@ -85,15 +102,11 @@ def time_arms(arms: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for arm in arms.values():
-        start = time.perf_counter()
-        arm()
-        if time.perf_counter() - start > _LONG_S:
+        if seconds_of(arm) > _LONG_S and not torch.cuda.is_available():  # there it is compiling
             break
     for _ in range(rounds):
         for name, arm in arms.items():
-            start = time.perf_counter()
-            arm()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(arm))
     return {
         name: Timing(statistics.median(values), max(values) - min(values)) for name, values in seconds.items()
     }

@@ -1,0 +1,91 @@
+"""`make bench`: arms in turn, rows as bench.json has them, and what they run on."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_dit import SHAPE
+
+from tests.benchmarks import __main__ as bench
+from tests.benchmarks.arms import make_dit
+from tests.benchmarks.hardware import Hardware
+from tests.benchmarks.timing import Aim, Row, Timing, time_arms
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_arms_take_turns_after_a_warm_up():
+    calls: list[str] = []
+    arms = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    timings = time_arms(arms, rounds=3)
+    assert "".join(calls) == "abababab" and list(timings) == ["a", "b"]
+
+
+def test_the_median_and_the_spread_of_the_rounds():
+    waits = iter((0.0, 0.01, 0.09, 0.03))  # the first is for warmth
+    (timing,) = time_arms({"sleep": lambda: time.sleep(next(waits))}, rounds=3).values()
+    assert 0.03 <= timing.median_s < 0.09 and timing.spread_s >= 0.07
+
+
+def test_a_row_is_held_against_its_aim():
+    arms = {"ours": Timing(1.0, 0.1)}
+    assert Row.judge("what", arms, 0.5, "of theirs", Aim("<=", 0.55)).holds
+    assert not Row.judge("what", arms, 0.9, "realised share", Aim(">=", 0.95)).holds
+
+
+def test_a_cpu_has_one_kind_of_arms_unless_more_are_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Hardware.here() == [Hardware("cpu", torch.float32, False)]
+    asked = Hardware.here(["float32", "bfloat16"], compiled=True)
+    assert asked == [Hardware("cpu", dtype, True) for dtype in (torch.float32, torch.bfloat16)]
+    assert str(asked[1]) == "CPU, bfloat16, compiled"
+
+
+def test_a_gpu_has_eager_and_compiled_ones(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    assert [str(each) for each in Hardware.here()] == ["H200, bfloat16, eager", "H200, bfloat16, compiled"]
+    assert all(each.is_gpu for each in Hardware.here())
+
+
+def test_a_model_is_placed_as_it_would_be_loaded():
+    model = Hardware(dtype=torch.bfloat16).place(make_dit(SHAPE))
+    assert model.dtype == torch.bfloat16
+    assert {p.dtype for p in model.final_layer.parameters()} == {torch.float32}
+    labels = torch.tensor([1, 2])
+    images = model(torch.randn(2, model.in_channels, *2 * [model.sample_size]), labels, labels)
+    assert images.isfinite().all() and images.dtype == torch.float32
+
+
+def test_rows_say_what_they_ran_on(monkeypatch):
+    def placed(*, whole: bool, hardware: Hardware) -> Iterator[Row]:
+        yield Row.judge("share", {}, 1.0, "x", Aim(">=", 1.0))
+
+    monkeypatch.setattr(bench, "PLACED", (placed,))
+    (row,) = bench.run(placed, [Hardware()], whole=False)
+    assert row.what == "share [CPU, float32, eager]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--dtypes", "bfloat16"], ["--compile"]])
+def test_the_command_in_half_precision_and_compiled(tmp_path, how):
+    if "--compile" in how and not shutil.which("g++"):
+        pytest.skip("torch.compile wants g++ on a CPU")
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks",
+        "lambda_refresh",
+        f"--output={tmp_path / 'bench.json'}",
+    ]
+    done = subprocess.run([*command, *how], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())
+    assert len(rows) == 2 and all(len(row["arms"]) == 2 for row in rows)
+    assert {"what", "arms", "value", "unit", "aim", "holds", "machine"} == set(rows[0])
