@@ -40,7 +40,7 @@ class Hardware:
     @property
     def tolerance(self) -> float:
         """By which two ways of the same arithmetic may differ, relative and absolute."""
-        return 1e-4 if self.dtype == torch.float32 else 5e-2
+        return 1e-4 if self.dtype == torch.float32 else 1e-1
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name() if self.is_gpu else "CPU"
