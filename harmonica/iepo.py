@@ -21,7 +21,7 @@ from harmonica.passes import soft_pass
 from harmonica.router import Router
 from harmonica.samplers import Sampler, State
 from harmonica.sampling import planned_step
-from harmonica.sdt import micro_batches
+from harmonica.sdt import Student, micro_batches
 
 IepoKind = Literal["leave_one_out", "cumulative", "sensitivity"]
 KINDS = get_args(IepoKind)
@@ -32,9 +32,15 @@ class _Generation:
     """A generation under way: its state and its cache, which every step changes."""
 
     def __init__(
-        self, sampler: Sampler, router: Router, threshold: float, state: State, cache: BranchCache
+        self,
+        sampler: Sampler,
+        router: Router,
+        threshold: float,
+        student: Student,
+        state: State,
+        cache: BranchCache,
     ) -> None:
-        self.sampler, self.router, self.threshold = sampler, router, threshold
+        self.sampler, self.router, self.threshold, self.student = sampler, router, threshold, student
         self.state, self.cache = state, cache
 
     @property
@@ -43,7 +49,8 @@ class _Generation:
 
     def fork(self) -> "_Generation":
         """A generation that goes on from here by itself; what the two share is never written in place."""
-        return _Generation(self.sampler, self.router, self.threshold, self.state, self.cache.copy())
+        settings = (self.sampler, self.router, self.threshold, self.student)
+        return _Generation(*settings, self.state, self.cache.copy())
 
     def full_step(self, i: int) -> Tensor:
         """Step i with the cache switched off (weights 1); the cache takes what was computed.
@@ -56,11 +63,14 @@ class _Generation:
         return guided
 
     def soft_step(self, i: int) -> Tensor:
-        """Step i under the router's soft weights; the guided output (M, C, H, W)."""
+        """Step i under the router's soft weights, or its plan; the guided output (M, C, H, W)."""
         sampler = self.sampler
-        hidden, conditioning = sampler.embed(i, self.state)
         scores_B = self.router.scores(i)
         refresh_row = (scores_B > self.threshold).tolist()
+        if self.student == "hard":
+            self.state, guided = planned_step(sampler, i, self.state, refresh_row, self.cache)
+            return guided
+        hidden, conditioning = sampler.embed(i, self.state)
         guided = sampler.guide(
             soft_pass(sampler.model, hidden, conditioning, scores_B, refresh_row, self.cache, i)
         )
@@ -92,6 +102,7 @@ def image_error_proxy(
     kind: IepoKind,
     threshold: float,
     reuse: Reuse = "hold",
+    student: Student = "soft",
     rows: RowKeys | None = None,
     micro_batch_size: int = 0,
     average: Callable[[Tensor], None] | None = None,
@@ -104,6 +115,7 @@ def image_error_proxy(
     `sensitivity`: leave-one-out divided by the MSE between the soft and the full output of step i.
 
     Args:
+        student: `hard` takes the router's plan in place of its soft weights.
         rows: the rows' names, for samplers that draw noise: every generation draws the same.
         micro_batch_size: rows that are generated at a time; 0 is all.
         average: averages a tensor over all workers in place, so that lambda is that of all their rows.
@@ -114,7 +126,7 @@ def image_error_proxy(
     measured_2T = torch.zeros(2, count, dtype=noise_NCHW.dtype, device=noise_NCHW.device)
     for part in micro_batches(noise_NCHW, condition_N, rows, micro_batch_size):
         cache = BranchCache(router.num_branches, reuse)
-        main = _Generation(sampler, router, threshold, sampler.start(*part), cache)
+        main = _Generation(sampler, router, threshold, student, sampler.start(*part), cache)
         measure = _cumulative if kind == "cumulative" else _leave_one_out
         measured_2T += len(part[0]) / len(noise_NCHW) * measure(main)  # mean over all rows
     if average is not None:

@@ -11,7 +11,7 @@ micro-batches; `harmonica.memory` says what each comes to.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from harmonica.router import Router
 from harmonica.samplers import Sampler, State
 from harmonica.sampling import planned_step
 from harmonica.stopwatch import Stopwatch
+
+Student = Literal["soft", "hard"]
+"""Whom trajectories follow, in training and for lambda: the mix of soft scores (the paper), or their plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,9 @@ class SdtConfig:
     """Logits stay within [-clamp, clamp]."""
     reuse: Reuse = "hold"
     """A reused branch holds its last value (the paper), or is forecast from its last two."""
+    student: Student = "soft"
+    """What later steps start from, and the cache takes: what soft scores give (the paper), or what the plan
+    does that they make at tau, as in sampling. Gradients are those of the soft pass either way."""
     objective: Literal["stepwise", "pairwise"] = "stepwise"
     """Every step follows the student before it (SDT), or every second step reuses what the full step before
     it computed, along full trajectories (Learning-to-Cache, arXiv 2406.01733, equation 8)."""
@@ -64,6 +70,8 @@ class SdtConfig:
             raise ValueError(f"train.sdt.clamp is {self.clamp}: give a positive number")
         if self.reuse not in ("hold", "forecast"):
             raise ValueError(f"train.sdt.reuse is {self.reuse!r}: give hold or forecast")
+        if self.student not in get_args(Student):
+            raise ValueError(f"train.sdt.student is {self.student!r}: give soft or hard")
         if self.objective not in ("stepwise", "pairwise"):
             raise ValueError(f"train.sdt.objective is {self.objective!r}: give stepwise or pairwise")
         if self.penalty not in ("count", "macs"):
@@ -204,6 +212,7 @@ class SdtTrainer:
     def _step(self, i: int, part: _MicroBatch, scores_B: Tensor) -> tuple[Tensor, Tensor, int]:
         """Take the rows past step i: sum of squared errors, its gradient in the scores (B,), elements."""
         sampler, model, config = self.sampler, self.sampler.model, self.config
+        row, before, cache = (scores_B.detach() > config.threshold).tolist(), part.state, part.cache.copy()
         with torch.no_grad(), self.stopwatch.measure("teacher"):
             hidden, conditioning = sampler.embed(i, part.state)
             target = sampler.guide(model.full_pass(hidden, conditioning))
@@ -213,7 +222,7 @@ class SdtTrainer:
                 hidden,
                 conditioning,
                 scores_B,
-                (scores_B.detach() > config.threshold).tolist(),
+                row,
                 part.cache,
                 i,
                 recompute=config.activation_checkpointing,
@@ -224,6 +233,12 @@ class SdtTrainer:
         error = (guided - target).square().sum()
         with self.stopwatch.measure("backward"):
             (error_B,) = torch.autograd.grad(error, scores_B)
-        along = target if config.objective == "pairwise" else guided.detach()
-        part.state = sampler.advance(i, part.state, along)
+        if config.objective == "pairwise":
+            part.state = sampler.advance(i, before, target)
+        elif config.student == "hard":
+            with torch.no_grad(), self.stopwatch.measure("student"):
+                part.state, _ = planned_step(sampler, i, before, row, cache)
+            part.cache = cache
+        else:
+            part.state = sampler.advance(i, before, guided.detach())
         return error.detach(), error_B, guided.numel()

@@ -46,6 +46,7 @@ class StepWeights:
             kind=config.iepo,
             threshold=config.sdt.threshold,
             reuse=config.sdt.reuse,
+            student=config.sdt.student,
             rows=rows,
             micro_batch_size=config.micro_batch_size,
             average=average,

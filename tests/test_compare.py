@@ -55,7 +55,8 @@ def test_all_learners_take_as_many_trajectories_and_aim_at_the_speed() -> None:
     settings = learners(fashion().train, 1.6, rivals=True)
     assert len({train.all_trajectories for train in settings.values()}) == 1
     assert {train.target_speedup for train in settings.values()} == {1.6}
-    assert settings[PAPER].sdt.reuse == "hold" and settings[PAPER].iepo == "leave_one_out"
+    paper = settings[PAPER]
+    assert (paper.sdt.reuse, paper.sdt.student, paper.iepo) == ("hold", "soft", "leave_one_out")
     assert list(learners(fashion().train, 1.6, rivals=False)) == [OURS]
 
 

@@ -52,7 +52,9 @@ def learners(train: TrainConfig, target: float, *, rivals: bool) -> dict[str, Tr
         initial="constant",
         initial_logit=2.0,
         iepo="leave_one_out",
-        sdt=dataclasses.replace(train.sdt, reuse="hold", penalty="count", learning_rate=0.15, threshold=0.1),
+        sdt=dataclasses.replace(
+            train.sdt, reuse="hold", student="soft", penalty="count", learning_rate=0.15, threshold=0.1
+        ),
     )
     pairwise = dataclasses.replace(paper.sdt, objective="pairwise")
     return {

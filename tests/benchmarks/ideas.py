@@ -2,15 +2,16 @@
 
     python -m tests.benchmarks.ideas [--steps 10] [--speedup 1.4] [--seeds 0 1 2] [--ideas ...]
 
-Routers of the built-in model are trained for as many trajectories as its preset's and cut at the same speed.
-What is printed is the PSNR to the full sampler's images, in dB, on rows that none was trained on, before any
-choice and any fit. Beside them the steps that training starts from, and evenly spread ones.
+Routers of the built-in model are trained for as many trajectories as its preset's and cut at the same speed,
+from its measured start unless said otherwise. What is printed is the PSNR to the full sampler's images, in
+dB, on rows that none was trained on, before any choice and any fit. Beside them the steps that training starts
+from, and evenly spread ones.
 """
 
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -27,8 +28,7 @@ from harmonica.plan import Plan
 from harmonica.presets import fashion
 from harmonica.router import Router
 from harmonica.samplers import Sampler, make_sampler
-from harmonica.sampling import planned_step
-from harmonica.sdt import SdtTrainer
+from harmonica.sdt import SdtTrainer, Student
 from harmonica.start import StepSearch
 from harmonica.step_weights import StepWeights
 from harmonica.targets import even_plan, logits_of
@@ -36,28 +36,6 @@ from harmonica.training_config import TrainingConfig
 
 JUDGED_ROWS, FIRST_JUDGED = 48, 10_000
 SHARPEST = 4.0
-_HARD = 30.0
-
-
-class HardStudent(SdtTrainer):
-    """Gradients are of the soft pass, but the next step follows the plan's own output, and its cache."""
-
-    def _step(self, i: int, part: Any, scores_B: Tensor) -> tuple[Tensor, Tensor, int]:
-        state, cache = part.state, part.cache.copy()
-        measured = super()._step(i, part, scores_B)
-        row = (scores_B.detach() > self.config.threshold).tolist()
-        with torch.no_grad():
-            part.state, _ = planned_step(self.sampler, i, state, row, cache)
-        part.cache = cache
-        return measured
-
-
-class HardWeights(StepWeights):
-    """Lambda measured under the plan, not under soft scores."""
-
-    def refresh(self, sampler: Sampler, router: Router, *batch: Any) -> dict[str, float]:
-        hard_TB = torch.where(router.logits() > 0, _HARD, -_HARD)
-        return super().refresh(sampler, Router.from_logits(hard_TB), *batch)
 
 
 class SharpeningRouter(Router):
@@ -78,30 +56,32 @@ class Idea:
     reuse: Reuse = "forecast"
     penalty: Literal["count", "macs"] = "macs"
     guidance_scale: float | None = None
-    logit: float | None = None
-    trainer: type[SdtTrainer] = SdtTrainer
-    weights: type[StepWeights] = StepWeights
+    logit: float = 2.0
+    student: Student = "soft"
+    """In training."""
+    measured: Student = "soft"
+    """For lambda."""
     router: type[Router] = Router
 
 
 IDEAS = {
-    "the preset": Idea(),
+    "sensitivity, soft scores": Idea(),
     "no lambda": Idea(iepo="none"),
     "lambda: leave one out (paper)": Idea(iepo="leave_one_out"),
     "lambda: cumulative (released)": Idea(iepo="cumulative"),
-    "lambda on hard plans": Idea(weights=HardWeights),
-    "student on hard plans": Idea(trainer=HardStudent),
-    "both on hard plans": Idea(weights=HardWeights, trainer=HardStudent),
+    "lambda on hard plans": Idea(measured="hard"),
+    "student on hard plans": Idea(student="hard"),
+    "both on hard plans": Idea(student="hard", measured="hard"),
     "scores annealed, soft to hard": Idea(router=SharpeningRouter),
     "trained without guidance": Idea(guidance_scale=1.0),
     "penalty counts entries": Idea(penalty="count"),
-    "logits from 1, not 2": Idea(logit=1.0),
-    "the same, no lambda": Idea(logit=1.0, iepo="none"),
-    "the same, student on hard plans": Idea(logit=1.0, trainer=HardStudent),
-    "the same, both on hard plans": Idea(logit=1.0, weights=HardWeights, trainer=HardStudent),
     "from even steps": Idea(start="even"),
     "from scores of 0.5": Idea(start="constant"),
     "held, not forecast": Idea(reuse="hold"),
+    "logits of 1, not 2": Idea(logit=1.0),
+    "logits of 1, no lambda": Idea(logit=1.0, iepo="none"),
+    "logits of 1, student on hard plans": Idea(logit=1.0, student="hard"),
+    "logits of 1, both on hard plans (the preset)": Idea(logit=1.0, student="hard", measured="hard"),
 }
 
 
@@ -136,10 +116,11 @@ def trained_plan(
     shape = (sampler.num_steps, len(sampler.model.branches))
     router = idea.router(*shape, initial_logit=0.0)
     if idea.start in starts:
-        logits_TB = logits_of(starts[idea.start], idea.logit or config.initial_logit)
+        logits_TB = logits_of(starts[idea.start], idea.logit)
         router = idea.router.from_logits(logits_TB)
-    trainer = idea.trainer(sampler, router, config.sdt)
-    weights, aim = idea.weights(sampler.num_steps, config), Aim(trainer, config)
+    trainer = SdtTrainer(sampler, router, replace(config.sdt, student=idea.student))
+    measured = replace(config, sdt=replace(config.sdt, student=idea.measured))
+    weights, aim = StepWeights(sampler.num_steps, measured), Aim(trainer, config)
     for trajectory in range(config.trajectories):
         if isinstance(router, SharpeningRouter):
             router.sharpness = SHARPEST ** (trajectory / max(1, config.trajectories - 1))

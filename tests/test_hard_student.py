@@ -1,0 +1,78 @@
+"""`sdt.student=hard`: trajectories follow the plan that scores make, gradients are those of the soft pass."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from harmonica.iepo import KINDS, image_error_proxy
+from harmonica.router import Router
+from harmonica.sampling import sample
+from harmonica.sdt import SdtConfig, SdtTrainer
+
+TAU = 0.3
+STEPS, BRANCHES = 6, 6
+
+
+def make_router(spread: float = 2.0) -> Router:
+    """Scores on both sides of tau, and none near it."""
+    generator = torch.Generator().manual_seed(4)
+    logits_TB = torch.randn(STEPS, BRANCHES, generator=generator, dtype=torch.float64)
+    away_TB = torch.where(logits_TB.abs() < 0.2, 0.2, logits_TB)
+    return Router.from_logits(spread * (away_TB - 0.5))
+
+
+@pytest.mark.parametrize("reuse", ["hold", "forecast"])
+def test_training_ends_where_sampling_does(tiny_sampler, batch, reuse):
+    router = make_router()
+    plan = router.plan(TAU)
+    assert 0.2 < plan.cur < 0.8
+    config = SdtConfig(threshold=TAU, reuse=reuse, learning_rate=0.1, student="hard")
+    _, images = SdtTrainer(tiny_sampler, router, config).train_trajectory(*batch, torch.ones(STEPS - 1))
+    # A row moves when its step is done, so what was sampled is the plan from before.
+    torch.testing.assert_close(images, sample(tiny_sampler, *batch, plan, reuse=reuse, fold=False))
+    soft = dataclasses.replace(config, student="soft")
+    _, other = SdtTrainer(tiny_sampler, make_router(), soft).train_trajectory(*batch, torch.ones(STEPS - 1))
+    assert not torch.allclose(images, other)
+
+
+def trained(sampler, batch, router: Router) -> tuple[dict[int, float], dict[int, Tensor]]:
+    """Every step's MSE and gradient, the router left where it is."""
+    gradients: dict[int, Tensor] = {}
+    config = SdtConfig(threshold=TAU, learning_rate=1e-300, student="hard", beta=0.0)
+    records, _ = SdtTrainer(sampler, router, config).train_trajectory(
+        *batch,
+        torch.ones(STEPS - 1, dtype=torch.float64),
+        on_gradient=lambda i, gradient_B: gradients.update({i: gradient_B.clone()}),
+    )
+    return {record.step: record.mse for record in records}, gradients
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_gradients_are_those_of_the_soft_pass_along_the_plan(tiny_sampler, batch, step):
+    _, gradients = trained(tiny_sampler, batch, make_router())
+    direction_B = torch.linspace(-1, 1, BRANCHES, dtype=torch.float64)
+    errors = []
+    for nudge in (1e-4, -1e-4):
+        router = make_router()
+        with torch.no_grad():
+            router.rows[step] += nudge * direction_B
+        errors.append(trained(tiny_sampler, batch, router)[0][step])
+    assert gradients[step] @ direction_B == pytest.approx((errors[0] - errors[1]) / 2e-4, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lambda_is_that_of_scores_which_are_0_and_1(tiny_sampler, batch, kind):
+    router = make_router()
+    sure = Router.from_logits(torch.where(router.plan(TAU).to_tensor(), 60.0, -60.0).double())
+    settings = {"kind": kind, "threshold": TAU}
+    hard_T = image_error_proxy(tiny_sampler, router, *batch, student="hard", **settings)
+    torch.testing.assert_close(hard_T, image_error_proxy(tiny_sampler, sure, *batch, **settings))
+    soft_T = image_error_proxy(tiny_sampler, router, *batch, **settings)
+    assert not torch.allclose(hard_T, soft_T, rtol=1e-3)
+
+
+def test_another_student_is_refused():
+    with pytest.raises(ValueError, match=r"train.sdt.student is 'firm': give soft or hard"):
+        SdtConfig(student="firm")  # type: ignore[arg-type]
