@@ -106,7 +106,8 @@ def fashion() -> Recipe:
     Away from the paper, because minutes allow some 20 updates a row where the released setting takes 2,000: a
     speed to reach instead of beta, a start from the steps whose reuse is measured to change the image least,
     a student and a lambda that follow the plan as sampling will, lambda per unit of step error, reuse by
-    forecasts that are fitted to the image; and what was trained is kept only where it is nearer than its start.
+    forecasts that are fitted to the image; and what was trained is kept only where it is nearer than its
+    start.
     """
     train = TrainingConfig(
         target_speedup=1.8,

@@ -4,8 +4,8 @@
 
 Routers of the built-in model are trained for as many trajectories as its preset's and cut at the same speed,
 from its measured start unless said otherwise. What is printed is the PSNR to the full sampler's images, in
-dB, on rows that none was trained on, before any choice and any fit. Beside them the steps that training starts
-from, and evenly spread ones.
+dB, on rows that none was trained on, before any choice and any fit. Beside them the steps that training
+starts from, and evenly spread ones.
 """
 
 import argparse
