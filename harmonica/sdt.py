@@ -212,7 +212,8 @@ class SdtTrainer:
     def _step(self, i: int, part: _MicroBatch, scores_B: Tensor) -> tuple[Tensor, Tensor, int]:
         """Take the rows past step i: sum of squared errors, its gradient in the scores (B,), elements."""
         sampler, model, config = self.sampler, self.sampler.model, self.config
-        row, before, cache = (scores_B.detach() > config.threshold).tolist(), part.state, part.cache.copy()
+        row = (scores_B.detach() > config.threshold).tolist()
+        is_hard = config.student == "hard" and config.objective == "stepwise"
         with torch.no_grad(), self.stopwatch.measure("teacher"):
             hidden, conditioning = sampler.embed(i, part.state)
             target = sampler.guide(model.full_pass(hidden, conditioning))
@@ -222,7 +223,7 @@ class SdtTrainer:
                 hidden,
                 conditioning,
                 scores_B,
-                row,
+                [False] * len(row) if is_hard else row,
                 part.cache,
                 i,
                 recompute=config.activation_checkpointing,
@@ -233,12 +234,10 @@ class SdtTrainer:
         error = (guided - target).square().sum()
         with self.stopwatch.measure("backward"):
             (error_B,) = torch.autograd.grad(error, scores_B)
-        if config.objective == "pairwise":
-            part.state = sampler.advance(i, before, target)
-        elif config.student == "hard":
+        if is_hard:
             with torch.no_grad(), self.stopwatch.measure("student"):
-                part.state, _ = planned_step(sampler, i, before, row, cache)
-            part.cache = cache
+                part.state, _ = planned_step(sampler, i, part.state, row, part.cache)
         else:
-            part.state = sampler.advance(i, before, guided.detach())
+            along = target if config.objective == "pairwise" else guided.detach()
+            part.state = sampler.advance(i, part.state, along)
         return error.detach(), error_B, guided.numel()
