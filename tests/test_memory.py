@@ -130,13 +130,17 @@ def test_activations_and_caches_are_within_a_tenth_of_the_formula(kind: str, dty
 def test_peak_of_training_is_within_a_tenth_of_the_formula(reuse, recompute, rows, size) -> None:
     model = in_precision(small_dit()[0], torch.float32)
     sampler, router = make_sampler(model, STEPS), Router(5, 12)
-    config = SdtConfig(reuse=reuse, activation_checkpointing=recompute)
     batch = torch.randn(rows, 4, 16, 16), torch.arange(rows)
-    measured = peak_of(
-        model,
-        lambda: SdtTrainer(sampler, router, config).train_trajectory(
-            *batch, torch.ones(4), micro_batch_size=size
-        ),
+    measured, of_hard_plans = (
+        peak_of(
+            model,
+            lambda student=student: SdtTrainer(
+                sampler,
+                router,
+                SdtConfig(reuse=reuse, activation_checkpointing=recompute, student=student),
+            ).train_trajectory(*batch, torch.ones(4), micro_batch_size=size),
+        )
+        for student in ("soft", "hard")
     )
     expected = training_memory(
         Shape.of(model),
@@ -147,6 +151,7 @@ def test_peak_of_training_is_within_a_tenth_of_the_formula(reuse, recompute, row
         num_steps=5,
     )
     assert measured == pytest.approx(expected.total - expected.weights, rel=0.1)
+    assert of_hard_plans <= 1.05 * measured
 
 
 @pytest.mark.slow
