@@ -10,6 +10,8 @@ from harmonica.sdt import SdtTrainer
 from harmonica.targets import reusable_share, threshold_for
 from harmonica.training_config import TrainingConfig
 
+_MET = 0.02
+
 
 class Aim:
     """Of one run; its speed is configured, or found for a wanted quality while the start is measured."""
@@ -64,6 +66,12 @@ class Aim:
     def plan_of(self, logits_TB: Tensor) -> Plan:
         """Forecasts linear."""
         return Plan.from_scores(logits_TB.sigmoid(), self.threshold_of(logits_TB))
+
+    def is_met_by(self, plan: Plan) -> bool:
+        """Whether the speed is met within 2%, as it is not where too many scores are equal to cut between."""
+        if not self.speedup:
+            return True
+        return abs(plan.ideal_speedup(self._trainer.sampler.model.macs()) / self.speedup - 1) < _MET
 
     def state(self) -> dict[str, Any]:
         controller = self._controller.state_dict() if self._controller else None

@@ -62,11 +62,26 @@ class _Generation:
         self.state, guided = planned_step(self.sampler, i, self.state, everything, self.cache)
         return guided
 
+    def other_step(self, i: int) -> Tensor:
+        """What `soft_step` is held against: step i with the cache off.
+
+        Under a plan that computes all of step i that would be the same again, and say of the step that it is
+        free: there it is reused, all of it.
+        """
+        if self.student == "hard" and all(self._refresh_row(i)):
+            nothing = (False,) * self.router.num_branches
+            self.state, guided = planned_step(self.sampler, i, self.state, nothing, self.cache)
+            return guided
+        return self.full_step(i)
+
+    def _refresh_row(self, i: int) -> list[bool]:
+        return (self.router.scores(i) > self.threshold).tolist()
+
     def soft_step(self, i: int) -> Tensor:
         """Step i under the router's soft weights, or its plan; the guided output (M, C, H, W)."""
         sampler = self.sampler
         scores_B = self.router.scores(i)
-        refresh_row = (scores_B > self.threshold).tolist()
+        refresh_row = self._refresh_row(i)
         if self.student == "hard":
             self.state, guided = planned_step(sampler, i, self.state, refresh_row, self.cache)
             return guided
@@ -115,7 +130,8 @@ def image_error_proxy(
     `sensitivity`: leave-one-out divided by the MSE between the soft and the full output of step i.
 
     Args:
-        student: `hard` takes the router's plan in place of its soft weights.
+        student: `hard` takes the router's plan in place of its soft weights, and a step that this computes
+            in full is reused instead, by itself.
         rows: the rows' names, for samplers that draw noise: every generation draws the same.
         micro_batch_size: rows that are generated at a time; 0 is all.
         average: averages a tensor over all workers in place, so that lambda is that of all their rows.
@@ -143,7 +159,7 @@ def _leave_one_out(main: _Generation) -> Tensor:
     errors: list[Tensor] = []
     for i in range(last - 1, -1, -1):
         other = main.fork()
-        errors.insert(0, _mean_squared(other.full_step(i), main.soft_step(i)))
+        errors.insert(0, _mean_squared(other.other_step(i), main.soft_step(i)))
         finals.insert(0, other.finish_soft(i - 1))
     changes = [_mean_squared(final, main.x_MCHW) for final in finals]
     return torch.stack([torch.stack(changes), torch.stack(errors)])

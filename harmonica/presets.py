@@ -105,17 +105,16 @@ def fashion() -> Recipe:
 
     Away from the paper, because minutes allow some 20 updates a row where the released setting takes 2,000: a
     speed to reach instead of beta, a start from the steps whose reuse is measured to change the image least,
-    a student and a lambda that follow the plan as sampling will, lambda per unit of step error, reuse by
-    forecasts that are fitted to the image; and what was trained is kept only where it is nearer than its
-    start.
+    lambda per unit of step error, reuse by forecasts that are fitted to the image; and what was trained is
+    kept only where it is nearer than its start.
     """
     train = TrainingConfig(
         target_speedup=1.8,
         initial="measured",
-        initial_logit=1.0,
+        initial_logit=2.0,
         start_trajectories=3,
         trajectories=20,
-        sdt=SdtConfig(learning_rate=0.1, threshold=0.5, reuse="forecast", student="hard", penalty="macs"),
+        sdt=SdtConfig(learning_rate=0.1, threshold=0.5, reuse="forecast", penalty="macs"),
         iepo="sensitivity",
         iepo_every=10,
         choice_trajectories=3,

@@ -69,7 +69,9 @@ class RouterRun:
             return None
         if self._choice is None:
             plans = {name: self.aim.plan_of(logits_TB) for name, logits_TB in self.starts.items()}
-            self._choice = PlanChoice(plans | {"trained": self.plan}, self.config.sdt.reuse)
+            if self.aim.is_met_by(self.plan) or not plans:
+                plans["trained"] = self.plan
+            self._choice = PlanChoice(plans, self.config.sdt.reuse)
         return self._choice
 
     @property

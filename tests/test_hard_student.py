@@ -8,8 +8,10 @@ from torch import Tensor
 
 from harmonica.iepo import KINDS, image_error_proxy
 from harmonica.router import Router
+from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.sampling import sample
 from harmonica.sdt import SdtConfig, SdtTrainer
+from harmonica.targets import stepwise_plan
 
 TAU = 0.3
 STEPS, BRANCHES = 6, 6
@@ -68,9 +70,31 @@ def test_lambda_is_that_of_scores_which_are_0_and_1(tiny_sampler, batch, kind):
     sure = Router.from_logits(torch.where(router.plan(TAU).to_tensor(), 60.0, -60.0).double())
     settings = {"kind": kind, "threshold": TAU}
     hard_T = image_error_proxy(tiny_sampler, router, *batch, student="hard", **settings)
-    torch.testing.assert_close(hard_T, image_error_proxy(tiny_sampler, sure, *batch, **settings))
+    sure_T = image_error_proxy(tiny_sampler, sure, *batch, **settings)
+    rows = router.plan(TAU).compute[:-1]  # a row that computes everything is weighed otherwise, see below
+    here = [i for i, row in enumerate(rows) if kind == "cumulative" or not all(row)]
+    assert len(here) > 1
+    torch.testing.assert_close(hard_T[here], sure_T[here])
     soft_T = image_error_proxy(tiny_sampler, router, *batch, **settings)
     assert not torch.allclose(hard_T, soft_T, rtol=1e-3)
+
+
+def test_a_step_that_the_plan_computes_is_weighed_by_its_reuse(tiny_dit, batch):
+    """Held against itself it would weigh nothing, whatever it is worth."""
+    config = SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.0, clip_sample=False)
+    sampler = Ddim(tiny_dit, config)
+    steps, full = range(STEPS - 1), sample(sampler, *batch)
+    finals = [sample(sampler, *batch, stepwise_plan(STEPS, BRANCHES, [i]), fold=False) for i in steps]
+    lambda_T = image_error_proxy(
+        sampler,
+        Router(STEPS, BRANCHES).double(),
+        *batch,
+        kind="leave_one_out",
+        threshold=TAU,
+        student="hard",
+    )
+    expected_T = torch.stack([(final - full).square().mean() for final in finals])
+    torch.testing.assert_close(lambda_T, expected_T, rtol=1e-6, atol=0)
 
 
 def test_another_student_is_refused():

@@ -142,6 +142,19 @@ def test_the_nearest_plan_is_kept_and_says_whose_it_is(sampler):
     assert (run.plan == start) == (nearer == "start")
 
 
+def test_a_trained_plan_that_misses_the_speed_is_not_kept(sampler):
+    config = replace(SPEED, trajectories=4, choice_trajectories=1, sdt=FORECAST)
+    run = RouterRun(sampler, config, seed=0)
+    start = run.plan
+    train(run, 4)
+    with torch.no_grad():
+        for row in run.router.rows:
+            row.fill_(1.0)  # nothing to cut between
+    assert not run.aim.is_met_by(run.plan) and run.aim.is_met_by(start)
+    train(run, 5)
+    assert (run.chosen, run.plan) == ("start", start)
+
+
 def test_a_run_of_all_phases_resumes_bit_for_bit(sampler):
     config = replace(
         SPEED,

@@ -81,7 +81,7 @@ IDEAS = {
     "logits of 1, not 2": Idea(logit=1.0),
     "logits of 1, no lambda": Idea(logit=1.0, iepo="none"),
     "logits of 1, student on hard plans": Idea(logit=1.0, student="hard"),
-    "logits of 1, both on hard plans (the preset)": Idea(logit=1.0, student="hard", measured="hard"),
+    "logits of 1, both on hard plans": Idea(logit=1.0, student="hard", measured="hard"),
 }
 
 
@@ -143,7 +143,7 @@ def psnr_of(sampler: Sampler, plan: Plan, reuse: Reuse, seed: int) -> float:
 
 
 def measure(
-    steps: int, speedup: float, seed: int, names: Iterable[str], show: Callable[[str, float], None]
+    steps: int, speedup: float, seed: int, names: Iterable[str], show: Callable[[str, float, Plan], None]
 ) -> None:
     """All ideas for one seed."""
     recipe = fashion()
@@ -153,7 +153,7 @@ def measure(
     config = replace(recipe.train, target_speedup=speedup)
     starts = starts_of(sampler, config, seed)
     for name, plan in starts.items():
-        show(f"{name} steps, untrained", psnr_of(sampler, plan, "forecast", seed))
+        show(f"{name} steps, untrained", psnr_of(sampler, plan, "forecast", seed), plan)
     for name in names:
         idea = IDEAS[name]
         sdt = replace(config.sdt, reuse=idea.reuse, penalty=idea.penalty)
@@ -162,7 +162,7 @@ def measure(
         if idea.guidance_scale is not None:
             by = make_sampler(model, replace(settings, guidance_scale=idea.guidance_scale))
         plan = trained_plan(idea, by, changed, starts, seed)
-        show(name, psnr_of(sampler, plan, idea.reuse, seed))
+        show(name, psnr_of(sampler, plan, idea.reuse, seed), plan)
 
 
 def main() -> None:
@@ -176,9 +176,9 @@ def main() -> None:
     console, found = Console(), dict[str, list[float]]()
     for seed in arguments.seeds:
 
-        def show(name: str, psnr: float, seed: int = seed) -> None:
+        def show(name: str, psnr: float, plan: Plan, seed: int = seed) -> None:
             found.setdefault(name, []).append(psnr)
-            console.log(f"seed {seed}, {name}: {psnr:.2f} dB")
+            console.log(f"seed {seed}, {name}: {psnr:.2f} dB at CUR {plan.cur:.1%}")
 
         measure(arguments.steps, arguments.speedup, seed, arguments.ideas, show)
     table = Table(f"T = {arguments.steps}, {arguments.speedup}x", *map(str, arguments.seeds), "mean")
