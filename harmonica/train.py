@@ -27,8 +27,9 @@ import torch.distributed as dist
 
 from harmonica.artifact import RouterArtifact
 from harmonica.command_line import fail, parse, say
-from harmonica.family import FamilyRun
+from harmonica.family import FamilyRun, family_phases
 from harmonica.models.loading import ModelConfig, load_model
+from harmonica.phases import Progress
 from harmonica.presets import RECIPES, Recipe
 from harmonica.rows import Batch, RowSpec, Share, make_rows
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
@@ -173,12 +174,15 @@ def trained(run: FamilyRun, spec: RowSpec, share: Share) -> Iterator[dict[str, f
 
 def _train(run: FamilyRun, spec: RowSpec, share: Share, folder: _Folder, tell: Callable[[str], None]) -> None:
     config, last_said, last_saved = run.config, 0.0, time.monotonic()
+    progress = Progress(family_phases(config, run.sampler.num_steps))
+    since, began = run.trajectory, time.monotonic()
     for metrics in trained(run, spec, share):
         is_last, now = run.trajectory == config.all_trajectories, time.monotonic()
         if is_last or now - last_said > _SAY_EVERY_S:
             shown = ("loss", "mse", "beta", "updates_per_s")
             told = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown if name in metrics)
-            tell(f"trajectory {run.trajectory}/{config.all_trajectories}  CUR {metrics['cur']:.1%}  {told}")
+            left = progress.left_words(run.trajectory, since, now - began)
+            tell(f"{progress.words(run.trajectory)}  CUR {metrics['cur']:.1%}  {told}  {left}")
             last_said = now
         if share.rank == 0:  # the state is the same on every rank
             folder.log(run.trajectory, metrics)

@@ -6,7 +6,7 @@ torchrun, `pipelines.train` under Ray Train.
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from harmonica.artifact import RouterArtifact
 from harmonica.choice import PlanChoice
 from harmonica.forecast import ForecastFit
 from harmonica.noise import RowKeys
+from harmonica.phases import PHASES, PhaseName, phases_of
 from harmonica.plan import Plan
 from harmonica.router import FIXED_LOGIT, Router
 from harmonica.samplers import Sampler
@@ -51,6 +52,7 @@ class RouterRun:
             for i, row in enumerate(router.rows):
                 if not self.trainer.trains(i):
                     row.fill_(FIXED_LOGIT)
+        self.phases = phases_of(config, sampler.num_steps)
         self.weights = StepWeights(sampler.num_steps, config, device)
         self.aim = Aim(self.trainer, config)
         self.trajectory = 0
@@ -81,13 +83,10 @@ class RouterRun:
             self._fit = ForecastFit(self.plan, self.config.forecast)
         return self._fit
 
-    def _left_of(self, phase: Literal["start", "router", "choice"]) -> int:
+    def _left_of(self, name: PhaseName) -> int:
         """Trajectories until the phase ends."""
-        config = self.config
-        ends = {"start": config.start_trajectories}
-        ends["router"] = ends["start"] + config.trajectories
-        ends["choice"] = ends["router"] + config.choice_trajectories
-        return ends[phase] - self.trajectory
+        until = PHASES[: PHASES.index(name) + 1]
+        return sum(phase.trajectories for phase in self.phases if phase.name in until) - self.trajectory
 
     @property
     def router(self) -> Router:

@@ -17,8 +17,9 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Wo
 from ray.train.torch import TorchTrainer
 
 from harmonica.artifact import RouterArtifact
-from harmonica.family import FamilyRun
+from harmonica.family import FamilyRun, family_phases
 from harmonica.models.loading import load_model
+from harmonica.phases import Progress
 from harmonica.pictures import router_heat_map
 from harmonica.rows import Batch, RowSpec, Share
 from harmonica.samplers import make_sampler
@@ -91,6 +92,7 @@ class _Keeper:
     ) -> None:
         self.checkpoints, self.run, self.stage, self.board = checkpoints, run, stage, board
         self.log = MetricLog(stage, pending)
+        self._since, self._began = run.trajectory, time.monotonic()
 
     def say_where(self, nodes: list[str]) -> None:
         """As a tag of the MLflow run, so that a slow worker's node is known."""
@@ -103,8 +105,9 @@ class _Keeper:
 
     def add(self, metrics: dict[str, float]) -> None:
         self.log.add(self.run.trajectory, metrics)
-        total = self.run.config.all_trajectories
-        self.board.reach.remote(Reached(self.run.trajectory, total, metrics["loss"], metrics["cur"]))
+        seconds = time.monotonic() - self._began
+        reached = Reached(self.run.trajectory, self._since, seconds, metrics["loss"], metrics["cur"])
+        self.board.reach.remote(reached)
 
     def save(self) -> None:
         self.checkpoints.save(self.run.trajectory, self.run.state() | {_METRICS: self.log.state()})
@@ -213,8 +216,9 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
     )
     kind = "GPU" if settings.use_gpu else "CPU"
     wanted = f"{settings.counts[0]} workers of one {kind} each, {settings.placement_strategy}"
+    progress = Progress(family_phases(settings, config.sampler.num_inference_steps))
     try:
-        run_watched(trainer.fit, board, settings.stall_timeout_s, wanted)
+        run_watched(trainer.fit, board, settings.stall_timeout_s, wanted, progress)
     except WorkerGroupError as error:
         raise RuntimeError(_last_failure(error, settings.max_failures)) from error
     return _build_artifacts(config, Checkpoints(storage))

@@ -51,7 +51,9 @@ def test_training_leaves_a_router_its_picture_and_its_curve(command):
     assert torch.equal(RouterArtifact.load(command.output / "router").logits_TB, artifact.logits_TB)
     assert Image.open(command.output / "router.png").size[0] > 100
     assert [line["trajectory"] for line in lines_of(command.output)] == [1, 2, 3, 4]
-    assert "trajectory 4/4" in said[-2] and said[-1].startswith(f"router in {command.output}: CUR")
+    assert said[-2].startswith("training the router: 4 of 4 trajectories") and said[-1].startswith(
+        f"router in {command.output}: CUR"
+    )
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit(command, tmp_path):
