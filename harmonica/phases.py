@@ -127,8 +127,8 @@ class Progress:
     def words(self, done: int) -> str:
         """The current phase and how far it is, as in `training the router: 7 of 20 trajectories`."""
         place = self.place(done)
-        phase = self.phases[place]
-        return f"{phase.words}: {done - self._ends[place] + phase.trajectories} of {phase.trajectories} trajectories"
+        phase, count = self.phases[place], self.phases[place].trajectories
+        return f"{phase.words}: {done - self._ends[place] + count} of {count} trajectories"
 
     def left_words(self, done: int, since: int, seconds: float) -> str:
         """The time left, as in `0:00:30 left in this phase, 0:01:40 in all`, and which phases follow."""

@@ -39,7 +39,9 @@ def judge(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> dict[str, d
         ValueError: an arm whose reference does not stand before it, or two of one name.
     """
     _check(arms)
-    kept = _collect(config, arms, _judged(config, spec, arms))
+    # By a worker: the process that makes a stream's actors has Ray's remark on them on its own screen.
+    collect = ray.remote(num_cpus=0)(lambda: _collect(config, arms, _judged(config, spec, arms)))
+    kept: dict[str, ArmStatistics] = ray.get(collect.remote())
     real = _reference(config)
     real_name = "reference" if config.evaluate.features == "inception" else "test"
     resamples = Resamples.of(kept[arms[0].name], config.evaluate.resamples, config.seed)

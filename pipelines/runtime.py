@@ -3,12 +3,16 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 
+from pipelines.remarks import drop_remarks
 from pipelines.storage import ENDPOINT
 
 logger = logging.getLogger(__name__)
@@ -23,7 +27,15 @@ QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Two cores need longer than half a minute to start a replica beside everything else.
+    "RAY_SERVE_SLOW_STARTUP_WARNING_S": "180",
 }
+_PRIVATE = {
+    # A node of a private cluster is not taken away from under it: an actor less.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_DASHBOARD_ADDRESS = "RAY_API_SERVER_ADDRESS"
+_DASHBOARD_PORTS = range(8265, 8315)
 # Two training workers, a Serve replica and Ray Data's tasks must fit side by side: with only as many
 # logical CPUs as workers, Data starves and training waits for ever without an error.
 MIN_LOGICAL_CPUS = 6
@@ -73,6 +85,7 @@ def connect(endpoint: str = "") -> None:
     if ray.is_initialized():
         return
     quiet_libraries()
+    drop_remarks()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
@@ -81,6 +94,15 @@ def connect(endpoint: str = "") -> None:
         ray.init(logging_level=logging.WARNING, runtime_env=shared)
         _settle_sigterm()
         return
+    for name, value in _PRIVATE.items():
+        os.environ.setdefault(name, value)
+    port = _dashboard_port()
+    with _told_to_workers(_DASHBOARD_ADDRESS, f"http://127.0.0.1:{port}"):
+        _start_private(port)
+    _settle_sigterm()
+
+
+def _start_private(dashboard_port: int) -> None:
     ray.init(
         address="local",
         num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
@@ -88,9 +110,42 @@ def connect(endpoint: str = "") -> None:
         # Ray Train asks the dashboard's state API for its controller, and complains where there is none.
         include_dashboard=True,
         dashboard_host="127.0.0.1",
+        dashboard_port=dashboard_port,
         logging_level=logging.WARNING,
     )
-    _settle_sigterm()
+
+
+def _dashboard_port() -> int:
+    """The first free one of those that Ray itself would try, chosen here so that it is known beforehand."""
+    for port in _DASHBOARD_PORTS:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError(
+        f"no port from {_DASHBOARD_PORTS[0]} to {_DASHBOARD_PORTS[-1]} is free for Ray's dashboard"
+    )
+
+
+@contextmanager
+def _told_to_workers(name: str, value: str) -> Iterator[None]:
+    """In the environment while a cluster starts: its processes inherit it, what this one starts later does not.
+
+    Ray Train's cleaner asks the dashboard. Without an address it would ask the cluster that a file in Ray's
+    temporary folder names, which may be another one, or one that was killed.
+    """
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def is_private() -> bool:

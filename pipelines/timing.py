@@ -143,7 +143,7 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
     batch = Batch.of(make_rows(np.arange(settings.timing_batch_size), spec), spec, device)
     total = config.sampler.num_inference_steps
     arms, steps = make_arms(config, artifact)[:2], total
-    seconds, spread = median_times(arms, model, batch, min(3, settings.timing_rounds))
+    seconds, spread = median_times(arms, model, batch, min(2, settings.timing_rounds))
     for _ in range(_TRIES):
         steps = steps_as_long(total, seconds)
         arms = make_arms(config, artifact, steps) + make_family_arms(config, family)
