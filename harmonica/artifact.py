@@ -55,6 +55,21 @@ class RouterArtifact:
     def plan(self) -> Plan:
         return Plan.from_scores(self.logits_TB.sigmoid(), self.threshold, self.forecast_TBK)
 
+    @property
+    def method(self) -> str:
+        """How the plan came about: what of it was searched, what was trained and what was fitted.
+
+        A plan whose scores SDT trained is told from one whose trained scores were discarded for its start's
+        (`harmonica.choice`).
+        """
+        chosen, initial = self.training.get("chosen", "trained"), self.training.get("initial")
+        searched = {"measured": ["step search"], "even": ["even steps"]}
+        start = searched.get(initial if chosen == "trained" else chosen, [])
+        forecast = "forecast" if self.forecast_TBK is None else "fitted forecast"
+        reused = [forecast] if self.reuse == "forecast" else []
+        trained = ["trained router"] if chosen == "trained" else []
+        return " + ".join([*start, *reused, *trained])
+
     @classmethod
     def build(
         cls,

@@ -68,6 +68,7 @@ def _speeds(artifact: RouterArtifact, measured: float) -> dict[str, Any]:
     """Of a router: how much it reuses, and what that is worth in MACs and in time."""
     ideal = artifact.ideal_speedup
     return {
+        "method": artifact.method,
         "cur": artifact.plan.cur,
         "ideal_speedup": ideal,
         "measured_speedup": measured,
@@ -78,7 +79,7 @@ def _speeds(artifact: RouterArtifact, measured: float) -> dict[str, Any]:
 def report_of(report: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A member of the family, as if it had been evaluated alone."""
     arm = report["arms"][family_arm(name)]
-    about = ("cur", "ideal_speedup", "measured_speedup", "realised_share")
+    about = ("method", "cur", "ideal_speedup", "measured_speedup", "realised_share")
     quality = {key: value for key, value in arm.items() if key not in about}
     return {"samples": report["samples"]} | {key: arm[key] for key in about} | {"arms": {CACHED: quality}}
 

@@ -45,7 +45,8 @@ def results_table(report: Mapping[str, Any]) -> None:
     """Full, cached and fewer steps, side by side; under them the noise floor of the distances."""
     share = report["realised_share"]
     title = (
-        f"CUR {report['cur']:.1%}   ideal speedup {report['ideal_speedup']:.2f}x   "
+        (f"cached by {report['method']}\n" if "method" in report else "")
+        + f"CUR {report['cur']:.1%}   ideal speedup {report['ideal_speedup']:.2f}x   "
         f"measured {report['measured_speedup']:.2f}x"
         + (f"   realised share {share:.2f}" if share is not None else "")
         + f"   {report['samples']} images"

@@ -126,7 +126,7 @@ def test_what_makes_no_sense_is_refused():
             Sana(make_transformer("1.0"), **settings)
     sprint = make_transformer("1.0")
     sprint.register_to_config(guidance_embeds=True)
-    with pytest.raises(ValueError, match=r"model.guidance_embeds is True: give a Sana that is guided"):
+    with pytest.raises(ValueError, match=r"model.path holds a Sana-Sprint .*: give a Sana"):
         Sana(sprint)
     noise, condition = make_batch("1.0")
     wide = TextCondition(embeddings=condition.embeddings.repeat(1, 1, 2), mask=condition.mask)
