@@ -18,6 +18,7 @@ from torch import Tensor
 PictureFormat = Literal["png", "jpeg", "webp"]
 _DPI = 150
 _NAME_WIDTH = 16  # letters that a column is wide
+_TITLE_WIDTH = 18  # letters of a row's title, a line
 _INK, _MUTED = "#222222", "#666666"
 
 
@@ -97,6 +98,11 @@ def sample_sheet(
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def cached_title(name: str, cur: float, method: str) -> str:
+    """Of a row of cached images, in short lines: its name, what is reused, how the plan came about."""
+    return "\n".join([f"{name}, CUR {cur:.0%}", *textwrap.wrap(method, _TITLE_WIDTH)])
 
 
 def router_heat_map(

@@ -23,6 +23,7 @@ from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION
 from harmonica.checkpoints import read_released_router
 from harmonica.command_line import fail, parse_settings, say
+from harmonica.differences import with_differences
 from harmonica.folding import kept_bytes
 from harmonica.models.loading import BUILTIN, LoadedModel, ModelConfig, load_model
 from harmonica.models.vae import decode_latents, draws_pixels
@@ -181,14 +182,18 @@ def run(command: SampleCommand) -> dict[str, Tensor]:
         )
         held = kept_bytes(model, router.plan, router.reuse, is_guided=sampler.is_guided) / 2**20
         say(f"cache: {held:.1f} MiB an image, {held * len(labels):.1f} MiB for the batch")
-    _write(command, loaded, sampled, [loaded.class_names[label] for label in labels])
+    _write(command, loaded, sampled, router, [loaded.class_names[label] for label in labels])
     return sampled
 
 
 def _write(
-    command: SampleCommand, loaded: LoadedModel, sampled: dict[str, Tensor], class_names: list[str]
+    command: SampleCommand,
+    loaded: LoadedModel,
+    sampled: dict[str, Tensor],
+    router: RouterArtifact | None,
+    class_names: list[str],
 ) -> None:
-    from harmonica.pictures import sample_sheet
+    from harmonica.pictures import cached_title, sample_sheet
 
     if not draws_pixels(loaded.model):
         vae = loaded.load_vae(next(iter(sampled.values())).device)
@@ -198,8 +203,13 @@ def _write(
             say(f"latents in {path}: give --model.vae for pictures")
             return
         sampled = {way: decode_latents(vae, x) for way, x in sampled.items()}
-    shown = {way: images[:_SHEET_COLUMNS].cpu() for way, images in sampled.items()}
-    sample_sheet(shown, [name.split(",")[0] for name in class_names[:_SHEET_COLUMNS]], command.output)
+    titles = {"full": "full"}
+    if router is not None:
+        titles["cached"] = cached_title("cached", router.plan.cur, router.method)
+    shown = {titles[way]: images[:_SHEET_COLUMNS].cpu() for way, images in sampled.items()}
+    sample_sheet(
+        with_differences(shown), [name.split(",")[0] for name in class_names[:_SHEET_COLUMNS]], command.output
+    )
     say(f"pictures in {command.output}")
 
 

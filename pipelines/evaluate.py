@@ -10,8 +10,9 @@ import ray
 from matplotlib.figure import Figure
 
 from harmonica.artifact import RouterArtifact
+from harmonica.differences import with_differences
 from harmonica.models.loading import load_model
-from harmonica.pictures import router_heat_map, sample_sheet
+from harmonica.pictures import cached_title, router_heat_map, sample_sheet
 from harmonica.samplers import make_sampler
 from harmonica.smoke import record_sample
 from pipelines.config import WorkflowConfig
@@ -97,12 +98,12 @@ def with_sample(config: WorkflowConfig, artifact: RouterArtifact) -> RouterArtif
 def _pictures(
     config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact], timing: Timing
 ) -> dict[str, Figure]:
-    """Full above cached above fewer steps, same noise; and the router."""
+    """Full above cached above fewer steps, same noise, and what they differ in; and the router."""
+    cached = {CACHED: artifact} | {family_arm(name): one for name, one in family.items()}
     titles = {
         FULL: f"full, {config.sampler.num_inference_steps} steps",
-        CACHED: f"cached, CUR {artifact.plan.cur:.0%}",
         FEWER: f"{timing.fewer_steps} steps",
-    } | {family_arm(name): f"cached {name}, CUR {one.plan.cur:.0%}" for name, one in family.items()}
+    } | {name: cached_title(name, one.plan.cur, one.method) for name, one in cached.items()}
     rows = {titles[name]: images for name, images in timing.sheet.items()}
     pictures = {
         "router.png": router_heat_map(
@@ -110,7 +111,8 @@ def _pictures(
         )
     }
     if next(iter(rows.values())).shape[1] in (1, 3):  # pixels; latents want their VAE
-        pictures["samples.png"] = sample_sheet(rows, timing.sheet_names, title="Same noise, full and cached")
+        title = "Same noise, full and cached"
+        pictures["samples.png"] = sample_sheet(with_differences(rows), timing.sheet_names, title=title)
     return pictures
 
 

@@ -132,7 +132,7 @@ def _dashboard_port() -> int:
 
 @contextmanager
 def _told_to_workers(name: str, value: str) -> Iterator[None]:
-    """In the environment while a cluster starts: its processes inherit it, what this one starts later does not.
+    """In the environment while a cluster starts: its processes inherit it, what starts later does not.
 
     Ray Train's cleaner asks the dashboard. Without an address it would ask the cluster that a file in Ray's
     temporary folder names, which may be another one, or one that was killed.
