@@ -1,9 +1,11 @@
 """A run that stands still fails with what it waits for."""
 
+import os
 import time
 
 import pytest
 import ray
+from ray.util.state import list_nodes
 
 from harmonica.phases import Phase, Progress
 from pipelines import progress
@@ -13,10 +15,21 @@ from pipelines.runtime import connect
 PROGRESS = Progress([Phase("start", (10.0, 10.0)), Phase("router", (1.0,) * 10)])
 
 
+def assert_workers_ask_this_cluster() -> None:
+    """Whatever else runs on the machine, or was killed: as Ray Train's cleaner of placement groups does."""
+
+    def ask() -> list[str]:
+        return [node.node_id for node in list_nodes()]
+
+    assert ray.get(ray.remote(num_cpus=0)(ask).remote()) == [ray.get_runtime_context().get_node_id()]
+    assert "RAY_API_SERVER_ADDRESS" not in os.environ, "what the user starts later is not this cluster's"
+
+
 @pytest.mark.cluster
 def test_standing_still_is_an_error_that_says_at_what(request: pytest.FixtureRequest) -> None:
     connect()
     request.addfinalizer(ray.shutdown)
+    assert_workers_ask_this_cluster()
     board = make_board()
     ray.get(board.read.remote())
     words = (

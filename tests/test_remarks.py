@@ -11,11 +11,11 @@ from pipelines.remarks import drop_remarks
 
 TOKEN = "ray._private.authentication.authentication_token_setup"
 REMARKS = (
-    "[2026-11-27 05:58:56,425 E 2905 2905] core_worker.cc:2465: Actor with class name: 'PreemptionWatcher' and "
-    "ID: '2f7c1a' has constructor arguments in the object store and max_restarts > 0. If the arguments in the "
-    "object store go out of scope or are lost, the actor restart will fail. See https://github.com/ray-project",
-    "Task ServeController.graceful_shutdown failed. There are infinite retries remaining, so the task will be "
-    "retried. Error: The actor is dead because it was killed by `ray.kill`.",
+    "[2026-11-27 05:58:56,425 E 2905 2905] core_worker.cc:2465: Actor with class name: 'PreemptionWatcher' "
+    "and ID: '2f7c1a' has constructor arguments in the object store and max_restarts > 0. If the arguments "
+    "in the object store go out of scope or are lost, the actor restart will fail. See https://github.com/ray",
+    "Task ServeController.graceful_shutdown failed. There are infinite retries remaining, so the task will "
+    "be retried. Error: The actor is dead because it was killed by `ray.kill`.",
 )
 WARNINGS = (
     "Task Sampler.draw failed. There are infinite retries remaining, so the task will be retried. Error: ...",
