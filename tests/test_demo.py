@@ -23,11 +23,12 @@ SHORTER = (
 """The rest is as it stands."""
 OURS = re.compile(
     r"run demo: train, evaluate, register, serve|"
-    r"\[train\] (measuring the start|training the router|choosing the plan|fitting the forecasts): \d+ of \d+ "
-    r"trajectories, loss \S+, CUR \d+\.\d%, (\d:\d\d:\d\d left in this phase, \d:\d\d:\d\d in all; then .*|"
-    r"\d:\d\d:\d\d left)|"
+    r"\[train\] (measuring the start|training the router|choosing the plan|fitting the forecasts): "
+    r"\d+ of \d+ trajectories, loss \S+, CUR \d+\.\d%, "
+    r"(\d:\d\d:\d\d left in this phase, \d:\d\d:\d\d in all; then .*|\d:\d\d:\d\d left)|"
     r"\[(train|evaluate|register|serve)\] .* \(\d+ s\)|"
-    r"cached by .*|CUR .*|[┏┡├└│┃].*|(Worth having|Not worth having).*|(results:|MLflow:|endpoint:|)  +\S.*"
+    r"cached by .*|CUR .*|[┏┡├└│┃].*|(Worth having|Not worth having).*|"
+    r"(results:|MLflow:|endpoint:) +\S.*| {10}/\S+"
 )
 """Every line of the demo's that there should be."""
 
