@@ -112,7 +112,7 @@ def fashion() -> Recipe:
         target_speedup=1.8,
         initial="measured",
         initial_logit=2.0,
-        start_trajectories=3,
+        start_trajectories=2,
         trajectories=12,
         sdt=SdtConfig(learning_rate=0.1, threshold=0.5, reuse="forecast", penalty="macs"),
         iepo="sensitivity",
