@@ -19,6 +19,7 @@ from harmonica.pretraining import captions
 from harmonica.rows import Batch, RowSpec, Share, make_rows
 from pipelines.config import EvaluateConfig, WorkflowConfig
 from pipelines.judges import Judges, feature_kind, read_reference
+from pipelines.runtime import quiet_libraries
 from pipelines.stream import stream_rows
 from pipelines.timing import Arm, device_of
 
@@ -40,8 +41,7 @@ def judge(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> dict[str, d
     """
     _check(arms)
     # By a worker: the process that makes a stream's actors has Ray's remark on them on its own screen.
-    collect = ray.remote(num_cpus=0)(lambda: _collect(config, arms, _judged(config, spec, arms)))
-    kept: dict[str, ArmStatistics] = ray.get(collect.remote())
+    kept = ray.get(ray.remote(num_cpus=0)(_judged_by_worker).remote(config, spec, arms))
     real = _reference(config)
     real_name = "reference" if config.evaluate.features == "inception" else "test"
     resamples = Resamples.of(kept[arms[0].name], config.evaluate.resamples, config.seed)
@@ -111,6 +111,12 @@ class ArmSampler:
         known, texts = set(captions.all_captions()), [prompt.lower() for prompt in prompts or []]
         meant = [captions.meaning(text)[0] if text in known else -1 for text in texts]
         return np.array(meant or [-1] * len(labels))
+
+
+def _judged_by_worker(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> dict[str, ArmStatistics]:
+    quiet_libraries()
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return _collect(config, arms, _judged(config, spec, arms))
 
 
 def _judged(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> Iterator[dict[str, np.ndarray]]:
