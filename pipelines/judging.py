@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray.data import ActorPoolStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harmonica.judging.arm_statistics import ArmStatistics
 from harmonica.judging.quality import Resamples, arm_quality, distances_to_full
@@ -40,8 +41,10 @@ def judge(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> dict[str, d
         ValueError: an arm whose reference does not stand before it, or two of one name.
     """
     _check(arms)
-    # By a worker: the process that makes a stream's actors has Ray's remark on them on its own screen.
-    kept = ray.get(ray.remote(num_cpus=0)(_judged_by_worker).remote(config, spec, arms))
+    # By a worker beside this process: the one that makes a stream's actors has Ray's remark on its own screen.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    judged = ray.remote(num_cpus=0)(_judged_by_worker).options(scheduling_strategy=here)
+    kept = ray.get(judged.remote(config, spec, arms))
     real = _reference(config)
     real_name = "reference" if config.evaluate.features == "inception" else "test"
     resamples = Resamples.of(kept[arms[0].name], config.evaluate.resamples, config.seed)
