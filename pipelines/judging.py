@@ -41,7 +41,7 @@ def judge(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> dict[str, d
         ValueError: an arm whose reference does not stand before it, or two of one name.
     """
     _check(arms)
-    # By a worker beside this process: the one that makes a stream's actors has Ray's remark on its own screen.
+    # By a worker beside this process: who makes a stream's actors has Ray's remark on its own screen.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     judged = ray.remote(num_cpus=0)(_judged_by_worker).options(scheduling_strategy=here)
     kept = ray.get(judged.remote(config, spec, arms))
