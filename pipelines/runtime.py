@@ -3,11 +3,16 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import ray
+from ray._private import ray_constants
 
 from pipelines.storage import ENDPOINT
 
@@ -64,8 +69,8 @@ def _settle_sigterm() -> None:
 def connect(endpoint: str = "") -> None:
     """Join the cluster of `RAY_ADDRESS` (set by `ray job submit`), else start a private local one.
 
-    A private cluster is closed by a token: where the environment names none, Ray makes one itself
-    and keeps it in `~/.ray/auth_token`.
+    A private cluster listens on the loopback address alone, and is closed by a token: where the environment
+    names none, Ray makes one itself and keeps it in `~/.ray/auth_token`.
 
     Args:
         endpoint: of an S3 store, for the workers of a joined cluster; a private one's inherit it.
@@ -81,16 +86,45 @@ def connect(endpoint: str = "") -> None:
         ray.init(logging_level=logging.WARNING, runtime_env=shared)
         _settle_sigterm()
         return
-    ray.init(
-        address="local",
-        num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-        object_store_memory=500_000_000,
-        # Ray Train asks the dashboard's state API for its controller, and complains where there is none.
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        logging_level=logging.WARNING,
-    )
+    with _on_loopback() as address:
+        ray.init(
+            address="local",
+            num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+            object_store_memory=500_000_000,
+            # Ray Train asks the dashboard's state API for its controller, and complains where there is none.
+            include_dashboard=True,
+            dashboard_host=address,
+            _node_ip_address=address,
+            logging_level=logging.WARNING,
+        )
     _settle_sigterm()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[str]:
+    """Have what starts inside listen on the loopback address, which it gives, and nowhere else.
+
+    Ray's servers (GCS, raylet, workers, agents) do so where the node's address is 127.0.0.1. Ray however puts
+    an address of the network in its place, unless it believes that clusters are impossible here, as on macOS.
+    gloo takes the interface whose name it is given.
+    """
+    address, variable = "127.0.0.1", "GLOO_SOCKET_IFNAME"
+    if name := _interface_of(address):
+        os.environ.setdefault(variable, name)  # the cluster's processes inherit it
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield address
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _interface_of(address: str) -> str:
+    """The network interface that has this IPv4 address, "" where there is none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.family == socket.AF_INET and one.address == address for one in addresses):
+            return name
+    return ""
 
 
 def is_private() -> bool:

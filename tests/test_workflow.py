@@ -14,6 +14,7 @@ from pathlib import Path
 import postgres
 import pytest
 import ray
+from listening import listeners
 from mlflow_server import MlflowServer
 from processes import free_port
 from s3_server import BUCKET, SECRET, s3_server
@@ -206,7 +207,12 @@ def test_the_chain_and_its_second_run(
         *SMALL,
     ]
     try:
-        assert workflow.main([*arguments, "--promotion.min-psnr-to-full=99"]) == 3
+        with listeners() as found:
+            assert workflow.main([*arguments, "--promotion.min-psnr-to-full=99"]) == 3
+        # torch's store, by which ranks find each other, takes no address: it is there while training runs.
+        assert found[False] <= {("ray::RayTrainWorker", every) for every in ("::", "0.0.0.0")}, "see README"
+        servers = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+        assert servers <= {name for name, _ in found[True]}, "they were looked at"
         said, run = capsys.readouterr(), tmp_path / "runs" / "r1"
         assert (
             "error: version 1 of harmonica-fashion is kept and not promoted, there is no champion" in said.err
@@ -223,7 +229,9 @@ def test_the_chain_and_its_second_run(
         assert (run.parent / "mlartifacts").is_dir() and list(run.parent.rglob("artifacts/report.html"))
 
         arguments.append(LET_THROUGH)  # overruled, with the same run id
-        assert workflow.main(arguments) == 0
+        with listeners() as found:  # the endpoint too
+            assert workflow.main(arguments) == 0
+        assert not found[False] and "ray::ProxyActor" in {name for name, _ in found[True]}
         said = capsys.readouterr()
         assert said.out.count("done before") == 2
         assert "version 1 of harmonica-fashion is the champion" in said.out
