@@ -26,7 +26,7 @@ class Killed(BaseException):
 
 
 class _Killer:
-    """Lets so many changes to the files of a folder happen; a hook cannot be taken off, so it is made once."""
+    """Lets so many changes to the files of a folder happen; a hook cannot be taken off again: one for all."""
 
     def __init__(self) -> None:
         self.folder, self.left, self.seen = "", None, 0
