@@ -145,7 +145,7 @@ class _Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         _replace(self.path / "settings.json", (json.dumps(self.settings, indent=1) + "\n").encode())
         start = self._metrics.stat().st_size if self._metrics.exists() else 0
-        metrics = {"start": start, "text": "".join(self._pending)}
+        metrics: dict[str, Any] = {"start": start, "text": "".join(self._pending)}
         buffer = io.BytesIO()
         torch.save(run.state() | {_METRICS: metrics}, buffer)
         _replace(self._state, buffer.getvalue())

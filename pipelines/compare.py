@@ -188,5 +188,5 @@ def _contender(about: About, arm: Arm, macs: Macs) -> _Contender:
 
 
 def _of_library(arm: LibraryArm) -> _Contender:
-    steps = {"num_inference_steps": arm.num_inference_steps}
+    steps: About = {"num_inference_steps": arm.num_inference_steps}
     return _Contender(steps | {"method": arm.library, "label": arm.library, "setting": arm.setting}, arm)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from tiny_dit import SHAPE, make_artifact, write_model
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 import workflow
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.diffusers_folder import write_diffusers
+from harmonica.models.dit_config import DiTConfig
 from harmonica.models.loading import ModelConfig, load_model, read_model
 from harmonica.rows import Batch, RowSpec, make_rows
 from harmonica.samplers import SamplerConfig
@@ -32,6 +35,7 @@ from pipelines.resume import take_up
 from pipelines.storage import RunStorage
 from pipelines.terminal import comparison_table
 from pipelines.timing import FULL, Arm
+from pipelines.tracking import find
 
 MACS = Macs(branches=(30, 60) * 6, rest=12)
 
@@ -271,34 +275,86 @@ def test_settings_that_cannot_be_compared_are_refused(changes: dict, named: str)
         CompareConfig(**changes)
 
 
+def shape_flags(shape: DiTConfig) -> list[str]:
+    """On the command line."""
+    fields = dataclasses.asdict(shape).items()
+    return ["model.shape:di-t-config", *(f"--model.shape.{k.replace('_', '-')}={v}" for k, v in fields)]
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_small_comparison_with_every_rival(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    model = write_model(tmp_path / "model")
-    arguments = [
-        "fashion",
-        "--run-id=c1",
-        f"--storage-path={tmp_path / 'runs'}",
-        f"--model.path={model.path}",
-    ]
-    arguments += ["--stages", "compare", "--compare.targets", "1.3", "--compare.samples=16"]
-    arguments += ["--sampler.num-inference-steps=8", "--train.trajectories=2", "--train.batch-size=4"]
-    arguments += ["--train.choice-trajectories=1", "--train.forecast.trajectories=4"]
-    arguments += ["--evaluate.timing-rounds=1", "--evaluate.batch-size=8"]
-    assert workflow.main(arguments) == 0
-    run = tmp_path / "runs" / "c1"
-    comparison = json.loads((run / "comparison.json").read_text())
-    methods = {point["method"] for point in comparison["points"]}
+def test_a_small_comparison_with_an_arm_that_fails_and_its_resumes(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    broken = tmp_path / "packages" / "cache_dit"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise RuntimeError('made for another diffusers')")
+    monkeypatch.syspath_prepend(str(broken.parent))
+    monkeypatch.setenv("PYTHONPATH", f"{broken.parent}:{Path(workflow.__file__).parent}")
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    request.addfinalizer(ray.shutdown)
+    model = other_widths(tmp_path / "model")
+    settings = ["--compare.samples=17", "--sampler.num-inference-steps=8", "--train.trajectories=2"]
+    settings += ["--train.batch-size=4", "--train.choice-trajectories=1", "--train.forecast.trajectories=4"]
+    settings += ["--evaluate.timing-rounds=1", "--evaluate.batch-size=8"]
+
+    def run(*arguments: str) -> int:
+        command = ["fashion", "--run-id=c1", f"--storage-path={tmp_path / 'runs'}"]
+        command += [f"--model.path={model.path}", "--stages", "compare", *settings, *arguments]
+        return workflow.main([*command, *shape_flags(SHAPE)])
+
+    folder = tmp_path / "runs" / "c1"
+
+    def made() -> dict[str, Any]:
+        return json.loads((folder / "comparison.json").read_text())
+
+    def times() -> dict[Path, int]:
+        files = [*folder.glob("compare/*/router.safetensors"), *folder.glob("compare/measured/*.json")]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    assert run("--compare.targets", "1.3") == 0, capfd.readouterr().err
+    first = made()
+    methods = {point["method"] for point in first["points"]}
     assert {OURS, PAPER, "Learning-to-Cache", "fewer steps", "random plan", "diffusers TaylorSeer"} <= methods
-    assert all(0 < point["psnr_to_full"] <= 100 for point in comparison["points"])
-    made_for = [point for point in comparison["points"] if "ideal_speedup" in point]
+    assert all(0 < point["psnr_to_full"] <= 100 for point in first["points"])
+    made_for = [point for point in first["points"] if "ideal_speedup" in point]
     assert len(made_for) == 8 and all(abs(p["ideal_speedup"] / 1.3 - 1) < 0.02 for p in made_for)
-    assert (run / "comparison.png").stat().st_size > 1000
-    assert [said["target_speedup"] for said in comparison["speeds"]] == [1.3]
+    assert (folder / "comparison.png").stat().st_size > 1000
+    assert [said["target_speedup"] for said in first["speeds"]] == [1.3]
+    reasons = {one["reason"] for one in first["not_measured"]}
+    assert reasons == {"RuntimeError: made for another diffusers"}
+    assert {one["method"].split()[0] for one in first["not_measured"]} == {"cache-dit"}
     out = capfd.readouterr().out
-    assert "HarmoniCa is first at" in out and "diffusers FirstBlockCache 0.05" in out
-    (run / "comparison.json").unlink()
-    before = (run / "compare").stat().st_mtime_ns
-    assert workflow.main(arguments) == 0, "routers that are there are not trained again"
-    assert (run / "compare").stat().st_mtime_ns == before
+    assert "is first at" in out and "diffusers FirstBlockCache 0.05" in out and "HarmoniCa (paper)" in out
+    assert "8 arms were not measured: cache-dit DBCache 0.05, " in out
+    stage = find("compare", "c1", str(tmp_path / "runs"))
+    assert stage is not None
+    tags = stage.client.get_run(stage.mlflow_run_id).data.tags
+    assert tags["harmonica.not_measured"].startswith("cache-dit DBCache 0.05, cache-dit DBCache 0.08")
+
+    before = times()
+    shutil.rmtree(broken)
+    assert run("--compare.targets", "1.5", "1.3", "--compare.no-learners") == 0, capfd.readouterr().err
+    second, after = made(), times()
+    assert second["not_measured"] == [] and [said["target_speedup"] for said in second["speeds"]] == [
+        1.5,
+        1.3,
+    ]
+    assert PAPER not in {point["method"] for point in second["points"]}, "dropped"
+    assert before.items() <= after.items() and len(after) > len(before), "what was measured stays"
+    same = [point for point in first["points"] if point["method"] in (OURS, "fewer steps")]
+    assert all(point in second["points"] for point in same)
+
+    capfd.readouterr()
+    assert run("--compare.targets", "1.3", "--compare.samples=16") == 2
+    assert "compare.samples was 17 and is 16: resume run_id c1 with its own" in capfd.readouterr().err
+    assert run("--compare.targets", "1.5", "1.3", "--compare.no-learners") == 0
+    assert "[compare] done before" in capfd.readouterr().out
+    (folder / "comparison.json").unlink()  # killed just before the end
+    assert run("--compare.targets", "1.5", "1.3", "--compare.no-learners") == 0
+    assert made()["points"] == second["points"] and times() == after
