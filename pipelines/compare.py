@@ -181,10 +181,10 @@ def _about(entry: Entry) -> About:
 
 
 def _contender(about: About, arm: Arm, macs: Macs) -> _Contender:
-    about = {"num_inference_steps": arm.num_inference_steps} | about
+    known: About = {"num_inference_steps": arm.num_inference_steps, **about}
     if arm.plan is not None:
-        about |= {"cur": arm.plan.cur, "ideal_speedup": arm.plan.ideal_speedup(macs)}
-    return _Contender(about, arm)
+        known["cur"], known["ideal_speedup"] = arm.plan.cur, arm.plan.ideal_speedup(macs)
+    return _Contender(known, arm)
 
 
 def _of_library(arm: LibraryArm) -> _Contender:
