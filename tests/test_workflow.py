@@ -50,7 +50,7 @@ SMALL = [
 LET_THROUGH = "--promote=always"
 """What two trajectories make is not worth having."""
 _DECIBELS = 0.1
-"""Between two computations of one PSNR. Batches of other sizes differ by roundings, some 1e-5 of an image. The
+"""Between two computations of one PSNR. Batches of other sizes differ by roundings, 1e-5 of an image. The
 error that is measured is above 1e-3 wherever PSNR is below 60 dB, so it moves by 1%: 20 log 1.01 dB."""
 
 
