@@ -16,7 +16,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collect
     """
     others = list(_walk(before, now, "", free))
     left_out = len(others) - _SHOWN
-    return ", ".join(others[:_SHOWN]) + (f" and {left_out} more settings differ" if left_out > 0 else "")
+    more = f" and {left_out} more setting{'s differ' if left_out > 1 else ' differs'}" if left_out > 0 else ""
+    return ", ".join(others[:_SHOWN]) + more
 
 
 def _walk(before: Any, now: Mapping[str, Any], prefix: str, free: Collection[str]) -> Iterator[str]:

@@ -106,11 +106,12 @@ def _on_loopback() -> Iterator[str]:
 
     Ray's servers (GCS, raylet, workers, agents) do so where the node's address is 127.0.0.1. Ray however puts
     an address of the network in its place, unless it believes that clusters are impossible here, as on macOS.
-    gloo takes the interface whose name it is given.
+    gloo and NCCL take the interface whose name they are given.
     """
-    address, variable = "127.0.0.1", "GLOO_SOCKET_IFNAME"
+    address = "127.0.0.1"
     if name := _interface_of(address):
-        os.environ.setdefault(variable, name)  # the cluster's processes inherit it
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", name)  # the cluster's processes inherit it
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
