@@ -3,6 +3,7 @@
 So an arm's result is there as soon as it is measured, and one that fails takes no other with it.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -23,6 +24,7 @@ from pipelines.timing import FULL, Arm, median_times
 
 _RETRIES = 2
 """Of a task whose worker is lost; an arm that takes its worker down every time is not measured."""
+_PATIENCE_S = 60.0
 _LONGEST = 300
 Columns = dict[str, np.ndarray]
 
@@ -39,6 +41,9 @@ class ArmWorker:
         self.settings, self.spec = config.evaluate, spec
         self.sampler = ArmSampler(config, spec, [])
         self._arms: dict[str, Arm] = {}
+
+    def begun(self) -> None:
+        """Answers once the worker has a place and its model."""
 
     def times(self, reference: Arm, arm: Arm) -> tuple[float, float]:
         """How many times as fast as its reference, timed in turn with it; and the spread of the times."""
@@ -93,7 +98,6 @@ class Bench:
         """
         self.config, self.spec = config, spec
         self.references = {arm.name: arm for arm in references}
-        self._workers: list[Any] = []
         self._drawn: dict[str, _Drawn | Exception] = {}
 
     def __enter__(self) -> "Bench":
@@ -102,7 +106,7 @@ class Bench:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for worker in self._workers:
+        for worker in self.__dict__.get("_workers", ()):  # where any were needed
             ray.kill(worker)
 
     def quality_of(self, reference: str) -> dict[str, Any]:
@@ -117,13 +121,16 @@ class Bench:
         """Speed and quality of an arm, JSON-ready, and the spread of the times.
 
         Raises:
-            Exception: whatever the arm or its reference raises.
+            Exception: whatever the arm or its reference raises, or `NotMeasuredError`.
         """
         reference = self._draw(arm.reference)
-        speed, spread = ray.get(self._started[0].times.remote(self.references[arm.reference], arm))
+        speed, spread = ray.get(self._workers[0].times.remote(self.references[arm.reference], arm))
         kept = self._look(arm, reference.blocks).kept
         full = reference.kept[arm.reference]
         quality = arm_quality(kept[arm.name], full, self._real, self._resamples, self._real_name)
+        for name, value in quality.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise NotMeasuredError(f"its {name} is {value}")
         return {"speedup": speed} | quality, spread
 
     def _draw(self, name: str) -> _Drawn:
@@ -142,7 +149,7 @@ class Bench:
         """All images of an arm; `blocks` are its reference's."""
         samples, size = self.config.evaluate.samples, self.config.evaluate.batch_size
         ranges = [range(i, min(i + size, samples)) for i in range(0, samples, size)]
-        workers, tasks = self._started, []
+        workers, tasks = self._workers, []
         for i, rows in enumerate(ranges):
             worker = workers[i % len(workers)]
             asked = (arm, rows, blocks[i] if blocks else None)
@@ -157,15 +164,22 @@ class Bench:
             raise
         return _Drawn(kept, [drawn for _, drawn in tasks])
 
-    @property
-    def _started(self) -> list[Any]:
-        if not self._workers:
-            settings = self.config.evaluate
-            kind = ray.remote(
-                num_cpus=1, num_gpus=int(settings.use_gpu), max_restarts=-1, max_task_retries=_RETRIES
-            )(ArmWorker)
-            self._workers = [kind.remote(self.config, self.spec) for _ in range(settings.num_actors)]
-        return self._workers
+    @cached_property
+    def _workers(self) -> list[Any]:
+        """As many as there is room for; none waits for longer than `_PATIENCE_S` once the first has begun."""
+        _ = self._real  # before workers have the GPUs: it may take one
+        settings = self.config.evaluate
+        kind: Any = ray.remote(
+            num_cpus=1, num_gpus=int(settings.use_gpu), max_restarts=-1, max_task_retries=_RETRIES
+        )(ArmWorker)
+        workers: list[Any] = [kind.remote(self.config, self.spec) for _ in range(settings.num_actors)]
+        begun = {worker.begun.remote(): worker for worker in workers}
+        ray.wait([*begun], num_returns=1)
+        ready, waiting = ray.wait([*begun], num_returns=len(begun), timeout=_PATIENCE_S)
+        for answer in waiting:
+            ray.kill(begun[answer])
+        ray.get(ready)
+        return [begun[answer] for answer in ready]
 
     @cached_property
     def _real(self) -> ReferenceSet | None:
