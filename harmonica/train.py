@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 
 from harmonica.artifact import RouterArtifact
+from harmonica.changed_settings import changed_settings
 from harmonica.command_line import fail, parse, say
-from harmonica.differences import differences
 from harmonica.family import FamilyRun
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.presets import RECIPES, Recipe
@@ -115,7 +115,7 @@ class _Folder:
         path = self.path / "settings.json"
         if not self._state.is_file() or not path.is_file():
             return
-        if others := differences(json.loads(path.read_text()), self.settings, free=_FREE_TO_CHANGE):
+        if others := changed_settings(json.loads(path.read_text()), self.settings, free=_FREE_TO_CHANGE):
             raise ValueError(
                 f"{others}: resume the run in {self.path} with its own settings, or give another output"
             )

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from harmonica.differences import differences
+from harmonica.changed_settings import changed_settings
 from harmonica.text.prompt_files import MANIFEST
 from pipelines import tracking
 from pipelines.compare_config import free_to_change
@@ -84,7 +84,7 @@ def take_up(config: WorkflowConfig, storage: RunStorage) -> None:
     before, again = storage.read_json(CONFIG), stages_again(config)
     free = _FREE.union(again, ("sampler", "seed") if "train" in again else ())
     free |= _FREE_IN_TRAIN | free_to_change(before.get("compare", {}), wanted["compare"])
-    if others := differences(before, wanted, free):
+    if others := changed_settings(before, wanted, free):
         raise ValueError(
             f"{others}: resume run_id {config.run_id} with its own settings, or take a new run id"
         )

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
+from harmonica.changed_settings import changed_settings
 from harmonica.command_line import say
-from harmonica.differences import differences
 from pipelines import tracking
 from pipelines.charts import png_of
 from pipelines.config import WorkflowConfig
@@ -81,7 +81,7 @@ def check(config: WorkflowConfig, storage: RunStorage) -> None:
         trial.settings(config)
     if "sweep" in stages_again(config) or not storage.exists(_SETTINGS):
         return
-    if others := differences({"sweep": storage.read_json(_SETTINGS)}, {"sweep": _settings(config)}):
+    if others := changed_settings({"sweep": storage.read_json(_SETTINGS)}, {"sweep": _settings(config)}):
         raise ValueError(
             f"{others}: go on with the sweep of run_id {config.run_id} as it was begun, or give --from sweep "
             "to do it again"

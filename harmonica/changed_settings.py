@@ -6,7 +6,7 @@ from typing import Any
 _SHOWN = 3
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
     """What differs, such as `compare.samples was 64 and is 32`; "" where nothing does.
 
     Args:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from harmonica.differences import differences
+from harmonica.changed_settings import changed_settings
 
 BEFORE = {"seed": 0, "train": {"batch_size": 8, "sdt": {"threshold": 0.1}}, "model": {"shape": None}}
 
@@ -31,4 +31,4 @@ BEFORE = {"seed": 0, "train": {"batch_size": 8, "sdt": {"threshold": 0.1}}, "mod
     ],
 )
 def test_what_differs_is_named_and_nothing_else(now: dict, free: tuple[str, ...], words: str) -> None:
-    assert differences(BEFORE, now, free) == words
+    assert changed_settings(BEFORE, now, free) == words
