@@ -65,7 +65,7 @@ def compare(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any]
         references.append(uncached)
         contenders += [_of_library(arm) for arm in cached]
     settings = dataclasses.replace(config.evaluate, samples=config.compare.samples)
-    results = Results(storage, FOLDER, config.compare.samples)
+    results = Results(storage, _folder(storage), config.compare.samples)
     with Bench(dataclasses.replace(config, evaluate=settings), spec, references) as bench:
         if (full := results.get(FULL)) is None:
             results.put(FULL, full := bench.quality_of(FULL))
@@ -123,7 +123,9 @@ def _learned(config: WorkflowConfig, storage: RunStorage, macs: Macs) -> tuple[l
             settings = learners(config.train, target, rivals=config.compare.learners)
             wanted |= {Entry(method, target, seed): train for method, train in settings.items()}
     task = ray.remote(num_cpus=1, num_gpus=int(config.evaluate.use_gpu), max_retries=3)(_train_one)
-    left = {e: train for e, train in wanted.items() if not storage.exists(f"{_place(e)}/config.json")}
+    left = {
+        e: train for e, train in wanted.items() if not storage.exists(f"{_place(storage, e)}/config.json")
+    }
     running = {entry: task.remote(config, entry, train) for entry, train in left.items()}
     contenders, missing = [], []
     for entry in wanted:
@@ -132,7 +134,7 @@ def _learned(config: WorkflowConfig, storage: RunStorage, macs: Macs) -> tuple[l
             if entry in running:
                 ray.get(running[entry])
             doing = "its router cannot be read"
-            artifact = load_router(storage, _place(entry))
+            artifact = load_router(storage, _place(storage, entry))
         except Exception as error:  # of a worker, of a damaged file; the other arms count
             missing.append(about | {"reason": f"{doing}: {reason_of(error)}"})
             say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
@@ -143,8 +145,13 @@ def _learned(config: WorkflowConfig, storage: RunStorage, macs: Macs) -> tuple[l
     return sorted(contenders, key=lambda one: one.about["target_speedup"]), missing
 
 
-def _place(entry: Entry) -> str:
-    return f"{FOLDER}/{entry.name}"
+def _folder(storage: RunStorage) -> str:
+    """Of the run: where routers and results are kept, so that the comparison can go on."""
+    return FOLDER
+
+
+def _place(storage: RunStorage, entry: Entry) -> str:
+    return f"{_folder(storage)}/{entry.name}"
 
 
 def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig) -> None:
@@ -157,7 +164,7 @@ def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig) -> None
     _check_finite(artifact)
     storage = RunStorage(config.storage_path, config.run_id, patient=True)
     with tempfile.TemporaryDirectory() as folder:
-        storage.upload_folder(artifact.save(folder), _place(entry))
+        storage.upload_folder(artifact.save(folder), _place(storage, entry))
 
 
 def _check_finite(artifact: RouterArtifact) -> None:
