@@ -20,6 +20,7 @@ from harmonica.models.dit_config import DiTConfig
 from harmonica.models.loading import ModelConfig, load_model, read_model
 from harmonica.rows import Batch, RowSpec, make_rows
 from harmonica.samplers import SamplerConfig
+from pipelines.compare import _check_finite
 from pipelines.compare_config import CompareConfig, free_to_change
 from pipelines.comparing.comparison_picture import comparison_picture, line
 from pipelines.comparing.contenders import learners, unlearned
@@ -124,6 +125,18 @@ def test_a_router_is_called_what_it_is(tmp_path: Path, training: dict, name: str
     assert label_of_router(ours) == name
     linear = dataclasses.replace(ours, forecast_TBK=None)
     assert label_of_router(linear) == name.replace("fitted", "linear")
+
+
+def test_a_router_that_is_not_finite_is_no_contender(tmp_path: Path) -> None:
+    artifact = make_artifact(write_model(tmp_path))
+    _check_finite(artifact)
+    logits = artifact.logits_TB.clone()
+    logits[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="^the router's scores are not finite"):
+        _check_finite(dataclasses.replace(artifact, logits_TB=logits))
+    weights = torch.full((*logits.shape, 3), torch.inf)
+    with pytest.raises(ValueError, match="^the router's forecasts are not finite"):
+        _check_finite(dataclasses.replace(artifact, forecast_TBK=weights))
 
 
 def test_points_of_versions_before_this_one_get_names() -> None:
