@@ -132,10 +132,10 @@ def test_a_router_that_is_not_finite_is_no_contender(tmp_path: Path) -> None:
     _check_finite(artifact)
     logits = artifact.logits_TB.clone()
     logits[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="^the router's scores are not finite"):
+    with pytest.raises(ValueError, match=r"^the router's scores are not finite"):
         _check_finite(dataclasses.replace(artifact, logits_TB=logits))
     weights = torch.full((*logits.shape, 3), torch.inf)
-    with pytest.raises(ValueError, match="^the router's forecasts are not finite"):
+    with pytest.raises(ValueError, match=r"^the router's forecasts are not finite"):
         _check_finite(dataclasses.replace(artifact, forecast_TBK=weights))
 
 
