@@ -24,6 +24,7 @@ from harmonica.tensor_files import write_tensors
 
 FORMAT_VERSION = 2
 _SAMPLE = "sample.safetensors"
+_STARTS = {"measured": "step search", "even": "even steps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +64,14 @@ class RouterArtifact:
         (`harmonica.choice`).
         """
         chosen, initial = self.training.get("chosen", "trained"), self.training.get("initial")
-        searched = {"measured": ["step search"], "even": ["even steps"]}
-        start = searched.get(initial if chosen == "trained" else chosen, [])
-        forecast = "forecast" if self.forecast_TBK is None else "fitted forecast"
-        reused = [forecast] if self.reuse == "forecast" else []
-        trained = ["trained router"] if chosen == "trained" else []
-        return " + ".join([*start, *reused, *trained])
+        start = chosen if chosen in _STARTS else initial
+        forecast = "linear forecast" if self.forecast_TBK is None else "fitted forecast"
+        parts = [
+            _STARTS.get(start, ""),
+            forecast if self.reuse == "forecast" else "held values",
+            "trained router" if chosen == "trained" else "",
+        ]
+        return " + ".join(part for part in parts if part)
 
     @classmethod
     def build(

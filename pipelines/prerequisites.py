@@ -1,6 +1,5 @@
 """What a run's stages need of each other and of the model: refused before any work starts."""
 
-from harmonica.artifact import RouterArtifact
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import LoadedModel
 from harmonica.models.vae import draws_pixels
@@ -9,6 +8,7 @@ from pipelines import resume
 from pipelines.config import WorkflowConfig
 from pipelines.judges import check_judges
 from pipelines.resume import ROUTER
+from pipelines.routers import load_router
 from pipelines.storage import RunStorage
 
 
@@ -31,7 +31,7 @@ def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMode
             "stage serve out"
         )
     if resume.is_finished("train", config, storage):
-        RouterArtifact.load(storage.download_folder(ROUTER)).check(model, config.sampler)
+        load_router(storage, ROUTER).check(model, config.sampler)
     elif "train" not in stages and {"evaluate", "register"} & set(stages):
         raise ValueError(
             f"stages is {stages} and run_id {config.run_id} has no router yet: "

@@ -161,7 +161,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     nodes = worker_nodes(run.device)
     if keeper is not None:
         keeper.say_where(nodes)
-    times, last_checkpoint = WorkerTimes(run.device), time.monotonic()
+    times, last_checkpoint = WorkerTimes(), time.monotonic()
     for rows in _trajectories(run, spec, times, tell):
         metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
         times.add(metrics)

@@ -25,6 +25,7 @@ from harmonica.rows import Batch, Share, make_rows
 from harmonica.samplers import SamplerConfig
 from pipelines.checkpoints import FOLDER
 from pipelines.presets import fashion
+from pipelines.routers import load_router
 from pipelines.storage import RunStorage
 from pipelines.train import start_run
 
@@ -144,9 +145,7 @@ class TrainingRun:
 
     @property
     def router(self) -> torch.Tensor:
-        from harmonica.artifact import RouterArtifact
-
-        return RouterArtifact.load(self.storage.download_folder("router")).logits_TB
+        return load_router(self.storage, "router").logits_TB
 
     def curves(self, database: Path | None = None) -> Curves:
         """Every metric of training that is not a time: (step, value) of all points that MLflow has."""

@@ -77,7 +77,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(command, tmp_path):
     resumed = train.train(often, quiet)
     assert torch.equal(resumed.logits_TB, whole.logits_TB)
     assert [line["trajectory"] for line in lines_of(command.output)] == [1, 2, 3, 4], "none twice"
-    with pytest.raises(ValueError, match=r"seed is 1 and the run in .* was started with 0: resume it with"):
+    with pytest.raises(ValueError, match=r"^seed was 0 and is 1: resume the run in .* with its own"):
         train.train(dataclasses.replace(often, seed=1), quiet)
 
 

@@ -80,7 +80,6 @@ def test_a_fit_holds_for_images_it_has_not_seen(sampler):
     before = error(sampler, fit.planned(), 100, 16)
     for k in range(16):
         metrics = fit.train_one(sampler, [rows(4 * k)], lambda sums: None)
-        assert metrics["loss"] > 0
         assert ("forecast.ridge" in metrics) == (k in (7, 15)), "a round ends after half of the trajectories"
     assert error(sampler, fit.planned(), 100, 16) < 0.8 * before
 

@@ -99,9 +99,16 @@ def test_auto_is_the_classifier_for_built_in_models_alone() -> None:
     check_judges(workflow(), load_model(ModelConfig()))
 
 
-@pytest.mark.parametrize("order", [("cached", "full"), ("full", "full"), ("full", NOISE_FLOOR)])
-def test_arms_out_of_order_or_of_one_name_are_refused(order: tuple[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"comes before its reference|two arms are named"):
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        (("cached", "full"), "^arm 'cached' comes before its reference 'full': put it after"),
+        (("full", "full"), "^two arms are named 'full': give each its own name"),
+        (("full", NOISE_FLOOR), f"^two arms are named '{NOISE_FLOOR}': give each its own name"),
+    ],
+)
+def test_arms_out_of_order_or_of_one_name_are_refused(order: tuple[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
         judge(workflow(), SPEC, [Arm(name, SAMPLER) for name in order])
 
 
@@ -173,7 +180,7 @@ def test_pictures_are_held_against_their_prompts(tmp_path: Path, monkeypatch: py
     bag, dress = CLASS_NAMES.index("Bag"), CLASS_NAMES.index("Dress")
     np.testing.assert_array_equal(out["label"], np.array([bag, dress, -1])[rows["label"]])
     scores = out["full.clip_score"]
-    assert scores.shape == (6,) and (scores >= 0).all() and len(set(scores.tolist())) > 1
+    assert scores.shape == (6,) and len(set(scores.tolist())) > 1
 
 
 @pytest.mark.cluster
