@@ -47,11 +47,18 @@ def _comparing(module: ModuleType) -> re.Pattern[str]:
     return re.compile("|".join([_COMPARES.pattern, *(rf"\b{name}\b" for name in names)]))
 
 
+@functools.cache
+def _is_elsewhere(module: ModuleType) -> bool:
+    """Whether processes of its own compute, or a store hands out what was computed before."""
+    return bool(re.search(r"\b(multiprocessing|mlflow|registry)\b", inspect.getsource(module)))
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Whatever compares what was computed is `numeric`, but for what has a cluster compute it."""
+    """Whatever compares what this process computed is `numeric`."""
     if not isinstance(item, pytest.Function) or item.get_closest_marker("cluster") is not None:
         return
-    if _comparing(item.module).search(inspect.getsource(item.function)):
+    compares = _comparing(item.module).search(inspect.getsource(item.function))
+    if compares and not _is_elsewhere(item.module):
         item.add_marker("numeric")
 
 

@@ -3,9 +3,12 @@
 Libraries choose their kernels by the processor. Here each is told in turn to take those of an older or a
 newer one, with one thread and with two, and once all sums are taken in another order than any of them
 (tests/other_sums.py). A setting can be without effect on the machine at hand, and its line says so: MKL
-takes its own processors' kernels on Intel alone, and AMX wants a CPU that has it.
+heeds MKL_ENABLE_INSTRUCTIONS on Intel's processors alone, and AMX wants a CPU that has it.
+
+    python -m tests.cpus [what pytest is to run of them: files, -k ...]
 """
 
+import functools
 import hashlib
 import os
 import subprocess
@@ -75,14 +78,14 @@ def kernels() -> str:
     return found.hexdigest()[:8]
 
 
-def run(threads: int, setting: dict[str, str]) -> Outcome:
+def run(threads: int, arguments: list[str], setting: dict[str, str]) -> Outcome:
     outcome, started = Outcome(threads, setting), time.monotonic()
     environment = os.environ | setting | {"HARMONICA_TEST_THREADS": str(threads)}
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--durations=0"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         done = subprocess.run(
-            [*pytest, "-m", "numeric and not slow and not gpu", f"--junitxml={report}"],
+            [*pytest, "-m", "numeric and not slow and not gpu", f"--junitxml={report}", *arguments],
             env=environment,
             cwd=ROOT,
             text=True,
@@ -114,14 +117,14 @@ def said(outcome: Outcome, plain: str) -> str:
     return "\n".join([line, *(f"       {test}" for test in outcome.failed)])
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Prints a line for each setting; 1 if a test failed under any."""
     own = subprocess.run(PROBE, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     failed: list[Outcome] = []
     for threads in (1, 2):
         settings = [setting for number, setting in SETTINGS if number == threads]
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // threads)) as pool:
-            for outcome in pool.map(run, [threads] * len(settings), settings):
+            for outcome in pool.map(functools.partial(run, threads, arguments), settings):
                 print(said(outcome, own), flush=True)
                 failed += [outcome] * bool(outcome.failed)
     for outcome in failed:
@@ -133,4 +136,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["kernels"]:
         print(kernels())
     else:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))

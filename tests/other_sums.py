@@ -40,11 +40,18 @@ def _order(name: str, shapes: tuple[tuple[int, ...], ...], size: int) -> Tensor:
     return torch.randperm(size, generator=generator)
 
 
+def _shuffle(matrix: Tensor, order: Tensor, dim: int) -> Tensor:
+    """As it lies in memory, since a transposed one has kernels of its own."""
+    if matrix.stride(-1) == 1:
+        return matrix.index_select(dim, order)
+    return matrix.mT.index_select(-3 - dim, order).mT
+
+
 def _product(kernel: Kernel, name: str) -> Kernel:
     """`mm` and `bmm` of (..., M, K) and (..., K, N); `addmm` and `baddbmm`, which have a sum before them.
 
     The last third of the M rows has an order of its own, as rows have that fill no tile or are another
-    thread's.
+    thread's; not so in half precision, whose products are slow enough.
     """
 
     def other(keys: Any, *operands: Tensor, **factors: float) -> Tensor:
@@ -52,8 +59,10 @@ def _product(kernel: Kernel, name: str) -> Kernel:
         results = []
         for part in ("first", "last"):
             order = _order(name + part, (tuple(a.shape), tuple(b.shape)), a.shape[-1])
-            shuffled = a.index_select(-1, order), b.index_select(-2, order)
+            shuffled = _shuffle(a, order, -1), _shuffle(b, order, -2)
             results.append(kernel(keys, *total, *shuffled, **factors))
+            if a.dtype in (torch.float16, torch.bfloat16):
+                return results[0]
         first = a.shape[-2] - a.shape[-2] // 3
         return torch.cat([results[0][..., :first, :], results[1][..., first:, :]], dim=-2)
 
