@@ -40,6 +40,7 @@ SETTINGS: tuple[tuple[int, dict[str, str]], ...] = (
 )
 """Threads, and what the environment has on top: one variable at a time, and both ends."""
 ROOT = Path(__file__).parent.parent
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 PROBE = [sys.executable, "-m", "tests.cpus", "kernels"]
 
 
@@ -78,14 +79,24 @@ def kernels() -> str:
     return found.hexdigest()[:8]
 
 
-def run(threads: int, arguments: list[str], setting: dict[str, str]) -> Outcome:
+def collect(arguments: list[str]) -> list[str]:
+    """Ids of the numeric tests."""
+    command = [*PYTEST, "--collect-only", "-m", "numeric and not slow and not gpu", *arguments]
+    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    found = [line for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
+    if done.returncode or not found:
+        raise SystemExit(f"{done.stdout}\npytest collected no numeric tests, or not all")
+    return found
+
+
+def run(threads: int, tests: list[str], setting: dict[str, str]) -> Outcome:
     outcome, started = Outcome(threads, setting), time.monotonic()
     environment = os.environ | setting | {"HARMONICA_TEST_THREADS": str(threads)}
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--durations=0"]
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
+        report, chosen = Path(folder, "report.xml"), Path(folder, "tests")
+        chosen.write_text("\n".join(tests))
         done = subprocess.run(
-            [*pytest, "-m", "numeric and not slow and not gpu", f"--junitxml={report}", *arguments],
+            [*PYTEST, "--tb=short", "--no-showlocals", f"--junitxml={report}", f"@{chosen}"],
             env=environment,
             cwd=ROOT,
             text=True,
@@ -98,7 +109,7 @@ def run(threads: int, arguments: list[str], setting: dict[str, str]) -> Outcome:
                 outcome.failed.append(f"{case.get('classname')}::{case.get('name')}")
             elif case.find("skipped") is None:
                 outcome.passed += 1
-    if done.returncode not in (0, 1) or not outcome.passed:
+    if done.returncode not in (0, 1):
         outcome.failed.append(f"pytest ended with {done.returncode}")
     outcome.kernels = subprocess.run(PROBE, env=environment, cwd=ROOT, capture_output=True, text=True).stdout
     return outcome
@@ -119,12 +130,14 @@ def said(outcome: Outcome, plain: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Prints a line for each setting; 1 if a test failed under any."""
+    tests = collect(arguments)
+    print(f"{len(tests)} numeric tests under {len(SETTINGS)} settings", flush=True)
     own = subprocess.run(PROBE, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     failed: list[Outcome] = []
     for threads in (1, 2):
         settings = [setting for number, setting in SETTINGS if number == threads]
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // threads)) as pool:
-            for outcome in pool.map(functools.partial(run, threads, arguments), settings):
+            for outcome in pool.map(functools.partial(run, threads, tests), settings):
                 print(said(outcome, own), flush=True)
                 failed += [outcome] * bool(outcome.failed)
     for outcome in failed:
