@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerances import of_pass
 
 from harmonica.checkpoints import load_weights, read_released_router, read_tensors
 from harmonica.models.diffusers_folder import write_diffusers
@@ -178,8 +179,9 @@ def test_precision_changes_the_numbers_but_not_who_the_model_is(path, state, tin
     assert half.identity() == full.identity()
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([999, 3]), torch.tensor([1, 10])
     output, wanted = half(*inputs), full(*inputs)
-    assert 1e-5 < (output - wanted).norm() / wanted.norm() < 0.05
-    torch.testing.assert_close(full(inputs[0].double(), *inputs[1:]), wanted)  # a sampler may be more precise
+    assert 1e-5 < (output - wanted).norm() / wanted.norm() < of_pass(half.dtype)
+    precise = full(inputs[0].double(), *inputs[1:])  # a sampler may be
+    assert (precise - wanted).norm() / wanted.norm() < of_pass(torch.float32)
     half.initialize(torch.Generator().manual_seed(5))
     assert half.fingerprint() != full.fingerprint()
 

@@ -13,6 +13,7 @@ from judging_networks import write_alexnet, write_clip, write_inception
 from tiny_dit import SHAPE, write_model
 from tiny_pipeline import write_pipeline
 from tiny_text import write_store
+from tolerances import NOISIEST, rounding
 
 from harmonica.models.fetch import local_path
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig, load_model
@@ -29,6 +30,8 @@ from pipelines.timing import Arm
 
 SAMPLER = SamplerConfig(num_inference_steps=3)
 SPEC = RowSpec(seed=5, num_classes=10, shape=(1, 28, 28))
+NEAR = rounding(torch.float32, 3 * 2 * 12 * 1000, amplification=NOISIEST, is_random=True)
+"""Three guided steps through twelve blocks, 1000 roundings in a row each: 128 wide, 49 tokens, MLP of 512."""
 
 
 def workflow(**settings: Any) -> WorkflowConfig:
@@ -124,10 +127,8 @@ def test_an_actor_s_columns_do_not_depend_on_the_batch() -> None:
         *(f"{NOISE_FLOOR}.{name}" for name in ("pooled", "spatial", "logits")),
     }
     for name, column in whole.items():
-        # To the rounding of the sampler's matrix products, which differ with the batch.
-        np.testing.assert_allclose(
-            np.concatenate([part[name] for part in parts]), column, rtol=1e-3, atol=1e-4
-        )
+        found = np.concatenate([part[name] for part in parts])
+        assert np.linalg.norm(found - column) <= NEAR * np.linalg.norm(column), name
     assert not np.allclose(whole[f"{NOISE_FLOOR}.pooled"], whole["full.pooled"])
 
 
@@ -196,4 +197,4 @@ def test_neither_workers_nor_batches_change_the_report(request: pytest.FixtureRe
     for arm, report in plain.items():
         for name, value in report.items():
             if name != NOISE_FLOOR:
-                assert batches[arm][name] == pytest.approx(value, rel=1e-4, abs=1e-4), (arm, name)
+                assert batches[arm][name] == pytest.approx(value, rel=NEAR, abs=NEAR), (arm, name)
