@@ -28,6 +28,7 @@ import torch.distributed as dist
 from harmonica.artifact import RouterArtifact
 from harmonica.command_line import fail, parse, say
 from harmonica.family import FamilyRun
+from harmonica.finite import NotFinite
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.presets import RECIPES, Recipe
 from harmonica.rows import Batch, RowSpec, Share, make_rows
@@ -193,12 +194,14 @@ def _preset(recipe: Callable[[], Recipe]) -> TrainCommand:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when trained, 2 for unusable input."""
+    """Exit code 0 when trained, 2 for unusable input, 1 where what is computed is not finite."""
     presets = {name: functools.partial(_preset, recipe) for name, recipe in RECIPES.items()}
     try:
         train(parse(arguments, presets, "python -m harmonica.train"))
     except ValueError as error:
         return fail(error, code=2)
+    except NotFinite as error:
+        return fail(str(error), code=1)
     except KeyboardInterrupt:
         return fail("interrupted: the same command goes on from the last state", code=130)
     return 0

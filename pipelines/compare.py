@@ -22,7 +22,7 @@ from pipelines.comparing.contenders import OURS, Entry, full_arm, learned_arm, l
 from pipelines.comparing.rivals import LibraryArm, library_arms
 from pipelines.config import TrainConfig, WorkflowConfig
 from pipelines.judging import judge
-from pipelines.runtime import quiet_libraries
+from pipelines.runtime import plainly, quiet_libraries
 from pipelines.storage import RunStorage
 from pipelines.stream import row_spec
 from pipelines.timing import FULL, SEED_OFFSET, Arm, device_of, median_times
@@ -33,6 +33,7 @@ _NEAR = 0.97
 """Of a target: an arm so fast counts as meeting it."""
 
 
+@plainly()
 def compare(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any], Figure]:
     """All points, JSON-ready, and their picture: quality against measured speed."""
     config = dataclasses.replace(config, storage_path=storage.root)

@@ -11,6 +11,7 @@ import numpy as np
 import ray
 from ray.data import ActorPoolStrategy
 
+from harmonica.finite import check_finite
 from harmonica.judging.arm_statistics import ArmStatistics
 from harmonica.judging.quality import Resamples, arm_quality, distances_to_full
 from harmonica.judging.reference_sets import ReferenceSet
@@ -82,6 +83,7 @@ class ArmSampler:
         out = {"index": batch["index"], "label": self._classes(batch["label"], prompts)}
         for arm in self.arms:
             images[arm.name] = ours = self.judges.shown(arm.sample(self.model, rows))
+            check_finite(ours, f"images of arm {arm.name!r} are")
             columns = self.judges.features(ours) | self.judges.fidelity(ours, prompts)
             if arm.name != arm.reference:
                 columns |= self.judges.nearness(ours, images[arm.reference])
@@ -95,7 +97,9 @@ class ArmSampler:
         other = replace(self.spec, seed=self.spec.seed + _OTHER_SEED)
         full = next(arm for arm in self.arms if arm.name == self.arms[0].reference)
         drawn = full.sample(self.model, Batch.of(make_rows(index, other), other, self.device))
-        return self.judges.features(self.judges.shown(drawn))
+        shown = self.judges.shown(drawn)
+        check_finite(shown, f"images of arm {full.name!r} are")
+        return self.judges.features(shown)
 
     def _prompts(self, labels: np.ndarray) -> list[str] | None:
         """What was asked for in words, where somebody reads it."""

@@ -5,10 +5,13 @@ import os
 import signal
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 
+from harmonica.finite import NotFinite
 from pipelines.storage import ENDPOINT
 
 logger = logging.getLogger(__name__)
@@ -91,6 +94,22 @@ def connect(endpoint: str = "") -> None:
         logging_level=logging.WARNING,
     )
     _settle_sigterm()
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """What a worker met that is not finite, as itself: without Ray's account of where it was."""
+    try:
+        yield
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None:
+            # A task's error has its own in `cause`, what Ray Data raises in the usual place.
+            inner = getattr(found, "cause", None) or found.__cause__
+            if isinstance(found, NotFinite) and not isinstance(inner, NotFinite):
+                raise NotFinite(str(found)) from None
+            found = inner
+        raise
 
 
 def is_private() -> bool:

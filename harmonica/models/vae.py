@@ -82,9 +82,10 @@ def pixels_per_latent(vae: Any) -> int:
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents_NCHW: Tensor) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1], float32, of latents in the model's scale."""
+    """Images (N, 3, H, W) in [-1, 1], float32, of latents in the model's scale; NaN where not finite."""
     latents = latents_NCHW.to(device=vae.device, dtype=vae.dtype) / vae.config.scaling_factor
     shift = getattr(vae.config, "shift_factor", None)
     if shift is not None:
         latents = latents + shift
-    return vae.decode(latents).sample.float().clamp(-1, 1)
+    images = vae.decode(latents).sample.float()
+    return images.clamp(-1, 1).where(images.isfinite(), torch.nan)  # an overflow would be clamped to black

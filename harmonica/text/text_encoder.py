@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from harmonica.checkpoints import read_tensors
+from harmonica.finite import check_finite
 from harmonica.models.base import FINGERPRINT_VALUES, weights_fingerprint
 from harmonica.models.repository_files import ENCODER_STEMS
 from harmonica.models.weight_files import contents, find_weights
@@ -173,6 +174,7 @@ class TextEncoder:
         Raises:
             ValueError: no prompts.
             PromptTooLong: a prompt is over the limit and that is to be refused.
+            NotFinite: an embedding is not finite.
         """
         if not prompts:
             raise ValueError("prompts is []: give at least one")
@@ -189,7 +191,15 @@ class TextEncoder:
         self._check_lengths([texts[row] for row in full], len(texts), max_tokens, over_limit)
         device = self.model.device
         mask = tokens.attention_mask.to(device)
-        return self.model(tokens.input_ids.to(device), attention_mask=mask)[0], mask.bool()
+        embeddings = self.model(tokens.input_ids.to(device), attention_mask=mask)[0]
+        dtype = str(embeddings.dtype).removeprefix("torch.")
+        check_finite(
+            embeddings,
+            f"embeddings of the text encoder in {self.folder} are",
+            f"it runs in {dtype}, whose range a T5 may leave: give prompts.dtype bfloat16 or float32, or "
+            "fetch its weights again",
+        )
+        return embeddings, mask.bool()
 
     def _check_lengths(self, full: list[str], total: int, max_tokens: int, over_limit: OverLimit) -> None:
         """Of prompts that fill all S tokens, which lost some?"""
