@@ -49,14 +49,17 @@ def _format_of(path: Path) -> Format:
     raise ValueError(f"checkpoint {path} {words}")
 
 
-def _read_pt(path: Path, *, is_mappable: bool) -> Any:
+def _read_pt(path: Path, kind: Format) -> Any:
     try:
         # Namespace: the released training script stores its arguments beside the tensors.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable)
+            if kind == "zip" and path.suffix != ".safetensors":  # by which torch.load goes
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, struct.error) as error:
         refused = _REFUSED.search(str(error))
-        if refused or (is_mappable and isinstance(error, pickle.UnpicklingError)):
+        if refused or (kind == "zip" and isinstance(error, pickle.UnpicklingError)):
             named = f" ({refused[1]} would have to be executed)" if refused else ""
             raise ValueError(
                 f"checkpoint {path} holds more than tensors and is refused{named}: save its state dict alone"
@@ -88,7 +91,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} does not exist: {cure}")
     found = _format_of(path)
     if found != "safetensors":
-        return _read_pt(path, is_mappable=found == "zip")
+        return _read_pt(path, found)
     try:
         return load_file(path)
     except SafetensorError as error:
