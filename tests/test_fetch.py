@@ -231,7 +231,7 @@ FORMS: dict[str, Form] = {
     "plain": lambda folder: None,
     "shards": sharded(),
     "fp16": variant("fp16"),
-    "bf16 shards": variant("bf16", max_shard_size="20KB"),
+    "bf16 shards": variant("bf16", max_shard_size="8KB"),
     "both": beside_broken("fp16"),
 }
 

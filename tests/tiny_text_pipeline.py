@@ -55,7 +55,7 @@ def variant(name: str, **how: object) -> Form:
 
 
 def sharded(**how: object) -> Form:
-    return lambda folder: _saved_again(folder, max_shard_size="20KB", **how)
+    return lambda folder: _saved_again(folder, max_shard_size="8KB", **how)
 
 
 def beside_broken(name: str) -> Form:
