@@ -179,6 +179,12 @@ class RouterArtifact:
                 f"router {folder}: config.json lacks or misnames {error}: write it again with "
                 "RouterArtifact.save"
             ) from error
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"router {folder}: {name} in router.safetensors is not finite: the folder is damaged or "
+                    "its training diverged, fetch it again or train again"
+                )
         if artifact.plan.to_strings() != stored_plan:
             raise ValueError(
                 f"router {folder}: the plan in config.json is not that of router.safetensors at "

@@ -30,6 +30,7 @@ from harmonica.artifact import RouterArtifact
 from harmonica.changed_settings import changed_settings
 from harmonica.command_line import fail, parse, say
 from harmonica.family import FamilyRun, family_phases
+from harmonica.finite import NotFinite
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.phases import Progress
 from harmonica.presets import RECIPES, Recipe
@@ -229,12 +230,14 @@ def _preset(recipe: Callable[[], Recipe]) -> TrainCommand:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when trained, 2 for unusable input."""
+    """Exit code 0 when trained, 2 for unusable input, 1 where what is computed is not finite."""
     presets = {name: functools.partial(_preset, recipe) for name, recipe in RECIPES.items()}
     try:
         train(parse(arguments, presets, "python -m harmonica.train"))
     except ValueError as error:
         return fail(error, code=2)
+    except NotFinite as error:
+        return fail(str(error), code=1)
     except KeyboardInterrupt:
         return fail("interrupted: the same command goes on from the last state", code=130)
     return 0

@@ -14,7 +14,6 @@ from typing import Any
 import ray
 from matplotlib.figure import Figure
 
-from harmonica.artifact import RouterArtifact
 from harmonica.command_line import say
 from harmonica.models.base import Macs
 from harmonica.models.loading import load_model
@@ -29,7 +28,7 @@ from pipelines.comparing.results import Results, compared
 from pipelines.comparing.rivals import LibraryArm, library_arms
 from pipelines.config import TrainConfig, WorkflowConfig
 from pipelines.routers import load_router
-from pipelines.runtime import quiet_libraries
+from pipelines.runtime import plainly, quiet_libraries
 from pipelines.storage import RunStorage
 from pipelines.stream import row_spec
 from pipelines.timing import FULL, SEED_OFFSET, Arm, device_of
@@ -49,6 +48,7 @@ class _Contender:
     arm: Arm
 
 
+@plainly()
 def compare(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any], Figure]:
     """All points, JSON-ready, what was not measured and why, and the picture: quality against measured speed.
 
@@ -161,17 +161,9 @@ def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig) -> None
     for _ in trained(run, spec, Share(train.batch_size)):
         pass
     artifact = run.artifact(**config.to_dict()["train"])
-    _check_finite(artifact)
     storage = RunStorage(config.storage_path, config.run_id, patient=True)
     with tempfile.TemporaryDirectory() as folder:
         storage.upload_folder(artifact.save(folder), _place(storage, entry))
-
-
-def _check_finite(artifact: RouterArtifact) -> None:
-    tables = {"scores": artifact.logits_TB, "forecasts": artifact.forecast_TBK}
-    for name, table in tables.items():
-        if table is not None and not table.isfinite().all():
-            raise ValueError(f"the router's {name} are not finite")
 
 
 def _unlearned(config: WorkflowConfig, macs: Macs) -> list[_Contender]:

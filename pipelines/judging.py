@@ -13,6 +13,7 @@ from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
+from harmonica.finite import check_finite
 from harmonica.judging.arm_statistics import ArmStatistics
 from harmonica.judging.quality import Resamples, arm_quality, distances_to_full
 from harmonica.judging.reference_sets import ReferenceSet
@@ -97,7 +98,7 @@ class ArmSampler:
             drawn: what references that are not among the arms drew from the same rows.
 
         Raises:
-            ValueError: an arm draws what is not finite.
+            NotFinite: an arm draws what is not finite.
         """
         rows, drawn = Batch.of(batch, self.spec, self.device), dict(drawn)
         images = {name: self.judges.shown(samples) for name, samples in drawn.items()}
@@ -105,9 +106,8 @@ class ArmSampler:
         out = {"index": batch["index"], "label": self._classes(batch["label"], prompts)}
         for arm in arms:
             drawn[arm.name] = samples = arm.sample(self.model, rows)
-            if not samples.isfinite().all():
-                raise ValueError(f"arm {arm.name!r} draws images that are not finite")
             images[arm.name] = ours = self.judges.shown(samples)
+            check_finite(ours, f"images of arm {arm.name!r} are")
             columns = self.judges.features(ours) | self.judges.fidelity(ours, prompts)
             if arm.name != arm.reference:
                 columns |= self.judges.nearness(ours, images[arm.reference])
@@ -118,7 +118,9 @@ class ArmSampler:
         """Features of what a reference draws from the same rows of another seed."""
         other = replace(self.spec, seed=self.spec.seed + _OTHER_SEED)
         drawn = reference.sample(self.model, Batch.of(make_rows(index, other), other, self.device))
-        columns = self.judges.features(self.judges.shown(drawn))
+        shown = self.judges.shown(drawn)
+        check_finite(shown, f"images of arm {reference.name!r} are")
+        columns = self.judges.features(shown)
         return {f"{NOISE_FLOOR}.{name}": column for name, column in columns.items()}
 
     def _prompts(self, labels: np.ndarray) -> list[str] | None:

@@ -14,6 +14,7 @@ import psutil
 import ray
 from ray._private import ray_constants
 
+from harmonica.finite import NotFinite
 from pipelines.remarks import drop_remarks
 from pipelines.storage import ENDPOINT
 
@@ -177,6 +178,22 @@ def _interface_of(address: str) -> str:
         if any(one.family == socket.AF_INET and one.address == address for one in addresses):
             return name
     return ""
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """What a worker met that is not finite, as itself: without Ray's account of where it was."""
+    try:
+        yield
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None:
+            # A task's error has its own in `cause`, what Ray Data raises in the usual place.
+            inner = getattr(found, "cause", None) or found.__cause__
+            if isinstance(found, NotFinite) and not isinstance(inner, NotFinite):
+                raise NotFinite(str(found)) from None
+            found = inner
+        raise
 
 
 def is_private() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from harmonica.artifact import RouterArtifact
 from harmonica.command_line import say
 from harmonica.family import member_name
+from harmonica.models.fetch import pinned
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler, with_scheduler
 from harmonica.text.prompt_files import MANIFEST
@@ -122,7 +123,7 @@ class Workflow:
         model, uri = self.config.model, self.storage.uri(PROMPTS)
         if self.storage.exists(f"{PROMPTS}/{MANIFEST}"):
             return f"{len(PromptStore(uri))} prompts, done before"
-        path = f"{model.path}@{model.revision}" if model.revision else model.path
+        path = pinned(model.path, model.revision)
         with self._stage("prompts"):
             store = embed_prompts(self.config.prompts, path, uri)
         return f"{len(store)} prompts, {store.mean_stored_bytes:,.0f} bytes each"

@@ -25,6 +25,7 @@ from pipelines.pareto import front_figure, on_front
 from pipelines.publishing import register_beside
 from pipelines.resume import ROUTER, SWEEP, stages_again
 from pipelines.routers import load_router
+from pipelines.runtime import plainly
 from pipelines.storage import RunStorage
 from pipelines.sweep_trial import (
     FOLDER,
@@ -88,6 +89,7 @@ def check(config: WorkflowConfig, storage: RunStorage) -> None:
         )
 
 
+@plainly()
 def sweep(config: WorkflowConfig, storage: RunStorage, run: tracking.StageRun) -> dict[str, Any]:
     """Train, measure and register; returns what is written to `sweep.json`.
 

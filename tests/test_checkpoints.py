@@ -115,8 +115,7 @@ def test_a_checkpoint_of_another_model_names_the_keys(path, state, tiny_dit, tin
     quantised = state | {"final_layer.linear.bias": torch.zeros(32, dtype=torch.int8)}
     assert "final_layer.linear.bias, (32,) torch.int8 where the model has (32,)" in said(quantised)
     assert "final_layer.linear.bias, float where the model" in said(state | {"final_layer.linear.bias": 1.0})
-    assert "holds no named tensors: give a state dict" in said(list(state.values()))
-    assert "holds no named tensors: give a state dict" in said({"ema": torch.zeros(3)})
+    assert "holds no named tensors but a list: give a state dict" in said(list(state.values()))
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
@@ -132,7 +131,8 @@ def test_what_cannot_be_loaded_says_what_to_give(path, tmp_path, state):
     torch.save(state, path)
     with pytest.raises(ValueError, match=r"model.path /none does not exist: give builtin:fashion-dit"):
         load_model(ModelConfig(path="/none"))
-    with pytest.raises(ValueError, match=r"no usable config.json .*; it holds dit.pt: give a folder with"):
+    path.rename(tmp_path / "dit.data")
+    with pytest.raises(ValueError, match=r"no usable config.json .*; it holds dit.data: give a folder with"):
         load_model(ModelConfig(path=str(tmp_path)))
     (tmp_path / "config.json").write_text('{"shape": {"depth": 3}}')
     with pytest.raises(ValueError, match=r"no usable config.json .*'depth'"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from tiny_dit import SHAPE, make_artifact, write_model
+from tiny_dit import SHAPE, write_model
 from torch import Tensor
 
 import workflow
@@ -20,7 +20,6 @@ from harmonica.models.dit_config import DiTConfig
 from harmonica.models.loading import ModelConfig, load_model, read_model
 from harmonica.rows import Batch, RowSpec, make_rows
 from harmonica.samplers import SamplerConfig
-from pipelines.compare import _check_finite
 from pipelines.compare_config import CompareConfig, free_to_change
 from pipelines.comparing.comparison_picture import comparison_picture, line
 from pipelines.comparing.contenders import learners, unlearned
@@ -105,18 +104,6 @@ def test_what_was_not_measured_is_in_the_table_the_picture_and_on_the_page(
     page = render(fashion(), storage, {}, {})
     assert "HarmoniCa (paper) at 1.4x seed 1" in page and "&lt;b&gt;no room" in page
     assert (OURS_LABEL in page) == measured
-
-
-def test_a_router_that_is_not_finite_is_no_contender(tmp_path: Path) -> None:
-    artifact = make_artifact(write_model(tmp_path))
-    _check_finite(artifact)
-    logits = artifact.logits_TB.clone()
-    logits[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"^the router's scores are not finite"):
-        _check_finite(dataclasses.replace(artifact, logits_TB=logits))
-    weights = torch.full((*logits.shape, 3), torch.inf)
-    with pytest.raises(ValueError, match=r"^the router's forecasts are not finite"):
-        _check_finite(dataclasses.replace(artifact, forecast_TBK=weights))
 
 
 def test_points_of_versions_before_this_one_get_names() -> None:

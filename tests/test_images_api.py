@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import openai
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from tiny_dit import make_artifact, write_model
@@ -335,3 +336,46 @@ def test_a_trajectory_that_stands_still_is_no_health(source, monkeypatch):
     monkeypatch.setattr(source, "_began", time.perf_counter() - CONFIG.stall_timeout_s - 1)
     with pytest.raises(RuntimeError, match=r"more than serve\.stall_timeout_s"):
         source.check_health()
+
+
+@pytest.fixture
+def spoilt(source, monkeypatch):
+    """Every row of seed 13 is drawn as NaN, in the last value alone."""
+    draw = source.images.draw
+
+    def spoil(rows, router=None, on_preview=None):
+        images = draw(rows, router, on_preview).clone()
+        for row, image in zip(rows, images):
+            if row.seed == 13:
+                image[-1, -1, -1] = torch.nan
+        return images
+
+    monkeypatch.setattr(source.images, "draw", spoil)
+
+
+def test_a_row_that_is_not_finite_fails_alone(client, source, spoilt, caplog):
+    """Never a black picture with 200; those of its batch get theirs."""
+    slow = {"prompt": "Bag", "n": 2}
+    with ThreadPoolExecutor(3) as pool, caplog.at_level("ERROR", logger="ray.serve"):
+        answers = list(pool.map(lambda seed: client.post(PATH, json=slow | {"seed": seed}), (12, 13, 14)))
+    assert [answer.status_code for answer in answers] == [200, 500, 200]
+    assert all(len(answers[i].json()["data"]) == 2 for i in (0, 2))
+    message = refused(answers[1], 500, None, "internal_error")
+    assert message == "drawing failed: the server's log says why"
+    said = [record.getMessage() for record in caplog.records]
+    assert said and all(
+        line.startswith("image not drawn, quality medium with champion 3, seed 13, index ") for line in said
+    )
+    assert "images are not finite (1 of 1)" in said[0]
+    assert not any(record.exc_info for record in caplog.records), "one line, no page of stack"
+
+
+@pytest.mark.parametrize("partial_images", [0, 1])
+def test_a_stream_of_what_is_not_finite_ends_with_the_error(client, spoilt, partial_images):
+    body = {"prompt": "Bag", "seed": 13, "stream": True, "partial_images": partial_images}
+    answer = client.post(PATH, json=body)
+    if not partial_images:
+        refused(answer, 500, None, "internal_error")
+        return
+    assert answer.text.count("event: image_generation.partial_image") == 1
+    assert "event: error" in answer.text and "completed" not in answer.text
