@@ -7,6 +7,7 @@ Shapes: N rows, S text tokens, C width of the text encoder.
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -125,10 +126,19 @@ def make_conditions(
     """
     if loaded.model.num_classes:
         return Labels(device)
+    encoder = TextEncoder.load(text_folder_of(loaded), device, dtype)
+    return Prompts(encoder, loaded.model, over_limit=over_limit)
+
+
+def text_folder_of(loaded: LoadedModel) -> Path:
+    """Where the text encoder of a model that takes prompts lies.
+
+    Raises:
+        ValueError: it came without one.
+    """
     if loaded.text_folder is None:
         raise ValueError(
             "model.path has no text_encoder/ and tokenizer/ and the model takes prompts: give the folder of "
             "its whole pipeline"
         )
-    encoder = TextEncoder.load(loaded.text_folder, device, dtype)
-    return Prompts(encoder, loaded.model, over_limit=over_limit)
+    return loaded.text_folder

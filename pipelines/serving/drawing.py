@@ -18,9 +18,9 @@ from harmonica.models.loading import LoadedModel
 from harmonica.models.vae import decode_latents, draws_pixels, pixels_per_latent
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan
-from harmonica.samplers import Sampler, make_sampler
+from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.sampling import check_plan, sample
-from harmonica.text.conditions import make_conditions
+from harmonica.text.conditions import make_conditions, text_folder_of
 from harmonica.text.text_encoder import OverLimit
 
 Quality = Literal["low", "medium", "high"]
@@ -76,6 +76,21 @@ def _refusing() -> Iterator[None]:
         raise SettingRefused(str(error).removeprefix("sampler.")) from error
 
 
+def check_is_whole(loaded: LoadedModel) -> None:
+    """Whether a model came with all that pictures take.
+
+    Raises:
+        ValueError: it draws latents without a decoder, or takes prompts without a text encoder.
+    """
+    if not draws_pixels(loaded.model) and loaded.vae_folder is None:
+        raise ValueError(
+            f"model.in_channels is {loaded.model.in_channels}, so the model draws latents, and it comes "
+            "without a decoder: give model.vae"
+        )
+    if not loaded.model.num_classes:
+        text_folder_of(loaded)
+
+
 OnPreview = Callable[[int, Callable[[Sequence[int]], Tensor]], None]
 """Called with the number of steps done and what makes the predicted images (N, C, H, W) of some rows."""
 
@@ -91,14 +106,11 @@ class ImageSampler:
         over_limit: OverLimit = "truncate",
         max_steps: int = 100,
     ) -> None:
+        check_is_whole(loaded)
+        self.loaded = loaded
         self.model, self.class_names = loaded.model.to(device), loaded.class_names
         self.device, self._max_steps = device, max_steps
         self._vae = None if draws_pixels(self.model) else loaded.load_vae(device)
-        if self._vae is None and not draws_pixels(self.model):
-            raise ValueError(
-                f"model.in_channels is {self.model.in_channels}, so the model draws latents, and it comes "
-                "without a decoder: give model.vae"
-            )
         self.conditions = make_conditions(loaded, device, over_limit=over_limit)
         self._routers: dict[Quality, Router] = {}
         self._uncached: dict[int, Router] = {}
@@ -133,9 +145,20 @@ class ImageSampler:
             sampler, plan, artifact.reuse, version, artifact.ideal_speedup, tuple(map(tuple, scores))
         )
 
+    def make_uncached(self, config: SamplerConfig) -> Router:
+        """What computes every branch, as the champion of a model that has no router.
+
+        Raises:
+            ValueError: the sampler does not go with the model.
+        """
+        plan = Plan.full(config.num_inference_steps, len(self.model.branches))
+        return Router(make_sampler(self.model, config), plan, "hold", UNCACHED)
+
     def use(self, champion: Router, fastest: Router | None = None) -> None:
         """Draw under these from the next row on; `low` is the champion too where no other is faster."""
-        self._routers, self._uncached = {"medium": champion, "low": fastest or champion}, {}
+        self._routers = {"medium": champion, "low": fastest or champion}
+        is_uncached = champion.version == UNCACHED
+        self._uncached = {champion.plan.num_steps: champion} if is_uncached else {}
 
     def router_for(
         self, quality: Quality, num_inference_steps: int | None = None, guidance_scale: float | None = None
@@ -150,7 +173,7 @@ class ImageSampler:
             if guidance_scale is not None:
                 with _refusing():
                     replace(config, guidance_scale=guidance_scale)
-            return self._make_uncached(num_inference_steps or config.num_inference_steps)
+            return self._uncached_of(num_inference_steps or config.num_inference_steps)
         router = self._routers[quality]
         asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         for name, value in asked.items():
@@ -162,7 +185,7 @@ class ImageSampler:
                 )
         return router
 
-    def _make_uncached(self, num_inference_steps: int) -> Router:
+    def _uncached_of(self, num_inference_steps: int) -> Router:
         made = self._uncached
         if num_inference_steps in made:
             return made[num_inference_steps]
@@ -171,12 +194,11 @@ class ImageSampler:
         if num_inference_steps > most:
             raise SettingRefused(f"num_inference_steps is {num_inference_steps}: give 2 to {most}")
         with _refusing():
-            sampler = make_sampler(self.model, replace(config, num_inference_steps=num_inference_steps))
+            router = self.make_uncached(replace(config, num_inference_steps=num_inference_steps))
         if len(made) == _KEPT_SETTINGS:
             del made[next(iter(made))]
-        plan = Plan.full(num_inference_steps, len(self.model.branches))
-        made[num_inference_steps] = Router(sampler, plan, "hold", UNCACHED)
-        return made[num_inference_steps]
+        made[num_inference_steps] = router
+        return router
 
     def check(self, row: Row) -> None:
         """Prepare a row before it is drawn: its prompts are embedded. From any thread.

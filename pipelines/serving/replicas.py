@@ -163,6 +163,13 @@ def api_builder(config: ServeConfig) -> Callable[[], FastAPI]:
                 "or give serve.api_keys_file"
             )
         source = RemoteSampler(serve.get_deployment_handle("Sampler"))
-        return create_app(source, keys, cors_origins=config.cors_origins, names_requests=False)
+        return create_app(
+            source,
+            keys,
+            cors_origins=config.cors_origins,
+            names_requests=False,
+            lenient=config.lenient,
+            read_timeout_s=config.read_timeout_s,
+        )
 
     return build_api
