@@ -113,6 +113,8 @@ class ImageSampler:
         self._vae = None if draws_pixels(self.model) else loaded.load_vae(device)
         self.conditions = make_conditions(loaded, device, over_limit=over_limit)
         self._routers: dict[Quality, Router] = {}
+        self.num_rows = 0
+        """Of every trajectory, once that is fixed."""
         self._uncached: dict[int, Router] = {}
 
     @property
@@ -130,6 +132,26 @@ class ImageSampler:
     def version(self) -> str:
         """Of the champion in use; empty before the first."""
         return self.router.version if self._routers else ""
+
+    def fix_rows(self, most: int) -> int:
+        """Draw every trajectory from now on in one shape, so that an image is the same to the last bit
+        whatever is drawn beside it; returns the rows of that shape.
+
+        Kernels are picked by shape, and one shape has one set of them. Within it they may still treat the
+        rows of a batch differently (by blocks, or by what is left of the last one): one image is drawn in
+        every slot at once, and where they differ it is one row from then on. That costs two trajectories, so
+        call it from the thread that draws, once `use` has been called.
+
+        Args:
+            most: rows of a trajectory.
+        """
+        self.num_rows = most
+        row, is_same = Row(0 if self.class_names else "", 0, 0), True
+        for quality in ("medium", "high"):
+            images_NCHW = self.draw([row] * most, self.router_for(quality))
+            is_same &= all(torch.equal(image_CHW, images_NCHW[0]) for image_CHW in images_NCHW)
+        self.num_rows = most if is_same else 1
+        return self.num_rows
 
     def make_router(self, artifact: RouterArtifact, version: str) -> Router:
         """A router as it is used here.
@@ -214,9 +236,13 @@ class ImageSampler:
         """All rows in one trajectory: images (N, C, H, W) in [-1, 1], on the CPU.
 
         Args:
+            rows: after `fix_rows` at most so many, and the trajectory is filled up with others.
             router: default: the champion.
         """
-        router = router or self.router
+        router, num_asked = router or self.router, len(rows)
+        if self.num_rows:
+            assert num_asked <= self.num_rows, "who calls has been told how many"
+            rows = [*rows, *[rows[0]] * (self.num_rows - num_asked)]
         shape = (self.model.in_channels, self.model.sample_size, self.model.sample_size)
         keys = RowKeys([row.seed for row in rows], [row.index for row in rows])
         noise = torch.from_numpy(keys.start_noise(shape))
@@ -226,12 +252,8 @@ class ImageSampler:
             if on_preview is not None:
                 on_preview(router.plan.num_steps - i, partial(self._preview, predict))
 
-        scales, sampler = [row.guidance_scale for row in rows], router.sampler
-        if any(scale is not None for scale in scales):
-            default = sampler.config.guidance_scale
-            sampler = sampler.with_guidance([default if scale is None else scale for scale in scales])
         samples_NCHW = sample(
-            sampler,
+            self._guided(router, [row.guidance_scale for row in rows]),
             noise.to(self.device),
             condition,
             router.plan,
@@ -239,7 +261,18 @@ class ImageSampler:
             rows=keys,
             on_step=on_step,
         )
-        return self._decode(samples_NCHW)
+        return self._decode(samples_NCHW[:num_asked])
+
+    def _guided(self, router: Router, scales: Sequence[float | None]) -> Sampler:
+        """The router's sampler, with each row's own guidance scale where any has one."""
+        sampler = router.sampler
+        is_free = router.version == UNCACHED
+        if not (is_free and self.num_rows) and all(scale is None for scale in scales):
+            return sampler
+        default = sampler.config.guidance_scale
+        filled = [default if scale is None else scale for scale in scales]
+        # Guidance doubles the model's rows, whoever asks for it: in one shape it is always done.
+        return sampler.with_guidance(filled, always=bool(self.num_rows))
 
     def _preview(self, predict: Callable[[], Tensor], rows: Sequence[int]) -> Tensor:
         return self._decode(predict()[list(rows)])

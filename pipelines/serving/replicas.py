@@ -46,6 +46,7 @@ class Sampler:
         self._studio = Studio(images, args.registered_model, config, ServeMetrics())
         follower = Follower(self._studio, args)
         await _first_look(follower)
+        await self._studio.settle()
         self._following = asyncio.create_task(follower.follow()) if args.tracking_uri else None
 
     def check_health(self) -> None:
