@@ -142,9 +142,14 @@ def test_what_fills_a_batch_up_is_not_answered(tiny):
     torch.testing.assert_close(drawn, plain.draw(rows_of("medium", 3)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("order, rows_at_once", [(by_batch, 4), (by_slot, 1)])
-def test_a_reproducible_endpoint_answers_the_same_file_alone_and_in_company(tiny, order, rows_at_once):
-    config = replace(CONFIG, reproducible=True, max_batch_size=4, batch_wait_s=0.2)
+@pytest.mark.parametrize(
+    "order, use_gpu, rows_at_once", [(by_batch, True, 4), (by_slot, True, 1), (by_slot, False, 1)]
+)
+def test_a_reproducible_endpoint_answers_the_same_file_alone_and_in_company(
+    tiny, order, use_gpu, rows_at_once
+):
+    """`use_gpu` says how trajectories are shaped; the model itself is on the CPU here."""
+    config = replace(CONFIG, reproducible=True, use_gpu=use_gpu, max_batch_size=4, batch_wait_s=0.2)
     studio = make_studio(*tiny, config=config)
     asked = {"prompt": "Bag", "seed": 5, "quality": "high", "guidance_scale": 1.0}
     with summing(order):

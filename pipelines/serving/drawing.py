@@ -139,13 +139,15 @@ class ImageSampler:
 
         Kernels are picked by shape, and one shape has one set of them. Within it they may still treat the
         rows of a batch differently (by blocks, or by what is left of the last one): one image is drawn in
-        every slot at once, and where they differ it is one row from then on. That costs two trajectories, so
+        every slot at once, and where they differ it is one row from then on. That takes two trajectories, so
         call it from the thread that draws, once `use` has been called.
 
         Args:
             most: rows of a trajectory.
         """
         self.num_rows = most
+        if most == 1:
+            return 1
         row, is_same = Row(0 if self.class_names else "", 0, 0), True
         for quality in ("medium", "high"):
             images_NCHW = self.draw([row] * most, self.router_for(quality))

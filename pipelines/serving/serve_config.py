@@ -53,8 +53,9 @@ class ServeConfig:
     """For clients that always send another model, size or `response_format: url`: draw with the served model
     in its own size, answer a data URL, and name in `warnings` what was not followed, unknown fields too."""
     reproducible: bool = False
-    """Every trajectory has max_batch_size rows, filled up where fewer images wait, so that an image is the
-    same to the last bit whatever is drawn beside it. One image then takes as long as max_batch_size."""
+    """An image is the same to the last bit whatever is drawn beside it, on one kind of machine: trajectories
+    have one shape. On a CPU that is one image; on a GPU max_batch_size, filled up where fewer wait (and one,
+    where a place in the batch turns out to matter)."""
     max_images_per_request: int = 10
     """Upper bound of `n`."""
     max_steps: int = 100
