@@ -24,7 +24,7 @@ from ray import serve
 from harmonica.command_line import fail, parse_settings, say
 from harmonica.models.loading import ModelConfig
 from pipelines.config import WorkflowConfig
-from pipelines.runtime import connect, is_private
+from pipelines.runtime import Terminated, connect, is_private
 from pipelines.serving import proxy
 from pipelines.serving.application import JSON_LOGS, make_application
 from pipelines.serving.application import build as build
@@ -211,10 +211,10 @@ def _serve(command: ServeCommand) -> None:
         check_port(command.serve)
     choice = choose_router(command.model, command.router, command.registered_model, command.storage_path)
     say(f"Starting with {choice.words} ...")
-    stop = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.set())
     connect()
+    stop = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):  # after `connect`, which has its own for the latter
+        signal.signal(name, lambda *_: stop.set())
     try:
         url = deploy(
             command.serve,
@@ -232,13 +232,16 @@ def _serve(command: ServeCommand) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 once it was stopped, 2 for unusable input, 1 where serving could not be started."""
+    """Exit code 0 once it was stopped, 2 for unusable input, 1 where serving could not be started, 128 + signal
+    where that was interrupted."""
     try:
         _serve(parse_settings(ServeCommand(), arguments, "python -m pipelines.serve"))
     except ValueError as error:
         return fail(error, code=2)
     except RuntimeError as error:
         return fail(str(error), code=1)
+    except KeyboardInterrupt as interrupt:
+        return fail("interrupted while starting", code=143 if isinstance(interrupt, Terminated) else 130)
     return 0
 
 

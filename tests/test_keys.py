@@ -1,14 +1,19 @@
 """Who may ask, and what is told to nobody: keys and prompts."""
 
 import logging
+import os
+import subprocess
 
 import openai
 import pytest
 from fastapi.testclient import TestClient
+from live_app import running
+from PIL import Image
 from tiny_dit import make_artifact, write_model
 from tiny_studio import make_studio
 
 from harmonica.models.loading import load_model
+from pipelines import serve
 from pipelines.serving.drawing import Row
 from pipelines.serving.images_api import create_app
 from pipelines.serving.keys import ENVIRONMENT, OPEN_PATHS, key_headers, load_keys
@@ -139,6 +144,26 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
         load_keys(str(file))
     with pytest.raises(ValueError, match=r"serve.api_keys_file is .*, which cannot be read"):
         load_keys(str(tmp_path / "missing"))
+
+
+def test_this_program_s_own_requests_bring_a_key_and_show_none(source, tmp_path, monkeypatch):
+    """The image of the workflow's stage, and the command that is shown to the user."""
+    file = tmp_path / "keys"
+    file.write_text("\n".join(KEYS), encoding="utf-8")
+    with running(create_app(source, KEYS)) as url:
+        url = url.rstrip("/")
+        assert serve.first_image(url, "Bag", seed=3, api_keys_file=str(file))["seed"] == 3
+        monkeypatch.setenv(ENVIRONMENT, "wrong")
+        with pytest.raises(RuntimeError, match="no such API key"):
+            serve.first_image(url, "Bag", seed=3)
+        monkeypatch.setenv(ENVIRONMENT, ",".join(KEYS))
+        curl = serve._curl(url, key_headers(""))
+        assert '-H "Authorization: Bearer $HARMONICA_API_KEY"' in curl and KEYS[0] not in curl
+        environment = os.environ | {"HARMONICA_API_KEY": KEYS[1]}
+        subprocess.run(curl, shell=True, check=True, cwd=tmp_path, env=environment, timeout=60)
+    assert Image.open(tmp_path / "image.png").size == (28, 28)
+    with running(create_app(source)) as url:
+        assert "Authorization" not in serve._curl(url.rstrip("/"), {})
 
 
 def test_an_endpoint_that_was_to_be_closed_does_not_open_where_its_keys_are_missing(monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -134,6 +134,8 @@ class RemoteSampler:
         except asyncio.CancelledError:
             response.cancel()  # the client has gone, or another image of its request was refused
             raise
+        except TaskCancelledError:
+            raise asyncio.CancelledError from None  # Serve was faster: an error would be logged in full
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise Overloaded from error
 
@@ -142,6 +144,8 @@ class RemoteSampler:
         try:
             async for event in stream:
                 yield _checked(event)
+        except TaskCancelledError:
+            raise asyncio.CancelledError from None
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise Overloaded from error
         finally:
