@@ -232,8 +232,8 @@ def _serve(command: ServeCommand) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 once it was stopped, 2 for unusable input, 1 where serving could not be started, 128 + signal
-    where that was interrupted."""
+    """Exit code 0 once it was stopped, 2 for unusable input, 1 where serving could not be started, and 128 +
+    signal where starting was interrupted."""
     try:
         _serve(parse_settings(ServeCommand(), arguments, "python -m pipelines.serve"))
     except ValueError as error:

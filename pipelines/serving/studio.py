@@ -82,7 +82,7 @@ class Studio:
         """Before the first image, once there is a router: fix the shape of trajectories if asked to."""
         if not self._config.reproducible:
             return
-        # A full shape costs a CPU ten times as much for an image that waits alone (tests/benchmarks/RESULTS.md).
+        # On a CPU an image that waits alone costs twelve times as much in a full shape of 16.
         most = self._config.max_batch_size if self._config.use_gpu else 1
         rows = await self.batcher.in_thread(partial(self.images.fix_rows, most))
         if rows < most:
