@@ -78,7 +78,7 @@ class SampleCommand:
             raise ValueError(f"threshold is {self.threshold}: give a number between 0 and 1")
 
 
-def _own_sampler(loaded: LoadedModel, path: str) -> SamplerConfig:
+def own_sampler(loaded: LoadedModel, path: str) -> SamplerConfig:
     """How a model is sampled where no router says it."""
     if path == BUILTIN:
         return SamplerConfig()
@@ -111,7 +111,7 @@ def _load_router(command: SampleCommand, loaded: LoadedModel) -> RouterArtifact 
 
 def _make_sampler(command: SampleCommand, loaded: LoadedModel, router: RouterArtifact | None) -> Sampler:
     """The sampler asked for, checked against the router."""
-    base = router.sampler if router else _own_sampler(loaded, command.model.path)
+    base = router.sampler if router else own_sampler(loaded, command.model.path)
     asked: dict[str, Any] = {
         "name": command.sampler,
         "num_inference_steps": command.num_inference_steps,

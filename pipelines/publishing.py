@@ -115,7 +115,7 @@ class Publisher:
             config.serve, config.model, registered_model=config.registered_model, tracking_uri=self._run.uri
         )
         try:
-            answer = serve.first_image(self.url, prompt, seed=1)
+            answer = serve.first_image(self.url, prompt, seed=1, api_keys_file=config.serve.api_keys_file)
             self._storage.write_bytes(SERVED, base64.b64decode(answer["data"][0]["b64_json"]))
         except BaseException:
             serve.shutdown()

@@ -132,7 +132,7 @@ def make_conditions(
     """
     if loaded.model.num_classes:
         return Labels(device)
-    encoder = TextEncoder.load(_text_folder(loaded), device, dtype)
+    encoder = TextEncoder.load(text_folder_of(loaded), device, dtype)
     return Prompts(encoder, loaded.model, over_limit=over_limit)
 
 
@@ -143,10 +143,15 @@ def check_conditions(loaded: LoadedModel) -> None:
         ValueError: the model takes prompts, and what embeds them is missing, incomplete or another model's.
     """
     if not loaded.model.num_classes:
-        check_text_encoder(_text_folder(loaded), loaded.model.text_shape()[0])
+        check_text_encoder(text_folder_of(loaded), loaded.model.text_shape()[0])
 
 
-def _text_folder(loaded: LoadedModel) -> Path:
+def text_folder_of(loaded: LoadedModel) -> Path:
+    """Where the text encoder of a model that takes prompts lies.
+
+    Raises:
+        ValueError: it came without one.
+    """
     if loaded.text_folder is None:
         raise ValueError(
             "model.path has no text_encoder/ and tokenizer/ and the model takes prompts: give the folder of "

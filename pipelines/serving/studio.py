@@ -80,6 +80,17 @@ class Studio:
         )
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="encoder")
 
+    async def settle(self) -> None:
+        """Before the first image, once there is a router: fix the shape of trajectories if asked to."""
+        if not self._config.reproducible:
+            return
+        # On a CPU an image that waits alone costs twelve times as much in a full shape of 16.
+        most = self._config.max_batch_size if self._config.use_gpu else 1
+        rows = await self.batcher.in_thread(partial(self.images.fix_rows, most))
+        if rows < most:
+            logger.warning("images differ by their place in a batch of %d: each is drawn by itself", most)
+        self.batcher.max_batch_size = rows
+
     async def describe(self) -> ModelCard:
         images = self.images
         return ModelCard(
