@@ -63,7 +63,7 @@ class RouterArtifact:
         A plan whose scores SDT trained is told from one whose trained scores were discarded for its start's
         (`harmonica.choice`).
         """
-        chosen, initial = self.training.get("chosen", "trained"), self.training.get("initial")
+        chosen, initial = self.training.get("chosen", "trained"), self.training.get("initial", "")
         start = chosen if chosen in _STARTS else initial
         forecast = "linear forecast" if self.forecast_TBK is None else "fitted forecast"
         parts = [

@@ -1,7 +1,6 @@
 """What a run's stages need of each other and of the model: refused before any work starts."""
 
 from harmonica.models.loading import LoadedModel
-from harmonica.models.vae import check_vae, draws_pixels
 from harmonica.targets import reusable_share
 from harmonica.text.conditions import check_conditions
 from pipelines import resume
@@ -9,6 +8,7 @@ from pipelines.config import WorkflowConfig
 from pipelines.judges import check_judges
 from pipelines.resume import ROUTER
 from pipelines.routers import load_router
+from pipelines.serving.drawing import check_is_whole
 from pipelines.storage import RunStorage
 
 
@@ -25,15 +25,8 @@ def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMode
     for speedup in (config.train.target_speedup, *config.train.others):
         if speedup:
             reusable_share(config.sampler.num_inference_steps, model.macs(), speedup)
-    if "serve" in stages and not draws_pixels(model):
-        if loaded.vae_folder is None:
-            raise ValueError(
-                f"model.vae is '' and {config.model.path} draws latents: give its decoder, or leave the "
-                "stage serve out"
-            )
-        check_vae(loaded.vae_folder)
     if "serve" in stages:
-        check_conditions(loaded)
+        check_is_whole(loaded)
     if resume.is_finished("train", config, storage):
         load_router(storage, ROUTER).check(model, config.sampler)
     elif "train" not in stages and {"evaluate", "register"} & set(stages):

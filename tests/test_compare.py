@@ -14,6 +14,7 @@ from tiny_dit import SHAPE, write_model
 from torch import Tensor
 
 import workflow
+from harmonica.finite import NotFinite
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.diffusers_folder import write_diffusers
 from harmonica.models.dit_config import DiTConfig
@@ -158,9 +159,9 @@ def test_an_arm_worker_measures_one_arm_after_another(tmp_path: Path) -> None:
     np.testing.assert_array_equal(columns["fewer.psnr"], whole["fewer.psnr"])
     speed, spread = worker.times(full, fewer)
     assert speed > 1 and spread == 0, "one round"
-    with pytest.raises(ValueError, match="arm 'wild' draws images that are not finite") as raised:
+    with pytest.raises(NotFinite, match="images of arm 'wild' are not finite") as raised:
         worker.look(NotFinite("wild", fewer.sampler), range(2), drawn[:2])
-    assert reason_of(raised.value) == "ValueError: arm 'wild' draws images that are not finite"
+    assert reason_of(raised.value).startswith("NotFinite: images of arm 'wild' are not finite (2 of 2)")
 
 
 def test_arms_may_come_and_go_and_images_may_become_more() -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 from harmonica.artifact import RouterArtifact
 from harmonica.cache import Reuse
 from harmonica.models.loading import LoadedModel
-from harmonica.models.vae import decode_latents, draws_pixels, pixels_per_latent
+from harmonica.models.vae import check_vae, decode_latents, draws_pixels, pixels_per_latent
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.sampling import check_plan, sample
-from harmonica.text.conditions import make_conditions, text_folder_of
+from harmonica.text.conditions import check_conditions, make_conditions
 from harmonica.text.text_encoder import OverLimit
 
 Quality = Literal["low", "medium", "high"]
@@ -80,15 +80,16 @@ def check_is_whole(loaded: LoadedModel) -> None:
     """Whether a model came with all that pictures take.
 
     Raises:
-        ValueError: it draws latents without a decoder, or takes prompts without a text encoder.
+        ValueError: it draws latents without a usable decoder, or takes prompts without a text encoder.
     """
-    if not draws_pixels(loaded.model) and loaded.vae_folder is None:
-        raise ValueError(
-            f"model.in_channels is {loaded.model.in_channels}, so the model draws latents, and it comes "
-            "without a decoder: give model.vae"
-        )
-    if not loaded.model.num_classes:
-        text_folder_of(loaded)
+    if not draws_pixels(loaded.model):
+        if loaded.vae_folder is None:
+            raise ValueError(
+                f"model.in_channels is {loaded.model.in_channels}, so the model draws latents, and it comes "
+                "without a decoder: give model.vae"
+            )
+        check_vae(loaded.vae_folder)
+    check_conditions(loaded)
 
 
 OnPreview = Callable[[int, Callable[[Sequence[int]], Tensor]], None]
