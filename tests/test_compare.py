@@ -138,7 +138,7 @@ def test_settings_of_the_model_reach_the_libraries_arms(tmp_path: Path, dtype: s
     assert theirs.dtype == ours.dtype and 0 < (others[0].sample(model, batch) - theirs).abs().mean() < 1
 
 
-class NotFinite(Arm):
+class WildArm(Arm):
     def sample(self, model: BranchedTransformer, batch: Batch) -> Tensor:
         return super().sample(model, batch) / 0
 
@@ -160,7 +160,7 @@ def test_an_arm_worker_measures_one_arm_after_another(tmp_path: Path) -> None:
     speed, spread = worker.times(full, fewer)
     assert speed > 1 and spread == 0, "one round"
     with pytest.raises(NotFinite, match="images of arm 'wild' are not finite") as raised:
-        worker.look(NotFinite("wild", fewer.sampler), range(2), drawn[:2])
+        worker.look(WildArm("wild", fewer.sampler), range(2), drawn[:2])
     assert reason_of(raised.value).startswith("NotFinite: images of arm 'wild' are not finite (2 of 2)")
 
 
