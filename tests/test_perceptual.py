@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from judging_networks import write_alexnet, write_clip
+from tolerances import close
 from torch import Tensor
 
 from harmonica.judging.perceptual import ClipScore, Lpips
@@ -37,7 +38,8 @@ def test_lpips_is_0_for_equals_and_grows_with_the_difference(lpips: Lpips, chann
     assert torch.equal(lpips(batch, batch), torch.zeros(3))
     little, much = (lpips(batch, batch + size * noise) for size in (0.05, 0.5))
     assert (little > 0).all() and (little < much).all()
-    torch.testing.assert_close(lpips(batch[:1], batch[:1] + 0.5 * noise[:1]), much[:1])
+    near = close(torch.float32, 3456, amplification=10, is_random=True)  # the longest sum of AlexNet's
+    torch.testing.assert_close(lpips(batch[:1], batch[:1] + 0.5 * noise[:1]), much[:1], **near)
 
 
 def test_lpips_of_another_network_is_refused(tmp_path: Path) -> None:
