@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_dit import SAMPLER, make_artifact, write_model
+from tiny_dit import HUGE, SAMPLER, make_artifact, write_model, write_overflowing
 from tiny_text import make_encoder, write_text_folder
 from torch import Tensor
 
@@ -36,24 +36,10 @@ from pipelines.runtime import plainly
 from pipelines.sweep_trial import _Probe
 from pipelines.timing import Arm, measure
 
-HUGE = 1e30
-"""Finite, but its square is beyond float32: attention of such queries and keys is NaN."""
-
-
-def blow_up(folder: Path) -> ModelConfig:
-    """A model whose weights are all finite and whose output is not."""
-    config = write_model(folder)
-    path = folder / "model.safetensors"
-    state = {name: value.clone() for name, value in load_file(path).items()}
-    state["blocks.1.attn.qkv.weight"] *= HUGE
-    path.unlink()
-    save_file(state, path)
-    return config
-
 
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    return blow_up(tmp_path_factory.mktemp("overflowing"))
+    return write_overflowing(tmp_path_factory.mktemp("overflowing"))
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,14 @@ from PIL import Image
 from tiny_dit import make_artifact, write_model
 from tiny_studio import CONFIG, make_studio, slow_steps
 
+from harmonica.finite import NotFinite
 from harmonica.models.loading import load_model
 from harmonica.pictures import encode_picture
 from harmonica.pretraining.fashion import CLASS_NAMES
 from pipelines.serving.batching import Overloaded
 from pipelines.serving.drawing import Row
 from pipelines.serving.images_api import MAX_BODY_BYTES, create_app
+from pipelines.serving.orders import REFUSALS
 
 PATH = "/v1/images/generations"
 
@@ -483,6 +485,7 @@ def test_a_row_that_is_not_finite_fails_alone(client, source, spoilt, caplog):
     )
     assert "images are not finite (1 of 1)" in said[0]
     assert not any(record.exc_info for record in caplog.records), "one line, no page of stack"
+    assert NotFinite in REFUSALS, "a replica returns it: of what one raises, Serve logs the stack"
 
 
 @pytest.mark.parametrize("partial_images", [0, 1])

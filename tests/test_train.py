@@ -9,9 +9,10 @@ import pytest
 import ray
 import torch
 from router_only import ROUTER_ONLY
-from tiny_dit import write_model
+from tiny_dit import write_model, write_overflowing
 from tolerances import of_training
 
+from harmonica.finite import NotFinite
 from harmonica.forecast_config import ForecastConfig
 from harmonica.noise import RowKeys
 from harmonica.rows import Batch, make_rows
@@ -124,7 +125,7 @@ def test_bad_settings_name_field_value_and_cure(change: dict, message: str) -> N
 
 @pytest.mark.cluster
 def test_two_workers_train_the_router_of_one_and_resume(
-    config: WorkflowConfig, request: pytest.FixtureRequest
+    config: WorkflowConfig, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     connect()
     request.addfinalizer(ray.shutdown)
@@ -147,3 +148,12 @@ def test_two_workers_train_the_router_of_one_and_resume(
     assert [point.step for point in curve] == [1, 2, 3, 4, 5, 6, 7, 8], "one point a trajectory, none twice"
     lambdas = client.get_metric_history(stage.mlflow_run_id, "lambda.step_000")
     assert [point.step for point in lambdas] == [1, 3], "lambda is refreshed every iepo_every trajectories"
+
+    # What is not finite stops all workers at once, and is not tried again.
+    broken = dataclasses.replace(config, run_id="r2", model=write_overflowing(tmp_path / "overflowing"))
+    with pytest.raises(NotFinite, match=r"^trajectory 0: [\w.]+ is nan, since the full sampler's images are"):
+        train(
+            broken,
+            RunStorage(config.storage_path, "r2"),
+            find_or_create("train", "r2", config.storage_path, {}),
+        )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from harmonica.artifact import RouterArtifact
 from harmonica.models.dit import DiT, DiTConfig
@@ -22,6 +22,8 @@ SHAPE = DiTConfig(
     num_embeds_ada_norm=10,
 )
 SAMPLER = SamplerConfig(num_inference_steps=8)
+HUGE = 1e30
+"""Finite, but its square is beyond float32: attention of such queries and keys is NaN."""
 
 
 def write_model(folder: Path, *, seed: int = 0, shape: DiTConfig = SHAPE) -> ModelConfig:
@@ -32,6 +34,16 @@ def write_model(folder: Path, *, seed: int = 0, shape: DiTConfig = SHAPE) -> Mod
     save_file(model.state_dict(), folder / "model.safetensors")
     write_folder_config(folder, shape, CLASS_NAMES)
     return ModelConfig(path=str(folder))
+
+
+def write_overflowing(folder: Path) -> ModelConfig:
+    """A model whose weights are all finite and whose output is not."""
+    config, path = write_model(folder), folder / "model.safetensors"
+    state = {name: value.clone() for name, value in load_file(path).items()}
+    state["blocks.1.attn.qkv.weight"] *= HUGE
+    path.unlink()
+    save_file(state, path)
+    return config
 
 
 def make_artifact(model: ModelConfig, *, seed: int = 0) -> RouterArtifact:

@@ -7,7 +7,7 @@ else `fp16` (diffusers' `variant=`); of each, safetensors before `.bin`, one fil
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 INDEX = "model_index.json"
@@ -89,8 +89,9 @@ def bare_checkpoint(names: Iterable[str], source: str) -> str:
         ValueError: there are several.
     """
     by_stem: dict[str, str] = {}
+    names = sorted(names)
     for suffix in _BARE:
-        for name in sorted(names):
+        for name in names:
             if name.endswith(suffix) and "/" not in name:
                 by_stem.setdefault(name.removesuffix(suffix), name)
     if len(by_stem) > 1:
@@ -108,7 +109,7 @@ def listing(names: Iterable[str]) -> str:
     return ", ".join(names[:_NAMED]) + more or "nothing"
 
 
-def own_weights(names: Iterable[str]) -> str:
+def own_weights(names: Collection[str]) -> str:
     """The weights of a folder in our own layout, "" for none."""
     return next((name for name in OWN_WEIGHTS if name in names), "")
 
