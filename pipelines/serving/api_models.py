@@ -42,7 +42,9 @@ class GenerateRequest(BaseModel):
     )
     model: str | None = Field(None, description="The served model, or nothing.")
     n: Whole | None = Field(1, ge=1, description="Number of images.")
-    seed: Whole | None = Field(None, ge=0, le=MAX_SEED, description="Same seed, same images. Absent: random.")
+    seed: Whole | None = Field(
+        None, ge=0, le=MAX_SEED, description="Same seed, same images, up to rounding. Absent: random."
+    )
     size: str | None = Field("auto", description="`auto`, or the model's own size.")
     quality: AskedQuality | None = Field(
         "auto",
