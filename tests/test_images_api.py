@@ -302,7 +302,7 @@ def ask_slowly(app, chunks, pause_s):
 def test_a_body_that_does_not_come_is_not_waited_for(source, chunks):
     started = time.monotonic()
     start, body = ask_slowly(create_app(source, read_timeout_s=0.2), chunks, 0.01)
-    assert 0.2 <= time.monotonic() - started < 10
+    assert 0.2 <= time.monotonic() - started < 5
     headers = dict(start["headers"])
     assert start["status"] == 408 and headers[b"connection"] == b"close" and b"x-request-id" in headers
     error = json.loads(body["body"])["error"]

@@ -103,7 +103,8 @@ def assert_reproducible(images, quality):
     row = rows_of(quality, 2)[1]
     alone = draw_with_previews(images, router, [row], 0)
     for slot in range(size):
-        scales = [1.0 + i if quality == "high" else None for i in range(size)]
+        own = router.sampler.config.guidance_scale
+        scales = [1.0 + i if quality == "high" else (None, own)[i % 2] for i in range(size)]
         rows = [Row(i, i, i, guidance_scale=scale) for i, scale in enumerate(scales)]
         rows[slot] = row
         assert torch.equal(draw_with_previews(images, router, rows, slot), alone), slot

@@ -269,12 +269,12 @@ class ImageSampler:
     def _guided(self, router: Router, scales: Sequence[float | None]) -> Sampler:
         """The router's sampler, with each row's own guidance scale where any has one."""
         sampler = router.sampler
-        is_free = router.version == UNCACHED
-        if not (is_free and self.num_rows) and all(scale is None for scale in scales):
+        # Guidance doubles the model's rows, whoever asks for it: in one shape it is always done, if ever.
+        may_guide = router.version == UNCACHED or sampler.is_guided
+        if not may_guide if self.num_rows else all(scale is None for scale in scales):
             return sampler
         default = sampler.config.guidance_scale
         filled = [default if scale is None else scale for scale in scales]
-        # Guidance doubles the model's rows, whoever asks for it: in one shape it is always done.
         return sampler.with_guidance(filled, always=bool(self.num_rows))
 
     def _preview(self, predict: Callable[[], Tensor], rows: Sequence[int]) -> Tensor:

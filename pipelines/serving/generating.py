@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from harmonica.pictures import PictureFormat
 from harmonica.text.labels import UnknownClass, find_class
 from pipelines.serving import api_models as api
+from pipelines.serving.api_requests import GenerateRequest
 from pipelines.serving.drawing import Row
 from pipelines.serving.http_errors import ApiError
 from pipelines.serving.orders import Drawing, ImageSource, ModelCard, Order, Preview, Progress
@@ -22,7 +23,7 @@ _MAX_UNKNOWN = 20
 
 
 def check(
-    body: api.GenerateRequest, card: ModelCard, *, lenient: bool = False
+    body: GenerateRequest, card: ModelCard, *, lenient: bool = False
 ) -> tuple[int | str, list[api.Warned]]:
     """The label or the prompt, and what will not be followed; refuses what this model cannot do.
 
@@ -54,7 +55,7 @@ def check(
         raise ApiError(400, message, "prompt", error.code) from error
 
 
-def _settle(body: api.GenerateRequest, card: ModelCard, *, lenient: bool) -> list[api.Warned]:
+def _settle(body: GenerateRequest, card: ModelCard, *, lenient: bool) -> list[api.Warned]:
     """What clients of other endpoints send whatever they talk to: warned of, or refused.
 
     Raises:
@@ -83,7 +84,7 @@ def _settle(body: api.GenerateRequest, card: ModelCard, *, lenient: bool) -> lis
     return warnings
 
 
-def orders_of(body: api.GenerateRequest, subject: int | str, seed: int) -> list[Order]:
+def orders_of(body: GenerateRequest, subject: int | str, seed: int) -> list[Order]:
     """An image each, so that they share trajectories with other requests' images."""
     return [
         Order(

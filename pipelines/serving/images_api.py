@@ -19,6 +19,7 @@ from fastapi.responses import HTMLResponse, Response
 
 import harmonica
 from pipelines.serving import api_models as api
+from pipelines.serving.api_requests import GenerateRequest, LenientGenerateRequest
 from pipelines.serving.batching import Overloaded
 from pipelines.serving.bodies import ReadBody, StrictJsonRoute
 from pipelines.serving.generating import as_image, check, draw_all, events_of, making, orders_of
@@ -107,7 +108,7 @@ def create_app(
         served = card()
         return api.Model(id=served.model, size=served.size, class_names=list(served.class_names))
 
-    async def generate(body: api.GenerateRequest) -> Response | api.GenerateResponse:
+    async def generate(body: GenerateRequest) -> Response | api.GenerateResponse:
         """Draw images; with `stream`, show them while they are drawn."""
         served = card()
         subject, warnings = check(body, served, lenient=lenient)
@@ -128,7 +129,7 @@ def create_app(
             **making(seed, drawings),
         )
 
-    async def generate_leniently(body: api.LenientGenerateRequest) -> Response | api.GenerateResponse:
+    async def generate_leniently(body: LenientGenerateRequest) -> Response | api.GenerateResponse:
         """Draw images; with `stream`, show them while they are drawn. `warnings` says what was not done."""
         return await generate(body)
 
