@@ -24,6 +24,7 @@ from harmonica.tensor_files import write_tensors
 
 FORMAT_VERSION = 2
 _SAMPLE = "sample.safetensors"
+_STARTS = {"measured": "step search", "even": "even steps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +63,15 @@ class RouterArtifact:
         A plan whose scores SDT trained is told from one whose trained scores were discarded for its start's
         (`harmonica.choice`).
         """
-        chosen, initial = self.training.get("chosen", "trained"), self.training.get("initial")
-        searched = {"measured": ["step search"], "even": ["even steps"]}
-        start = searched.get(initial if chosen == "trained" else chosen, [])
-        forecast = "forecast" if self.forecast_TBK is None else "fitted forecast"
-        reused = [forecast] if self.reuse == "forecast" else []
-        trained = ["trained router"] if chosen == "trained" else []
-        return " + ".join([*start, *reused, *trained])
+        chosen, initial = self.training.get("chosen", "trained"), self.training.get("initial", "")
+        start = chosen if chosen in _STARTS else initial
+        forecast = "linear forecast" if self.forecast_TBK is None else "fitted forecast"
+        parts = [
+            _STARTS.get(start, ""),
+            forecast if self.reuse == "forecast" else "held values",
+            "trained router" if chosen == "trained" else "",
+        ]
+        return " + ".join(part for part in parts if part)
 
     @classmethod
     def build(
@@ -176,6 +179,12 @@ class RouterArtifact:
                 f"router {folder}: config.json lacks or misnames {error}: write it again with "
                 "RouterArtifact.save"
             ) from error
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"router {folder}: {name} in router.safetensors is not finite: the folder is damaged or "
+                    "its training diverged, fetch it again or train again"
+                )
         if artifact.plan.to_strings() != stored_plan:
             raise ValueError(
                 f"router {folder}: the plan in config.json is not that of router.safetensors at "

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from harmonica.finite import check_finite
+
 PictureFormat = Literal["png", "jpeg", "webp"]
 _DPI = 150
 _NAME_WIDTH = 16  # letters that a column is wide
@@ -23,7 +25,12 @@ _INK, _MUTED = "#222222", "#666666"
 
 
 def to_uint8(images_NCHW: Tensor) -> np.ndarray:
-    """Images in [-1, 1] as pixels (N, H, W, C); values outside are clipped."""
+    """Images in [-1, 1] as pixels (N, H, W, C); values outside are clipped.
+
+    Raises:
+        NotFinite: an image is not finite, of which black pixels would be made.
+    """
+    check_finite(images_NCHW, "images are")
     pixels = ((images_NCHW.detach().float() + 1) * 127.5).round().clamp(0, 255)
     return pixels.permute(0, 2, 3, 1).byte().cpu().numpy()
 

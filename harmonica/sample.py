@@ -24,6 +24,7 @@ from harmonica.builtin import CHAMPION
 from harmonica.checkpoints import read_released_router
 from harmonica.command_line import fail, parse_settings, say
 from harmonica.differences import with_differences
+from harmonica.finite import NotFinite, check_finite
 from harmonica.folding import kept_bytes
 from harmonica.models.loading import BUILTIN, LoadedModel, ModelConfig, load_model
 from harmonica.models.vae import decode_latents, draws_pixels
@@ -77,7 +78,7 @@ class SampleCommand:
             raise ValueError(f"threshold is {self.threshold}: give a number between 0 and 1")
 
 
-def _own_sampler(loaded: LoadedModel, path: str) -> SamplerConfig:
+def own_sampler(loaded: LoadedModel, path: str) -> SamplerConfig:
     """How a model is sampled where no router says it."""
     if path == BUILTIN:
         return SamplerConfig()
@@ -110,7 +111,7 @@ def _load_router(command: SampleCommand, loaded: LoadedModel) -> RouterArtifact 
 
 def _make_sampler(command: SampleCommand, loaded: LoadedModel, router: RouterArtifact | None) -> Sampler:
     """The sampler asked for, checked against the router."""
-    base = router.sampler if router else _own_sampler(loaded, command.model.path)
+    base = router.sampler if router else own_sampler(loaded, command.model.path)
     asked: dict[str, Any] = {
         "name": command.sampler,
         "num_inference_steps": command.num_inference_steps,
@@ -171,6 +172,7 @@ def run(command: SampleCommand) -> dict[str, Tensor]:
         if way == "cached" and router is None:
             continue
         sampled[way], seconds = _timed(sampler, batch, rows, used, command.rounds)
+        check_finite(sampled[way], f"the {way} samples are")
         medians[way] = statistics.median(seconds)
         spread = (max(seconds) - min(seconds)) / medians[way]
         rounds = f"{len(seconds)} rounds, spread {spread:.0%}"
@@ -214,11 +216,13 @@ def _write(
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when sampled, 2 for unusable input."""
+    """Exit code 0 when sampled, 2 for unusable input, 1 where what is drawn is not finite."""
     try:
         run(parse_settings(SampleCommand(), arguments, "python -m harmonica.sample"))
     except ValueError as error:
         return fail(error, code=2)
+    except NotFinite as error:
+        return fail(str(error), code=1)
     return 0
 
 

@@ -17,6 +17,7 @@ from harmonica.samplers import make_sampler
 from harmonica.smoke import record_sample
 from pipelines.config import WorkflowConfig
 from pipelines.judging import NOISE_FLOOR, judge
+from pipelines.runtime import plainly
 from pipelines.timing import (
     CACHED,
     FEWER,
@@ -32,6 +33,7 @@ from pipelines.timing import (
 )
 
 
+@plainly()
 def evaluate(
     config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact] | None = None
 ) -> tuple[dict[str, Any], dict[str, Figure]]:
@@ -39,6 +41,9 @@ def evaluate(
 
     Args:
         family: routers for other speeds, by name; each gets an arm on the same noise.
+
+    Raises:
+        NotFinite: an arm draws what is not finite.
     """
     family = family or {}
     settings = config.evaluate
@@ -85,8 +90,13 @@ def report_of(report: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {"samples": report["samples"]} | {key: arm[key] for key in about} | {"arms": {CACHED: quality}}
 
 
+@plainly()
 def with_sample(config: WorkflowConfig, artifact: RouterArtifact) -> RouterArtifact:
-    """The artifact with the sample that others hold it to, drawn on a worker."""
+    """The artifact with the sample that others hold it to, drawn on a worker.
+
+    Raises:
+        NotFinite: it is not finite.
+    """
 
     def record() -> RouterArtifact:
         model = load_model(config.model, device_of(config.evaluate.use_gpu)).model

@@ -39,12 +39,20 @@ class _Board:
     def __init__(self) -> None:
         self._said: dict[int, tuple[str, float]] = {}
         self._reached: Reached | None = None
+        self._stopped = ""
 
     def tell(self, rank: int, doing: str) -> None:
         self._said[rank] = (doing, time.monotonic())
 
     def reach(self, reached: Reached) -> None:
         self._reached = reached
+
+    def stop(self, words: str) -> None:
+        """Training ends here, since going on or trying again would not help."""
+        self._stopped = words
+
+    def why_stopped(self) -> str:
+        return self._stopped
 
     def read(self) -> tuple[dict[int, tuple[str, float]], Reached | None]:
         """Of each rank what it does, and for how many seconds; and how far they are."""

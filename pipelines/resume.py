@@ -3,8 +3,10 @@
 import json
 from typing import Any
 
+from harmonica.changed_settings import changed_settings
 from harmonica.text.prompt_files import MANIFEST
 from pipelines import tracking
+from pipelines.compare_config import free_to_change
 from pipelines.config import STAGES, Stage, WorkflowConfig
 from pipelines.storage import RunStorage
 from pipelines.stream import PROMPTS
@@ -35,13 +37,13 @@ _FREE = {
 }
 # How training is placed and watched: after the loss of a node it may have to change.
 _FREE_IN_TRAIN = {
-    "num_workers",
-    "min_workers",
-    "resize_interval_s",
-    "max_failures",
-    "placement_strategy",
-    "stall_timeout_s",
-    "checkpoint_interval_s",
+    "train.num_workers",
+    "train.min_workers",
+    "train.resize_interval_s",
+    "train.max_failures",
+    "train.placement_strategy",
+    "train.stall_timeout_s",
+    "train.checkpoint_interval_s",
 }
 # What a stage leaves on the storage, its progress included; first what says that it is finished.
 _MADE_BY: dict[Stage, tuple[str, ...]] = {
@@ -81,12 +83,11 @@ def take_up(config: WorkflowConfig, storage: RunStorage) -> None:
         return
     before, again = storage.read_json(CONFIG), stages_again(config)
     free = _FREE.union(again, ("sampler", "seed") if "train" in again else ())
-    for name, value in wanted.items():
-        if name not in free and _held(before.get(name)) != _held(value):
-            raise ValueError(
-                f"{name} is {value} and run_id {config.run_id} was started with {before.get(name)}: resume "
-                "it with its own settings, or take a new run id"
-            )
+    free |= _FREE_IN_TRAIN | free_to_change(before.get("compare", {}), wanted["compare"])
+    if others := changed_settings(before, wanted, free):
+        raise ValueError(
+            f"{others}: resume run_id {config.run_id} with its own settings, or take a new run id"
+        )
     if not again:
         return
     tracking.set_aside(("workflow", *again), config.run_id, config.storage_path)
@@ -94,9 +95,3 @@ def take_up(config: WorkflowConfig, storage: RunStorage) -> None:
         for name in _MADE_BY[stage]:
             storage.delete_all(name)
     storage.write_json(CONFIG, wanted)
-
-
-def _held(section: Any) -> Any:
-    if not isinstance(section, dict):
-        return section
-    return {name: value for name, value in section.items() if name not in _FREE_IN_TRAIN}

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import ray
+from ray._private import ray_constants
 
+from harmonica.finite import NotFinite
 from pipelines.remarks import drop_remarks
 from pipelines.storage import ENDPOINT
 
@@ -76,8 +79,8 @@ def _settle_sigterm() -> None:
 def connect(endpoint: str = "") -> None:
     """Join the cluster of `RAY_ADDRESS` (set by `ray job submit`), else start a private local one.
 
-    A private cluster is closed by a token: where the environment names none, Ray makes one itself
-    and keeps it in `~/.ray/auth_token`.
+    A private cluster listens on the loopback address alone, and is closed by a token: where the environment
+    names none, Ray makes one itself and keeps it in `~/.ray/auth_token`.
 
     Args:
         endpoint: of an S3 store, for the workers of a joined cluster; a private one's inherit it.
@@ -97,20 +100,21 @@ def connect(endpoint: str = "") -> None:
     for name, value in _PRIVATE.items():
         os.environ.setdefault(name, value)
     port = _dashboard_port()
-    with _told_to_workers(_DASHBOARD_ADDRESS, f"http://127.0.0.1:{port}"):
-        _start_private(port)
+    with _told_to_workers(_DASHBOARD_ADDRESS, f"http://127.0.0.1:{port}"), _on_loopback() as address:
+        _start_private(address, port)
     _settle_sigterm()
 
 
-def _start_private(dashboard_port: int) -> None:
+def _start_private(address: str, dashboard_port: int) -> None:
     ray.init(
         address="local",
         num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
         object_store_memory=500_000_000,
         # Ray Train asks the dashboard's state API for its controller, and complains where there is none.
         include_dashboard=True,
-        dashboard_host="127.0.0.1",
+        dashboard_host=address,
         dashboard_port=dashboard_port,
+        _node_ip_address=address,
         logging_level=logging.WARNING,
     )
 
@@ -146,6 +150,50 @@ def _told_to_workers(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextmanager
+def _on_loopback() -> Iterator[str]:
+    """Have what starts inside listen on the loopback address, which it gives, and nowhere else.
+
+    Ray's servers (GCS, raylet, workers, agents) do so where the node's address is 127.0.0.1. Ray however puts
+    an address of the network in its place, unless it believes that clusters are impossible here, as on macOS.
+    gloo and NCCL take the interface whose name they are given.
+    """
+    address = "127.0.0.1"
+    if name := _interface_of(address):
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", name)  # the cluster's processes inherit it
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield address
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _interface_of(address: str) -> str:
+    """The network interface that has this IPv4 address, "" where there is none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.family == socket.AF_INET and one.address == address for one in addresses):
+            return name
+    return ""
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """What a worker met that is not finite, as itself: without Ray's account of where it was."""
+    try:
+        yield
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None:
+            # A task's error has its own in `cause`, what Ray Data raises in the usual place.
+            inner = getattr(found, "cause", None) or found.__cause__
+            if isinstance(found, NotFinite) and not isinstance(inner, NotFinite):
+                raise NotFinite(str(found)) from None
+            found = inner
+        raise
 
 
 def is_private() -> bool:

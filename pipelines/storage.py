@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -128,13 +129,15 @@ class RunStorage:
         for path in files:
             self.write_bytes(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
-    def download_folder(self, name: str) -> Path:
-        """A local copy of a folder of the run, in a temporary place (local storage: the folder itself)."""
+    @contextlib.contextmanager
+    def local_folder(self, name: str) -> Iterator[Path]:
+        """A folder of the run to read: a copy that is gone afterwards (local storage: the folder itself)."""
         if self.is_local:
-            return Path(self._run) / name
-        target = Path(tempfile.mkdtemp(prefix="harmonica-"))
-        fs.copy_files(f"{self._run}/{name}", str(target), source_filesystem=self._fs)
-        return target
+            yield Path(self._run) / name
+            return
+        with tempfile.TemporaryDirectory(prefix="harmonica-") as target:
+            fs.copy_files(f"{self._run}/{name}", target, source_filesystem=self._fs)
+            yield Path(target)
 
 
 def _write_local(path: Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from harmonica.artifact import RouterArtifact
+from harmonica.changed_settings import changed_settings
 from harmonica.command_line import say
 from pipelines import tracking
 from pipelines.charts import png_of
@@ -24,6 +24,8 @@ from pipelines.gate import score
 from pipelines.pareto import front_figure, on_front
 from pipelines.publishing import register_beside
 from pipelines.resume import ROUTER, SWEEP, stages_again
+from pipelines.routers import load_router
+from pipelines.runtime import plainly
 from pipelines.storage import RunStorage
 from pipelines.sweep_trial import (
     FOLDER,
@@ -80,13 +82,14 @@ def check(config: WorkflowConfig, storage: RunStorage) -> None:
         trial.settings(config)
     if "sweep" in stages_again(config) or not storage.exists(_SETTINGS):
         return
-    if storage.read_json(_SETTINGS) != _settings(config):
+    if others := changed_settings({"sweep": storage.read_json(_SETTINGS)}, {"sweep": _settings(config)}):
         raise ValueError(
-            f"sweep is {_settings(config)} and that of run_id {config.run_id} was begun with "
-            f"{storage.read_json(_SETTINGS)}: give those, or --from sweep to do it again"
+            f"{others}: go on with the sweep of run_id {config.run_id} as it was begun, or give --from sweep "
+            "to do it again"
         )
 
 
+@plainly()
 def sweep(config: WorkflowConfig, storage: RunStorage, run: tracking.StageRun) -> dict[str, Any]:
     """Train, measure and register; returns what is written to `sweep.json`.
 
@@ -187,7 +190,7 @@ def _measured(
     if storage.exists(path):
         report = storage.read_json(path)
     else:
-        artifact = RouterArtifact.load(storage.download_folder(f"{folder}/{ROUTER}"))
+        artifact = load_router(storage, f"{folder}/{ROUTER}")
         judged = dataclasses.replace(
             config,
             seed=judging_seed(config),

@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 
 from harmonica.artifact import RouterArtifact
 from harmonica.family import FamilyRun, family_phases
+from harmonica.finite import NotFinite
 from harmonica.models.loading import load_model
 from harmonica.phases import Progress
 from harmonica.pictures import router_heat_map
@@ -161,9 +162,13 @@ def _train_loop(job: dict[str, Any]) -> None:
     nodes = worker_nodes(run.device)
     if keeper is not None:
         keeper.say_where(nodes)
-    times, last_checkpoint = WorkerTimes(run.device), time.monotonic()
+    times, last_checkpoint = WorkerTimes(), time.monotonic()
     for rows in _trajectories(run, spec, times, tell):
-        metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+        try:
+            metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+        except NotFinite as error:  # on all workers; raised, it would be tried again with the same outcome
+            ray.get(job["board"].stop.remote(str(error)))
+            return
         times.add(metrics)
         is_last = run.trajectory == config.train.all_trajectories
         is_due = time.monotonic() - last_checkpoint > config.train.checkpoint_interval_s
@@ -189,6 +194,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
 
     Raises:
         RuntimeError: workers failed more often than `train.max_failures`; says how the last one did.
+        NotFinite: what is computed is not finite; the last checkpoint is from before.
         TimeoutError: nothing went on for `train.stall_timeout_s`; says what it waited for.
     """
     settings = config.train
@@ -221,6 +227,8 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
         run_watched(trainer.fit, board, settings.stall_timeout_s, wanted, progress)
     except WorkerGroupError as error:
         raise RuntimeError(_last_failure(error, settings.max_failures)) from error
+    if words := ray.get(board.why_stopped.remote()):
+        raise NotFinite(words)
     return _build_artifacts(config, Checkpoints(storage))
 
 

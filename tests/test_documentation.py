@@ -55,6 +55,8 @@ OTHERS_OPTIONS = {
     "--nproc-per-node",
     "--help",
     "--version",
+    "--node-ip-address",
+    "--log-level",
     "--model",
     "--image-size",
     "--num-classes",
@@ -110,7 +112,7 @@ def options() -> frozenset[str]:
     parsed = {
         argument.value
         for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
         if node.func.attr == "add_argument"
         for argument in node.args
@@ -119,25 +121,28 @@ def options() -> frozenset[str]:
     of_functions = {
         f"--{argument.arg.replace('_', '-')}"
         for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.FunctionDef) and node.name == "main"
         for argument in (*node.args.args, *node.args.kwonlyargs)
     }
     return frozenset(spelt | {f"--{name}" for name in switches} | parsed | of_functions)
 
 
-def prose_of(path: Path) -> Iterator[str]:
+@cache
+def prose_of(path: Path) -> tuple[str, ...]:
     """A page; of a source file its comments and its strings, docstrings among them."""
     text = path.read_text()
     if path.suffix == ".md":
-        yield text
-        return
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            yield token.string
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
+        return (text,)
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = tuple(token.string for token in tokens if token.type == tokenize.COMMENT)
+    nodes = [node.value for node in ast.walk(tree_of(path)) if isinstance(node, ast.Constant)]
+    return comments + tuple(value for value in nodes if isinstance(value, str))
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def code_spans(text: str) -> Iterator[str]:
@@ -150,7 +155,7 @@ def code_spans(text: str) -> Iterator[str]:
 def names_in(path: Path) -> frozenset[str]:
     """What a module defines or imports at its top level, and what its classes define."""
     found: set[str] = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in tree_of(path).body:
         for inner in (node, *(node.body if isinstance(node, ast.If) else ())):
             if isinstance(inner, ast.Import | ast.ImportFrom):
                 found |= {(alias.asname or alias.name) for alias in inner.names}
@@ -185,7 +190,8 @@ def pages_and_sources() -> list[Path]:
 
 def test_every_file_that_is_named_exists():
     missing = []
-    names = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts}
+    names = {path.name for name in PACKAGES for path in (ROOT / name).rglob("*")}
+    names |= {path.name for path in ROOT.iterdir()}
     for path in pages_and_sources():
         for text in prose_of(path):
             for span in code_spans(text):

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -65,8 +66,21 @@ def test_of_a_folder_the_manifest_comes_last(storage, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "write_bytes", lambda name, data: (written.append(name), write(name, data)))
     storage.upload_folder(folder, "router")
     assert written[-1] == "router/config.json" and len(written) == 3
-    copy = storage.download_folder("router")
-    assert (copy / "sub" / "z.txt").read_text() == "sub/z.txt"
+
+
+def test_a_folder_to_read_is_gone_once_it_is_read(storage, tmp_path, monkeypatch):
+    local = tmp_path / "temporary"
+    local.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(local))
+    for name in ("config.json", "sub/z.txt"):
+        storage.write_bytes(f"router/{name}", name.encode())
+    with storage.local_folder("router") as folder:
+        assert (folder / "sub" / "z.txt").read_text() == "sub/z.txt"
+        assert list(local.iterdir()) == ([] if storage.is_local else [folder])
+    with pytest.raises(KeyError), storage.local_folder("router"):
+        raise KeyError
+    assert list(local.iterdir()) == []
+    assert storage.read_bytes("router/config.json") == b"config.json", "the run's own stays"
 
 
 def test_a_uri_opens_what_the_storage_wrote(storage):
