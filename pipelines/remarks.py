@@ -11,6 +11,10 @@ from ray._private import ray_logging
 _LOGGED = {
     # On a private cluster the token is wanted: it is what closes the cluster.
     "ray._private.authentication.authentication_token_setup": r"Token authentication is enabled for this Ray",
+    # With a stack trace, where five seconds were too few on a busy machine: it is sent again.
+    "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client": (
+        r"Failed to send resource request for .* it's safe to ignore this error"
+    ),
 }
 _PRINTED = (
     # Of actors that Ray itself makes so, Ray Train's and Ray Data's.

@@ -29,6 +29,7 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.config import WorkflowConfig
 from pipelines.metric_log import MetricLog
 from pipelines.progress import Reached, make_board, run_watched
+from pipelines.remarks import drop_remarks
 from pipelines.runtime import quiet_libraries
 from pipelines.storage import RunStorage
 from pipelines.stream import row_spec, stream_rows
@@ -142,6 +143,16 @@ def _resume(run: FamilyRun, checkpoints: Checkpoints, is_rank_0: bool) -> list[A
     return state[_METRICS]
 
 
+class _QuietController(ray.train.UserCallback):
+    """Keeps Ray's remarks away in the process of Ray Train's controller: it is made anew there."""
+
+    def __init__(self) -> None:
+        drop_remarks()
+
+    def __reduce__(self) -> tuple[type["_QuietController"], tuple[()]]:
+        return _QuietController, ()
+
+
 def _train_loop(job: dict[str, Any]) -> None:
     config: WorkflowConfig = job["config"]
     quiet_libraries()
@@ -218,6 +229,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
             storage_path=storage.uri(),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[_QuietController()],
         ),
     )
     kind = "GPU" if settings.use_gpu else "CPU"

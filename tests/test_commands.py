@@ -64,7 +64,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(command, tmp_path):
         pass
 
     def interrupt(text: str) -> None:
-        if text.startswith("trajectory 3"):
+        if text.startswith("training the router: 3 of 4"):
             raise Interrupted
 
     often = dataclasses.replace(command, train=dataclasses.replace(command.train, checkpoint_interval_s=0.0))

@@ -4,10 +4,14 @@ import logging
 import re
 
 import pytest
+from ray import cloudpickle as ray_cloudpickle
 from ray._private import ray_logging
 from ray._private.authentication import authentication_token_setup
+from ray.train import RunConfig, ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as client
 
 from pipelines.remarks import drop_remarks
+from pipelines.train import _QuietController
 
 TOKEN = "ray._private.authentication.authentication_token_setup"
 REMARKS = (
@@ -63,3 +67,23 @@ def test_of_what_the_token_set_up_logs_only_that_it_is_on_is_dropped(caplog):
         "Token authentication is disabled",
         "the token could not be read",
     ]
+
+
+def test_the_process_of_the_controller_is_as_quiet(caplog):
+    client.logger.filters.clear()
+    sent = ray_cloudpickle.dumps(RunConfig(callbacks=[_QuietController()]).callbacks)
+    client.logger.filters.clear()
+
+    class Busy(client.TrainAutoscalingCoordinatorClient):
+        _autoscaling_coordinator = None  # which raises as an actor does that does not answer in time
+
+    def said() -> int:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, client.logger.name):
+            Busy("train").send_resource_request(ScalingConfig(num_workers=1), 1)
+            client.logger.warning("something else")
+        return len(caplog.records)
+
+    assert said() == 2
+    assert isinstance(ray_cloudpickle.loads(sent)[0], _QuietController)
+    assert said() == 1
