@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
+from harmonica.feasibility import check_training
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan
 from harmonica.router import Router
@@ -22,14 +23,19 @@ from harmonica.training_config import TrainingConfig
 
 class FamilyRun:
     """A `RouterRun` for `train.target_speedup`, or for what else is asked, and then one for each of
-    `train.targets`; a training with no targets is a family of one."""
+    `train.targets`; a training with no targets is a family of one.
+
+    Raises:
+        SettingError: the model cannot be trained for one of them.
+    """
 
     def __init__(
         self, sampler: Sampler, config: TrainingConfig, *, seed: int, device: torch.device | str = "cpu"
     ) -> None:
         self.sampler, self.config, self.device = sampler, config, device
+        check_training(config, sampler.model, sampler.num_steps)
         alone = dataclasses.replace(config, targets=())
-        settings = [alone] + [dataclasses.replace(alone, target_speedup=target) for target in config.others]
+        settings = [alone] + [config.for_target(target_speedup=target) for target in config.others]
         self.members = [RouterRun(sampler, one, seed=seed, device=device) for one in settings]
         self._place = 0
 

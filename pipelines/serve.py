@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ray import serve
 
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
+from harmonica.settings import settings
 from pipelines import registry
 from pipelines.config import WorkflowConfig
 from pipelines.runtime import connect, is_private
@@ -165,7 +166,7 @@ def first_image(url: str, prompt: str, seed: int) -> dict[str, Any]:
     raise RuntimeError(f"{url} gave no image of {prompt!r}: {reason}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings()
 class ServeCommand:
     """Serve images over HTTP until Ctrl-C."""
 

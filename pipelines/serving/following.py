@@ -5,12 +5,14 @@ import logging
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
+from harmonica.settings import told
 from harmonica.smoke import check_sample
 from pipelines import registry
 from pipelines.config import WorkflowConfig
@@ -41,6 +43,17 @@ class ServeArgs(BaseModel):
     """Seconds between looks at which version is the champion; running replicas change over to it."""
     router: str = ""
     """Router artifact folder to serve instead. Empty without MLflow either: the built-in champion."""
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """
+        Raises:
+            SettingError: names the field, the value and the cure.
+        """
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise told(error, cls) from None
 
     def resolved(self) -> "ServeArgs":
         """With exactly one of `router` and `tracking_uri` set."""
