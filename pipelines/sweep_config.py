@@ -6,6 +6,7 @@ from harmonica.iepo import IepoKind
 from harmonica.settings import Count, Field, require, settings
 
 Search = Literal["grid", "asha"]
+_DEFAULTS = {"target_speedup": (1.2, 1.4, 1.6, 2.0), "target_cur": (0.2, 0.3, 0.4, 0.5)}
 Target = Literal["target_cur", "target_speedup"]
 LambdaKind = IepoKind | Literal["none"]
 
@@ -16,8 +17,8 @@ class SweepConfig:
 
     over: Target = "target_speedup"
     """The setting of training that `targets` are of."""
-    targets: Annotated[tuple[float, ...], Field(min_length=1)] = (1.2, 1.4, 1.6, 2.0)
-    """Speedups, or shares of reused entries."""
+    targets: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    """Speedups, or shares of reused entries. None: 1.2, 1.4, 1.6 and 2, or shares of 0.2, 0.3, 0.4 and 0.5."""
     iepo: tuple[LambdaKind, ...] = ()
     """Ways to measure lambda; none: that of train.iepo."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**62)], ...] = ()
@@ -36,9 +37,14 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         for name in ("targets", "iepo", "seeds"):
-            values = getattr(self, name)
+            values = getattr(self, name) or ()
             require(len(set(values)) == len(values), f"sweep.{name}", values, "give each value once")
         is_cur = self.over == "target_cur"
-        good = all(0 < target < 1 if is_cur else target > 1 for target in self.targets)
+        good = all(0 < target < 1 if is_cur else target > 1 for target in self.all_targets)
         cure = "give values above 0 and below 1" if is_cur else "give values above 1"
         require(good, "sweep.targets", self.targets, cure)
+
+    @property
+    def all_targets(self) -> tuple[float, ...]:
+        """Those given, or what stands for None."""
+        return self.targets or _DEFAULTS[self.over]

@@ -65,7 +65,7 @@ def trials_of(config: WorkflowConfig) -> list[Trial]:
     """Every combination."""
     chosen = config.sweep
     kinds, seeds = chosen.iepo or (config.train.iepo,), chosen.seeds or (config.seed,)
-    return [Trial(chosen.over, *rest) for rest in itertools.product(chosen.targets, kinds, seeds)]
+    return [Trial(chosen.over, *rest) for rest in itertools.product(chosen.all_targets, kinds, seeds)]
 
 
 def judging_seed(config: WorkflowConfig) -> int:

@@ -1,7 +1,6 @@
 """Settings: refused with field, value and cure, or good for what they start. The last tests generate them."""
 
 import dataclasses
-import itertools
 import math
 import pickle
 import re
@@ -22,8 +21,8 @@ from harmonica.models.base import Macs
 from harmonica.models.dit import DiT, DiTConfig
 from harmonica.models.loading import ModelConfig
 from harmonica.noise import RowKeys
-from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.sample import SampleCommand
+from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.sdt import SdtConfig, freeze
 from harmonica.settings import SettingError
 from harmonica.start import StepSearch
@@ -66,7 +65,7 @@ NAMES = {f"{section}.{name}".lstrip(".") for section, name in FIELDS} | {"from"}
 
 def tiny(channels: int = 1) -> DiT:
     shape = DiTConfig(
-        sample_size=8,
+        sample_size=16,
         patch_size=4,
         in_channels=channels,
         out_channels=channels,
@@ -196,7 +195,7 @@ def test_targets_out_of_reach_are_refused_with_the_nearest_that_works(train, sta
     config = TrainingConfig(**train, **start)
     with pytest.raises(ValueError, match=words) as caught:
         check_training(config, MODEL, 6)
-    (name, value), *_ = sorted(train.items(), key=lambda item: item[0] == "targets", reverse=True)
+    name = "targets" if "targets" in train else next(iter(train))
     cures = [float(number) for number in re.findall(r"\d+\.\d+", str(caught.value).split(": ", 1)[1])]
     for cure in cures:
         check_training(
@@ -218,12 +217,13 @@ def test_a_search_over_silent_branches_ends() -> None:
 
 
 @pytest.mark.parametrize("name", ["fashion", "dit-xl-2-256-t20"])
-@pytest.mark.parametrize("target", [{"target_cur": 0.4}, {"target_speedup": 1.5}])
+@pytest.mark.parametrize("target", [{"target_cur": 0.2}, {"target_speedup": 1.2}])
 def test_any_preset_can_be_swept_over_either_target(name: str, target: dict[str, float]) -> None:
     ((over, value),) = target.items()
-    config = dataclasses.replace(PRESETS[name](), sweep=SweepConfig(over=over, targets=(value,)))
+    config = dataclasses.replace(PRESETS[name](), sweep=SweepConfig(over=over))
     check_trials(config, MODEL)
-    (trial,) = trials_of(config)
+    trial = trials_of(config)[0]
+    assert trial.target == value
     train = trial.settings(config).train
     assert [getattr(train, each) for each in ("target_cur", "target_speedup", "target_psnr")] == [
         target.get("target_cur", 0.0),
@@ -259,7 +259,7 @@ def test_a_target_of_quality_gives_way_to_the_speeds_of_a_comparison() -> None:
     ("compare", "steps", "words"),
     [
         ((1.4, 9.9), 6, r"compare.targets is 9.9: 6 steps of this model reach [\d.]+ at most"),
-        ((1.3, 1.4), 2, "compare.targets is 1.4: give at most 1.33, since the rival of fewer steps"),
+        ((1.3, 2.01), 3, "compare.targets is 2.01: give at most 2, since the rival of fewer steps"),
     ],
 )
 def test_a_comparison_at_speeds_out_of_reach_is_refused(compare, steps, words) -> None:
@@ -272,8 +272,8 @@ def test_a_comparison_at_speeds_out_of_reach_is_refused(compare, steps, words) -
 # Generated settings.
 
 
-def odd_values(annotation: Any) -> st.SearchStrategy[Any]:
-    """What a field of any kind may be given by mistake, or on purpose at the edge of what it takes."""
+def odd_values() -> st.SearchStrategy[Any]:
+    """What a field may be given by mistake, or on purpose at the edge of what it takes."""
     numbers = [NAN, INF, -INF, -1, 0, 1, 2, 3, 0.5, 1.5, 1e-30, 1e30, 2**62, -0.0, True]
     return st.sampled_from([*numbers, None, "", "x", "3", (), (2.0,), (NAN,), (0, 0), {}])
 
@@ -312,7 +312,10 @@ def changes(draw: st.DrawFn, sections: tuple[str, ...] = tuple(SECTIONS)) -> dic
     keys = [key for key in CHANGEABLE if key[0] in sections]
     chosen = draw(st.lists(st.sampled_from(keys), min_size=1, max_size=4, unique=True))
     kinds = {key: FIELDS[key].type for key in chosen}
-    return {key: draw(st.one_of(good_values(kind), odd_values(kind))) for key, kind in kinds.items()}
+    return {
+        key: draw(st.one_of(good_values(kind), good_values(kind), odd_values()))
+        for key, kind in kinds.items()
+    }
 
 
 def built(changed: dict[tuple[str, str], Any], base: WorkflowConfig) -> WorkflowConfig:
@@ -354,10 +357,10 @@ def assert_said_well(error: ValueError, changed: dict[tuple[str, str], Any]) -> 
     assert any(name in text for name in spelled), f"{text}: of {spelled}"
 
 
-@examples(derandomize=True, deadline=None, max_examples=400)
+@examples(derandomize=True, deadline=None, max_examples=300)
 @given(changed=changes())
 def test_settings_start_what_they_are_for_or_are_refused(changed: dict[tuple[str, str], Any]) -> None:
-    base = dataclasses.replace(fashion(), sampler=SamplerConfig(num_inference_steps=8))
+    base = dataclasses.replace(fashion(), compare=CompareConfig(targets=(1.4,)))
     try:
         config = built(changed, base)
         for train in trainings(config):
@@ -365,13 +368,14 @@ def test_settings_start_what_they_are_for_or_are_refused(changed: dict[tuple[str
     except ValueError as error:
         assert_said_well(error, changed)
         return
-    make_application(ServeArgs(serve=config.serve), {"log_level": "WARNING"})
+    if config.serve != base.serve:
+        make_application(ServeArgs(serve=config.serve), {"log_level": "WARNING"})
     assert not any(isinstance(value, float) and not math.isfinite(value) for value in changed.values())
 
 
 def train_one(run: FamilyRun) -> None:
     keys = RowKeys.of(0, range(run.config.batch_size))
-    noise = torch.from_numpy(keys.start_noise((1, 8, 8)))
+    noise = torch.from_numpy(keys.start_noise((1, 16, 16)))
     run.train_one(noise, torch.arange(run.config.batch_size) % 3, keys)
 
 
