@@ -44,12 +44,11 @@ def check_speedup(speedup: float, macs: Macs, num_steps: int, *, field: str) -> 
     least, most = slowest_speedup(num_steps, macs), fastest_speedup(num_steps, macs)
     if speedup > most:
         raise SettingError(
-            f"{field} is {speedup}: {num_steps} steps of this model reach {_down(most, 2)} at most, give no "
-            "more than that"
+            f"{field} is {speedup}: {_steps(num_steps)} reach {_down(most, 2)} at most, give no more"
         )
     if even_plan(num_steps, macs, speedup).cur == 0:
         raise SettingError(
-            f"{field} is {speedup}: {num_steps} steps of this model would reuse nothing for that, give "
+            f"{field} is {speedup}: {_steps(num_steps)} would reuse nothing for that, give "
             f"{-_down(-least, 3)} or more"
         )
 
@@ -65,8 +64,12 @@ def _check_cur(config: TrainingConfig, macs: Macs, num_steps: int, field: str) -
         least <= config.target_cur <= most,
         field,
         config.target_cur,
-        f"give {-_down(-least, 4)} to {_down(most, 3)}, which {num_steps} steps of this model can reuse",
+        f"give {-_down(-least, 4)} to {_down(most, 3)}, which {_steps(num_steps)} can reuse",
     )
+
+
+def _steps(count: int) -> str:
+    return f"{count} steps of this model (sampler.num_inference_steps)"
 
 
 def _down(number: float, digits: int) -> float:

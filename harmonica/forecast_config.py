@@ -27,7 +27,7 @@ class ForecastConfig:
             self.trajectories == 0 or self.trajectories >= least,
             "train.forecast.trajectories",
             self.trajectories,
-            f"give {least} or more, {FOLDS} a round that check each other, or 0",
+            f"give {least} or more, {FOLDS} that check each other for each of train.forecast.rounds, or 0",
         )
 
     def ends_round(self, done: int) -> bool:

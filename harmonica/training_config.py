@@ -131,7 +131,7 @@ class TrainingConfig:
             "train.initial_logit",
             self.initial_logit,
             f"give a number above {math.ceil(100 * least) / 100:g} with train.initial {self.initial}, so "
-            "that scores lie on both sides of train.sdt.threshold",
+            "that scores lie on both sides of train.sdt.threshold, where train.target_cur is counted",
         )
 
     def for_target(self, **target: float) -> Self:

@@ -18,7 +18,8 @@ class SweepConfig:
     over: Target = "target_speedup"
     """The setting of training that `targets` are of."""
     targets: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
-    """Speedups, or shares of reused entries. None: 1.2, 1.4, 1.6 and 2, or shares of 0.2, 0.3, 0.4 and 0.5."""
+    """Speedups, or shares of reused entries. None: speedups of 1.2, 1.4, 1.6 and 2, or shares of 0.2, 0.3, 0.4
+    and 0.5."""
     iepo: tuple[LambdaKind, ...] = ()
     """Ways to measure lambda; none: that of train.iepo."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**62)], ...] = ()
@@ -41,7 +42,7 @@ class SweepConfig:
             require(len(set(values)) == len(values), f"sweep.{name}", values, "give each value once")
         is_cur = self.over == "target_cur"
         good = all(0 < target < 1 if is_cur else target > 1 for target in self.all_targets)
-        cure = "give values above 0 and below 1" if is_cur else "give values above 1"
+        cure = f"give values {'above 0 and below' if is_cur else 'above'} 1 for sweep.over {self.over}"
         require(good, "sweep.targets", self.targets, cure)
 
     @property

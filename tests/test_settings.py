@@ -183,7 +183,7 @@ def test_every_speed_between_the_slowest_and_the_fastest_reuses_something(macs: 
         ),
         (
             {"target_speedup": 30.0},
-            r"train.target_speedup is 30.0: 6 steps of this model reach [\d.]+ at most",
+            r"train.target_speedup is 30.0: 6 steps of this model .* reach [\d.]+ at most",
         ),
         ({"target_speedup": 1.5, "targets": (1.4, 99.0)}, r"train.targets is 99.0: 6 steps .* at most"),
         ({"target_cur": 0.9}, r"train.target_cur is 0.9: give 0.\d+ to 0.833"),
@@ -258,7 +258,7 @@ def test_a_target_of_quality_gives_way_to_the_speeds_of_a_comparison() -> None:
 @pytest.mark.parametrize(
     ("compare", "steps", "words"),
     [
-        ((1.4, 9.9), 6, r"compare.targets is 9.9: 6 steps of this model reach [\d.]+ at most"),
+        ((1.4, 9.9), 6, r"compare.targets is 9.9: 6 steps of this model .* reach [\d.]+ at most"),
         ((1.3, 2.01), 3, "compare.targets is 2.01: give at most 2, since the rival of fewer steps"),
     ],
 )
@@ -291,8 +291,8 @@ def good_values(annotation: Any) -> st.SearchStrategy[Any]:
         return st.lists(good_values(inner[0]), max_size=3, unique=True).map(tuple)
     kinds: dict[Any, st.SearchStrategy[Any]] = {
         bool: st.booleans(),
-        int: st.integers(0, 9),
-        float: st.one_of(st.sampled_from([0.0, 1.0, 1.4, 40.0]), st.floats(0, 4)),
+        int: st.integers(1, 9),
+        float: st.one_of(st.sampled_from([0.0, 0.3, 1.0, 1.4, 40.0]), st.floats(0, 4)),
         str: st.sampled_from(["", "name"]),
         types.NoneType: st.none(),
     }
@@ -310,12 +310,12 @@ CHANGEABLE = [
 def changes(draw: st.DrawFn, sections: tuple[str, ...] = tuple(SECTIONS)) -> dict[tuple[str, str], Any]:
     """Some settings and what they are given."""
     keys = [key for key in CHANGEABLE if key[0] in sections]
-    chosen = draw(st.lists(st.sampled_from(keys), min_size=1, max_size=4, unique=True))
-    kinds = {key: FIELDS[key].type for key in chosen}
-    return {
-        key: draw(st.one_of(good_values(kind), good_values(kind), odd_values()))
-        for key, kind in kinds.items()
-    }
+    chosen = draw(st.lists(st.sampled_from(keys), min_size=1, max_size=3, unique=True))
+    drawn = {}
+    for key in chosen:
+        is_odd = draw(st.sampled_from((False, False, False, True)))
+        drawn[key] = draw(odd_values() if is_odd else good_values(FIELDS[key].type))
+    return drawn
 
 
 def built(changed: dict[tuple[str, str], Any], base: WorkflowConfig) -> WorkflowConfig:
@@ -357,7 +357,7 @@ def assert_said_well(error: ValueError, changed: dict[tuple[str, str], Any]) -> 
     assert any(name in text for name in spelled), f"{text}: of {spelled}"
 
 
-@examples(derandomize=True, deadline=None, max_examples=300)
+@examples(derandomize=True, deadline=None, max_examples=200)
 @given(changed=changes())
 def test_settings_start_what_they_are_for_or_are_refused(changed: dict[tuple[str, str], Any]) -> None:
     base = dataclasses.replace(fashion(), compare=CompareConfig(targets=(1.4,)))
