@@ -18,8 +18,8 @@ class SweepConfig:
     over: Target = "target_speedup"
     """The setting of training that `targets` are of."""
     targets: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
-    """Speedups, or shares of reused entries. None: speedups of 1.2, 1.4, 1.6 and 2, or shares of 0.2, 0.3, 0.4
-    and 0.5."""
+    """Speedups, or shares of reused entries. None: speedups 1.2, 1.4, 1.6 and 2, or shares 0.2, 0.3, 0.4 and
+    0.5."""
     iepo: tuple[LambdaKind, ...] = ()
     """Ways to measure lambda; none: that of train.iepo."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**62)], ...] = ()
