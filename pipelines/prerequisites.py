@@ -13,6 +13,7 @@ from pipelines import resume
 from pipelines.config import Stage, WorkflowConfig
 from pipelines.judges import check_judges
 from pipelines.resume import ROUTER
+from pipelines.serving.keys import load_keys
 from pipelines.storage import RunStorage
 from pipelines.timing import transfer_samplers
 
@@ -32,6 +33,8 @@ def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMode
             f"model.vae is '' and {config.model.path} draws latents: give its decoder, or leave the "
             "stage serve out"
         )
+    if "serve" in stages:
+        load_keys(config.serve.api_keys_file)
     if resume.is_finished("train", config, storage):
         RouterArtifact.load(storage.download_folder(ROUTER)).check(model, config.sampler)
     elif late := _before(stages, "train", {"evaluate", "register"}):

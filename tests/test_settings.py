@@ -37,6 +37,7 @@ from pipelines.presets import PRESETS, fashion
 from pipelines.promote_config import PromoteConfig
 from pipelines.serving.application import make_application
 from pipelines.serving.following import ServeArgs
+from pipelines.serving.keys import load_keys
 from pipelines.serving.serve_config import ServeConfig
 from pipelines.sweep_config import SweepConfig
 from pipelines.sweep_trial import trials_of
@@ -161,7 +162,7 @@ MACS = st.builds(
 )
 
 
-@examples(derandomize=True, deadline=None, max_examples=200)
+@examples(derandomize=True, deadline=None, max_examples=100)
 @given(macs=MACS, num_steps=st.integers(2, 120))
 def test_every_speed_between_the_slowest_and_the_fastest_reuses_something(macs: Macs, num_steps: int) -> None:
     slowest, fastest = slowest_speedup(num_steps, macs), fastest_speedup(num_steps, macs)
@@ -357,7 +358,7 @@ def assert_said_well(error: ValueError, changed: dict[tuple[str, str], Any]) -> 
     assert any(name in text for name in spelled), f"{text}: of {spelled}"
 
 
-@examples(derandomize=True, deadline=None, max_examples=200)
+@examples(derandomize=True, deadline=None, max_examples=150)
 @given(changed=changes())
 def test_settings_start_what_they_are_for_or_are_refused(changed: dict[tuple[str, str], Any]) -> None:
     base = dataclasses.replace(fashion(), compare=CompareConfig(targets=(1.4,)))
@@ -365,6 +366,7 @@ def test_settings_start_what_they_are_for_or_are_refused(changed: dict[tuple[str
         config = built(changed, base)
         for train in trainings(config):
             FamilyRun(make_sampler(MODEL, config.sampler), train, seed=config.seed)
+        load_keys(config.serve.api_keys_file)
     except ValueError as error:
         assert_said_well(error, changed)
         return

@@ -58,8 +58,16 @@ LET_THROUGH = "--promote=always"
         (["fashion", "--train.start-trajectories=-1"], ["train.start_trajectories is -1", "give 0 or more"]),
         (["fashion", "--train.targets", "1.5", "50"], ["train.targets is 50.0", "reach", "at most"]),
         (
-            ["fashion", "--stages", "compare", "--compare.targets", "1.4", "9.5"],
-            ["compare.targets is 9.5", "20 steps", "reach", "at most"],
+            [
+                "fashion",
+                "--stages",
+                "compare",
+                "--compare.targets",
+                "1.4",
+                "10",
+                "--sampler.num-inference-steps=10",
+            ],
+            ["compare.targets is 10.0", "10 steps", "reach", "at most"],
         ),
         (["fashion", "--stages", "sweep", "--sweep.targets", "90"], ["sweep.targets is 90.0", "at most"]),
         (["fashion", "--stages", "sweep", "--sweep.targets", "1.001"], ["sweep.targets is 1.001", "or more"]),
