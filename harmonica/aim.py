@@ -68,9 +68,11 @@ class Aim:
         return Plan.from_scores(logits_TB.sigmoid(), self.threshold_of(logits_TB))
 
     def is_met_by(self, plan: Plan) -> bool:
-        """Whether the speed is met within 2%, as it is not where too many scores are equal to cut between."""
+        """Whether the speed is met within 2%, as it is not where too many scores are equal to cut between;
+        or the share of reuse within 2% of all entries."""
         if not self.speedup:
-            return True
+            wanted = self._config.target_cur
+            return not wanted or abs(plan.cur - wanted) < _MET
         return abs(plan.ideal_speedup(self._trainer.sampler.model.macs()) / self.speedup - 1) < _MET
 
     def state(self) -> dict[str, Any]:

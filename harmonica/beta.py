@@ -15,6 +15,8 @@ from torch import Tensor
 DECAY = 0.8
 """Of the estimate's moving average over trajectories: one trajectory's gradients are noisy."""
 _BEYOND_PRICE = 1e30
+_STEEPEST = 1e-7
+"""Of 1 - r, which float32 rounds to 0 for logits above 17."""
 
 
 class BetaController:
@@ -41,8 +43,8 @@ class BetaController:
     def observe(self, i: int, logit_gradient_B: Tensor, logits_B: Tensor) -> None:
         """Take step i's gradient of the loss, under the present beta, before the update."""
         r = logits_B.detach().sigmoid().cpu()
-        score_gradient = logit_gradient_B.detach().cpu() / (r * (1 - r))
-        self._latest_TB[i] = (self.beta - score_gradient / self.costs_B) / (1 - r)
+        score_gradient = logit_gradient_B.detach().cpu() / (r * (1 - r)).clamp_min(_STEEPEST)
+        self._latest_TB[i] = (self.beta - score_gradient / self.costs_B) / (1 - r).clamp_min(_STEEPEST)
 
     def update(self) -> float:
         """Once a trajectory, after all its steps: the next beta."""

@@ -10,6 +10,8 @@ from typing import TypeVar
 import tyro
 from rich.console import Console
 
+from harmonica.settings import SettingError
+
 Settings = TypeVar("Settings")
 
 
@@ -31,10 +33,13 @@ def parse(arguments: list[str], presets: Mapping[str, Callable[[], Settings]], p
 
 
 def parse_settings(default: Settings, arguments: list[str], prog: str) -> Settings:
-    """tyro's parser, but a value that a field's own check refuses comes out as that check's error.
+    """tyro's parser, but a value that its settings refuse comes out as their error.
 
     tyro prints such an error in a box, folded to the terminal's width, and exits; its own messages
     (unknown option, not a number) stay as they are.
+
+    Raises:
+        SettingError: a value is refused.
     """
     said = io.StringIO()
     try:
@@ -43,8 +48,7 @@ def parse_settings(default: Settings, arguments: list[str], prog: str) -> Settin
     except SystemExit as exit_:
         refused = exit_.__context__
         while refused is not None:
-            frames = traceback.extract_tb(refused.__traceback__)
-            if isinstance(refused, ValueError) and any(f.name == "__post_init__" for f in frames):
+            if isinstance(refused, SettingError):
                 raise refused from None
             refused = refused.__context__
         sys.stderr.write(said.getvalue())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
+from harmonica.feasibility import check_training
 from harmonica.noise import RowKeys
 from harmonica.phases import Phase, phases_of
 from harmonica.plan import Plan
@@ -23,12 +24,17 @@ from harmonica.training_config import TrainingConfig
 
 class FamilyRun:
     """A `RouterRun` for `train.target_speedup`, or for what else is asked, and then one for each of
-    `train.targets`; a training with no targets is a family of one."""
+    `train.targets`; a training with no targets is a family of one.
+
+    Raises:
+        SettingError: the model cannot be trained for one of them.
+    """
 
     def __init__(
         self, sampler: Sampler, config: TrainingConfig, *, seed: int, device: torch.device | str = "cpu"
     ) -> None:
         self.sampler, self.config, self.device = sampler, config, device
+        check_training(config, sampler.model, sampler.num_steps)
         self.members = [RouterRun(sampler, one, seed=seed, device=device) for one in member_settings(config)]
         self._place = 0
 
@@ -100,7 +106,7 @@ class FamilyRun:
 def member_settings(config: TrainingConfig) -> list[TrainingConfig]:
     """Of each member, the first one's first."""
     alone = dataclasses.replace(config, targets=())
-    return [alone] + [dataclasses.replace(alone, target_speedup=target) for target in config.others]
+    return [alone] + [config.for_target(target_speedup=target) for target in config.others]
 
 
 def family_phases(config: TrainingConfig, num_steps: int) -> tuple[Phase, ...]:

@@ -129,6 +129,9 @@ def sketch_image_error(
         drawn = torch.from_numpy(rows.step_noise(plan.num_steps + probe, tuple(change_NCHW.shape[1:])))
         u_NCHW = drawn.to(change_NCHW) / size**0.5
         residuals.append((change_NCHW * u_NCHW).flatten(1).sum(1))
+        if not handles:  # nothing is reused that has two values before it
+            jacobians.append(change_NCHW.new_zeros(len(noise_NCHW), 0))
+            continue
         moved = torch.autograd.grad(
             (images_NCHW * u_NCHW).sum(), handles, retain_graph=probe < probes - 1, materialize_grads=True
         )

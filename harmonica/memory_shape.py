@@ -76,7 +76,7 @@ class Shape:
             tokens=(shape["sample_size"] // shape["patch_size"]) ** 2,
             text_tokens=shape.get("text_tokens", 0),
             value_bytes=model.dtype.itemsize,
-            hidden_bytes=max(model.dtype.itemsize, *(p.dtype.itemsize for p in full)),
+            hidden_bytes=max([model.dtype.itemsize, *(p.dtype.itemsize for p in full)]),
             sharded_weights=sharded,
             other_weights=sum(p.nbytes for p in model.parameters()) - sharded,
         )

@@ -3,6 +3,7 @@
     python -m harmonica.sample                                    # the built-in model and its champion
     python -m harmonica.sample --model.path DiT-XL-2-256x256.pt --model.vae VAE --router ROUTER \\
         --classes 207 360 --guidance-scale 4 --allow-other-sampler
+    python -m harmonica.sample --model.path builtin:fashion-pixart --prompts "a coat" "a dark sneaker"
     python -m harmonica.sample --help
 
 VAE is an AutoencoderKL's folder, or a Hugging Face id with its commit, as in org/name@commit.
@@ -12,9 +13,10 @@ ROUTER is an artifact folder, or a `.pt` of the released training code (then wit
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,29 +30,33 @@ from harmonica.finite import NotFinite, check_finite
 from harmonica.folding import kept_bytes
 from harmonica.models.loading import BUILTIN, LoadedModel, ModelConfig, load_model
 from harmonica.models.vae import decode_latents, draws_pixels
-from harmonica.noise import RowKeys, row_label
+from harmonica.noise import MAX_SEED, RowKeys, row_label
 from harmonica.samplers import Sampler, SamplerConfig, SamplerName, make_sampler, with_scheduler
 from harmonica.samplers.config import GuidanceChannels
 from harmonica.sampling import check_plan, sample
+from harmonica.settings import Count, Cure, Field, SettingError, settings
 from harmonica.tensor_files import write_tensors
+from harmonica.text.conditions import make_conditions
 from harmonica.text.labels import UnknownClass, find_class
 from harmonica.train import pick_device
 
 _SHEET_COLUMNS = 16
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings()
 class SampleCommand:
     """Settings of one sampling."""
 
     router: str = ""
     """Artifact folder, or .pt of the released training code. Empty: the built-in model's champion, and
     no router for other models."""
-    threshold: float = 0.1
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """tau of a released .pt, which does not say it."""
     classes: tuple[str, ...] = ()
     """Class names or numbers, one an image. Empty: eight drawn by seed."""
-    seed: int = 0
+    prompts: tuple[str, ...] = ()
+    """For a model that takes prompts: one an image."""
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED), Cure("a whole number from 0, below 2^63")] = 0
     """Fixes the noise; image i is the same whatever else is asked for."""
     sampler: SamplerName | None = None
     """Default: the router's; without one the model's own."""
@@ -62,7 +68,7 @@ class SampleCommand:
     """Default: the router's; without one the convention of the model's layout."""
     allow_other_sampler: bool = False
     """Use the router under a sampler or guidance it was not trained for; its step count stays."""
-    rounds: int = 3
+    rounds: Count = 3
     """How often each way is timed, after one run to warm up; the median counts."""
     output: Path = Path("samples.png")
     """Grid of pictures; without a VAE the latents go to a .safetensors file beside it."""
@@ -70,12 +76,6 @@ class SampleCommand:
     """auto takes the GPU where there is one."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The denoiser."""
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"rounds is {self.rounds}: give 1 or more")
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold is {self.threshold}: give a number between 0 and 1")
 
 
 def own_sampler(loaded: LoadedModel, path: str) -> SamplerConfig:
@@ -138,8 +138,28 @@ def _label(name: str, class_names: tuple[str, ...]) -> int:
         raise ValueError(f"classes has {error}") from error
 
 
+def _subjects(command: SampleCommand, loaded: LoadedModel) -> tuple[Sequence[int | str], list[str]]:
+    """What is asked for, labels or prompts, and what the pictures are called."""
+    if not loaded.model.num_classes:
+        if command.classes or not command.prompts:
+            field, given = ("classes", command.classes) if command.classes else ("prompts", command.prompts)
+            raise SettingError(
+                f"{field} is {given!r} and the model in {command.model.path} takes prompts: give some texts "
+                "with --prompts, and no classes"
+            )
+        return command.prompts, list(command.prompts)
+    if command.prompts:
+        raise SettingError(
+            f"prompts is {command.prompts!r} and the model in {command.model.path} takes classes: give "
+            "--classes instead"
+        )
+    drawn = tuple(str(row_label(command.seed, i, loaded.model.num_classes)) for i in range(8))
+    labels = [_label(name, loaded.class_names) for name in command.classes or drawn]
+    return labels, [loaded.class_names[label] for label in labels]
+
+
 def _timed(
-    sampler: Sampler, batch: tuple[Tensor, Tensor], rows: RowKeys, router: RouterArtifact | None, rounds: int
+    sampler: Sampler, batch: tuple[Tensor, Any], rows: RowKeys, router: RouterArtifact | None, rounds: int
 ) -> tuple[Tensor, list[float]]:
     """What is sampled (the same every time), and seconds of each round after the first."""
     plan, reuse = (router.plan, router.reuse) if router else (None, "hold")
@@ -159,12 +179,11 @@ def run(command: SampleCommand) -> dict[str, Tensor]:
     loaded = load_model(command.model, device)
     model, router = loaded.model, _load_router(command, loaded)
     sampler = _make_sampler(command, loaded, router)
-    names = command.classes or tuple(str(row_label(command.seed, i, model.num_classes)) for i in range(8))
-    labels = [_label(name, loaded.class_names) for name in names]
-    rows = RowKeys.of(command.seed, range(len(labels)))
+    subjects, titles = _subjects(command, loaded)
+    rows = RowKeys.of(command.seed, range(len(subjects)))
     side = model.sample_size
     noise = torch.from_numpy(rows.start_noise((model.in_channels, side, side))).to(device)
-    batch = noise, torch.tensor(labels, device=device)
+    batch = noise, make_conditions(loaded, device).of(subjects, [""] * len(subjects))
     config = sampler.config
     say(f"{config.name}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {device}")
     sampled, medians = {}, {}
@@ -176,15 +195,15 @@ def run(command: SampleCommand) -> dict[str, Tensor]:
         medians[way] = statistics.median(seconds)
         spread = (max(seconds) - min(seconds)) / medians[way]
         rounds = f"{len(seconds)} rounds, spread {spread:.0%}"
-        say(f"{way:7} {medians[way]:.3f} s for {len(labels)} images ({rounds})")
+        say(f"{way:7} {medians[way]:.3f} s for {len(subjects)} images ({rounds})")
     if router is not None:
         say(
             f"CUR {router.plan.cur:.1%}, ideal {router.ideal_speedup:.2f}x, "
             f"measured {medians['full'] / medians['cached']:.2f}x"
         )
         held = kept_bytes(model, router.plan, router.reuse, is_guided=sampler.is_guided) / 2**20
-        say(f"cache: {held:.1f} MiB an image, {held * len(labels):.1f} MiB for the batch")
-    _write(command, loaded, sampled, router, [loaded.class_names[label] for label in labels])
+        say(f"cache: {held:.1f} MiB an image, {held * len(subjects):.1f} MiB for the batch")
+    _write(command, loaded, sampled, router, titles)
     return sampled
 
 
@@ -193,7 +212,7 @@ def _write(
     loaded: LoadedModel,
     sampled: dict[str, Tensor],
     router: RouterArtifact | None,
-    class_names: list[str],
+    names: list[str],
 ) -> None:
     from harmonica.pictures import cached_title, sample_sheet
 
@@ -210,7 +229,7 @@ def _write(
         titles["cached"] = cached_title("cached", router.plan.cur, router.method)
     shown = {titles[way]: images[:_SHEET_COLUMNS].cpu() for way, images in sampled.items()}
     sample_sheet(
-        with_differences(shown), [name.split(",")[0] for name in class_names[:_SHEET_COLUMNS]], command.output
+        with_differences(shown), [name.split(",")[0] for name in names[:_SHEET_COLUMNS]], command.output
     )
     say(f"pictures in {command.output}")
 

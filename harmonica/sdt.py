@@ -11,7 +11,7 @@ micro-batches; `harmonica.memory` says what each comes to.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,26 +22,27 @@ from harmonica.passes import soft_pass
 from harmonica.router import Router
 from harmonica.samplers import Sampler, State
 from harmonica.sampling import planned_step
+from harmonica.settings import Field, settings
 from harmonica.stopwatch import Stopwatch
 
 Student = Literal["soft", "hard"]
 """Whom trajectories follow, in training and for lambda: the mix of soft scores (the paper), or their plan."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("train.sdt")
 class SdtConfig:
     """The router's objective and optimiser."""
 
-    beta: float = 0.007
+    beta: Annotated[float, Field(ge=0, le=1e6)] = 0.007
     """Weight of the sum of scores against lambda_i * MSE: larger means more reuse."""
-    learning_rate: float = 0.01
+    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 0.01
     """Of AdamW, without weight decay."""
-    epsilon: float = 1e-8
+    epsilon: Annotated[float, Field(ge=1e-37, le=1)] = 1e-8
     """AdamW's. Gradients below it hardly move a logit, and they shrink with lambda, which is in squared
     latents: smaller where beta follows from a target."""
-    threshold: float = 0.1
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """tau: r > tau computes the branch and refreshes its cache."""
-    clamp: float = 5.0
+    clamp: Annotated[float, Field(gt=0, le=100)] = 5.0
     """Logits stay within [-clamp, clamp]."""
     reuse: Reuse = "hold"
     """A reused branch holds its last value (the paper), or is forecast from its last two."""
@@ -56,26 +57,6 @@ class SdtConfig:
     activation_checkpointing: bool = False
     """Compute the student's branches again in the backward instead of keeping what they need: a fraction
     of the memory for about a third more time, the same update."""
-
-    def __post_init__(self) -> None:
-        if self.beta < 0:
-            raise ValueError(f"train.sdt.beta is {self.beta}: give 0 or more")
-        if self.learning_rate <= 0:
-            raise ValueError(f"train.sdt.learning_rate is {self.learning_rate}: give a positive number")
-        if self.epsilon <= 0:
-            raise ValueError(f"train.sdt.epsilon is {self.epsilon}: give a positive number")
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"train.sdt.threshold is {self.threshold}: give a number between 0 and 1")
-        if self.clamp <= 0:
-            raise ValueError(f"train.sdt.clamp is {self.clamp}: give a positive number")
-        if self.reuse not in ("hold", "forecast"):
-            raise ValueError(f"train.sdt.reuse is {self.reuse!r}: give hold or forecast")
-        if self.student not in get_args(Student):
-            raise ValueError(f"train.sdt.student is {self.student!r}: give soft or hard")
-        if self.objective not in ("stepwise", "pairwise"):
-            raise ValueError(f"train.sdt.objective is {self.objective!r}: give stepwise or pairwise")
-        if self.penalty not in ("count", "macs"):
-            raise ValueError(f"train.sdt.penalty is {self.penalty!r}: give count or macs")
 
 
 @dataclass(frozen=True, slots=True)

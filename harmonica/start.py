@@ -22,7 +22,15 @@ from harmonica.router import Router
 from harmonica.samplers import Sampler, State
 from harmonica.sampling import planned_step
 from harmonica.sdt import Rows
-from harmonica.targets import even_plan, even_steps, logits_of, steps_for, stepwise_plan, with_part
+from harmonica.targets import (
+    even_plan,
+    even_steps,
+    logits_of,
+    speedup_of,
+    steps_for,
+    stepwise_plan,
+    with_part,
+)
 from harmonica.training_config import TrainingConfig
 
 _SMALLEST_EFFECT = 1e-12
@@ -37,8 +45,10 @@ def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Route
         return Router.normal(*shape, seed)
     if config.initial == "alternate":
         return Router.alternating(*shape, config.initial_logit)
-    if config.target_speedup and config.initial in ("even", "measured"):  # until it is measured
-        plan = even_plan(sampler.num_steps, sampler.model.macs(), config.target_speedup)
+    if config.initial in ("even", "measured") and not config.target_psnr:  # until it is measured
+        macs = sampler.model.macs()
+        speedup = config.target_speedup or speedup_of(config.target_cur, macs)
+        plan = even_plan(sampler.num_steps, macs, speedup)
         return Router.from_logits(logits_of(plan, config.initial_logit))
     return Router(*shape, config.initial_logit)
 
@@ -114,7 +124,7 @@ class StepSearch:
         """The squared change that reusing these steps makes, in parts of what all single ones add up to."""
         chosen = set(steps)
         places = [i + (self.num_steps - 1 if i + 2 in chosen else 0) for i in chosen]
-        return float(self.gram_EE[places][:, places].sum())
+        return max(0.0, float(self.gram_EE[places][:, places].sum()))  # below 0 by rounding
 
     def plan(self, macs: Macs, speedup: float) -> Plan:
         """The best plan of whole steps for a speed, or nearly: the dearest step is reused in part."""
@@ -146,7 +156,8 @@ class StepSearch:
             if not 0 <= moved < self.num_steps - 1 or {moved - 1, moved, moved + 1} & set(others):
                 continue
             new = self.cost([*others, moved])
-            if new < cost or generator.random() < (cost / new) ** (1 / max(heat, 1e-9)):
+            # Branches that are silent, as an untrained model's are, cost nothing.
+            if new < cost or new == 0 or generator.random() < (cost / new) ** (1 / max(heat, 1e-9)):
                 chosen, cost = [*others, moved], new
             if cost < best_cost:
                 best, best_cost = chosen, cost

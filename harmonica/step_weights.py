@@ -52,7 +52,7 @@ class StepWeights:
             average=average,
         )
         measured = {f"lambda.step_{i:03d}": value for i, value in enumerate(self.lambda_T.tolist())}
-        if config.target_speedup or config.target_cur or config.target_psnr:
+        if config.has_target:
             # Beta follows, so only ratios count; lambda as measured may lie below what AdamW rounds off.
             self.lambda_T = self.lambda_T / self.lambda_T.mean().clamp_min(_SMALLEST)
         return measured

@@ -15,8 +15,27 @@ from harmonica.router import FIXED_LOGIT
 
 _NEAR = 0.015
 """Relative: whole steps are reused where that comes so near to the speed; a part of one more where not."""
+_ROUNDING = 1e-9
 _TIE = 1e-6
 """Scores nearer than this are one: devices round a sigmoid differently."""
+
+
+def fastest_speedup(num_steps: int, macs: Macs) -> float:
+    """Of a plan that computes the branches at step T-1 alone."""
+    return num_steps * macs.full / (macs.full + (num_steps - 1) * macs.rest)
+
+
+def slowest_speedup(num_steps: int, macs: Macs) -> float:
+    """The lowest for which `even_plan` reuses anything: half of a step, or, where no whole step comes near
+    enough, half of its last branch."""
+    whole, of_step = num_steps * macs.full, sum(macs.branches)
+    part = max(1 / (1 - _NEAR), whole / (whole - macs.branches[-1] / 2))
+    return min(part, whole / (whole - of_step / 2))
+
+
+def speedup_of(cur: float, macs: Macs) -> float:
+    """Of plans that reuse this share of all entries, in whole steps."""
+    return macs.full / (macs.full - cur * sum(macs.branches))
 
 
 def reusable_share(num_steps: int, macs: Macs, speedup: float) -> float:
@@ -25,8 +44,8 @@ def reusable_share(num_steps: int, macs: Macs, speedup: float) -> float:
     Raises:
         ValueError: more than there is.
     """
-    most = num_steps * macs.full / (macs.full + (num_steps - 1) * macs.rest)
-    if speedup > most:
+    most = fastest_speedup(num_steps, macs)
+    if speedup > most * (1 + _ROUNDING):
         raise ValueError(
             f"train.target_speedup is {speedup}: {num_steps} steps of this model reach {most:.2f} at most"
         )

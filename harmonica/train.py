@@ -18,9 +18,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -32,10 +32,12 @@ from harmonica.command_line import fail, parse, say
 from harmonica.family import FamilyRun, family_phases
 from harmonica.finite import NotFinite
 from harmonica.models.loading import ModelConfig, load_model
+from harmonica.noise import MAX_SEED
 from harmonica.phases import Progress
 from harmonica.presets import RECIPES, Recipe
 from harmonica.rows import Batch, RowSpec, Share, make_rows
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
+from harmonica.settings import Cure, Field, settings
 from harmonica.sharding import shard
 from harmonica.text.prompts import PromptStore
 from harmonica.training_config import TrainingConfig
@@ -45,13 +47,13 @@ _FREE_TO_CHANGE = ("output", "device")
 _METRICS = "metrics"
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings()
 class TrainCommand:
     """Settings of one training."""
 
     output: Path = Path("router")
     """Folder for the router, its picture, the metrics and the state to resume from."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED), Cure("a whole number from 0, below 2^63")] = 0
     """Fixes every label, every noise and the initial logits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one; torchrun gives each process its own."""

@@ -26,7 +26,7 @@ from harmonica.sampling import sample
 from harmonica.sdt import SdtTrainer, micro_batches
 from harmonica.start import StepSearch, fastest_plan, initial_router
 from harmonica.step_weights import StepWeights
-from harmonica.targets import even_plan, logits_of
+from harmonica.targets import even_plan, logits_of, speedup_of
 from harmonica.training_config import TrainingConfig
 
 
@@ -191,9 +191,10 @@ class RouterRun:
         """The router begins with the best steps for its speed; where the start was measured, it is known."""
         assert self.search is not None
         num_steps, macs = self.sampler.num_steps, self.sampler.model.macs()
+        speedup = self.aim.speedup or speedup_of(self.config.target_cur, macs)
         plans = {
-            "even": even_plan(num_steps, macs, self.aim.speedup),
-            "measured": self.search.plan(macs, self.aim.speedup),
+            "even": even_plan(num_steps, macs, speedup),
+            "measured": self.search.plan(macs, speedup),
         }
         logit, like = self.config.initial_logit, self.weights.lambda_T
         self.starts = {name: logits_of(plan, logit).to(like) for name, plan in plans.items()}

@@ -1,16 +1,15 @@
 """What the stage `compare` compares."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pipelines.checks import require
+from harmonica.settings import Field, settings
 
 _ADD_OR_DROP_ARMS = ("targets", "seeds", "learners", "libraries")
 _MAY_GROW = "samples"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("compare")
 class CompareConfig:
     """This project's routers beside what else one could do, on the same noise, at the same speeds.
 
@@ -18,11 +17,16 @@ class CompareConfig:
     dropped, and judged anew on more images.
     """
 
-    targets: tuple[float, ...] = (1.2, 1.4, 1.6, 2.0)
+    targets: Annotated[tuple[Annotated[float, Field(gt=1, le=10)], ...], Field(min_length=1)] = (
+        1.2,
+        1.4,
+        1.6,
+        2.0,
+    )
     """Ideal speedups at which methods meet; other libraries take none, and stand where they come to."""
-    seeds: int = 1
+    seeds: Annotated[int, Field(ge=1, le=100)] = 1
     """Routers that each learning method trains at each speed; their spread is the method's."""
-    samples: int = 256
+    samples: Annotated[int, Field(ge=16, le=50_000)] = 256
     """Images of each arm; a run that is resumed may have more, not fewer."""
     learners: bool = True
     """Train what else learns: HarmoniCa in the paper's setting and in the released code's, SDT without IEPO,
@@ -30,16 +34,6 @@ class CompareConfig:
     libraries: bool = True
     """Sample with the caches of diffusers and, where it is installed, cache-dit; class-conditional models
     only."""
-
-    def __post_init__(self) -> None:
-        require(
-            bool(self.targets) and all(1 < target <= 10 for target in self.targets),
-            "compare.targets",
-            self.targets,
-            "give speeds above 1, at most 10",
-        )
-        require(1 <= self.seeds <= 100, "compare.seeds", self.seeds, "give 1 to 100")
-        require(16 <= self.samples <= 50_000, "compare.samples", self.samples, "give 16 to 50000")
 
 
 def free_to_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:

@@ -5,9 +5,8 @@
 """
 
 import dataclasses
-import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
@@ -15,9 +14,9 @@ import tyro
 from harmonica.models.file_systems import shown
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig
+from harmonica.settings import Count, Cure, Field, Natural, Positive, require, settings
 from harmonica.text.text_encoder import EncoderDtype, OverLimit
 from harmonica.training_config import TrainingConfig
-from pipelines.checks import require
 from pipelines.compare_config import CompareConfig
 from pipelines.evaluate_config import EvaluateConfig
 from pipelines.promote_config import Promote, PromoteConfig
@@ -35,66 +34,50 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ENDPOINT = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+/?")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("prompts")
 class PromptsConfig:
     """The prompts that a router is trained on, and how they are embedded."""
 
     path: str = ""
     """A .txt file with a prompt a line, a .parquet file, or a folder of either; local or an s3:// URI."""
-    column: str = "prompt"
+    column: Annotated[str, Field(min_length=1)] = "prompt"
     """Of Parquet: the column that holds the text."""
-    max_tokens: int = 300
+    max_tokens: Count = 300
     """What a prompt is padded to: 120 for PixArt-alpha, 300 for Sigma."""
     over_limit: OverLimit = "truncate"
     """Longer prompts lose their end, with a warning, or are refused before anything is embedded."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Prompts an actor embeds at once."""
-    num_actors: int = 1
+    num_actors: Count = 1
     """Ray Data actors, each with its own copy of the text encoder."""
     use_gpu: bool = False
     """One GPU an actor."""
     dtype: EncoderDtype = "bfloat16"
     """Precision of the text encoder; what is stored is bfloat16 whatever it is."""
 
-    def __post_init__(self) -> None:
-        for name in ("max_tokens", "batch_size", "num_actors"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"prompts.{name} is {getattr(self, name)}: give 1 or more")
-        for name, kind in (("over_limit", OverLimit), ("dtype", EncoderDtype)):
-            if getattr(self, name) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise ValueError(f"prompts.{name} is {getattr(self, name)!r}: give one of {known}")
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("train")
 class TrainConfig(TrainingConfig):
     """Router training on Ray Train."""
 
-    num_workers: int = 2
+    num_workers: Count = 2
     """Ray Train workers, one core or GPU each."""
-    min_workers: int = 0
+    min_workers: Natural = 0
     """Go on with as few as these where there is no room for num_workers, and with more once there is; 0 waits
     for all of them."""
-    resize_interval_s: float = 60.0
+    resize_interval_s: Positive = 60.0
     """How often training on fewer workers than num_workers looks for room for more."""
     use_gpu: bool = False
     """One GPU a worker."""
-    max_failures: int = 3
-    """Worker failures survived, each from the last checkpoint."""
+    max_failures: Annotated[int, Field(ge=-1), Cure("0 or more, or -1 for any number")] = 3
+    """Worker failures survived, each from the last checkpoint; -1: any number."""
     placement_strategy: Placement = "PACK"
     """Workers on few nodes (PACK), spread over many (SPREAD), or never two on one (STRICT_SPREAD)."""
-    stall_timeout_s: float = 1800.0
+    stall_timeout_s: Positive = 1800.0
     """A run of which no worker has begun anything new for this long fails, and says what it waited for."""
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)  # super() does not work in a dataclass with slots
-        require(self.num_workers >= 1, "train.num_workers", self.num_workers, "give 1 or more")
-        strategies = get_args(Placement)
-        cure = f"give one of {', '.join(strategies)}"
-        require(
-            self.placement_strategy in strategies, "train.placement_strategy", self.placement_strategy, cure
-        )
-        require(self.stall_timeout_s > 0, "train.stall_timeout_s", self.stall_timeout_s, "give seconds")
         self._check_elastic()
         least = "min_workers" if self.min_workers else "num_workers"
         require(
@@ -115,12 +98,11 @@ class TrainConfig(TrainingConfig):
 
     def _check_elastic(self) -> None:
         require(
-            0 <= self.min_workers <= self.num_workers,
+            self.min_workers <= self.num_workers,
             "train.min_workers",
             self.min_workers,
             f"give 1 to train.num_workers ({self.num_workers}), or 0 for all of them or none",
         )
-        require(self.resize_interval_s > 0, "train.resize_interval_s", self.resize_interval_s, "give seconds")
         require(
             not self.min_workers or self.placement_strategy != "STRICT_SPREAD",
             "train.placement_strategy",
@@ -134,7 +116,7 @@ class TrainConfig(TrainingConfig):
         return range(self.min_workers or self.num_workers, self.num_workers + 1)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings()
 class WorkflowConfig:
     """The whole chain."""
 
@@ -147,7 +129,7 @@ class WorkflowConfig:
     storage_endpoint: str = ""
     """Address of an S3 store that is not Amazon's, such as http://minio:9000; empty takes AWS_ENDPOINT_URL,
     or what ~/.aws/config says."""
-    stages: tuple[Stage, ...] = CLASS_STAGES
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = CLASS_STAGES
     """What to run, in this order."""
     done_again_from: Annotated[Stage | None, tyro.conf.arg(name="from")] = None
     """Of a run that has it already: do this stage and those after it again."""
@@ -155,9 +137,9 @@ class WorkflowConfig:
     """Name in MLflow's registry; the alias `champion` points at the version Serve loads."""
     promote: Promote = "gate"
     """Whether a new version becomes the champion: if it passes the gate of `promotion`, never, or always."""
-    node_metrics_interval_s: float = 10.0
+    node_metrics_interval_s: Annotated[float, Field(ge=0)] = 10.0
     """Seconds between readings of every node's CPU, memory and GPUs, which go to MLflow; 0 takes none."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**62), Cure("a whole number from 0, below 2^62")] = 0
     """Fixes every label and every noise of training; evaluation draws from seed + 1."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The denoiser."""
@@ -197,11 +179,6 @@ class WorkflowConfig:
             shown(self.storage_endpoint),
             "give http://host:port or https://host, without credentials",
         )
-        require(bool(self.stages), "stages", self.stages, f"give some of {', '.join(STAGES)}")
-        unknown = [stage for stage in self.stages if stage not in STAGES]
-        require(not unknown, "stages", unknown, f"give some of {', '.join(STAGES)}")
-        cure = f"give one of {', '.join(get_args(Promote))}"
-        require(self.promote in get_args(Promote), "promote", self.promote, cure)
         require(
             self.done_again_from is None or bool(self.run_id),
             "from",
@@ -214,13 +191,6 @@ class WorkflowConfig:
             self.done_again_from,
             f"give one of the stages to run, {', '.join(self.stages)}",
         )
-        require(
-            0 <= self.node_metrics_interval_s < math.inf,
-            "node_metrics_interval_s",
-            self.node_metrics_interval_s,
-            "give seconds, or 0 for none",
-        )
-        require(0 <= self.seed < 2**62, "seed", self.seed, "give a whole number from 0")
         require(
             bool(_NAME.fullmatch(self.registered_model)),
             "registered_model",

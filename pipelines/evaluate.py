@@ -15,7 +15,7 @@ from harmonica.models.loading import load_model
 from harmonica.pictures import cached_title, router_heat_map, sample_sheet
 from harmonica.samplers import make_sampler
 from harmonica.smoke import record_sample
-from pipelines.config import WorkflowConfig
+from pipelines.config import TrainConfig, WorkflowConfig
 from pipelines.judging import NOISE_FLOOR, judge
 from pipelines.runtime import plainly
 from pipelines.timing import (
@@ -67,7 +67,7 @@ def evaluate(
         report[NOISE_FLOOR] = noise_floor
     if transfer:
         report["transfer"] = {arm.name: quality[arm.name] for arm in transfer}
-    return report | verdict(report_arms), _pictures(config, artifact, family, timing)
+    return report | verdict(report_arms, config.train), _pictures(config, artifact, family, timing)
 
 
 def _speeds(artifact: RouterArtifact, measured: float) -> dict[str, Any]:
@@ -135,8 +135,26 @@ def _times(arm: Arm, timing: Timing) -> dict[str, Any]:
     }
 
 
-def verdict(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Whether the router is worth having: nearer to the full images than fewer steps at equal time."""
+def advice(train: TrainConfig) -> str:
+    """For a router that is not worth having: which of its settings to turn, and which way."""
+    turned = {
+        "target_speedup": "ask for less speed",
+        "target_cur": "reuse less",
+        "target_psnr": "ask for nearer images",
+    }
+    longer = "Train longer (train.trajectories)"
+    for name, words in turned.items():
+        if value := getattr(train, name):
+            return f"{longer}, or {words} (train.{name}, which is {value:g})."
+    return f"{longer}, or weigh reuse less (train.sdt.beta, which is {train.sdt.beta:g})."
+
+
+def verdict(arms: dict[str, dict[str, Any]], train: TrainConfig) -> dict[str, Any]:
+    """Whether the router is worth having: nearer to the full images than fewer steps at equal time.
+
+    Args:
+        train: how it was trained.
+    """
     cached, fewer = arms[CACHED], arms[FEWER]
     nearer = {"PSNR": cached["psnr_to_full"] > fewer["psnr_to_full"]}
     if "frechet_to_full" in cached:
@@ -148,6 +166,6 @@ def verdict(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     else:
         words = (
             f"Not worth having as trained: {rival} is nearer to the full sampler's images by "
-            f"{' and '.join(lost)}. Train longer (train.trajectories) or reuse less (train.target_cur)."
+            f"{' and '.join(lost)}. {advice(train)}"
         )
     return {"worth_having": not lost, "verdict": words}

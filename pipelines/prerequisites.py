@@ -1,15 +1,22 @@
 """What a run's stages need of each other and of the model: refused before any work starts."""
 
+from collections.abc import Collection, Mapping, Sequence
+
+from harmonica.feasibility import check_training
+from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import LoadedModel
-from harmonica.targets import reusable_share
+from harmonica.samplers import SamplerConfig, make_sampler
+from harmonica.settings import require
 from harmonica.text.conditions import check_conditions
 from pipelines import resume
-from pipelines.config import WorkflowConfig
+from pipelines.config import Stage, WorkflowConfig
 from pipelines.judges import check_judges
 from pipelines.resume import ROUTER
 from pipelines.routers import load_router
 from pipelines.serving.drawing import check_is_whole
+from pipelines.serving.keys import load_keys
 from pipelines.storage import RunStorage
+from pipelines.timing import transfer_samplers
 
 
 def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedModel) -> None:
@@ -22,26 +29,83 @@ def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMode
         ValueError: names field, value and cure.
     """
     model, stages = loaded.model, config.stages
-    for speedup in (config.train.target_speedup, *config.train.others):
-        if speedup:
-            reusable_share(config.sampler.num_inference_steps, model.macs(), speedup)
     if "serve" in stages:
         check_is_whole(loaded)
+        load_keys(config.serve.api_keys_file)
     if resume.is_finished("train", config, storage):
         load_router(storage, ROUTER).check(model, config.sampler)
-    elif "train" not in stages and {"evaluate", "register"} & set(stages):
+    elif late := _before(stages, "train", {"evaluate", "register"}):
         raise ValueError(
             f"stages is {stages} and run_id {config.run_id} has no router yet: "
-            "add the stage train, or give the --run-id of a trained run"
+            f"add the stage train before {late}, or give the --run-id of a trained run"
         )
     _check_promotion(config, storage)
     _check_prompts(config, storage, loaded)
-    if "evaluate" in stages and not resume.is_finished("evaluate", config, storage):
+    to_do = {stage for stage in stages if not resume.is_finished(stage, config, storage)}
+    if "train" in to_do:
+        check_training(config.train, model, config.sampler.num_inference_steps)
+    if "evaluate" in to_do:
         check_judges(config, loaded)
-    if "sweep" in stages and not resume.is_finished("sweep", config, storage):
+        _check_samplers(transfer_samplers(config), "evaluate.transfer", model)
+    if "sweep" in to_do:
         from pipelines.sweep import check
 
         check(config, storage)
+        check_trials(config, model)
+    if "compare" in stages:  # finished or not, since it may have more targets than it had
+        check_contenders(config, model)
+
+
+def check_trials(config: WorkflowConfig, model: BranchedTransformer) -> None:
+    """Every training that the sweep will start.
+
+    Raises:
+        ValueError: names field, value and cure.
+    """
+    from pipelines.sweep_trial import trials_of
+
+    for trial in trials_of(config):
+        train = trial.settings(config).train
+        check_training(train, model, config.sampler.num_inference_steps, field="sweep.targets")
+
+
+def check_contenders(config: WorkflowConfig, model: BranchedTransformer) -> None:
+    """Every training that the comparison will start, and every plan that it makes without one.
+
+    Raises:
+        ValueError: names field, value and cure.
+    """
+    from pipelines.comparing.contenders import learners, unlearned
+
+    num_steps = config.sampler.num_inference_steps
+    for target in config.compare.targets:
+        for train in learners(config.train, target, rivals=config.compare.learners).values():
+            check_training(train, model, num_steps, field="compare.targets")
+        require(
+            round(num_steps / target) >= 2,
+            "compare.targets",
+            target,
+            f"give at most {num_steps / 1.5:.3g}, since the rival of fewer steps than sampler."
+            f"num_inference_steps ({num_steps}) has to have 2",
+        )
+        arms = unlearned(config.sampler, model.macs(), target, seeds=1)
+        _check_samplers({arm.name: arm.sampler for _, arm in arms}, "compare.targets", model)
+
+
+def _check_samplers(
+    samplers: Mapping[str, SamplerConfig], field_name: str, model: BranchedTransformer
+) -> None:
+    for title, sampler in samplers.items():
+        try:
+            make_sampler(model, sampler)
+        except ValueError as error:
+            raise ValueError(f"{field_name} is {title}: leave it out ({error})") from error
+
+
+def _before(stages: Sequence[Stage], needed: Stage, by: Collection[Stage]) -> Stage | None:
+    """The first of the stages that needs another one which does not come before it."""
+    first = stages.index(needed) if needed in stages else len(stages)
+    return next((stage for stage in stages[:first] if stage in by), None)
 
 
 def _check_promotion(config: WorkflowConfig, storage: RunStorage) -> None:
@@ -66,14 +130,13 @@ def _check_prompts(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMo
         raise ValueError(
             f"prompts.max_tokens is {prompts.max_tokens} and the model takes {tokens}: give that number"
         )
-    trained_on = {"prompts", "train", "evaluate", "sweep", "compare"}
-    if resume.is_finished("prompts", config, storage) or not trained_on & set(stages):
+    if resume.is_finished("prompts", config, storage):
         return
-    if "prompts" not in stages:
+    if late := _before(stages, "prompts", ("train", "evaluate", "sweep", "compare", "serve")):
         raise ValueError(
             f"stages is {stages} and run_id {config.run_id} has no embedded prompts yet: add the "
-            "stage prompts"
+            f"stage prompts before {late}"
         )
-    if not prompts.path:
+    if "prompts" in stages and not prompts.path:
         raise ValueError("prompts.path is '' and the model takes prompts: give a file of prompts")
     check_conditions(loaded)

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import httpx
@@ -23,6 +23,7 @@ from ray import serve
 
 from harmonica.command_line import fail, parse_settings, say
 from harmonica.models.loading import ModelConfig
+from harmonica.settings import settings
 from pipelines.config import WorkflowConfig
 from pipelines.runtime import Terminated, connect, is_private
 from pipelines.serving import proxy
@@ -165,7 +166,7 @@ def first_image(url: str, prompt: str, seed: int, *, api_keys_file: str = "") ->
     raise RuntimeError(f"{url} gave no image of {prompt!r}: {reason}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings()
 class ServeCommand:
     """Serve images over HTTP until Ctrl-C."""
 

@@ -127,7 +127,7 @@ def sweep(config: WorkflowConfig, storage: RunStorage, run: tracking.StageRun) -
 
 def _settings(config: WorkflowConfig) -> dict[str, Any]:
     """What the results depend on; how many run at once is free."""
-    found: dict[str, Any] = config.to_dict()["sweep"]
+    found: dict[str, Any] = config.to_dict()["sweep"] | {"targets": config.sweep.all_targets}
     names = {name: value for name, value in found.items() if name != "max_concurrent"}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in names.items()}
 

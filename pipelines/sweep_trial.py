@@ -29,21 +29,21 @@ from pipelines.resume import ROUTER
 from pipelines.runtime import quiet_libraries
 from pipelines.storage import RunStorage
 from pipelines.stream import row_spec
+from pipelines.sweep_config import LambdaKind, Target
 from pipelines.timing import device_of
 
 FOLDER = "sweep"
 SCORE, TRAJECTORY = "score", "trajectory"
 _REPORTS = "reports"
-_OTHER_TARGET = {"target_cur": "target_speedup", "target_speedup": "target_cur"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trial:
     """What is particular about one training."""
 
-    over: str
+    over: Target
     target: float
-    iepo: str
+    iepo: LambdaKind
     seed: int
 
     @property
@@ -55,15 +55,10 @@ class Trial:
         """The run's, with this trial's in their place.
 
         Raises:
-            ValueError: training has no such target, or refuses it.
+            ValueError: training refuses the target.
         """
-        known = {field.name for field in dataclasses.fields(config.train)}
-        if self.over not in known:
-            raise ValueError(
-                f"sweep.over is {self.over!r}: give one of {', '.join(known & set(_OTHER_TARGET))}"
-            )
-        targets = dict.fromkeys(known & set(_OTHER_TARGET), 0.0) | {self.over: self.target}
-        train = dataclasses.replace(config.train, iepo=self.iepo, targets=(), **targets)  # type: ignore[arg-type]
+        train = config.train.for_target(**{self.over: self.target})
+        train = dataclasses.replace(train, iepo=self.iepo)
         return dataclasses.replace(config, train=train, seed=self.seed)
 
 
@@ -71,7 +66,7 @@ def trials_of(config: WorkflowConfig) -> list[Trial]:
     """Every combination."""
     chosen = config.sweep
     kinds, seeds = chosen.iepo or (config.train.iepo,), chosen.seeds or (config.seed,)
-    return [Trial(chosen.over, *rest) for rest in itertools.product(chosen.targets, kinds, seeds)]
+    return [Trial(chosen.over, *rest) for rest in itertools.product(chosen.all_targets, kinds, seeds)]
 
 
 def judging_seed(config: WorkflowConfig) -> int:

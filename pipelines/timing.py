@@ -111,8 +111,8 @@ def family_arm(name: str) -> str:
     return f"{CACHED} {name}"
 
 
-def make_transfer_arms(config: WorkflowConfig, artifact: RouterArtifact) -> list[Arm]:
-    """Full and cached under each other sampler, guidance and T of `evaluate`: the plan was made for none."""
+def transfer_samplers(config: WorkflowConfig) -> dict[str, SamplerConfig]:
+    """By title: each other sampler, guidance and T of `evaluate`."""
     others: dict[str, SamplerConfig] = {}
     for name in config.evaluate.transfer:
         others[name] = replace(config.sampler, name=name, scheduler=None)
@@ -120,8 +120,13 @@ def make_transfer_arms(config: WorkflowConfig, artifact: RouterArtifact) -> list
         others[f"guidance {scale:g}"] = replace(config.sampler, guidance_scale=scale)
     for steps in config.evaluate.transfer_steps:
         others[f"{steps} steps"] = replace(config.sampler, num_inference_steps=steps)
+    return others
+
+
+def make_transfer_arms(config: WorkflowConfig, artifact: RouterArtifact) -> list[Arm]:
+    """Full and cached under each of `transfer_samplers`: the plan was made for none."""
     arms = []
-    for title, other in others.items():
+    for title, other in transfer_samplers(config).items():
         plan = artifact.plan.at_steps(other.num_inference_steps)
         full = f"{title} {FULL}"
         arms.append(Arm(full, other, reference=full))

@@ -5,15 +5,16 @@ python -m pipelines.ui          # make ui
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from harmonica.settings import Field, settings
 from pipelines.tracking import tracking_uri
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings()
 class UiCommand:
     """Where the runs are and where to show them."""
 
@@ -21,12 +22,8 @@ class UiCommand:
     """Folder that holds runs, as given to workflow.py."""
     host: str = "127.0.0.1"
     """Address to listen on; MLflow asks nobody for a password."""
-    port: int = 5000
+    port: Annotated[int, Field(ge=1, le=65535)] = 5000
     """Port to listen on."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.port <= 65535:
-            raise ValueError(f"port is {self.port}: give 1 to 65535")
 
 
 def server_command(command: UiCommand) -> list[str]:

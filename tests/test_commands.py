@@ -173,6 +173,20 @@ def test_sampling_with_the_builtin_champion(tmp_path, capsys):
     assert min(Image.open(output).size) > 200
 
 
+def test_sampling_a_model_that_takes_prompts(tmp_path, capsys):
+    asked = ["--model.path=builtin:fashion-pixart", f"--output={tmp_path / 'x.png'}", "--rounds=1"]
+    assert sample.main([*asked, "--num-inference-steps=2", "--prompts", "a coat", "a dark sneaker"]) == 0
+    assert "for 2 images" in capsys.readouterr().out
+    assert min(Image.open(tmp_path / "x.png").size) > 100
+    for given in ([], ["--classes", "coat"]):
+        assert sample.main([*asked, *given]) == 2
+        assert "takes prompts: give some texts with --prompts" in capsys.readouterr().err
+    assert sample.main(["--prompts", "a coat"]) == 2
+    assert (
+        "prompts is ('a coat',) and the model in builtin:fashion-dit takes classes" in capsys.readouterr().err
+    )
+
+
 def test_a_released_router_gives_the_recorded_plan(tmp_path, capsys, tiny_shape):
     """The public `.pt` and the released router `.pt` go in; its plan is the recorded one."""
     command = sample.SampleCommand(

@@ -7,6 +7,7 @@ from torch import nn
 
 from harmonica.models import dit
 from harmonica.models.dit import DiT
+from harmonica.models.step_conditionings import StepConditionings
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan
 from harmonica.samplers import Ddim, SamplerConfig
@@ -75,3 +76,13 @@ def test_a_plan_changes_nothing_about_it(counted):
     compute = ((False,) * len(model.branches),) * 4 + ((True,) * len(model.branches),)
     sample(sampler, noise_of(model, 2), torch.tensor([1, 2]), Plan(compute))
     assert calls.rows == [20]
+
+
+def test_the_steps_of_a_trajectory_are_a_sequence():
+    steps = StepConditionings(
+        lambda timesteps: [2 * each for each in timesteps], [1.0, 10.0, 100.0], at_once=2
+    )
+    assert (steps[-1], steps[-3], list(steps), steps[-2:]) == (200.0, 2.0, [2.0, 20.0, 200.0], [20.0, 200.0])
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            steps[index]

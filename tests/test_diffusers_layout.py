@@ -141,7 +141,11 @@ def test_a_pickle_that_would_execute_code_is_refused(folder, make_bomb):
         ("norm_elementwise_affine", True, "norm_elementwise_affine is True: .* with False"),
         ("attention_bias", False, "attention_bias is False: .* with True"),
         ("norm_type", "ada_norm_single", "norm_type is 'ada_norm_single': .* with 'ada_norm_zero'"),
-        ("num_embeds_ada_norm", None, "model.num_embeds_ada_norm is None: give a positive whole number"),
+        (
+            "num_embeds_ada_norm",
+            None,
+            "model.shape.num_embeds_ada_norm is None: give a whole number",
+        ),
         ("_class_name", "SD3Transformer2DModel", "config.json is of SD3Transformer2DModel: give a folder of"),
     ],
 )

@@ -1,5 +1,6 @@
 """The verdict on a router, and the built-in router on the built-in model."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -14,7 +15,9 @@ from harmonica.models.loading import ModelConfig, load_model
 from harmonica.rows import RowSpec, make_rows
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.sampling import sample
-from pipelines.evaluate import verdict
+from pipelines.config import TrainConfig
+from pipelines.evaluate import advice, verdict
+from pipelines.presets import fashion
 from pipelines.terminal import results_table
 from pipelines.timing import CACHED, FEWER, FULL, steps_as_long
 from pipelines.tracking import numbers
@@ -37,9 +40,26 @@ def arms(cached_psnr: float, cached_frechet: float) -> dict:
     ],
 )
 def test_the_verdict_says_in_words_who_is_nearer(cached, worth, words) -> None:
-    said = verdict(arms(*cached))
+    said = verdict(arms(*cached), TrainConfig())
     assert said["worth_having"] is worth
     assert re.search(words, said["verdict"])
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"target_speedup": 1.8}, "ask for less speed (train.target_speedup, which is 1.8)"),
+        ({"target_cur": 0.4}, "reuse less (train.target_cur, which is 0.4)"),
+        ({"target_psnr": 40.0}, "ask for nearer images (train.target_psnr, which is 40)"),
+    ],
+)
+def test_the_advice_names_the_target_that_the_training_has(target, words) -> None:
+    preset = fashion().train
+    trained = preset.for_target(**target)
+    assert words in advice(trained)
+    (name,) = target
+    assert dataclasses.replace(trained, **{name: 0.9 * target[name]}), "it can be followed"
+    assert "train.sdt.beta, which is 0.007" in advice(TrainConfig())
 
 
 def test_the_table_has_half_of_each_interval_and_the_noise_floor_beneath(capsys) -> None:

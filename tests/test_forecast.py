@@ -155,6 +155,15 @@ def test_bad_settings_are_named(changes, words):
         ForecastConfig(**changes)
 
 
+def test_a_plan_that_reuses_nothing_has_nothing_to_fit(tiny_sampler, batch):
+    fit = ForecastFit(Plan.full(tiny_sampler.num_steps, 6), ForecastConfig(trajectories=4, probes=2))
+    noise, labels = batch
+    for k in range(4):
+        parts = [(noise, labels, RowKeys.of(0, range(4 * k, 4 * k + 4)))]
+        assert fit.train_one(tiny_sampler, parts, lambda tensor: None)["loss"] < 1e-20
+    assert not fit.weights_TBK.any()
+
+
 def test_values_that_are_held_have_no_forecast():
     with pytest.raises(ValueError, match=r"train\.sdt\.reuse is hold: give reuse forecast"):
         TrainingConfig(forecast=FIT)

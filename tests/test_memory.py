@@ -232,3 +232,9 @@ def test_an_unknown_architecture_is_refused(tiny_dit: DiT, monkeypatch) -> None:
     monkeypatch.setattr(tiny_dit, "shape", lambda: {"architecture": "UViT"})
     with pytest.raises(ValueError, match=r"model.path holds a UViT: .* only that of DiT, PixArt"):
         Shape.of(tiny_dit)
+
+
+def test_a_model_that_keeps_no_part_in_full_precision_has_a_shape(tiny_dit: DiT, monkeypatch) -> None:
+    whole = Shape.of(tiny_dit)
+    monkeypatch.setattr(tiny_dit, "full_precision_parts", ())
+    assert Shape.of(tiny_dit) == whole, "all of it is float64 here"

@@ -507,7 +507,7 @@ def test_unfit_prompts_are_refused(cluster, folder, tmp_path, write, words):
     [
         ({"max_tokens": 0}, "prompts.max_tokens is 0: give 1 or more"),
         ({"num_actors": 0}, "prompts.num_actors is 0: give 1 or more"),
-        ({"over_limit": "drop"}, "prompts.over_limit is 'drop': give one of truncate, refuse"),
+        ({"over_limit": "drop"}, "prompts.over_limit is 'drop': give truncate or refuse"),
         ({"dtype": "int8"}, "prompts.dtype is 'int8': give one of float32, bfloat16, float16"),
     ],
 )

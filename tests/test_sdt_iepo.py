@@ -1,5 +1,6 @@
 """Router training against the definitions, written out here without caches, prefixes or passes."""
 
+import math
 import threading
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -243,6 +244,13 @@ def test_an_unknown_kind_lists_the_known(tiny_sampler, batch: Batch, router):
 def test_impossible_settings_are_refused_by_name_and_value(name, value):
     with pytest.raises(ValueError, match=rf"train.sdt.{name} is .?{value}"):
         SdtConfig(**{name: value})
+
+
+def test_a_score_that_is_1_to_float32_leaves_beta_a_number():
+    controller = BetaController(3, torch.ones(2), share=0.5, threshold=0.5)
+    for i in range(2):
+        controller.observe(i, torch.zeros(2), torch.tensor([30.0, 0.5]))
+    assert math.isfinite(controller.update()) and controller.worth_TB.isfinite().all()
 
 
 @pytest.mark.parametrize("target", [0.25, 0.7])

@@ -14,10 +14,10 @@ import openai
 import pytest
 import ray
 from PIL import Image
-from pydantic import ValidationError
 from test_cluster_files import dashboard_metrics
 from tiny_dit import SHAPE, make_artifact, write_model
 
+from harmonica.settings import SettingError
 from pipelines import registry, serve
 from pipelines.runtime import connect
 from pipelines.serving.following import ServeArgs
@@ -289,10 +289,18 @@ def test_a_model_that_does_not_fit_the_router_is_refused_at_start(folders, confi
 def test_arguments_from_yaml():
     args = ServeArgs.model_validate({"serve": {"max_batch_size": 4}, "tracking_uri": "http://mlflow:5000"})
     assert args.serve.max_batch_size == 4 and args.serve.min_replicas == 1
-    with pytest.raises(ValidationError, match="max_batch_sise"):
-        ServeArgs.model_validate({"serve": {"max_batch_sise": 4}})
-    with pytest.raises(ValidationError, match="registered_modle"):
-        ServeArgs.model_validate({"registered_modle": "x"})
+    refused = {
+        "serve.max_batch_sise is 4: there is no such setting": {"serve": {"max_batch_sise": 4}},
+        "registered_modle is 'x': there is no such setting": {"registered_modle": "x"},
+        "serve.max_batch_size is 0: give 1 or more": {"serve": {"max_batch_size": 0}},
+        "serve.max_replicas is 1: give serve.min_replicas": {"serve": {"min_replicas": 2}},
+        "follow_s is 0: give seconds above 0": {"follow_s": 0},
+        "model.cacheable is 5: give some of attn": {"model": {"cacheable": 5}},
+    }
+    for words, given in refused.items():
+        with pytest.raises(SettingError, match=words) as caught:
+            ServeArgs.model_validate(given)
+        assert "\n" not in str(caught.value)
 
 
 def test_router_folder_goes_before_mlflow_and_mlflow_before_the_built_in(monkeypatch):

@@ -80,6 +80,37 @@ def psnr_here(run: Path, arguments: list[str], sampler_name: str = "") -> float:
         (["fashion", "--stages", "train", "register"], ["promote is 'gate'", "add the stage evaluate"]),
         (["fashion", "--stages", "train", "register", "evaluate"], ["no evaluation before", "register"]),
         (["fashoin"], ["preset is 'fashoin'", "give one of fashion, fashion-text, dit-xl-2-256"]),
+        (
+            ["fashion", "--stages", "evaluate", "train"],
+            ["no router yet", "add the stage train before evaluate"],
+        ),
+        (["fashion", "--train.target-speedup=1.01"], ["train.target_speedup is 1.01", "give 1.016 or more"]),
+        (["fashion", "--train.target-speedup=inf"], ["train.target_speedup is inf", "give a number above 1"]),
+        (["fashion", "--train.sdt.learning-rate=nan"], ["train.sdt.learning_rate is nan", "give a number"]),
+        (["fashion", "--train.start-trajectories=-1"], ["train.start_trajectories is -1", "give 0 or more"]),
+        (["fashion", "--train.targets", "1.5", "50"], ["train.targets is 50.0", "reach", "at most"]),
+        (
+            [
+                "fashion",
+                "--stages",
+                "compare",
+                "--compare.targets",
+                "1.4",
+                "10",
+                "--sampler.num-inference-steps=10",
+            ],
+            ["compare.targets is 10.0", "10 steps", "reach", "at most"],
+        ),
+        (["fashion", "--stages", "sweep", "--sweep.targets", "90"], ["sweep.targets is 90.0", "at most"]),
+        (["fashion", "--stages", "sweep", "--sweep.targets", "1.001"], ["sweep.targets is 1.001", "or more"]),
+        (
+            ["fashion", "--stages", "sweep", "--sweep.over=target_cur", "--sweep.targets", "0.99"],
+            ["sweep.targets is 0.99", "to 0.95", "can reuse"],
+        ),
+        (
+            ["fashion", "--evaluate.transfer", "diffusers"],
+            ["evaluate.transfer is diffusers: leave it out", "there is no scheduler"],
+        ),
         (["fashion", "--train.batch-size=3"], ["train.batch_size is 3", "give a multiple of"]),
         (["fashion", "--train.sdt.threshold=2"], ["train.sdt.threshold is 2", "between 0 and 1"]),
         (["fashion", "--sampler.num-inference-steps=1"], ["num_inference_steps is 1", "give 2 to 1000"]),
@@ -111,6 +142,20 @@ def test_bad_input_is_one_line_and_exit_code_2(
     for word in words:
         assert word in error
     assert not ray.is_initialized(), "refused before any work starts"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--stages", "sweep", "--sweep.over=target_cur"],
+        ["--stages", "compare", "--train.target-psnr=40", "--train.target-speedup=0"],
+        ["--train.target-cur=0.4", "--train.target-speedup=0"],
+        ["--train.target-speedup=1.016"],
+    ],
+)
+def test_every_target_of_a_preset_can_be_another(arguments: list[str], tmp_path: Path) -> None:
+    given = ["fashion", f"--storage-path={tmp_path}", "--stages", "train", *arguments]
+    workflow.Workflow(workflow.parse(given, workflow.PRESETS, "workflow.py")).check()
 
 
 @pytest.mark.parametrize("override", ["--train.trajectoris=3", "--train.trajectories=many"])

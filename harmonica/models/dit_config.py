@@ -1,47 +1,43 @@
 """Shapes of DiTs: the configuration, and the public family (Peebles and Xie 2023, table 1)."""
 
-import math
-from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
+
+from harmonica.settings import Count, Field, require, settings
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("model.shape")
 class DiTConfig:
     """Shape of a DiT and the two conventions its function depends on, under diffusers' names."""
 
-    sample_size: int = 32
+    sample_size: Count = 32
     """Height and width of the (latent) image."""
-    patch_size: int = 2
-    in_channels: int = 4
-    out_channels: int = 8
+    patch_size: Count = 2
+    in_channels: Count = 4
+    out_channels: Count = 8
     """Twice `in_channels` where the model also predicts the variance."""
-    num_layers: int = 28
-    num_attention_heads: int = 16
-    attention_head_dim: int = 72
-    num_embeds_ada_norm: int = 1000
+    num_layers: Count = 28
+    num_attention_heads: Count = 16
+    attention_head_dim: Count = 72
+    num_embeds_ada_norm: Count = 1000
     """Number of classes; the null class comes on top."""
     downscale_freq_shift: Literal[0, 1] = 0
     """Timestep frequencies are spaced by half (0, the public code) or half - 1 (1, diffusers)."""
-    norm_eps: float = 1e-6
+    norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     """Epsilon of the norm before each MLP: 1e-6 in the public code, 1e-5 in most diffusers folders."""
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
-            if name == "norm_eps":
-                if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                    raise ValueError(f"model.norm_eps is {value!r}: give a small positive number")
-            elif name == "downscale_freq_shift":
-                if value not in (0, 1):
-                    raise ValueError(f"model.{name} is {value!r}: give 0 (public code) or 1 (diffusers)")
-            elif not isinstance(value, int) or value < 1:
-                raise ValueError(f"model.{name} is {value!r}: give a positive whole number")
-        if self.sample_size % self.patch_size:
-            raise ValueError(
-                f"model.sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
-            raise ValueError(f"model.out_channels is {self.out_channels}: give in_channels or twice that")
+        require(
+            self.sample_size % self.patch_size == 0,
+            "model.shape.sample_size",
+            self.sample_size,
+            f"give a multiple of model.shape.patch_size ({self.patch_size})",
+        )
+        require(
+            self.out_channels in (self.in_channels, 2 * self.in_channels),
+            "model.shape.out_channels",
+            self.out_channels,
+            f"give model.shape.in_channels ({self.in_channels}) or twice that",
+        )
 
     @property
     def hidden_size(self) -> int:

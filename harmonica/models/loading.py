@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -27,6 +27,7 @@ from harmonica.models.sana_folder import StoredSana
 from harmonica.models.stored import StoredModel, default_class_names
 from harmonica.models.vae import find_vae, load_vae
 from harmonica.models.weight_files import contents, read_json
+from harmonica.settings import Field, Natural, settings
 
 __all__ = [
     "BUILTIN",
@@ -48,7 +49,7 @@ _TEXT_TO_IMAGE: dict[str, Callable[..., StoredPixArt | StoredSana]] = {
 """Readers of folders, by the transformer's class in diffusers."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("model")
 class ModelConfig:
     """Which denoiser."""
 
@@ -65,21 +66,15 @@ class ModelConfig:
     dtype: Dtype = "float32"
     """Precision of the branches; a model's first and last layers and what runs between branches stay in
     float32."""
-    text_tokens: int = 0
+    text_tokens: Natural = 0
     """Padded length of a prompt. 0: that of the folder's pipeline: 120 for PixArt-alpha, else 300."""
-    cacheable: tuple[Kind, ...] = ("attn", "mlp")
+    cacheable: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("attn", "mlp")
     """Sub-layers of a text-to-image model that a router may reuse: attn, cross, mlp."""
     compile: Compile = "auto"
     """Compile the sub-layers, once for all blocks (torch.compile): `auto` does so on CUDA. The first batch of
     each shape waits for it; values move by roundings."""
     allow_tf32: bool = False
     """Let CUDA round float32 matrix products to TensorFloat-32; concerns the whole process."""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in get_args(Dtype):
-            raise ValueError(f"model.dtype is {self.dtype!r}: give one of {', '.join(get_args(Dtype))}")
-        if self.compile not in get_args(Compile):
-            raise ValueError(f"model.compile is {self.compile!r}: give one of {', '.join(get_args(Compile))}")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class StepConditionings(Sequence[C], Generic[C]):
     def __getitem__(self, index: int | slice) -> C | Sequence[C]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]  # from the end where it is negative, IndexError beyond
         if index not in self._made:
             wanted = range(max(0, index + 1 - self._at_once), index + 1)
             steps = [i for i in wanted if i not in self._made]

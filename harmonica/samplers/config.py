@@ -1,9 +1,10 @@
 """How images are sampled: the settings that a router is trained for and that its artifact records."""
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
 from harmonica.diffusion import NUM_TRAIN_TIMESTEPS
+from harmonica.settings import Field, settings
 
 try:
     from tyro.conf import Suppress
@@ -15,16 +16,16 @@ SamplerName = Literal["ddim", "iddpm", "dpm-solver++", "sa-solver", "diffusers"]
 GuidanceChannels = Literal["first_three", "all"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("sampler")
 class SamplerConfig:
     """How images are sampled. A router is trained for one of these and refuses another."""
 
     name: SamplerName = "ddim"
     """ddim and iddpm as in the public DiT code; dpm-solver++ and sa-solver by diffusers, all four for models
     that predict noise; diffusers: the scheduler that comes with the model's folder, flow matching too."""
-    num_inference_steps: int = 20
+    num_inference_steps: Annotated[int, Field(ge=2, le=NUM_TRAIN_TIMESTEPS)] = 20
     """T, the respaced denoising steps."""
-    guidance_scale: float = 2.0
+    guidance_scale: Annotated[float, Field(ge=1, le=MAX_GUIDANCE_SCALE)] = 2.0
     """Classifier-free guidance; 1 runs the model once a step, without guidance."""
     guidance_channels: GuidanceChannels = "all"
     """Which noise channels are guided: the public DiT code guides three, diffusers all."""
@@ -34,21 +35,6 @@ class SamplerConfig:
     """diffusers only: the scheduler's config. Empty: that of the model's folder."""
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(SamplerName):
-            raise ValueError(f"sampler.name is {self.name!r}: give one of {', '.join(get_args(SamplerName))}")
-        if not 2 <= self.num_inference_steps <= NUM_TRAIN_TIMESTEPS:
-            raise ValueError(
-                f"sampler.num_inference_steps is {self.num_inference_steps}: give 2 to {NUM_TRAIN_TIMESTEPS}"
-            )
-        if not 1.0 <= self.guidance_scale <= MAX_GUIDANCE_SCALE:
-            raise ValueError(
-                f"sampler.guidance_scale is {self.guidance_scale}: give 1 to {MAX_GUIDANCE_SCALE:g}"
-            )
-        if self.guidance_channels not in get_args(GuidanceChannels):
-            raise ValueError(
-                f"sampler.guidance_channels is {self.guidance_channels!r}: give first_three (public DiT) or "
-                "all (diffusers)"
-            )
         if self.scheduler is not None and self.name != "diffusers":
             raise ValueError(
                 f"sampler.scheduler is set and sampler.name is {self.name}: a scheduler's config goes with "

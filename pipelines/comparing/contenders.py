@@ -39,7 +39,7 @@ class Entry:
 
 def learners(train: TrainConfig, target: float, *, rivals: bool) -> dict[str, TrainConfig]:
     """How each learning method is trained for a speed; all take as many trajectories."""
-    ours = dataclasses.replace(train, target_speedup=target, target_cur=0.0, target_psnr=0.0, targets=())
+    ours = train.for_target(target_speedup=target)
     if not rivals:
         return {OURS: ours}
     paper = dataclasses.replace(

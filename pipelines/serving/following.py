@@ -5,13 +5,15 @@ import logging
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
 from harmonica.sample import own_sampler
+from harmonica.settings import told
 from harmonica.smoke import check_sample
 from pipelines import registry
 from pipelines.config import WorkflowConfig
@@ -43,6 +45,17 @@ class ServeArgs(BaseModel):
     router: str = ""
     """Router artifact folder to serve instead, or `uncached`: every branch is computed, under the model's own
     sampler. Empty without MLflow either: the built-in champion."""
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """
+        Raises:
+            SettingError: names the field, the value and the cure.
+        """
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise told(error, cls) from None
 
     def resolved(self) -> "ServeArgs":
         """With exactly one of `router` and `tracking_uri` set."""
