@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from harmonica.paths import local
+
 _NAMED = 5  # keys of each kind that an error names
 
 
@@ -40,7 +42,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, truncated, or holds what would have to be executed.
     """
-    path = Path(path)
+    path = local(path, "checkpoint")
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist: give the path of a .safetensors or .pt file")
     if path.suffix != ".safetensors":

@@ -29,6 +29,7 @@ from harmonica.artifact import RouterArtifact
 from harmonica.command_line import fail, parse, say
 from harmonica.family import FamilyRun
 from harmonica.models.loading import ModelConfig, load_model
+from harmonica.paths import local
 from harmonica.presets import RECIPES, Recipe
 from harmonica.rows import Batch, RowSpec, Share, make_rows
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
@@ -92,7 +93,7 @@ class _Folder:
     """The output folder: what a run leaves, and what it resumes from. Only rank 0 writes."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
+        self.path, self.settings = local(path, "output"), settings
         self._pending: list[dict[str, float]] = []
 
     def check(self) -> None:
@@ -159,7 +160,7 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
         if share.rank != 0:
             return run.artifact()
         artifact = folder.finish(run)
-    tell(f"router in {command.output}: CUR {artifact.plan.cur:.1%}, ideal {artifact.ideal_speedup:.2f}x")
+    tell(f"router in {folder.path}: CUR {artifact.plan.cur:.1%}, ideal {artifact.ideal_speedup:.2f}x")
     return artifact
 
 

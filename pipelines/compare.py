@@ -22,13 +22,13 @@ from pipelines.comparing.contenders import OURS, Entry, full_arm, learned_arm, l
 from pipelines.comparing.rivals import LibraryArm, library_arms
 from pipelines.config import TrainConfig, WorkflowConfig
 from pipelines.judging import judge
+from pipelines.resume import work_folder
 from pipelines.runtime import quiet_libraries
 from pipelines.storage import RunStorage
 from pipelines.stream import row_spec
 from pipelines.timing import FULL, SEED_OFFSET, Arm, device_of, median_times
 from pipelines.train import start_run
 
-FOLDER = "compare"
 _NEAR = 0.97
 """Of a target: an arm so fast counts as meeting it."""
 
@@ -82,13 +82,15 @@ def _trained(config: WorkflowConfig, storage: RunStorage, num_gpus: int) -> dict
             settings = learners(config.train, target, rivals=config.compare.learners)
             wanted |= {Entry(method, target, seed): train for method, train in settings.items()}
     task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(_train_one)
-    left = {e: train for e, train in wanted.items() if not storage.exists(f"{_place(e)}/config.json")}
+    left = {
+        e: train for e, train in wanted.items() if not storage.exists(f"{_place(storage, e)}/config.json")
+    }
     ray.get([task.remote(config, entry, train) for entry, train in left.items()])
-    return {entry: RouterArtifact.load(storage.download_folder(_place(entry))) for entry in wanted}
+    return {entry: RouterArtifact.load(storage.download_folder(_place(storage, entry))) for entry in wanted}
 
 
-def _place(entry: Entry) -> str:
-    return f"{FOLDER}/{entry.name}"
+def _place(storage: RunStorage, entry: Entry) -> str:
+    return f"{work_folder('compare', storage)}/{entry.name}"
 
 
 def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig) -> None:
@@ -99,7 +101,7 @@ def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig) -> None
         pass
     storage = RunStorage(config.storage_path, config.run_id, patient=True)
     with tempfile.TemporaryDirectory() as folder:
-        storage.upload_folder(run.artifact().save(folder), _place(entry))
+        storage.upload_folder(run.artifact().save(folder), _place(storage, entry))
 
 
 def _times(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ray
 
+from pipelines.cluster_address import cluster_address
 from pipelines.storage import ENDPOINT
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def connect(endpoint: str = "") -> None:
     quiet_libraries()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS"):
+    if cluster_address():
         # Only what is no secret: a runtime environment is shown on the dashboard.
         shared = {"env_vars": {ENDPOINT: endpoint}} if endpoint else None
         ray.init(logging_level=logging.WARNING, runtime_env=shared)
@@ -95,7 +96,7 @@ def connect(endpoint: str = "") -> None:
 
 def is_private() -> bool:
     """Whether the cluster is this process's own and ends with it."""
-    return not os.environ.get("RAY_ADDRESS")
+    return not cluster_address()
 
 
 def node_names() -> dict[str, str]:

@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,15 +25,18 @@ from ray import serve
 
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
+from harmonica.paths import local
 from pipelines import registry
+from pipelines.cluster_address import check_address
 from pipelines.config import WorkflowConfig
+from pipelines.mlflow_store import database_of
+from pipelines.mlflow_store import tracking_uri as local_tracking_uri
 from pipelines.runtime import connect, is_private
 from pipelines.serving import proxy
 from pipelines.serving.application import JSON_LOGS, make_application
 from pipelines.serving.application import build as build
 from pipelines.serving.following import FOLLOW_S, ServeArgs
 from pipelines.serving.serve_config import ServeConfig
-from pipelines.tracking import tracking_uri as local_tracking_uri
 
 APP_NAME = "harmonica"
 _READY_TIMEOUT_S = 60.0
@@ -184,9 +186,9 @@ class ServeCommand:
 def _choose_router(command: ServeCommand) -> tuple[str, str, str]:
     """(tracking URI, artifact folder, which it is in words); one of the first two is empty."""
     if command.router:
-        return "", command.router, f"the router in {command.router}"
-    has_store = (Path(command.storage_path) / "mlflow.db").exists()
-    if not (os.environ.get("MLFLOW_TRACKING_URI") or has_store):
+        router = str(local(command.router, "router"))
+        return "", router, f"the router in {router}"
+    if not (os.environ.get("MLFLOW_TRACKING_URI") or database_of(command.storage_path).exists()):
         return "", str(BUILTIN_CHAMPION), "the built-in champion (no MLflow store yet)"
     uri = local_tracking_uri(command.storage_path)
     try:
@@ -210,7 +212,11 @@ def _curl(url: str) -> str:
 
 def main() -> None:
     command = tyro.cli(ServeCommand, description=__doc__)
-    uri, router, words = _choose_router(command)
+    try:
+        check_address()
+        uri, router, words = _choose_router(command)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     print(f"Starting with {words} ...", flush=True)
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):

@@ -27,6 +27,7 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.config import WorkflowConfig
 from pipelines.metric_log import MetricLog
 from pipelines.progress import Reached, make_board, run_watched
+from pipelines.resume import work_folder
 from pipelines.runtime import quiet_libraries
 from pipelines.storage import RunStorage
 from pipelines.stream import row_spec, stream_rows
@@ -152,7 +153,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     tell("the model")
     device, shard_model = ray.train.torch.get_device(), config.train.shard_model
     run, spec = start_run(config, device, shard_model=shard_model)
-    checkpoints = Checkpoints(RunStorage(config.storage_path, config.run_id, patient=True))
+    checkpoints = Checkpoints.of_training(RunStorage(config.storage_path, config.run_id, patient=True))
     pending = _resume(run, checkpoints, rank == 0)
     keeper = _Keeper(checkpoints, run, job["mlflow"], job["board"], pending) if rank == 0 else None
     nodes = worker_nodes(run.device)
@@ -205,7 +206,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
             placement_strategy=settings.placement_strategy,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # ray.train's stubs still show the V1 class
-            name="train",
+            name=work_folder("train", storage),
             storage_path=storage.uri(),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -217,7 +218,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
         run_watched(trainer.fit, board, settings.stall_timeout_s, wanted)
     except WorkerGroupError as error:
         raise RuntimeError(_last_failure(error, settings.max_failures)) from error
-    return _build_artifacts(config, Checkpoints(storage))
+    return _build_artifacts(config, Checkpoints.of_training(storage))
 
 
 def _last_failure(error: WorkerGroupError, max_failures: int) -> str:

@@ -6,11 +6,10 @@ python -m pipelines.ui          # make ui
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
-from pipelines.tracking import tracking_uri
+from pipelines.mlflow_store import artifacts_of, database_of, tracking_uri
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +37,7 @@ def server_command(command: UiCommand) -> list[str]:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith("http"):
         raise ValueError(f"MLFLOW_TRACKING_URI is {uri}: open that in a browser, its server has the UI")
-    store = Path(command.storage_path) / "mlflow.db"
+    store = database_of(command.storage_path)
     if not uri and not store.exists():
         raise ValueError(
             f"storage_path is {command.storage_path!r}: there are no runs in it yet ({store} is missing), "
@@ -47,7 +46,7 @@ def server_command(command: UiCommand) -> list[str]:
     return [
         *(sys.executable, "-m", "mlflow", "server"),
         *("--backend-store-uri", tracking_uri(command.storage_path)),
-        *("--artifacts-destination", str(Path(command.storage_path).resolve() / "mlartifacts")),
+        *("--artifacts-destination", str(artifacts_of(command.storage_path))),
         *("--host", command.host, "--port", str(command.port), "--workers", "1"),
     ]
 

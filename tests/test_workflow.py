@@ -56,7 +56,7 @@ LET_THROUGH = "--promote=always"
         (["fashion", "--model.path=/no/such"], ["model.path /no/such does not exist", "give builtin:"]),
         (["dit-xl-2-256-t20"], ["model.path DiT-XL-2-256x256.pt does not exist"]),
         (["fashion", "--storage-path=/proc/x"], ["storage_path /proc/x cannot be written", "writable"]),
-        (["fashion", "--storage-path=nope://x"], ["storage_path nope://x cannot be opened"]),
+        (["fashion", "--storage-path=nope://x"], ["storage_path nope://x is of an unknown kind, nope"]),
         (["fashion", "--storage-path=s3://id:hush@b/p"], ["storage_path is 's3://b/p'", "~/.aws gives it"]),
         (["fashion", "--storage-endpoint=http://a:b@c"], ["storage_endpoint is 'http://c'", "http://host"]),
         (["fashion", "--stages", "prompts"], ["stages is ('prompts',)", "takes labels: leave prompts out"]),

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
+from harmonica.paths import local
 from harmonica.smoke import check_sample
 from pipelines import registry
 from pipelines.config import WorkflowConfig
@@ -53,7 +54,7 @@ class ServeArgs(BaseModel):
         """Of the router that is to be served now: the champion's, or the artifact folder's name."""
         if self.tracking_uri:
             return registry.resolve(self.registered_model, registry.CHAMPION, self.tracking_uri)
-        return "builtin" if Path(self.router) == BUILTIN_CHAMPION else Path(self.router).resolve().name
+        return "builtin" if Path(self.router) == BUILTIN_CHAMPION else local(self.router, "router").name
 
     def load(self, version: str) -> RouterArtifact:
         """A registered version, or the artifact folder."""
