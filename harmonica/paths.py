@@ -3,6 +3,7 @@
 A path is local (absolute, relative, with `~`, or a file:// URI) or lies in an object store (s3://, gs://).
 """
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -52,9 +53,12 @@ def resolved(path: str | Path, field: str) -> str:
         text = _of_file_uri(text, field)
     elif scheme:
         raise ValueError(f"{field} {without_secrets(text)} is of an unknown kind, {scheme}: {_CURE}")
+    place = os.path.expanduser(text)  # `Path` would take ./~ for ~
+    if place == text and text.startswith("~"):
+        raise ValueError(f"{field} {text} is of a user without a home folder: give an absolute path")
     try:
-        return str(Path(text).expanduser().resolve())
-    except RuntimeError as error:  # of a user who has no home folder; and a link that leads to itself
+        return str(Path(place).resolve())
+    except RuntimeError as error:
         raise ValueError(f"{field} {text} leads nowhere ({error}): give an absolute path") from None
 
 

@@ -8,10 +8,10 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
-from _thread import interrupt_main
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 EXPIRES_S, RENEWED_EVERY_S = 60.0, 10.0
 _LOOK_S = 0.5
+_DYING_S = 3.0  # a process that was killed takes its time to go
 _SAME_START_S = 5.0  # psutil works it out from two clocks
 
 
@@ -113,7 +114,7 @@ class Lease:
             except Exception as failed:  # of boto3 and disks: where this one cannot write, nobody else can
                 logger.info("the lease of %s waits for its storage (%s)", self._run_id, type(failed).__name__)
             if self.lost:
-                interrupt_main()
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it, too
                 return
 
     def _renew(self) -> None:
@@ -139,7 +140,7 @@ def claim(
 ) -> Lease:
     """The lease of a run, which nobody else holds then.
 
-    A holder of this machine is asked at once; one of another machine is given until its lease expires.
+    A holder of this machine is told to live by its process id; one of another machine by renewing its lease.
 
     Raises:
         ValueError: another process holds it; says which, since when, and what to do.
@@ -158,7 +159,7 @@ def claim(
 def _claim(storage: RunStorage, expires_s: float, renewed_every_s: float) -> Lease:
     cell, run_id = cell_of(storage), storage.run_id
     lease, machine = Lease(cell, run_id, renewed_every_s=renewed_every_s), _machine()
-    seen, told = b"", False
+    seen, told, deadline = b"", False, time.monotonic() + _DYING_S
     while True:
         content, age_s = cell.read()
         holder = _holder_in(content)
@@ -169,9 +170,10 @@ def _claim(storage: RunStorage, expires_s: float, renewed_every_s: float) -> Lea
                 return lease
             continue  # another one was first: it is the holder now
         assert holder is not None
-        if is_here or (seen and content != seen):  # it has renewed it before our eyes
+        lives = time.monotonic() > deadline if is_here else bool(seen) and content != seen
+        if lives:  # or has renewed it before our eyes
             raise ValueError(_refusal(holder, run_id, expires_s))
-        if not told:
+        if not told and not is_here:
             said = f"{_words(holder)}: waiting until it gives a sign or its lease ends, at most"
             say(f"run {run_id} may be written by {said} {max(expires_s - age_s, 0) + 1:.0f} s")
         seen, told = content, True

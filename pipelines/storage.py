@@ -59,7 +59,9 @@ class RunStorage:
 
     def uri(self, name: str = "") -> str:
         """Where `name` of this run lies: a local path as it is, or a URI."""
-        base, _, query = (self.root, "", "") if self.is_local else self.root.partition("?")
+        if self.is_local:
+            return str(Path(self.root, self.run_id, name))
+        base, _, query = self.root.partition("?")
         path = "/".join(part for part in (base.rstrip("/"), self.run_id, name) if part)
         return f"{path}?{query}" if query else path
 

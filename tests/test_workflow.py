@@ -22,8 +22,9 @@ from tiny_dit import make_artifact, write_model
 import workflow
 from harmonica.artifact import RouterArtifact
 from harmonica.text.prompt_files import MANIFEST
-from pipelines import registry
-from pipelines.tracking import find_or_create, make_client, tracking_uri
+from pipelines import registry, resume
+from pipelines.mlflow_store import tracking_uri
+from pipelines.tracking import make_client
 
 ROOT = Path(workflow.__file__).parent
 SMALL = [
@@ -123,42 +124,20 @@ def test_a_run_is_resumed_with_its_own_settings_only(
 
 
 def test_how_a_run_is_placed_may_change_when_it_is_resumed(tmp_path: Path) -> None:
-    def prepared(*arguments: str) -> None:
+    def prepared(*arguments: str) -> workflow.Workflow:
         given = ["fashion", "--run-id=r1", f"--storage-path={tmp_path}", "--stages", "train", *arguments]
-        workflow.Workflow(workflow.parse(given, workflow.PRESETS, "workflow.py")).check()
+        made = workflow.Workflow(workflow.parse(given, workflow.PRESETS, "workflow.py"))
+        made.check()
+        return made
 
-    prepared()
+    first = prepared()
+    resume.begin(first.config, first.storage)
     prepared("--train.num-workers=1", "--train.placement-strategy=SPREAD", "--train.stall-timeout-s=60")
     with pytest.raises(ValueError, match=r"train is .* and run_id r1 was started with"):
         prepared("--train.trajectories=31")
 
 
-def test_done_again_from_a_stage_forgets_it_and_those_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    run, runs = tmp_path / "r1", {}
-    for stage in ("workflow", "train", "evaluate"):
-        runs[stage] = find_or_create(stage, "r1", str(tmp_path), {}).mlflow_run_id
-
-    def prepared(*arguments: str) -> None:
-        given = ["fashion", "--run-id=r1", f"--storage-path={tmp_path}", *arguments]
-        given += ["--stages", "train", "evaluate", "register"]
-        workflow.Workflow(workflow.parse(given, workflow.PRESETS, "workflow.py")).check()
-
-    prepared()
-    for name in ("train/checkpoints/1.pt", "report.json", "samples.png", "served.png"):
-        (run / name).parent.mkdir(parents=True, exist_ok=True)
-        (run / name).write_text("{}")
-    prepared("--from=evaluate", "--evaluate.samples=16")
-    assert {path.name for path in run.iterdir()} == {"config.json", "train"}
-    (run / "router").mkdir()
-    (run / "router" / "config.json").write_text("{}")
-    prepared("--from=train", "--train.trajectories=31", "--evaluate.samples=16")
-    assert [path.name for path in run.iterdir()] == ["config.json"]
-    assert json.loads((run / "config.json").read_text())["train"]["trajectories"] == 31
-    for stage, before in runs.items():
-        assert find_or_create(stage, "r1", str(tmp_path), {}).mlflow_run_id != before, stage
+def test_doing_stages_again_wants_a_run() -> None:
     with pytest.raises(ValueError, match="from is 'train': give the --run-id"):
         workflow.parse(["fashion", "--from=train"], workflow.PRESETS, "workflow.py")
 
