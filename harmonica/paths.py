@@ -56,8 +56,12 @@ def resolved(path: str | Path, field: str) -> str:
     place = os.path.expanduser(text)  # `Path` would take ./~ for ~
     if place == text and text.startswith("~"):
         raise ValueError(f"{field} {text} is of a user without a home folder: give an absolute path")
-    try:
-        return str(Path(place).resolve())
+    absolute = Path(place).absolute()  # links stay: a file may be called by its link's name alone
+    if ".." not in absolute.parts:
+        return str(absolute)
+    after = len(absolute.parts) - absolute.parts[::-1].index("..")
+    try:  # what comes before is followed, since .. of a link is its target's
+        return str(Path(*absolute.parts[:after]).resolve().joinpath(*absolute.parts[after:]))
     except RuntimeError as error:
         raise ValueError(f"{field} {text} leads nowhere ({error}): give an absolute path") from None
 

@@ -173,7 +173,7 @@ def test_a_champion_that_is_deleted_is_none(store, monkeypatch):
         values = (MODEL, registry.CHAMPION, 1, "default")
         database.execute(f"insert into registered_model_aliases {columns} values (?, ?, ?, ?)", values)
     assert registry.current(MODEL, registry.CHAMPION, uri) is None
-    with pytest.raises(ValueError, match=r"alias is 'champion': .* is on version 1, which is deleted: set it"):
+    with pytest.raises(ValueError, match=r"alias is 'champion': .* is on version 1, which is deleted"):
         registry.resolve(MODEL, registry.CHAMPION, uri)
     created = client.create_model_version(MODEL, source=str(store), run_id=None)
     registry.promote(client, MODEL, str(created.version))

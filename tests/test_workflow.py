@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import postgres
 import pytest
@@ -235,6 +236,40 @@ def test_the_chain_and_its_second_run(
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
     finally:
         ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_chain_in_awkward_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home sweet home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    names = ("a?b=c%20d", "ä #1;2", "100% rel")
+    given = (f"~/{names[0]}/", f"file://{quote(str(tmp_path / names[1]))}", f"./{names[2]}/../{names[2]}")
+    places = (home / names[0], tmp_path / names[1], tmp_path / names[2])
+    write_model(tmp_path / "mo?del #1")
+    stages = ["--stages", "train", "evaluate", "register"]
+    try:
+        for path, place in zip(given, places):
+            arguments = ["fashion", "--run-id=r1", f"--storage-path={path}", LET_THROUGH, *SMALL, *stages]
+            assert workflow.main([*arguments, "--model.path=mo?del #1"]) == 0, capsys.readouterr().err
+            run, said = place / "r1", capsys.readouterr().out
+            assert f"results:  {run}\n" in said and "version 1 of harmonica-fashion is the champion" in said
+            assert {"config.json", "report.html", "report.json", "router", "train"} <= set(os.listdir(run))
+            assert set(os.listdir(place)) == {"r1", "mlflow.db", "mlartifacts"}
+            router = RouterArtifact.load(f"{path.rstrip('/')}/r1/router")
+            registered, version = registry.load("harmonica-fashion", registry.CHAMPION, tracking_uri(path))
+            assert version == "1" and registered.plan == router.plan
+    finally:
+        ray.shutdown()
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"home sweet home", "mo?del #1", *names[1:]}, "and nowhere else"
+    assert {path.name for path in home.iterdir() if path.name[0] != "."} == {names[0]}
 
 
 RUNS = """select coalesce(parent.value, ''), stage.value, runs.status from runs
