@@ -1,4 +1,4 @@
-"""What `ray job submit --working-dir .` takes along: the program and its built-in models, no other weights."""
+"""What `ray job submit --working-dir .` takes along: the program with its models, and no other weights."""
 
 import shutil
 from pathlib import Path
