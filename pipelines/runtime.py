@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ray
 
-from pipelines.cluster_address import cluster_address
+from pipelines.cluster_address import check_address, cluster_address
 from pipelines.storage import ENDPOINT
 
 logger = logging.getLogger(__name__)
@@ -70,9 +70,13 @@ def connect(endpoint: str = "") -> None:
 
     Args:
         endpoint: of an S3 store, for the workers of a joined cluster; a private one's inherit it.
+
+    Raises:
+        ValueError: as of `check_address`.
     """
     if ray.is_initialized():
         return
+    check_address()  # Ray itself goes on trying for more than a minute, without a word
     quiet_libraries()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)

@@ -13,7 +13,7 @@ from harmonica.artifact import RouterArtifact
 from harmonica.command_line import say
 from harmonica.family import member_name
 from harmonica.models.loading import load_model
-from harmonica.paths import is_remote, resolved
+from harmonica.paths import resolved
 from harmonica.samplers import make_sampler, with_scheduler
 from harmonica.text.prompts import PromptStore
 from pipelines import lease, mlflow_store, resume, tracking
@@ -36,7 +36,7 @@ class Workflow:
     def __init__(self, config: WorkflowConfig) -> None:
         run_id = config.run_id or datetime.now(UTC).strftime(f"{config.preset}-%Y%m%d-%H%M%S")
         self.config = dataclasses.replace(config, run_id=run_id)
-        if config.storage_endpoint or is_remote(resolved(config.storage_path, "storage_path")):
+        if config.storage_endpoint or resolved(config.storage_path, "storage_path").startswith("s3:"):
             settle_endpoint(config.storage_endpoint)
         self.storage = RunStorage(config.storage_path, run_id, patient=True)
         # Absolute, since actors run in folders of their own.

@@ -14,10 +14,13 @@ from harmonica.artifact import RouterArtifact
 from harmonica.models.fetch import local_path
 from harmonica.models.file_systems import open_uri
 from harmonica.paths import is_remote, local, resolved, shown
+from harmonica.train import _Folder
 from pipelines.mlflow_store import artifacts_of, database_of, tracking_uri
 from pipelines.prompts import _storage
+from pipelines.serve import ServeCommand, _choose_router
 from pipelines.storage import RunStorage
 from pipelines.tracking import find, find_or_create
+from pipelines.ui import UiCommand, server_command
 
 AWKWARD = ["a b", "äöü", "a#b", "a;b", "a%20b", "100%", "a?b=c", "a&b", "a'b\"c", "-a", "~", "a:b", "日本"]
 
@@ -117,6 +120,12 @@ def test_all_who_take_a_path_mean_the_same_place(name, home, tmp_path, monkeypat
             assert stream.read() == b"x"
         assert _storage(f"{given.rstrip('/')}/r1").path("folder") == path.removesuffix("/a")
         assert local_path(f"{given.rstrip('/')}/r1") == tmp_path / name / "r1"
+        database_of(given).touch()
+        assert tracking_uri(given) in server_command(UiCommand(storage_path=given))
+        _, router, _ = _choose_router(ServeCommand(router=given))
+        assert router == str(tmp_path / name)
+        if given != "./~":  # which is ~ once it is a `Path`
+            assert _Folder(Path(given), {}).path == tmp_path / name
     assert {path.name for path in tmp_path.iterdir()} == {name}, "and nowhere else"
 
 
