@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Files side by side, those with Ray clusters after one another (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
 
-.PHONY: help demo test test-slow lint types bench serve ui clean
+.PHONY: help demo test test-slow test-cpus lint types bench serve ui clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(STAMP)-test ## the fast tests
 
 test-slow: $(STAMP)-test ## the slow and the browser tests
 	$(PYTEST) -m "slow or browser" || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
+
+test-cpus: $(STAMP)-test ## the numeric tests with the kernels of other CPUs
+	$(BIN)/python -m tests.cpus
 
 lint: $(STAMP)-dev ## ruff: rules and format
 	$(BIN)/ruff check .

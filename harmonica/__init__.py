@@ -1,8 +1,9 @@
 """HarmoniCa: learned feature caching for Diffusion Transformers (ICML 2025, arXiv 2410.01723).
 
-The method alone, without Ray or MLflow: a transformer seen as a list of residual branches
-(`harmonica.models`), three passes over that list (`passes`), a router that says which branches
-may reuse their last value (`router`, `plan`), and its training (`sdt`, `iepo`).
+The method alone, without Ray or MLflow: a transformer is seen as a list of residual branches
+(`harmonica.models`). Three passes walk that list: the full one (`BranchedTransformer.forward`), and the soft
+and the planned one of `passes`. A router says which branches may reuse their last value (`router`, `plan`).
+It is trained by SDT with the IEPO objective (`sdt`, `iepo`), or its plan is searched (`start`).
 
 `harmonica.apply(pipe.transformer, router)` and `harmonica.remove(pipe.transformer)` put a trained plan on
 a diffusers pipeline and take it off.

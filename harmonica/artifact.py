@@ -25,6 +25,7 @@ from harmonica.tensor_files import write_tensors
 
 FORMAT_VERSION = 2
 _SAMPLE = "sample.safetensors"
+_STARTS = {"measured": "step search", "even": "even steps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,23 @@ class RouterArtifact:
     @property
     def plan(self) -> Plan:
         return Plan.from_scores(self.logits_TB.sigmoid(), self.threshold, self.forecast_TBK)
+
+    @property
+    def method(self) -> str:
+        """How the plan came about: what of it was searched, what was trained and what was fitted.
+
+        A plan whose scores SDT trained is told from one whose trained scores were discarded for its start's
+        (`harmonica.choice`).
+        """
+        chosen, initial = self.training.get("chosen", "trained"), self.training.get("initial")
+        start = chosen if chosen in _STARTS else initial
+        forecast = "linear forecast" if self.forecast_TBK is None else "fitted forecast"
+        parts = [
+            _STARTS.get(start, ""),
+            forecast if self.reuse == "forecast" else "held values",
+            "trained router" if chosen == "trained" else "",
+        ]
+        return " + ".join(part for part in parts if part)
 
     @classmethod
     def build(
@@ -162,6 +180,12 @@ class RouterArtifact:
                 f"router {folder}: config.json lacks or misnames {error}: write it again with "
                 "RouterArtifact.save"
             ) from error
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"router {folder}: {name} in router.safetensors is not finite: the folder is damaged or "
+                    "its training diverged, fetch it again or train again"
+                )
         if artifact.plan.to_strings() != stored_plan:
             raise ValueError(
                 f"router {folder}: the plan in config.json is not that of router.safetensors at "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
 from harmonica.noise import RowKeys
+from harmonica.phases import Phase, phases_of
 from harmonica.plan import Plan
 from harmonica.router import Router
 from harmonica.samplers import Sampler
@@ -28,9 +29,7 @@ class FamilyRun:
         self, sampler: Sampler, config: TrainingConfig, *, seed: int, device: torch.device | str = "cpu"
     ) -> None:
         self.sampler, self.config, self.device = sampler, config, device
-        alone = dataclasses.replace(config, targets=())
-        settings = [alone] + [dataclasses.replace(alone, target_speedup=target) for target in config.others]
-        self.members = [RouterRun(sampler, one, seed=seed, device=device) for one in settings]
+        self.members = [RouterRun(sampler, one, seed=seed, device=device) for one in member_settings(config)]
         self._place = 0
 
     @property
@@ -96,6 +95,21 @@ class FamilyRun:
             member_name(target): member.artifact(**provenance | {"target_speedup": target})
             for target, member in zip(self.config.others, self.members[1:], strict=True)
         }
+
+
+def member_settings(config: TrainingConfig) -> list[TrainingConfig]:
+    """Of each member, the first one's first."""
+    alone = dataclasses.replace(config, targets=())
+    return [alone] + [dataclasses.replace(alone, target_speedup=target) for target in config.others]
+
+
+def family_phases(config: TrainingConfig, num_steps: int) -> tuple[Phase, ...]:
+    """Those of a whole training: the start, which is shared, and then each member's own."""
+    phases: list[Phase] = []
+    for place, one in enumerate(member_settings(config)):
+        own = phases_of(one, num_steps, target=one.target_speedup if config.others else 0.0)
+        phases += [phase for phase in own if place == 0 or phase.name != "start"]
+    return tuple(phases)
 
 
 def member_name(target: float) -> str:

@@ -11,6 +11,7 @@ Not in the paper; `tests/benchmarks/RESULTS.md` has what it is worth.
 Shapes: N images, M model rows, C H W image, P weights, R = N * probes rows of the least squares.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -171,6 +172,8 @@ class ForecastFit:
         self._folds[self.trajectories % FOLDS].add(sums[:-1, :-1], sums[:-1, -1])
         self.trajectories += 1
         metrics = {"loss": float(sums[-1, -1])}
+        if not sums.isfinite().all():
+            return metrics | {"forecast.residuals": math.nan}  # nothing to solve; the run stops and says why
         if config.ends_round(self.trajectories):
             metrics |= self._solve()
             self._begin_round()

@@ -61,8 +61,8 @@ class Shape:
         kinds = _SUB_LAYERS.get(shape["architecture"])
         if kinds is None:
             raise ValueError(
-                f"model.architecture is {shape['architecture']}: its memory is not known, only that of "
-                f"{', '.join(_SUB_LAYERS)}; add its sub-layers to harmonica.memory"
+                f"model.path holds a {shape['architecture']}: its memory is not known, only that of "
+                f"{', '.join(_SUB_LAYERS)}; add its sub-layers to `_SUB_LAYERS` in harmonica/memory_shape.py"
             )
         heads = shape["num_attention_heads"]
         full = [p for n, p in model.named_parameters() if n.startswith(model.full_precision_parts)]

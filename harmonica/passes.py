@@ -1,6 +1,6 @@
-"""Two passes over a model's branches beside the full one (`BranchedTransformer.forward`).
+"""The soft and the planned pass over a model's branches; `BranchedTransformer.forward` is the full one.
 
-They agree where they should: `planned_pass` with everything computed is bit-identical to the full
+The three agree where they should: `planned_pass` with everything computed is bit-identical to the full
 pass, `soft_pass` at r = 1 equals it.
 """
 

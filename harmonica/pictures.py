@@ -15,14 +15,22 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from harmonica.finite import check_finite
+
 PictureFormat = Literal["png", "jpeg", "webp"]
 _DPI = 150
 _NAME_WIDTH = 16  # letters that a column is wide
+_TITLE_WIDTH = 18  # letters of a row's title, a line
 _INK, _MUTED = "#222222", "#666666"
 
 
 def to_uint8(images_NCHW: Tensor) -> np.ndarray:
-    """Images in [-1, 1] as pixels (N, H, W, C); values outside are clipped."""
+    """Images in [-1, 1] as pixels (N, H, W, C); values outside are clipped.
+
+    Raises:
+        NotFinite: an image is not finite, of which black pixels would be made.
+    """
+    check_finite(images_NCHW, "images are")
     pixels = ((images_NCHW.detach().float() + 1) * 127.5).round().clamp(0, 255)
     return pixels.permute(0, 2, 3, 1).byte().cpu().numpy()
 
@@ -97,6 +105,11 @@ def sample_sheet(
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def cached_title(name: str, cur: float, method: str) -> str:
+    """Of a row of cached images, in short lines: its name, what is reused, how the plan came about."""
+    return "\n".join([f"{name}, CUR {cur:.0%}", *textwrap.wrap(method, _TITLE_WIDTH)])
 
 
 def router_heat_map(

@@ -103,7 +103,7 @@ _PIXART: dict[str, tuple[str, SamplerName, int, float]] = {
 def fashion() -> Recipe:
     """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download.
 
-    Away from the paper, because minutes allow some 20 updates a row where the released setting takes 2,000: a
+    Away from the paper, because minutes allow some 12 updates a row where the released setting takes 2,000: a
     speed to reach instead of beta, a start from the steps whose reuse is measured to change the image least,
     lambda per unit of step error, reuse by forecasts that are fitted to the image; and what was trained is
     kept only where it is nearer than its start.
@@ -112,13 +112,13 @@ def fashion() -> Recipe:
         target_speedup=1.8,
         initial="measured",
         initial_logit=2.0,
-        start_trajectories=3,
-        trajectories=20,
+        start_trajectories=2,
+        trajectories=12,
         sdt=SdtConfig(learning_rate=0.1, threshold=0.5, reuse="forecast", penalty="macs"),
         iepo="sensitivity",
-        iepo_every=10,
+        iepo_every=12,
         choice_trajectories=3,
-        forecast=ForecastConfig(trajectories=16),
+        forecast=ForecastConfig(trajectories=12),
     )
     return Recipe(model=ModelConfig(), sampler=SamplerConfig(), train=train)
 

@@ -23,6 +23,8 @@ from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION
 from harmonica.checkpoints import read_released_router
 from harmonica.command_line import fail, parse_settings, say
+from harmonica.differences import with_differences
+from harmonica.finite import NotFinite, check_finite
 from harmonica.folding import kept_bytes
 from harmonica.models.loading import BUILTIN, LoadedModel, ModelConfig, load_model
 from harmonica.models.vae import decode_latents, draws_pixels
@@ -77,7 +79,7 @@ class SampleCommand:
             raise ValueError(f"threshold is {self.threshold}: give a number between 0 and 1")
 
 
-def _own_sampler(loaded: LoadedModel, path: str) -> SamplerConfig:
+def own_sampler(loaded: LoadedModel, path: str) -> SamplerConfig:
     """How a model is sampled where no router says it."""
     if path == BUILTIN:
         return SamplerConfig()
@@ -110,7 +112,7 @@ def _load_router(command: SampleCommand, loaded: LoadedModel) -> RouterArtifact 
 
 def _make_sampler(command: SampleCommand, loaded: LoadedModel, router: RouterArtifact | None) -> Sampler:
     """The sampler asked for, checked against the router."""
-    base = router.sampler if router else _own_sampler(loaded, command.model.path)
+    base = router.sampler if router else own_sampler(loaded, command.model.path)
     asked: dict[str, Any] = {
         "name": command.sampler,
         "num_inference_steps": command.num_inference_steps,
@@ -171,6 +173,7 @@ def run(command: SampleCommand) -> dict[str, Tensor]:
         if way == "cached" and router is None:
             continue
         sampled[way], seconds = _timed(sampler, batch, rows, used, command.rounds)
+        check_finite(sampled[way], f"the {way} samples are")
         medians[way] = statistics.median(seconds)
         spread = (max(seconds) - min(seconds)) / medians[way]
         rounds = f"{len(seconds)} rounds, spread {spread:.0%}"
@@ -182,14 +185,18 @@ def run(command: SampleCommand) -> dict[str, Tensor]:
         )
         held = kept_bytes(model, router.plan, router.reuse, is_guided=sampler.is_guided) / 2**20
         say(f"cache: {held:.1f} MiB an image, {held * len(labels):.1f} MiB for the batch")
-    _write(command, loaded, sampled, [loaded.class_names[label] for label in labels])
+    _write(command, loaded, sampled, router, [loaded.class_names[label] for label in labels])
     return sampled
 
 
 def _write(
-    command: SampleCommand, loaded: LoadedModel, sampled: dict[str, Tensor], class_names: list[str]
+    command: SampleCommand,
+    loaded: LoadedModel,
+    sampled: dict[str, Tensor],
+    router: RouterArtifact | None,
+    class_names: list[str],
 ) -> None:
-    from harmonica.pictures import sample_sheet
+    from harmonica.pictures import cached_title, sample_sheet
 
     output = local(command.output, "output")
     if not draws_pixels(loaded.model):
@@ -200,17 +207,23 @@ def _write(
             say(f"latents in {path}: give --model.vae for pictures")
             return
         sampled = {way: decode_latents(vae, x) for way, x in sampled.items()}
-    shown = {way: images[:_SHEET_COLUMNS].cpu() for way, images in sampled.items()}
-    sample_sheet(shown, [name.split(",")[0] for name in class_names[:_SHEET_COLUMNS]], output)
+    titles = {"full": "full"}
+    if router is not None:
+        titles["cached"] = cached_title("cached", router.plan.cur, router.method)
+    shown = {titles[way]: images[:_SHEET_COLUMNS].cpu() for way, images in sampled.items()}
+    names = [name.split(",")[0] for name in class_names[:_SHEET_COLUMNS]]
+    sample_sheet(with_differences(shown), names, output)
     say(f"pictures in {output}")
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when sampled, 2 for unusable input."""
+    """Exit code 0 when sampled, 2 for unusable input, 1 where what is drawn is not finite."""
     try:
         run(parse_settings(SampleCommand(), arguments, "python -m harmonica.sample"))
     except ValueError as error:
         return fail(error, code=2)
+    except NotFinite as error:
+        return fail(str(error), code=1)
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
+from harmonica.finite import check_finite
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.text_condition import TextCondition
 from harmonica.noise import RowKeys, row_noise
@@ -35,8 +36,14 @@ def draw_sample(artifact: RouterArtifact, sampler: Sampler) -> Tensor:
 
 
 def record_sample(artifact: RouterArtifact, sampler: Sampler) -> RouterArtifact:
-    """The artifact with what `check_sample` compares with."""
-    return replace(artifact, sample_CHW=draw_sample(artifact, sampler))
+    """The artifact with what `check_sample` compares with.
+
+    Raises:
+        NotFinite: what it draws is not finite.
+    """
+    drawn = draw_sample(artifact, sampler)
+    check_finite(drawn[None], "the router's sample is")
+    return replace(artifact, sample_CHW=drawn)
 
 
 def check_sample(artifact: RouterArtifact, sampler: Sampler) -> None:

@@ -68,9 +68,10 @@ def step_effects(sampler: Sampler, rows: Rows, reuse: Reuse) -> Tensor:
     for i in range(last):
         state, cache = before[i][0], before[i][1].copy()
         state, _ = planned_step(sampler, i, state, nothing, cache)
-        alone.append(change(i - 1, state, cache.copy()))
-        if i >= 2:
+        if i >= 1:
             state, _ = planned_step(sampler, i - 1, state, everything, cache)
+        alone.append(change(i - 2, state, cache.copy()))
+        if i >= 2:
             state, _ = planned_step(sampler, i - 2, state, nothing, cache)
             after[i - 2] = change(i - 3, state, cache)
     return torch.stack(alone + [after[i] - alone[i + 2] if i in after else alone[i] for i in range(last)])

@@ -11,6 +11,7 @@ The output folder gets `router/` (the artifact), those of `train.targets` in `fa
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import sys
@@ -26,10 +27,13 @@ import torch
 import torch.distributed as dist
 
 from harmonica.artifact import RouterArtifact
+from harmonica.changed_settings import changed_settings
 from harmonica.command_line import fail, parse, say
-from harmonica.family import FamilyRun
+from harmonica.family import FamilyRun, family_phases
+from harmonica.finite import NotFinite
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.paths import local
+from harmonica.phases import Progress
 from harmonica.presets import RECIPES, Recipe
 from harmonica.rows import Batch, RowSpec, Share, make_rows
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
@@ -39,6 +43,7 @@ from harmonica.training_config import TrainingConfig
 
 _SAY_EVERY_S = 5.0
 _FREE_TO_CHANGE = ("output", "device")
+_METRICS = "metrics"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,13 @@ def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def _replace(path: Path, data: bytes) -> None:
+    """A reader sees the old content or the new, never a part."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data)
+    part.replace(path)
+
+
 @contextmanager
 def _process_group(device: torch.device, batch_size: int) -> Iterator[Share]:
     """torchrun's process group where there is one, and this process's share of the rows."""
@@ -90,44 +102,64 @@ def _process_group(device: torch.device, batch_size: int) -> Iterator[Share]:
 
 
 class _Folder:
-    """The output folder: what a run leaves, and what it resumes from. Only rank 0 writes."""
+    """The output folder: what a run leaves, and what it resumes from. Only rank 0 writes.
+
+    The state has the lines of metrics since the one before, and where in the file they belong: whatever was
+    cut short between the two, the next process puts the file right.
+    """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = local(path, "output"), settings
-        self._pending: list[dict[str, float]] = []
+        self._state, self._metrics = self.path / "state.pt", self.path / "metrics.jsonl"
+        self._pending: list[str] = []
 
     def check(self) -> None:
         """Refuse to go on with other settings than the run was started with."""
         path = self.path / "settings.json"
-        if not (self.path / "state.pt").is_file() or not path.is_file():
+        if not self._state.is_file() or not path.is_file():
             return
-        before = json.loads(path.read_text())
-        for name, value in self.settings.items():
-            if name not in _FREE_TO_CHANGE and before.get(name) != value:
-                raise ValueError(
-                    f"{name} is {value} and the run in {self.path} was started with {before.get(name)}: "
-                    "resume it with its own settings, or give another output"
-                )
+        if others := changed_settings(json.loads(path.read_text()), self.settings, free=_FREE_TO_CHANGE):
+            raise ValueError(
+                f"{others}: resume the run in {self.path} with its own settings, or give another output"
+            )
 
     def load(self, run: FamilyRun) -> None:
-        """Go on from the last state, if there is one."""
-        path = self.path / "state.pt"
-        if path.is_file():
-            run.load_state(torch.load(path, weights_only=True, map_location=run.device))
+        """Go on from the last state, if there is one; all ranks call it."""
+        if self._state.is_file():
+            run.load_state(self._read_state(run.device))
+
+    def mend(self, device: torch.device) -> None:
+        """Have the file of metrics as the last state says; without a state, metrics begin anew."""
+        if not self._state.is_file():
+            self._metrics.unlink(missing_ok=True)
+        elif metrics := self._read_state(device).get(_METRICS):
+            self._write(**metrics)
+
+    def _read_state(self, device: torch.device | str) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(self._state, weights_only=True, map_location=device)
+        return state
 
     def log(self, trajectory: int, metrics: dict[str, float]) -> None:
         """Keep a line until the next state, so that a replayed trajectory is logged once."""
-        self._pending.append({"trajectory": trajectory} | metrics)
+        self._pending.append(json.dumps({"trajectory": trajectory} | metrics) + "\n")
 
     def save(self, run: FamilyRun) -> None:
+        """The state first, since it says what the file of metrics is to hold."""
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "settings.json").write_text(json.dumps(self.settings, indent=1) + "\n")
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self._pending)
+        _replace(self.path / "settings.json", (json.dumps(self.settings, indent=1) + "\n").encode())
+        start = self._metrics.stat().st_size if self._metrics.exists() else 0
+        metrics: dict[str, Any] = {"start": start, "text": "".join(self._pending)}
+        buffer = io.BytesIO()
+        torch.save(run.state() | {_METRICS: metrics}, buffer)
+        _replace(self._state, buffer.getvalue())
+        self._write(**metrics)
         self._pending.clear()
-        part = self.path / "state.pt.part"
-        torch.save(run.state(), part)
-        part.replace(self.path / "state.pt")
+
+    def _write(self, start: int, text: str) -> None:
+        """Have the file of metrics end with the text, which begins at that byte."""
+        with self._metrics.open("ab") as file:
+            file.truncate(min(start, file.tell()))
+            file.write(text.encode())
 
     def finish(self, run: FamilyRun) -> RouterArtifact:
         from harmonica.pictures import router_heat_map
@@ -154,6 +186,8 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
         sampler = make_sampler(loaded.model, with_scheduler(command.sampler, loaded.scheduler))
         run = FamilyRun(sampler, command.train, seed=command.seed, device=device)
         folder.load(run)
+        if share.rank == 0:
+            folder.mend(device)
         prompts = PromptStore(command.prompts) if command.prompts else None
         spec = RowSpec.of(loaded.model, command.seed, prompts)
         _train(run, spec, share, folder, tell if share.rank == 0 else lambda _: None)
@@ -174,12 +208,15 @@ def trained(run: FamilyRun, spec: RowSpec, share: Share) -> Iterator[dict[str, f
 
 def _train(run: FamilyRun, spec: RowSpec, share: Share, folder: _Folder, tell: Callable[[str], None]) -> None:
     config, last_said, last_saved = run.config, 0.0, time.monotonic()
+    progress = Progress(family_phases(config, run.sampler.num_steps))
+    since, began = run.trajectory, time.monotonic()
     for metrics in trained(run, spec, share):
         is_last, now = run.trajectory == config.all_trajectories, time.monotonic()
         if is_last or now - last_said > _SAY_EVERY_S:
             shown = ("loss", "mse", "beta", "updates_per_s")
             told = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown if name in metrics)
-            tell(f"trajectory {run.trajectory}/{config.all_trajectories}  CUR {metrics['cur']:.1%}  {told}")
+            left = progress.left_words(run.trajectory, since, now - began)
+            tell(f"{progress.words(run.trajectory)}  CUR {metrics['cur']:.1%}  {told}  {left}")
             last_said = now
         if share.rank == 0:  # the state is the same on every rank
             folder.log(run.trajectory, metrics)
@@ -194,12 +231,14 @@ def _preset(recipe: Callable[[], Recipe]) -> TrainCommand:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when trained, 2 for unusable input."""
+    """Exit code 0 when trained, 2 for unusable input, 1 where what is computed is not finite."""
     presets = {name: functools.partial(_preset, recipe) for name, recipe in RECIPES.items()}
     try:
         train(parse(arguments, presets, "python -m harmonica.train"))
     except ValueError as error:
         return fail(error, code=2)
+    except NotFinite as error:
+        return fail(str(error), code=1)
     except KeyboardInterrupt:
         return fail("interrupted: the same command goes on from the last state", code=130)
     return 0

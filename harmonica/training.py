@@ -6,7 +6,7 @@ torchrun, `pipelines.train` under Ray Train.
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,14 @@ from torch import Tensor
 from harmonica.aim import Aim
 from harmonica.artifact import RouterArtifact
 from harmonica.choice import PlanChoice
+from harmonica.finite import CURE, NotFinite, check_finite, not_finite
 from harmonica.forecast import ForecastFit
 from harmonica.noise import RowKeys
+from harmonica.phases import PHASES, PhaseName, phases_of
 from harmonica.plan import Plan
 from harmonica.router import FIXED_LOGIT, Router
 from harmonica.samplers import Sampler
+from harmonica.sampling import sample
 from harmonica.sdt import SdtTrainer, micro_batches
 from harmonica.start import StepSearch, fastest_plan, initial_router
 from harmonica.step_weights import StepWeights
@@ -51,6 +54,7 @@ class RouterRun:
             for i, row in enumerate(router.rows):
                 if not self.trainer.trains(i):
                     row.fill_(FIXED_LOGIT)
+        self.phases = phases_of(config, sampler.num_steps)
         self.weights = StepWeights(sampler.num_steps, config, device)
         self.aim = Aim(self.trainer, config)
         self.trajectory = 0
@@ -81,13 +85,10 @@ class RouterRun:
             self._fit = ForecastFit(self.plan, self.config.forecast)
         return self._fit
 
-    def _left_of(self, phase: Literal["start", "router", "choice"]) -> int:
+    def _left_of(self, name: PhaseName) -> int:
         """Trajectories until the phase ends."""
-        config = self.config
-        ends = {"start": config.start_trajectories}
-        ends["router"] = ends["start"] + config.trajectories
-        ends["choice"] = ends["router"] + config.choice_trajectories
-        return ends[phase] - self.trajectory
+        until = PHASES[: PHASES.index(name) + 1]
+        return sum(phase.trajectories for phase in self.phases if phase.name in until) - self.trajectory
 
     @property
     def router(self) -> Router:
@@ -133,7 +134,11 @@ class RouterRun:
         rows: RowKeys,
         average: Callable[[Tensor], None] = average,
     ) -> dict[str, float]:
-        """One trajectory of whatever phase it is; the metrics to log."""
+        """One trajectory of whatever phase it is; the metrics to log.
+
+        Raises:
+            NotFinite: the same on all workers; the state before, as the last checkpoint has it, is good.
+        """
         started, batch = time.monotonic(), (noise_NCHW, condition_N, rows)
         if self._left_of("start") > 0:
             metrics = self._measure_start(*batch, average)
@@ -143,12 +148,26 @@ class RouterRun:
             metrics = self._compare(*batch, average)
         else:
             metrics = self._fit_forecasts(*batch, average)
+        self._check(metrics, *batch)
         self.trajectory += 1
         metrics["cur"] = self.plan.cur
         metrics |= {f"seconds.{name}": took for name, took in self.trainer.stopwatch.take().items()}
         if "beta" in metrics:
             metrics["updates_per_s"] = (self.sampler.num_steps - 1) / (time.monotonic() - started)
         return metrics
+
+    def _check(self, metrics: dict[str, float], noise_NCHW: Tensor, condition_N: Any, rows: RowKeys) -> None:
+        """Stop where a number is not finite; metrics are averages over workers, so all of them do."""
+        if not (found := not_finite(metrics)):
+            return
+        images_NCHW = sample(self.sampler, noise_NCHW, condition_N, rows=rows)
+        check_finite(
+            images_NCHW, f"trajectory {self.trajectory}: {found}, since the full sampler's images are"
+        )
+        raise NotFinite(
+            f"trajectory {self.trajectory}: {found}, though the full sampler's images are finite: {CURE}; or "
+            "give a smaller train.sdt.learning_rate"
+        )
 
     def _measure_start(
         self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
@@ -158,6 +177,7 @@ class RouterRun:
         parts = micro_batches(noise_NCHW, condition_N, rows, self.config.micro_batch_size)
         with self.trainer.stopwatch.measure("start"):
             metrics = self.search.train_one(self.sampler, parts, self.config.sdt.reuse, average)
+        self._check(metrics, noise_NCHW, condition_N, rows)
         if self._left_of("start") == 1:
             if self.config.target_psnr:
                 reuse, psnr = self.config.sdt.reuse, self.config.target_psnr

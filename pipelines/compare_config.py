@@ -1,22 +1,31 @@
 """What the stage `compare` compares."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pipelines.checks import require
+
+_ADD_OR_DROP_ARMS = ("targets", "seeds", "learners", "libraries")
+_MAY_GROW = "samples"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompareConfig:
-    """HarmoniCa beside what else one could do, on the same noise, at the same speeds."""
+    """This project's routers beside what else one could do, on the same noise, at the same speeds.
+
+    All of it may change when a run is resumed, but for `samples`, which may only grow: arms are added or
+    dropped, and judged anew on more images.
+    """
 
     targets: tuple[float, ...] = (1.2, 1.4, 1.6, 2.0)
     """Ideal speedups at which methods meet; other libraries take none, and stand where they come to."""
     seeds: int = 1
     """Routers that each learning method trains at each speed; their spread is the method's."""
     samples: int = 256
-    """Images of each arm."""
+    """Images of each arm; a run that is resumed may have more, not fewer."""
     learners: bool = True
-    """Train the rivals that learn: the paper's setting, the released code's, without IEPO,
+    """Train what else learns: HarmoniCa in the paper's setting and in the released code's, SDT without IEPO,
     Learning-to-Cache."""
     libraries: bool = True
     """Sample with the caches of diffusers and, where it is installed, cache-dit; class-conditional models
@@ -31,3 +40,16 @@ class CompareConfig:
         )
         require(1 <= self.seeds <= 100, "compare.seeds", self.seeds, "give 1 to 100")
         require(16 <= self.samples <= 50_000, "compare.samples", self.samples, "give 16 to 50000")
+
+
+def free_to_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Names of settings that a run may be resumed with though they differ, such as `compare.targets`.
+
+    Args:
+        before: those of this section that the run has so far, as JSON has them.
+        now: those that are given.
+    """
+    free = {*_ADD_OR_DROP_ARMS}
+    if now[_MAY_GROW] >= before.get(_MAY_GROW, 0):
+        free.add(_MAY_GROW)
+    return {f"compare.{name}" for name in free}

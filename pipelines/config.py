@@ -176,7 +176,7 @@ class WorkflowConfig:
     serve: ServeConfig = field(default_factory=ServeConfig)
     """Endpoint."""
     compare: CompareConfig = field(default_factory=CompareConfig)
-    """Rivals."""
+    """Other methods beside this project's."""
 
     def __post_init__(self) -> None:
         require(

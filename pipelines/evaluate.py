@@ -10,12 +10,14 @@ import ray
 from matplotlib.figure import Figure
 
 from harmonica.artifact import RouterArtifact
+from harmonica.differences import with_differences
 from harmonica.models.loading import load_model
-from harmonica.pictures import router_heat_map, sample_sheet
+from harmonica.pictures import cached_title, router_heat_map, sample_sheet
 from harmonica.samplers import make_sampler
 from harmonica.smoke import record_sample
 from pipelines.config import WorkflowConfig
 from pipelines.judging import NOISE_FLOOR, judge
+from pipelines.runtime import plainly
 from pipelines.timing import (
     CACHED,
     FEWER,
@@ -31,6 +33,7 @@ from pipelines.timing import (
 )
 
 
+@plainly()
 def evaluate(
     config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact] | None = None
 ) -> tuple[dict[str, Any], dict[str, Figure]]:
@@ -38,6 +41,9 @@ def evaluate(
 
     Args:
         family: routers for other speeds, by name; each gets an arm on the same noise.
+
+    Raises:
+        NotFinite: an arm draws what is not finite.
     """
     family = family or {}
     settings = config.evaluate
@@ -68,6 +74,7 @@ def _speeds(artifact: RouterArtifact, measured: float) -> dict[str, Any]:
     """Of a router: how much it reuses, and what that is worth in MACs and in time."""
     ideal = artifact.ideal_speedup
     return {
+        "method": artifact.method,
         "cur": artifact.plan.cur,
         "ideal_speedup": ideal,
         "measured_speedup": measured,
@@ -78,13 +85,18 @@ def _speeds(artifact: RouterArtifact, measured: float) -> dict[str, Any]:
 def report_of(report: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A member of the family, as if it had been evaluated alone."""
     arm = report["arms"][family_arm(name)]
-    about = ("cur", "ideal_speedup", "measured_speedup", "realised_share")
+    about = ("method", "cur", "ideal_speedup", "measured_speedup", "realised_share")
     quality = {key: value for key, value in arm.items() if key not in about}
     return {"samples": report["samples"]} | {key: arm[key] for key in about} | {"arms": {CACHED: quality}}
 
 
+@plainly()
 def with_sample(config: WorkflowConfig, artifact: RouterArtifact) -> RouterArtifact:
-    """The artifact with the sample that others hold it to, drawn on a worker."""
+    """The artifact with the sample that others hold it to, drawn on a worker.
+
+    Raises:
+        NotFinite: it is not finite.
+    """
 
     def record() -> RouterArtifact:
         model = load_model(config.model, device_of(config.evaluate.use_gpu)).model
@@ -96,12 +108,12 @@ def with_sample(config: WorkflowConfig, artifact: RouterArtifact) -> RouterArtif
 def _pictures(
     config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact], timing: Timing
 ) -> dict[str, Figure]:
-    """Full above cached above fewer steps, same noise; and the router."""
+    """Full above cached above fewer steps, same noise, and what they differ in; and the router."""
+    cached = {CACHED: artifact} | {family_arm(name): one for name, one in family.items()}
     titles = {
         FULL: f"full, {config.sampler.num_inference_steps} steps",
-        CACHED: f"cached, CUR {artifact.plan.cur:.0%}",
         FEWER: f"{timing.fewer_steps} steps",
-    } | {family_arm(name): f"cached {name}, CUR {one.plan.cur:.0%}" for name, one in family.items()}
+    } | {name: cached_title(name, one.plan.cur, one.method) for name, one in cached.items()}
     rows = {titles[name]: images for name, images in timing.sheet.items()}
     pictures = {
         "router.png": router_heat_map(
@@ -109,7 +121,8 @@ def _pictures(
         )
     }
     if next(iter(rows.values())).shape[1] in (1, 3):  # pixels; latents want their VAE
-        pictures["samples.png"] = sample_sheet(rows, timing.sheet_names, title="Same noise, full and cached")
+        title = "Same noise, full and cached"
+        pictures["samples.png"] = sample_sheet(with_differences(rows), timing.sheet_names, title=title)
     return pictures
 
 

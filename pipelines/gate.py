@@ -15,11 +15,16 @@ import torch
 from mlflow.entities.model_registry import ModelVersion
 
 from harmonica.artifact import RouterArtifact
+from harmonica.finite import not_finite
 from pipelines.promote_config import PromoteConfig
 from pipelines.timing import CACHED
 
 MEASURED_ON = "measured_on"
 """Tag of a version: gpu or cpu."""
+
+
+FINITE = "finite"
+"""Name of the check that no way of promoting passes over."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,18 @@ class Check:
     passed: bool | None
     """None where it was not asked or cannot be answered; that holds nothing up."""
     words: str
+
+
+def finite_check(artifact: RouterArtifact, report: Mapping[str, Any] | None) -> Check:
+    """Whether everything known of a version is a number: asked whatever `promote` is."""
+    found = {"ideal_speedup": artifact.ideal_speedup}
+    if report is not None:
+        found["measured_speedup"] = report["measured_speedup"]
+        found |= {name: value for name, value in report["arms"][CACHED].items() if name.endswith("_to_full")}
+    words = not_finite(found)
+    if not words and artifact.sample_CHW is not None and not artifact.sample_CHW.isfinite().all():
+        words = "its recorded sample is not finite"
+    return Check(FINITE, not words, words or "its numbers and its sample are finite")
 
 
 def score(psnr_db: float, speedup: float, db_per_doubling: float) -> float:

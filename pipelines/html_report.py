@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from pipelines import tracking
 from pipelines.charts import lambda_curves, png_of, training_curves
 from pipelines.config import WorkflowConfig
-from pipelines.report_tables import comparison, not_measured, results, sweep
+from pipelines.report_tables import comparison, not_compared, not_measured, results, sweep
 from pipelines.resume import (
     COMPARISON,
     HEAT_MAP,
@@ -73,6 +73,7 @@ def render(config: WorkflowConfig, storage: RunStorage, history: History, versio
         decision=decision,
         comparison=compared,
         comparison_tables=comparison(compared["points"]) if compared else [],
+        not_compared=not_compared(compared.get("not_measured", ())) if compared else [],
         sweep=swept,
         sweep_table=sweep(swept["points"]) if swept else None,
         pictures=pictures,

@@ -11,7 +11,7 @@ from harmonica.judging.feature_extractors import ClassifierFeatures, FeatureExtr
 from harmonica.judging.perceptual import ClipScore, Lpips
 from harmonica.judging.reference_sets import ReferenceSet, builtin_reference, read_adm_reference
 from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, LoadedModel, ModelConfig
-from harmonica.models.vae import decode_latents, draws_pixels
+from harmonica.models.vae import check_vae, decode_latents, draws_pixels
 from pipelines.config import WorkflowConfig
 from pipelines.evaluate_config import EvaluateConfig, FeatureKind
 
@@ -111,11 +111,13 @@ def check_judges(config: WorkflowConfig, loaded: LoadedModel) -> None:
             f"evaluate.features is 'classifier', which knows grey pictures of 28 x 28, and the model draws "
             f"{shape[0]} channels of {shape[1]} x {shape[1]}: give inception, or auto"
         )
-    if _wants_pixels(config) and not draws_pixels(model) and loaded.vae_folder is None:
-        raise ValueError(
-            f"model.vae is '' and {config.model.path} draws latents: give its decoder, or leave out "
-            "evaluate.features, clip_path and lpips_path, which look at pictures"
-        )
+    if _wants_pixels(config) and not draws_pixels(model):
+        if loaded.vae_folder is None:
+            raise ValueError(
+                f"model.vae is '' and {config.model.path} draws latents: give its decoder, or leave out "
+                "evaluate.features, clip_path and lpips_path, which look at pictures"
+            )
+        check_vae(loaded.vae_folder)
     if settings.clip_path and model.num_classes:
         raise ValueError(
             f"evaluate.clip_path is {settings.clip_path!r} and the model takes labels: leave it out"

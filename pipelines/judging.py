@@ -3,14 +3,17 @@
 A pool of actors samples over a Ray Data stream, so 50,000 samples are the same code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import ray
 from ray.data import ActorPoolStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
 
+from harmonica.finite import check_finite
 from harmonica.judging.arm_statistics import ArmStatistics
 from harmonica.judging.quality import Resamples, arm_quality, distances_to_full
 from harmonica.judging.reference_sets import ReferenceSet
@@ -19,6 +22,7 @@ from harmonica.pretraining import captions
 from harmonica.rows import Batch, RowSpec, Share, make_rows
 from pipelines.config import EvaluateConfig, WorkflowConfig
 from pipelines.judges import Judges, feature_kind, read_reference
+from pipelines.runtime import quiet_libraries
 from pipelines.stream import stream_rows
 from pipelines.timing import Arm, device_of
 
@@ -39,8 +43,11 @@ def judge(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> dict[str, d
         ValueError: an arm whose reference does not stand before it, or two of one name.
     """
     _check(arms)
-    kept = _collect(config, arms, _judged(config, spec, arms))
-    real = _reference(config)
+    # By a worker beside this process: who makes a stream's actors has Ray's remark on its own screen.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    judged = ray.remote(num_cpus=0)(_judged_by_worker).options(scheduling_strategy=here)
+    kept = ray.get(judged.remote(config, spec, arms))
+    real = real_images(config)
     real_name = "reference" if config.evaluate.features == "inception" else "test"
     resamples = Resamples.of(kept[arms[0].name], config.evaluate.resamples, config.seed)
     quality = {}
@@ -77,25 +84,44 @@ class ArmSampler:
         self.has_noise_floor = config.evaluate.noise_floor and self.judges.extractor is not None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rows, images = Batch.of(batch, self.spec, self.device), {}
+        out, _ = self.look(batch, self.arms, {})
+        if self.has_noise_floor:
+            out |= self.other_noise(batch["index"], self.arms[0])  # the first one is its own reference
+        return out
+
+    def look(
+        self, batch: dict[str, np.ndarray], arms: list[Arm], drawn: Mapping[str, Tensor]
+    ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+        """Columns of each arm on these rows, and what it has drawn.
+
+        Args:
+            drawn: what references that are not among the arms drew from the same rows.
+
+        Raises:
+            NotFinite: an arm draws what is not finite.
+        """
+        rows, drawn = Batch.of(batch, self.spec, self.device), dict(drawn)
+        images = {name: self.judges.shown(samples) for name, samples in drawn.items()}
         prompts = self._prompts(batch["label"])
         out = {"index": batch["index"], "label": self._classes(batch["label"], prompts)}
-        for arm in self.arms:
-            images[arm.name] = ours = self.judges.shown(arm.sample(self.model, rows))
+        for arm in arms:
+            drawn[arm.name] = samples = arm.sample(self.model, rows)
+            images[arm.name] = ours = self.judges.shown(samples)
+            check_finite(ours, f"images of arm {arm.name!r} are")
             columns = self.judges.features(ours) | self.judges.fidelity(ours, prompts)
             if arm.name != arm.reference:
                 columns |= self.judges.nearness(ours, images[arm.reference])
             out |= {f"{arm.name}.{name}": column for name, column in columns.items()}
-        if self.has_noise_floor:
-            out |= {f"{NOISE_FLOOR}.{name}": column for name, column in self._other(batch["index"]).items()}
-        return out
+        return out, {arm.name: drawn[arm.name] for arm in arms}
 
-    def _other(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        """Features of what the first arm's reference draws from the same rows of another seed."""
+    def other_noise(self, index: np.ndarray, reference: Arm) -> dict[str, np.ndarray]:
+        """Features of what a reference draws from the same rows of another seed."""
         other = replace(self.spec, seed=self.spec.seed + _OTHER_SEED)
-        full = next(arm for arm in self.arms if arm.name == self.arms[0].reference)
-        drawn = full.sample(self.model, Batch.of(make_rows(index, other), other, self.device))
-        return self.judges.features(self.judges.shown(drawn))
+        drawn = reference.sample(self.model, Batch.of(make_rows(index, other), other, self.device))
+        shown = self.judges.shown(drawn)
+        check_finite(shown, f"images of arm {reference.name!r} are")
+        columns = self.judges.features(shown)
+        return {f"{NOISE_FLOOR}.{name}": column for name, column in columns.items()}
 
     def _prompts(self, labels: np.ndarray) -> list[str] | None:
         """What was asked for in words, where somebody reads it."""
@@ -109,6 +135,12 @@ class ArmSampler:
         known, texts = set(captions.all_captions()), [prompt.lower() for prompt in prompts or []]
         meant = [captions.meaning(text)[0] if text in known else -1 for text in texts]
         return np.array(meant or [-1] * len(labels))
+
+
+def _judged_by_worker(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> dict[str, ArmStatistics]:
+    quiet_libraries()
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return _collect(config, arms, _judged(config, spec, arms))
 
 
 def _judged(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> Iterator[dict[str, np.ndarray]]:
@@ -135,17 +167,22 @@ def _collect(
     """What is kept of every arm, by its name; batches are let go one by one."""
     kept: dict[str, ArmStatistics] = {}
     for batch in batches:
-        index, label = batch.pop("index"), batch.pop("label")
-        columns = {arm.name: {"label": label} for arm in arms}
-        for name, column in batch.items():
-            arm_name, kind = name.rsplit(".", 1)
-            columns.setdefault(arm_name, {})[kind] = column
-        for arm_name, values in columns.items():
-            kept.setdefault(arm_name, ArmStatistics(config.evaluate.samples)).add(index, values)
+        keep(kept, arms, batch, config.evaluate.samples)
     return kept
 
 
-def _reference(config: WorkflowConfig) -> ReferenceSet | None:
+def keep(kept: dict[str, ArmStatistics], arms: list[Arm], batch: dict[str, np.ndarray], count: int) -> None:
+    """Add a batch of columns to what is kept of each arm, of `count` images in all."""
+    index, label = batch.pop("index"), batch.pop("label")
+    columns = {arm.name: {"label": label} for arm in arms}
+    for name, column in batch.items():
+        arm_name, kind = name.rsplit(".", 1)
+        columns.setdefault(arm_name, {})[kind] = column
+    for arm_name, values in columns.items():
+        kept.setdefault(arm_name, ArmStatistics(count)).add(index, values)
+
+
+def real_images(config: WorkflowConfig) -> ReferenceSet | None:
     """Real images, seen on a worker where that takes a network."""
     if feature_kind(config.evaluate, config.model) != "inception":
         return read_reference(config, device_of(False))

@@ -17,7 +17,7 @@ from pipelines.tracking import Point, StageRun
 logger = logging.getLogger(__name__)
 
 _LAST = "loss"
-"""The metric that every trajectory has."""
+"""The metric that every trajectory has, and that goes last: where MLflow has it, it has the others too."""
 _RETRY_S = 2.0
 # Of MLflow's errors, those that pass by themselves; no answer at all is an INTERNAL_ERROR to its client.
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
@@ -36,7 +36,9 @@ class MetricLog:
         self._known_step: int | None = None
 
     def add(self, trajectory: int, metrics: Mapping[str, float]) -> None:
-        self._pending.append(Point(trajectory, int(time.time() * 1000), dict(metrics)))
+        others = {name: value for name, value in metrics.items() if name != _LAST}
+        last = {_LAST: metrics[_LAST]}
+        self._pending.append(Point(trajectory, int(time.time() * 1000), others | last))
 
     def state(self) -> list[Any]:
         """For a checkpoint: plain values."""

@@ -1,14 +1,14 @@
 """What a run's stages need of each other and of the model: refused before any work starts."""
 
-from harmonica.artifact import RouterArtifact
-from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import LoadedModel
-from harmonica.models.vae import draws_pixels
+from harmonica.models.vae import check_vae, draws_pixels
 from harmonica.targets import reusable_share
+from harmonica.text.conditions import check_conditions
 from pipelines import resume
 from pipelines.config import WorkflowConfig
 from pipelines.judges import check_judges
 from pipelines.resume import ROUTER
+from pipelines.routers import load_router
 from pipelines.storage import RunStorage
 
 
@@ -25,20 +25,24 @@ def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMode
     for speedup in (config.train.target_speedup, *config.train.others):
         if speedup:
             reusable_share(config.sampler.num_inference_steps, model.macs(), speedup)
-    if "serve" in stages and not draws_pixels(model) and loaded.vae_folder is None:
-        raise ValueError(
-            f"model.vae is '' and {config.model.path} draws latents: give its decoder, or leave the "
-            "stage serve out"
-        )
+    if "serve" in stages and not draws_pixels(model):
+        if loaded.vae_folder is None:
+            raise ValueError(
+                f"model.vae is '' and {config.model.path} draws latents: give its decoder, or leave the "
+                "stage serve out"
+            )
+        check_vae(loaded.vae_folder)
+    if "serve" in stages:
+        check_conditions(loaded)
     if resume.is_finished("train", config, storage):
-        RouterArtifact.load(storage.download_folder(ROUTER)).check(model, config.sampler)
+        load_router(storage, ROUTER).check(model, config.sampler)
     elif "train" not in stages and {"evaluate", "register"} & set(stages):
         raise ValueError(
             f"stages is {stages} and run_id {config.run_id} has no router yet: "
             "add the stage train, or give the --run-id of a trained run"
         )
     _check_promotion(config, storage)
-    _check_prompts(config, storage, model)
+    _check_prompts(config, storage, loaded)
     if "evaluate" in stages and not resume.is_finished("evaluate", config, storage):
         check_judges(config, loaded)
     if "sweep" in stages and not resume.is_finished("sweep", config, storage):
@@ -58,8 +62,8 @@ def _check_promotion(config: WorkflowConfig, storage: RunStorage) -> None:
         )
 
 
-def _check_prompts(config: WorkflowConfig, storage: RunStorage, model: BranchedTransformer) -> None:
-    stages, prompts = config.stages, config.prompts
+def _check_prompts(config: WorkflowConfig, storage: RunStorage, loaded: LoadedModel) -> None:
+    stages, prompts, model = config.stages, config.prompts, loaded.model
     if model.num_classes:
         if "prompts" in stages:
             raise ValueError(f"stages is {stages} and the model takes labels: leave prompts out")
@@ -79,3 +83,4 @@ def _check_prompts(config: WorkflowConfig, storage: RunStorage, model: BranchedT
         )
     if not prompts.path:
         raise ValueError("prompts.path is '' and the model takes prompts: give a file of prompts")
+    check_conditions(loaded)

@@ -21,6 +21,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 
+from harmonica.finite import NotFinite
 from harmonica.paths import local
 from harmonica.pretraining import fashion
 from harmonica.pretraining.learning import Learner, LearningConfig
@@ -166,6 +167,10 @@ def _train_loop(job: dict[str, Any]) -> None:
             torch.distributed.broadcast(due, src=0)  # reports are barriers: all ranks or none
         if due.item() or learner.step == config.steps:
             last_checkpoint = time.monotonic()
+            if not loss.isfinite():
+                raise NotFinite(
+                    f"the loss of step {learner.step} is {loss.item()}: give a smaller learning rate"
+                )
             _report(learner, rank == 0)
 
 

@@ -7,13 +7,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harmonica.command_line import say
+from harmonica.phases import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +22,13 @@ _LOOK_EVERY_S, _SAY_EVERY_S = 1.0, 20.0
 
 
 class Reached(NamedTuple):
-    """Where training is."""
+    """Where training is, as its first worker sees it."""
 
     trajectory: int
-    trajectories: int
+    since: int
+    """The trajectory that this worker began with: 0, or where it went on."""
+    seconds: float
+    """Since it began with that."""
     loss: float
     cur: float
 
@@ -36,12 +39,20 @@ class _Board:
     def __init__(self) -> None:
         self._said: dict[int, tuple[str, float]] = {}
         self._reached: Reached | None = None
+        self._stopped = ""
 
     def tell(self, rank: int, doing: str) -> None:
         self._said[rank] = (doing, time.monotonic())
 
     def reach(self, reached: Reached) -> None:
         self._reached = reached
+
+    def stop(self, words: str) -> None:
+        """Training ends here, since going on or trying again would not help."""
+        self._stopped = words
+
+    def why_stopped(self) -> str:
+        return self._stopped
 
     def read(self) -> tuple[dict[int, tuple[str, float]], Reached | None]:
         """Of each rank what it does, and for how many seconds; and how far they are."""
@@ -56,7 +67,9 @@ def make_board() -> Any:
     return ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: str) -> Result:
+def run_watched(
+    work: Callable[[], Result], board: Any, stall_s: float, wanted: str, progress: Progress
+) -> Result:
     """`work()` in a thread, given up when for `stall_s` no worker has begun anything new.
 
     The thread also keeps Ray Train from taking over Ctrl-C, after which this process would end with exit
@@ -64,6 +77,7 @@ def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: 
 
     Args:
         wanted: what workers need before the first can begin, for the message.
+        progress: of what the workers reach.
 
     Raises:
         TimeoutError: says what every worker waits for.
@@ -77,7 +91,7 @@ def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: 
             done.put((None, error))
 
     threading.Thread(target=run, daemon=True, name="training").start()
-    started, lines = time.monotonic(), _Lines()
+    started, lines = time.monotonic(), _Lines(progress)
     while True:
         try:
             result, error = done.get(timeout=_LOOK_EVERY_S)
@@ -96,27 +110,23 @@ def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: 
 class _Lines:
     """Tells how far training is: not often, and nothing twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
         self._last: Reached | None = None
         self._at = time.monotonic()
 
     def show(self, reached: Reached | None) -> None:
-        now, last = time.monotonic(), self._last
-        if reached is None or reached == last:
+        now = time.monotonic()
+        if reached is None or reached == self._last or now - self._at < _SAY_EVERY_S:
             return
-        if last is None or reached.trajectory <= last.trajectory:  # no pace yet
-            self._last, self._at = reached, now
-        elif now - self._at >= _SAY_EVERY_S:
-            say(_line(reached, (reached.trajectory - last.trajectory) / (now - self._at)))
-            self._last, self._at = reached, now
+        self._last, self._at = reached, now
+        say(_line(reached, self._progress))
 
 
-def _line(reached: Reached, pace: float) -> str:
-    left = timedelta(seconds=round((reached.trajectories - reached.trajectory) / pace))
-    return (
-        f"[train] trajectory {reached.trajectory} of {reached.trajectories}, loss {reached.loss:.3g}, "
-        f"CUR {reached.cur:.1%}, {pace:.2f} trajectories/s, {left} left"
-    )
+def _line(reached: Reached, progress: Progress) -> str:
+    done, since, seconds, loss, cur = reached
+    left = progress.left_words(done, since, seconds)
+    return f"[train] {progress.words(done)}, loss {loss:.3g}, CUR {cur:.1%}, {left}"
 
 
 def _words(said: dict[int, tuple[str, float]], still: float, wanted: str) -> str:

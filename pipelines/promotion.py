@@ -13,7 +13,7 @@ from harmonica.samplers import make_sampler
 from harmonica.smoke import check_sample
 from pipelines import registry
 from pipelines.config import WorkflowConfig
-from pipelines.gate import MEASURED_ON, Check, against_champion, quality_checks
+from pipelines.gate import FINITE, MEASURED_ON, Check, against_champion, finite_check, quality_checks
 from pipelines.promote_config import Promote
 from pipelines.timing import CACHED, device_of
 from pipelines.tracking import StageRun, numbers
@@ -37,19 +37,26 @@ class Decision:
         return [check for check in self.checks if check.passed is False]
 
     @property
+    def held_back_by(self) -> list[Check]:
+        """Of the failed ones, those that count: all before the gate, else that something is not finite."""
+        return [check for check in self.failed if self.mode == "gate" or check.name == FINITE]
+
+    @property
     def is_promoted(self) -> bool:
-        return self.mode == "always" or (self.mode == "gate" and not self.failed)
+        return self.mode != "never" and not self.held_back_by
 
     @property
     def is_refused(self) -> bool:
-        return self.mode == "gate" and bool(self.failed)
+        return self.mode != "never" and bool(self.held_back_by)
 
     @property
     def outcome(self) -> str:
         """As the registry has it."""
-        if self.mode == "gate":
-            return registry.REFUSED if self.failed else registry.PASSED
-        return registry.FORCED if self.mode == "always" else registry.NOT_ASKED
+        if self.mode == "never":
+            return registry.NOT_ASKED
+        if self.is_refused:
+            return registry.REFUSED
+        return registry.PASSED if self.mode == "gate" else registry.FORCED
 
     @property
     def words(self) -> str:
@@ -62,7 +69,8 @@ class Decision:
             stays = f"version {self.champion} stays the champion" if self.champion else "there is no champion"
         if self.mode == "never":
             return f"{name} is kept (promote is never), {stays}"
-        return f"{name} is kept and not promoted, {stays}: {'; '.join(check.words for check in self.failed)}"
+        why = "; ".join(check.words for check in self.held_back_by)
+        return f"{name} is kept and not promoted, {stays}: {why}"
 
     def to_dict(self) -> dict[str, Any]:
         known = {name: value for name, value in asdict(self).items() if name != "tags"}
@@ -128,7 +136,9 @@ def decide(
     settings, name = config.promotion, config.registered_model
     champion = registry.current(name, registry.CHAMPION, run.uri)
     tags = measurements(artifact, report, use_gpu=config.evaluate.use_gpu)
-    checks = quality_checks(report, settings) if report is not None else []
+    checks = [finite_check(artifact, report)]
+    if report is not None:
+        checks += quality_checks(report, settings)
     if config.promote == "gate":
         assert report is not None, "checked before any work started"
         checks.append(_reproduces(config, version, run.uri))

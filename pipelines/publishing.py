@@ -1,7 +1,8 @@
 """What becomes of a judged router: a registered version, the champion if it is let through, an endpoint."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,23 @@ from pipelines import registry, tracking
 from pipelines.config import WorkflowConfig
 from pipelines.promotion import Decision, carry_out, decide, measurements
 from pipelines.resume import FAMILY, PROMOTION, REPORT, ROUTER, SERVED, is_current
+from pipelines.routers import load_router
 from pipelines.storage import RunStorage
 
 
+@contextmanager
 def _with_recorded_sample(
     config: WorkflowConfig, storage: RunStorage, path: str
-) -> tuple[Path, RouterArtifact]:
+) -> Iterator[tuple[Path, RouterArtifact]]:
     """A router, fetched, and its folder; the sample that others hold it to is drawn where there is none."""
     from pipelines.evaluate import with_sample
 
-    folder = storage.download_folder(path)
-    artifact = RouterArtifact.load(folder)
-    if artifact.sample_CHW is None:
-        folder = with_sample(config, artifact).save(folder)
-        storage.upload_folder(folder, path)
-    return folder, artifact
+    with storage.local_folder(path) as folder:
+        artifact = RouterArtifact.load(folder)
+        if artifact.sample_CHW is None:
+            with_sample(config, artifact).save(folder)
+            storage.upload_folder(folder, path)
+        yield folder, artifact
 
 
 def register_beside(
@@ -43,11 +46,11 @@ def register_beside(
         path: of its folder on the storage.
         run: MLflow's, of this router.
     """
-    folder, artifact = _with_recorded_sample(config, storage, path)
     name = config.registered_model
-    all_tags = measurements(artifact, report, use_gpu=config.evaluate.use_gpu)
-    all_tags |= {"run_id": config.run_id} | dict(tags)
-    version = registry.register(folder, name=name, run=run, alias=None, tags=all_tags)
+    with _with_recorded_sample(config, storage, path) as (folder, artifact):
+        all_tags = measurements(artifact, report, use_gpu=config.evaluate.use_gpu)
+        all_tags |= {"run_id": config.run_id} | dict(tags)
+        version = registry.register(folder, name=name, run=run, alias=None, tags=all_tags)
     registry.set_tags(run.client, name, version, all_tags | {registry.GATE: registry.NOT_ASKED})
     return version
 
@@ -95,10 +98,9 @@ class Publisher:
         found = registry.find(name, self._run)
         if found is not None and registry.was_promoted(found):
             return f"version {found.version} of {name}, done before"
-        folder, artifact = _with_recorded_sample(config, self._storage, ROUTER)
-        version = registry.register(
-            folder, name=name, run=self._run, alias=None, tags={"run_id": config.run_id}
-        )
+        tags = {"run_id": config.run_id}
+        with _with_recorded_sample(config, self._storage, ROUTER) as (folder, artifact):
+            version = registry.register(folder, name=name, run=self._run, alias=None, tags=tags)
         report = self._report()
         self.decision = decide(config, artifact, report, version, self._run)
         carry_out(self.decision, self._run)
@@ -117,7 +119,7 @@ class Publisher:
             config.serve, config.model, registered_model=config.registered_model, tracking_uri=self._run.uri
         )
         try:
-            answer = serve.first_image(self.url, prompt, seed=1)
+            answer = serve.first_image(self.url, prompt, seed=1, api_keys_file=config.serve.api_keys_file)
             self._storage.write_bytes(SERVED, base64.b64decode(answer["data"][0]["b64_json"]))
         except BaseException:
             serve.shutdown()
@@ -137,7 +139,7 @@ class Publisher:
             theirs = registry.load_version(decision.model, decision.champion, self._run.uri)
         except ValueError as error:
             return "", f"version {decision.champion}, the champion, is damaged: {error}"
-        ours = RouterArtifact.load(self._storage.download_folder(ROUTER))
+        ours = load_router(self._storage, ROUTER)
         if theirs.model != ours.model:
             return "", f"version {decision.champion}, the champion, is for another model"
         return f" with version {decision.champion}, the champion", ""

@@ -6,6 +6,8 @@ Numbers that nobody knew of when this was written are shown all the same, under 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.comparing.names import shown_name
+from pipelines.comparing.ranking import missing_name
 from pipelines.timing import CACHED, FULL
 
 _FORMS = {
@@ -91,12 +93,15 @@ def comparison(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
     tables = []
     for target in sorted(groups, key=lambda target: target or 0):
         keys = _keys(groups[target])
-        rows = [
-            (str(point.get("method", "")), [shown(key, point) for key in keys]) for point in groups[target]
-        ]
+        rows = [(shown_name(point), [shown(key, point) for key in keys]) for point in groups[target]]
         title = f"target {target:.2f}x" if target else "no target"
         tables.append((title, [named(key) for key in keys], rows))
     return tables
+
+
+def not_compared(missing: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Arms of a comparison that were not measured, and why."""
+    return [(missing_name(one), [str(one["reason"])]) for one in missing]
 
 
 def sweep(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Row]]:

@@ -10,7 +10,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from harmonica.changed_settings import changed_settings
 from harmonica.text.prompt_files import MANIFEST
+from pipelines.compare_config import free_to_change
 from pipelines.config import STAGES, Stage, WorkflowConfig
 from pipelines.storage import RunStorage
 
@@ -43,13 +45,13 @@ _FREE = {
 }
 # How training is placed and watched: after the loss of a node it may have to change.
 _FREE_IN_TRAIN = {
-    "num_workers",
-    "min_workers",
-    "resize_interval_s",
-    "max_failures",
-    "placement_strategy",
-    "stall_timeout_s",
-    "checkpoint_interval_s",
+    "train.num_workers",
+    "train.min_workers",
+    "train.resize_interval_s",
+    "train.max_failures",
+    "train.placement_strategy",
+    "train.stall_timeout_s",
+    "train.checkpoint_interval_s",
 }
 # What a stage makes, first what says that it is finished; prompts make nothing but their folder.
 _MADE_BY: dict[Stage, tuple[str, ...]] = {
@@ -166,10 +168,9 @@ def check(config: WorkflowConfig, storage: RunStorage) -> None:
     if not before:
         return
     free = _FREE.union(again, ("sampler", "seed") if "train" in again else ())
-    for name in _differing(config, before, free):
+    if others := _differing(config, before, free):
         raise ValueError(
-            f"{name} is {_as_json(config)[name]} and run_id {config.run_id} was started with "
-            f"{before.get(name)}: resume it with its own settings, or take a new run id"
+            f"{others}: resume run_id {config.run_id} with its own settings, or take a new run id"
         )
 
 
@@ -211,16 +212,8 @@ def _as_json(config: WorkflowConfig) -> dict[str, Any]:
     return found
 
 
-def _differing(config: WorkflowConfig, before: dict[str, Any], free: set[str]) -> list[str]:
-    """Settings that are others than before."""
-    return [
-        name
-        for name, value in _as_json(config).items()
-        if name not in free and _held(before.get(name)) != _held(value)
-    ]
-
-
-def _held(section: Any) -> Any:
-    if not isinstance(section, dict):
-        return section
-    return {name: value for name, value in section.items() if name not in _FREE_IN_TRAIN}
+def _differing(config: WorkflowConfig, before: dict[str, Any], free: set[str]) -> str:
+    """Settings that are others than before, in words."""
+    now = _as_json(config)
+    free = free | _FREE_IN_TRAIN | free_to_change(before.get("compare", {}), now["compare"])
+    return changed_settings(before, now, free)

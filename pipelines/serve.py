@@ -8,7 +8,6 @@ orders, which share trajectories with whatever other requests wait.
 """
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -20,22 +19,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import tyro
 from ray import serve
 
-from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
+from harmonica.command_line import fail, parse_settings, say
 from harmonica.models.loading import ModelConfig
-from harmonica.paths import local
-from pipelines import registry
 from pipelines.cluster_address import check_address
 from pipelines.config import WorkflowConfig
-from pipelines.mlflow_store import database_of
-from pipelines.mlflow_store import tracking_uri as local_tracking_uri
-from pipelines.runtime import connect, is_private
+from pipelines.runtime import Terminated, connect, is_private
 from pipelines.serving import proxy
 from pipelines.serving.application import JSON_LOGS, make_application
 from pipelines.serving.application import build as build
+from pipelines.serving.choosing import choose_router
 from pipelines.serving.following import FOLLOW_S, ServeArgs
+from pipelines.serving.keys import key_headers
 from pipelines.serving.serve_config import ServeConfig
 
 APP_NAME = "harmonica"
@@ -142,19 +138,22 @@ def _wait_until_ready(url: str) -> None:
         time.sleep(0.2)
 
 
-def first_image(url: str, prompt: str, seed: int) -> dict[str, Any]:
+def first_image(url: str, prompt: str, seed: int, *, api_keys_file: str = "") -> dict[str, Any]:
     """One image from a running endpoint: the decoded answer. Waits while the endpoint starts or is busy.
+
+    Args:
+        api_keys_file: the endpoint's own `serve.api_keys_file`, one key of which is used.
 
     Raises:
         RuntimeError: refused, or not reachable for a minute.
     """
     deadline = time.monotonic() + _READY_TIMEOUT_S
+    endpoint, headers = f"{url}/v1/images/generations", key_headers(api_keys_file)
     reason: object = None
     while time.monotonic() < deadline:
         try:
-            answer = httpx.post(
-                f"{url}/v1/images/generations", json={"prompt": prompt, "seed": seed}, timeout=_DRAW_TIMEOUT_S
-            )
+            body = {"prompt": prompt, "seed": seed}
+            answer = httpx.post(endpoint, json=body, headers=headers, timeout=_DRAW_TIMEOUT_S)
         except httpx.TransportError as error:
             reason = error
         else:
@@ -180,66 +179,73 @@ class ServeCommand:
     storage_path: str = "runs"
     """Folder whose mlflow.db is looked into where MLFLOW_TRACKING_URI is not set."""
     router: str = ""
-    """Router artifact folder to serve. Empty: the registry's champion, else the built-in one."""
+    """Router artifact folder to serve, or `uncached` to compute every branch. Empty: the registry's champion,
+    else the built-in one, whichever fits the model."""
 
 
-def _choose_router(command: ServeCommand) -> tuple[str, str, str]:
-    """(tracking URI, artifact folder, which it is in words); one of the first two is empty."""
-    if command.router:
-        router = str(local(command.router, "router"))
-        return "", router, f"the router in {router}"
-    if not (os.environ.get("MLFLOW_TRACKING_URI") or database_of(command.storage_path).exists()):
-        return "", str(BUILTIN_CHAMPION), "the built-in champion (no MLflow store yet)"
-    uri = local_tracking_uri(command.storage_path)
-    try:
-        version = registry.resolve(command.registered_model, registry.CHAMPION, uri)
-    except ValueError as error:
-        return "", str(BUILTIN_CHAMPION), f"the built-in champion ({error})"
-    return uri, "", f"version {version} of {command.registered_model}, the champion in MLflow"
+def _curl(url: str, headers: dict[bytes, bytes]) -> str:
+    """A command that draws the model's first class, or a prompt, into image.png.
 
-
-def _curl(url: str) -> str:
-    """A command that draws the model's first class, or a prompt, into image.png."""
-    card = httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]
+    Args:
+        headers: with a key, where the endpoint has any.
+    """
+    card = httpx.get(f"{url}/v1/models", headers=headers, timeout=10).json()["data"][0]
     prompt = card["class_names"][0] if card["class_names"] else "a photo of a sneaker"
     body = shlex.quote(json.dumps({"prompt": prompt, "seed": 1}))
     decode = "import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)"
+    key = ' -H "Authorization: Bearer $HARMONICA_API_KEY"' if headers else ""
     return (
-        f"  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' -d {body} \\\n"
+        f"  curl -s {url}/v1/images/generations{key} -H 'Content-Type: application/json' -d {body} \\\n"
         f'    | python3 -c \'{decode}["data"][0]["b64_json"]))\' > image.png'
     )
 
 
-def main() -> None:
-    command = tyro.cli(ServeCommand, description=__doc__)
-    try:
-        check_address()
-        uri, router, words = _choose_router(command)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(f"Starting with {words} ...", flush=True)
-    stop = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.set())
+def _serve(command: ServeCommand) -> None:
+    """Until SIGINT or SIGTERM. What is refused is refused before Ray starts.
+
+    Raises:
+        ValueError: unusable settings.
+        RuntimeError: it could not be started.
+    """
+    headers = key_headers(command.serve.api_keys_file)
+    check_address()
+    if is_private():
+        check_port(command.serve)
+    choice = choose_router(command.model, command.router, command.registered_model, command.storage_path)
+    say(f"Starting with {choice.words} ...")
     connect()
+    stop = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):  # after `connect`, which has its own for the latter
+        signal.signal(name, lambda *_: stop.set())
     try:
         url = deploy(
             command.serve,
             command.model,
             registered_model=command.registered_model,
-            tracking_uri=uri,
-            router=router,
+            tracking_uri=choice.tracking_uri,
+            router=choice.router,
         )
-        print(
-            f"Serving at {url}, documentation at {url}/docs. Try:\n\n{_curl(url)}\n\nCtrl-C stops it.",
-            flush=True,
-        )
+        words = ", with one of the server's keys in HARMONICA_API_KEY" if headers else ""
+        say(f"Serving at {url}, documentation at {url}/docs. Try{words}:\n\n{_curl(url, headers)}\n")
+        say("Ctrl-C stops it.")
         stop.wait()
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
     finally:
         shutdown()
 
 
+def main(arguments: list[str]) -> int:
+    """Exit code 0 once it was stopped, 2 for unusable input, 1 where serving could not be started, and 128 +
+    signal where starting was interrupted."""
+    try:
+        _serve(parse_settings(ServeCommand(), arguments, "python -m pipelines.serve"))
+    except ValueError as error:
+        return fail(error, code=2)
+    except RuntimeError as error:
+        return fail(str(error), code=1)
+    except KeyboardInterrupt as interrupt:
+        return fail("interrupted while starting", code=143 if isinstance(interrupt, Terminated) else 130)
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ from typing import Any
 from harmonica.artifact import RouterArtifact
 from harmonica.command_line import say
 from harmonica.family import member_name
+from harmonica.models.fetch import pinned
 from harmonica.models.loading import load_model
 from harmonica.paths import resolved
 from harmonica.samplers import make_sampler, with_scheduler
@@ -19,11 +20,13 @@ from harmonica.text.prompts import PromptStore
 from pipelines import lease, mlflow_store, resume, tracking
 from pipelines.charts import png_of
 from pipelines.cluster_address import check_address
+from pipelines.comparing.ranking import missing_name
 from pipelines.config import Stage, WorkflowConfig
 from pipelines.node_metrics import node_metrics
 from pipelines.prerequisites import check_stages
 from pipelines.publishing import Publisher
 from pipelines.resume import COMPARISON, COMPARISON_PICTURE, FAMILY, REPORT, ROUTER, WORKFLOW, work_folder
+from pipelines.routers import load_router
 from pipelines.runtime import connect, is_private
 from pipelines.storage import RunStorage, settle_endpoint
 from pipelines.summary import git_revision, summarise, versions
@@ -141,7 +144,7 @@ class Workflow:
         model, uri = self.config.model, self.storage.uri(work_folder("prompts", self.storage))
         if self._is_finished("prompts"):
             return f"{len(PromptStore(uri))} prompts, done before"
-        path = f"{model.path}@{model.revision}" if model.revision else model.path
+        path = pinned(model.path, model.revision)
         with self._stage("prompts"):
             store = embed_prompts(self.config.prompts, path, uri)
         return f"{len(store)} prompts, {store.mean_stored_bytes:,.0f} bytes each"
@@ -166,7 +169,7 @@ class Workflow:
 
         if self._is_finished("evaluate"):
             return "done before"
-        artifact = RouterArtifact.load(self.storage.download_folder(ROUTER))
+        artifact = load_router(self.storage, ROUTER)
         with self._stage("evaluate") as run:
             report, pictures = evaluate(self.config, artifact, self._family())
             for name, figure in pictures.items():
@@ -183,19 +186,23 @@ class Workflow:
     def _family(self) -> dict[str, RouterArtifact]:
         """What training made beside the router, by name."""
         names = map(member_name, self.config.train.others)
-        return {name: RouterArtifact.load(self.storage.download_folder(f"{FAMILY}/{name}")) for name in names}
+        return {name: load_router(self.storage, f"{FAMILY}/{name}") for name in names}
 
     def _compare(self) -> str:
         from pipelines.compare import compare
+        from pipelines.comparing import results
 
-        if self._is_finished("compare"):
+        if self._is_finished("compare") and results.is_complete(self.config, self.storage):
             return "done before"
+        results.record(self.config, self.storage)
         with self._stage("compare") as run:
             comparison, figure = compare(self.config, self.storage)
             run.client.log_figure(run.mlflow_run_id, figure, COMPARISON_PICTURE)
             run.client.log_dict(run.mlflow_run_id, comparison, COMPARISON)
             self.storage.write_bytes(COMPARISON_PICTURE, png_of(figure))
             self.storage.write_json(COMPARISON, comparison)
+            names = [missing_name(one) for one in comparison["not_measured"]]
+            run.client.set_tag(run.mlflow_run_id, "harmonica.not_measured", ", ".join(names) or "nothing")
         comparison_table(comparison)
         verdict: str = comparison["verdict"]
         return verdict

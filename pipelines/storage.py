@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -186,13 +187,15 @@ class RunStorage:
             (Path(self._run) / new).rename(target)
         shutil.rmtree(target.with_name(old), ignore_errors=True)
 
-    def download_folder(self, name: str) -> Path:
-        """A local copy of a folder of the run, in a temporary place (local storage: the folder itself)."""
+    @contextlib.contextmanager
+    def local_folder(self, name: str) -> Iterator[Path]:
+        """A folder of the run to read: a copy that is gone afterwards (local storage: the folder itself)."""
         if self.is_local:
-            return Path(self._run) / name
-        target = Path(tempfile.mkdtemp(prefix="harmonica-"))
-        fs.copy_files(f"{self._run}/{name}", str(target), source_filesystem=self._fs)
-        return target
+            yield Path(self._run) / name
+            return
+        with tempfile.TemporaryDirectory(prefix="harmonica-") as target:
+            fs.copy_files(f"{self._run}/{name}", target, source_filesystem=self._fs)
+            yield Path(target)
 
 
 def _write_local(path: Path, data: bytes) -> None:

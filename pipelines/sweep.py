@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from harmonica.artifact import RouterArtifact
+from harmonica.changed_settings import changed_settings
 from harmonica.command_line import say
 from pipelines import tracking
 from pipelines.charts import png_of
@@ -24,6 +24,8 @@ from pipelines.gate import score
 from pipelines.pareto import front_figure, on_front
 from pipelines.publishing import register_beside
 from pipelines.resume import ROUTER, SWEEP, progress_of, work_folder
+from pipelines.routers import load_router
+from pipelines.runtime import plainly
 from pipelines.storage import RunStorage
 from pipelines.sweep_trial import (
     SCORE,
@@ -81,13 +83,14 @@ def check(config: WorkflowConfig, storage: RunStorage) -> None:
     begun = f"{progress_of(config, storage).folder('sweep')}/{_SETTINGS}"
     if not storage.exists(begun):
         return
-    if storage.read_json(begun) != _settings(config):
+    if others := changed_settings({"sweep": storage.read_json(begun)}, {"sweep": _settings(config)}):
         raise ValueError(
-            f"sweep is {_settings(config)} and that of run_id {config.run_id} was begun with "
-            f"{storage.read_json(begun)}: give those, or --from sweep to do it again"
+            f"{others}: go on with the sweep of run_id {config.run_id} as it was begun, or give --from sweep "
+            "to do it again"
         )
 
 
+@plainly()
 def sweep(config: WorkflowConfig, storage: RunStorage, run: tracking.StageRun) -> dict[str, Any]:
     """Train, measure and register; returns what is written to `sweep.json`.
 
@@ -189,7 +192,7 @@ def _measured(
     if storage.exists(path):
         report = storage.read_json(path)
     else:
-        artifact = RouterArtifact.load(storage.download_folder(f"{folder}/{ROUTER}"))
+        artifact = load_router(storage, f"{folder}/{ROUTER}")
         judged = dataclasses.replace(
             config,
             seed=judging_seed(config),

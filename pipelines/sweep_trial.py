@@ -17,6 +17,7 @@ from ray import tune
 from harmonica.artifact import RouterArtifact
 from harmonica.cache import Reuse
 from harmonica.family import FamilyRun
+from harmonica.finite import check_finite
 from harmonica.models.base import BranchedTransformer
 from harmonica.rows import Batch, Share, make_rows
 from harmonica.sampling import sample
@@ -96,7 +97,9 @@ class _Probe:
         plan = artifact.plan if artifact else None
         reuse: Reuse = artifact.reuse if artifact else "hold"
         noise, condition = self.batch.noise_NCHW, self.batch.condition_N
-        return sample(self.run.sampler, noise, condition, plan, reuse=reuse, rows=self.batch.keys)
+        images = sample(self.run.sampler, noise, condition, plan, reuse=reuse, rows=self.batch.keys)
+        check_finite(images, f"the {'router' if artifact else 'full sampler'}'s images are")
+        return images
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
         """What Tune is told: plain numbers, for a checkpoint too."""

@@ -6,6 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.comparing.names import shown_name
+from pipelines.comparing.ranking import summary_of
+
 _COLUMNS = (
     ("steps", "num_inference_steps", "{:d}"),
     ("s / image", "seconds_per_image", "{:.4f}"),
@@ -45,7 +48,8 @@ def results_table(report: Mapping[str, Any]) -> None:
     """Full, cached and fewer steps, side by side; under them the noise floor of the distances."""
     share = report["realised_share"]
     title = (
-        f"CUR {report['cur']:.1%}   ideal speedup {report['ideal_speedup']:.2f}x   "
+        (f"cached by {report['method']}\n" if "method" in report else "")
+        + f"CUR {report['cur']:.1%}   ideal speedup {report['ideal_speedup']:.2f}x   "
         f"measured {report['measured_speedup']:.2f}x"
         + (f"   realised share {share:.2f}" if share is not None else "")
         + f"   {report['samples']} images"
@@ -67,24 +71,26 @@ def results_table(report: Mapping[str, Any]) -> None:
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> None:
-    """Every point of a comparison, by the speed it was made for; libraries, which have none, at the end."""
+    """Every point of a comparison, by the speed it was made for; libraries, which have none, at the end.
+
+    Under the table: what was not measured, and why.
+    """
     title = f"{comparison['sampler']}, {comparison['num_inference_steps']} steps"
     table = Table(title=title, title_style="bold", title_justify="left")
     for heading, _, _ in _COMPARED:
         table.add_column(heading, justify="left" if heading == "method" else "right")
     points = sorted(comparison["points"], key=lambda p: (p.get("target_speedup", 99), -p["psnr_to_full"]))
-    before = points[0].get("target_speedup")
+    before = points[0].get("target_speedup") if points else None
     for point in points:
         if (target := point.get("target_speedup")) != before:
             table.add_section()
         before = target
-        shown = dict(point)
-        if "setting" in point:
-            shown["method"] = f"{point['method']} {point['setting']:g}"
-        if point["method"] == "fewer steps":
-            shown["method"] = f"{point['num_inference_steps']} steps"
+        shown = point | {"method": shown_name(point)}
         table.add_row(*(_cell(shown, key, form) for _, key, form in _COMPARED))
-    _console().print(table)
+    console = _console()
+    console.print(table)
+    if missing := comparison.get("not_measured"):
+        console.print(summary_of(missing), markup=False)
 
 
 def _console() -> Console:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
 from harmonica.cache import Reuse
+from harmonica.finite import check_finite
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
 from harmonica.models.vae import decode_latents, draws_pixels
@@ -135,7 +136,11 @@ def steps_as_long(total: int, seconds: Mapping[str, float]) -> int:
 
 def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact]) -> Timing:
     """Time the arms, those of the family too; the step count of `fewer_steps` fits the times that are
-    reported beside it, as far as a busy machine lets them be measured alike twice."""
+    reported beside it, as far as a busy machine lets them be measured alike twice.
+
+    Raises:
+        NotFinite: an arm draws what is not finite.
+    """
     settings, device = config.evaluate, device_of(config.evaluate.use_gpu)
     loaded = load_model(config.model, device)
     model = loaded.model
@@ -143,7 +148,7 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
     batch = Batch.of(make_rows(np.arange(settings.timing_batch_size), spec), spec, device)
     total = config.sampler.num_inference_steps
     arms, steps = make_arms(config, artifact)[:2], total
-    seconds, spread = median_times(arms, model, batch, min(3, settings.timing_rounds))
+    seconds, spread = median_times(arms, model, batch, min(2, settings.timing_rounds))
     for _ in range(_TRIES):
         steps = steps_as_long(total, seconds)
         arms = make_arms(config, artifact, steps) + make_family_arms(config, family)
@@ -156,6 +161,8 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
     if not draws_pixels(model) and (vae := loaded.load_vae(device)) is not None:
         sheet = {name: decode_latents(vae, latents) for name, latents in sheet.items()}
     sheet = {name: images.cpu() for name, images in sheet.items()}
+    for name, images in sheet.items():
+        check_finite(images, f"images of arm {name!r} are")
     return Timing(spec, seconds, spread, steps, sheet, names, tuple(b.name for b in model.branches))
 
 

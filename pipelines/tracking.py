@@ -86,7 +86,7 @@ class StageRun:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow parameters: `train.beta` and the like."""
+    """Nested settings as MLflow parameters: `train.sdt.beta` and the like."""
     flat: dict[str, str] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

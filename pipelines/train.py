@@ -17,8 +17,10 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Wo
 from ray.train.torch import TorchTrainer
 
 from harmonica.artifact import RouterArtifact
-from harmonica.family import FamilyRun
+from harmonica.family import FamilyRun, family_phases
+from harmonica.finite import NotFinite
 from harmonica.models.loading import load_model
+from harmonica.phases import Progress
 from harmonica.pictures import router_heat_map
 from harmonica.rows import Batch, RowSpec, Share
 from harmonica.samplers import make_sampler
@@ -92,6 +94,7 @@ class _Keeper:
     ) -> None:
         self.checkpoints, self.run, self.stage, self.board = checkpoints, run, stage, board
         self.log = MetricLog(stage, pending)
+        self._since, self._began = run.trajectory, time.monotonic()
 
     def say_where(self, nodes: list[str]) -> None:
         """As a tag of the MLflow run, so that a slow worker's node is known."""
@@ -104,8 +107,9 @@ class _Keeper:
 
     def add(self, metrics: dict[str, float]) -> None:
         self.log.add(self.run.trajectory, metrics)
-        total = self.run.config.all_trajectories
-        self.board.reach.remote(Reached(self.run.trajectory, total, metrics["loss"], metrics["cur"]))
+        seconds = time.monotonic() - self._began
+        reached = Reached(self.run.trajectory, self._since, seconds, metrics["loss"], metrics["cur"])
+        self.board.reach.remote(reached)
 
     def save(self) -> None:
         self.checkpoints.save(self.run.trajectory, self.run.state() | {_METRICS: self.log.state()})
@@ -159,9 +163,13 @@ def _train_loop(job: dict[str, Any]) -> None:
     nodes = worker_nodes(run.device)
     if keeper is not None:
         keeper.say_where(nodes)
-    times, last_checkpoint = WorkerTimes(run.device), time.monotonic()
+    times, last_checkpoint = WorkerTimes(), time.monotonic()
     for rows in _trajectories(run, spec, times, tell):
-        metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+        try:
+            metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+        except NotFinite as error:  # on all workers; raised, it would be tried again with the same outcome
+            ray.get(job["board"].stop.remote(str(error)))
+            return
         times.add(metrics)
         is_last = run.trajectory == config.train.all_trajectories
         is_due = time.monotonic() - last_checkpoint > config.train.checkpoint_interval_s
@@ -187,6 +195,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
 
     Raises:
         RuntimeError: workers failed more often than `train.max_failures`; says how the last one did.
+        NotFinite: what is computed is not finite; the last checkpoint is from before.
         TimeoutError: nothing went on for `train.stall_timeout_s`; says what it waited for.
     """
     settings = config.train
@@ -214,10 +223,13 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
     )
     kind = "GPU" if settings.use_gpu else "CPU"
     wanted = f"{settings.counts[0]} workers of one {kind} each, {settings.placement_strategy}"
+    progress = Progress(family_phases(settings, config.sampler.num_inference_steps))
     try:
-        run_watched(trainer.fit, board, settings.stall_timeout_s, wanted)
+        run_watched(trainer.fit, board, settings.stall_timeout_s, wanted, progress)
     except WorkerGroupError as error:
         raise RuntimeError(_last_failure(error, settings.max_failures)) from error
+    if words := ray.get(board.why_stopped.remote()):
+        raise NotFinite(words)
     return _build_artifacts(config, Checkpoints.of_training(storage))
 
 

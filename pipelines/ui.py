@@ -48,6 +48,7 @@ def server_command(command: UiCommand) -> list[str]:
         *("--backend-store-uri", tracking_uri(command.storage_path)),
         *("--artifacts-destination", str(artifacts_of(command.storage_path))),
         *("--host", command.host, "--port", str(command.port), "--workers", "1"),
+        *("--uvicorn-opts", "--log-level warning"),  # or there would be a line for every request of the page
     ]
 
 
@@ -59,7 +60,11 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(f"MLflow starts at http://{command.host}:{command.port}. Ctrl-C stops it.", flush=True)
     # Job execution would add seven processes and half a minute, for features not used here.
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    quiet = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+    }
     os.execve(sys.executable, arguments, {**quiet, **os.environ})
 
 

@@ -6,6 +6,7 @@ The one that the others wait for has the least of `reduce`, and the most of some
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import torch
@@ -14,7 +15,7 @@ from ray.util.metrics import Gauge
 
 from pipelines.runtime import node_names
 
-NAMES = ("data", "teacher", "student", "backward", "reduce", "lambda", "start", "choice", "forecast")
+_DATA = "data"
 _PREFIX = "seconds."
 
 
@@ -34,12 +35,20 @@ def _gather(mine: torch.Tensor) -> list[torch.Tensor]:
     return each
 
 
-class WorkerTimes:
-    """Of one worker, since the last checkpoint."""
+def _gather_times(mine: dict[str, float]) -> list[dict[str, float]]:
+    """Of every rank, whatever names each has."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    each: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(each, mine)
+    return each
 
-    def __init__(self, device: torch.device | str) -> None:
-        self._device = device
-        self._seconds = dict.fromkeys(NAMES, 0.0)
+
+class WorkerTimes:
+    """Of one worker, since the last checkpoint; by whatever names its metrics have."""
+
+    def __init__(self) -> None:
+        self._seconds = {_DATA: 0.0}
         self._trajectories = 0
         self._gauge = Gauge(
             "harmonica_train_seconds",
@@ -51,23 +60,26 @@ class WorkerTimes:
     def waiting_for_data(self) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self._seconds["data"] += time.perf_counter() - started
+        self._count(_DATA, time.perf_counter() - started)
 
     def add(self, metrics: dict[str, float]) -> None:
         """Take the times of a trajectory out of its metrics."""
         self._trajectories += 1
         for name in [name for name in metrics if name.startswith(_PREFIX)]:
-            self._seconds[name.removeprefix(_PREFIX)] += metrics.pop(name)
+            self._count(name.removeprefix(_PREFIX), metrics.pop(name))
+
+    def _count(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def gather(self, rank: int) -> dict[str, float]:
         """Mean seconds a trajectory by worker and kind, such as `worker.1.student_s`; all ranks call it."""
-        mean = [self._seconds[name] / max(1, self._trajectories) for name in NAMES]
-        for name, seconds in zip(NAMES, mean):
+        mean = {name: total / max(1, self._trajectories) for name, total in self._seconds.items()}
+        for name, seconds in mean.items():
             self._gauge.set(seconds, {"rank": str(rank), "kind": name})
-        self._seconds, self._trajectories = dict.fromkeys(NAMES, 0.0), 0
-        mine = torch.tensor(mean, device=self._device)  # NCCL moves nothing that is not on the GPU
+        # The names stay: what is not done any more takes no time, and a curve in MLflow ends at 0.
+        self._seconds, self._trajectories = dict.fromkeys(self._seconds, 0.0), 0
         return {
             f"worker.{worker}.{name}_s": seconds
-            for worker, row in enumerate(_gather(mine))
-            for name, seconds in zip(NAMES, row.tolist())
+            for worker, times in enumerate(_gather_times(mean))
+            for name, seconds in times.items()
         }

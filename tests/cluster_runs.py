@@ -18,6 +18,7 @@ import torch
 from local_cluster import LocalCluster
 from processes import Session
 from router_only import ROUTER_ONLY, ROUTER_ONLY_FLAGS
+from tolerances import of_training
 
 import workflow
 from harmonica.models.loading import ModelConfig
@@ -25,6 +26,7 @@ from harmonica.rows import Batch, Share, make_rows
 from harmonica.samplers import SamplerConfig
 from pipelines.checkpoints import Checkpoints
 from pipelines.presets import fashion
+from pipelines.routers import load_router
 from pipelines.storage import RunStorage
 from pipelines.train import start_run
 
@@ -145,9 +147,7 @@ class TrainingRun:
 
     @property
     def router(self) -> torch.Tensor:
-        from harmonica.artifact import RouterArtifact
-
-        return RouterArtifact.load(self.storage.download_folder("router")).logits_TB
+        return load_router(self.storage, "router").logits_TB
 
     def curves(self, database: Path | None = None) -> Curves:
         """Every metric of training that is not a time: (step, value) of all points that MLflow has."""
@@ -220,7 +220,7 @@ def check_close(run: TrainingRun, curves: Curves, router: torch.Tensor, lambda_r
     for name, points in curves.items():
         rtol = lambda_rtol if name.startswith("lambda.") else 1e-5
         np.testing.assert_allclose(ours[name], points, rtol=rtol, err_msg=f"{run.storage.run_id} {name}")
-    torch.testing.assert_close(run.router, router, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run.router, router, **of_training(LEARNING_RATE, TRAJECTORIES))
 
 
 def trained_alone(

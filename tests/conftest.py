@@ -3,10 +3,16 @@
 Everything is float64, so that a tolerance can say what is meant.
 """
 
+import functools
+import inspect
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import other_sums
 import pytest
 import torch
 from torch import Tensor
@@ -17,9 +23,43 @@ from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.sdt import freeze
 
 
-def pytest_configure() -> None:
-    """One thread: more than there are free cores make models this small slower by a hundred times."""
-    torch.set_num_threads(1)
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread: more than there are free cores make models this small slower by a hundred times.
+
+    `make test-cpus` alone sets another number, and other orders of summation (tests/cpus.py).
+    """
+    torch.set_num_threads(int(os.environ.get("HARMONICA_TEST_THREADS", "1")))
+    if os.environ.get("HARMONICA_TEST_SUMS") == "other":
+        config.stash[pytest.StashKey[torch.library.Library]()] = other_sums.install()
+
+
+_COMPARES = re.compile(
+    r"\b(assert_close|assert_allclose|allclose|approx|torch\.equal|apart|check_sample|cosine_similarity|norm)\("
+)
+
+
+@functools.cache
+def _comparing(module: ModuleType) -> re.Pattern[str]:
+    """How a test of this module compares numbers: itself, or by one of the module's own functions."""
+    helpers = inspect.getmembers(module, inspect.isfunction)
+    own = [name for name, f in helpers if f.__module__ == module.__name__ and not name.startswith("test_")]
+    names = [name for name in own if _COMPARES.search(inspect.getsource(getattr(module, name)))]
+    return re.compile("|".join([_COMPARES.pattern, *(rf"\b{name}\b" for name in names)]))
+
+
+@functools.cache
+def _is_elsewhere(module: ModuleType) -> bool:
+    """Whether processes of its own compute, or a store hands out what was computed before."""
+    return bool(re.search(r"\b(multiprocessing|mlflow|registry)\b", inspect.getsource(module)))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Whatever compares what this process computed is `numeric`."""
+    if not isinstance(item, pytest.Function) or item.get_closest_marker("cluster") is not None:
+        return
+    compares = _comparing(item.module).search(inspect.getsource(item.function))
+    if compares and not _is_elsewhere(item.module):
+        item.add_marker("numeric")
 
 
 class _FilesAside(LoadFileScheduling):

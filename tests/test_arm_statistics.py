@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import quick
+from tolerances import close, rounding
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from harmonica.judging import arm_statistics
@@ -42,8 +43,10 @@ def test_order_and_batches_change_no_bit_of_images_and_the_rounding_of_sums(orde
         assert torch.equal(table[name], same[name])
         assert len(table[name]) == (ROWS if name == "psnr" else min(ROWS, kept_rows))
     first, second = plain.sums[POOLED].statistics(), other.sums[POOLED].statistics()
-    torch.testing.assert_close(first.covariance, second.covariance, rtol=1e-11, atol=1e-12)
-    assert plain.inception_score() == pytest.approx(other.inception_score(), rel=1e-12)
+    near = close(torch.float64, 2 * ROWS, amplification=10)  # the squares of means of 3 are taken away
+    torch.testing.assert_close(first.covariance, second.covariance, **near)
+    near_score = rounding(torch.float64, 8 * ROWS)
+    assert plain.inception_score() == pytest.approx(other.inception_score(), rel=near_score)
 
 
 def test_sums_are_the_statistics_of_all_images_not_of_those_kept() -> None:

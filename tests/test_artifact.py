@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_dit import SAMPLER, make_artifact, write_model
 
 from harmonica.artifact import RouterArtifact
+from harmonica.builtin import CHAMPION
 from harmonica.models.dit import DiT
 from harmonica.models.loading import load_model
 from harmonica.samplers import Ddim, SamplerConfig
@@ -42,6 +43,34 @@ def test_round_trip(artifact, folder):
         if field.name != "logits_TB":
             assert getattr(loaded, field.name) == getattr(artifact, field.name), field.name
     assert loaded.plan == artifact.plan
+
+
+@pytest.mark.parametrize(
+    ("reuse", "is_fitted", "training", "method"),
+    [
+        ("forecast", True, {"initial": "measured", "chosen": "measured"}, "step search + fitted forecast"),
+        ("forecast", True, {"initial": "measured", "chosen": "even"}, "even steps + fitted forecast"),
+        (
+            "forecast",
+            True,
+            {"initial": "measured", "chosen": "trained"},
+            "step search + fitted forecast + trained router",
+        ),
+        ("forecast", False, {"initial": "measured"}, "step search + linear forecast + trained router"),
+        ("forecast", False, {"initial": "even", "chosen": "even"}, "even steps + linear forecast"),
+        ("hold", False, {"initial": "normal"}, "held values + trained router"),
+        ("hold", False, {}, "held values + trained router"),
+    ],
+)
+def test_the_method_says_what_was_searched_fitted_and_trained(artifact, reuse, is_fitted, training, method):
+    fitted = torch.zeros(*artifact.logits_TB.shape, 2) if is_fitted else None
+    made = dataclasses.replace(artifact, reuse=reuse, forecast_TBK=fitted, training=training)
+    assert made.method == method
+
+
+def test_the_built_in_champion_was_not_trained():
+    """What README says of it: SDT's scores were discarded."""
+    assert RouterArtifact.load(CHAMPION).method == "step search + fitted forecast"
 
 
 def test_others_may_read_what_is_saved(folder):
@@ -106,12 +135,18 @@ def test_a_plan_that_is_not_the_logits_is_refused(folder):
         RouterArtifact.load(folder)
 
 
-def test_logits_that_are_not_the_plan_are_refused(folder):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (torch.neg, r"not that of router.safetensors at threshold 0.5: the folder was altered"),
+        (torch.flatten, r"give a T x B table"),
+    ],
+)
+def test_logits_that_are_not_the_plan_are_refused(folder, change, words):
     path = folder / "router.safetensors"
-    for logits in (-load_file(path)["logits"], load_file(path)["logits"].flatten()):
-        save_file({"logits": logits}, path)
-        with pytest.raises(ValueError, match=r"was altered|give a T x B table"):
-            RouterArtifact.load(folder)
+    save_file({"logits": change(load_file(path)["logits"])}, path)
+    with pytest.raises(ValueError, match=words):
+        RouterArtifact.load(folder)
 
 
 def test_another_threshold_is_refused(folder):

@@ -7,6 +7,7 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from tiny_attached import STEPS, Case, apart, config, make_case
+from tolerances import of_pass, of_trajectory
 from torch import Tensor, nn
 
 import harmonica
@@ -70,7 +71,7 @@ def test_a_compiled_transformer_makes_the_same_latents(kind, reuse, is_compiled_
             harmonica.apply(transformer, artifact)
             case.pipe.transformer = torch.compile(transformer, backend=backend, fullgraph=True)
         for seed, latents in zip((1, 2, 1), wanted + wanted[:1]):
-            assert apart(case.run(seed=seed), latents) < 1e-5
+            assert apart(case.run(seed=seed), latents) < of_trajectory(STEPS)
         assert len(graphs) == distinct
     harmonica.remove(case.transformer)
     case.pipe.transformer = transformer
@@ -92,18 +93,18 @@ CUDA = pytest.param(
 def test_model_offloading_in_any_order(case, is_applied_first, is_removed_first, device):
     """On the CPU the hooks run, and what they move is there already."""
     without, wanted = planned(case)
-    close = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-5, "atol": 1e-5}
+    near = 0.0 if device == "cpu" else of_trajectory(STEPS)  # there the same kernels, at one shape
     if is_applied_first:
         harmonica.apply(case.transformer, case.artifact())
     case.pipe.enable_model_cpu_offload(device=device)
     if not is_applied_first:
         harmonica.apply(case.transformer, case.artifact())
     for _ in range(2):
-        torch.testing.assert_close(case.run().cpu(), wanted, **close)
+        assert apart(case.run().cpu(), wanted) <= near
         assert case.transformer.device.type == "cpu"
     if is_removed_first:
         harmonica.remove(case.transformer)
-        torch.testing.assert_close(case.run().cpu(), without, **close)
+        assert apart(case.run().cpu(), without) <= near
         case.pipe.remove_all_hooks()
     else:
         case.pipe.remove_all_hooks()
@@ -195,7 +196,7 @@ def test_adapters_are_followed_and_are_not_part_of_the_model(case, is_applied_fi
         harmonica.apply(case.transformer, artifact)
     adapted = case.call(999)
     harmonica.remove(case.transformer)
-    assert apart(adapted, case.call(999)) < 1e-12
+    assert apart(adapted, case.call(999)) < of_pass(torch.float64)
     assert apart(adapted, plain) > 1e-3
 
 
@@ -212,16 +213,16 @@ def test_adapters_that_would_make_a_dits_embedders_differ_are_refused(dit):
 
 def test_a_call_takes_and_gives_what_the_transformers_own_does(case):
     times = make_sampler(case.model, config()).timesteps
-    plain = case.call(times[-1])
+    plain, near = case.call(times[-1]), of_pass(torch.float64)
     harmonica.apply(case.transformer, case.artifact())
     given = {"cross_attention_kwargs": {"scale": 0.5}, "return_dict": True}
     output = case.transformer(case.noise, timestep=torch.tensor(times[-1]), **case.one_call, **given)
-    assert type(output).__name__ == "Transformer2DModelOutput" and apart(output.sample, plain) < 1e-12
+    assert type(output).__name__ == "Transformer2DModelOutput" and apart(output.sample, plain) < near
     (output,) = case.transformer(
         case.noise, timestep=torch.full((2,), times[-1]), **case.one_call, return_dict=False
     )
-    assert apart(output, plain) < 1e-12
-    assert apart(case.call(times[-1], cross_attention_kwargs={}), plain) < 1e-12
+    assert apart(output, plain) < near
+    assert apart(case.call(times[-1], cross_attention_kwargs={}), plain) < near
     with pytest.raises(ValueError, match=r"cross_attention_kwargs has ip_mask: under a plan attention proc"):
         case.call(times[-1], cross_attention_kwargs={"ip_mask": 1})
 
@@ -239,14 +240,14 @@ def test_prompts_may_change_within_a_trajectory(pixart):
     assert len({output.sum().item() for output in outputs}) == 3
     with torch.inference_mode():
         harmonica.apply(pixart.transformer, artifact)
-        assert apart(pixart.run(), pixart.ours(artifact)) < 1e-5
+        assert apart(pixart.run(), pixart.ours(artifact)) < of_trajectory(STEPS)
 
 
 def test_masks_of_a_pixart(pixart):
     arguments, mask = pixart.one_call, pixart.one_call["encoder_attention_mask"]
     unmasked = pixart.call(999, encoder_attention_mask=None)
     harmonica.apply(pixart.transformer, pixart.artifact())
-    assert apart(pixart.call(999, encoder_attention_mask=None), unmasked) < 1e-12
+    assert apart(pixart.call(999, encoder_attention_mask=None), unmasked) < of_pass(torch.float64)
     with pytest.raises(ValueError, match=r"encoder_attention_mask has shape \(2, 1, 7\): .* give the mask"):
         pixart.call(999, encoder_attention_mask=(1.0 - mask[:, None]) * -10000)
     with pytest.raises(ValueError, match=r"attention_mask is given: under a plan all image tokens see all"):
@@ -259,14 +260,15 @@ def test_attention_processors_of_a_pixart(pixart):
         pass
 
     artifact, (_, wanted) = pixart.artifact(), planned(pixart)
+    near = of_pass(torch.float64, 2 * STEPS)
     for processor in (AttnProcessor(), SlicedAttnProcessor(1)):
         pixart.transformer.set_attn_processor(processor)
         harmonica.apply(pixart.transformer, artifact)
-        assert apart(pixart.run(), wanted) < 1e-12
+        assert apart(pixart.run(), wanted) < near
         harmonica.remove(pixart.transformer)
     harmonica.apply(pixart.transformer, artifact)
     pixart.transformer.transformer_blocks[1].attn1.set_processor(Custom())  # that one is called
-    assert apart(pixart.run(), wanted) < 1e-12
+    assert apart(pixart.run(), wanted) < near
     pixart.transformer.transformer_blocks[1].attn2.set_processor(Custom())
     with pytest.raises(ValueError, match=r"transformer_blocks.1.attn2 has the attention processor Custom"):
         pixart.run()

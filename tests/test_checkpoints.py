@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerances import of_pass
 
 from harmonica.checkpoints import load_weights, read_released_router, read_tensors
 from harmonica.models.diffusers_folder import write_diffusers
@@ -114,8 +115,7 @@ def test_a_checkpoint_of_another_model_names_the_keys(path, state, tiny_dit, tin
     quantised = state | {"final_layer.linear.bias": torch.zeros(32, dtype=torch.int8)}
     assert "final_layer.linear.bias, (32,) torch.int8 where the model has (32,)" in said(quantised)
     assert "final_layer.linear.bias, float where the model" in said(state | {"final_layer.linear.bias": 1.0})
-    assert "holds no named tensors: give a state dict" in said(list(state.values()))
-    assert "holds no named tensors: give a state dict" in said({"ema": torch.zeros(3)})
+    assert "holds no named tensors but a list: give a state dict" in said(list(state.values()))
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
@@ -131,7 +131,8 @@ def test_what_cannot_be_loaded_says_what_to_give(path, tmp_path, state):
     torch.save(state, path)
     with pytest.raises(ValueError, match=r"model.path /none does not exist: give builtin:fashion-dit"):
         load_model(ModelConfig(path="/none"))
-    with pytest.raises(ValueError, match=r"no usable config.json .*; it holds dit.pt: give a folder with"):
+    path.rename(tmp_path / "dit.data")
+    with pytest.raises(ValueError, match=r"no usable config.json .*; it holds dit.data: give a folder with"):
         load_model(ModelConfig(path=str(tmp_path)))
     (tmp_path / "config.json").write_text('{"shape": {"depth": 3}}')
     with pytest.raises(ValueError, match=r"no usable config.json .*'depth'"):
@@ -178,8 +179,9 @@ def test_precision_changes_the_numbers_but_not_who_the_model_is(path, state, tin
     assert half.identity() == full.identity()
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([999, 3]), torch.tensor([1, 10])
     output, wanted = half(*inputs), full(*inputs)
-    assert 1e-5 < (output - wanted).norm() / wanted.norm() < 0.05
-    torch.testing.assert_close(full(inputs[0].double(), *inputs[1:]), wanted)  # a sampler may be more precise
+    assert 1e-5 < (output - wanted).norm() / wanted.norm() < of_pass(half.dtype)
+    precise = full(inputs[0].double(), *inputs[1:])  # a sampler may be
+    assert (precise - wanted).norm() / wanted.norm() < of_pass(torch.float32)
     half.initialize(torch.Generator().manual_seed(5))
     assert half.fingerprint() != full.fingerprint()
 

@@ -1,26 +1,48 @@
 """The stage `compare`: who is ahead, and a small comparison for real."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from tiny_dit import write_model
+import ray
+import torch
+from tiny_dit import SHAPE, write_model
+from torch import Tensor
 
 import workflow
-from harmonica.models.base import Macs
+from harmonica.models.base import BranchedTransformer, Macs
+from harmonica.models.diffusers_folder import write_diffusers
+from harmonica.models.dit_config import DiTConfig
+from harmonica.models.loading import ModelConfig, load_model, read_model
+from harmonica.rows import Batch, RowSpec, make_rows
 from harmonica.samplers import SamplerConfig
-from pipelines.compare import ahead, verdict
-from pipelines.compare_config import CompareConfig
-from pipelines.comparing.comparison_picture import line
-from pipelines.comparing.contenders import OURS, PAPER, learners, unlearned
+from pipelines.compare_config import CompareConfig, free_to_change
+from pipelines.comparing.comparison_picture import comparison_picture, line
+from pipelines.comparing.contenders import learners, unlearned
+from pipelines.comparing.measuring import ArmWorker, reason_of
+from pipelines.comparing.names import OURS, OURS_LABEL, PAPER, shown_name
+from pipelines.comparing.ranking import ahead, verdict
+from pipelines.comparing.results import Results, compared, is_complete, record
+from pipelines.comparing.rivals import library_arms
+from pipelines.html_report import render
+from pipelines.judging import NOISE_FLOOR
 from pipelines.presets import fashion
+from pipelines.resume import begin
+from pipelines.storage import RunStorage
+from pipelines.terminal import comparison_table
+from pipelines.timing import FULL, Arm
+from pipelines.tracking import find
 
 MACS = Macs(branches=(30, 60) * 6, rest=12)
 
 
 def point(method: str, psnr: float, target: float | None = 1.4, **others: float) -> dict:
     made_for = {} if target is None else {"target_speedup": target}
-    return {"method": method, "psnr_to_full": psnr} | made_for | others
+    return {"method": method, "psnr_to_full": psnr, "num_inference_steps": 20} | made_for | others
 
 
 def test_first_is_who_is_nearer_than_every_rival_as_fast() -> None:
@@ -37,7 +59,156 @@ def test_first_is_who_is_nearer_than_every_rival_as_fast() -> None:
     assert (said["rival"], said["rival_psnr_to_full"]) == ("cache-dit DBCache 0.08", 44.9)
     (said,) = ahead([*points, point("fewer steps", 47.0)], (1.4,))
     assert not said["is_first"] and said["rival"] == "fewer steps", "the mean of its points"
-    assert "first at 0 of 1 speeds, not at 1.4x (fewer steps: 45.8 dB, ours 45.0)" in verdict([said])
+    words = "is first at 0 of 1 speeds, not at 1.4x (fewer steps: 45.8 dB, ours 45.0)."
+    assert verdict([said]) == f"Step search + fitted forecast {words}"
+
+
+MISSING = [
+    {"method": PAPER, "label": "HarmoniCa (paper)", "target_speedup": 1.4, "seed": 1, "reason": "<b>no room"},
+    {"method": "diffusers TaylorSeer", "setting": 2.0, "reason": "<b>no room"},
+]
+
+
+def test_arms_that_were_not_measured_are_told_and_the_others_count() -> None:
+    points = [
+        point(OURS, 44.0, label=OURS_LABEL, speedup=1.4),
+        point("fewer steps", 40.0, speedup=1.3),
+        point("fewer steps", 50.0, target=1.2, speedup=1.2),
+    ]
+    speeds = ahead(points, (1.2, 1.4))
+    assert [said["is_first"] for said in speeds] == [None, True] and speeds[0]["psnr_to_full"] is None
+    words = verdict(speeds, points, MISSING)
+    assert words == (
+        "Step search + fitted forecast is first at 1 of 1 speeds. It was not measured at 1.2x. 2 arms were "
+        "not measured: HarmoniCa (paper) at 1.4x seed 1, diffusers TaylorSeer 2 (<b>no room)."
+    )
+    assert "first at 0 of 0 speeds. It was not measured at 1.4x." in verdict(ahead([], (1.4,)), [], MISSING)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_was_not_measured_is_in_the_table_the_picture_and_on_the_page(
+    measured: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = [point(OURS, 44.0, label=OURS_LABEL, speedup=1.4)] if measured else []
+    made = {"sampler": "ddim", "num_inference_steps": 20, "points": points, "not_measured": MISSING}
+    comparison_table(made)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 arms were not measured: HarmoniCa (paper) at 1.4x seed 1, diffusers TaylorSeer 2 (<b>no" in told
+    legend = comparison_picture(points, MISSING).axes[0].get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
+    not_there = ["HarmoniCa (paper): 1 not measured", "diffusers TaylorSeer: 1 not measured"]
+    assert sorted(labels) == sorted(not_there + [OURS_LABEL] * measured)
+    storage = RunStorage(str(tmp_path), "r1")
+    storage.write_json("comparison.json", made | {"verdict": "none"})
+    page = render(fashion(), storage, {}, {})
+    assert "HarmoniCa (paper) at 1.4x seed 1" in page and "&lt;b&gt;no room" in page
+    assert (OURS_LABEL in page) == measured
+
+
+def test_points_of_versions_before_this_one_get_names() -> None:
+    assert shown_name({"method": OURS}) == "step search + fitted forecast"
+    assert shown_name({"method": PAPER}) == "HarmoniCa (paper)"
+    assert shown_name({"method": "random plan"}) == "random plan"
+
+
+def other_widths(folder: Path, **others: str) -> ModelConfig:
+    """A bare checkpoint file of a shape that no table knows."""
+    written = load_model(write_model(folder)).model
+    torch.save(written.state_dict(), folder / "weights.pt")
+    return ModelConfig(path=str(folder / "weights.pt"), shape=SHAPE, **others)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_settings_of_the_model_reach_the_libraries_arms(tmp_path: Path, dtype: str) -> None:
+    config = other_widths(tmp_path, dtype=dtype)
+    write_diffusers(tmp_path / "theirs", read_model(config.path, config.revision, config.shape))
+    model = load_model(ModelConfig(path=str(tmp_path / "theirs"))).model  # in diffusers' convention too
+    spec = RowSpec.of(model, 0)
+    batch = Batch.of(make_rows(np.arange(2), spec), spec, "cpu")
+    sampler = SamplerConfig(num_inference_steps=4)
+    ours = Arm(FULL, sampler).sample(model, batch)
+    uncached, *others = library_arms(config, sampler)
+    theirs = uncached.sample(model, batch)
+    assert uncached._built["module"].dtype == getattr(torch, dtype)
+    if dtype == "float32":
+        # Two implementations of one model: roundings, of 4 steps with 3 blocks of some 10 sums each.
+        assert (theirs - ours).abs().mean() < 3 * 4 * 3 * 10 * torch.finfo(torch.float32).eps
+    assert theirs.dtype == ours.dtype and 0 < (others[0].sample(model, batch) - theirs).abs().mean() < 1
+
+
+class NotFinite(Arm):
+    def sample(self, model: BranchedTransformer, batch: Batch) -> Tensor:
+        return super().sample(model, batch) / 0
+
+
+def test_an_arm_worker_measures_one_arm_after_another(tmp_path: Path) -> None:
+    config = dataclasses.replace(fashion(), model=write_model(tmp_path))
+    settings = dataclasses.replace(
+        config.evaluate, timing_rounds=1, timing_batch_size=1, features="classifier"
+    )
+    worker = ArmWorker(dataclasses.replace(config, evaluate=settings), RowSpec(0, 10, (1, 28, 28)))
+    full, fewer = (Arm(name, SamplerConfig(num_inference_steps=n)) for name, n in ((FULL, 6), ("fewer", 2)))
+    columns, drawn = worker.look(full, range(2, 5), None)
+    assert list(columns["index"]) == [2, 3, 4] and drawn is not None and drawn.shape == (3, 1, 28, 28)
+    assert f"{NOISE_FLOOR}.pooled" in columns
+    columns, kept = worker.look(fewer, range(2, 5), drawn)
+    assert kept is None and "fewer.psnr" in columns and not any(name.startswith(FULL) for name in columns)
+    whole = worker.sampler.look(make_rows(np.arange(2, 5), worker.spec), [full, fewer], {})[0]
+    np.testing.assert_array_equal(columns["fewer.psnr"], whole["fewer.psnr"])
+    speed, spread = worker.times(full, fewer)
+    assert speed > 1 and spread == 0, "one round"
+    with pytest.raises(ValueError, match="arm 'wild' draws images that are not finite") as raised:
+        worker.look(NotFinite("wild", fewer.sampler), range(2), drawn[:2])
+    assert reason_of(raised.value) == "ValueError: arm 'wild' draws images that are not finite"
+
+
+def test_arms_may_come_and_go_and_images_may_become_more() -> None:
+    before = compared(CompareConfig(samples=64))
+    all_free = {f"compare.{name}" for name in ("targets", "seeds", "learners", "libraries", "samples")}
+    assert free_to_change(before, compared(CompareConfig(samples=64))) == all_free
+    assert free_to_change(before, compared(CompareConfig(samples=65))) == all_free
+    assert free_to_change(before, compared(CompareConfig(samples=63))) == all_free - {"compare.samples"}
+
+
+def test_a_run_is_resumed_with_other_arms_and_more_images_but_not_fewer(tmp_path: Path) -> None:
+    storage = RunStorage(str(tmp_path), "r1")
+
+    def taken_up(**settings: Any) -> None:
+        config = dataclasses.replace(fashion(), run_id="r1", compare=CompareConfig(**settings))
+        begin(config, storage)
+        record(config, storage)
+
+    taken_up(samples=64)
+    taken_up(samples=64, targets=(1.3,), seeds=2, libraries=False)
+    with pytest.raises(ValueError, match=r"^compare.samples was 64 and is 32: resume run_id r1 with its"):
+        taken_up(samples=32)
+    taken_up(samples=128)
+    with pytest.raises(ValueError, match=r"^compare.samples was 128 and is 64: "):
+        taken_up(samples=64)
+
+
+def test_a_comparison_is_complete_once_each_arm_asked_for_is_measured(tmp_path: Path) -> None:
+    storage = RunStorage(str(tmp_path), "r1")
+    config = dataclasses.replace(fashion(), run_id="r1", compare=CompareConfig(samples=64))
+    assert not is_complete(config, storage)
+    made = {"points": [], "compared": compared(config.compare), "not_measured": []}
+    storage.write_json("comparison.json", made)
+    assert is_complete(config, storage)
+    assert not is_complete(dataclasses.replace(config, compare=CompareConfig(samples=65)), storage)
+    storage.write_json("comparison.json", made | {"not_measured": MISSING})
+    assert not is_complete(config, storage), "those are tried again"
+    storage.write_json("comparison.json", {"points": []})
+    storage.write_json("config.json", {"compare": compared(config.compare)})
+    assert is_complete(config, storage), "of a version that kept no record"
+
+
+def test_an_arm_measured_on_other_images_is_measured_anew(tmp_path: Path) -> None:
+    storage = RunStorage(str(tmp_path), "r1")
+    Results(storage, "compare", 64).put("cache-dit DBCache + TaylorSeer 0.05", {"point": {}})
+    assert Results(storage, "compare", 64).get("cache-dit DBCache + TaylorSeer 0.05") == {"point": {}}
+    assert Results(storage, "compare", 64).get("cache-dit DBCache 0.05") is None
+    assert Results(storage, "compare", 65).get("cache-dit DBCache + TaylorSeer 0.05") is None
 
 
 def test_a_line_goes_through_the_mean_of_a_speeds_seeds() -> None:
@@ -84,34 +255,86 @@ def test_settings_that_cannot_be_compared_are_refused(changes: dict, named: str)
         CompareConfig(**changes)
 
 
+def shape_flags(shape: DiTConfig) -> list[str]:
+    """On the command line."""
+    fields = dataclasses.asdict(shape).items()
+    return ["model.shape:di-t-config", *(f"--model.shape.{k.replace('_', '-')}={v}" for k, v in fields)]
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_small_comparison_with_every_rival(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    model = write_model(tmp_path / "model")
-    arguments = [
-        "fashion",
-        "--run-id=c1",
-        f"--storage-path={tmp_path / 'runs'}",
-        f"--model.path={model.path}",
-    ]
-    arguments += ["--stages", "compare", "--compare.targets", "1.3", "--compare.samples=16"]
-    arguments += ["--sampler.num-inference-steps=8", "--train.trajectories=2", "--train.batch-size=4"]
-    arguments += ["--train.choice-trajectories=1", "--train.forecast.trajectories=4"]
-    arguments += ["--evaluate.timing-rounds=1", "--evaluate.batch-size=8"]
-    assert workflow.main(arguments) == 0
-    run = tmp_path / "runs" / "c1"
-    comparison = json.loads((run / "comparison.json").read_text())
-    methods = {point["method"] for point in comparison["points"]}
+def test_a_small_comparison_with_an_arm_that_fails_and_its_resumes(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    broken = tmp_path / "packages" / "cache_dit"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise RuntimeError('made for another diffusers')")
+    monkeypatch.syspath_prepend(str(broken.parent))
+    monkeypatch.setenv("PYTHONPATH", f"{broken.parent}:{Path(workflow.__file__).parent}")
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    request.addfinalizer(ray.shutdown)
+    model = other_widths(tmp_path / "model")
+    settings = ["--compare.samples=17", "--sampler.num-inference-steps=8", "--train.trajectories=2"]
+    settings += ["--train.batch-size=4", "--train.choice-trajectories=1", "--train.forecast.trajectories=4"]
+    settings += ["--evaluate.timing-rounds=1", "--evaluate.batch-size=8"]
+
+    def run(*arguments: str) -> int:
+        command = ["fashion", "--run-id=c1", f"--storage-path={tmp_path / 'runs'}"]
+        command += [f"--model.path={model.path}", "--stages", "compare", *settings, *arguments]
+        return workflow.main([*command, *shape_flags(SHAPE)])
+
+    folder = tmp_path / "runs" / "c1"
+
+    def made() -> dict[str, Any]:
+        return json.loads((folder / "comparison.json").read_text())
+
+    def times() -> dict[Path, int]:
+        files = [*folder.glob("compare/*/router.safetensors"), *folder.glob("compare/measured/*.json")]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    assert run("--compare.targets", "1.3") == 0, capfd.readouterr().err
+    first = made()
+    methods = {point["method"] for point in first["points"]}
     assert {OURS, PAPER, "Learning-to-Cache", "fewer steps", "random plan", "diffusers TaylorSeer"} <= methods
-    assert all(0 < point["psnr_to_full"] <= 100 for point in comparison["points"])
-    made_for = [point for point in comparison["points"] if "ideal_speedup" in point]
+    assert all(0 < point["psnr_to_full"] <= 100 for point in first["points"])
+    made_for = [point for point in first["points"] if "ideal_speedup" in point]
     assert len(made_for) == 8 and all(abs(p["ideal_speedup"] / 1.3 - 1) < 0.02 for p in made_for)
-    assert (run / "comparison.png").stat().st_size > 1000
-    assert [said["target_speedup"] for said in comparison["speeds"]] == [1.3]
+    assert (folder / "comparison.png").stat().st_size > 1000
+    assert [said["target_speedup"] for said in first["speeds"]] == [1.3]
+    reasons = {one["reason"] for one in first["not_measured"]}
+    assert reasons == {"RuntimeError: made for another diffusers"}
+    assert {one["method"].split()[0] for one in first["not_measured"]} == {"cache-dit"}
     out = capfd.readouterr().out
-    assert "HarmoniCa is first at" in out and "diffusers FirstBlockCache 0.05" in out
-    (run / "comparison.json").unlink()
-    before = (run / "compare").stat().st_mtime_ns
-    assert workflow.main(arguments) == 0, "routers that are there are not trained again"
-    assert (run / "compare").stat().st_mtime_ns == before
+    assert "is first at" in out and "diffusers FirstBlockCache 0.05" in out and "HarmoniCa (paper)" in out
+    assert "8 arms were not measured: cache-dit DBCache 0.05, " in out
+    stage = find("compare", "c1", str(tmp_path / "runs"))
+    assert stage is not None
+    tags = stage.client.get_run(stage.mlflow_run_id).data.tags
+    assert tags["harmonica.not_measured"].startswith("cache-dit DBCache 0.05, cache-dit DBCache 0.08")
+
+    before = times()
+    shutil.rmtree(broken)
+    assert run("--compare.targets", "1.5", "1.3", "--compare.no-learners") == 0, capfd.readouterr().err
+    second, after = made(), times()
+    assert second["not_measured"] == [] and [said["target_speedup"] for said in second["speeds"]] == [
+        1.5,
+        1.3,
+    ]
+    assert PAPER not in {point["method"] for point in second["points"]}, "dropped"
+    assert before.items() <= after.items() and len(after) > len(before), "what was measured stays"
+    same = [point for point in first["points"] if point["method"] in (OURS, "fewer steps")]
+    assert all(point in second["points"] for point in same)
+
+    capfd.readouterr()
+    assert run("--compare.targets", "1.3", "--compare.samples=16") == 2
+    assert "compare.samples was 17 and is 16: resume run_id c1 with its own" in capfd.readouterr().err
+    assert run("--compare.targets", "1.5", "1.3", "--compare.no-learners") == 0
+    assert "[compare] done before" in capfd.readouterr().out
+    (folder / "comparison.json").unlink()  # killed just before the end
+    assert run("--compare.targets", "1.5", "1.3", "--compare.no-learners") == 0
+    assert made()["points"] == second["points"] and times() == after

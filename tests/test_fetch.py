@@ -1,6 +1,8 @@
 """Models from an object store (moto over HTTP) and from the hub (its endpoints on loopback), cached."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,16 +12,22 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel
 from hub_server import COMMIT, serve_hub
 from moto.server import ThreadedMotoServer
 from tiny_dit import write_model
 from tiny_pipeline import write_pipeline
+from tiny_text import WIDTH, write_sentencepiece
+from tiny_text_pipeline import Form, beside_broken, sharded, variant, write_text_pipeline
 
 from harmonica.builtin import FASHION_DIT
 from harmonica.models import object_store
-from harmonica.models.fetch import local_path
+from harmonica.models.fetch import local_path, pinned
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.models.object_store import cache_folder, wanted, without_secrets
+from harmonica.models.object_store import cache_folder, without_secrets
+from harmonica.models.vae import decode_latents
+from harmonica.text.conditions import check_conditions
+from harmonica.text.text_encoder import TextEncoder, encoder_identity
 
 BUCKET, REPO = "models", "org/tiny-dit"
 SECRET = "hush+hush/hush"
@@ -219,11 +227,116 @@ def test_a_bucket_without_a_model_says_so(s3, uri):
     assert not cache_folder().exists()
 
 
-def test_pickles_are_wanted_only_where_nothing_better_lies():
-    shards = [f"transformer/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    index = "transformer/diffusion_pytorch_model.safetensors.index.json"
-    needed = [*shards, index, "vae/a.bin"]
-    assert wanted(["unet/a.bin", "transformer/a.bin", "transformer/a.fp16.safetensors", *needed]) == needed
+FORMS: dict[str, Form] = {
+    "plain": lambda folder: None,
+    "shards": sharded(),
+    "fp16": variant("fp16"),
+    "bf16 shards": variant("bf16", max_shard_size="8KB"),
+    "both": beside_broken("fp16"),
+}
+
+
+@pytest.fixture(params=FORMS)
+def text_repository(request, tmp_path) -> Path:
+    """A text pipeline in one of the forms, what nobody needs beside it, and a tokenizer in sentencepiece."""
+    folder = write_text_pipeline(tmp_path / "repository")
+    FORMS[request.param](folder)
+    write_sentencepiece(folder / "tokenizer")
+    for name in ("README.md", "safety_checker/model.safetensors", "text_encoder/tf_model.h5"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not needed")
+    return folder
+
+
+def check_whole(found: Path, repository: Path) -> None:
+    """Model, decoder and text encoder load from what was fetched, and are those of the repository."""
+    assert names(found) == [
+        name
+        for name in names(repository)
+        if not ({"README", "safety_checker", "tf_model"} & set(re.split("[./]", name)))
+        and not (repository / name).read_bytes().startswith(b"not read")
+    ]
+    ours, theirs = (load_model(ModelConfig(path=str(path), text_tokens=7)) for path in (found, repository))
+    assert ours.model.fingerprint() == theirs.model.fingerprint()
+    check_conditions(ours)
+    encoder = TextEncoder.load(ours.text_folder, dtype="float32")
+    embeddings, mask = encoder.encode(["moon"], 7)
+    assert embeddings.shape == (1, 7, WIDTH) and 1 < int(mask.sum()) < 7
+    assert encoder.identity(7) == encoder_identity(repository, 7)
+    assert decode_latents(ours.load_vae(), torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
+
+
+def test_a_text_pipeline_in_a_bucket_brings_all_its_parts(s3, uri, text_repository):
+    upload(s3, text_repository, "pixart")
+    check_whole(local_path(uri("pixart")), text_repository)
+
+
+def test_a_text_pipeline_of_the_hub_brings_all_its_parts(text_repository, tmp_path):
+    with serve_hub(REPO, text_repository) as hub:
+        found, said = fetch(tmp_path / "hf", hub.endpoint, REPO, COMMIT)
+        assert found, said
+    check_whole(Path(found), text_repository)
+
+
+@pytest.mark.parametrize("how", [{"variant": "fp16"}, {"variant": "bf16", "max_shard_size": "40KB"}])
+def test_a_class_pipeline_s_variant_loads_from_hub_and_bucket(s3, uri, tmp_path, how):
+    folder = write_pipeline(tmp_path / "repository")
+    for part, kind in (("transformer", DiTTransformer2DModel), ("vae", AutoencoderKL)):
+        one = kind.from_pretrained(folder / part, low_cpu_mem_usage=False)
+        shutil.rmtree(folder / part)
+        one.save_pretrained(folder / part, **how)
+    upload(s3, folder, "dit")
+    with serve_hub(REPO, folder) as hub:
+        found, said = fetch(tmp_path / "hf", hub.endpoint, REPO, COMMIT)
+        assert found, said
+    fingerprints = []
+    for path in (folder, Path(found), local_path(uri("dit"))):
+        assert names(path) == names(folder)
+        loaded = load_model(ModelConfig(path=str(path)))
+        fingerprints.append(loaded.model.fingerprint())
+        assert loaded.load_vae() is not None
+    assert fingerprints[1:] == fingerprints[:1] * 2
+
+
+def test_a_remote_folder_is_looked_at_once(s3, uri, monkeypatch, tmp_path):
+    """Reading and loading ask for the path once: each asks the store for all names."""
+    write_model(tmp_path / "model")
+    upload(s3, tmp_path / "model", "model")
+    asked, look = [], object_store._fetch
+    monkeypatch.setattr(object_store, "_fetch", lambda *of: (asked.append(of), look(*of))[1])
+    load_model(ModelConfig(path=uri("model")))
+    assert len(asked) == 1
+
+
+def test_a_bucket_s_only_checkpoint_is_the_model_and_of_several_none(s3, uri):
+    s3.put_object(Bucket=BUCKET, Key="one/dit.pt", Body=b"one")
+    assert names(local_path(uri("one"))) == ["dit.pt"]
+    s3.put_object(Bucket=BUCKET, Key="one/other.pt", Body=b"two")
+    with pytest.raises(
+        ValueError, match=r"model.path s3://models/one.* several checkpoints, dit.pt, other.pt"
+    ):
+        local_path(uri("one"))
+
+
+def test_a_repository_without_a_model_or_with_a_broken_index_says_so(tmp_path):
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "notes.txt").write_text("x")
+    with serve_hub(REPO, tmp_path / "repository") as hub:
+        _, said = fetch(tmp_path / "hf", hub.endpoint, REPO, COMMIT)
+        assert f"model.path {REPO} holds no model, but notes.txt: give the id of a diffusers pipeline" in said
+        (tmp_path / "repository" / "model_index.json").write_text("{")
+        _, said = fetch(tmp_path / "other", hub.endpoint, REPO, COMMIT)
+        assert f"model.path {REPO}: model_index.json cannot be read" in said
+
+
+def test_a_revision_is_pinned_to_ids_of_the_hub_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert pinned("org/name", "v1") == "org/name@v1"
+    for path in ("org/name@v2", "s3://bucket/model", "builtin:fashion-dit", str(tmp_path), "./org/name"):
+        assert pinned(path, "v1") == path
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert pinned("org/name", "v1") == "org/name"
+    assert pinned("other/name", "") == "other/name"
 
 
 FETCH = "import sys; from harmonica.models.fetch import local_path; print(local_path(*sys.argv[1:]))"

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import quick, reuses, trajectories
+from tolerances import CLOSE
 from torch import Tensor
 
 from harmonica.cache import cache_bytes
@@ -19,7 +20,6 @@ from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.sampling import folded_step, sample
 
 BRANCHES = 6
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def even_plan(num_steps: int, num_branches: int = BRANCHES, every: int = 2) -> Plan:

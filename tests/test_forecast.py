@@ -1,11 +1,14 @@
 """Learned forecasts: their derivatives against differences, their fit against images it has not seen."""
 
+import copy
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tolerances import CLOSE
 from torch import Tensor
 
 from harmonica.artifact import RouterArtifact
@@ -51,7 +54,7 @@ def test_linear_weights_are_the_linear_forecast(sampler):
     plan, batch = alternating(), rows(0)
     weighted = Plan(plan.compute, forecast_of(linear_weights(plan, 2)))
     linear, same = (sample(sampler, *batch[:2], p, reuse="forecast") for p in (plan, weighted))
-    assert (linear - same).abs().max() < 1e-12
+    torch.testing.assert_close(linear, same, **CLOSE)
     held = sample(sampler, *batch[:2], weighted, reuse="hold")
     assert torch.equal(held, sample(sampler, *batch[:2], plan, reuse="hold")), "to hold asks for no weights"
 
@@ -80,7 +83,6 @@ def test_a_fit_holds_for_images_it_has_not_seen(sampler):
     before = error(sampler, fit.planned(), 100, 16)
     for k in range(16):
         metrics = fit.train_one(sampler, [rows(4 * k)], lambda sums: None)
-        assert metrics["loss"] > 0
         assert ("forecast.ridge" in metrics) == (k in (7, 15)), "a round ends after half of the trajectories"
     assert error(sampler, fit.planned(), 100, 16) < 0.8 * before
 
@@ -107,17 +109,18 @@ def test_a_run_resumes_bit_for_bit_within_its_forecasts(tiny_dit):
         forecast=FIT,
     )
 
-    def go_on(run: RouterRun, until: int) -> RouterRun:
-        while run.trajectory < until:
+    def go_on(run: RouterRun) -> Iterator[int]:
+        while run.trajectory < config.all_trajectories:
             run.train_one(*rows(4 * run.trajectory))
-        return run
+            yield run.trajectory
 
-    whole = go_on(RouterRun(sampler, config, seed=0), config.all_trajectories)
+    whole = RouterRun(sampler, config, seed=0)
+    states = {k: copy.deepcopy(whole.state()) for k in go_on(whole)}
     for stop in (1, 2, 5, 6, 10):
-        state = go_on(RouterRun(sampler, config, seed=0), stop).state()
         resumed = RouterRun(sampler, config, seed=0)
-        resumed.load_state(state)
-        weights = go_on(resumed, config.all_trajectories).artifact().forecast_TBK
+        resumed.load_state(states[stop])
+        assert list(go_on(resumed)) == list(range(stop + 1, config.all_trajectories + 1))
+        weights = resumed.artifact().forecast_TBK
         assert torch.equal(weights, whole.artifact().forecast_TBK), stop
     assert not torch.equal(weights.double(), linear_weights(whole.artifact().plan, 2))
 

@@ -1,5 +1,6 @@
 """The endpoint as clients see it, over the real sampler in this process; Serve itself is in test_serve."""
 
+import asyncio
 import base64
 import io
 import json
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import openai
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from tiny_dit import make_artifact, write_model
@@ -112,7 +114,8 @@ def test_its_own_size_and_name_are_accepted(client, size):
         ({"prompt": ""}, 400, "prompt", "invalid_value", "at least 1 character"),
         ({"prompt": "x" * 4097}, 400, "prompt", "invalid_value", "at most 4096 characters"),
         ({"prompt": 3}, 400, "prompt", "invalid_value", "prompt is 3: it should be a valid string"),
-        ({"prompt": "\ud800"}, 400, "prompt", "invalid_value", "prompt is"),
+        ({"prompt": "\ud800"}, 400, None, "invalid_json", "the body is not JSON"),
+        ({"prompt": " \t\u3000\u200b\n"}, 400, "prompt", "invalid_value", "which is blank: say what to draw"),
         ({"n": 0}, 400, "n", "invalid_value", "n is 0: it should be greater than or equal to 1"),
         ({"n": 5}, 400, "n", "integer_above_max_value", "n is 5: give 1 to 4"),
         ({"n": "2"}, 400, "n", "invalid_value", "n is '2': it should be a valid integer"),
@@ -158,7 +161,7 @@ def test_its_own_size_and_name_are_accepted(client, size):
             "give quality high",
         ),
         ({"guidance_scale": 0.5}, 400, "guidance_scale", "invalid_value", "greater than or equal to 1"),
-        ({"guidance_scale": float("nan")}, 400, "guidance_scale", "invalid_value", "guidance_scale is nan"),
+        ({"guidance_scale": float("nan")}, 400, None, "invalid_json", "the body is not JSON"),
         ({"size": "1024x1024"}, 400, "size", "invalid_value", "this model draws 28x28"),
         ({"model": "dall-e-3"}, 404, "model", "model_not_found", "this endpoint serves 'tiny'"),
         ({"sed": 3}, 400, "sed", "unknown_parameter", "unknown parameter sed"),
@@ -176,23 +179,45 @@ def test_a_missing_prompt_is_named(client):
     assert refused(client.post(PATH, json={"n": 1}), 400, "prompt", "missing_required_parameter")
 
 
-@pytest.mark.parametrize("body", ["{", "", "[]", "3", '{"prompt": "Bag"', "NaN"])
+NO_JSON_OBJECTS = {
+    "cut off": b'{"prompt": "Bag"',
+    "empty": b"",
+    "a list": b'[{"prompt": "Bag"}]',
+    "a number": b"3",
+    "nothing": b"null",
+    "two": b'{"prompt": "Bag"} {}',
+    "a comma more": b'{"prompt": "Bag",}',
+    "other quotes": b"{'prompt': 'Bag'}",
+    "no UTF-8": b'{"prompt": "\xff\xfe"}',
+    "UTF-16": '{"prompt": "Bag"}'.encode("utf-16"),
+    "half a character": b'{"prompt": "\\ud83d"}',
+    "depth": b'{"prompt": "Bag", "user": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
+    "digits": b'{"prompt": "Bag", "n": ' + b"9" * 5000 + b"}",
+    "NaN": b'{"prompt": "Bag", "guidance_scale": NaN}',
+    "Infinity": b'{"prompt": "Bag", "timeout_s": Infinity}',
+    "-Infinity": b'{"prompt": "Bag", "user": -Infinity}',
+}
+
+
+@pytest.mark.parametrize("body", NO_JSON_OBJECTS.values(), ids=NO_JSON_OBJECTS)
 def test_what_is_no_json_object_is_refused(client, body):
     answer = client.post(PATH, content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 400
-    assert "the body is not" in answer.json()["error"]["message"] or "prompt" in answer.text, answer.text
+    assert "the body is not" in refused(answer, 400, None, "invalid_json")
 
 
-@pytest.mark.parametrize("body", [b"\xff\xfe", b"[" * 60_000, b'{"n": ' + b"9" * 5000 + b"}"])
-def test_hostile_bodies_are_refused(client, body):
-    answer = client.post(PATH, content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["type"] == "invalid_request_error"
-
-
-def test_a_form_is_refused(client):
-    answer = client.post(PATH, data={"prompt": "Bag"})
+@pytest.mark.parametrize(
+    "kind", ["application/x-www-form-urlencoded", "text/plain", "multipart/form-data", None]
+)
+def test_another_content_type_is_refused(client, kind):
+    headers = {"content-type": kind} if kind else {}
+    answer = client.post(PATH, content=b'{"prompt": "Bag"}', headers=headers)
     assert "Content-Type: application/json" in refused(answer, 400, None, "invalid_json")
+
+
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "application/vnd.api+json"])
+def test_json_by_its_other_names_is_read_and_a_byte_order_mark_passed_over(client, kind):
+    body = b'\xef\xbb\xbf{"prompt": "Bag", "n": 1.0}'
+    assert client.post(PATH, content=body, headers={"content-type": kind}).status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -204,10 +229,97 @@ def test_too_large_a_body_is_refused(client, chunked):
 
 
 def test_unknown_paths_and_methods(client):
-    assert "/v1/chat" in refused(client.get("/v1/chat"), 404, None, None)
+    assert "/v1/chat" in refused(client.get("/v1/chat"), 404, None, "unknown_url")
     answer = client.get(PATH)
-    refused(answer, 405, None, None)
+    refused(answer, 405, None, "method_not_allowed")
     assert answer.headers["allow"] == "POST"
+    assert client.delete("/v1/models").headers["allow"] == "GET, HEAD"
+
+
+OPEN = [
+    "/",
+    "/health",
+    "/healthz",
+    "/livez",
+    "/readyz",
+    "/v1/models",
+    "/v1/routers",
+    "/docs",
+    "/openapi.json",
+]
+
+
+@pytest.mark.parametrize("path", [*OPEN, "/v1/models/tiny"])
+def test_head_is_answered_as_get_is_without_the_body(client, path):
+    got, head = client.get(path), client.head(path)
+    assert (got.status_code, head.status_code, head.content) == (200, 200, b"")
+    assert len(got.content) == int(head.headers["content-length"])
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert client.head("/v1/chat").status_code == 404 and client.head(PATH).status_code == 405
+
+
+@pytest.mark.parametrize("path", [*OPEN[1:], "/v1/models/tiny", "/docs/"])
+def test_a_slash_at_the_end_changes_nothing_and_nobody_is_sent_elsewhere(client, path):
+    headers = {"host": "elsewhere.example"}
+    answer = client.get(f"{path}/", headers=headers, follow_redirects=False)
+    assert answer.status_code == 200 and "location" not in answer.headers
+    if path != "/healthz":
+        assert answer.text == client.get(path).text
+    posted = client.post(f"{PATH}/", json={"prompt": "Bag"}, headers=headers, follow_redirects=False)
+    assert posted.status_code == 200
+    refused(client.get("/nowhere/", headers=headers, follow_redirects=False), 404, None, "unknown_url")
+
+
+def test_below_another_path_all_is_the_same(source):
+    """As behind a proxy that leaves its own path in, or a route prefix of Serve's."""
+    with TestClient(create_app(source, keys=("secret",)), root_path="/images") as client:
+        for path in ("/images", "/images/", "/images/healthz", "/images/healthz/", "/images/docs"):
+            assert client.get(path, follow_redirects=False).status_code == 200, path
+        assert client.get("/images/v1/models").status_code == 401
+
+
+def ask_slowly(app, chunks, pause_s):
+    """The messages of an answer to a body that comes in chunks, each after a pause, and then no more."""
+    answered = []
+    waiting = list(chunks)
+
+    async def receive():
+        await asyncio.sleep(pause_s if waiting else 60)
+        return {"type": "http.request", "body": waiting.pop(0), "more_body": True}
+
+    async def send(message):
+        answered.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": PATH, "query_string": b"", "http_version": "1.1"}
+    scope |= {"headers": [(b"content-type", b"application/json")], "server": ("test", 80), "scheme": "http"}
+    asyncio.run(app(scope, receive, send))
+    return answered
+
+
+@pytest.mark.parametrize("chunks", [[b'{"prompt"'], [b" "] * 1000, []], ids=["half", "drops", "nothing"])
+def test_a_body_that_does_not_come_is_not_waited_for(source, chunks):
+    started = time.monotonic()
+    start, body = ask_slowly(create_app(source, read_timeout_s=0.2), chunks, 0.01)
+    assert 0.2 <= time.monotonic() - started < 10
+    headers = dict(start["headers"])
+    assert start["status"] == 408 and headers[b"connection"] == b"close" and b"x-request-id" in headers
+    error = json.loads(body["body"])["error"]
+    assert error["code"] == "request_timeout" and "after 0.2 s" in error["message"]
+
+
+def test_a_client_that_goes_away_before_its_body_is_whole_is_not_answered(source, caplog):
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    answered = []
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        answered.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": PATH, "query_string": b"", "headers": []}
+    asyncio.run(create_app(source)(scope, receive, send))
+    assert answered == [] and caplog.records == []
 
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
@@ -316,7 +428,11 @@ def test_every_answer_has_the_request_s_name(client, path):
     assert client.get(path, headers={"X-Request-Id": "mine-7"}).headers["x-request-id"] == "mine-7"
     first, second = (client.get(path).headers["x-request-id"] for _ in range(2))
     assert first != second and len(first) == 32
-    assert client.get(path, headers={"X-Request-Id": "x" * 500}).headers["x-request-id"] != "x" * 500
+    for bad in ("x" * 129, '"<script>"', "a b", "", "ä"):
+        name = client.get(path, headers={"X-Request-Id": bad.encode()}).headers["x-request-id"]
+        assert name != bad and len(name) == 32
+    twice = client.get(path, headers=[("X-Request-Id", "one"), ("X-Request-Id", "two")])
+    assert len(twice.headers["x-request-id"]) == 32
 
 
 def test_ready_is_who_would_draw_now_and_alive_who_answers(client, source, failing, monkeypatch):
@@ -335,3 +451,46 @@ def test_a_trajectory_that_stands_still_is_no_health(source, monkeypatch):
     monkeypatch.setattr(source, "_began", time.perf_counter() - CONFIG.stall_timeout_s - 1)
     with pytest.raises(RuntimeError, match=r"more than serve\.stall_timeout_s"):
         source.check_health()
+
+
+@pytest.fixture
+def spoilt(source, monkeypatch):
+    """Every row of seed 13 is drawn as NaN, in the last value alone."""
+    draw = source.images.draw
+
+    def spoil(rows, router=None, on_preview=None):
+        images = draw(rows, router, on_preview).clone()
+        for row, image in zip(rows, images):
+            if row.seed == 13:
+                image[-1, -1, -1] = torch.nan
+        return images
+
+    monkeypatch.setattr(source.images, "draw", spoil)
+
+
+def test_a_row_that_is_not_finite_fails_alone(client, source, spoilt, caplog):
+    """Never a black picture with 200; those of its batch get theirs."""
+    slow = {"prompt": "Bag", "n": 2}
+    with ThreadPoolExecutor(3) as pool, caplog.at_level("ERROR", logger="ray.serve"):
+        answers = list(pool.map(lambda seed: client.post(PATH, json=slow | {"seed": seed}), (12, 13, 14)))
+    assert [answer.status_code for answer in answers] == [200, 500, 200]
+    assert all(len(answers[i].json()["data"]) == 2 for i in (0, 2))
+    message = refused(answers[1], 500, None, "internal_error")
+    assert message == "drawing failed: the server's log says why"
+    said = [record.getMessage() for record in caplog.records]
+    assert said and all(
+        line.startswith("image not drawn, quality medium with champion 3, seed 13, index ") for line in said
+    )
+    assert "images are not finite (1 of 1)" in said[0]
+    assert not any(record.exc_info for record in caplog.records), "one line, no page of stack"
+
+
+@pytest.mark.parametrize("partial_images", [0, 1])
+def test_a_stream_of_what_is_not_finite_ends_with_the_error(client, spoilt, partial_images):
+    body = {"prompt": "Bag", "seed": 13, "stream": True, "partial_images": partial_images}
+    answer = client.post(PATH, json=body)
+    if not partial_images:
+        refused(answer, 500, None, "internal_error")
+        return
+    assert answer.text.count("event: image_generation.partial_image") == 1
+    assert "event: error" in answer.text and "completed" not in answer.text

@@ -13,6 +13,7 @@ from judging_networks import write_alexnet, write_clip, write_inception
 from tiny_dit import SHAPE, write_model
 from tiny_pipeline import write_pipeline
 from tiny_text import write_store
+from tolerances import NOISIEST, rounding
 
 from harmonica.models.fetch import local_path
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig, load_model
@@ -29,6 +30,8 @@ from pipelines.timing import Arm
 
 SAMPLER = SamplerConfig(num_inference_steps=3)
 SPEC = RowSpec(seed=5, num_classes=10, shape=(1, 28, 28))
+NEAR = rounding(torch.float32, 3 * 2 * 12 * 1000, amplification=NOISIEST, is_random=True)
+"""Three guided steps through twelve blocks, 1000 roundings in a row each: 128 wide, 49 tokens, MLP of 512."""
 
 
 def workflow(**settings: Any) -> WorkflowConfig:
@@ -99,9 +102,16 @@ def test_auto_is_the_classifier_for_built_in_models_alone() -> None:
     check_judges(workflow(), load_model(ModelConfig()))
 
 
-@pytest.mark.parametrize("order", [("cached", "full"), ("full", "full"), ("full", NOISE_FLOOR)])
-def test_arms_out_of_order_or_of_one_name_are_refused(order: tuple[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"comes before its reference|two arms are named"):
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        (("cached", "full"), "^arm 'cached' comes before its reference 'full': put it after"),
+        (("full", "full"), "^two arms are named 'full': give each its own name"),
+        (("full", NOISE_FLOOR), f"^two arms are named '{NOISE_FLOOR}': give each its own name"),
+    ],
+)
+def test_arms_out_of_order_or_of_one_name_are_refused(order: tuple[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
         judge(workflow(), SPEC, [Arm(name, SAMPLER) for name in order])
 
 
@@ -117,10 +127,8 @@ def test_an_actor_s_columns_do_not_depend_on_the_batch() -> None:
         *(f"{NOISE_FLOOR}.{name}" for name in ("pooled", "spatial", "logits")),
     }
     for name, column in whole.items():
-        # To the rounding of the sampler's matrix products, which differ with the batch.
-        np.testing.assert_allclose(
-            np.concatenate([part[name] for part in parts]), column, rtol=1e-3, atol=1e-4
-        )
+        found = np.concatenate([part[name] for part in parts])
+        assert np.linalg.norm(found - column) <= NEAR * np.linalg.norm(column), name
     assert not np.allclose(whole[f"{NOISE_FLOOR}.pooled"], whole["full.pooled"])
 
 
@@ -173,7 +181,7 @@ def test_pictures_are_held_against_their_prompts(tmp_path: Path, monkeypatch: py
     bag, dress = CLASS_NAMES.index("Bag"), CLASS_NAMES.index("Dress")
     np.testing.assert_array_equal(out["label"], np.array([bag, dress, -1])[rows["label"]])
     scores = out["full.clip_score"]
-    assert scores.shape == (6,) and (scores >= 0).all() and len(set(scores.tolist())) > 1
+    assert scores.shape == (6,) and len(set(scores.tolist())) > 1
 
 
 @pytest.mark.cluster
@@ -189,4 +197,4 @@ def test_neither_workers_nor_batches_change_the_report(request: pytest.FixtureRe
     for arm, report in plain.items():
         for name, value in report.items():
             if name != NOISE_FLOOR:
-                assert batches[arm][name] == pytest.approx(value, rel=1e-4, abs=1e-4), (arm, name)
+                assert batches[arm][name] == pytest.approx(value, rel=NEAR, abs=NEAR), (arm, name)

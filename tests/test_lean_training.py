@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_pixart import make_batch, make_pixart
+from tolerances import PASS, close, rounding
 from torch import Tensor
 
 from harmonica.cache import BranchCache
@@ -25,6 +26,8 @@ STEPS = SamplerConfig(num_inference_steps=5, guidance_scale=1.5, clip_sample=Fal
 KEYS = RowKeys.of(3, range(4))
 LAMBDA = torch.tensor([3.0, 1.0, 0.5, 2.0], dtype=torch.float64)
 REUSES = ("hold", "forecast")
+NEAR = rounding(torch.float64, 10 * PASS, amplification=1000)
+"""Five steps and their gradients. An error is the difference of two outputs that differ by a thousandth."""
 
 
 @pytest.fixture(params=["dit", "pixart"])
@@ -59,8 +62,8 @@ def trained(problem: tuple[Sampler, Tensor, Any], reuse: str = "hold", size: int
     return numbers, final, torch.stack(gradients), router.logits()
 
 
-def close(ours: Tensor, expected: Tensor) -> bool:
-    return bool((ours - expected).norm() <= 1e-9 * expected.norm())
+def is_near(ours: Tensor, expected: Tensor) -> bool:
+    return bool((ours - expected).norm() <= NEAR * expected.norm())
 
 
 @pytest.mark.parametrize("reuse", REUSES)
@@ -114,12 +117,17 @@ def test_branches_are_recomputed_once_and_the_last_of_them_never(tiny_dit: DiT, 
 
 @pytest.mark.parametrize("reuse", REUSES)
 @pytest.mark.parametrize("size", [1, 3, 4, 9])
-def test_micro_batches_make_the_update_of_the_whole_batch(problem, reuse: str, size: int) -> None:
+def test_micro_batches_make_the_update_of_the_whole_batch(
+    problem, reuse: str, size: int, monkeypatch
+) -> None:
     """Three and one rows too: a mean of means would weigh the one as much as the three."""
-    whole = trained(problem, reuse)
+    whole, rows = trained(problem, reuse), set()
+    branch = problem[0].model.branches[0]
+    compute = branch.compute
+    monkeypatch.setattr(branch, "compute", lambda hidden, c: rows.add(len(hidden)) or compute(hidden, c))
     parts = trained(problem, reuse, size, activation_checkpointing=True)
-    assert all(map(close, parts, whole))
-    assert size >= 4 or not torch.equal(parts[2], whole[2])
+    assert all(map(is_near, parts, whole))
+    assert max(rows) == 2 * min(size, 4), "guided rows at a time"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,7 +137,7 @@ def test_lambda_of_micro_batches_is_that_of_the_whole_batch(problem, kind, size:
     measure = functools.partial(
         image_error_proxy, sampler, make_router(sampler.model), noise, condition, kind=kind, threshold=0.4
     )
-    assert close(measure(micro_batch_size=size), measure())
+    assert is_near(measure(micro_batch_size=size), measure())
 
 
 @pytest.mark.parametrize("name", ["iddpm", "sa-solver"])
@@ -137,12 +145,12 @@ def test_rows_of_a_micro_batch_keep_their_own_noise_at_every_step(tiny_dit: DiT,
     sampler = make_sampler(tiny_dit, replace(STEPS, name=name))
     noise = torch.from_numpy(KEYS.start_noise((4, 8, 8))).double()
     problem = sampler, noise, torch.arange(4)
-    assert all(map(close, trained(problem, size=3), trained(problem)))
+    assert all(map(is_near, trained(problem, size=3), trained(problem)))
     router = make_router(tiny_dit)
     measure = functools.partial(
         image_error_proxy, *(sampler, router, noise, problem[2]), kind="sensitivity", threshold=0.4, rows=KEYS
     )
-    assert close(measure(micro_batch_size=1), measure())
+    assert is_near(measure(micro_batch_size=1), measure())
 
 
 def test_no_more_rows_than_a_micro_batch_go_through_the_model(problem, monkeypatch) -> None:
@@ -160,8 +168,8 @@ def test_a_lean_training_is_resumed_bit_for_bit(tiny_dit: DiT, tmp_path) -> None
     config = TrainingConfig(
         batch_size=4, micro_batch_size=3, iepo_every=2, sdt=SdtConfig(activation_checkpointing=True)
     )
-    sampler = make_sampler(tiny_dit.float(), STEPS)
-    noise = torch.from_numpy(KEYS.start_noise((4, 8, 8)))
+    sampler = make_sampler(tiny_dit, STEPS)
+    noise = torch.from_numpy(KEYS.start_noise((4, 8, 8))).double()
 
     def train(run: RouterRun, until: int) -> RouterRun:
         while run.trajectory < until:
@@ -174,7 +182,8 @@ def test_a_lean_training_is_resumed_bit_for_bit(tiny_dit: DiT, tmp_path) -> None
     resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(train(resumed, 4).router.logits(), train(fresh(), 4).router.logits())
     plain = train(RouterRun(sampler, TrainingConfig(batch_size=4, iepo_every=2), seed=0), 4)
-    torch.testing.assert_close(resumed.router.logits(), plain.router.logits(), rtol=1e-4, atol=1e-4)
+    near = close(torch.float32, 4 * 20)  # of the optimiser, whose state is in float32
+    torch.testing.assert_close(resumed.router.logits(), plain.router.logits(), **near)
 
 
 def test_a_negative_micro_batch_is_refused() -> None:

@@ -230,5 +230,5 @@ def test_the_table_has_a_line_for_each_model_asked_for(capsys) -> None:
 
 def test_an_unknown_architecture_is_refused(tiny_dit: DiT, monkeypatch) -> None:
     monkeypatch.setattr(tiny_dit, "shape", lambda: {"architecture": "UViT"})
-    with pytest.raises(ValueError, match=r"model.architecture is UViT: .* only that of DiT, PixArt"):
+    with pytest.raises(ValueError, match=r"model.path holds a UViT: .* only that of DiT, PixArt"):
         Shape.of(tiny_dit)

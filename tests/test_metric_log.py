@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from pipelines.metric_log import MetricLog
 from pipelines.tracking import Point, StageRun, find_or_create
@@ -83,6 +84,33 @@ def test_many_points_go_in_several_requests(run):
     run.log_points([Point(step, 1, wide | {"loss": 1.0}) for step in range(1, 26)])
     assert steps(run) == steps(run, "lambda.step_098") == list(range(1, 26))
     assert run.last_step("loss") == 25 and run.last_step("none") == -1
+
+
+def test_a_kill_between_the_requests_of_a_point_leaves_each_metric_once(run, monkeypatch):
+    """A point of more metrics than a request takes, sent by a worker that is killed after every request."""
+    wide = {"loss": 0.5} | {f"lambda.step_{i:04d}": 0.5 for i in range(1500)}
+    kept: list = []
+
+    class Killed(BaseException):
+        pass
+
+    def killed(client, *arguments, **others):
+        send(client, *arguments, **others)
+        raise Killed
+
+    send = MlflowClient.log_batch
+    monkeypatch.setattr(MlflowClient, "log_batch", killed)
+    for _ in range(2):  # the second one goes on from the same checkpoint
+        log = MetricLog(run, kept)
+        if not kept:
+            log.add(1, wide)
+            kept = log.state()
+        with pytest.raises(Killed):
+            log.flush()
+    monkeypatch.undo()
+    resumed = MetricLog(run, kept)
+    assert resumed.flush()
+    assert all(steps(run, name) == [1] for name in ("loss", "lambda.step_0000", "lambda.step_1499"))
 
 
 def test_patience_ends_with_what_to_do(silent):

@@ -26,7 +26,7 @@ def test_psnr_is_per_image_over_a_range_of_two() -> None:
 
 
 def test_psnr_refuses_another_shape() -> None:
-    with pytest.raises(ValueError, match="reference"):
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 28, 28\), their reference \(1, 1, 28, 28\)"):
         psnr(torch.zeros(2, 1, 28, 28), torch.zeros(1, 1, 28, 28))
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Trajectory, quick, reuses, trajectories
+from tolerances import CLOSE
 from torch import Tensor
 
 from harmonica.cache import BranchCache, Reuse
@@ -22,7 +23,6 @@ Embedded = tuple[tuple[Tensor, Any], tuple[Tensor, Any]]
 ROW = (False, True, True, False, False, True)
 """Which of the six branches a plan computes."""
 ALL = (True,) * 6
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.fixture

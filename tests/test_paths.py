@@ -17,7 +17,6 @@ from harmonica.paths import is_remote, local, resolved, shown
 from harmonica.train import _Folder
 from pipelines.mlflow_store import artifacts_of, database_of, tracking_uri
 from pipelines.prompts import _storage
-from pipelines.serve import ServeCommand, _choose_router
 from pipelines.storage import RunStorage
 from pipelines.tracking import find, find_or_create
 from pipelines.ui import UiCommand, server_command
@@ -122,15 +121,14 @@ def test_all_who_take_a_path_mean_the_same_place(name, home, tmp_path, monkeypat
         assert local_path(f"{given.rstrip('/')}/r1") == tmp_path / name / "r1"
         database_of(given).touch()
         assert tracking_uri(given) in server_command(UiCommand(storage_path=given))
-        _, router, _ = _choose_router(ServeCommand(router=given))
-        assert router == str(tmp_path / name)
         if given != "./~":  # which is ~ once it is a `Path`
             assert _Folder(Path(given), {}).path == tmp_path / name
     assert {path.name for path in tmp_path.iterdir()} == {name}, "and nowhere else"
 
 
 def test_routers_in_awkward_folders(home, tmp_path):
-    artifact = make_artifact(write_model(tmp_path / "model"))
+    model = write_model(tmp_path / "mo?del")
+    artifact = make_artifact(model)
     for given, place in (("~/a?b#c %20;ä", home), (f"file://{quote(str(tmp_path / 'a?b'))}", tmp_path)):
         assert place in artifact.save(given).parents
         assert RouterArtifact.load(given).plan == artifact.plan

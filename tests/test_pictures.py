@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from harmonica.pictures import encode_picture, router_heat_map, sample_sheet, to_pil, to_uint8
+from harmonica.differences import amplification, with_differences
+from harmonica.pictures import cached_title, encode_picture, router_heat_map, sample_sheet, to_pil, to_uint8
 
 
 def test_pixels_cover_the_range_and_clip() -> None:
@@ -52,8 +53,43 @@ def test_sample_sheet_shows_each_image_in_its_place(tmp_path: Path) -> None:
 
 
 def test_sample_sheet_refuses_a_short_row() -> None:
-    with pytest.raises(ValueError, match="'full'"):
+    with pytest.raises(ValueError, match=r"row 'full' has shape \(2, 1, 28, 28\) for 3 column names"):
         sample_sheet({"full": torch.zeros(2, 1, 28, 28)}, ["a", "b", "c"])
+
+
+def test_differences_are_amplified_by_the_factor_that_their_labels_say() -> None:
+    full = torch.linspace(-0.9, 0.9, 200).reshape(2, 1, 10, 10)
+    near, far = full + 0.004, full - 0.018
+    near[0, 0, 0, 0] += 0.5  # one pixel of 400 does not decide for all
+    sheet = with_differences({"full, 20 steps": full, "cached, CUR 45%\nstep search": near, "13 steps": far})
+    names = list(sheet)
+    assert names == [
+        "full, 20 steps",
+        "cached, CUR 45%\nstep search",
+        "cached minus full,\ntimes 50",
+        "13 steps",
+        "13 steps minus full,\ntimes 50",
+    ]
+    assert torch.equal(sheet[names[1]], near) and torch.equal(sheet[names[3]], far)
+    shown = sheet[names[2]].flatten()
+    assert shown[1:].tolist() == pytest.approx([0.2] * 199, abs=1e-4)
+    assert sheet[names[4]].flatten().tolist() == pytest.approx([-0.9] * 200, abs=1e-4)
+    assert (to_uint8(sheet[names[4]]) == 13).all(), "below mid grey, by as much as the factor says"
+    assert with_differences({"full": full}).keys() == {"full"}
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"), [(0.6, 1), (0.5, 2), (0.11, 5), (0.0999, 10), (1.7, 1), (0, 1000)]
+)
+def test_amplification_keeps_differences_within_the_grey_levels(size: float, factor: int) -> None:
+    differences = torch.full((3, 1, 4, 4), size)
+    differences[0] = -size
+    assert amplification(differences) == factor
+
+
+def test_a_row_of_cached_images_says_how_its_plan_came_about() -> None:
+    title = cached_title("cached 1.5x", 0.449, "step search + fitted forecast + trained router")
+    assert title == "cached 1.5x, CUR 45%\nstep search +\nfitted forecast +\ntrained router"
 
 
 def test_heat_map_puts_the_first_run_step_on_top_and_marks_reuse(tmp_path: Path) -> None:
@@ -75,7 +111,7 @@ def test_heat_map_of_many_steps_labels_the_first_run_one() -> None:
 
 
 def test_heat_map_refuses_a_plan_of_another_shape() -> None:
-    with pytest.raises(ValueError, match="plan"):
+    with pytest.raises(ValueError, match=r"scores have shape \(3, 2\), the plan \(2, 2\)"):
         router_heat_map(torch.ones(3, 2), torch.ones(2, 2, dtype=torch.bool), ["a", "b"])
 
 

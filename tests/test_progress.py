@@ -1,44 +1,67 @@
 """A run that stands still fails with what it waits for."""
 
+import os
 import time
 
 import pytest
 import ray
+from ray.util.state import list_nodes
 
+from harmonica.phases import Phase, Progress
 from pipelines import progress
 from pipelines.progress import Reached, make_board, run_watched
 from pipelines.runtime import connect
+
+PROGRESS = Progress([Phase("start", (10.0, 10.0)), Phase("router", (1.0,) * 10)])
+
+
+def assert_workers_ask_this_cluster() -> None:
+    """Whatever else runs on the machine, or was killed: as Ray Train's cleaner of placement groups does."""
+
+    def ask() -> list[str]:
+        return [node.node_id for node in list_nodes()]
+
+    assert ray.get(ray.remote(num_cpus=0)(ask).remote()) == [ray.get_runtime_context().get_node_id()]
+    assert "RAY_API_SERVER_ADDRESS" not in os.environ, "what the user starts later is not this cluster's"
 
 
 @pytest.mark.cluster
 def test_standing_still_is_an_error_that_says_at_what(request: pytest.FixtureRequest) -> None:
     connect()
     request.addfinalizer(ray.shutdown)
+    assert_workers_ask_this_cluster()
     board = make_board()
     ray.get(board.read.remote())
     words = (
         r"no training worker has started for \d s: it waits for 9 workers, and the cluster has .* CPU free"
     )
     with pytest.raises(TimeoutError, match=words):
-        run_watched(lambda: time.sleep(60), board, 2, "9 workers")
+        run_watched(lambda: time.sleep(60), board, 2, "9 workers", PROGRESS)
     ray.get([board.tell.remote(1, "rows of trajectory 3"), board.tell.remote(0, "the model")])
     words = r"no progress for 2 s .*: rank 0: the model \(2 s\); rank 1: rows of trajectory 3 \(2 s\)"
     with pytest.raises(TimeoutError, match=words):
-        run_watched(lambda: time.sleep(60), board, 2, "9 workers")
-    assert run_watched(lambda: 7, board, 60, "") == 7
+        run_watched(lambda: time.sleep(60), board, 2, "9 workers", PROGRESS)
+    assert run_watched(lambda: 7, board, 60, "", PROGRESS) == 7
     with pytest.raises(ZeroDivisionError):
-        run_watched(lambda: 1 // 0, board, 60, "")
+        run_watched(lambda: 1 // 0, board, 60, "", PROGRESS)
 
 
 def test_a_line_of_progress_at_intervals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter([0.0, 5.0, 10.0, 24.0, 34.0, 40.0, 50.0, 60.0, 79.0, 80.0])
+    clock = iter([0.0, 5.0, 24.0, 30.0, 50.0, 70.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    lines = progress._Lines()
-    for trajectory in (None, 1, 20, 41, 41, 90, 40, 60, 80):
-        lines.show(trajectory and Reached(trajectory, 600, 1.5e-5, 0.402))
+    lines = progress._Lines(PROGRESS)
+    for reached in (
+        None,
+        Reached(1, 0, 20.0, 1.5e-5, 0.402),
+        Reached(2, 0, 26.0, 1.5e-5, 0.402),  # too soon after the line before
+        Reached(11, 10, 3.0, 1.5e-5, 0.402),  # a worker that goes on from a checkpoint
+        Reached(11, 10, 3.0, 1.5e-5, 0.402),
+    ):
+        lines.show(reached)
     assert capsys.readouterr().out.splitlines() == [
-        "[train] trajectory 41 of 600, loss 1.5e-05, CUR 40.2%, 1.67 trajectories/s, 0:05:35 left",
-        "[train] trajectory 80 of 600, loss 1.5e-05, CUR 40.2%, 2.00 trajectories/s, 0:04:20 left",
+        "[train] measuring the start: 1 of 2 trajectories, loss 1.5e-05, CUR 40.2%, 0:00:20 left in this "
+        "phase, 0:00:40 in all; then training the router",
+        "[train] training the router: 9 of 10 trajectories, loss 1.5e-05, CUR 40.2%, 0:00:03 left",
     ]

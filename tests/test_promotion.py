@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 from tiny_dit import SAMPLER, make_artifact, write_model
 
 from harmonica.models.loading import load_model
@@ -13,9 +14,9 @@ from harmonica.samplers import make_sampler
 from harmonica.smoke import record_sample
 from pipelines import registry
 from pipelines.config import WorkflowConfig
-from pipelines.gate import MEASURED_ON, against_champion, quality_checks, score
+from pipelines.gate import MEASURED_ON, against_champion, finite_check, quality_checks, score
 from pipelines.promote_config import PromoteConfig
-from pipelines.promotion import cannot_draw, carry_out, decide, measurements
+from pipelines.promotion import Decision, cannot_draw, carry_out, decide, measurements
 from pipelines.storage import RunStorage
 from pipelines.tracking import find_or_create
 
@@ -177,6 +178,54 @@ def test_never_leaves_the_champion_and_always_takes_the_alias(model, store):
     assert (tags["psnr_to_full"], tags["measured_speedup"], tags["harmonica.gate"]) == ("40", "1.5", "never")
     _, decision = add(never, store, "a", make_artifact(model, seed=1), report())
     assert (decision.version, decision.champion) == ("1", "2"), "no second version"
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words"),
+    [
+        (report(psnr=float("nan")), "psnr_to_full is nan"),
+        (report(frechet=float("inf")), "frechet_to_full is inf"),
+        (report(speedup=float("nan")), "measured_speedup is nan"),
+        (None, "its recorded sample is not finite"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["always", "gate"])
+def test_nothing_that_is_not_finite_is_promoted_in_any_way(model, mode, spoilt, words):
+    artifact = make_artifact(model, seed=1)
+    if spoilt is None:
+        artifact = dataclasses.replace(artifact, sample_CHW=torch.full((1, 28, 28), torch.nan))
+    decision = Decision(mode, NAME, "1", (finite_check(artifact, spoilt),))
+    assert not decision.is_promoted and decision.is_refused and decision.outcome == "refused"
+    assert decision.words == f"version 1 of tiny is kept and not promoted, there is no champion: {words}"
+    assert Decision("never", NAME, "1", decision.checks).outcome == "never"
+
+
+def test_always_passes_over_the_gate_s_own_questions_alone(model, store):
+    bad = report(psnr=1, worth=False)
+    checks = (finite_check(make_artifact(model), bad), *quality_checks(bad, GATE))
+    decision = Decision("always", NAME, "1", checks)
+    assert decision.failed and decision.is_promoted and decision.outcome == "always"
+    spoilt = report(psnr=float("nan"))
+    run, decision = add(make_config(model, store, promote="always"), store, "a", make_artifact(model), spoilt)
+    assert registry.current(NAME, "champion", run.uri) is None
+    assert registry.newest_versions(NAME, run.uri, 9) == [], "what is refused is served to nobody"
+    tags = run.client.get_model_version(NAME, "1").tags
+    assert (tags["harmonica.gate"], tags["harmonica.gate.finite"]) == (
+        "refused",
+        "failed: psnr_to_full is nan",
+    )
+
+
+def test_numbers_that_are_not_finite_pass_no_bound(model):
+    """Also where nothing is asked of them."""
+    nan = float("nan")
+    for made in (report(psnr=nan), report(frechet=nan), report(speedup=nan)):
+        assert [check.passed for check in quality_checks(made, GATE)].count(False) == 1
+        assert finite_check(make_artifact(model), made).passed is False
+    assert finite_check(make_artifact(model), report()).passed
+    assert finite_check(make_artifact(model), None).passed
+    best = compared(make_artifact(model, seed=1), make_artifact(model, seed=2), report(psnr=nan), report())
+    assert best.passed is False, "nor do they beat a champion"
 
 
 def test_a_router_that_draws_otherwise_is_known(model, store):

@@ -18,7 +18,7 @@ import ray
 import torch
 from moto.server import ThreadedMotoServer
 from tiny_pipeline import make_vae
-from tiny_pixart import make_batch, make_pixart, pipeline_class
+from tiny_pixart import apart, make_batch, make_pixart, pipeline_class
 from tiny_text import (
     TOKENS,
     WIDTH,
@@ -28,6 +28,7 @@ from tiny_text import (
     write_store,
     write_text_folder,
 )
+from tolerances import of_pass, rounding, roundoff
 
 from harmonica.models.text_condition import TextCondition
 from harmonica.rows import RowSpec, make_rows
@@ -165,12 +166,15 @@ def test_rows_are_what_was_embedded_without_padding(store, encoder, open_parts, 
     assert found.prompts == [prompts[i] for i in wanted]
     assert torch.equal(found.mask, mask[wanted])
     padded = expected.bfloat16() * mask[..., None]
-    assert found.embeddings.dtype == torch.bfloat16 and torch.equal(found.embeddings, padded[wanted])
+    # Other batches were embedded, so a number may have been rounded to its neighbour.
+    near = {"rtol": 2 * roundoff(torch.bfloat16), "atol": of_pass(torch.float32)}
+    torch.testing.assert_close(found.embeddings, padded[wanted], **near)
     embedding, row_mask, prompt = store.row(7)
-    assert torch.equal(embedding, padded[7]) and torch.equal(row_mask, mask[7]) and prompt == prompts[7]
+    torch.testing.assert_close(embedding, padded[7], **near)
+    assert torch.equal(row_mask, mask[7]) and prompt == prompts[7]
     negative, negative_mask = store.negative()
     empty, empty_mask = encoder.encode([""], TOKENS)
-    assert torch.equal(negative, empty.bfloat16() * empty_mask[..., None])
+    torch.testing.assert_close(negative, empty.bfloat16() * empty_mask[..., None], **near)
     assert torch.equal(negative_mask, empty_mask) and negative_mask.sum() == 1
     assert store.rows([]).embeddings.shape == (0, TOKENS, WIDTH)
 
@@ -271,7 +275,8 @@ def test_the_model_cannot_tell_stored_prompts_from_fresh_ones(store, encoder):
     assert not torch.equal(ours.embeddings, theirs.embeddings) and len(set(prompts)) > 1
     timestep = torch.full((6,), 500)
     images = [model(noise.repeat(2, 1, 1, 1), timestep, condition.guided()) for condition in (ours, theirs)]
-    assert torch.equal(*images) and not torch.equal(images[0][:3], images[0][3:])
+    assert apart(*images) < rounding(torch.bfloat16, 1), "but for numbers that were rounded to a neighbour"
+    assert apart(images[0][:3], images[0][3:]) > 0.1
 
 
 def test_a_condition_is_made_of_streamed_columns_wherever_they_are(store):

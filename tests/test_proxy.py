@@ -31,11 +31,11 @@ LOST, FULL = PlainTextResponse("Internal Server Error", 500), PlainTextResponse(
 OWN = JSONResponse({"error": {"code": "internal_error"}}, 500)
 
 
-def ask(replicas, body=b'{"seed": 1}', path="/v1/images/generations"):
+def ask(replicas, body=b'{"seed": 1}', path="/v1/images/generations", headers=None):
     async def inside():
         transport = httpx.ASGITransport(RetryLost(replicas))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post(path, content=body)
+            return await client.post(path, content=body, headers=headers)
 
     return asyncio.run(inside())
 
@@ -100,6 +100,63 @@ def test_a_client_that_has_gone_is_not_asked_for_again():
         assert len(replicas.bodies) == 1
 
     asyncio.run(inside())
+
+
+def test_of_a_body_that_comes_in_parts_the_next_replica_gets_all():
+    async def parts():
+        for _ in range(3):
+            yield b"part"
+
+    class LostHalfway(Replicas):
+        async def __call__(self, scope, receive, send):
+            if self.bodies:
+                await super().__call__(scope, receive, send)
+            else:
+                self.bodies.append((await receive())["body"])
+
+    replicas = LostHalfway(JSONResponse({}))
+    assert ask(replicas, parts()).status_code == 200
+    assert replicas.bodies == [b"part", b"part" * 3]
+
+
+def test_what_comes_slowly_is_passed_on_as_it_comes():
+    """It is for the application to say how long a body may take."""
+    first_is_read = asyncio.Event()
+
+    async def answer_early(scope, receive, send):
+        assert (await receive())["body"] == b"half"
+        first_is_read.set()
+        await JSONResponse({}, 408)(scope, receive, send)
+
+    async def halves():
+        yield b"half"
+        await asyncio.wait_for(first_is_read.wait(), 5)
+        yield b"rest"
+
+    assert ask(answer_early, halves()).status_code == 408
+
+
+class Named:
+    """Says what it was called, as Serve's own middleware does with any name there is."""
+
+    def __init__(self, *statuses):
+        self.statuses = list(statuses)
+
+    async def __call__(self, scope, receive, send):
+        given = [value for name, value in scope["headers"] if name == b"x-request-id"]
+        answer = JSONResponse([value.decode() for value in given])
+        await (LOST if self.statuses and self.statuses.pop(0) == 500 else answer)(scope, receive, send)
+
+
+def test_a_request_s_name_is_a_good_one_before_serve_sees_it():
+    assert ask(Named(), headers={"X-Request-Id": "mine-7"}).json() == ["mine-7"]
+    for bad in ("x" * 300, '"<>', "a b", "ä", ""):
+        (name,) = ask(Named(), headers={"X-Request-Id": bad.encode()}).json()
+        assert name != bad and len(name) == 32
+    (one,), (other,) = ask(Named()).json(), ask(Named(), headers=[("x-request-id", "a")] * 2).json()
+    assert len(one) == len(other) == 32
+    refused = ask(Named(*[500] * 9), headers={"X-Request-Id": "mine-7"})
+    assert refused.status_code == 503 and refused.headers["x-request-id"] == "mine-7"
 
 
 def test_serve_takes_it():

@@ -43,6 +43,7 @@ def change(path: Path, key: str, index: tuple[int, ...], change_by: float) -> No
     save_file(recorded, path)
 
 
+@pytest.mark.numeric
 def test_every_recorded_key_agrees(run_command):
     code, out, _ = run_command(CASE)
     errors = {line.split()[0]: float(line.split()[1]) for line in out.splitlines()}

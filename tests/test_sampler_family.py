@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from tiny_dit import write_model
 from tiny_pipeline import LINEAR, write_pipeline
+from tolerances import CLOSE, PASS, close, rounding
 
 from harmonica.iepo import KINDS, image_error_proxy
 from harmonica.models.loading import ModelConfig, load_model
@@ -44,7 +45,9 @@ def test_iddpm_is_the_learned_variance_step_of_diffusers(tiny_dit, batch, clip_s
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: drawn)
     ours = sampler.advance(i, sampler.start(x, batch[1], KEYS), output).x_MCHW
     theirs = scheduler.step(output, sampler.timesteps[i], x).prev_sample
-    assert (ours - theirs).norm() / theirs.norm() < 1e-4  # diffusers makes alpha-bar in float32
+    # diffusers makes alpha-bar in float32, a product of up to 1000.
+    near = rounding(torch.float32, 1000, amplification=10, is_random=True)
+    assert (ours - theirs).norm() / theirs.norm() < near
 
 
 def test_iddpms_last_step_is_the_mean(tiny_dit, batch):
@@ -54,7 +57,7 @@ def test_iddpms_last_step_is_the_mean(tiny_dit, batch):
     one, other = (sampler.advance(0, state, output).x_MCHW for state in states)
     assert torch.equal(one, other)
     clean = (batch[0] - 1e-4**0.5 * batch[0]) / (1 - 1e-4) ** 0.5
-    torch.testing.assert_close(one, clean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one, clean, **close(torch.float32, 4, amplification=10))
 
 
 def test_iddpm_without_a_learned_variance_takes_the_posteriors(tmp_path):
@@ -64,7 +67,8 @@ def test_iddpm_without_a_learned_variance_takes_the_posteriors(tmp_path):
     moved = sampler.advance(3, sampler.start(x, torch.arange(4), KEYS), torch.zeros_like(x)).x_MCHW
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[sampler.timesteps]
     variance = (1 - alpha_bar[3] / alpha_bar[2]) * (1 - alpha_bar[2]) / (1 - alpha_bar[3])
-    torch.testing.assert_close(moved, float(variance**0.5) * z, rtol=1e-5, atol=1e-6)
+    near = close(torch.float32, 4, amplification=10)
+    torch.testing.assert_close(moved, float(variance**0.5) * z, **near)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,7 +113,7 @@ def test_every_sampler_trains_a_router(tiny_dit, batch, name):
     _, final = SdtTrainer(sampler, everything, SdtConfig(clamp=50.0)).train_trajectory(
         *batch, torch.ones(5, dtype=torch.float64), rows=KEYS
     )
-    torch.testing.assert_close(final, sample(sampler, *batch, rows=KEYS), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(final, sample(sampler, *batch, rows=KEYS), **CLOSE)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -175,7 +179,10 @@ def test_a_folder_samples_as_its_pipeline(pipeline_folder, scheduler, guidance_s
     images = decode_latents(loaded.load_vae(), latents) / 2 + 0.5
     ours = images.permute(0, 2, 3, 1).numpy()
     assert theirs.std() > 0.05, "not a flat picture"
-    assert np.abs(ours - theirs).max() < 1e-4
+    # A third of half a grey level.
+    assert np.abs(ours - theirs).max() < rounding(
+        torch.float32, 7 * 2 * PASS, amplification=30, is_random=True
+    )
 
 
 def test_schedulers_that_are_not_supported_are_refused_by_name(tiny_dit):

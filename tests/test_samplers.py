@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from tolerances import close, of_trajectory
 
 from harmonica.diffusion import respaced_timesteps
 from harmonica.models.dit import DiT, DiTConfig
@@ -45,8 +46,9 @@ def test_a_step_is_that_of_diffusers(tiny_dit, batch, clip_sample, i):
     sampler = Ddim(tiny_dit, config)
     ours = sampler.advance(i, sampler.start(x, batch[1]), output).x_MCHW
     theirs = scheduler.step(output[:, :4], i, x, use_clipped_model_output=True).prev_sample
-    # diffusers makes alpha-bar in float32; at i = 999 it is 4e-5.
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    # diffusers makes alpha-bar in float32, a product of up to 1000; it has the root of what is left.
+    near = close(torch.float32, 1000, amplification=10, is_random=True)
+    torch.testing.assert_close(ours, theirs, **near)
 
 
 def test_a_trajectory_is_the_formula_written_out(tiny_dit, batch):
@@ -59,7 +61,7 @@ def test_a_trajectory_is_the_formula_written_out(tiny_dit, batch):
         epsilon = tiny_dit(x, torch.full_like(labels, t), labels)[:, :4]
         clean = (x - (1 - now) ** 0.5 * epsilon) / now**0.5
         x = before**0.5 * clean + (1 - before) ** 0.5 * epsilon
-    assert (ours - x).norm() / x.norm() < 1e-5
+    assert (ours - x).norm() / x.norm() < of_trajectory(10)
 
 
 def test_no_guidance_runs_the_conditional_half_alone(tiny_dit, batch):
@@ -106,7 +108,7 @@ def test_both_halves_see_the_conditional_latents(tiny_sampler, batch):
     state = tiny_sampler.start(*batch)
     state.x_MCHW[4:] += 1
     hidden, _ = tiny_sampler.embed(3, state)
-    assert torch.equal(hidden[:4], hidden[4:])
+    torch.testing.assert_close(hidden[:4], hidden[4:])
 
 
 def test_clipped_samples_stay_in_bounds():

@@ -16,6 +16,7 @@ from tiny_sana import (
     module_forward,
     pipeline_latents,
 )
+from tolerances import of_pass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,20 +35,22 @@ def test_the_full_pass_is_diffusers_forward(kind, cacheable):
     model = make_sana(kind, *cacheable)
     for noise, condition in (make_batch(kind), make_batch(kind, tall=True)):
         theirs = module_forward(model, noise, TIMES, condition)
-        assert apart(model(noise, TIMES, condition), theirs) < 1e-6  # linear attention is in float32
+        assert apart(model(noise, TIMES, condition), theirs) < of_pass(torch.float32)  # linear attention is
         assert torch.equal(
             model.full_pass(*model.embed(noise, TIMES, model.project(condition))),
             model(noise, TIMES, condition),
         )
     model.float()
     noise, condition = noise.float(), condition.to(dtype=torch.float32)
-    assert apart(model(noise, TIMES, condition), module_forward(model, noise, TIMES, condition)) < 1e-5
+    theirs = module_forward(model, noise, TIMES, condition)
+    assert apart(model(noise, TIMES, condition), theirs) < of_pass(torch.float32)
 
 
 def test_a_prompt_that_is_all_padding_is_as_in_diffusers():
     model, (noise, condition) = make_sana("1.0"), make_batch("1.0")
     empty = TextCondition(embeddings=condition.embeddings, mask=torch.zeros_like(condition.mask))
-    assert apart(model(noise, TIMES, empty), module_forward(model, noise, TIMES, empty)) < 1e-6
+    theirs = module_forward(model, noise, TIMES, empty)
+    assert apart(model(noise, TIMES, empty), theirs) < of_pass(torch.float32)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
@@ -72,7 +75,7 @@ def test_a_trajectory_is_that_of_diffusers_pipeline(kind, scheduler, guidance_sc
     )
     sampler = make_sampler(model, config(scheduler, guidance_scale=guidance_scale))
     assert theirs.std() > 0.05, "not a flat picture"
-    assert apart(sample(sampler, noise, condition), theirs) < 1e-5
+    assert apart(sample(sampler, noise, condition), theirs) < of_pass(torch.float32, 2 * STEPS)
 
 
 # What it costs, and what it is
@@ -126,7 +129,7 @@ def test_what_makes_no_sense_is_refused():
             Sana(make_transformer("1.0"), **settings)
     sprint = make_transformer("1.0")
     sprint.register_to_config(guidance_embeds=True)
-    with pytest.raises(ValueError, match=r"model.guidance_embeds is True: give a Sana that is guided"):
+    with pytest.raises(ValueError, match=r"model.path holds a Sana-Sprint .*: give a Sana"):
         Sana(sprint)
     noise, condition = make_batch("1.0")
     wide = TextCondition(embeddings=condition.embeddings.repeat(1, 1, 2), mask=condition.mask)
@@ -143,9 +146,9 @@ def test_half_precision_keeps_the_residual_stream_or_follows_diffusers(dtype):
     theirs = module_forward(uniform, noise.to(dtype), TIMES, condition.to(dtype=dtype))
     as_diffusers, ours = (model(noise.float(), TIMES, condition) for model in (uniform, mixed))
     assert (as_diffusers.dtype, ours.dtype) == (dtype, torch.float32)
-    near = {torch.bfloat16: 0.05, torch.float16: 0.006}[dtype]
-    assert apart(as_diffusers, theirs) < near
-    assert apart(ours, exact) < apart(as_diffusers, exact) < near
+    assert apart(as_diffusers, theirs) < of_pass(dtype)
+    assert apart(as_diffusers, exact) < of_pass(dtype)
+    assert apart(ours, exact) < of_pass(dtype)
 
 
 # From a folder
@@ -172,4 +175,5 @@ def test_a_folder_is_its_model_and_its_scheduler(tmp_path, dtype):
     noise, condition = make_batch("1.5")
     latents = sample(sampler, noise.float(), condition)
     ours = sample(make_sampler(make_sana("1.5"), config()), noise, condition)
-    assert apart(latents, ours) < (1e-5 if dtype == torch.float32 else 0.1)
+    # The halves of guidance by 3 are weighed 3 and -2, and stand for one pass where errors are random.
+    assert apart(latents, ours) < 5 * of_pass(dtype)

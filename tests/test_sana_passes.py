@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_pixart import CACHEABLE, STEPS, TIMES, apart
 from tiny_sana import FAMILY, SCHEDULERS, config, make_batch, make_sana, pipeline_latents, slow_network
+from tolerances import of_pass
 from torch import Tensor
 
 import harmonica
@@ -55,7 +56,7 @@ def test_a_planned_trajectory_is_the_slow_one(kind, cacheable):
         ]
         velocity = outputs[1] + 3.0 * (outputs[0] - outputs[1])
         x = x - (sampler.timesteps[i] - (sampler.timesteps[i - 1] if i else 0.0)) / 1000 * velocity
-    assert apart(sample(sampler, noise, condition, plan), x) < 1e-5
+    assert apart(sample(sampler, noise, condition, plan), x) < of_pass(torch.float32, 2 * STEPS)
     assert apart(sample(sampler, noise, condition), x) > 1e-3, "caching makes a difference"
 
 
@@ -70,7 +71,7 @@ def test_passes_agree_where_they_should(cacheable):
     planned_pass(model, *model.embed(noise, TIMES, condition), (True,) * count, cache, 1)
     embedded = model.embed(noise, TIMES - 3, condition)
     soft = soft_pass(model, *embedded, torch.ones(count), (True,) * count, cache, 0)
-    torch.testing.assert_close(soft, model(noise, TIMES - 3, condition), rtol=1e-5, atol=1e-5)
+    assert apart(soft, model(noise, TIMES - 3, condition)) < of_pass(torch.float32)
 
 
 @pytest.mark.parametrize("cacheable", CACHEABLE, ids="+".join)
@@ -95,7 +96,8 @@ def test_a_row_is_the_same_in_any_batch():
     model, (noise, condition) = make_sana("1.0"), make_batch("1.0")
     sampler, plan, order = make_sampler(model, config()), random_plan(model), [2, 0]
     whole = sample(sampler, noise, condition, plan)
-    assert apart(sample(sampler, noise[order], condition[order], plan), whole[order]) < 1e-5
+    near = of_pass(torch.float32, 2 * STEPS)  # linear attention is in float32
+    assert apart(sample(sampler, noise[order], condition[order], plan), whole[order]) < near
 
 
 # Training
@@ -138,5 +140,5 @@ def test_a_plan_in_the_pipeline_is_the_samplers(scheduler):
     theirs = pipeline_latents(model, SCHEDULERS[scheduler], noise, condition, **how)
     harmonica.remove(model.transformer)
     ours = sample(sampler, noise, condition, artifact.plan)
-    assert apart(theirs, ours) < 1e-5 < 1e-3 < apart(plain, ours)
+    assert apart(theirs, ours) < of_pass(torch.float32, 2 * STEPS) < 1e-3 < apart(plain, ours)
     assert torch.equal(pipeline_latents(model, SCHEDULERS[scheduler], noise, condition, **how), plain)

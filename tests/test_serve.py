@@ -6,6 +6,7 @@ import io
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -148,6 +149,10 @@ def test_a_client_that_has_gone_is_not_drawn_for(client, url):
             assert not first.done(), "else nobody had to wait"
             assert stayed.result().json()["batch_size"] == 1
             assert first.result().json()["batch_size"] == 4
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    assert not [log for log in logs.glob("*.log") if "Traceback" in log.read_text()], (
+        "a line a client at most"
+    )
 
 
 @pytest.mark.cluster

@@ -65,6 +65,7 @@ class Endpoint:
     def start(self) -> None:
         command = [sys.executable, "-m", "pipelines.serve", f"--serve.port={self.port}"]
         command += ["--serve.min-replicas=2", "--serve.max-replicas=2", "--serve.api-replicas=2"]
+        command += ["--serve.reproducible"]  # or company may tip a grey level on some CPUs
         command += [f"--model.path={self.model.path}", f"--registered-model={NAME}"]
         environment = self.cluster.environment | {
             "MLFLOW_TRACKING_URI": self.mlflow.uri,

@@ -1,7 +1,9 @@
 """Routers for several speeds from one training: each as it would be alone, resumed, and what is refused."""
 
+import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,12 +36,13 @@ TRAINING = TrainingConfig(
     sdt=SdtConfig(reuse="forecast", threshold=0.5, learning_rate=0.1, penalty="macs"),
 )
 FAMILY = dataclasses.replace(TRAINING, targets=(1.5, 1.3, 1.7, 1.5))
+STOPS = [1, 5, 8, 9, 16]
 NO_FORECASTS = {"forecast": ForecastConfig(), "choice_trajectories": 0}
 
 
-@pytest.fixture
-def fresh(tmp_path: Path):
-    loaded = load_model(write_model(tmp_path / "model"))
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory):
+    loaded = load_model(write_model(tmp_path_factory.mktemp("model")))
     sampler = make_sampler(loaded.model, STEPS)
     spec = RowSpec.of(loaded.model, 0)
 
@@ -59,8 +62,25 @@ def same(one: RouterArtifact, other: RouterArtifact) -> bool:
     return torch.equal(one.logits_TB, other.logits_TB) and torch.equal(one.forecast_TBK, other.forecast_TBK)
 
 
-def test_each_member_is_bit_for_bit_the_router_trained_alone(fresh):
-    family = trained(fresh, FAMILY)
+@pytest.fixture(scope="module")
+def states(fresh) -> dict[int, tuple[Any, Any]]:
+    """What a run would be resumed from after so many trajectories, and the rows that are next. The run
+    itself, which ends after all of them, is under 0."""
+    run, spec = fresh(FAMILY)
+    found: dict[int, tuple[Any, Any]] = {}
+    for _ in train.trained(run, spec, Share(FAMILY.batch_size)):
+        if run.trajectory in STOPS:
+            found[run.trajectory] = copy.deepcopy(run.state()), run.next_rows
+    return found | {0: (run, None)}
+
+
+@pytest.fixture(scope="module")
+def whole(states) -> FamilyRun:
+    return states[0][0]
+
+
+def test_each_member_is_bit_for_bit_the_router_trained_alone(fresh, whole):
+    family = whole
     assert family.trajectory == FAMILY.all_trajectories == 1 + 3 * (2 + 1 + 4), "the start counts once"
     others = family.others(run_id="r")
     assert list(others) == ["1.5x", "1.7x"]
@@ -79,16 +99,12 @@ def test_a_start_that_is_not_measured_is_none_to_share(fresh):
     assert torch.equal(others["1.5x"].logits_TB, trained(fresh, alone).artifact().logits_TB)
 
 
-@pytest.mark.parametrize("stop", [1, 5, 8, 9, 16])
-def test_it_resumes_bit_for_bit_within_any_member(fresh, stop):
-    whole = trained(fresh, FAMILY)
-    run, spec = fresh(FAMILY)
-    for _ in train.trained(run, spec, Share(2)):
-        if run.trajectory == stop:
-            break
-    resumed, _ = fresh(FAMILY)
-    resumed.load_state(run.state())
-    assert resumed.trajectory == stop and resumed.next_rows == run.next_rows
+@pytest.mark.parametrize("stop", STOPS)
+def test_it_resumes_bit_for_bit_within_any_member(fresh, whole, states, stop):
+    state, next_rows = states[stop]
+    resumed, spec = fresh(FAMILY)
+    resumed.load_state(copy.deepcopy(state))
+    assert resumed.trajectory == stop and resumed.next_rows == next_rows
     list(train.trained(resumed, spec, Share(2)))
     assert same(resumed.artifact(), whole.artifact())
     for name, artifact in whole.others().items():

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -67,8 +68,21 @@ def test_of_a_folder_the_manifest_comes_last(storage, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "write_bytes", lambda name, data: (written.append(name), write(name, data)))
     storage.upload_folder(folder, "router")
     assert written[-1] == "router/config.json" and len(written) == 3
-    copy = storage.download_folder("router")
-    assert (copy / "sub" / "z.txt").read_text() == "sub/z.txt"
+
+
+def test_a_folder_to_read_is_gone_once_it_is_read(storage, tmp_path, monkeypatch):
+    local = tmp_path / "temporary"
+    local.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(local))
+    for name in ("config.json", "sub/z.txt"):
+        storage.write_bytes(f"router/{name}", name.encode())
+    with storage.local_folder("router") as folder:
+        assert (folder / "sub" / "z.txt").read_text() == "sub/z.txt"
+        assert list(local.iterdir()) == ([] if storage.is_local else [folder])
+    with pytest.raises(KeyError), storage.local_folder("router"):
+        raise KeyError
+    assert list(local.iterdir()) == []
+    assert storage.read_bytes("router/config.json") == b"config.json", "the run's own stays"
 
 
 def test_a_folder_takes_the_place_of_another_whole(storage, tmp_path):
@@ -79,8 +93,8 @@ def test_a_folder_takes_the_place_of_another_whole(storage, tmp_path):
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             (made / name).write_text(names[1])
         storage.replace_folder(made, "router")
-    copy = storage.download_folder("router")
-    found = {p.relative_to(copy).as_posix(): p.read_text() for p in copy.rglob("*") if p.is_file()}
+    with storage.local_folder("router") as copy:
+        found = {p.relative_to(copy).as_posix(): p.read_text() for p in copy.rglob("*") if p.is_file()}
     assert found == {"config.json": "new.txt", "new.txt": "new.txt"}
     shutil.rmtree(made)
     made.mkdir()

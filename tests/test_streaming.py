@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import pickle
+from concurrent.futures import CancelledError
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
+from ray.serve.exceptions import RequestCancelledError
 from tiny_dit import make_artifact, write_model
 from tiny_studio import CONFIG, make_studio
 
@@ -22,6 +24,7 @@ from pipelines.serving.batching import Overloaded, TimedOut
 from pipelines.serving.drawing import Row, SettingRefused
 from pipelines.serving.images_api import create_app
 from pipelines.serving.orders import REFUSALS, Order
+from pipelines.serving.replicas import RemoteSampler
 from pipelines.serving.streaming import merge
 from pipelines.serving.studio import preview_steps
 
@@ -157,6 +160,38 @@ def test_an_overloaded_source_says_so_before_the_stream(source, client, monkeypa
     monkeypatch.setattr(source.batcher, "check_room", full)
     answer = client.post(PATH, json={"prompt": "Bag", "stream": True, "n": 2})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "3")
+
+
+class Cancelled:
+    """Calls of a handle that Serve has cancelled before what awaits them, since their client has gone."""
+
+    def options(self, **_):
+        return self
+
+    draw = watch = describe = property(lambda self: self)
+
+    def remote(self, *_):
+        return self
+
+    def cancel(self):
+        pass
+
+    def __await__(self):
+        raise RequestCancelledError("some-request")
+
+    async def __aiter__(self):
+        raise RequestCancelledError("some-request")
+        yield
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_serve_has_cancelled_is_no_failure(source, stream, caplog, monkeypatch):
+    """An error is logged with its stack, a page for every client that went away."""
+    remote = RemoteSampler(Cancelled())
+    monkeypatch.setattr(remote, "describe", source.describe)
+    with TestClient(create_app(remote)) as client, pytest.raises(CancelledError):
+        client.post(PATH, json={"prompt": "Bag", "n": 2, "stream": stream})
+    assert [record for record in caplog.records if record.exc_info] == []
 
 
 @pytest.mark.parametrize(

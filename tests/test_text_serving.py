@@ -99,6 +99,15 @@ def test_a_prompt_over_the_limit_loses_its_end_or_is_refused(clients, field):
     draw(clients["refuse"], prompt="a dress", negative_prompt="dark")
 
 
+@pytest.mark.parametrize("prompt", [" ", "\n\t", "\u3000", "\u200b\ufeff", "\x00\x07"])
+def test_a_blank_prompt_is_refused_and_a_negative_one_may_be(clients, prompt):
+    answer = clients["truncate"].post(PATH, json={"prompt": prompt})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("prompt", "invalid_value") and "is blank" in error["message"]
+    draw(clients["truncate"], prompt=f"{prompt}a dress{prompt}", negative_prompt=prompt)
+
+
 class Counting(TextEncoder):
     """Counts what it embeds."""
 

@@ -17,6 +17,7 @@ def test_it_shows_the_store_that_the_workflow_writes(tmp_path):
     assert options["--backend-store-uri"] == f"sqlite:///{tmp_path}/mlflow.db"
     assert options["--artifacts-destination"] == f"{tmp_path}/mlartifacts"
     assert (options["--host"], options["--port"]) == ("127.0.0.1", "5055")
+    assert options["--uvicorn-opts"] == "--log-level warning", "no line for every request"
 
 
 def test_an_empty_storage_path_is_named_and_not_made(tmp_path):

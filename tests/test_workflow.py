@@ -1,6 +1,7 @@
 """The chain as a user meets it: bad input first, then the real thing, locally and as a submitted job."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -12,9 +13,11 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import postgres
 import pytest
 import ray
+from listening import listeners
 from mlflow_server import MlflowServer
 from processes import free_port
 from s3_server import BUCKET, SECRET, s3_server
@@ -22,9 +25,16 @@ from tiny_dit import make_artifact, write_model
 
 import workflow
 from harmonica.artifact import RouterArtifact
+from harmonica.judging.metrics import psnr
+from harmonica.models.loading import load_model
+from harmonica.rows import Batch, make_rows
+from harmonica.samplers import make_sampler
+from harmonica.sampling import sample
 from harmonica.text.prompt_files import MANIFEST
 from pipelines import registry, resume
 from pipelines.mlflow_store import tracking_uri
+from pipelines.stream import row_spec
+from pipelines.timing import SEED_OFFSET
 from pipelines.tracking import make_client
 
 ROOT = Path(workflow.__file__).parent
@@ -41,6 +51,28 @@ SMALL = [
 ]
 LET_THROUGH = "--promote=always"
 """What two trajectories make is not worth having."""
+_DECIBELS = 0.1
+"""Between two computations of one PSNR. Batches of other sizes differ by roundings, 1e-5 of an image. The
+error that is measured is above 1e-3 wherever PSNR is below 60 dB, so it moves by 1%: 20 log 1.01 dB."""
+
+
+def psnr_here(run: Path, arguments: list[str], sampler_name: str = "") -> float:
+    """What the report's `psnr_to_full` should be, mean over its images: computed in this process.
+
+    Args:
+        sampler_name: another than the router was trained for.
+    """
+    config = workflow.parse(arguments, workflow.PRESETS, "workflow.py")
+    model, artifact = load_model(config.model).model, RouterArtifact.load(run / "router")
+    changes = {"name": sampler_name, "scheduler": None} if sampler_name else {}
+    sampler = make_sampler(model, dataclasses.replace(artifact.sampler, **changes))
+    spec = row_spec(config, model, config.seed + SEED_OFFSET)
+    rows = Batch.of(make_rows(np.arange(config.evaluate.samples), spec), spec, "cpu")
+    full, cached = (
+        sample(sampler, rows.noise_NCHW, rows.condition_N, plan, reuse=artifact.reuse, rows=rows.keys)
+        for plan in (None, artifact.plan)
+    )
+    return float(psnr(cached, full).clamp(max=100).mean())
 
 
 @pytest.mark.parametrize(
@@ -121,7 +153,7 @@ def test_a_run_is_resumed_with_its_own_settings_only(
     started = workflow.PRESETS["fashion"]().to_dict() | {"seed": 7}
     (run / "config.json").write_text(json.dumps(started))
     assert workflow.main(["fashion", "--run-id=r1", f"--storage-path={tmp_path / 'runs'}"]) == 2
-    assert "seed is 0 and run_id r1 was started with 7" in capsys.readouterr().err
+    assert "seed was 7 and is 0: resume run_id r1 with its own settings" in capsys.readouterr().err
 
 
 def test_how_a_run_is_placed_may_change_when_it_is_resumed(tmp_path: Path) -> None:
@@ -134,7 +166,7 @@ def test_how_a_run_is_placed_may_change_when_it_is_resumed(tmp_path: Path) -> No
     first = prepared()
     resume.begin(first.config, first.storage)
     prepared("--train.num-workers=1", "--train.placement-strategy=SPREAD", "--train.stall-timeout-s=60")
-    with pytest.raises(ValueError, match=r"train is .* and run_id r1 was started with"):
+    with pytest.raises(ValueError, match=r"^train.trajectories was 20 and is 31: resume run_id r1 with"):
         prepared("--train.trajectories=31")
 
 
@@ -186,7 +218,13 @@ def test_the_chain_and_its_second_run(
         *SMALL,
     ]
     try:
-        assert workflow.main([*arguments, "--promotion.min-psnr-to-full=99"]) == 3
+        with listeners() as found:
+            assert workflow.main([*arguments, "--promotion.min-psnr-to-full=99"]) == 3
+        # torch's store, by which ranks find each other, takes no address: it is there while training runs.
+        assert {name for name, _ in found[False]} <= {"ray::RayTrainWorker", "ray::execute"}, "see README"
+        assert {address for _, address in found[False]} <= {"::", "0.0.0.0"}, "gloo names one"
+        servers = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+        assert servers <= {name for name, _ in found[True]}, "they were looked at"
         said, run = capsys.readouterr(), tmp_path / "runs" / "r1"
         assert (
             "error: version 1 of harmonica-fashion is kept and not promoted, there is no champion" in said.err
@@ -203,7 +241,11 @@ def test_the_chain_and_its_second_run(
         assert (run.parent / "mlartifacts").is_dir() and list(run.parent.rglob("artifacts/report.html"))
 
         arguments.append(LET_THROUGH)  # overruled, with the same run id
-        assert workflow.main(arguments) == 0
+        with listeners() as found:  # the endpoint too
+            assert workflow.main(arguments) == 0
+        # What replicas ask each other by takes no address either, and wants Ray's token.
+        assert {name.partition(":harmonica:")[0] for name, _ in found[False]} <= {"ray::ServeReplica"}
+        assert "ray::ProxyActor" in {name for name, _ in found[True]}
         said = capsys.readouterr()
         assert said.out.count("done before") == 2
         assert "version 1 of harmonica-fashion is the champion" in said.out
@@ -225,7 +267,8 @@ def test_the_chain_and_its_second_run(
         assert set(report["transfer"]) == {
             f"{name} {arm}" for name in ("ddim", "dpm-solver++", "9 steps") for arm in ("full", "cached")
         }
-        assert report["transfer"]["dpm-solver++ cached"]["psnr_to_full"] > 5
+        transferred = report["transfer"]["dpm-solver++ cached"]["psnr_to_full"]
+        assert transferred == pytest.approx(psnr_here(run, arguments, "dpm-solver++"), abs=_DECIBELS)
         for name in ("samples.png", "router.png", "served.png"):
             assert (run / name).read_bytes().startswith(b"\x89PNG")
         assert (run / "router" / "sample.safetensors").exists(), "what serving holds the router to"
@@ -356,7 +399,8 @@ def test_the_chain_on_prompts(
         run = tmp_path / "runs" / "t1"
         assert json.loads((run / "prompts" / MANIFEST).read_text())["count"] == 3
         report = json.loads((run / "report.json").read_text())
-        assert report["arms"]["cached"]["psnr_to_full"] > 5
+        near = report["arms"]["cached"]["psnr_to_full"]
+        assert near == pytest.approx(psnr_here(run, arguments), abs=_DECIBELS)
         capsys.readouterr()
         again = [*arguments, "--stages", "prompts", "train", "evaluate", "register"]
         assert workflow.main(again) == 0, capsys.readouterr().err

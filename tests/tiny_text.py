@@ -29,6 +29,25 @@ def make_tokenizer(words: Sequence[str] = WORDS) -> T5Tokenizer:
     return T5Tokenizer(vocab=special + pieces + [(letter, -5.0) for letter in _LETTERS], extra_ids=2)
 
 
+def write_sentencepiece(folder: Path) -> None:
+    """The same tokens in the older form alone, as PixArt's repositories have it: no `tokenizer.json`."""
+    import sentencepiece
+
+    (folder / "tokenizer.json").unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*make_prompts(20), "a photo of the moon", _LETTERS]),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=len(make_tokenizer()) - 2,  # and two extra ids
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "spiece.vocab").unlink()
+
+
 def make_encoder(*, width: int = WIDTH, seed: int = 0) -> T5EncoderModel:
     """Two layers; position and neighbours matter, so that each token's embedding is its own."""
     torch.manual_seed(seed)

@@ -6,7 +6,9 @@ FOLDER = Path(__file__).parent
 FASHION_DIT = FOLDER / "fashion-dit"
 FASHION_PIXART = FOLDER / "fashion-pixart"
 CAPTIONS = FOLDER / "captions.txt"
-"""Prompts for it, some hundred of `harmonica.captions.all_captions`."""
+"""Prompts for it: half of `harmonica.pretraining.captions.all_captions`."""
 CLASSIFIER = FOLDER / "classifier"
 CHAMPION = FOLDER / "champion"
-"""A router trained at length: what `make serve` starts from on a fresh clone."""
+"""A router for the built-in DiT, which `make serve` starts from on a fresh clone. Its plan was found by a
+search over whole steps and its forecasts were fitted; the scores that SDT had trained were discarded, since
+their plan was not nearer to the full sampler's images (`training.chosen` in its `config.json`)."""

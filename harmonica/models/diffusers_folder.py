@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harmonica.checkpoints import read_state
 from harmonica.models.diffusers_layout import (
     CLASS_NAME,
     config_from_diffusers,
@@ -13,11 +12,13 @@ from harmonica.models.diffusers_layout import (
     tensors_from_diffusers,
     tensors_to_diffusers,
 )
+from harmonica.models.repository_files import INDEX, MODEL_STEMS, listed_parts
 from harmonica.models.stored import StoredModel, default_class_names
 from harmonica.models.vae import find_vae
+from harmonica.models.weight_files import contents, read_json, read_weights
 from harmonica.tensor_files import write_tensors
 
-_WEIGHTS = "diffusion_pytorch_model"
+TEXT_PARTS = ("text_encoder", "tokenizer")
 
 # The process the public models were trained on, visited at the public code's timesteps.
 SCHEDULER = {
@@ -35,60 +36,12 @@ SCHEDULER = {
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: unreadable, or no object.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object: fetch it again")
-    return value
-
-
-def contents(folder: Path) -> str:
-    """What a folder holds, for an error."""
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "nothing"
-
-
 def find_transformer(folder: Path) -> Path | None:
     """The transformer's folder: `folder` itself or one of that name in it."""
     if (folder / "transformer" / "config.json").is_file():
         return folder / "transformer"
     config = folder / "config.json"
     return folder if config.is_file() and "_class_name" in read_json(config) else None
-
-
-def read_weights(folder: Path) -> dict[str, Any]:
-    """Weights of a transformer's folder, mapped: one file or several under an index."""
-    for suffix in ("safetensors", "bin"):
-        whole, index = folder / f"{_WEIGHTS}.{suffix}", folder / f"{_WEIGHTS}.{suffix}.index.json"
-        if whole.is_file():
-            return read_state(whole)
-        if index.is_file():
-            return _read_shards(folder, index)
-    raise ValueError(
-        f"{folder} has no {_WEIGHTS}.safetensors or .bin, whole or with an index; it holds "
-        f"{contents(folder)}: fetch the weights too"
-    )
-
-
-def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(Path(str(name)).name == name for name in files.values()):
-        raise ValueError(f"{index} has no usable weight_map of file names: fetch it again")
-    shards = {name: read_state(folder / name) for name in sorted(set(files.values()))}
-    state = {}
-    for key, name in files.items():
-        if key not in shards[name]:
-            raise ValueError(f"{folder / name} lacks {key}, which {index.name} places there: fetch it again")
-        state[key] = shards[name][key]
-    return state
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +54,19 @@ class PipelineParts:
     scheduler: dict[str, Any] | None
     vae_folder: Path | None
     has_text_encoder: bool
+    """Whether it should have one, whole or not."""
 
     @classmethod
     def read(cls, folder: Path) -> "PipelineParts":
-        index, scheduler = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+        index, scheduler = folder / INDEX, folder / "scheduler" / "scheduler_config.json"
         described = read_json(index) if index.is_file() else {}
+        parts = listed_parts(index.read_bytes(), str(index)) if index.is_file() else ()
         return cls(
             class_name=str(described.get("_class_name", "")),
             id2label=described.get("id2label"),
             scheduler=read_json(scheduler) if scheduler.is_file() else None,
             vae_folder=find_vae(folder),
-            has_text_encoder=(folder / "text_encoder").is_dir() and (folder / "tokenizer").is_dir(),
+            has_text_encoder=any(name in parts or (folder / name).is_dir() for name in TEXT_PARTS),
         )
 
 
@@ -140,6 +95,7 @@ def read_diffusers(folder: Path) -> StoredModel:
         config=config,
         tensors=tensors,
         class_names=_class_names(parts.id2label, config.num_embeds_ada_norm) or default_class_names(config),
+        source=f"model.path {transformer}",
         scheduler=parts.scheduler,
         vae_folder=parts.vae_folder,
     )
@@ -157,12 +113,12 @@ def write_diffusers(folder: Path, stored: StoredModel) -> None:
     index["transformer"] = ["diffusers", CLASS_NAME]
     index["vae"] = ["diffusers", "AutoencoderKL"]
     for name, value in (
-        ("model_index.json", index),
+        (INDEX, index),
         ("scheduler/scheduler_config.json", scheduler),
         ("transformer/config.json", config),
     ):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    weights = folder / "transformer" / f"{_WEIGHTS}.safetensors"
+    weights = folder / "transformer" / f"{MODEL_STEMS[0]}.safetensors"
     write_tensors(tensors_to_diffusers(stored), weights, metadata={"format": "pt"})

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from harmonica.checkpoints import check_state
-from harmonica.models.diffusers_folder import read_json, read_weights
+from harmonica.models.weight_files import read_json, read_weights
 from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.weight_values import check_values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,7 @@ class StoredModule:
             full_precision_parts: prefixes of parameters that stay in float32.
 
         Raises:
-            ValueError: the weights do not fit the configuration; names what differs.
+            ValueError: the weights do not fit the configuration, are zero, or not finite; names which.
         """
         ensure_torchvision_imports()
         from accelerate import init_empty_weights
@@ -58,5 +59,6 @@ class StoredModule:
             name: state[name].to(device, torch.float32 if name.startswith(full_precision_parts) else dtype)
             for name in wanted
         }
+        check_values(placed, f"model.path {self.folder}")
         module.load_state_dict(placed, assign=True)
         return module.to(device).eval().requires_grad_(False)

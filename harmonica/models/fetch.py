@@ -14,6 +14,14 @@ _BUILTINS = {BUILTIN: FASHION_DIT, BUILTIN_TEXT: FASHION_PIXART}
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 
 
+def pinned(path: str, revision: str) -> str:
+    """`path` with its revision in it, where `local_path` would take it for the id of one that names none."""
+    found = _HUB_ID.fullmatch(path)
+    if not revision or found is None or found[2] or Path(resolved(path, "model.path")).exists():
+        return path
+    return f"{path}@{revision}"
+
+
 def local_path(path: str, revision: str = "", *, field: str = "model.path") -> Path:
     """Where `path` lies on this machine, fetched into a cache first if it is remote.
 

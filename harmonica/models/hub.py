@@ -1,23 +1,16 @@
 """Models on the Hugging Face hub, at a pinned revision, through huggingface_hub's own cache."""
 
+import glob
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
+
+from harmonica.models.repository_files import INDEX, RepositoryMalformed, listing, wanted
 
 logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_WEIGHTS = "diffusion_pytorch_model*"
-# A pipeline's repository holds more than a model needs; safetensors first, see `from_hub`.
-_FOLDERS = ("", "transformer/", "vae/")
-_PATTERNS = [
-    "model_index.json",
-    "model.safetensors",
-    "scheduler/scheduler_config.json",
-    *(f"{folder}config.json" for folder in _FOLDERS),
-    *(f"{folder}{_WEIGHTS}.{end}" for folder in _FOLDERS for end in ("safetensors", "index.json")),
-]
-_UNWANTED = ["*.fp16.*", "*.bf16.*", "*non_ema*"]
 
 
 def from_hub(repo: str, revision: str, field: str) -> Path:
@@ -34,18 +27,13 @@ def from_hub(repo: str, revision: str, field: str) -> Path:
         )
     if not _COMMIT.fullmatch(revision):
         logger.warning("%s %s: revision %s is no commit and may move", field, repo, revision)
-    from huggingface_hub import constants, snapshot_download
-
-    def download(patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=_UNWANTED)
-        )
-
     try:
-        root = download(_PATTERNS)
-        pickled = [f"{folder}{_WEIGHTS}.bin" for folder in _FOLDERS if _bare(root / folder)]
-        return download(_PATTERNS + pickled) if pickled else root
+        return _snapshot(repo, revision, f"{field} {repo}")
+    except RepositoryMalformed:
+        raise
     except Exception as error:  # OSError, ValueError and httpx's own: to the user all are one
+        from huggingface_hub import constants
+
         offline = ", and HF_HUB_OFFLINE forbids to fetch it" if constants.HF_HUB_OFFLINE else ""
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
@@ -54,6 +42,21 @@ def from_hub(repo: str, revision: str, field: str) -> Path:
         ) from error
 
 
-def _bare(folder: Path) -> bool:
-    """A model's folder without safetensors: its weights are `.bin`, which is read tensors only."""
-    return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors"))
+def _snapshot(repo: str, revision: str, source: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    def download(names: Iterable[str]) -> Path:
+        patterns = [glob.escape(name) for name in names]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+    try:
+        names = HfApi().list_repo_files(repo, revision=revision)
+    except Exception:  # out of reach, or unknown: the cache may have it, else this says what is wrong
+        return download([INDEX])
+    found = wanted(names, lambda name: (download([name]) / name).read_bytes(), source)
+    if not found:
+        raise RepositoryMalformed(
+            f"{source} holds no model, but {listing(names)}: give the id of a diffusers pipeline, or of its "
+            "transformer or VAE"
+        )
+    return download(found)

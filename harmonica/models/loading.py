@@ -16,15 +16,17 @@ import torch
 
 from harmonica.models import pixart_folder, sana_folder
 from harmonica.models.base import BranchedTransformer
-from harmonica.models.diffusers_folder import contents, find_transformer, read_diffusers, read_json
+from harmonica.models.diffusers_folder import find_transformer, read_diffusers
 from harmonica.models.dit_config import DiTConfig
 from harmonica.models.fetch import BUILTIN, BUILTIN_TEXT, local_path
 from harmonica.models.pixart_branches import Kind
 from harmonica.models.pixart_folder import StoredPixArt
 from harmonica.models.public_layout import read_public
+from harmonica.models.repository_files import INDEX, OWN_WEIGHTS, bare_checkpoint, own_weights
 from harmonica.models.sana_folder import StoredSana
 from harmonica.models.stored import StoredModel, default_class_names
 from harmonica.models.vae import find_vae, load_vae
+from harmonica.models.weight_files import contents, read_json
 
 __all__ = [
     "BUILTIN",
@@ -128,13 +130,19 @@ def read_model(path: str, revision: str = "", shape: DiTConfig | None = None) ->
     Raises:
         ValueError: missing, truncated, or another shape than configured.
     """
-    local = local_path(path, revision)
+    return _read_dit(local_path(path, revision), shape)
+
+
+def _read_dit(local: Path, shape: DiTConfig | None) -> StoredModel:
     if local.is_file():
         return read_public(local, shape)
-    if (local / "model_index.json").is_file() or find_transformer(local):
+    if (local / INDEX).is_file() or find_transformer(local):
         return read_diffusers(local)
-    config, names = read_folder_config(local)
-    return read_public(local / "model.safetensors", config, names)
+    names = [path.name for path in local.iterdir() if path.is_file()]
+    if "config.json" not in names and (found := bare_checkpoint(names, f"model.path {local}")):
+        return read_public(local / found, shape)
+    config, class_names = read_folder_config(local)
+    return read_public(local / (own_weights(names) or OWN_WEIGHTS[0]), config, class_names)
 
 
 def _read(config: ModelConfig) -> StoredModel | StoredPixArt | StoredSana:
@@ -143,7 +151,7 @@ def _read(config: ModelConfig) -> StoredModel | StoredPixArt | StoredSana:
     name = read_json(transformer / "config.json").get("_class_name") if transformer else None
     if name in _TEXT_TO_IMAGE:
         return _TEXT_TO_IMAGE[name](local, cacheable=config.cacheable, text_tokens=config.text_tokens)
-    return read_model(config.path, config.revision, config.shape)
+    return _read_dit(local, config.shape)
 
 
 def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> LoadedModel:

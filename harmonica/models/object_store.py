@@ -11,16 +11,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
+from harmonica.models.repository_files import wanted
+
 logger = logging.getLogger(__name__)
 
 _PUBLIC_QUERY = ("endpoint_override", "region", "scheme")  # the rest of a query may hold keys
-_FOLDERS = (".", "transformer", "vae", "scheduler")
-_UNWANTED = ("*.fp16.*", "*.bf16.*", "*non_ema*")
 _CHUNK = 16 * 2**20  # each read is a request to the store
 
 
@@ -37,7 +36,7 @@ def from_store(uri: str, field: str) -> Path:
     from pyarrow import ArrowException
 
     try:
-        found = _fetch(uri, shown)
+        found = _fetch(uri, shown, field)
     except (ArrowException, OSError) as error:
         said = _scrubbed(f"{type(error).__name__}: {error}", uri)
         raise ValueError(
@@ -73,19 +72,7 @@ def _scrubbed(text: str, uri: str) -> str:
     return text
 
 
-def wanted(names: Iterable[str]) -> list[str]:
-    """The files of a folder that loading may need; of both formats safetensors alone."""
-    paths = [path for path in map(PurePosixPath, sorted(names)) if str(path.parent) in _FOLDERS]
-    paths = [path for path in paths if not any(path.match(pattern) for pattern in _UNWANTED)]
-    safe = {path.parent for path in paths if path.suffix == ".safetensors"}
-    return [
-        str(path)
-        for path in paths
-        if path.suffix in (".json", ".safetensors") or (path.suffix == ".bin" and path.parent not in safe)
-    ]
-
-
-def _fetch(uri: str, shown: str) -> Path | None:
+def _fetch(uri: str, shown: str, field: str) -> Path | None:
     from filelock import FileLock
     from pyarrow import fs
 
@@ -93,7 +80,7 @@ def _fetch(uri: str, shown: str) -> Path | None:
     root = root.rstrip("/")
     info = store.get_file_info(root)
     is_file = info.type == fs.FileType.File
-    files = {info.base_name: info} if is_file else _folder_files(store, root)
+    files = {info.base_name: info} if is_file else _folder_files(store, root, f"{field} {shown}")
     if not files:
         return None
     key = json.dumps([shown, [(name, found.size, found.mtime_ns) for name, found in files.items()]])
@@ -107,12 +94,17 @@ def _fetch(uri: str, shown: str) -> Path | None:
     return target / info.base_name if is_file else target
 
 
-def _folder_files(store: Any, root: str) -> dict[str, Any]:
+def _folder_files(store: Any, root: str, source: str) -> dict[str, Any]:
+    """Those that loading may need, by their paths in the folder."""
     from pyarrow import fs
+
+    def read(name: str) -> bytes:
+        with store.open_input_stream(f"{root}/{name}") as stream:
+            return stream.read()
 
     found = store.get_file_info(fs.FileSelector(root, recursive=True))
     files = {file.path[len(root) + 1 :]: file for file in found if file.type == fs.FileType.File}
-    return {name: files[name] for name in wanted(files)}
+    return {name: files[name] for name in wanted(files, read, source)}
 
 
 def _copy(store: Any, files: dict[str, Any], target: Path) -> None:

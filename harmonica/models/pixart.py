@@ -85,7 +85,10 @@ class PixArt(BranchedTransformer):
         if text_tokens < 1:
             raise ValueError(f"model.text_tokens is {text_tokens}: give the padded length of a prompt")
         if config.cross_attention_dim is None:
-            raise ValueError("model.cross_attention_dim is None: give a PixArt, which attends to text")
+            raise ValueError(
+                "model.path holds a transformer whose cross_attention_dim is None: give a PixArt, which "
+                "attends to text"
+            )
         self.transformer: Any = transformer  # as an nn.Module, its parts would be Tensor | Module
         self.text_tokens = text_tokens
         self.cacheable = tuple(kind for kind in KINDS if kind in cacheable)

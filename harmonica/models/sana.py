@@ -115,7 +115,10 @@ class Sana(BranchedTransformer):
         if text_tokens < 1:
             raise ValueError(f"model.text_tokens is {text_tokens}: give the padded length of a prompt")
         if config.guidance_embeds:
-            raise ValueError("model.guidance_embeds is True: give a Sana that is guided, not a Sana-Sprint")
+            raise ValueError(
+                "model.path holds a Sana-Sprint (guidance_embeds is True): give a Sana, which is guided by "
+                "two passes"
+            )
         self.transformer: Any = transformer  # as an nn.Module, its parts would be Tensor | Module
         self.text_tokens = text_tokens
         self.cacheable = tuple(kind for kind in KINDS if kind in cacheable)

@@ -11,6 +11,7 @@ from harmonica.models.base import FINGERPRINT_VALUES, Fingerprint
 from harmonica.models.dit import DiT, sincos_position_embedding
 from harmonica.models.dit_config import DiTConfig
 from harmonica.sdt import freeze
+from harmonica.weight_values import check_values
 
 POSITIONS = "pos_embed"
 
@@ -34,6 +35,8 @@ class StoredModel:
     tensors: dict[str, tuple[Tensor, ...]] = field(repr=False)
     """By the public code's names; several are the rows of one, in order: diffusers' q, k and v."""
     class_names: tuple[str, ...]
+    source: str = "the model"
+    """What errors call it."""
     scheduler: dict[str, Any] | None = None
     """Scheduler configuration of a diffusers folder."""
     vae_folder: Path | None = None
@@ -57,6 +60,9 @@ class StoredModel:
 
         Nothing is allocated before: peak memory is the weights and one tensor. What is already of
         this precision stays mapped on the CPU.
+
+        Raises:
+            ValueError: weights that are zero or not finite; names them.
         """
         model = skeleton(self.config)
         state, first_values = {}, {}
@@ -66,6 +72,7 @@ class StoredModel:
             is_full = name.startswith(model.full_precision_parts)
             state[name] = stored.to(device=device, dtype=torch.float32 if is_full else dtype)
         state[POSITIONS] = self.positions().to(device=device, dtype=torch.float32)
+        check_values(state, self.source)
         model.load_state_dict(state, assign=True)
         model.recorded_fingerprint = Fingerprint.of(first_values)
         freeze(model)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from harmonica.models.base import BranchedTransformer
+from harmonica.models.weight_files import find_weights
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
 _CLASS_NAMES = ("AutoencoderKL", "AutoencoderDC")
@@ -25,6 +26,18 @@ def find_vae(folder: Path) -> Path | None:
     return None
 
 
+def check_vae(folder: Path) -> None:
+    """Whether a folder that `find_vae` found has weights.
+
+    Raises:
+        ValueError: it has not, or not all; says what lies there.
+    """
+    try:
+        find_weights(folder)
+    except ValueError as error:
+        raise ValueError(f"model.vae: {error}") from error
+
+
 def load_vae(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The autoencoder of a folder that `find_vae` found, frozen.
 
@@ -38,8 +51,14 @@ def load_vae(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         name = json.loads((folder / "config.json").read_text())["_class_name"]
         if name not in _CLASS_NAMES:
             raise ValueError(f"it is a {name}")
+        weights = find_weights(folder)
         vae = getattr(diffusers, name).from_pretrained(
-            str(folder), torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
+            str(folder),
+            torch_dtype=dtype,
+            variant=weights.variant or None,
+            use_safetensors=weights.is_safe,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(
@@ -63,9 +82,10 @@ def pixels_per_latent(vae: Any) -> int:
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents_NCHW: Tensor) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1], float32, of latents in the model's scale."""
+    """Images (N, 3, H, W) in [-1, 1], float32, of latents in the model's scale; NaN where not finite."""
     latents = latents_NCHW.to(device=vae.device, dtype=vae.dtype) / vae.config.scaling_factor
     shift = getattr(vae.config, "shift_factor", None)
     if shift is not None:
         latents = latents + shift
-    return vae.decode(latents).sample.float().clamp(-1, 1)
+    images = vae.decode(latents).sample.float()
+    return images.clamp(-1, 1).where(images.isfinite(), torch.nan)  # an overflow would be clamped to black

@@ -1,1 +1,1 @@
-"""How the built-in models were made; the method needs none of it."""
+"""How the built-in models were made: data, captions and training. Caching and routers need none of it."""

@@ -70,14 +70,17 @@ class Sampler(ABC):
     def num_steps(self) -> int:
         return self.config.num_inference_steps
 
-    def with_guidance(self, scales: Sequence[float]) -> "Sampler":
+    def with_guidance(self, scales: Sequence[float], *, always: bool = False) -> "Sampler":
         """This sampler for a batch whose rows have guidance scales of their own.
 
-        A row is drawn as by a sampler of its scale, bit for bit as far as the model's kernels do not depend
-        on the batch: at 1 the other half weighs nothing.
+        A row is drawn as by a sampler of its scale, up to the rounding of kernels that depend on the batch:
+        at 1 the other half weighs nothing.
+
+        Args:
+            always: run the model on both halves even where every scale is 1.
         """
         twin = copy.copy(self)
-        twin.is_guided = any(scale != 1.0 for scale in scales)
+        twin.is_guided = always or any(scale != 1.0 for scale in scales)
         twin._scale = torch.tensor(scales, dtype=torch.float64)[:, None, None, None]
         return twin
 

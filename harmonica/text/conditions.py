@@ -7,6 +7,7 @@ Shapes: N rows, S text tokens, C width of the text encoder.
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -15,7 +16,13 @@ from torch import Tensor
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import LoadedModel
 from harmonica.models.text_condition import TextCondition
-from harmonica.text.text_encoder import EncoderDtype, OverLimit, PromptTooLong, TextEncoder
+from harmonica.text.text_encoder import (
+    EncoderDtype,
+    OverLimit,
+    PromptTooLong,
+    TextEncoder,
+    check_text_encoder,
+)
 
 _CACHED_PROMPTS = 128
 """2.4 MB each at 300 tokens of width 4096."""
@@ -125,10 +132,29 @@ def make_conditions(
     """
     if loaded.model.num_classes:
         return Labels(device)
+    encoder = TextEncoder.load(text_folder_of(loaded), device, dtype)
+    return Prompts(encoder, loaded.model, over_limit=over_limit)
+
+
+def check_conditions(loaded: LoadedModel) -> None:
+    """Whether `make_conditions` will find what it needs, without loading a text encoder.
+
+    Raises:
+        ValueError: the model takes prompts, and what embeds them is missing, incomplete or another model's.
+    """
+    if not loaded.model.num_classes:
+        check_text_encoder(text_folder_of(loaded), loaded.model.text_shape()[0])
+
+
+def text_folder_of(loaded: LoadedModel) -> Path:
+    """Where the text encoder of a model that takes prompts lies.
+
+    Raises:
+        ValueError: it came without one.
+    """
     if loaded.text_folder is None:
         raise ValueError(
             "model.path has no text_encoder/ and tokenizer/ and the model takes prompts: give the folder of "
             "its whole pipeline"
         )
-    encoder = TextEncoder.load(loaded.text_folder, device, dtype)
-    return Prompts(encoder, loaded.model, over_limit=over_limit)
+    return loaded.text_folder

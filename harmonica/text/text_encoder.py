@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from harmonica.checkpoints import read_tensors
+from harmonica.finite import check_finite
 from harmonica.models.base import FINGERPRINT_VALUES, weights_fingerprint
+from harmonica.models.repository_files import ENCODER_STEMS
+from harmonica.models.weight_files import contents, find_weights
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,7 @@ OverLimit = Literal["truncate", "refuse"]
 EncoderDtype = Literal["float32", "bfloat16", "float16"]
 
 _SHAPE = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size", "feed_forward_proj")
+_WORDS = ("tokenizer.json", "spiece.model")  # a tokenizer has either, or both
 # Says how text becomes tokens, whichever of its formats the tokenizer is stored in.
 _PROBE = "a photo of 2 cats, 3/4 view; it's café № 5 - 猫 🙂 <b>\ttab</b>"
 
@@ -40,6 +44,11 @@ def load_tokenizer(folder: Path) -> Any:
         ValueError: there is none.
     """
     part = _part(folder, "tokenizer", "tokenizer_config.json")
+    if not any((part / words).is_file() for words in _WORDS):
+        raise ValueError(
+            f"model.path {folder} has no tokenizer/{' or '.join(_WORDS)}; tokenizer/ holds {contents(part)}: "
+            "fetch the tokenizer again"
+        )
     from transformers import T5Tokenizer
 
     return T5Tokenizer.from_pretrained(part, local_files_only=True)
@@ -51,6 +60,25 @@ def token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
         return []
     # verbose: the tokenizer's own limit says nothing of the model's.
     return [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
+
+
+def check_text_encoder(folder: Path, width: int) -> None:
+    """Whether a pipeline's folder has all that `TextEncoder.load` reads, at the cost of its configuration.
+
+    Args:
+        width: of the embeddings that the model takes.
+
+    Raises:
+        ValueError: a part is missing or incomplete, is no T5's, or is of another width.
+    """
+    load_tokenizer(folder)
+    config = _config(folder)
+    find_weights(folder / "text_encoder", ENCODER_STEMS)
+    if config.d_model != width:
+        raise ValueError(
+            f"the text encoder in {folder} gives width {config.d_model} and the model takes {width}: use the "
+            "encoder of the model's own pipeline"
+        )
 
 
 class PromptTooLong(ValueError):
@@ -79,8 +107,8 @@ def encoder_identity(folder: Path, max_tokens: int) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(json.dumps(tokenizer(preprocess(_PROBE), verbose=False)["input_ids"]).encode())
     first_values = {}
-    for path in _weight_files(folder / "text_encoder"):
-        for name, tensor in read_tensors(path).items():
+    for file in find_weights(folder / "text_encoder", ENCODER_STEMS).files:
+        for name, tensor in read_tensors(folder / "text_encoder" / file).items():
             # One tensor under two names, of which files have either or both; decoders are left alone.
             name = name.replace("encoder.embed_tokens.", "shared.")
             if name.startswith(("encoder.", "shared.")):
@@ -110,11 +138,15 @@ class TextEncoder:
         """
         tokenizer = load_tokenizer(folder)
         _config(folder)
-        _weight_files(folder / "text_encoder")
+        weights = find_weights(folder / "text_encoder", ENCODER_STEMS)
         from transformers import T5EncoderModel
 
         model = T5EncoderModel.from_pretrained(
-            folder / "text_encoder", dtype=getattr(torch, dtype), local_files_only=True
+            folder / "text_encoder",
+            dtype=getattr(torch, dtype),
+            variant=weights.variant or None,
+            use_safetensors=weights.is_safe,
+            local_files_only=True,
         )
         return cls(folder, tokenizer, model.eval().requires_grad_(False).to(device))
 
@@ -142,6 +174,7 @@ class TextEncoder:
         Raises:
             ValueError: no prompts.
             PromptTooLong: a prompt is over the limit and that is to be refused.
+            NotFinite: an embedding is not finite.
         """
         if not prompts:
             raise ValueError("prompts is []: give at least one")
@@ -158,7 +191,15 @@ class TextEncoder:
         self._check_lengths([texts[row] for row in full], len(texts), max_tokens, over_limit)
         device = self.model.device
         mask = tokens.attention_mask.to(device)
-        return self.model(tokens.input_ids.to(device), attention_mask=mask)[0], mask.bool()
+        embeddings = self.model(tokens.input_ids.to(device), attention_mask=mask)[0]
+        dtype = str(embeddings.dtype).removeprefix("torch.")
+        check_finite(
+            embeddings,
+            f"embeddings of the text encoder in {self.folder} are",
+            f"it runs in {dtype}, whose range a T5 may leave: give prompts.dtype bfloat16 or float32, or "
+            "fetch its weights again",
+        )
+        return embeddings, mask.bool()
 
     def _check_lengths(self, full: list[str], total: int, max_tokens: int, over_limit: OverLimit) -> None:
         """Of prompts that fill all S tokens, which lost some?"""
@@ -193,17 +234,3 @@ def _config(folder: Path) -> Any:
     from transformers import T5Config
 
     return T5Config.from_pretrained(part, local_files_only=True)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would load: whole or under an index, safetensors first."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / stem).is_file():
-            return [folder / stem]
-        if (folder / f"{stem}.index.json").is_file():
-            shards = json.loads((folder / f"{stem}.index.json").read_text())["weight_map"]
-            return [folder / name for name in sorted(set(shards.values()))]
-    raise ValueError(
-        f"model.path {folder} has no model.safetensors or pytorch_model.bin, whole or with an index: fetch "
-        "the weights too"
-    )

@@ -1,1 +1,1 @@
-"""Whom the stage `compare` puts HarmoniCa beside, and its picture."""
+"""What the stage `compare` puts this project's routers beside, how it measures them, and its picture."""

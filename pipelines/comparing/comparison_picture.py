@@ -1,11 +1,12 @@
 """The picture of a comparison: quality against measured speed, a line for each method."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from pipelines.comparing.contenders import OURS
+from pipelines.comparing.names import OURS, label_of
 
 _MARKS = "osD^vP*Xd<>h"
 _COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
@@ -13,16 +14,21 @@ _COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#
 Place = tuple[float, float]
 
 
-def comparison_picture(points: Sequence[Mapping[str, Any]]) -> Figure:
+def comparison_picture(
+    points: Sequence[Mapping[str, Any]], missing: Sequence[Mapping[str, Any]] = ()
+) -> Figure:
     """PSNR to the full images over measured speed; bars are 95% intervals over images.
 
     Every seed has its mark; the line goes through the means of a method's seeds at each speed.
+
+    Args:
+        missing: arms that were not measured; the legend counts them.
     """
     figure = Figure(figsize=(9, 5.5), dpi=150, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    methods = list(dict.fromkeys(point["method"] for point in points))
-    for place, method in enumerate(methods):
-        of_method = [point for point in points if point["method"] == method]
+    methods = list(dict.fromkeys((point["method"], label(point)) for point in points))
+    for place, (method, name) in enumerate(methods):
+        of_method = [point for point in points if (point["method"], label(point)) == (method, name)]
         is_ours = method == OURS
         colour = "#c0392b" if is_ours else _COLOURS[place % len(_COLOURS)]
         order = 3 if is_ours else 2
@@ -32,7 +38,7 @@ def comparison_picture(points: Sequence[Mapping[str, Any]]) -> Figure:
             [point["speedup"] for point in of_method],
             [point["psnr_to_full"] for point in of_method],
             yerr=list(zip(*map(_bar, of_method))),
-            label=method,
+            label=name,
             marker=mark,
             markersize=7 if is_ours else 5,
             linestyle="",
@@ -40,11 +46,19 @@ def comparison_picture(points: Sequence[Mapping[str, Any]]) -> Figure:
             color=colour,
             zorder=order,
         )
+    for name, count in Counter(map(label, missing)).items():
+        axes.plot([], [], " ", label=f"{name}: {count} not measured")
     axes.set_xlabel("measured speed, full sampling = 1")
     axes.set_ylabel("PSNR to the full sampler's images, dB")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, frameon=False, ncols=2)
+    if methods or missing:
+        axes.legend(fontsize=7, frameon=False, ncols=2)
     return figure
+
+
+def label(point: Mapping[str, Any]) -> str:
+    """Of a method's line; those of versions before this one have none of their own."""
+    return str(point.get("label") or label_of(point["method"]))
 
 
 def line(points: Sequence[Mapping[str, Any]]) -> list[Place]:

@@ -1,4 +1,5 @@
-"""Who is compared at a speed: HarmoniCa, what else learns a plan, and plans that nobody has to learn."""
+"""What is compared at a speed: this project's routers, what else learns a plan, and plans that nobody has to
+learn."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,12 +15,10 @@ from harmonica.models.base import Macs
 from harmonica.plan import Plan
 from harmonica.samplers import SamplerConfig
 from harmonica.targets import even_plan, threshold_for
+from pipelines.comparing.names import FEWER_STEPS, OURS, PAPER, RELEASED
 from pipelines.config import TrainConfig
 from pipelines.timing import FULL, Arm
 
-OURS = "HarmoniCa"
-FEWER_STEPS = "fewer steps"
-PAPER = "SDT + IEPO as in the paper"
 _RANDOM_SEED = 7
 
 
@@ -40,7 +39,7 @@ class Entry:
 
 def learners(train: TrainConfig, target: float, *, rivals: bool) -> dict[str, TrainConfig]:
     """How each learning method is trained for a speed; all take as many trajectories."""
-    ours = dataclasses.replace(train, target_speedup=target, target_cur=0.0, targets=())
+    ours = dataclasses.replace(train, target_speedup=target, target_cur=0.0, target_psnr=0.0, targets=())
     if not rivals:
         return {OURS: ours}
     paper = dataclasses.replace(
@@ -60,7 +59,7 @@ def learners(train: TrainConfig, target: float, *, rivals: bool) -> dict[str, Tr
     return {
         OURS: ours,
         PAPER: paper,
-        "SDT + IEPO as released": dataclasses.replace(paper, iepo="cumulative"),
+        RELEASED: dataclasses.replace(paper, iepo="cumulative"),
         "SDT without IEPO": dataclasses.replace(paper, iepo="none"),
         "Learning-to-Cache": dataclasses.replace(paper, iepo="none", sdt=pairwise),
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.diffusers_folder import find_transformer, write_diffusers
-from harmonica.models.loading import read_model
+from harmonica.models.loading import ModelConfig, read_model
 from harmonica.rows import Batch
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.torchvision_ops import ensure_torchvision_imports
@@ -116,8 +116,13 @@ _LIBRARIES: dict[str, _Switch] = {
 }
 
 
-def _module(path: str, device: torch.device, is_cacheable: bool) -> Any:
-    """diffusers' DiT with the weights of `model.path`; cacheable, one that takes diffusers' own caches."""
+def _module(config: ModelConfig, device: torch.device, is_cacheable: bool) -> Any:
+    """diffusers' DiT with the configured model's weights, all of it in the configured precision, as users of
+    diffusers have it; cacheable, one that takes diffusers' own caches.
+
+    Raises:
+        ValueError: as of `read_model`; or no DiT.
+    """
     ensure_torchvision_imports()
     from diffusers.models.cache_utils import CacheMixin
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
@@ -126,11 +131,13 @@ def _module(path: str, device: torch.device, is_cacheable: bool) -> Any:
         pass
 
     with tempfile.TemporaryDirectory() as folder:
-        write_diffusers(Path(folder) / "model", read_model(path))
+        stored = read_model(config.path, config.revision, config.shape)
+        write_diffusers(Path(folder) / "model", stored)
         found = find_transformer(Path(folder) / "model")
         # cache-dit knows the class by its name.
         kind = CachedDiT if is_cacheable else DiTTransformer2DModel
-        module = kind.from_pretrained(found, low_cpu_mem_usage=False)
+        dtype = getattr(torch, config.dtype)
+        module = kind.from_pretrained(found, low_cpu_mem_usage=False, torch_dtype=dtype)
     return module.eval().requires_grad_(False).to(device)
 
 
@@ -138,8 +145,8 @@ def _module(path: str, device: torch.device, is_cacheable: bool) -> Any:
 class LibraryArm(Arm):
     """diffusers' module, sampled step by step as ours, with another library's cache on it or none."""
 
-    path: str = ""
-    """Where the weights are: `model.path`."""
+    weights: ModelConfig = field(default_factory=ModelConfig)
+    """Of the model whose weights the module has."""
     library: str = ""
     """Of `_LIBRARIES`; empty is uncached."""
     setting: float = 0.0
@@ -152,7 +159,7 @@ class LibraryArm(Arm):
     @torch.inference_mode()
     def sample(self, model: BranchedTransformer, batch: Batch) -> Tensor:
         if "module" not in self._built:
-            self._built["module"] = _module(self.path, batch.noise_NCHW.device, self._is_of_diffusers)
+            self._built["module"] = _module(self.weights, batch.noise_NCHW.device, self._is_of_diffusers)
         module, sampler = self._built["module"], make_sampler(model, self.sampler)
         if self.library:
             _LIBRARIES[self.library].start(module, self.setting, sampler.num_steps)
@@ -163,19 +170,20 @@ class LibraryArm(Arm):
             x_MCHW = torch.cat([half, half]) if sampler.is_guided else half
             timestep_M = torch.full((len(x_MCHW),), sampler.timesteps[i], device=x_MCHW.device)
             with module.cache_context("guided") if self._is_of_diffusers else nullcontext():
-                output = module(x_MCHW, timestep=timestep_M, class_labels=labels_M).sample
-            state = sampler.advance(i, state, sampler.guide(output))
+                output = module(x_MCHW.to(module.dtype), timestep=timestep_M, class_labels=labels_M).sample
+            state = sampler.advance(i, state, sampler.guide(output.to(x_MCHW.dtype)))
         return sampler.finish(state)
 
 
-def library_arms(path: str, sampler: SamplerConfig) -> list[Arm]:
+def library_arms(model: ModelConfig, sampler: SamplerConfig) -> list[LibraryArm]:
     """The uncached module and every library that is installed, at each of its settings."""
-    arms: list[Arm] = [LibraryArm(UNCACHED, sampler, reference=UNCACHED, path=path)]
+    arms = [LibraryArm(UNCACHED, sampler, reference=UNCACHED, weights=model)]
     for name, switch in _LIBRARIES.items():
         if importlib.util.find_spec(switch.package) is None:
             continue
         for setting in switch.settings:
             title = f"{name} {setting:g}"
-            arm = LibraryArm(title, sampler, reference=UNCACHED, path=path, library=name, setting=setting)
-            arms.append(arm)
+            arms.append(
+                LibraryArm(title, sampler, reference=UNCACHED, weights=model, library=name, setting=setting)
+            )
     return arms

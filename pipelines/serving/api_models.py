@@ -91,11 +91,40 @@ class GenerateRequest(BaseModel):
     def drawn_quality(self) -> Quality:
         return _QUALITIES[self.quality]
 
+    @property
+    def wants_url(self) -> bool:
+        return False
+
+
+class LenientGenerateRequest(GenerateRequest):
+    """The same where the server is lenient (`serve.lenient`): the answer's `warnings` names every field that
+    was not followed."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str | None = Field(None, description="Any: the served model draws.")
+    size: str | None = Field("auto", description="Any: the model's own size is drawn.")
+    response_format: Literal["b64_json", "url"] | None = Field(  # type: ignore[assignment]
+        "b64_json", description="`url` is answered with a data URL, which holds the picture itself."
+    )
+
+    @property
+    def wants_url(self) -> bool:
+        return self.response_format == "url"
+
+
+class Warned(BaseModel):
+    """A field of the request that was not followed."""
+
+    param: str
+    message: str
+
 
 class ImageData(BaseModel):
-    """One image."""
+    """One image: `b64_json`, or `url` where that was asked for."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = Field(default=None, description="A data URL, of a server that is lenient.")
     revised_prompt: str = Field(description="The class's own name, or the prompt as it was.")
 
 
@@ -121,6 +150,7 @@ class GenerateResponse(Making):
     output_format: PictureFormat
     quality: Quality
     size: str
+    warnings: list[Warned] = Field(description="What was not followed, by a server that is lenient.")
 
 
 class _TokenDetails(BaseModel):
@@ -164,6 +194,7 @@ class CompletedEvent(_PictureEvent, Making):
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
     revised_prompt: str
+    warnings: list[Warned] = Field(description="What was not followed, by a server that is lenient.")
     usage: Usage = Field(default_factory=Usage)
 
 

@@ -68,7 +68,7 @@ class Batcher(Generic[Key, Item, Result]):
         max_waiting: int,
         target_s: float | None = None,
     ) -> None:
-        self._work, self._max_batch_size = work, max_batch_size
+        self._work, self.max_batch_size = work, max_batch_size
         self._wait_s, self._max_waiting, self._target_s = wait_s, max_waiting, target_s
         self._waiting: list[_Place[Key, Item, Result]] = []
         self._arrival = asyncio.Event()
@@ -95,7 +95,7 @@ class Batcher(Generic[Key, Item, Result]):
             Overloaded: as many wait as may.
         """
         if len(self._waiting) >= self._max_waiting:
-            batches = math.ceil((len(self._waiting) + 1) / self._max_batch_size)
+            batches = math.ceil((len(self._waiting) + 1) / self.max_batch_size)
             raise Overloaded(max(1, math.ceil(batches * self._last_s)))
 
     async def submit(
@@ -160,8 +160,8 @@ class Batcher(Generic[Key, Item, Result]):
     def _most(self, key: Key) -> int:
         """Items of a batch. One that finds another running may have to wait for that, and for company."""
         if self._target_s is None or key not in self._paces:
-            return self._max_batch_size
-        return self._paces[key].largest((self._target_s - self._wait_s) / 2, self._max_batch_size)
+            return self.max_batch_size
+        return self._paces[key].largest((self._target_s - self._wait_s) / 2, self.max_batch_size)
 
     def _waits_until(self, oldest: _Place[Key, Item, Result], found: int) -> float:
         """When a batch of so many is closed, on the loop's clock."""

@@ -18,9 +18,9 @@ from harmonica.models.loading import LoadedModel
 from harmonica.models.vae import decode_latents, draws_pixels, pixels_per_latent
 from harmonica.noise import RowKeys
 from harmonica.plan import Plan
-from harmonica.samplers import Sampler, make_sampler
+from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.sampling import check_plan, sample
-from harmonica.text.conditions import make_conditions
+from harmonica.text.conditions import make_conditions, text_folder_of
 from harmonica.text.text_encoder import OverLimit
 
 Quality = Literal["low", "medium", "high"]
@@ -76,6 +76,21 @@ def _refusing() -> Iterator[None]:
         raise SettingRefused(str(error).removeprefix("sampler.")) from error
 
 
+def check_is_whole(loaded: LoadedModel) -> None:
+    """Whether a model came with all that pictures take.
+
+    Raises:
+        ValueError: it draws latents without a decoder, or takes prompts without a text encoder.
+    """
+    if not draws_pixels(loaded.model) and loaded.vae_folder is None:
+        raise ValueError(
+            f"model.in_channels is {loaded.model.in_channels}, so the model draws latents, and it comes "
+            "without a decoder: give model.vae"
+        )
+    if not loaded.model.num_classes:
+        text_folder_of(loaded)
+
+
 OnPreview = Callable[[int, Callable[[Sequence[int]], Tensor]], None]
 """Called with the number of steps done and what makes the predicted images (N, C, H, W) of some rows."""
 
@@ -91,16 +106,15 @@ class ImageSampler:
         over_limit: OverLimit = "truncate",
         max_steps: int = 100,
     ) -> None:
+        check_is_whole(loaded)
+        self.loaded = loaded
         self.model, self.class_names = loaded.model.to(device), loaded.class_names
         self.device, self._max_steps = device, max_steps
         self._vae = None if draws_pixels(self.model) else loaded.load_vae(device)
-        if self._vae is None and not draws_pixels(self.model):
-            raise ValueError(
-                f"model.in_channels is {self.model.in_channels}, so the model draws latents, and it comes "
-                "without a decoder: give model.vae"
-            )
         self.conditions = make_conditions(loaded, device, over_limit=over_limit)
         self._routers: dict[Quality, Router] = {}
+        self.num_rows = 0
+        """Of every trajectory, once that is fixed."""
         self._uncached: dict[int, Router] = {}
 
     @property
@@ -119,6 +133,28 @@ class ImageSampler:
         """Of the champion in use; empty before the first."""
         return self.router.version if self._routers else ""
 
+    def fix_rows(self, most: int) -> int:
+        """Draw every trajectory from now on in one shape, so that an image is the same to the last bit
+        whatever is drawn beside it; returns the rows of that shape.
+
+        Kernels are picked by shape, and one shape has one set of them. Within it they may still treat the
+        rows of a batch differently (by blocks, or by what is left of the last one): one image is drawn in
+        every slot at once, and where they differ it is one row from then on. That takes two trajectories, so
+        call it from the thread that draws, once `use` has been called.
+
+        Args:
+            most: rows of a trajectory.
+        """
+        self.num_rows = most
+        if most == 1:
+            return 1
+        row, is_same = Row(0 if self.class_names else "", 0, 0), True
+        for quality in ("medium", "high"):
+            images_NCHW = self.draw([row] * most, self.router_for(quality))
+            is_same &= all(torch.equal(image_CHW, images_NCHW[0]) for image_CHW in images_NCHW)
+        self.num_rows = most if is_same else 1
+        return self.num_rows
+
     def make_router(self, artifact: RouterArtifact, version: str) -> Router:
         """A router as it is used here.
 
@@ -133,9 +169,20 @@ class ImageSampler:
             sampler, plan, artifact.reuse, version, artifact.ideal_speedup, tuple(map(tuple, scores))
         )
 
+    def make_uncached(self, config: SamplerConfig) -> Router:
+        """What computes every branch, as the champion of a model that has no router.
+
+        Raises:
+            ValueError: the sampler does not go with the model.
+        """
+        plan = Plan.full(config.num_inference_steps, len(self.model.branches))
+        return Router(make_sampler(self.model, config), plan, "hold", UNCACHED)
+
     def use(self, champion: Router, fastest: Router | None = None) -> None:
         """Draw under these from the next row on; `low` is the champion too where no other is faster."""
-        self._routers, self._uncached = {"medium": champion, "low": fastest or champion}, {}
+        self._routers = {"medium": champion, "low": fastest or champion}
+        is_uncached = champion.version == UNCACHED
+        self._uncached = {champion.plan.num_steps: champion} if is_uncached else {}
 
     def router_for(
         self, quality: Quality, num_inference_steps: int | None = None, guidance_scale: float | None = None
@@ -150,7 +197,7 @@ class ImageSampler:
             if guidance_scale is not None:
                 with _refusing():
                     replace(config, guidance_scale=guidance_scale)
-            return self._make_uncached(num_inference_steps or config.num_inference_steps)
+            return self._uncached_of(num_inference_steps or config.num_inference_steps)
         router = self._routers[quality]
         asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         for name, value in asked.items():
@@ -162,7 +209,7 @@ class ImageSampler:
                 )
         return router
 
-    def _make_uncached(self, num_inference_steps: int) -> Router:
+    def _uncached_of(self, num_inference_steps: int) -> Router:
         made = self._uncached
         if num_inference_steps in made:
             return made[num_inference_steps]
@@ -171,12 +218,11 @@ class ImageSampler:
         if num_inference_steps > most:
             raise SettingRefused(f"num_inference_steps is {num_inference_steps}: give 2 to {most}")
         with _refusing():
-            sampler = make_sampler(self.model, replace(config, num_inference_steps=num_inference_steps))
+            router = self.make_uncached(replace(config, num_inference_steps=num_inference_steps))
         if len(made) == _KEPT_SETTINGS:
             del made[next(iter(made))]
-        plan = Plan.full(num_inference_steps, len(self.model.branches))
-        made[num_inference_steps] = Router(sampler, plan, "hold", UNCACHED)
-        return made[num_inference_steps]
+        made[num_inference_steps] = router
+        return router
 
     def check(self, row: Row) -> None:
         """Prepare a row before it is drawn: its prompts are embedded. From any thread.
@@ -192,9 +238,13 @@ class ImageSampler:
         """All rows in one trajectory: images (N, C, H, W) in [-1, 1], on the CPU.
 
         Args:
+            rows: after `fix_rows` at most so many, and the trajectory is filled up with others.
             router: default: the champion.
         """
-        router = router or self.router
+        router, num_asked = router or self.router, len(rows)
+        if self.num_rows:
+            assert num_asked <= self.num_rows, "who calls has been told how many"
+            rows = [*rows, *[rows[0]] * (self.num_rows - num_asked)]
         shape = (self.model.in_channels, self.model.sample_size, self.model.sample_size)
         keys = RowKeys([row.seed for row in rows], [row.index for row in rows])
         noise = torch.from_numpy(keys.start_noise(shape))
@@ -204,12 +254,8 @@ class ImageSampler:
             if on_preview is not None:
                 on_preview(router.plan.num_steps - i, partial(self._preview, predict))
 
-        scales, sampler = [row.guidance_scale for row in rows], router.sampler
-        if any(scale is not None for scale in scales):
-            default = sampler.config.guidance_scale
-            sampler = sampler.with_guidance([default if scale is None else scale for scale in scales])
         samples_NCHW = sample(
-            sampler,
+            self._guided(router, [row.guidance_scale for row in rows]),
             noise.to(self.device),
             condition,
             router.plan,
@@ -217,7 +263,18 @@ class ImageSampler:
             rows=keys,
             on_step=on_step,
         )
-        return self._decode(samples_NCHW)
+        return self._decode(samples_NCHW[:num_asked])
+
+    def _guided(self, router: Router, scales: Sequence[float | None]) -> Sampler:
+        """The router's sampler, with each row's own guidance scale where any has one."""
+        sampler = router.sampler
+        is_free = router.version == UNCACHED
+        if not (is_free and self.num_rows) and all(scale is None for scale in scales):
+            return sampler
+        default = sampler.config.guidance_scale
+        filled = [default if scale is None else scale for scale in scales]
+        # Guidance doubles the model's rows, whoever asks for it: in one shape it is always done.
+        return sampler.with_guidance(filled, always=bool(self.num_rows))
 
     def _preview(self, predict: Callable[[], Tensor], rows: Sequence[int]) -> Tensor:
         return self._decode(predict()[list(rows)])

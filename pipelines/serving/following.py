@@ -12,10 +12,11 @@ from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
 from harmonica.paths import local
+from harmonica.sample import own_sampler
 from harmonica.smoke import check_sample
 from pipelines import registry
 from pipelines.config import WorkflowConfig
-from pipelines.serving.drawing import Router
+from pipelines.serving.drawing import UNCACHED, Router
 from pipelines.serving.orders import Refusal
 from pipelines.serving.serve_config import ServeConfig
 from pipelines.serving.studio import Studio
@@ -41,7 +42,8 @@ class ServeArgs(BaseModel):
     follow_s: float = Field(FOLLOW_S, gt=0)
     """Seconds between looks at which version is the champion; running replicas change over to it."""
     router: str = ""
-    """Router artifact folder to serve instead. Empty without MLflow either: the built-in champion."""
+    """Router artifact folder to serve instead, or `uncached`: every branch is computed, under the model's own
+    sampler. Empty without MLflow either: the built-in champion."""
 
     def resolved(self) -> "ServeArgs":
         """With exactly one of `router` and `tracking_uri` set."""
@@ -54,6 +56,8 @@ class ServeArgs(BaseModel):
         """Of the router that is to be served now: the champion's, or the artifact folder's name."""
         if self.tracking_uri:
             return registry.resolve(self.registered_model, registry.CHAMPION, self.tracking_uri)
+        if self.router == UNCACHED:
+            return UNCACHED
         return "builtin" if Path(self.router) == BUILTIN_CHAMPION else local(self.router, "router").name
 
     def load(self, version: str) -> RouterArtifact:
@@ -142,8 +146,12 @@ class Follower:
 
     async def _try_out(self, version: str) -> Router:
         """A version as it is used here, once its sample is what it should be."""
+        images = self._studio.images
+        if version == UNCACHED:
+            own = own_sampler(images.loaded, self._args.model.path)
+            return await asyncio.to_thread(images.make_uncached, own)
         artifact = await asyncio.to_thread(self._args.load, version)
-        router = await asyncio.to_thread(self._studio.images.make_router, artifact, version)
+        router = await asyncio.to_thread(images.make_router, artifact, version)
         # In the trajectories' thread: a second one beside it would slow down both.
         await self._studio.batcher.in_thread(partial(check_sample, artifact, router.sampler))
         return router

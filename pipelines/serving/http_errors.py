@@ -1,7 +1,5 @@
 """What the endpoint refuses, in the shape of OpenAI's errors: `{"error": {message, type, param, code}}`."""
 
-import re
-import uuid
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,9 +13,10 @@ from pipelines.serving.api_models import ErrorBody, ErrorDetail
 from pipelines.serving.batching import Overloaded, TimedOut
 from pipelines.serving.drawing import SettingRefused
 from pipelines.serving.orders import REFUSALS
+from pipelines.serving.request_ids import HEADER, with_request_id
 
 _MAX_ECHO = 100
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 
 
 class ApiError(Exception):
@@ -97,7 +96,11 @@ def answer_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-        return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
+        headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+        if "GET" in headers.get("allow", ""):
+            headers["allow"] += ", HEAD"  # which `SettlePath` answers
+        code = _CODES.get(error.status_code, "invalid_request")
+        return ApiError(error.status_code, message, None, code, headers).response()
 
     async def on_error(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
@@ -105,34 +108,6 @@ def answer_errors(app: FastAPI) -> None:
     # Exception's own handler is the last resort, which raises the error again: named, these do not.
     for kind in (ApiError, *REFUSALS, Exception):
         app.add_exception_handler(kind, on_error)
-
-
-class LimitBody:
-    """ASGI middleware: 413 for bodies that are too large, before they are read into memory."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return  # the client has gone
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-            if len(body) > self._max_bytes:
-                text = f"the body has more than {self._max_bytes} bytes: send less"
-                await ApiError(413, text, None, "request_too_large").response()(scope, receive, send)
-                return
-        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> Message:
-            return pending.pop() if pending else await receive()
-
-        await self._app(scope, replay, send)
 
 
 class NameRequest:
@@ -145,12 +120,11 @@ class NameRequest:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        headers, request_id = with_request_id(scope["headers"])
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", name)]}
+                message = {**message, "headers": [*message["headers"], (HEADER, request_id)]}
             await send(message)
 
-        await self._app(scope, receive, named)
+        await self._app({**scope, "headers": headers}, receive, named)

@@ -20,11 +20,13 @@ from fastapi.responses import HTMLResponse, Response
 import harmonica
 from pipelines.serving import api_models as api
 from pipelines.serving.batching import Overloaded
-from pipelines.serving.generating import as_base64, check, draw_all, events_of, making, orders_of
-from pipelines.serving.http_errors import ApiError, LimitBody, NameRequest, answer_errors
+from pipelines.serving.bodies import ReadBody, StrictJsonRoute
+from pipelines.serving.generating import as_image, check, draw_all, events_of, making, orders_of
+from pipelines.serving.http_errors import ApiError, NameRequest, answer_errors
 from pipelines.serving.keys import RequireKey
 from pipelines.serving.openapi import describe_fully, errors, events
 from pipelines.serving.orders import ImageSource, ModelCard
+from pipelines.serving.paths import SettlePath
 from pipelines.serving.streaming import stream_events
 
 MAX_BODY_BYTES = 64 * 1024
@@ -44,6 +46,8 @@ def create_app(
     *,
     cors_origins: Sequence[str] = (),
     names_requests: bool = True,
+    lenient: bool = False,
+    read_timeout_s: float = 30.0,
 ) -> FastAPI:
     """The endpoint over a source, which is asked what it serves when the app starts.
 
@@ -51,6 +55,9 @@ def create_app(
         keys: bearer keys, one of which every request to `/v1` has to bring; none: anybody may ask.
         cors_origins: sites whose pages may ask.
         names_requests: answer X-Request-Id, unless a proxy in front does.
+        lenient: draw what the model can where a client asks for another model, size or kind of answer, or
+            for what is not known here, and say so in the answer.
+        read_timeout_s: how long a client may take to send a body.
     """
 
     @asynccontextmanager
@@ -58,8 +65,16 @@ def create_app(
         app.state.card = await source.describe()
         yield
 
-    app = FastAPI(title="HarmoniCa", version=harmonica.__version__, lifespan=lifespan, redoc_url=None)
-    app.add_middleware(LimitBody, max_bytes=MAX_BODY_BYTES)
+    app = FastAPI(
+        title="HarmoniCa",
+        version=harmonica.__version__,
+        lifespan=lifespan,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+    )
+    app.router.route_class = StrictJsonRoute
+    app.add_middleware(ReadBody, max_bytes=MAX_BODY_BYTES, timeout_s=read_timeout_s)
     if keys:
         app.add_middleware(RequireKey, keys=keys)
     if cors_origins:  # outside of the keys: a browser asks beforehand, and without any
@@ -70,6 +85,7 @@ def create_app(
             allow_headers=("authorization", "content-type", "x-request-id"),
             expose_headers=("retry-after", "x-request-id"),
         )
+    app.add_middleware(SettlePath)  # outside of the keys, which go by the path
     if names_requests:
         app.add_middleware(NameRequest)
     answer_errors(app)
@@ -91,31 +107,37 @@ def create_app(
         served = card()
         return api.Model(id=served.model, size=served.size, class_names=list(served.class_names))
 
-    @app.post(
-        "/v1/images/generations",
-        response_model=api.GenerateResponse,
-        responses=events() | errors(400, 401, 404, 413, 500, 503, 504),
-    )
     async def generate(body: api.GenerateRequest) -> Response | api.GenerateResponse:
         """Draw images; with `stream`, show them while they are drawn."""
-        served, subject = card(), check(body, card())
+        served = card()
+        subject, warnings = check(body, served, lenient=lenient)
         name = subject if isinstance(subject, str) else served.class_names[subject]
         seed = secrets.randbelow(_RANDOM_SEEDS) if body.seed is None else body.seed
         orders = orders_of(body, subject, seed)
         if body.stream:
-            return await stream_events(events_of(source, orders, served.size, name))
+            return await stream_events(events_of(source, orders, served.size, name, warnings))
         drawings = await draw_all(source, orders)
+        kind = orders[0].output_format
         return api.GenerateResponse(
             created=int(time.time()),
-            data=[
-                api.ImageData(b64_json=as_base64(drawing.picture), revised_prompt=name)
-                for drawing in drawings
-            ],
-            output_format=orders[0].output_format,
+            data=[as_image(drawing.picture, kind, name, as_url=body.wants_url) for drawing in drawings],
+            output_format=kind,
             quality=orders[0].quality,
             size=served.size,
+            warnings=warnings,
             **making(seed, drawings),
         )
+
+    async def generate_leniently(body: api.LenientGenerateRequest) -> Response | api.GenerateResponse:
+        """Draw images; with `stream`, show them while they are drawn. `warnings` says what was not done."""
+        return await generate(body)
+
+    app.post(
+        "/v1/images/generations",
+        response_model=api.GenerateResponse,
+        response_model_exclude_none=True,
+        responses=events() | errors(400, 401, 404, 408, 413, 500, 503, 504),
+    )(generate_leniently if lenient else generate)
 
     @app.get("/v1/models", responses=errors(401))
     async def models() -> api.ModelList:
@@ -137,6 +159,7 @@ def create_app(
         entries = [asdict(router) for router in card().routers]
         return api.RouterList(data=[api.RouterEntry(id=entry.pop("version"), **entry) for entry in entries])
 
+    @app.get("/health", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> api.Health:
         """Whether it draws, and under which router; a champion that could not be taken up is `refused`."""

@@ -12,6 +12,7 @@ _REASONS = {
     400: "A field is unknown or has a value that cannot be drawn.",
     401: "The endpoint has keys, and none of them came along.",
     404: "No such model.",
+    408: "The body was not whole in time.",
     413: "The body is too large.",
     500: "Drawing failed.",
     503: "Too many images are waiting.",

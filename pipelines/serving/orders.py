@@ -4,14 +4,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from harmonica.finite import NotFinite
 from harmonica.pictures import PictureFormat
 from harmonica.text.text_encoder import PromptTooLong
 from pipelines.serving.batching import Overloaded, TimedOut
 from pipelines.serving.drawing import Quality, Row, SettingRefused
 
 MAX_PARTIAL_IMAGES = 3
-REFUSALS = (Overloaded, TimedOut, SettingRefused, PromptTooLong)
-"""What an order may be answered with instead of a drawing, and nobody's mistake."""
+REFUSALS = (Overloaded, TimedOut, SettingRefused, PromptTooLong, NotFinite)
+"""What an order may be answered with instead of a drawing."""
 
 
 @dataclass(frozen=True, slots=True)

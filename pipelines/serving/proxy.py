@@ -1,7 +1,8 @@
 """In Serve's HTTP proxy: a request whose ingress replica is lost goes to another one.
 
 Serve answers such a request with 500, or not at all. Drawing has no side effects, so asking again is safe as
-long as nothing of an answer has gone out. What the proxy itself refuses is put into OpenAI's shape.
+long as nothing of an answer has gone out. What the proxy itself refuses is put into OpenAI's shape, and what
+it would echo of a client's X-Request-Id is a good one.
 """
 
 import asyncio
@@ -10,6 +11,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.middleware import Middleware
+
+from pipelines.serving.request_ids import HEADER, with_request_id
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Environment variable of the proxies that names `middlewares`."""
@@ -28,6 +31,39 @@ def _is_proxy_s_own(start: Message) -> bool:
     return start["status"] in (500, 503) and kind.startswith(b"text/plain")
 
 
+class _Repeatable:
+    """What a client sends, as it comes, and again from the start for each attempt. No large body is kept."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._kept, self._size = receive, list[Message](), 0
+        self.has_gone = False
+
+    @property
+    def is_kept(self) -> bool:
+        return self._size <= _MAX_BODY_BYTES
+
+    def again(self) -> Receive:
+        """An attempt's `receive`."""
+        position = 0
+
+        async def receive() -> Message:
+            nonlocal position
+            if position < len(self._kept):
+                position += 1
+                return self._kept[position - 1]
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.has_gone = True
+                return message
+            self._size += len(message.get("body", b""))
+            if self.is_kept:
+                self._kept.append(message)
+                position += 1
+            return message
+
+        return receive
+
+
 class RetryLost:
     """ASGI middleware."""
 
@@ -38,32 +74,26 @@ class RetryLost:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):
             await self._app(scope, receive, send)
             return
-        messages, is_whole = await _read(receive)
-        for left in reversed(range(_ATTEMPTS if is_whole else 1)):
-            refused = await self._ask(scope, list(messages), receive, send)
+        headers, request_id = with_request_id(scope["headers"])
+        scope, request = {**scope, "headers": headers}, _Repeatable(receive)
+        for left in reversed(range(_ATTEMPTS)):
+            refused = await self._ask(scope, request, send)
             if refused is None:
                 return
-            if refused == 503 or not left:
+            if refused == 503 or not left or not request.is_kept:
                 break
             await asyncio.sleep(_PAUSE_S)
         message = "no replica can answer now: try again in 1 s"
         error = {"message": message, "type": "server_error", "param": None, "code": "unavailable"}
         body = json.dumps({"error": error}).encode()
-        headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
+        headers = [(b"content-type", b"application/json"), (b"retry-after", b"1"), (HEADER, request_id)]
         headers.append((b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.start", "status": 503, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _ask(self, scope: Message, messages: list[Message], receive: Receive, send: Send) -> int | None:
+    async def _ask(self, scope: Message, request: _Repeatable, send: Send) -> int | None:
         """The status that the proxy refused with; None where an answer has been sent, or nobody waits."""
         refused: int | None = 500  # of a lost replica the proxy may say nothing at all
-
-        async def replay() -> Message:
-            nonlocal refused
-            message = messages.pop(0) if messages else await receive()
-            if message["type"] == "http.disconnect":
-                refused = None
-            return message
 
         async def pass_on(message: Message) -> None:
             nonlocal refused
@@ -73,19 +103,8 @@ class RetryLost:
                 await send(message)
 
         # A copy: the proxy changes paths in it.
-        await self._app({**scope, "headers": list(scope["headers"])}, replay, pass_on)
-        return refused
-
-
-async def _read(receive: Receive) -> tuple[list[Message], bool]:
-    """What the client sends, and whether that is all of it: a large body is not kept."""
-    messages, size = [], 0
-    while size <= _MAX_BODY_BYTES:
-        messages.append(message := await receive())
-        size += len(message.get("body", b""))
-        if not message.get("more_body", False):
-            return messages, True
-    return messages, False
+        await self._app({**scope, "headers": list(scope["headers"])}, request.again(), pass_on)
+        return None if request.has_gone else refused
 
 
 def middlewares() -> list[Middleware]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -46,6 +46,7 @@ class Sampler:
         self._studio = Studio(images, args.registered_model, config, ServeMetrics())
         follower = Follower(self._studio, args)
         await _first_look(follower)
+        await self._studio.settle()
         self._following = asyncio.create_task(follower.follow()) if args.tracking_uri else None
 
     def check_health(self) -> None:
@@ -133,6 +134,8 @@ class RemoteSampler:
         except asyncio.CancelledError:
             response.cancel()  # the client has gone, or another image of its request was refused
             raise
+        except TaskCancelledError:
+            raise asyncio.CancelledError from None  # Serve was faster: an error would be logged in full
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise Overloaded from error
 
@@ -141,6 +144,8 @@ class RemoteSampler:
         try:
             async for event in stream:
                 yield _checked(event)
+        except TaskCancelledError:
+            raise asyncio.CancelledError from None
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise Overloaded from error
         finally:
@@ -163,6 +168,13 @@ def api_builder(config: ServeConfig) -> Callable[[], FastAPI]:
                 "or give serve.api_keys_file"
             )
         source = RemoteSampler(serve.get_deployment_handle("Sampler"))
-        return create_app(source, keys, cors_origins=config.cors_origins, names_requests=False)
+        return create_app(
+            source,
+            keys,
+            cors_origins=config.cors_origins,
+            names_requests=False,
+            lenient=config.lenient,
+            read_timeout_s=config.read_timeout_s,
+        )
 
     return build_api

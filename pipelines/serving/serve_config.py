@@ -43,10 +43,19 @@ class ServeConfig:
     """An image that has waited this long for its trajectory is given up with 504; requests may say less."""
     max_waiting: int = 64
     """Images that may wait at a replica for a trajectory; more are turned away with 503."""
+    read_timeout_s: float = 30.0
+    """How long a client may take to send a request's body; then it is answered 408."""
     stall_timeout_s: float = 600.0
     """A replica whose trajectory runs for longer is replaced."""
     cors_origins: tuple[str, ...] = ()
     """Web sites such as https://example.org whose pages may ask this endpoint; `*` for all."""
+    lenient: bool = False
+    """For clients that always send another model, size or `response_format: url`: draw with the served model
+    in its own size, answer a data URL, and name in `warnings` what was not followed, unknown fields too."""
+    reproducible: bool = False
+    """An image is the same to the last bit whatever is drawn beside it, on one kind of machine: trajectories
+    have one shape. On a CPU that is one image; on a GPU max_batch_size, filled up where fewer wait (and one,
+    where a place in the batch turns out to matter)."""
     max_images_per_request: int = 10
     """Upper bound of `n`."""
     max_steps: int = 100
@@ -65,7 +74,7 @@ class ServeConfig:
             require(getattr(self, name) >= 1, f"serve.{name}", getattr(self, name), "give 1 or more")
         cure = f"give serve.min_replicas ({self.min_replicas}) or more"
         require(self.max_replicas >= self.min_replicas, "serve.max_replicas", self.max_replicas, cure)
-        for name in ("upscale_delay_s", "downscale_delay_s", "stall_timeout_s"):
+        for name in ("upscale_delay_s", "downscale_delay_s", "read_timeout_s", "stall_timeout_s"):
             require(getattr(self, name) > 0, f"serve.{name}", getattr(self, name), "give seconds")
         require(self.max_batch_size >= 1, "serve.max_batch_size", self.max_batch_size, "give 1 or more")
         require(self.batch_wait_s >= 0, "serve.batch_wait_s", self.batch_wait_s, "give 0 or more")

@@ -16,13 +16,13 @@ logger = logging.getLogger("ray.serve")
 
 async def merge(streams: Sequence[AsyncIterator[Item]]) -> AsyncIterator[tuple[int, Item]]:
     """What the streams give as it comes, with the stream's number. Closed, it closes them all."""
-    ready: asyncio.Queue[tuple[int, Item] | Exception | None] = asyncio.Queue()
+    ready: asyncio.Queue[tuple[int, Item] | BaseException | None] = asyncio.Queue()
 
     async def pump(number: int, stream: AsyncIterator[Item]) -> None:
         try:
             async for item in stream:
                 ready.put_nowait((number, item))
-        except Exception as error:
+        except BaseException as error:  # CancelledError too, or it would be waited for
             ready.put_nowait(error)
         else:
             ready.put_nowait(None)
@@ -32,7 +32,7 @@ async def merge(streams: Sequence[AsyncIterator[Item]]) -> AsyncIterator[tuple[i
     try:
         while left:
             event = await ready.get()
-            if isinstance(event, Exception):
+            if isinstance(event, BaseException):
                 raise event
             if event is None:
                 left -= 1

@@ -7,14 +7,16 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
+from harmonica.finite import NotFinite
 from harmonica.pictures import encode_picture
 from pipelines.serving.batching import Batcher, Overloaded, TimedOut
 from pipelines.serving.drawing import ImageSampler, Quality, Router, Row
@@ -78,6 +80,17 @@ class Studio:
         )
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="encoder")
 
+    async def settle(self) -> None:
+        """Before the first image, once there is a router: fix the shape of trajectories if asked to."""
+        if not self._config.reproducible:
+            return
+        # On a CPU an image that waits alone costs twelve times as much in a full shape of 16.
+        most = self._config.max_batch_size if self._config.use_gpu else 1
+        rows = await self.batcher.in_thread(partial(self.images.fix_rows, most))
+        if rows < most:
+            logger.warning("images differ by their place in a batch of %d: each is drawn by itself", most)
+        self.batcher.max_batch_size = rows
+
     async def describe(self) -> ModelCard:
         images = self.images
         return ModelCard(
@@ -102,11 +115,32 @@ class Studio:
         return tuple(_card(router, quality) for router, quality in uses.items())
 
     async def draw(self, order: Order) -> Drawing:
-        router = await self._admit(order)
-        drawn = await self._submit(order, router, _Job(order.row))
-        return await self._finish(order, router, drawn)
+        with self._telling(order):
+            router = await self._admit(order)
+            drawn = await self._submit(order, router, _Job(order.row))
+            return await self._finish(order, router, drawn)
 
     async def watch(self, order: Order) -> AsyncIterator[Progress | Preview | Drawing]:
+        with self._telling(order):
+            async with aclosing(self._watch(order)) as events:
+                async for event in events:
+                    yield event
+
+    @contextmanager
+    def _telling(self, order: Order) -> Iterator[None]:
+        """Log what no client is told. A row that is not finite fails alone, without those of its batch."""
+        try:
+            yield
+        except NotFinite as error:
+            row, version = order.row, self.images.version
+            logger.error(
+                "image not drawn, quality %s with champion %s, seed %d, index %d: %s",
+                *(order.quality, version, row.seed, row.index, error),
+            )
+            self._count_refused("not_finite")
+            raise
+
+    async def _watch(self, order: Order) -> AsyncGenerator[Progress | Preview | Drawing]:
         router = await self._admit(order)
         shown = preview_steps(router.plan.num_steps, order.partial_images)
         loop, num_steps = asyncio.get_running_loop(), router.plan.num_steps

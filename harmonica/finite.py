@@ -1,0 +1,38 @@
+"""Infinity and NaN stop whoever meets them: no picture, no metric and no router is made of them.
+
+They are looked for once a trajectory, at its end: a look inside one would let the device wait for the host.
+"""
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+CURE = (
+    "the weights or the router are damaged, or half precision overflows: with model.dtype float16 give "
+    "bfloat16 or float32, else another checkpoint"
+)
+
+
+class NotFinite(ArithmeticError):
+    """What was computed is not finite, so nothing is made of it."""
+
+
+def check_finite(values_N: Tensor, what: str, cure: str = CURE) -> None:
+    """
+    Args:
+        values_N: rows (N, ...).
+        what: what errors call them, with a verb: "the images of arm full are".
+
+    Raises:
+        NotFinite: some of the rows are not finite; says how many.
+    """
+    fine_N = values_N.isfinite().flatten(1).all(1)
+    if not fine_N.all():
+        count = len(fine_N) - int(fine_N.sum())
+        raise NotFinite(f"{what} not finite ({count} of {len(fine_N)}): {cure}")
+
+
+def not_finite(metrics: Mapping[str, float]) -> str:
+    """The first of some numbers that is not finite, with its value; "" where all are."""
+    return next((f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)), "")

@@ -1,0 +1,88 @@
+"""What the endpoint reads of a request: a body that is whole, small, in time, and strictly JSON."""
+
+import asyncio
+import codecs
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipelines.serving.http_errors import ApiError
+
+_CLOSE = {"connection": "close"}
+"""What is still to come of such a body is not read."""
+
+
+class ReadBody:
+    """ASGI middleware that reads the body before the application is asked: 413 where it is too large, 408
+    where it is not whole in time."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                body = await self._read(receive)
+        except TimeoutError:
+            text = f"the body was not whole after {self._timeout_s:g} s: send the request again"
+            error = ApiError(408, text, None, "request_timeout", _CLOSE)
+            await error.response()(scope, receive, send)
+            return
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        if body is None:
+            return  # the client has gone
+        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                text = f"the body has more than {self._max_bytes} bytes: send less"
+                raise ApiError(413, text, None, "request_too_large", _CLOSE)
+            if not message.get("more_body", False):
+                return bytes(body)
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        """The body as JSON, which has no NaN, no Infinity, no lone surrogates and no depth without end.
+
+        Raises:
+            json.JSONDecodeError: it is none; FastAPI makes a validation error of this.
+        """
+        body = (await self.body()).removeprefix(codecs.BOM_UTF8)
+        try:
+            return from_json(body, allow_inf_nan=False)
+        except ValueError as error:
+            raise json.JSONDecodeError(str(error), "", 0) from None
+
+
+class StrictJsonRoute(APIRoute):
+    """A route whose body is read by `_StrictRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return handle_strictly

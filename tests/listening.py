@@ -1,0 +1,50 @@
+"""Where the processes that a test has started listen, looked at again and again while they run."""
+
+import ipaddress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import psutil
+
+_EVERY_S = 2.0
+Listeners = dict[bool, set[tuple[str, str]]]
+"""(Process, address) of servers, by whether the address is a loopback address."""
+
+
+def _is_loopback(address: str) -> bool:
+    parsed = ipaddress.ip_address(address)
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return (mapped or parsed).is_loopback
+
+
+def _look(found: Listeners) -> None:
+    mine = psutil.Process()
+    for process in (mine, *mine.children(recursive=True)):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    words = process.cmdline() or [process.name()]
+                    name = next((word for word in words if word.startswith("ray::")), process.name())
+                    address = connection.laddr.ip
+                    found[_is_loopback(address)].add((name.partition(".")[0], address))
+
+
+@contextmanager
+def listeners() -> Iterator[Listeners]:
+    """What listens in this process and those that it has started; complete once the context ends."""
+    found: Listeners = {True: set(), False: set()}
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_EVERY_S):
+            _look(found)
+
+    # Servers live for longer; to look more often would take a core.
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()

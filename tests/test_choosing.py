@@ -1,0 +1,131 @@
+"""Which router `python -m pipelines.serve` starts with, found before Ray starts. MLflow's store is real."""
+
+import asyncio
+import dataclasses
+
+import pytest
+import ray
+from tiny_dit import SHAPE, make_artifact, write_model
+from tiny_studio import CONFIG
+
+from harmonica.builtin import CHAMPION
+from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, ModelConfig, load_model
+from pipelines import registry, serve
+from pipelines.serving.choosing import choose_router
+from pipelines.serving.drawing import ImageSampler, Row
+from pipelines.serving.following import Follower, ServeArgs
+from pipelines.serving.keys import ENVIRONMENT
+from pipelines.serving.orders import Order
+from pipelines.serving.studio import Studio
+from pipelines.tracking import find_or_create
+
+NAME = "tiny"
+
+
+@pytest.fixture(autouse=True)
+def no_mlflow_named(monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", ENVIRONMENT):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two models; a store whose champion is of the first."""
+    folder = tmp_path_factory.mktemp("choosing")
+    model = write_model(folder / "model")
+    write_model(folder / "other", shape=dataclasses.replace(SHAPE, num_layers=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        run = find_or_create("register", "first", str(folder / "runs"), {})
+        registry.register(make_artifact(model).save(folder / "router"), name=NAME, run=run)
+    return folder
+
+
+def choose(model, storage, router="", name=NAME):
+    return choose_router(ModelConfig(path=str(model)), str(router), name, str(storage))
+
+
+def test_the_champion_that_fits_is_followed(folder):
+    choice = choose(folder / "model", folder / "runs")
+    assert choice.tracking_uri.startswith("sqlite:///") and choice.router == ""
+    assert choice.words == "version 1 of tiny, the champion in MLflow"
+
+
+def test_without_a_store_the_built_in_champion_serves_the_built_in_model(tmp_path):
+    choice = choose(BUILTIN, tmp_path)
+    assert (choice.tracking_uri, choice.router) == ("", str(CHAMPION))
+    assert choice.words == "the built-in champion (no MLflow store yet)"
+    assert list(tmp_path.iterdir()) == [], "looking makes no store"
+
+
+def test_a_champion_of_another_model_gives_way_to_the_built_in_one(folder):
+    choice = choose(BUILTIN, folder / "runs")
+    assert choice.router == str(CHAMPION) and "the router was made for" in choice.words
+    assert choose(BUILTIN, folder / "runs", name="nobody").router == str(CHAMPION)
+
+
+@pytest.mark.parametrize("path", [BUILTIN_TEXT, "other"])
+def test_a_model_for_which_there_is_no_router_computes_every_branch(folder, tmp_path, path):
+    choice = choose(path if path == BUILTIN_TEXT else folder / path, tmp_path)
+    assert (choice.tracking_uri, choice.router) == ("", "uncached")
+    assert choice.words.startswith("every branch computed, since there is no router for ")
+    assert "give --router FOLDER" in choice.words
+
+
+def test_where_there_is_a_champion_and_nothing_fits_the_user_has_to_choose(folder):
+    with pytest.raises(
+        ValueError, match=r"version 1 of tiny, .* does not fit model\.path .*num_layers is 2"
+    ) as no:
+        choose(folder / "other", folder / "runs")
+    assert "give --router FOLDER, --router uncached" in str(no.value) and "\n" not in str(no.value)
+    assert choose(folder / "other", folder / "runs", "uncached").router == "uncached"
+
+
+def test_a_router_that_is_named_has_to_fit(folder, tmp_path):
+    assert choose(folder / "model", tmp_path, folder / "router").router == str(folder / "router")
+    with pytest.raises(ValueError, match=r"^router is .*, which does not fit model\.path .*num_layers is 2"):
+        choose(folder / "other", tmp_path, folder / "router")
+
+
+def test_an_mlflow_that_does_not_answer_is_named_without_its_password(folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ValueError, match=r"champion cannot be fetched from http://127.0.0.1:9") as no:
+        choose(folder / "model", folder / "runs")
+    assert "--router FOLDER" in str(no.value) and "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--model.path=nowhere"], "model.path nowhere does not exist"),
+        (["--router=nowhere"], "router nowhere has no readable config.json"),
+        (["--serve.port=0"], "serve.port"),
+        (["--serve.read-timeout-s=0"], "serve.read_timeout_s"),
+        (["--serve.api-keys-file=nowhere"], "serve.api_keys_file is 'nowhere', which cannot be read"),
+        (["--serve.host=192.0.2.77"], "cannot be listened on"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_before_ray_starts(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert serve.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.startswith("error: ") and said.count("\n") == 1
+    assert not ray.is_initialized()
+
+
+def test_every_branch_is_computed_under_the_model_s_own_sampler(folder):
+    model = ModelConfig(path=str(folder / "model"))
+    studio = Studio(ImageSampler(load_model(model)), NAME, CONFIG)
+    args = ServeArgs(model=model, registered_model=NAME, router="uncached").resolved()
+
+    async def run():
+        await Follower(studio, args).look()
+        card = await studio.describe()
+        (router,) = card.routers
+        assert (card.router_version, card.cur) == ("uncached", 0)
+        assert router.quality == ("high", "medium", "low") and router.num_inference_steps == 20
+        drawn = [await studio.draw(Order(Row(1, 1, 0), quality)) for quality in ("medium", "high")]
+        assert drawn[0].picture == drawn[1].picture and drawn[0].router_version == "uncached"
+
+    asyncio.run(run())

@@ -1,0 +1,277 @@
+"""Every file, module, name and setting that a page, a docstring or a message mentions exists."""
+
+import ast
+import dataclasses
+import io
+import re
+import tokenize
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from harmonica.convert import ConvertCommand
+from harmonica.models.dit import DiTConfig
+from harmonica.sample import SampleCommand
+from harmonica.train import TrainCommand
+from pipelines.config import WorkflowConfig
+from pipelines.presets import PRESETS
+from pipelines.pretrain import DiTPretrainConfig
+from pipelines.pretrain_text import TextPretrainConfig
+from pipelines.serve import ServeCommand
+from pipelines.ui import UiCommand
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("harmonica", "pipelines", "cluster", "tests")
+PAGES = sorted(
+    path
+    for path in (*ROOT.glob("*.md"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.md")))
+    if path.is_file()
+)
+SOURCES = [ROOT / "workflow.py", *(path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py")))]
+COMMANDS = (
+    WorkflowConfig,
+    TrainCommand,
+    SampleCommand,
+    ConvertCommand,
+    ServeCommand,
+    UiCommand,
+    DiTPretrainConfig,
+    TextPretrainConfig,
+)
+# Options of programs that are not ours, and those of the released scripts that the README translates.
+OTHERS_OPTIONS = {
+    "--no-install-recommends",
+    "--address",
+    "--working-dir",
+    "--runtime-env-json",
+    "--generate",
+    "--from-literal",
+    "--head",
+    "--num-cpus",
+    "--disable-usage-stats",
+    "--nproc-per-node",
+    "--help",
+    "--version",
+    "--model",
+    "--image-size",
+    "--num-classes",
+    "--num-sampling-steps",
+    "--cfg-scale",
+    "--l1",
+    "--lr",
+    "--ste-threshold",
+    "--lambda-c",
+    "--max-steps",
+    "--global-batch-size",
+    "--global-seed",
+    "--results-dir",
+    "--ckpt-every",
+    "--path",
+    "--thres",
+    "--ddim-sample",
+    "--vae",
+    "--accelerate-method",
+    "--router",
+    "--threshold",
+    "--sampler",
+}
+# Names under `harmonica.` that are tags in MLflow.
+TAGS = {"harmonica.workers", "harmonica.gate"}
+FILE_ENDINGS = ("py", "safetensors", "pt", "bin", "json", "png")
+RELEASED = {"train_router.py", "models/router_models.py"}
+
+
+def settings_of(kind: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields of a settings class, those of its parts included."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        name = f"{prefix}{field.name}"
+        yield name
+        parts = (hints[field.name], *typing.get_args(hints[field.name]))
+        for part in parts:
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
+                yield from settings_of(part, f"{name}.")
+
+
+@cache
+def settings() -> frozenset[str]:
+    return frozenset(settings_of(WorkflowConfig))
+
+
+@cache
+def options() -> frozenset[str]:
+    """As the command line spells them, those of every command."""
+    named = {name for command in COMMANDS for name in settings_of(command)} | {"from"}
+    spelt = {f"--{name.replace('_', '-')}" for name in named}
+    switches = {re.sub(r"([a-z0-9-]+)$", r"no-\1", option[2:]) for option in spelt}
+    parsed = {
+        argument.value
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if node.func.attr == "add_argument"
+        for argument in node.args
+        if isinstance(argument, ast.Constant)
+    }
+    of_functions = {
+        f"--{argument.arg.replace('_', '-')}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "main"
+        for argument in (*node.args.args, *node.args.kwonlyargs)
+    }
+    return frozenset(spelt | {f"--{name}" for name in switches} | parsed | of_functions)
+
+
+def prose_of(path: Path) -> Iterator[str]:
+    """A page; of a source file its comments and its strings, docstrings among them."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        yield text
+        return
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.string
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def code_spans(text: str) -> Iterator[str]:
+    """What stands between backticks, on one line or folded onto the next."""
+    for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text):
+        yield re.sub(r"\s+", " ", span)
+
+
+@cache
+def names_in(path: Path) -> frozenset[str]:
+    """What a module defines or imports at its top level, and what its classes define."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        for inner in (node, *(node.body if isinstance(node, ast.If) else ())):
+            if isinstance(inner, ast.Import | ast.ImportFrom):
+                found |= {(alias.asname or alias.name) for alias in inner.names}
+            elif isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(inner.name)
+            elif isinstance(inner, ast.Assign | ast.AnnAssign):
+                targets = inner.targets if isinstance(inner, ast.Assign) else [inner.target]
+                found |= {name.id for one in targets for name in ast.walk(one) if isinstance(name, ast.Name)}
+    return frozenset(found)
+
+
+def exists(dotted: str) -> bool:
+    """Whether a dotted name is a module of ours, or something in one."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        place = ROOT.joinpath(*parts[:length])
+        module = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        if place.is_dir() and length == len(parts):
+            return True
+        if module.is_file():
+            return length == len(parts) or parts[length] in names_in(module) or parts[length] == "__getattr__"
+    return False
+
+
+def where(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def pages_and_sources() -> list[Path]:
+    return [*PAGES, *(path for path in SOURCES if path.name != Path(__file__).name)]
+
+
+def test_every_file_that_is_named_exists():
+    missing = []
+    names = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts}
+    for path in pages_and_sources():
+        for text in prose_of(path):
+            for span in code_spans(text):
+                is_ours = re.fullmatch(rf"({'|'.join(PACKAGES)})(/[\w.-]+)+/?", span)
+                if is_ours and not (ROOT / span).exists():
+                    missing.append(f"{where(path)}: {span}")
+                bare = re.fullmatch(r"[\w-]+\.(py|md|yaml|toml)", span)
+                if bare and span not in names | RELEASED:
+                    missing.append(f"{where(path)}: {span}")
+            if path.suffix == ".md":
+                links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+                missing += [f"{where(path)}: {link}" for link in links if not (path.parent / link).exists()]
+    assert not missing, "\n".join(sorted(set(missing)))
+
+
+def test_every_module_and_name_that_is_mentioned_exists():
+    missing = []
+    for path in pages_and_sources():
+        for text in prose_of(path):
+            mentioned = [
+                match[0].rstrip(".")
+                for span in code_spans(text)
+                for match in re.finditer(r"(?<![\w./-])(harmonica|pipelines|tests)(\.\w+)+", span)
+            ]
+            mentioned += [
+                match[1] for match in re.finditer(r"-m ((?:harmonica|pipelines|tests)[\w.]*\w)", text)
+            ]
+            for name in mentioned:
+                known = name.startswith("harmonica.") and name.split(".")[1] in ("apply", "remove")
+                if not (known or name in TAGS or exists(name)):
+                    missing.append(f"{where(path)}: {name}")
+    assert not missing, "\n".join(sorted(set(missing)))
+
+
+def test_every_import_of_an_example_works():
+    missing = []
+    for page in PAGES:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+                    names = [f"{node.module}.{alias.name}" for alias in node.names]
+                    missing += [f"{where(page)}: {name}" for name in names if not exists(name)]
+    assert not missing, "\n".join(sorted(set(missing)))
+
+
+def test_every_option_that_is_named_exists():
+    missing = []
+    for path in pages_and_sources():
+        if path.parts[len(ROOT.parts)] in ("cluster", "tests") and path.suffix == ".py":
+            continue  # the former's are options of Ray and PostgreSQL, the latter give wrong ones too
+        for text in prose_of(path):
+            if path.suffix == ".py" and re.fullmatch(r"--[a-z-]+(=.*)?", text):
+                continue  # an argument for another program
+            for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9]*(?:[.-][a-z0-9]+)*", text):
+                if option not in options() | OTHERS_OPTIONS:
+                    missing.append(f"{where(path)}: {option}")
+    assert not missing, "\n".join(sorted(set(missing)))
+
+
+def test_every_setting_that_is_named_exists():
+    """Dotted settings between backticks, and at the head of a message: `train.batch_size is ...`."""
+    sections = {field.name for field in dataclasses.fields(WorkflowConfig)}
+    dotted = re.compile(rf"(?<![\w./-])(?:{'|'.join(sections)})(?:\.[a-z][\w-]*)+")
+    known = settings() | {f"model.{name}" for name in settings_of(DiTConfig)}
+    missing = []
+    for path in pages_and_sources():
+        is_page = path.suffix == ".md"
+        if not is_page and path.parts[len(ROOT.parts)] in ("tests", "cluster"):
+            continue
+        for text in prose_of(path):
+            spans = [span.partition("=")[0] for span in code_spans(text)]
+            found = [span for span in spans if dotted.fullmatch(span)]
+            found += [match[0] for match in dotted.finditer(text) if text[match.end() :].startswith(" is ")]
+            found = [name for name in found if name != "serve.run"]  # Ray's
+            found += [
+                match[1] for match in re.finditer(rf"(?:give|leave|change|--)\s?({dotted.pattern})", text)
+            ]
+            for name in found:
+                plain = name.replace("-", "_")
+                is_file = name.rpartition(".")[2] in FILE_ENDINGS
+                if not is_file and plain not in known and f"--{name}" not in options():
+                    missing.append(f"{where(path)}: {name}")
+    assert not missing, "\n".join(sorted(set(missing)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_in_the_readme_or_follows_a_named_pattern(preset):
+    text = "".join(page.read_text() for page in PAGES)
+    assert preset in text or preset.startswith("pixart") or preset.rpartition("-")[2] in text

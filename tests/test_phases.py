@@ -1,0 +1,134 @@
+"""What a training's phases cost and how much time is left: nearly right from the first trajectory on."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_dit import write_model
+
+from harmonica import start
+from harmonica.family import FamilyRun, family_phases
+from harmonica.forecast_config import ForecastConfig
+from harmonica.models.loading import load_model
+from harmonica.phases import Progress, phases_of
+from harmonica.presets import fashion
+from harmonica.samplers import SamplerConfig, make_sampler
+from harmonica.sdt import SdtConfig
+from harmonica.training_config import TrainingConfig
+
+STEPS = 20
+RECORDED = dataclasses.replace(
+    fashion().train,
+    start_trajectories=3,
+    trajectories=20,
+    iepo_every=10,
+    choice_trajectories=3,
+    forecast=ForecastConfig(trajectories=16),
+)
+SECONDS = [
+    *(11.93, 11.45, 12.13),
+    *(8.86, 1.87, 1.96, 1.87, 1.89, 1.85, 1.91, 1.85, 1.90, 1.98),
+    *(9.38, 1.93, 1.91, 1.86, 1.79, 1.83, 1.93, 1.87, 1.81, 1.80),
+    *(1.63, 1.68, 1.70),
+    *(2.50, 2.26, 2.28, 2.20, 2.20, 2.20, 2.19, 2.23, 2.23, 2.15, 2.20, 2.10, 2.20, 2.25, 2.37, 2.38),
+]
+"""CPU seconds of each trajectory of `RECORDED`, of one worker on one core: the built-in model, 4 rows."""
+FULL_SAMPLING_S = 0.62
+"""Of the same 4 rows on the same core."""
+
+
+def test_a_trajectory_takes_what_its_arithmetic_says() -> None:
+    costs = [cost for phase in phases_of(RECORDED, STEPS) for cost in phase.costs]
+    assert len(costs) == len(SECONDS) == RECORDED.all_trajectories
+    for cost, seconds in zip(costs, SECONDS, strict=True):
+        assert seconds / FULL_SAMPLING_S == pytest.approx(cost, rel=0.2)
+
+
+def test_the_time_left_is_right_within_a_quarter_from_the_first_trajectory_to_the_last() -> None:
+    progress = Progress(phases_of(RECORDED, STEPS))
+    before = None
+    for done in range(1, len(SECONDS)):
+        passed, truth = sum(SECONDS[:done]), sum(SECONDS[done:])
+        phase_left, all_left = progress.seconds_left(done, 0, passed)
+        assert truth / 1.25 < all_left < truth * 1.25
+        end = sum(phase.trajectories for phase in progress.phases[: progress.place(done) + 1])
+        assert phase_left == pytest.approx(sum(SECONDS[done:end]), rel=0.25)
+        if before is not None:  # and it runs down with the clock, as far as it can be told
+            assert all_left - before == pytest.approx(-SECONDS[done - 1], abs=0.06 * sum(SECONDS))
+        before = all_left
+
+
+def test_a_resumed_training_goes_by_its_own_time() -> None:
+    progress = Progress(phases_of(RECORDED, STEPS))
+    _, left = progress.seconds_left(30, 26, 2 * sum(SECONDS[26:30]))
+    assert left == pytest.approx(2 * sum(SECONDS[30:]), rel=0.1)
+
+
+def test_lines_name_the_phase_and_what_follows() -> None:
+    progress = Progress(phases_of(RECORDED, STEPS))
+    assert progress.words(2) == "measuring the start: 2 of 3 trajectories"
+    assert progress.words(3) == "training the router: 0 of 20 trajectories"
+    assert progress.words(42) == "fitting the forecasts: 16 of 16 trajectories"
+    assert progress.left_words(25, 0, 90.0).endswith(" in all; then fitting the forecasts")
+    assert progress.left_words(42, 0, 90.0) == "0:00:00 left"
+    left = progress.left_words(2, 0, 24.0)
+    assert left == (
+        "0:00:12 left in this phase, 0:02:00 in all; then training the router, choosing the plan, "
+        "fitting the forecasts"
+    )
+
+
+def test_a_family_has_the_start_once_and_names_its_speeds() -> None:
+    config = dataclasses.replace(RECORDED, targets=(1.5,))
+    phases = family_phases(config, STEPS)
+    assert sum(phase.trajectories for phase in phases) == config.all_trajectories
+    assert [phase.words for phase in phases[:2]] == ["measuring the start", "training the router for 1.8x"]
+    assert phases[-1].words == "fitting the forecasts for 1.5x"
+    assert sum(phase.name == "start" for phase in phases) == 1
+
+
+SMALL = TrainingConfig(
+    target_speedup=1.3,
+    initial="measured",
+    initial_logit=2.0,
+    start_trajectories=2,
+    trajectories=2,
+    choice_trajectories=1,
+    forecast=ForecastConfig(trajectories=4, probes=1),
+    batch_size=2,
+    iepo_every=2,
+    iepo="sensitivity",
+    sdt=SdtConfig(reuse="forecast", threshold=0.5, learning_rate=0.1, penalty="macs"),
+)
+
+
+@pytest.fixture
+def sampler(tmp_path):
+    model = load_model(write_model(tmp_path / "model")).model
+    return make_sampler(model, SamplerConfig(num_inference_steps=9, guidance_scale=1.5))
+
+
+def test_a_run_goes_through_the_phases_that_it_is_said_to(sampler) -> None:
+    run, names = FamilyRun(sampler, SMALL, seed=0), []
+    from harmonica.rows import RowSpec, Share
+    from harmonica.train import trained
+
+    for metrics in trained(run, RowSpec.of(sampler.model, 0), Share(SMALL.batch_size)):
+        kinds = {name.removeprefix("seconds.") for name in metrics if name.startswith("seconds.")}
+        names.append(next((one for one in ("start", "choice", "forecast") if one in kinds), "router"))
+    assert names == [phase.name for phase in family_phases(SMALL, 9) for _ in phase.costs]
+
+
+def test_the_start_costs_the_full_steps_that_it_takes(sampler, monkeypatch) -> None:
+    full, planned_step = 0, start.planned_step
+
+    def counted(sampler, i, state, row, cache):
+        nonlocal full
+        full += all(row)
+        return planned_step(sampler, i, state, row, cache)
+
+    monkeypatch.setattr(start, "planned_step", counted)
+    noise = torch.randn(2, sampler.model.in_channels, *[sampler.model.sample_size] * 2)
+    with torch.no_grad():
+        start.step_effects(sampler, (noise, torch.tensor([0, 1]), None), "forecast")
+    assert phases_of(SMALL, 9)[0].costs[0] == pytest.approx(full / 9)
