@@ -24,14 +24,17 @@ def main(arguments: list[str]) -> int:
         config = parse(arguments, PRESETS, "workflow.py")
         workflow = Workflow(config)
         workflow.check()
+        lease = workflow.claim()
     except ValueError as error:
         return fail(error, code=2)
     say(f"run {workflow.config.run_id}: {', '.join(config.stages)}")
     try:
-        with workflow.tracked():
+        with lease, workflow.tracked():
             for stage in config.stages:
                 workflow.run(stage)
     except KeyboardInterrupt as signal:
+        if lease.lost:
+            return fail(lease.lost, code=1)
         words = f"interrupted: the same command with --run-id {workflow.config.run_id} goes on from here"
         return fail(words, code=143 if isinstance(signal, Terminated) else 130)
     except Exception as error:  # whatever a stage raises ends here, once, with its name

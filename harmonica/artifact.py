@@ -18,6 +18,7 @@ from harmonica.cache import Reuse
 from harmonica.checkpoints import read_tensors
 from harmonica.folding import kept_bytes
 from harmonica.models.base import BranchedTransformer
+from harmonica.paths import local
 from harmonica.plan import Plan
 from harmonica.samplers import Sampler, SamplerConfig
 from harmonica.tensor_files import write_tensors
@@ -103,7 +104,7 @@ class RouterArtifact:
 
     def save(self, folder: str | Path) -> Path:
         """Write the files; returns the folder."""
-        folder = Path(folder)
+        folder = local(folder, "router")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"logits": self.logits_TB}
         if self.forecast_TBK is not None:
@@ -143,7 +144,7 @@ class RouterArtifact:
         Raises:
             ValueError: files missing or damaged, or the stored plan is not the logits' plan.
         """
-        folder = Path(folder)
+        folder = local(folder, "router")
         sample = folder / _SAMPLE
         try:
             config = json.loads((folder / "config.json").read_text())

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from harmonica.paths import local
 from harmonica.state_dicts import find_state
 from harmonica.weight_values import check_values
 
@@ -84,7 +85,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, truncated, no checkpoint, or holds what would have to be executed.
     """
-    path = Path(path)
+    path = local(path, "checkpoint")
     if not path.is_file():
         twin = path.with_suffix(".pt" if path.suffix == ".safetensors" else ".safetensors")
         cure = f"give {twin}, which does" if twin.is_file() else "give the path of a .safetensors or .pt file"

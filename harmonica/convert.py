@@ -28,6 +28,7 @@ from harmonica.models.loading import read_model
 from harmonica.models.public_layout import write_public
 from harmonica.models.stored import StoredModel, skeleton
 from harmonica.models.vae import find_vae
+from harmonica.paths import local
 
 _SPACING = {0: "half (the public code)", 1: "half - 1 (diffusers)"}
 _PIPELINE_NULL_CLASS = 1000  # written into DiTPipeline
@@ -63,7 +64,7 @@ def read_labels(path: Path, count: int) -> tuple[str, ...]:
         ValueError: unreadable, or not one name for each of `count` classes.
     """
     try:
-        text = path.read_text()
+        text = local(path, "labels").read_text()
         named = json.loads(text) if path.suffix == ".json" else text.splitlines()
         names = tuple(str(named[str(i)] if isinstance(named, dict) else named[i]) for i in range(len(named)))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -138,6 +139,7 @@ def run(command: ConvertCommand) -> None:
     Raises:
         ValueError: unusable source or destination; nothing is left behind.
     """
+    command = replace(command, out=local(command.out, "out"))
     if command.to == "public" and command.out.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"out {command.out} is no checkpoint file: give a name in .pt or .safetensors")
     for name in ("vae", "labels"):

@@ -22,6 +22,7 @@ from torch import Tensor
 from harmonica.checkpoints import load_weights, read_released_router, read_tensors
 from harmonica.iepo import IepoKind, image_error_proxy
 from harmonica.models.dit import DiT, DiTConfig
+from harmonica.paths import local
 from harmonica.router import Router
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.sampling import sample
@@ -194,7 +195,7 @@ def main(folder: Annotated[Path, tyro.conf.Positional], *, tolerance: float = 1e
     """Compare with the recorded numbers in FOLDER."""
     worst = 0.0
     try:
-        for comparison in compare(folder):
+        for comparison in compare(local(folder, "folder")):
             verdict = "ok" if comparison.error <= tolerance else "DIFFERS"
             print(f"{comparison.key:26} {comparison.error:10.3e}  {verdict}")
             worst = max(worst, comparison.error)

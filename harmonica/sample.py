@@ -31,6 +31,7 @@ from harmonica.folding import kept_bytes
 from harmonica.models.loading import BUILTIN, LoadedModel, ModelConfig, load_model
 from harmonica.models.vae import decode_latents, draws_pixels
 from harmonica.noise import MAX_SEED, RowKeys, row_label
+from harmonica.paths import local
 from harmonica.samplers import Sampler, SamplerConfig, SamplerName, make_sampler, with_scheduler
 from harmonica.samplers.config import GuidanceChannels
 from harmonica.sampling import check_plan, sample
@@ -216,10 +217,11 @@ def _write(
 ) -> None:
     from harmonica.pictures import cached_title, sample_sheet
 
+    output = local(command.output, "output")
     if not draws_pixels(loaded.model):
         vae = loaded.load_vae(next(iter(sampled.values())).device)
         if vae is None:
-            path = command.output.with_suffix(".safetensors")
+            path = output.with_suffix(".safetensors")
             write_tensors({way: x.cpu() for way, x in sampled.items()}, path)
             say(f"latents in {path}: give --model.vae for pictures")
             return
@@ -228,10 +230,9 @@ def _write(
     if router is not None:
         titles["cached"] = cached_title("cached", router.plan.cur, router.method)
     shown = {titles[way]: images[:_SHEET_COLUMNS].cpu() for way, images in sampled.items()}
-    sample_sheet(
-        with_differences(shown), [name.split(",")[0] for name in names[:_SHEET_COLUMNS]], command.output
-    )
-    say(f"pictures in {command.output}")
+    columns = [name.split(",")[0] for name in names[:_SHEET_COLUMNS]]
+    sample_sheet(with_differences(shown), columns, output)
+    say(f"pictures in {output}")
 
 
 def main(arguments: list[str]) -> int:

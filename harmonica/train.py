@@ -33,6 +33,7 @@ from harmonica.family import FamilyRun, family_phases
 from harmonica.finite import NotFinite
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.noise import MAX_SEED
+from harmonica.paths import local
 from harmonica.phases import Progress
 from harmonica.presets import RECIPES, Recipe
 from harmonica.rows import Batch, RowSpec, Share, make_rows
@@ -110,8 +111,8 @@ class _Folder:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
-        self._state, self._metrics = path / "state.pt", path / "metrics.jsonl"
+        self.path, self.settings = local(path, "output"), settings
+        self._state, self._metrics = self.path / "state.pt", self.path / "metrics.jsonl"
         self._pending: list[str] = []
 
     def check(self) -> None:
@@ -195,7 +196,7 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
         if share.rank != 0:
             return run.artifact()
         artifact = folder.finish(run)
-    tell(f"router in {command.output}: CUR {artifact.plan.cur:.1%}, ideal {artifact.ideal_speedup:.2f}x")
+    tell(f"router in {folder.path}: CUR {artifact.plan.cur:.1%}, ideal {artifact.ideal_speedup:.2f}x")
     return artifact
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pipelines.resume import work_folder
 from pipelines.storage import RunStorage
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,11 @@ class Checkpoints:
 
     def __init__(self, storage: RunStorage, folder: str = FOLDER) -> None:
         self.storage, self.folder = storage, folder
+
+    @classmethod
+    def of_training(cls, storage: RunStorage) -> "Checkpoints":
+        """Of the stage train, as it is done now: one that is done again begins with none."""
+        return cls(storage, f"{work_folder('train', storage)}/checkpoints")
 
     def save(self, trajectory: int, state: dict[str, Any]) -> None:
         """Write a state, then delete all but the last few.

@@ -27,6 +27,7 @@ from pipelines.comparing.ranking import ahead, missing_name, verdict
 from pipelines.comparing.results import Results, compared
 from pipelines.comparing.rivals import LibraryArm, library_arms
 from pipelines.config import TrainConfig, WorkflowConfig
+from pipelines.resume import work_folder
 from pipelines.routers import load_router
 from pipelines.runtime import plainly, quiet_libraries
 from pipelines.storage import RunStorage
@@ -34,7 +35,6 @@ from pipelines.stream import row_spec
 from pipelines.timing import FULL, SEED_OFFSET, Arm, device_of
 from pipelines.train import start_run
 
-FOLDER = "compare"
 _SAY_EVERY_S = 20.0
 About = dict[str, Any]
 """What is known of an arm before it is measured, as a point of `comparison.json` has it."""
@@ -147,7 +147,7 @@ def _learned(config: WorkflowConfig, storage: RunStorage, macs: Macs) -> tuple[l
 
 def _folder(storage: RunStorage) -> str:
     """Of the run: where routers and results are kept, so that the comparison can go on."""
-    return FOLDER
+    return work_folder("compare", storage)
 
 
 def _place(storage: RunStorage, entry: Entry) -> str:

@@ -15,7 +15,16 @@ from pipelines import tracking
 from pipelines.charts import lambda_curves, png_of, training_curves
 from pipelines.config import WorkflowConfig
 from pipelines.report_tables import comparison, not_compared, not_measured, results, sweep
-from pipelines.resume import COMPARISON, HEAT_MAP, PROMOTION, REPORT, SERVED, SHEET, SWEEP
+from pipelines.resume import (
+    COMPARISON,
+    HEAT_MAP,
+    PROMOTION,
+    REPORT,
+    SERVED,
+    SHEET,
+    SWEEP,
+    is_current,
+)
 from pipelines.storage import RunStorage
 
 PAGE = "report.html"
@@ -46,10 +55,10 @@ def render(config: WorkflowConfig, storage: RunStorage, history: History, versio
     """The page, as text."""
 
     def made(name: str) -> Any:
-        return storage.read_json(name) if storage.exists(name) else None
+        return storage.read_json(name) if is_current(name, storage) else None
 
     report, decision, compared, swept = map(made, (REPORT, PROMOTION, COMPARISON, SWEEP))
-    pictures = {name: _data_uri(storage.read_bytes(name)) for name in _PICTURES if storage.exists(name)}
+    pictures = {name: _data_uri(storage.read_bytes(name)) for name in _PICTURES if is_current(name, storage)}
     pictures |= {name: _data_uri(png_of(figure)) for name, figure in _curves(history, config).items()}
     settings, done = config.to_dict(), {"gate": decision is not None, "served": SERVED in pictures}
     done |= {"comparison": compared is not None, "sweep": swept is not None}

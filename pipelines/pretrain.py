@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harmonica.models.dit import DiT, DiTConfig
 from harmonica.models.loading import write_folder_config
+from harmonica.paths import local
 from harmonica.pretraining import fashion
 from harmonica.pretraining.learning import NoisyBatch, drop
 from harmonica.tensor_files import write_tensors
@@ -72,7 +73,7 @@ class LabelTask(Task[DiTPretrainConfig]):
 def export(config: DiTPretrainConfig) -> Path:
     """EMA weights of the last checkpoint in half precision, with the config beside them."""
     state = last_state(config)
-    target = Path(config.export)
+    target = local(config.export, "export")
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: p.to(torch.float16).contiguous() for name, p in state["ema"].items()}
     write_tensors(weights, target / "model.safetensors")

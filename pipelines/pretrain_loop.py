@@ -22,6 +22,7 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 
 from harmonica.finite import NotFinite
+from harmonica.paths import local
 from harmonica.pretraining import fashion
 from harmonica.pretraining.learning import Learner, LearningConfig
 from pipelines.runtime import connect
@@ -139,7 +140,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     config: PretrainConfig = job["config"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    images, labels = fashion.load_fashion_mnist("train", Path(config.data_folder))
+    images, labels = fashion.load_fashion_mnist("train", local(config.data_folder, "data_folder"))
     task: Task = job["task"](config, images, labels)
     device = ray.train.torch.get_device()
     model = task.make_model().to(device)
@@ -175,8 +176,10 @@ def _train_loop(job: dict[str, Any]) -> None:
 
 def run(config: PretrainConfig, task: type[Task]) -> Checkpoint:
     """Train to `config.steps`, resuming what the run id already has; returns the last checkpoint."""
-    storage = str(Path(config.storage_path).resolve())
-    fashion.load_fashion_mnist("train", Path(config.data_folder))  # fails here, not on a worker
+    storage = str(local(config.storage_path, "storage_path"))
+    fashion.load_fashion_mnist(
+        "train", local(config.data_folder, "data_folder")
+    )  # fails here, not on a worker
     connect()
     with stage_run("pretrain", config.run_id, storage, dataclasses.asdict(config)) as mlflow_run:
         trainer = TorchTrainer(
@@ -202,7 +205,7 @@ def last_state(config: PretrainConfig) -> dict[str, Any]:
     Raises:
         ValueError: the run has no checkpoint yet.
     """
-    folder = Path(config.storage_path) / config.run_id
+    folder = local(config.storage_path, "storage_path") / config.run_id
     checkpoints = sorted(folder.glob("checkpoint_*/state.pt"))
     if not checkpoints:
         raise ValueError(f"run_id {config.run_id} has no checkpoint under {folder.parent}: train it first")

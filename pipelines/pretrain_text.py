@@ -22,6 +22,7 @@ import tyro
 from torch import Tensor
 
 from harmonica.models.loading import BUILTIN
+from harmonica.paths import local
 from harmonica.pretraining.captions import caption, meaning, tones
 from harmonica.pretraining.learning import NoisyBatch, drop, following_loss
 from harmonica.pretraining.text_judging import judge
@@ -127,7 +128,7 @@ class CaptionTask(Task[TextPretrainConfig]):
 
 def export(config: TextPretrainConfig) -> Path:
     """EMA weights of the last checkpoint as a pipeline's folder, with their provenance beside them."""
-    state, folder = last_state(config), Path(config.export)
+    state, folder = last_state(config), local(config.export, "export")
     model = make_model(config.start, config.seed)
     model.load_state_dict(state["ema"], strict=False)  # without the second name of T5's tied embedding
     save_pipeline(model, folder)
@@ -144,7 +145,7 @@ def main() -> None:
     if config.export:
         logger.info("wrote %s", export(config))
     elif config.judge:
-        report = judge(Path(config.judge), config.samples, seed=config.seed)
+        report = judge(local(config.judge, "judge"), config.samples, seed=config.seed)
         logger.info("%s", json.dumps(report, indent=1))
     else:
         logger.info("last checkpoint: %s", run(config, CaptionTask))

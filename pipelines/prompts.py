@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -21,7 +20,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from harmonica.models.fetch import local_path
-from harmonica.models.file_systems import shown
+from harmonica.paths import is_remote, resolved, shown
 from harmonica.text import text_encoder
 from harmonica.text.prompt_files import (
     MANIFEST,
@@ -123,11 +122,10 @@ def embed_prompts(config: PromptsConfig, model_path: str, out_uri: str) -> Promp
 
 
 def _storage(out_uri: str) -> RunStorage:
-    base, *query = out_uri.split("?", 1)
-    if "://" not in base:
-        base = str(Path(base).resolve())
-    parent, _, name = base.rstrip("/").rpartition("/")
-    return RunStorage("?".join([parent or "/", *query]), name)
+    place = resolved(out_uri, "prompt store")
+    base, mark, query = place.partition("?") if is_remote(place) else (place, "", "")
+    parent, _, name = base.rpartition("/")
+    return RunStorage(f"{parent or '/'}{mark}{query}", name)
 
 
 def _make_part(label: str, texts: list[Text], salt: str) -> _Part:

@@ -11,7 +11,7 @@ from harmonica.family import member_name
 from pipelines import registry, tracking
 from pipelines.config import WorkflowConfig
 from pipelines.promotion import Decision, carry_out, decide, measurements
-from pipelines.resume import FAMILY, PROMOTION, REPORT, ROUTER, SERVED
+from pipelines.resume import FAMILY, PROMOTION, REPORT, ROUTER, SERVED, is_current
 from pipelines.routers import load_router
 from pipelines.storage import RunStorage
 
@@ -75,12 +75,16 @@ class Publisher:
         family = [self._register_member(name) for name in map(member_name, self._config.train.others)]
         return words + (f"; beside it, as versions {', '.join(family)}" if family else "")
 
+    def _report(self) -> Any:
+        """Of this run's router as it is now, None where it is not judged."""
+        return self._storage.read_json(REPORT) if is_current(REPORT, self._storage) else None
+
     def _register_member(self, name: str) -> str:
         """Of what training made for other speeds."""
         from pipelines.evaluate import report_of
 
         config = self._config
-        report = self._storage.read_json(REPORT) if self._storage.exists(REPORT) else None
+        report = self._report()
         about = report_of(report, name) if report else None
         stage = f"{FAMILY} {name} of {self._run.mlflow_run_id[:8]}"
         with tracking.stage_run(stage, config.run_id, config.storage_path, {}, self._run) as run:
@@ -97,7 +101,7 @@ class Publisher:
         tags = {"run_id": config.run_id}
         with _with_recorded_sample(config, self._storage, ROUTER) as (folder, artifact):
             version = registry.register(folder, name=name, run=self._run, alias=None, tags=tags)
-        report = self._storage.read_json(REPORT) if self._storage.exists(REPORT) else None
+        report = self._report()
         self.decision = decide(config, artifact, report, version, self._run)
         carry_out(self.decision, self._run)
         self._storage.write_json(PROMOTION, self.decision.to_dict())

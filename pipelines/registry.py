@@ -14,7 +14,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from harmonica.artifact import RouterArtifact
-from pipelines.tracking import StageRun, make_client, without_credentials
+from pipelines.mlflow_store import without_credentials
+from pipelines.tracking import StageRun, make_client
 
 CHAMPION = "champion"
 _FOLDER = "router"
@@ -153,7 +154,7 @@ def _ensure_registered_model(client: MlflowClient, name: str) -> None:
 
 
 def _raise_if_unknown(client: MlflowClient, name: str, alias: str, uri: str) -> None:
-    """ValueError when the server answers and lacks the name or the alias; else nothing."""
+    """ValueError when the server answers and lacks the name, the alias or its version; else nothing."""
     where = without_credentials(uri)
     known = {model.name: model for model in client.search_registered_models()}
     if name not in known:
@@ -167,4 +168,13 @@ def _raise_if_unknown(client: MlflowClient, name: str, alias: str, uri: str) -> 
         raise ValueError(
             f"alias is {alias!r}: {name!r} in MLflow at {where} has "
             f"{', '.join(map(repr, sorted(aliases))) or 'no alias'}: set it in MLflow, or run the workflow"
+        ) from None
+    try:
+        client.get_model_version(name, aliases[alias])
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            return
+        raise ValueError(
+            f"alias is {alias!r}: that of {name!r} in MLflow at {where} is on version {aliases[alias]}, "
+            "which is deleted: set it to another one in MLflow, or run the workflow"
         ) from None

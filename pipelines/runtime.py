@@ -15,6 +15,7 @@ import ray
 from ray._private import ray_constants
 
 from harmonica.finite import NotFinite
+from pipelines.cluster_address import check_address, cluster_address
 from pipelines.remarks import drop_remarks
 from pipelines.storage import ENDPOINT
 
@@ -84,14 +85,18 @@ def connect(endpoint: str = "") -> None:
 
     Args:
         endpoint: of an S3 store, for the workers of a joined cluster; a private one's inherit it.
+
+    Raises:
+        ValueError: as of `check_address`.
     """
     if ray.is_initialized():
         return
+    check_address()  # Ray itself goes on trying for more than a minute, without a word
     quiet_libraries()
     drop_remarks()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS"):
+    if cluster_address():
         # Only what is no secret: a runtime environment is shown on the dashboard.
         shared = {"env_vars": {ENDPOINT: endpoint}} if endpoint else None
         ray.init(logging_level=logging.WARNING, runtime_env=shared)
@@ -198,7 +203,7 @@ def plainly() -> Iterator[None]:
 
 def is_private() -> bool:
     """Whether the cluster is this process's own and ends with it."""
-    return not os.environ.get("RAY_ADDRESS")
+    return not cluster_address()
 
 
 def node_names() -> dict[str, str]:

@@ -24,6 +24,7 @@ from ray import serve
 from harmonica.command_line import fail, parse_settings, say
 from harmonica.models.loading import ModelConfig
 from harmonica.settings import settings
+from pipelines.cluster_address import check_address
 from pipelines.config import WorkflowConfig
 from pipelines.runtime import Terminated, connect, is_private
 from pipelines.serving import proxy
@@ -208,6 +209,7 @@ def _serve(command: ServeCommand) -> None:
         RuntimeError: it could not be started.
     """
     headers = key_headers(command.serve.api_keys_file)
+    check_address()
     if is_private():
         check_port(command.serve)
     choice = choose_router(command.model, command.router, command.registered_model, command.storage_path)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from harmonica.artifact import RouterArtifact
@@ -13,21 +14,21 @@ from harmonica.command_line import say
 from harmonica.family import member_name
 from harmonica.models.fetch import pinned
 from harmonica.models.loading import load_model
+from harmonica.paths import resolved
 from harmonica.samplers import make_sampler, with_scheduler
-from harmonica.text.prompt_files import MANIFEST
 from harmonica.text.prompts import PromptStore
-from pipelines import resume, tracking
+from pipelines import lease, mlflow_store, resume, tracking
 from pipelines.charts import png_of
+from pipelines.cluster_address import check_address
 from pipelines.comparing.ranking import missing_name
 from pipelines.config import Stage, WorkflowConfig
 from pipelines.node_metrics import node_metrics
 from pipelines.prerequisites import check_stages
 from pipelines.publishing import Publisher
-from pipelines.resume import COMPARISON, COMPARISON_PICTURE, FAMILY, REPORT, ROUTER, SWEEP
+from pipelines.resume import COMPARISON, COMPARISON_PICTURE, FAMILY, REPORT, ROUTER, WORKFLOW, work_folder
 from pipelines.routers import load_router
 from pipelines.runtime import connect, is_private
 from pipelines.storage import RunStorage, settle_endpoint
-from pipelines.stream import PROMPTS
 from pipelines.summary import git_revision, summarise, versions
 from pipelines.terminal import comparison_table
 
@@ -38,7 +39,7 @@ class Workflow:
     def __init__(self, config: WorkflowConfig) -> None:
         run_id = config.run_id or datetime.now(UTC).strftime(f"{config.preset}-%Y%m%d-%H%M%S")
         self.config = dataclasses.replace(config, run_id=run_id)
-        if config.storage_endpoint or config.storage_path.startswith("s3://"):
+        if config.storage_endpoint or resolved(config.storage_path, "storage_path").startswith("s3:"):
             settle_endpoint(config.storage_endpoint)
         self.storage = RunStorage(config.storage_path, run_id, patient=True)
         # Absolute, since actors run in folders of their own.
@@ -60,7 +61,7 @@ class Workflow:
         return decision.words if decision is not None and decision.is_refused else ""
 
     def check(self) -> None:
-        """Everything that can be refused is refused here, before any work starts.
+        """Everything that can be refused is refused here, before any work starts; changes nothing.
 
         Raises:
             ValueError: names field, value and cure.
@@ -77,23 +78,32 @@ class Workflow:
         self.config = dataclasses.replace(self.config, sampler=sampler)
         make_sampler(model, sampler)
         check_stages(self.config, self.storage, loaded)
-        if self.storage.is_local:  # last, since it makes the folder
+        if self.storage.is_local:
             self.storage.check_writable()
-        tracking.tracking_uri(self.config.storage_path)
-        resume.take_up(self.config, self.storage)
+        resume.check(self.config, self.storage)
+        mlflow_store.check_store(self.config.storage_path)
+        check_address()
+
+    def claim(self) -> lease.Lease:
+        """The right to write this run, to be held while it is `tracked`.
+
+        Raises:
+            ValueError: another process writes it.
+        """
+        return lease.claim(self.storage)
 
     @contextmanager
     def tracked(self) -> Iterator[None]:
         """One MLflow run for the workflow; the stages' runs are nested in it."""
         connect(self.config.storage_endpoint)
+        self.config = resume.begin(self.config, self.storage)
         with (
-            tracking.stage_run(
-                "workflow", self.config.run_id, self.config.storage_path, self._parameters()
-            ) as self._parent,
+            self._run_of(WORKFLOW, self._parameters()) as self._parent,
             node_metrics(self._parent, self.config.node_metrics_interval_s),
         ):
             self._publisher = Publisher(self.config, self.storage, self._parent)
             yield
+        resume.mark_done(WORKFLOW, self.storage)
 
     def _parameters(self) -> dict[str, Any]:
         return self.config.to_dict() | {"versions": versions(), "git_revision": git_revision()}
@@ -111,17 +121,28 @@ class Workflow:
         }
         started = time.monotonic()
         words = stages[stage]()
+        resume.mark_done(stage, self.storage)
         say(f"[{stage}] {words} ({time.monotonic() - started:.0f} s)")
 
     def _stage(self, name: Stage) -> AbstractContextManager[tracking.StageRun]:
-        settings = self.config.to_dict()[name]
-        return tracking.stage_run(name, self.config.run_id, self.config.storage_path, settings, self._parent)
+        return self._run_of(name, self.config.to_dict()[name])
+
+    def _run_of(self, name: str, settings: dict[str, Any]) -> AbstractContextManager[tracking.StageRun]:
+        progress = resume.recorded(self.storage)
+        number = progress.generation(name) if progress.is_undone(name) else 1
+        config = self.config
+        return tracking.stage_run(
+            name, config.run_id, config.storage_path, settings, self._parent, generation=number
+        )
+
+    def _is_finished(self, stage: Stage) -> bool:
+        return resume.is_finished(stage, self.config, self.storage)
 
     def _prompts(self) -> str:
         from pipelines.prompts import embed_prompts
 
-        model, uri = self.config.model, self.storage.uri(PROMPTS)
-        if self.storage.exists(f"{PROMPTS}/{MANIFEST}"):
+        model, uri = self.config.model, self.storage.uri(work_folder("prompts", self.storage))
+        if self._is_finished("prompts"):
             return f"{len(PromptStore(uri))} prompts, done before"
         path = pinned(model.path, model.revision)
         with self._stage("prompts"):
@@ -131,31 +152,34 @@ class Workflow:
     def _train(self) -> str:
         from pipelines.train import train
 
-        if self.storage.exists(f"{ROUTER}/config.json"):
+        if self._is_finished("train"):
             return "done before"
         with self._stage("train") as run, tempfile.TemporaryDirectory() as folder:
             artifact, family = train(self.config, self.storage, run)
             for name, member in family.items():
-                self.storage.upload_folder(member.save(f"{folder}/{name}"), f"{FAMILY}/{name}")
+                member.save(f"{folder}/{FAMILY}/{name}")
+            self.storage.replace_folder(Path(folder) / FAMILY, FAMILY)
             # Last, since it is what says that the stage is finished.
-            self.storage.upload_folder(artifact.save(f"{folder}/{ROUTER}"), ROUTER)
+            self.storage.replace_folder(artifact.save(f"{folder}/{ROUTER}"), ROUTER)
         speeds = [f"{one.ideal_speedup:.2f}x" for one in (artifact, *family.values())]
         return f"CUR {artifact.plan.cur:.1%}, ideal speedup {', '.join(speeds)}"
 
     def _evaluate(self) -> str:
         from pipelines.evaluate import evaluate
 
-        if self.storage.exists(REPORT):
+        if self._is_finished("evaluate"):
             return "done before"
         artifact = load_router(self.storage, ROUTER)
         with self._stage("evaluate") as run:
             report, pictures = evaluate(self.config, artifact, self._family())
             for name, figure in pictures.items():
                 run.client.log_figure(run.mlflow_run_id, figure, name)
-                self.storage.write_bytes(name, png_of(figure))
             run.log(tracking.numbers(report))
             assert self._parent is not None
             self._parent.log(tracking.numbers(report))
+            # Together, and the report last, which says that the stage is finished.
+            for name, figure in pictures.items():
+                self.storage.write_bytes(name, png_of(figure))
             self.storage.write_json(REPORT, {"run_id": self.config.run_id} | report)
         return report["verdict"]
 
@@ -168,7 +192,7 @@ class Workflow:
         from pipelines.compare import compare
         from pipelines.comparing import results
 
-        if results.is_complete(self.config, self.storage):
+        if self._is_finished("compare") and results.is_complete(self.config, self.storage):
             return "done before"
         results.record(self.config, self.storage)
         with self._stage("compare") as run:
@@ -186,7 +210,7 @@ class Workflow:
     def _sweep(self) -> str:
         from pipelines.sweep import sweep
 
-        if self.storage.exists(SWEEP):
+        if self._is_finished("sweep"):
             return "done before"
         with self._stage("sweep") as run:
             verdict: str = sweep(self.config, self.storage, run)["verdict"]
@@ -196,7 +220,7 @@ class Workflow:
         return self.publisher.serve(self._class_names[-1] if self._class_names else self._first_prompt())
 
     def _first_prompt(self) -> str:
-        return PromptStore(self.storage.uri(PROMPTS)).row(0)[2]
+        return PromptStore(self.storage.uri(work_folder("prompts", self.storage))).row(0)[2]
 
     def summarise(self) -> None:
         """The page, the table, and where everything is; then, where the endpoint is to stay, stay with it."""

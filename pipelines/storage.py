@@ -1,10 +1,11 @@
-"""One storage path for everything a run leaves: a local folder, or s3://bucket/prefix."""
+"""One storage path for everything a run leaves: a local folder, s3://bucket/prefix or gs://bucket/prefix."""
 
 import contextlib
 import errno
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs
 
-from harmonica.models.file_systems import open_uri, shown
+from harmonica.models.file_systems import open_uri
+from harmonica.paths import is_remote, resolved, shown
 
 _PROBE = ".write-probe"
 ENDPOINT = "AWS_ENDPOINT_URL"
@@ -50,24 +52,48 @@ class RunStorage:
         Raises:
             ValueError: `storage_path` is of no known kind.
         """
-        self.is_local = "://" not in storage_path
-        self.root = str(Path(storage_path).resolve()) if self.is_local else storage_path
+        self.root = resolved(storage_path, "storage_path")
+        self.is_local = not is_remote(self.root)
         self.run_id = run_id
         self._fs, root = open_uri(self.root, "storage_path", patient=patient)
         self._run = f"{root}/{run_id}"
 
     def uri(self, name: str = "") -> str:
-        """Where `name` of this run lies, for people and for Ray Train."""
+        """Where `name` of this run lies: a local path as it is, or a URI."""
+        if self.is_local:
+            return str(Path(self.root, self.run_id, name))
         base, _, query = self.root.partition("?")
         path = "/".join(part for part in (base.rstrip("/"), self.run_id, name) if part)
         return f"{path}?{query}" if query else path
 
+    def path(self, name: str) -> str:
+        """Where `name` of this run lies in its file system: in a store the bucket, then the key."""
+        return f"{self._run}/{name}"
+
+    @property
+    def shown_root(self) -> str:
+        """The storage path, for messages."""
+        return shown(self.root)
+
+    def modified(self, name: str) -> float:
+        """When a file was written, in seconds since 1970.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        info = self._fs.get_file_info(f"{self._run}/{name}")
+        if info.type == fs.FileType.NotFound:
+            raise FileNotFoundError(self.uri(name))
+        return info.mtime.timestamp()
+
     def check_writable(self) -> None:
-        """Fail before any work starts where the storage path cannot be written.
+        """Fail before any work starts where the storage path cannot be written; leaves nothing behind.
 
         Raises:
             ValueError: names the path and the reason.
         """
+        folders = [Path(self._run), *Path(self._run).parents] if self.is_local else []
+        missing = [folder for folder in folders if not folder.exists()]
         try:
             self.write_bytes(_PROBE, b"")
             self.delete(_PROBE)
@@ -76,6 +102,10 @@ class RunStorage:
                 f"storage_path {shown(self.root)} cannot be written ({error}): give a writable folder or "
                 "bucket"
             ) from error
+        finally:
+            for folder in missing:  # the innermost first
+                with contextlib.suppress(OSError):  # another run has begun in it
+                    folder.rmdir()
 
     def exists(self, name: str) -> bool:
         return self._fs.get_file_info(f"{self._run}/{name}").type != fs.FileType.NotFound
@@ -128,6 +158,34 @@ class RunStorage:
         files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.name == "config.json")
         for path in files:
             self.write_bytes(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+    def replace_folder(self, folder: Path, name: str) -> None:
+        """`upload_folder`, of which nothing stays that was there before; an empty folder deletes it.
+
+        On a disk the new folder takes the place of the old one whole. In an object store, which knows no
+        folders, the manifest is written last.
+        """
+        if self.is_local:
+            self._swap_folder(folder, name)
+            return
+        new = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        found = self._fs.get_file_info(fs.FileSelector(f"{self._run}/{name}", True, True))
+        start = len(f"{self._run}/{name}/")
+        for stale in {one.path[start:] for one in found if one.is_file} - new:
+            self.delete(f"{name}/{stale}")
+        self.upload_folder(folder, name)
+
+    def _swap_folder(self, folder: Path, name: str) -> None:
+        target = Path(self._run) / name
+        for left in target.parent.glob(f".{name}.*"):  # of one that was killed
+            shutil.rmtree(left)
+        old, new = (f".{name}.{secrets.token_hex(4)}.{kind}" for kind in ("old", "new"))
+        self.upload_folder(folder, new)
+        if target.exists():
+            target.rename(target.with_name(old))
+        if (Path(self._run) / new).exists():
+            (Path(self._run) / new).rename(target)
+        shutil.rmtree(target.with_name(old), ignore_errors=True)
 
     @contextlib.contextmanager
     def local_folder(self, name: str) -> Iterator[Path]:

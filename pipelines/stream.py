@@ -12,10 +12,8 @@ from harmonica.models.base import BranchedTransformer
 from harmonica.rows import RowSpec, Share, make_rows
 from harmonica.text.prompts import PromptStore
 from pipelines.config import WorkflowConfig
+from pipelines.resume import work_folder
 from pipelines.storage import RunStorage
-
-PROMPTS = "prompts"
-"""Where a run keeps its embedded prompts."""
 
 _ROWS_PER_BLOCK, _BYTES_PER_BLOCK = 256, 32 * 2**20
 # A row costs microseconds, so its tasks claim no core: they would wait for ever where workers have them
@@ -27,7 +25,8 @@ def row_spec(config: WorkflowConfig, model: BranchedTransformer, seed: int) -> R
     """What the run's rows look like; prompts are those that its stage `prompts` has embedded."""
     if model.num_classes:
         return RowSpec.of(model, seed)
-    uri = RunStorage(config.storage_path, config.run_id).uri(PROMPTS)
+    storage = RunStorage(config.storage_path, config.run_id)
+    uri = storage.uri(work_folder("prompts", storage))
     return RowSpec.of(model, seed, PromptStore(uri))
 
 

@@ -11,7 +11,16 @@ from harmonica.command_line import say
 from pipelines import tracking
 from pipelines.config import WorkflowConfig
 from pipelines.html_report import PAGE, write_page
-from pipelines.resume import COMPARISON, HEAT_MAP, PROMOTION, REPORT, SERVED, SHEET, SWEEP
+from pipelines.resume import (
+    COMPARISON,
+    HEAT_MAP,
+    PROMOTION,
+    REPORT,
+    SERVED,
+    SHEET,
+    SWEEP,
+    is_current,
+)
 from pipelines.runtime import is_private
 from pipelines.storage import RunStorage
 from pipelines.terminal import results_table
@@ -44,13 +53,13 @@ def summarise(config: WorkflowConfig, storage: RunStorage, run: tracking.StageRu
         write_page(config, storage, run, versions() | {"git revision": git_revision()})
     except Exception as error:  # of many libraries; the run has its results without it
         logger.warning("%s is not complete (%s: %s)", PAGE, type(error).__name__, error)
-    if storage.exists(REPORT):
+    if is_current(REPORT, storage):
         report = storage.read_json(REPORT)
         results_table(report)
         say(report["verdict"])
     say(f"results:  {storage.uri()}")
     for name in (PAGE, REPORT, COMPARISON, SWEEP, PROMOTION, SHEET, HEAT_MAP, SERVED):
-        if storage.exists(name):
+        if is_current(name, storage):
             say(f"          {Path(storage.uri(name)) if storage.is_local else name}")
     say("MLflow:   make ui      (http://127.0.0.1:5000)")
     if config.serve.keep and url:

@@ -23,16 +23,16 @@ from pipelines.evaluate import evaluate
 from pipelines.gate import score
 from pipelines.pareto import front_figure, on_front
 from pipelines.publishing import register_beside
-from pipelines.resume import ROUTER, SWEEP, stages_again
+from pipelines.resume import ROUTER, SWEEP, progress_of, work_folder
 from pipelines.routers import load_router
 from pipelines.runtime import plainly
 from pipelines.storage import RunStorage
 from pipelines.sweep_trial import (
-    FOLDER,
     SCORE,
     TRAJECTORY,
     Trial,
     judging_seed,
+    place,
     reports_of,
     run_trial,
     trials_of,
@@ -40,7 +40,7 @@ from pipelines.sweep_trial import (
 from pipelines.timing import CACHED
 
 PICTURE = "sweep.png"
-_SETTINGS = f"{FOLDER}/settings.json"
+_SETTINGS = "settings.json"
 _SAY_EVERY_S = 20.0
 # Ctrl-C ends the workflow, not only the search; and its tables and logs have their place in MLflow.
 _TUNE = {
@@ -80,9 +80,10 @@ def check(config: WorkflowConfig, storage: RunStorage) -> None:
     """
     for trial in trials_of(config):
         trial.settings(config)
-    if "sweep" in stages_again(config) or not storage.exists(_SETTINGS):
+    begun = f"{progress_of(config, storage).folder('sweep')}/{_SETTINGS}"
+    if not storage.exists(begun):
         return
-    if others := changed_settings({"sweep": storage.read_json(_SETTINGS)}, {"sweep": _settings(config)}):
+    if others := changed_settings({"sweep": storage.read_json(begun)}, {"sweep": _settings(config)}):
         raise ValueError(
             f"{others}: go on with the sweep of run_id {config.run_id} as it was begun, or give --from sweep "
             "to do it again"
@@ -102,8 +103,9 @@ def sweep(config: WorkflowConfig, storage: RunStorage, run: tracking.StageRun) -
         RuntimeError: a trial failed more often than train.max_failures.
     """
     trials = trials_of(config)
-    if not storage.exists(_SETTINGS):
-        storage.write_json(_SETTINGS, _settings(config))
+    settings = f"{work_folder('sweep', storage)}/{_SETTINGS}"
+    if not storage.exists(settings):
+        storage.write_json(settings, _settings(config))
     if not all(_is_trained(storage, trial) for trial in trials):
         _search(config, storage, trials)
     whole = [trial for trial in trials if _is_trained(storage, trial)]
@@ -133,7 +135,7 @@ def _settings(config: WorkflowConfig) -> dict[str, Any]:
 
 
 def _is_trained(storage: RunStorage, trial: Trial) -> bool:
-    return storage.exists(f"{FOLDER}/{trial.name}/{ROUTER}/config.json")
+    return storage.exists(f"{place(storage, trial)}/{ROUTER}/config.json")
 
 
 def _search(config: WorkflowConfig, storage: RunStorage, trials: list[Trial]) -> None:
@@ -153,7 +155,7 @@ def _search(config: WorkflowConfig, storage: RunStorage, trials: list[Trial]) ->
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=storage.uri(FOLDER),
+            storage_path=storage.uri(work_folder("sweep", storage)),
             failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
             callbacks=[_Progress(len(trials))],
             verbose=0,
@@ -185,7 +187,7 @@ def _measured(
     config: WorkflowConfig, storage: RunStorage, trial: Trial, run: tracking.StageRun
 ) -> dict[str, Any]:
     """A trial's evaluation, as a point of the front; done before, it is read."""
-    folder = f"{FOLDER}/{trial.name}"
+    folder = place(storage, trial)
     path = f"{folder}/report.json"
     if storage.exists(path):
         report = storage.read_json(path)
@@ -218,7 +220,7 @@ def _measured(
 
 def _tracked(config: WorkflowConfig, trial: Trial, run: tracking.StageRun) -> Any:
     """A trial's own MLflow run, nested in the sweep's; of a sweep that is done again, another one."""
-    stage = f"{FOLDER} {trial.name} of {run.mlflow_run_id[:8]}"
+    stage = f"sweep {trial.name} of {run.mlflow_run_id[:8]}"
     return tracking.stage_run(stage, config.run_id, config.storage_path, dataclasses.asdict(trial), run)
 
 
@@ -229,7 +231,7 @@ def _register(
     point: Mapping[str, Any],
     run: tracking.StageRun,
 ) -> str:
-    folder = f"{FOLDER}/{trial.name}"
+    folder = place(storage, trial)
     tags = {"sweep": trial.name, "score": f"{point[SCORE]:.6g}"}
     with _tracked(config, trial, run) as ours:
         return register_beside(

@@ -25,14 +25,13 @@ from harmonica.train import trained
 from pipelines.checkpoints import Checkpoints
 from pipelines.config import WorkflowConfig
 from pipelines.gate import score
-from pipelines.resume import ROUTER
+from pipelines.resume import ROUTER, work_folder
 from pipelines.runtime import quiet_libraries
 from pipelines.storage import RunStorage
 from pipelines.stream import row_spec
 from pipelines.sweep_config import LambdaKind, Target
 from pipelines.timing import device_of
 
-FOLDER = "sweep"
 SCORE, TRAJECTORY = "score", "trajectory"
 _REPORTS = "reports"
 
@@ -67,6 +66,11 @@ def trials_of(config: WorkflowConfig) -> list[Trial]:
     chosen = config.sweep
     kinds, seeds = chosen.iepo or (config.train.iepo,), chosen.seeds or (config.seed,)
     return [Trial(chosen.over, *rest) for rest in itertools.product(chosen.all_targets, kinds, seeds)]
+
+
+def place(storage: RunStorage, trial: Trial) -> str:
+    """The trial's folder."""
+    return f"{work_folder('sweep', storage)}/{trial.name}"
 
 
 def judging_seed(config: WorkflowConfig) -> int:
@@ -117,7 +121,7 @@ def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
     quiet_libraries()
     trial = Trial(**chosen["trial"])
     storage = RunStorage(config.storage_path, config.run_id, patient=True)
-    folder = f"{FOLDER}/{trial.name}"
+    folder = place(storage, trial)
     checkpoints = Checkpoints(storage, f"{folder}/checkpoints")
     found = checkpoints.last()
     state: dict[str, Any] = checkpoints.load(found) if found else {_REPORTS: []}
@@ -149,6 +153,6 @@ def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
 
 def reports_of(storage: RunStorage, trial: Trial) -> list[dict[str, float]]:
     """What a trial has reported so far."""
-    checkpoints = Checkpoints(storage, f"{FOLDER}/{trial.name}/checkpoints")
+    checkpoints = Checkpoints(storage, f"{place(storage, trial)}/checkpoints")
     found = checkpoints.last()
     return checkpoints.load(found)[_REPORTS] if found else []

@@ -1,51 +1,27 @@
 """MLflow: one run a workflow, one nested run a stage, each found again after a restart."""
 
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-EXPERIMENT = "harmonica"
+from pipelines.mlflow_store import EXPERIMENT, artifacts_of, database_of, tracking_uri, without_credentials
+
 _RUN_TAG, _STAGE_TAG = "harmonica.run_id", "harmonica.stage"
 _PARENT_TAG = "mlflow.parentRunId"
 _MAX_PARAM_LENGTH = 500
 _MAX_METRICS_PER_REQUEST = 1000  # MLflow's own limit
 
 
-def tracking_uri(storage_path: str) -> str:
-    """`MLFLOW_TRACKING_URI` where set, else SQLite in the folder that holds the runs.
-
-    Raises:
-        ValueError: storage is remote and no tracking server is named.
-    """
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri
-    if "://" in storage_path:
-        raise ValueError(
-            f"storage_path {storage_path} is remote and MLFLOW_TRACKING_URI is not set: set it to "
-            "your MLflow server (a SQLite file cannot be shared between nodes)"
-        )
-    folder = Path(storage_path).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder / 'mlflow.db'}"
-
-
 def make_client(uri: str) -> MlflowClient:
     """A client of one server for both runs and registry."""
     return MlflowClient(uri, registry_uri=uri)
-
-
-def without_credentials(uri: str) -> str:
-    """A tracking URI for messages."""
-    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 class Point(NamedTuple):
@@ -124,9 +100,9 @@ def _experiment_id(client: MlflowClient, storage_path: str) -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is not None:
         return found.experiment_id
-    # A server decides where artifacts go; beside a local SQLite file they go next to it.
-    local = not os.environ.get("MLFLOW_TRACKING_URI")
-    location = (Path(storage_path).resolve() / "mlartifacts").as_uri() if local else None
+    location = None  # a server decides where artifacts go; beside a local SQLite file they go next to it
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        location = artifacts_of(storage_path).as_uri()
     try:
         return client.create_experiment(EXPERIMENT, artifact_location=location)
     except MlflowException as error:
@@ -151,26 +127,31 @@ def find(stage: str, run_id: str, storage_path: str) -> StageRun | None:
     return StageRun(uri, found) if found else None
 
 
-def set_aside(stages: Sequence[str], run_id: str, storage_path: str) -> None:
-    """Keep the runs of stages that are to be done again as what they were; new ones take their place."""
-    client = make_client(tracking_uri(storage_path))
-    experiment_id = _experiment_id(client, storage_path)
-    for stage in stages:
-        if found := _find(client, experiment_id, stage, run_id):
-            client.set_tag(found, _STAGE_TAG, f"{stage} (done again)")
-
-
 def find_or_create(
-    stage: str, run_id: str, storage_path: str, config: Mapping[str, Any], parent: StageRun | None = None
+    stage: str,
+    run_id: str,
+    storage_path: str,
+    config: Mapping[str, Any],
+    parent: StageRun | None = None,
+    *,
+    generation: int = 1,
 ) -> StageRun:
-    """The MLflow run of (run id, stage): the one that exists, else a new one. Never two."""
+    """The MLflow run of (run id, stage): the one that exists, else a new one. Never two.
+
+    Args:
+        generation: above 1, of a stage that is done again: a run beside the one that counts, until it
+            takes that one's place.
+    """
     uri = tracking_uri(storage_path)
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        database_of(storage_path).parent.mkdir(parents=True, exist_ok=True)
     client = make_client(uri)
     experiment_id = _experiment_id(client, storage_path)
-    if found := _find(client, experiment_id, stage, run_id):
+    label = _label(stage, generation)
+    if found := _find(client, experiment_id, label, run_id):
         client.update_run(found, status="RUNNING")
         return StageRun(uri, found)
-    tags = {_RUN_TAG: run_id, _STAGE_TAG: stage}
+    tags = {_RUN_TAG: run_id, _STAGE_TAG: label}
     name = run_id if parent is None else f"{run_id} {stage}"
     if parent is not None:
         tags[_PARENT_TAG] = parent.mlflow_run_id
@@ -180,12 +161,32 @@ def find_or_create(
     return StageRun(uri, run.info.run_id)
 
 
+def _label(stage: str, generation: int) -> str:
+    return stage if generation == 1 else f"{stage} (again, {generation})"
+
+
+def _take_its_place(stage: str, run_id: str, storage_path: str, generation: int) -> None:
+    """The run of a stage that has been done again is its run from now on; the one before stays as it was."""
+    client = make_client(tracking_uri(storage_path))
+    experiment_id = _experiment_id(client, storage_path)
+    if before := _find(client, experiment_id, stage, run_id):
+        client.set_tag(before, _STAGE_TAG, f"{stage} (done again)")
+    if now := _find(client, experiment_id, _label(stage, generation), run_id):
+        client.set_tag(now, _STAGE_TAG, stage)
+
+
 @contextmanager
 def stage_run(
-    stage: str, run_id: str, storage_path: str, config: Mapping[str, Any], parent: StageRun | None = None
+    stage: str,
+    run_id: str,
+    storage_path: str,
+    config: Mapping[str, Any],
+    parent: StageRun | None = None,
+    *,
+    generation: int = 1,
 ) -> Iterator[StageRun]:
     """`find_or_create`, closed as finished, or as failed or killed when the body raises."""
-    run = find_or_create(stage, run_id, storage_path, config, parent)
+    run = find_or_create(stage, run_id, storage_path, config, parent, generation=generation)
     try:
         yield run
     except KeyboardInterrupt:
@@ -195,6 +196,8 @@ def stage_run(
         run.client.set_terminated(run.mlflow_run_id, "FAILED")
         raise
     run.client.set_terminated(run.mlflow_run_id, "FINISHED")
+    if generation > 1:
+        _take_its_place(stage, run_id, storage_path, generation)
 
 
 def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

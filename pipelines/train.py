@@ -30,6 +30,7 @@ from pipelines.config import WorkflowConfig
 from pipelines.metric_log import MetricLog
 from pipelines.progress import Reached, make_board, run_watched
 from pipelines.remarks import drop_remarks
+from pipelines.resume import work_folder
 from pipelines.runtime import quiet_libraries
 from pipelines.storage import RunStorage
 from pipelines.stream import row_spec, stream_rows
@@ -167,7 +168,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     tell("the model")
     device, shard_model = ray.train.torch.get_device(), config.train.shard_model
     run, spec = start_run(config, device, shard_model=shard_model)
-    checkpoints = Checkpoints(RunStorage(config.storage_path, config.run_id, patient=True))
+    checkpoints = Checkpoints.of_training(RunStorage(config.storage_path, config.run_id, patient=True))
     pending = _resume(run, checkpoints, rank == 0)
     keeper = _Keeper(checkpoints, run, job["mlflow"], job["board"], pending) if rank == 0 else None
     nodes = worker_nodes(run.device)
@@ -225,11 +226,11 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
             placement_strategy=settings.placement_strategy,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # ray.train's stubs still show the V1 class
-            name="train",
+            name=work_folder("train", storage),
             storage_path=storage.uri(),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[_QuietController()],
+            callbacks=[_QuietController()],  # type: ignore[list-item]
         ),
     )
     kind = "GPU" if settings.use_gpu else "CPU"
@@ -241,7 +242,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
         raise RuntimeError(_last_failure(error, settings.max_failures)) from error
     if words := ray.get(board.why_stopped.remote()):
         raise NotFinite(words)
-    return _build_artifacts(config, Checkpoints(storage))
+    return _build_artifacts(config, Checkpoints.of_training(storage))
 
 
 def _last_failure(error: WorkerGroupError, max_failures: int) -> str:

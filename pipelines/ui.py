@@ -5,13 +5,12 @@ python -m pipelines.ui          # make ui
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from harmonica.settings import Field, settings
-from pipelines.tracking import tracking_uri
+from pipelines.mlflow_store import artifacts_of, database_of, tracking_uri
 
 
 @settings()
@@ -35,7 +34,7 @@ def server_command(command: UiCommand) -> list[str]:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith("http"):
         raise ValueError(f"MLFLOW_TRACKING_URI is {uri}: open that in a browser, its server has the UI")
-    store = Path(command.storage_path) / "mlflow.db"
+    store = database_of(command.storage_path)
     if not uri and not store.exists():
         raise ValueError(
             f"storage_path is {command.storage_path!r}: there are no runs in it yet ({store} is missing), "
@@ -44,7 +43,7 @@ def server_command(command: UiCommand) -> list[str]:
     return [
         *(sys.executable, "-m", "mlflow", "server"),
         *("--backend-store-uri", tracking_uri(command.storage_path)),
-        *("--artifacts-destination", str(Path(command.storage_path).resolve() / "mlartifacts")),
+        *("--artifacts-destination", str(artifacts_of(command.storage_path))),
         *("--host", command.host, "--port", str(command.port), "--workers", "1"),
         *("--uvicorn-opts", "--log-level warning"),  # or there would be a line for every request of the page
     ]

@@ -24,7 +24,7 @@ import workflow
 from harmonica.models.loading import ModelConfig
 from harmonica.rows import Batch, Share, make_rows
 from harmonica.samplers import SamplerConfig
-from pipelines.checkpoints import FOLDER
+from pipelines.checkpoints import Checkpoints
 from pipelines.presets import fashion
 from pipelines.routers import load_router
 from pipelines.storage import RunStorage
@@ -129,7 +129,8 @@ class TrainingRun:
     @property
     def trajectory(self) -> int:
         """Of the newest checkpoint, 0 before the first."""
-        return max((int(name[:9]) for name in self.storage.names(FOLDER)), default=0)
+        folder = Checkpoints.of_training(self.storage).folder
+        return max((int(name[:9]) for name in self.storage.names(folder)), default=0)
 
     def wait_for(self, trajectory: int) -> None:
         def reached() -> bool:

@@ -99,7 +99,7 @@ def test_an_mlflow_that_does_not_answer_is_named_without_its_password(folder, mo
     "arguments, words",
     [
         (["--model.path=nowhere"], "model.path nowhere does not exist"),
-        (["--router=nowhere"], "router nowhere has no readable config.json"),
+        (["--router=nowhere"], "nowhere has no readable config.json"),
         (["--serve.port=0"], "serve.port"),
         (["--serve.read-timeout-s=0"], "serve.read_timeout_s"),
         (["--serve.api-keys-file=nowhere"], "serve.api_keys_file is 'nowhere', which cannot be read"),

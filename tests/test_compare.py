@@ -32,7 +32,7 @@ from pipelines.comparing.rivals import library_arms
 from pipelines.html_report import render
 from pipelines.judging import NOISE_FLOOR
 from pipelines.presets import fashion
-from pipelines.resume import take_up
+from pipelines.resume import begin
 from pipelines.storage import RunStorage
 from pipelines.terminal import comparison_table
 from pipelines.timing import FULL, Arm
@@ -177,7 +177,7 @@ def test_a_run_is_resumed_with_other_arms_and_more_images_but_not_fewer(tmp_path
 
     def taken_up(**settings: Any) -> None:
         config = dataclasses.replace(fashion(), run_id="r1", compare=CompareConfig(**settings))
-        take_up(config, storage)
+        begin(config, storage)
         record(config, storage)
 
     taken_up(samples=64)

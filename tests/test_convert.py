@@ -198,7 +198,7 @@ def test_what_is_there_is_replaced_only_on_request(folder, public, tmp_path, con
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("{public}", "out", "--to", "public"), "out out is no checkpoint file: give a name in .pt or"),
+        (("{public}", "out", "--to", "public"), "/out is no checkpoint file: give a name in .pt or"),
         (("{public}", "a.pt", "--to", "public", "--vae", "x"), "vae x has no place in a public checkpoint"),
         (("{public}", "{public}", "--to", "diffusers"), "exists and is of another kind: give another path"),
         (("/none.pt", "out", "--to", "diffusers"), "model.path /none.pt does not exist: give"),

@@ -52,6 +52,7 @@ OTHERS_OPTIONS = {
     "--head",
     "--num-cpus",
     "--disable-usage-stats",
+    "--experiment-id",
     "--nproc-per-node",
     "--help",
     "--version",

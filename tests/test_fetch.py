@@ -94,7 +94,7 @@ def test_what_is_local_is_taken_as_it_is(tmp_path, monkeypatch):
     assert local_path("builtin:fashion-dit") == FASHION_DIT
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert local_path("org/name") == Path("org/name")  # though it could be an id of the hub
+    assert local_path("org/name") == tmp_path / "org" / "name"  # though it could be an id of the hub
     monkeypatch.setenv("HOME", str(tmp_path))
     assert local_path("~/org") == tmp_path / "org"
 
@@ -205,7 +205,7 @@ def test_credentials_are_never_shown(s3, uri, caplog, tmp_path):
     [
         ("/none", r"model.path /none does not exist: give builtin:fashion-dit, a model folder"),
         ("a/b/c", r"model.path a/b/c does not exist"),
-        ("ftp://a/b", r"model.path ftp://a/b is of an unknown kind: give an s3:// or gs:// URI"),
+        ("ftp://a/b", r"model.path ftp://a/b is of an unknown kind, ftp: give a local path"),
         ("org/name", r"org/name is no local path, so a Hugging Face id, and its revision is '': give the "),
     ],
 )

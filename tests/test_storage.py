@@ -2,11 +2,13 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import boto3
 import pytest
@@ -81,6 +83,51 @@ def test_a_folder_to_read_is_gone_once_it_is_read(storage, tmp_path, monkeypatch
         raise KeyError
     assert list(local.iterdir()) == []
     assert storage.read_bytes("router/config.json") == b"config.json", "the run's own stays"
+
+
+def test_a_folder_takes_the_place_of_another_whole(storage, tmp_path):
+    made = tmp_path / "made"
+    for names in (("config.json", "old.txt", "sub/old.txt"), ("config.json", "new.txt")):
+        shutil.rmtree(made, ignore_errors=True)
+        for name in names:
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            (made / name).write_text(names[1])
+        storage.replace_folder(made, "router")
+    with storage.local_folder("router") as copy:
+        found = {p.relative_to(copy).as_posix(): p.read_text() for p in copy.rglob("*") if p.is_file()}
+    assert found == {"config.json": "new.txt", "new.txt": "new.txt"}
+    shutil.rmtree(made)
+    made.mkdir()
+    storage.replace_folder(made, "router")
+    storage.replace_folder(made, "router")
+    assert not storage.exists("router/config.json") and not storage.exists("router/new.txt")
+
+
+def test_what_a_kill_left_of_a_folder_goes_with_the_next(tmp_path, monkeypatch):
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    storage, made = RunStorage(str(tmp_path / "runs"), "r1"), tmp_path / "made"
+    made.mkdir()
+    (made / "config.json").write_text("old")
+    storage.replace_folder(made, "router")
+    (made / "config.json").write_text("new")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            storage.replace_folder(made, "router")
+    assert storage.read_bytes("router/config.json") == b"old"
+    storage.replace_folder(made, "router")
+    assert storage.read_bytes("router/config.json") == b"new"
+    assert [path.name for path in (tmp_path / "runs" / "r1").iterdir()] == ["router"]
+
+
+def test_a_probe_leaves_nothing_behind(storage, tmp_path):
+    storage.check_writable()
+    assert not (tmp_path / "runs").exists() and not storage.exists(".write-probe")
+    storage.write_bytes("a", b"x")
+    storage.check_writable()
+    assert storage.read_bytes("a") == b"x"
 
 
 def test_a_uri_opens_what_the_storage_wrote(storage):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import postgres
@@ -30,10 +31,11 @@ from harmonica.rows import Batch, make_rows
 from harmonica.samplers import make_sampler
 from harmonica.sampling import sample
 from harmonica.text.prompt_files import MANIFEST
-from pipelines import registry
+from pipelines import registry, resume
+from pipelines.mlflow_store import tracking_uri
 from pipelines.stream import row_spec
 from pipelines.timing import SEED_OFFSET
-from pipelines.tracking import find_or_create, make_client, tracking_uri
+from pipelines.tracking import make_client
 
 ROOT = Path(workflow.__file__).parent
 SMALL = [
@@ -119,7 +121,7 @@ def psnr_here(run: Path, arguments: list[str], sampler_name: str = "") -> float:
         (["fashion", "--model.path=/no/such"], ["model.path /no/such does not exist", "give builtin:"]),
         (["dit-xl-2-256-t20"], ["model.path DiT-XL-2-256x256.pt does not exist"]),
         (["fashion", "--storage-path=/proc/x"], ["storage_path /proc/x cannot be written", "writable"]),
-        (["fashion", "--storage-path=nope://x"], ["storage_path nope://x cannot be opened"]),
+        (["fashion", "--storage-path=nope://x"], ["storage_path nope://x is of an unknown kind, nope"]),
         (["fashion", "--storage-path=s3://id:hush@b/p"], ["storage_path is 's3://b/p'", "~/.aws gives it"]),
         (["fashion", "--storage-endpoint=http://a:b@c"], ["storage_endpoint is 'http://c'", "http://host"]),
         (["fashion", "--stages", "prompts"], ["stages is ('prompts',)", "takes labels: leave prompts out"]),
@@ -200,42 +202,20 @@ def test_a_run_is_resumed_with_its_own_settings_only(
 
 
 def test_how_a_run_is_placed_may_change_when_it_is_resumed(tmp_path: Path) -> None:
-    def prepared(*arguments: str) -> None:
+    def prepared(*arguments: str) -> workflow.Workflow:
         given = ["fashion", "--run-id=r1", f"--storage-path={tmp_path}", "--stages", "train", *arguments]
-        workflow.Workflow(workflow.parse(given, workflow.PRESETS, "workflow.py")).check()
+        made = workflow.Workflow(workflow.parse(given, workflow.PRESETS, "workflow.py"))
+        made.check()
+        return made
 
-    prepared()
+    first = prepared()
+    resume.begin(first.config, first.storage)
     prepared("--train.num-workers=1", "--train.placement-strategy=SPREAD", "--train.stall-timeout-s=60")
-    with pytest.raises(ValueError, match=r"^train.trajectories was 20 and is 31: resume run_id r1 with"):
+    with pytest.raises(ValueError, match=r"^train.trajectories was \d+ and is 31: resume run_id r1 with"):
         prepared("--train.trajectories=31")
 
 
-def test_done_again_from_a_stage_forgets_it_and_those_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    run, runs = tmp_path / "r1", {}
-    for stage in ("workflow", "train", "evaluate"):
-        runs[stage] = find_or_create(stage, "r1", str(tmp_path), {}).mlflow_run_id
-
-    def prepared(*arguments: str) -> None:
-        given = ["fashion", "--run-id=r1", f"--storage-path={tmp_path}", *arguments]
-        given += ["--stages", "train", "evaluate", "register"]
-        workflow.Workflow(workflow.parse(given, workflow.PRESETS, "workflow.py")).check()
-
-    prepared()
-    for name in ("train/checkpoints/1.pt", "report.json", "samples.png", "served.png"):
-        (run / name).parent.mkdir(parents=True, exist_ok=True)
-        (run / name).write_text("{}")
-    prepared("--from=evaluate", "--evaluate.samples=16")
-    assert {path.name for path in run.iterdir()} == {"config.json", "train"}
-    (run / "router").mkdir()
-    (run / "router" / "config.json").write_text("{}")
-    prepared("--from=train", "--train.trajectories=31", "--evaluate.samples=16")
-    assert [path.name for path in run.iterdir()] == ["config.json"]
-    assert json.loads((run / "config.json").read_text())["train"]["trajectories"] == 31
-    for stage, before in runs.items():
-        assert find_or_create(stage, "r1", str(tmp_path), {}).mlflow_run_id != before, stage
+def test_doing_stages_again_wants_a_run() -> None:
     with pytest.raises(ValueError, match="from is 'train': give the --run-id"):
         workflow.parse(["fashion", "--from=train"], workflow.PRESETS, "workflow.py")
 
@@ -344,6 +324,40 @@ def test_the_chain_and_its_second_run(
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
     finally:
         ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_chain_in_awkward_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home sweet home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    names = ("a?b=c%20d", "ä #1;2", "100% rel")
+    given = (f"~/{names[0]}/", f"file://{quote(str(tmp_path / names[1]))}", f"./{names[2]}/../{names[2]}")
+    places = (home / names[0], tmp_path / names[1], tmp_path / names[2])
+    write_model(tmp_path / "mo?del #1")
+    stages = ["--stages", "train", "evaluate", "register"]
+    try:
+        for path, place in zip(given, places):
+            arguments = ["fashion", "--run-id=r1", f"--storage-path={path}", LET_THROUGH, *SMALL, *stages]
+            assert workflow.main([*arguments, "--model.path=mo?del #1"]) == 0, capsys.readouterr().err
+            run, said = place / "r1", capsys.readouterr().out
+            assert f"results:  {run}\n" in said and "version 1 of harmonica-fashion is the champion" in said
+            assert {"config.json", "report.html", "report.json", "router", "train"} <= set(os.listdir(run))
+            assert set(os.listdir(place)) == {"r1", "mlflow.db", "mlartifacts"}
+            router = RouterArtifact.load(f"{path.rstrip('/')}/r1/router")
+            registered, version = registry.load("harmonica-fashion", registry.CHAMPION, tracking_uri(path))
+            assert version == "1" and registered.plan == router.plan
+    finally:
+        ray.shutdown()
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"home sweet home", "mo?del #1", *names[1:]}, "and nowhere else"
+    assert {path.name for path in home.iterdir() if path.name[0] != "."} == {names[0]}
 
 
 RUNS = """select coalesce(parent.value, ''), stage.value, runs.status from runs

@@ -13,7 +13,7 @@ Shapes: N batch, C channels, H W image, F features, K classes.
 import json
 import logging
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harmonica.paths import local
 from harmonica.pretraining import fashion
 from harmonica.tensor_files import write_tensors
 
@@ -212,6 +213,9 @@ def main() -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(ClassifierTraining, description=__doc__)
+    config = replace(
+        config, out=local(config.out, "out"), data_folder=local(config.data_folder, "data_folder")
+    )
     save_classifier(train(config), config.out)
     # Judged as it will be used: after the rounding to half precision.
     classifier = load_classifier(config.out)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from harmonica.checkpoints import read_tensors
+from harmonica.paths import local
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
 _LPIPS_SIDE = 64  # AlexNet's layers leave nothing of much smaller images
@@ -73,7 +74,8 @@ class ClipScore:
         Raises:
             ValueError: no such folder, or it is not a CLIP's.
         """
-        if not (Path(folder) / "config.json").is_file():  # else transformers takes it for a hub's name
+        folder = local(folder, "evaluate.clip_path")
+        if not (folder / "config.json").is_file():  # else transformers takes it for a hub's name
             raise ValueError(f"evaluate.clip_path {folder} has no config.json: give a folder of a CLIP model")
         ensure_torchvision_imports()
         from transformers import CLIPModel, CLIPProcessor

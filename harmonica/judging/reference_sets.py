@@ -17,6 +17,7 @@ from torch import Tensor
 
 from harmonica.judging.classifier import BUILTIN_FOLDER, STATISTICS_FILE, FeatureStatistics
 from harmonica.judging.feature_extractors import ClassifierFeatures, InceptionFeatures
+from harmonica.paths import local
 from harmonica.pretraining import fashion
 from harmonica.tensor_files import write_tensors
 
@@ -70,7 +71,7 @@ def read_adm_reference(path: str | Path, extractor: InceptionFeatures | None = N
         ValueError: unreadable, or none of these arrays, or of other types or shapes.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(local(path, "evaluate.reference_statistics")) as archive:
             names = {Path(name).stem for name in archive.namelist()}
             pooled, spatial = (_read_gaussian(archive, names, end) for end in ("", "_s"))
             features = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from harmonica.builtin import FASHION_DIT, FASHION_PIXART
 from harmonica.models.hub import from_hub
 from harmonica.models.object_store import from_store
+from harmonica.paths import is_remote, resolved
 
 BUILTIN, BUILTIN_TEXT = "builtin:fashion-dit", "builtin:fashion-pixart"
 _BUILTINS = {BUILTIN: FASHION_DIT, BUILTIN_TEXT: FASHION_PIXART}
@@ -16,7 +17,7 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 def pinned(path: str, revision: str) -> str:
     """`path` with its revision in it, where `local_path` would take it for the id of one that names none."""
     found = _HUB_ID.fullmatch(path)
-    if not revision or found is None or found[2] or Path(path).expanduser().exists():
+    if not revision or found is None or found[2] or Path(resolved(path, "model.path")).exists():
         return path
     return f"{path}@{revision}"
 
@@ -25,8 +26,8 @@ def local_path(path: str, revision: str = "", *, field: str = "model.path") -> P
     """Where `path` lies on this machine, fetched into a cache first if it is remote.
 
     Args:
-        path: `builtin:fashion-dit` or `builtin:fashion-pixart`, a file or folder, an s3:// or gs:// URI,
-            or a Hugging Face id, `org/name` or `org/name@revision`.
+        path: `builtin:fashion-dit` or `builtin:fashion-pixart`, a file or folder (see `harmonica.paths`), an
+            s3:// or gs:// URI, or a Hugging Face id, `org/name` or `org/name@revision`.
         revision: Of a Hugging Face id that names none.
         field: What errors call `path`.
 
@@ -35,11 +36,11 @@ def local_path(path: str, revision: str = "", *, field: str = "model.path") -> P
     """
     if path in _BUILTINS:
         return _BUILTINS[path]
-    if "://" in path:
-        return from_store(path, field)
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
+    place = resolved(path, field)
+    if is_remote(place):
+        return from_store(place, field)
+    if Path(place).exists():
+        return Path(place)
     hub_id = _HUB_ID.fullmatch(path)
     if hub_id is None:
         raise ValueError(

@@ -19,7 +19,6 @@ from harmonica.models.repository_files import wanted
 
 logger = logging.getLogger(__name__)
 
-_SCHEMES = ("s3", "gs")
 _PUBLIC_QUERY = ("endpoint_override", "region", "scheme")  # the rest of a query may hold keys
 _CHUNK = 16 * 2**20  # each read is a request to the store
 
@@ -27,12 +26,13 @@ _CHUNK = 16 * 2**20  # each read is a request to the store
 def from_store(uri: str, field: str) -> Path:
     """The local copy of a file or of a model folder.
 
+    Args:
+        uri: as `harmonica.paths.resolved` gives it.
+
     Raises:
         ValueError: not there, no model, or not to be had; never shows credentials.
     """
     shown = without_secrets(uri)
-    if urlsplit(uri).scheme not in _SCHEMES:
-        raise ValueError(f"{field} {shown} is of an unknown kind: give an s3:// or gs:// URI")
     from pyarrow import ArrowException
 
     try:

@@ -2,14 +2,15 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlflow.exceptions import MlflowException
 
 from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import LoadedModel, ModelConfig, load_model
-from pipelines import registry, tracking
+from harmonica.paths import local
+from pipelines import registry
+from pipelines.mlflow_store import database_of, tracking_uri, without_credentials
 from pipelines.serving.drawing import UNCACHED, check_is_whole
 
 
@@ -42,6 +43,7 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
     if router == UNCACHED:
         return Choice(router=router, words="every branch computed (--router uncached)")
     if router:
+        router = str(local(router, "router"))
         if why_not := _why_not(RouterArtifact.load(router), loaded):
             raise ValueError(f"router is {router}, which does not fit model.path {model.path}: {why_not}")
         return Choice(router=router, words=f"the router in {router}")
@@ -76,10 +78,10 @@ class _Champion:
 
 
 def _champion(registered_model: str, storage_path: str) -> _Champion:
-    has_store = (Path(storage_path) / "mlflow.db").exists()
+    has_store = database_of(storage_path).exists()
     if not (os.environ.get("MLFLOW_TRACKING_URI") or has_store):
         return _Champion(why_not="no MLflow store yet")
-    uri = tracking.tracking_uri(storage_path)
+    uri = tracking_uri(storage_path)
     try:
         try:
             version = registry.resolve(registered_model, registry.CHAMPION, uri)
@@ -91,7 +93,7 @@ def _champion(registered_model: str, storage_path: str) -> _Champion:
     except (MlflowException, OSError) as error:
         raise ValueError(
             f"registered_model is {registered_model!r}, whose champion cannot be fetched from "
-            f"{tracking.without_credentials(uri)} ({str(error).splitlines()[0]}): see to that MLflow, or "
+            f"{without_credentials(uri)} ({str(error).splitlines()[0]}): see to that MLflow, or "
             "give --router FOLDER"
         ) from error
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.models.loading import ModelConfig
+from harmonica.paths import local
 from harmonica.sample import own_sampler
 from harmonica.settings import told
 from harmonica.smoke import check_sample
@@ -70,7 +71,7 @@ class ServeArgs(BaseModel):
             return registry.resolve(self.registered_model, registry.CHAMPION, self.tracking_uri)
         if self.router == UNCACHED:
             return UNCACHED
-        return "builtin" if Path(self.router) == BUILTIN_CHAMPION else Path(self.router).resolve().name
+        return "builtin" if Path(self.router) == BUILTIN_CHAMPION else local(self.router, "router").name
 
     def load(self, version: str) -> RouterArtifact:
         """A registered version, or the artifact folder."""

@@ -3,10 +3,10 @@
 import hashlib
 import hmac
 import os
-from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from harmonica.paths import local
 from pipelines.serving.http_errors import ApiError
 
 ENVIRONMENT = "HARMONICA_API_KEYS"
@@ -32,7 +32,8 @@ def load_keys(file: str) -> tuple[str, ...]:
         return keys
     cure = f"give a file with a key a line, or leave it empty and set {ENVIRONMENT}"
     try:
-        keys = tuple(filter(None, map(str.strip, Path(file).read_text(encoding="utf-8-sig").splitlines())))
+        text = local(file, "serve.api_keys_file").read_text(encoding="utf-8-sig")
+        keys = tuple(filter(None, map(str.strip, text.splitlines())))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"serve.api_keys_file is {file!r}, which cannot be read ({error}): {cure}"

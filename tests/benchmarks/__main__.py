@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from harmonica.paths import local
 from tests.benchmarks.hardware import Hardware
 from tests.benchmarks.model import full_pass, growth, reused_branch
 from tests.benchmarks.sampling import planned_dit, planned_pixart
@@ -70,6 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
     arguments = parser.parse_args()
+    output = local(arguments.output, "output")
     if unknown := set(arguments.only) - set(names):
         parser.error(f"NAME is {', '.join(unknown)}: give some of {', '.join(names)}")
     offered = DIT if arguments.dit else BENCHMARKS
@@ -82,8 +84,8 @@ def main() -> None:
         for row in run(benchmark, hardware, whole=arguments.whole):
             rows.append(row)
             print(f"  {line(row)}", flush=True)
-    arguments.output.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
-    print(f"\n{sum(row.holds for row in rows)} of {len(rows)} aims hold; {arguments.output} has all numbers")
+    output.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    print(f"\n{sum(row.holds for row in rows)} of {len(rows)} aims hold; {output} has all numbers")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from cluster_runs import TRAJECTORIES, TrainingRun, check_same, closing, kill, until
 from local_cluster import LocalCluster
 from mlflow_server import MlflowServer
 from s3_server import BUCKET, S3Server
 
 from pipelines.checkpoints import FOLDER
+from pipelines.lease import claim
+from pipelines.resume import recorded
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 OUTAGE_S = 20.0
@@ -72,6 +75,44 @@ def test_kill_of_the_driver_and_a_truncated_checkpoint(make_run, unbroken: Train
         assert f"{newest.name} is damaged" in run.said, run.said
         assert before >= 4
         check_same(run, unbroken)
+
+
+def test_killed_while_stages_are_done_again(make_run, unbroken: TrainingRun):
+    both = ("train", "evaluate")
+    judged = ["--evaluate.samples=16", "--evaluate.batch-size=8", "--evaluate.timing-rounds=1"]
+    with closing(make_run("again")) as run:
+        folder = Path(run.storage.uri())
+
+        def results() -> dict[str, bytes]:
+            names = ("router/config.json", "router/router.safetensors", "report.json", "samples.png")
+            return {name: (folder / name).read_bytes() for name in names}
+
+        run.start("--train.trajectories=4", *judged, stages=both)
+        assert run.wait() == 0, run.said
+        before, old = results(), run.router
+        run.start("--from=train", *judged, stages=both)
+        run.wait_for(5)
+        with pytest.raises(ValueError, match=f"is being written by process {run.driver.process.pid} on"):
+            claim(run.storage)
+        run.driver.kill()
+        run.cluster_is_idle()
+        assert results() == before and torch.equal(run.router, old), "all that was there still is"
+
+        run.start(*judged, stages=both)  # at once, and without --from
+        until("the new router", lambda: not recorded(run.storage).is_undone("train"))
+        run.driver.kill()
+        run.cluster_is_idle()
+        assert "resumed after trajectory" in run.said
+        check_same(run, unbroken)
+        assert {name for name in before if results()[name] == before[name]} == {"report.json", "samples.png"}
+
+        run.start("--from=train", *judged, stages=both)  # the same command: what is done since stays
+        assert run.wait() == 0, run.said
+        assert run.said.count("[train] done before") == 1
+        check_same(run, unbroken)
+        after = results()
+        assert all(after[name] != before[name] for name in before)
+        assert not (folder / "train").exists() and not (folder / "lease.json").exists()
 
 
 def test_s3_that_refuses_for_a_while(make_run, s3: S3Server, unbroken: TrainingRun):

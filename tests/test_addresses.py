@@ -1,0 +1,193 @@
+"""Clusters and MLflow stores that cannot do are refused within seconds, before Ray starts, in one line."""
+
+import http.server
+import re
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from processes import free_port
+
+import workflow
+from pipelines.cluster_address import check_address, cluster_address
+from pipelines.mlflow_store import check_store, sqlite_uri, tracking_uri
+from pipelines.tracking import find_or_create, make_client
+
+MODEL = "router"
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, monkeypatch):
+    """What `workflow.py` says under a value of a variable."""
+
+    def run(variable: str, value: str) -> str:
+        monkeypatch.setenv(variable, value)
+        capsys.readouterr()
+        started = time.monotonic()
+        arguments = ["fashion", "--run-id=r1", f"--storage-path={tmp_path / 'runs'}", "--stages", "train"]
+        assert workflow.main(arguments) == 2
+        assert time.monotonic() - started < 40, "seconds, but for the model and a busy machine"
+        assert not ray.is_initialized() and not (tmp_path / "runs").exists()
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"error: {variable} is ") and "\n" not in error
+        return error
+
+    return run
+
+
+@pytest.fixture
+def web_server():
+    """host:port of something that speaks HTTP, as a cluster's dashboard does."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("http://head:8265", "use `ray job submit --address http://head:8265 --working-dir . --"),
+        ("ray://head:10001", "which Ray Train does not support: submit the workflow with `ray job submit`"),
+        ("head", "which is no address: give host:port"),
+        ("head:port", "which is no address"),
+        ("head:66000", "which is no address"),
+        (
+            "127.0.0.1:1",
+            r"where nothing answers \(Connection refused\): start the cluster, or give host:port",
+        ),
+        ("[::1]:1", "where nothing answers"),
+        ("no-such-host.invalid:6379", "where nothing answers"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_refused(address, words, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=rf"RAY_ADDRESS is {re.escape(address)}, .*{words}"):
+        check_address()
+
+
+def test_what_answers_and_is_no_cluster_is_refused(web_server, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", web_server)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"is {web_server}, where something answers that is no Ray head"):
+        check_address()
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("address", ["", "local"])
+def test_a_private_cluster_wants_no_address(address, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    check_address()
+    assert cluster_address() == ""
+
+
+def test_the_workflow_says_so_and_ends_with_2(refused):
+    assert "where nothing answers" in refused("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("file:///tmp/mlruns", "a folder of files, .*: give sqlite:////absolute/path/mlflow.db or a server"),
+        ("./mlruns", "a folder of files"),
+        ("mlruns", "a folder of files"),
+        ("sqlite://", "a database in memory, .*: give sqlite:////absolute/path/mlflow.db"),
+        ("sqlite:///:memory:", "a database in memory"),
+        ("sqlite:///file:mlflow.db?uri=true", "relative to wherever a process runs: give an absolute path"),
+        ("nope://somewhere", "cannot be used"),
+        ("http://127.0.0.1:1", "where nothing answers .*: start the server, or correct the address"),
+        ("postgresql://id:hush@127.0.0.1:1/mlflow", "where nothing answers"),
+        ("http://no-such-host.invalid", "where nothing answers"),
+    ],
+)
+def test_a_store_that_cannot_do_is_refused(uri, words, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=f"MLFLOW_TRACKING_URI is .*{words}") as caught:
+        check_store("runs")
+    assert "\n" not in str(caught.value) and "hush" not in str(caught.value)
+    assert time.monotonic() - started < 20, "MLflow by itself tries for minutes"
+
+
+def test_the_workflow_refuses_it_before_ray_starts(refused):
+    assert "a folder of files" in refused("MLFLOW_TRACKING_URI", "./mlruns")
+
+
+def test_any_server_that_answers_will_do_for_a_start(web_server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{web_server}")
+    with pytest.raises(ValueError, match="which cannot be used"):  # it is none of MLflow's
+        check_store("runs")
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///sub/mlflow.db", "sqlite:///./sub/../sub/mlflow.db"])
+def test_a_relative_database_is_one_in_every_process(uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri("runs") == f"sqlite:///{tmp_path}/sub/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///~/mlflow.db")
+    assert tracking_uri("runs") == f"sqlite:///{Path.home().resolve()}/mlflow.db"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite:////a/mlflow.db",
+        "sqlite+pysqlite:////a%3Fb/mlflow.db",
+        "sqlite:////a/m.db?timeout=60",
+        "http://h",
+    ],
+)
+def test_what_is_absolute_stays_as_it_is(uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking_uri("s3://b/p") == uri
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A storage path whose MLflow has a run and a registered version."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        folder = tmp_path_factory.mktemp("runs")
+        run = find_or_create("workflow", "r1", str(folder), {})
+        run.client.create_registered_model(MODEL)
+        run.client.create_model_version(MODEL, source=str(folder), run_id=run.mlflow_run_id)
+        yield folder
+
+
+def test_a_champion_that_is_deleted_is_none(store, monkeypatch):
+    from pipelines import registry
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri = sqlite_uri(store / "mlflow.db")
+    client = make_client(uri)
+    registry.promote(client, MODEL, "1")
+    assert registry.current(MODEL, registry.CHAMPION, uri) is not None
+    client.delete_model_version(MODEL, "1")
+    assert registry.current(MODEL, registry.CHAMPION, uri) is None
+    with sqlite3.connect(store / "mlflow.db") as database:  # as deleting it another way leaves it
+        columns = "(name, alias, version, workspace)"
+        values = (MODEL, registry.CHAMPION, 1, "default")
+        database.execute(f"insert into registered_model_aliases {columns} values (?, ?, ?, ?)", values)
+    assert registry.current(MODEL, registry.CHAMPION, uri) is None
+    with pytest.raises(ValueError, match=r"alias is 'champion': .* is on version 1, which is deleted"):
+        registry.resolve(MODEL, registry.CHAMPION, uri)
+    created = client.create_model_version(MODEL, source=str(store), run_id=None)
+    registry.promote(client, MODEL, str(created.version))
+    assert registry.resolve(MODEL, registry.CHAMPION, uri) == str(created.version)
+
+
+def test_a_deleted_experiment_is_refused_with_the_way_back(store, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    check_store(str(store))
+    client = make_client(sqlite_uri(store / "mlflow.db"))
+    number = client.get_experiment_by_name("harmonica").experiment_id
+    client.delete_experiment(number)
+    words = rf"MLflow's store is {store}/mlflow.db, in which the experiment 'harmonica' is deleted: .*"
+    with pytest.raises(ValueError, match=rf"{words}restore --experiment-id {number}`"):
+        check_store(str(store))
+    client.restore_experiment(number)
+    check_store(str(store))
