@@ -1,5 +1,8 @@
 """What stands in for the forward of a pipeline's transformer: one step of a plan a call."""
 
+import copy
+import logging
+import threading
 import types
 from collections.abc import Hashable, Sequence
 from typing import Any, cast
@@ -8,11 +11,18 @@ import torch
 from torch import Tensor
 
 from harmonica.cache import BranchCache, Reuse
+from harmonica.call_owner import CallOwner, is_interrupted_caller
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.pipeline_transformer import Call, PipelineTransformer
 from harmonica.passes import planned_pass
 from harmonica.plan import Plan
 from harmonica.step_counter import StepCounter
+
+logger = logging.getLogger(__name__)
+
+
+class _SecondCallError(ValueError):
+    """A call that came while another runs, which it must not disturb."""
 
 
 def _step(
@@ -30,25 +40,44 @@ def _step_of_its_own(name: str) -> Any:
 
 
 class PlannedForward:
-    """Follows a trajectory call by call; its tensors are let go of at the last step."""
+    """Follows a trajectory call by call; its tensors are let go of at the last step.
+
+    A trajectory belongs to the pipeline's call that began it. Copies and pickles begin with none.
+    """
 
     def __init__(self, model: PipelineTransformer, plan: Plan, reuse: Reuse, steps: StepCounter) -> None:
         self._model, self._plan, self._reuse, self._steps = model, plan, reuse, steps
-        self._graphs = {self._graph(i): _step_of_its_own(f"plan_step_{i}") for i in range(plan.num_steps)}
+        self._set_up()
+
+    def _set_up(self) -> None:
+        steps = range(self._plan.num_steps)
+        self._graphs = {self._graph(i): _step_of_its_own(f"plan_step_{i}") for i in steps}
         self._cache: BranchCache | None = None
         self._shape: tuple[int, ...] = ()
+        self._owner: CallOwner | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        steps = copy.copy(self._steps)
+        steps.reset()
+        return {"_model": self._model, "_plan": self._plan, "_reuse": self._reuse, "_steps": steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._set_up()
 
     def _graph(self, i: int) -> Hashable:
         """Steps of one key share their compiled graph: a forecast's weights differ from step to step."""
         return self._plan.compute[i] if self._reuse == "hold" else i
 
-    # Not recursive: Dynamo skips this frame and the two helpers, and compiles the step between them.
+    # Not recursive: Dynamo skips this frame and its helpers, and compiles the step between them.
     @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the transformer's own.
 
         Raises:
-            ValueError: the call is not the plan's next one, or asks for what branches do not give.
+            ValueError: the call is not the plan's next one, comes while another runs, or asks for what
+                branches do not give.
         """
         try:
             i, call, inputs = self._enter(args, kwargs)
@@ -56,8 +85,10 @@ class PlannedForward:
             step = i if self._reuse == "forecast" else 0
             row = self._plan.compute[i]
             output_NCHW = self._graphs[self._graph(i)](self._model.view, row, self._cache, step, inputs)
+        except _SecondCallError:
+            raise
         except BaseException:
-            self._reset()
+            self._reset_own()
             raise
         return self._leave(i, call, output_NCHW)
 
@@ -67,7 +98,9 @@ class PlannedForward:
         timesteps = set(call.timestep_N.tolist())
         if len(timesteps) != 1:
             raise ValueError(f"timestep is {sorted(timesteps)}: a plan has one step for the whole batch")
-        i = self._steps.next_step(timesteps.pop())
+        (timestep,) = timesteps
+        self._claim(timestep)
+        i = self._steps.next_step(timestep)
         shape = tuple(call.sample_NCHW.shape)
         if i == self._plan.num_steps - 1:
             self._model.check()  # hooks, adapters and attention processors can have come since
@@ -79,6 +112,23 @@ class PlannedForward:
                 "as it is for all its steps, run the other after it"
             )
         return i, call, (call.sample_NCHW, call.timestep_N, self._model.condition(call.arguments))
+
+    def _claim(self, timestep: float) -> None:
+        """Let a step be taken by the call that its trajectory belongs to, and by none that comes between."""
+        caller = CallOwner.current()
+        with self._lock:
+            owner, begins = self._owner, self._steps.begins(timestep)
+            if owner is not None and owner != caller:
+                # A first step may follow a call that was broken off; a later one is of the owner's thread.
+                if owner.is_running() if begins else owner.thread != caller.thread:
+                    raise _SecondCallError(
+                        f"a second call came while one runs (in thread {owner.thread_name}, "
+                        f"{self._steps.calls} of {self._plan.num_steps} steps are done): a transformer with "
+                        "a plan follows one call at a time. Run them one after the other, or give the second "
+                        "a pipeline with a copy.deepcopy of the transformer"
+                    )
+            if owner is None or begins:
+                self._owner = caller
 
     @torch.compiler.disable
     def _leave(self, i: int, call: Call, output_NCHW: Tensor) -> Any:
@@ -94,20 +144,35 @@ class PlannedForward:
         """The pipeline has its images.
 
         Raises:
-            ValueError: before the plan's last step.
+            ValueError: before the plan's last step, where steps are only counted and the pipeline was not
+                interrupted: it has other steps than the router.
         """
         calls, wanted = self._steps.calls, self._plan.num_steps
-        self._reset()
-        if calls:
-            raise ValueError(
-                f"the pipeline ended after {calls} of the router's {wanted} steps: give it "
-                f"num_inference_steps {wanted}"
+        if not self._reset_own() or not calls:
+            return
+        if self._steps.is_checked or is_interrupted_caller():
+            logger.warning(
+                "the pipeline ended after %d of the router's %d steps: it was interrupted, or was given "
+                "fewer. The next call begins anew",
+                *(calls, wanted),
             )
+            return
+        raise ValueError(
+            f"the pipeline ended after {calls} of the router's {wanted} steps: give it "
+            f"num_inference_steps {wanted}"
+        )
+
+    @torch.compiler.disable
+    def _reset_own(self) -> bool:
+        """Forget the trajectory, but for one of another thread, which may run: whether there is none now."""
+        with self._lock:
+            if self._owner is not None and self._owner.thread != threading.get_ident():
+                return False
+            self._release()
+            self._steps.reset()
+            return True
 
     def _release(self) -> None:
-        self._cache, self._shape = None, ()
         self._model.forget()
-
-    def _reset(self) -> None:
-        self._release()
-        self._steps.reset()
+        self._cache, self._shape = None, ()
+        self._owner = None  # the last: from here on another thread may begin
