@@ -77,10 +77,10 @@ def apply(
     slot = _HOOKED if _HOOKED in vars(module) else "forward"
     if getattr(module, slot) != _own_forward(module):
         raise ValueError(
-            "transformer.forward is not the class's own, something wraps it: take that off, apply, and put "
-            "it on again"
+            "transformer.forward is not the class's own, something wraps it: take that off, or load the "
+            "transformer anew, apply, and put it on again"
         )
-    for name, value in ((slot, planned.forward), (_END_OF_CALL, planned.end_of_call), (_STATE, planned)):
+    for name, value in ((slot, planned), (_END_OF_CALL, planned.end_of_call), (_STATE, planned)):
         setattr(module, name, value)
 
 
@@ -91,15 +91,16 @@ def remove(transformer: nn.Module) -> None:
         ValueError: there is no plan, or something wraps it.
     """
     module = _unwrapped(transformer)
-    planned = getattr(module, _STATE, None)
+    planned: PlannedForward | None = getattr(module, _STATE, None)
     if planned is None:
         raise ValueError("transformer has no plan: harmonica.apply puts one on")
-    if vars(module).get(_HOOKED) == planned.forward:
+    if vars(module).get(_HOOKED) is planned:
         setattr(module, _HOOKED, _own_forward(module))
-    elif vars(module).get("forward") == planned.forward:
+    elif vars(module).get("forward") is planned:
         del module.forward
     else:
         raise ValueError("transformer.forward is not the plan's, something wraps it: take that off first")
+    planned.reset()
     delattr(module, _END_OF_CALL)
     delattr(module, _STATE)
 

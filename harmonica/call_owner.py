@@ -24,31 +24,34 @@ class CallOwner:
     @classmethod
     def current(cls) -> "CallOwner":
         thread = threading.current_thread()
-        call = next(_pipeline_calls(sys._getframe()), None)
+        call = next((frame for frame in _stack(sys._getframe()) if _is_pipeline_call(frame)), None)
         return cls(threading.get_ident(), thread.name, None if call is None else id(call))
+
+    def bars(self, other: "CallOwner", *, is_first_step: bool) -> bool:
+        """Whether a step of another call comes between those of this one."""
+        if self == other:
+            return False
+        # A first step may follow a call that was broken off; a later one belongs to this one's thread.
+        return self.is_running() if is_first_step else self.thread != other.thread
 
     def is_running(self) -> bool:
         """Whether the pipeline's call has neither returned nor raised; False outside of one."""
-        calls = _pipeline_calls(sys._current_frames().get(self.thread))
-        return any(id(call) == self.pipeline_call for call in calls)
+        frames = _stack(sys._current_frames().get(self.thread))
+        return any(id(frame) == self.pipeline_call and _is_pipeline_call(frame) for frame in frames)
 
 
-def is_interrupted_caller() -> bool:
-    """Whether a pipeline calls that was told to stop: the loops of some then leave out the last steps."""
+def current_pipeline() -> Any:
+    """The diffusers pipeline whose method is the innermost on the stack; None outside of one."""
     pipes = (_pipeline(frame) for frame in _stack(sys._getframe()))
-    pipe = next((each for each in pipes if each is not None), None)
-    return getattr(pipe, "_interrupt", False) is True
+    return next((each for each in pipes if each is not None), None)
 
 
-def _pipeline_calls(frame: FrameType | None) -> Iterator[FrameType]:
-    """Innermost first."""
-    for each in _stack(frame):
-        if each.f_code.co_name == "__call__" and _pipeline(each) is not None:
-            yield each
+def _is_pipeline_call(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "__call__" and _pipeline(frame) is not None
 
 
 def _pipeline(frame: FrameType) -> Any:
-    """That whose method the frame is in, or None."""
+    """Whose method the frame is, or None."""
     owner = frame.f_locals.get("self")
     return owner if hasattr(type(owner), "maybe_free_model_hooks") else None
 

@@ -11,18 +11,15 @@ import torch
 from torch import Tensor
 
 from harmonica.cache import BranchCache, Reuse
-from harmonica.call_owner import CallOwner, is_interrupted_caller
+from harmonica.call_owner import CallOwner, current_pipeline
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.pipeline_transformer import Call, PipelineTransformer
 from harmonica.passes import planned_pass
 from harmonica.plan import Plan
+from harmonica.scheduler_guard import SchedulerGuard, SecondCallError
 from harmonica.step_counter import StepCounter
 
 logger = logging.getLogger(__name__)
-
-
-class _SecondCallError(ValueError):
-    """A call that came while another runs, which it must not disturb."""
 
 
 def _step(
@@ -45,6 +42,10 @@ class PlannedForward:
     A trajectory belongs to the pipeline's call that began it. Copies and pickles begin with none.
     """
 
+    def __get__(self, *_: Any) -> "PlannedForward":
+        """Itself: whoever puts a forward back may bind it to the transformer, as cache-dit does."""
+        return self
+
     def __init__(self, model: PipelineTransformer, plan: Plan, reuse: Reuse, steps: StepCounter) -> None:
         self._model, self._plan, self._reuse, self._steps = model, plan, reuse, steps
         self._set_up()
@@ -55,6 +56,8 @@ class PlannedForward:
         self._cache: BranchCache | None = None
         self._shape: tuple[int, ...] = ()
         self._owner: CallOwner | None = None
+        self._guard: SchedulerGuard | None = None
+        self._following: set[int] = set()  # threads with a step since their last end of a call
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,7 +75,7 @@ class PlannedForward:
 
     # Not recursive: Dynamo skips this frame and its helpers, and compiles the step between them.
     @torch.compiler.disable(recursive=False)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the transformer's own.
 
         Raises:
@@ -85,10 +88,10 @@ class PlannedForward:
             step = i if self._reuse == "forecast" else 0
             row = self._plan.compute[i]
             output_NCHW = self._graphs[self._graph(i)](self._model.view, row, self._cache, step, inputs)
-        except _SecondCallError:
+        except SecondCallError:
             raise
         except BaseException:
-            self._reset_own()
+            self.reset()
             raise
         return self._leave(i, call, output_NCHW)
 
@@ -100,6 +103,7 @@ class PlannedForward:
             raise ValueError(f"timestep is {sorted(timesteps)}: a plan has one step for the whole batch")
         (timestep,) = timesteps
         self._claim(timestep)
+        self._following.add(threading.get_ident())
         i = self._steps.next_step(timestep)
         shape = tuple(call.sample_NCHW.shape)
         if i == self._plan.num_steps - 1:
@@ -118,17 +122,16 @@ class PlannedForward:
         caller = CallOwner.current()
         with self._lock:
             owner, begins = self._owner, self._steps.begins(timestep)
-            if owner is not None and owner != caller:
-                # A first step may follow a call that was broken off; a later one is of the owner's thread.
-                if owner.is_running() if begins else owner.thread != caller.thread:
-                    raise _SecondCallError(
-                        f"a second call came while one runs (in thread {owner.thread_name}, "
-                        f"{self._steps.calls} of {self._plan.num_steps} steps are done): a transformer with "
-                        "a plan follows one call at a time. Run them one after the other, or give the second "
-                        "a pipeline with a copy.deepcopy of the transformer"
-                    )
+            if owner is not None and owner.bars(caller, is_first_step=begins):
+                raise SecondCallError(owner)
             if owner is None or begins:
                 self._owner = caller
+                self._guard_scheduler(caller)
+
+    def _guard_scheduler(self, owner: CallOwner) -> None:
+        scheduler = getattr(current_pipeline(), "scheduler", None)
+        if owner.pipeline_call is not None and hasattr(scheduler, "set_timesteps"):
+            self._guard = SchedulerGuard(scheduler, owner)
 
     @torch.compiler.disable
     def _leave(self, i: int, call: Call, output_NCHW: Tensor) -> Any:
@@ -148,26 +151,37 @@ class PlannedForward:
                 interrupted: it has other steps than the router.
         """
         calls, wanted = self._steps.calls, self._plan.num_steps
-        if not self._reset_own() or not calls:
+        if not self.reset():
             return
-        if self._steps.is_checked or is_interrupted_caller():
+        is_followed = threading.get_ident() in self._following
+        self._following.discard(threading.get_ident())
+        is_interrupted = getattr(current_pipeline(), "_interrupt", False) is True
+        if not is_followed and CallOwner.current().pipeline_call is not None and not is_interrupted:
+            logger.warning(
+                "the pipeline's images were made without the plan: something, such as another cache, has "
+                "replaced transformer.forward. Take that off, or load the transformer anew and apply"
+            )
+        elif calls and (self._steps.is_checked or is_interrupted):
             logger.warning(
                 "the pipeline ended after %d of the router's %d steps: it was interrupted, or was given "
                 "fewer. The next call begins anew",
                 *(calls, wanted),
             )
-            return
-        raise ValueError(
-            f"the pipeline ended after {calls} of the router's {wanted} steps: give it "
-            f"num_inference_steps {wanted}"
-        )
+        elif calls:
+            raise ValueError(
+                f"the pipeline ended after {calls} of the router's {wanted} steps: give it "
+                f"num_inference_steps {wanted}"
+            )
 
     @torch.compiler.disable
-    def _reset_own(self) -> bool:
+    def reset(self) -> bool:
         """Forget the trajectory, but for one of another thread, which may run: whether there is none now."""
         with self._lock:
             if self._owner is not None and self._owner.thread != threading.get_ident():
                 return False
+            if self._guard is not None:
+                self._guard.take_off()
+            self._guard = None
             self._release()
             self._steps.reset()
             return True
