@@ -77,9 +77,7 @@ def test_several_images_a_prompt(pixart):
     noise, _ = tiny_pixart.make_batch("sigma", 4)
     _, condition = tiny_pixart.make_batch("sigma", 2)
     found = call(pixart.pipe, noise, condition, num_images_per_prompt=2)
-    rows = [
-        call(pixart.pipe, noise[i : i + 1], condition[i // 2 : i // 2 + 1]) for i in range(4)
-    ]
+    rows = [call(pixart.pipe, noise[i : i + 1], condition[i // 2 : i // 2 + 1]) for i in range(4)]
     assert apart(found, torch.cat(rows)) < 1e-12
 
 
