@@ -301,22 +301,22 @@ def fuse(transformer: nn.Module) -> None:
 
 @pytest.mark.parametrize("is_applied_first", [True, False])
 def test_fused_projections_are_the_same_weights(case, is_applied_first):
-    _, wanted = planned(case)
+    (_, wanted), artifact = planned(case), case.artifact()
     if is_applied_first:
-        harmonica.apply(case.transformer, case.artifact())
+        harmonica.apply(case.transformer, artifact)
     fuse(case.transformer)
     if not is_applied_first:
-        harmonica.apply(case.transformer, case.artifact())
+        harmonica.apply(case.transformer, artifact)
     assert apart(case.run(), wanted) < 1e-12
     assert case.transformer.transformer_blocks[0].attn1.fused_projections
 
 
 def test_pixarts_own_way_to_fuse_and_back(pixart):
-    _, wanted = planned(pixart)
+    (_, wanted), artifact = planned(pixart), pixart.artifact()
     with torch.no_grad():
         pixart.transformer.fuse_qkv_projections()
     pixart.transformer.unfuse_qkv_projections()  # which leaves the copies
-    harmonica.apply(pixart.transformer, pixart.artifact())
+    harmonica.apply(pixart.transformer, artifact)
     assert apart(pixart.run(), wanted) < 1e-12
 
 
@@ -397,7 +397,7 @@ def test_offloading_of_leaves(dit):
 
 
 def test_blocks_that_another_cache_replaces_are_refused_and_put_back(case):
-    """As cache-dit does it: a forward that puts its own blocks in, and is bound anew when that is taken off."""
+    """As cache-dit does it: its forward puts other blocks in, and it binds the old one when it goes."""
     _, wanted = planned(case)
     transformer = case.transformer
     harmonica.apply(transformer, case.artifact())
