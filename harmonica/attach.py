@@ -94,9 +94,9 @@ def remove(transformer: nn.Module) -> None:
     planned: PlannedForward | None = getattr(module, _STATE, None)
     if planned is None:
         raise ValueError("transformer has no plan: harmonica.apply puts one on")
-    if vars(module).get(_HOOKED) is planned:
+    if vars(module).get(_HOOKED) == planned:
         setattr(module, _HOOKED, _own_forward(module))
-    elif vars(module).get("forward") is planned:
+    elif vars(module).get("forward") == planned:
         del module.forward
     else:
         raise ValueError("transformer.forward is not the plan's, something wraps it: take that off first")
