@@ -11,9 +11,9 @@ pick from the plan inside a compiled graph. The walk does not call the blocks th
 those (group offloading, a device map) are refused.
 
 What a transformer is not told is not checked: the guidance scale, and a scheduler that visits the right
-timesteps by another rule. The timestep is read back once a call, which waits for the device. One pipeline
-call at a time. Under `torch.compile` each distinct row of the plan (with forecasts, each step) is a graph
-of its own, compiled in the first trajectory.
+timesteps by another rule. The timestep is read back once a step, which waits for the device. A transformer
+follows one call at a time, and refuses a second that comes meanwhile. Under `torch.compile` each distinct
+row of the plan (with forecasts, each step) is a graph of its own, compiled in the first trajectory.
 """
 
 import types
@@ -44,15 +44,18 @@ def apply(
 ) -> None:
     """Let a pipeline's transformer follow a router's plan, until `remove`.
 
-    Before or after `torch.compile` and `enable_model_cpu_offload`. `save_pretrained` saves the plain model.
+    Before or after `torch.compile` and `enable_model_cpu_offload`. Height, width, batch and guidance may
+    change from call to call. `save_pretrained` saves the plain model; `copy.deepcopy`, pickle and
+    `torch.save` take the plan along.
 
     Args:
         transformer: `pipe.transformer`, changed in place.
         artifact: or its folder.
         allow_other_sampler: count calls, whatever their timesteps. For routers of ddim and iddpm, whose
             steps are the public DiT code's and no diffusers scheduler's, and for measuring transfer.
-        check_weights: False for weights that changed their form, not their substance: quantised. (The same
-            weights in bfloat16 or float16 are recognised.)
+        check_weights: False where the weights are the router's in another form: quantised, or with an adapter
+            (LoRA) fused into them. The same weights in bfloat16 or float16, with an adapter beside them or
+            with fused projections of queries, keys and values, are recognised.
 
     Raises:
         ValueError: there is a plan already, or the router was not made for this model, or its sampler is
@@ -74,10 +77,10 @@ def apply(
     slot = _HOOKED if _HOOKED in vars(module) else "forward"
     if getattr(module, slot) != _own_forward(module):
         raise ValueError(
-            "transformer.forward is not the class's own, something wraps it: take that off, apply, and put "
-            "it on again"
+            "transformer.forward is not the class's own, something wraps it: take that off, or load the "
+            "transformer anew, apply, and put it on again"
         )
-    for name, value in ((slot, planned.forward), (_END_OF_CALL, planned.end_of_call), (_STATE, planned)):
+    for name, value in ((slot, planned), (_END_OF_CALL, planned.end_of_call), (_STATE, planned)):
         setattr(module, name, value)
 
 
@@ -88,15 +91,16 @@ def remove(transformer: nn.Module) -> None:
         ValueError: there is no plan, or something wraps it.
     """
     module = _unwrapped(transformer)
-    planned = getattr(module, _STATE, None)
+    planned: PlannedForward | None = getattr(module, _STATE, None)
     if planned is None:
         raise ValueError("transformer has no plan: harmonica.apply puts one on")
-    if vars(module).get(_HOOKED) == planned.forward:
+    if vars(module).get(_HOOKED) == planned:
         setattr(module, _HOOKED, _own_forward(module))
-    elif vars(module).get("forward") == planned.forward:
+    elif vars(module).get("forward") == planned:
         del module.forward
     else:
         raise ValueError("transformer.forward is not the plan's, something wraps it: take that off first")
+    planned.reset()
     delattr(module, _END_OF_CALL)
     delattr(module, _STATE)
 
@@ -123,7 +127,17 @@ def _check_weights_and_shape(
         if artifact.rounded_weights.get(each, "") == found.rounded.get(each):
             found = replace(found, exact=found.rounded[each])
     model.view.recorded_fingerprint = found
-    artifact.check(model.view, artifact.sampler)
+    try:
+        artifact.check(model.view, artifact.sampler)
+    except ValueError as error:
+        if not str(error).startswith("model.weights "):
+            raise
+        raise ValueError(
+            f"model.weights is {found.exact} and the router was made for {artifact.model['weights']}: these "
+            "are other weights. Where you know them to be the same in another form, as they are after "
+            "quantising or with an adapter (LoRA) fused into them, apply with check_weights=False; for "
+            "another model, train a router"
+        ) from None
 
 
 def _timesteps(view: BranchedTransformer, artifact: RouterArtifact) -> Sequence[float]:

@@ -34,6 +34,18 @@ class StepCounter:
         """Calls of the trajectory so far; 0 before the first and after the last."""
         return self._calls % self.num_steps
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether each call's timestep is compared with the router's."""
+        return self._timesteps is not None
+
+    def begins(self, timestep: float) -> bool:
+        """Whether a call with that timestep is the first of a trajectory, as far as can be told."""
+        if self._timesteps is None:
+            return self._rises(timestep)
+        wanted = self._timesteps[-1 - self.calls]
+        return timestep == self._timesteps[-1] and (self.calls == 0 or timestep != wanted)
+
     def next_step(self, timestep: float) -> int:
         """The step i of a call.
 
@@ -48,20 +60,18 @@ class StepCounter:
         return self.num_steps - self._calls
 
     def _compare(self, timestep: float, timesteps: Sequence[float]) -> None:
-        self._calls = self.calls
+        self._calls = 0 if self.begins(timestep) else self.calls  # the last one may have been broken off
         wanted = timesteps[-1 - self._calls]
-        if timestep == timesteps[-1] != wanted:  # the last trajectory was broken off
-            self._calls = 0
-        elif timestep != wanted:
+        if timestep != wanted:
             raise ValueError(
                 f"timestep is {timestep:g} in call {self._calls + 1} of the trajectory and the router was "
                 f"made for {wanted:g}: give the pipeline num_inference_steps {self.num_steps} and the "
-                f"scheduler {self.sampler}, or apply with allow_other_sampler"
+                f"scheduler {self.sampler}, or apply with allow_other_sampler; to call the transformer by "
+                "itself, harmonica.remove first"
             )
 
     def _count(self, timestep: float) -> None:
-        # After one call, the same again is the next trajectory; later, rounding can make two steps equal.
-        if timestep > self._last or (timestep == self._last and self._calls == 1):
+        if self._rises(timestep):
             if self.calls:
                 logger.warning(
                     "a trajectory of %d of %d calls was broken off, or num_inference_steps is not %d",
@@ -74,3 +84,7 @@ class StepCounter:
                 f"made for {self.num_steps} steps: give the pipeline num_inference_steps {self.num_steps} "
                 "and a scheduler with one call a step"
             )
+
+    def _rises(self, timestep: float) -> bool:
+        # After one call, the same again is the next trajectory; later, rounding can make two steps equal.
+        return timestep > self._last or (timestep == self._last and self._calls == 1)

@@ -196,7 +196,7 @@ def test_rows_at_different_timesteps_are_refused(dit):
         dit.transformer(dit.noise, timestep=torch.tensor([999, 749]), class_labels=dit.condition)
 
 
-def test_what_was_kept_is_let_go_of(case, monkeypatch):
+def test_what_was_kept_is_let_go_of(case, monkeypatch, caplog):
     """The cache, and of a PixArt the prompts with their keys."""
     caches = weakref.WeakSet()
 
@@ -217,8 +217,8 @@ def test_what_was_kept_is_let_go_of(case, monkeypatch):
         case.call(times[i])
         assert len(caches) == (i > 0)
     case.call(times[-1])
-    with pytest.raises(ValueError, match=r"the pipeline ended after 1 of the router's 4 steps"):
-        case.pipe.maybe_free_model_hooks()
+    case.pipe.maybe_free_model_hooks()
+    assert "the pipeline ended after 1 of the router's 4 steps: it was interrupted" in caplog.text
     assert not caches
     case.call(times[-1])
     with pytest.raises(ValueError, match=r"timestep is 998 in call 2 of the trajectory"):

@@ -4,8 +4,23 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_module
-from diffusers.hooks import apply_group_offloading
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    LayerSkipConfig,
+    PyramidAttentionBroadcastConfig,
+    apply_faster_cache,
+    apply_first_block_cache,
+    apply_group_offloading,
+    apply_layer_skip,
+    apply_pyramid_attention_broadcast,
+)
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 from tiny_attached import STEPS, Case, apart, config, make_case
 from tolerances import of_pass, of_trajectory
 from torch import Tensor, nn
@@ -272,3 +287,157 @@ def test_attention_processors_of_a_pixart(pixart):
     pixart.transformer.transformer_blocks[1].attn2.set_processor(Custom())
     with pytest.raises(ValueError, match=r"transformer_blocks.1.attn2 has the attention processor Custom"):
         pixart.run()
+
+
+# Weights in another form
+
+
+def fuse(transformer: nn.Module) -> None:
+    """`fuse_qkv_projections`, which a DiT's class does not have."""
+    with torch.no_grad():
+        for module in transformer.modules():
+            if hasattr(module, "fuse_projections"):
+                module.fuse_projections()
+                module.set_processor(FusedAttnProcessor2_0())
+
+
+@pytest.mark.parametrize("is_applied_first", [True, False])
+def test_fused_projections_are_the_same_weights(case, is_applied_first):
+    (_, wanted), artifact = planned(case), case.artifact()
+    if is_applied_first:
+        harmonica.apply(case.transformer, artifact)
+    fuse(case.transformer)
+    if not is_applied_first:
+        harmonica.apply(case.transformer, artifact)
+    assert apart(case.run(), wanted) < 1e-12
+    assert case.transformer.transformer_blocks[0].attn1.fused_projections
+
+
+def test_pixarts_own_way_to_fuse_and_back(pixart):
+    (_, wanted), artifact = planned(pixart), pixart.artifact()
+    with torch.no_grad():
+        pixart.transformer.fuse_qkv_projections()
+    pixart.transformer.unfuse_qkv_projections()  # which leaves the copies
+    harmonica.apply(pixart.transformer, artifact)
+    assert apart(pixart.run(), wanted) < 1e-12
+
+
+def test_an_adapter_fused_into_the_weights_asks_for_check_weights(case):
+    artifact = case.artifact()
+    adapt(case)
+    for module in list(case.transformer.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, Adapted):
+                up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+                layer.base_layer.weight.data += up @ down
+                setattr(module, name, layer.base_layer)
+    wanted = case.call(999)
+    with pytest.raises(ValueError, match=r"adapter \(LoRA\) fused into them, apply with check_weights=False"):
+        harmonica.apply(case.transformer, artifact)
+    harmonica.apply(case.transformer, artifact, check_weights=False)
+    assert apart(case.call(999), wanted) < 1e-12
+    assert case.run().isfinite().all()
+
+
+# Other caches
+
+CACHES = {
+    "pyramid_attention_broadcast": lambda transformer: apply_pyramid_attention_broadcast(
+        transformer,
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(0, 1000),
+            current_timestep_callback=lambda: 500,
+        ),
+    ),
+    "faster_cache_denoiser": lambda transformer: apply_faster_cache(
+        transformer,
+        FasterCacheConfig(
+            current_timestep_callback=lambda: 500,
+            spatial_attention_block_identifiers=("transformer_blocks",),
+            is_guidance_distilled=True,
+        ),
+    ),
+    "fbc_leader_block_hook": lambda transformer: apply_first_block_cache(
+        transformer, FirstBlockCacheConfig(threshold=0.1)
+    ),
+    "layer_skip_hook": lambda transformer: apply_layer_skip(
+        transformer, LayerSkipConfig(indices=[1], fqn="transformer_blocks")
+    ),
+}
+
+
+@pytest.mark.parametrize("is_applied_first", [True, False])
+@pytest.mark.parametrize("hook", CACHES)
+def test_diffusers_own_caches_are_refused(case, hook, is_applied_first):
+    artifact, put_on = case.artifact(), CACHES[hook]
+    if is_applied_first:
+        harmonica.apply(case.transformer, artifact)
+        put_on(case.transformer)
+    with pytest.raises(ValueError, match=rf"has the hook {hook}, .*: use that or a plan, not both. Take it"):
+        if is_applied_first:
+            case.run()
+        else:
+            put_on(case.transformer)
+            harmonica.apply(case.transformer, artifact)
+
+
+def test_what_only_moves_or_converts_weights_is_let_be(dit, pixart):
+    for case in (dit, pixart):
+        _, wanted = planned(case)
+        harmonica.apply(case.transformer, case.artifact())
+        case.transformer.enable_layerwise_casting(storage_dtype=torch.float32, compute_dtype=torch.float64)
+        # The weights are rounded to float32: 6e-8 each.
+        assert apart(case.run(), wanted) < 1e-5
+
+
+def test_offloading_of_leaves(dit):
+    _, wanted = planned(dit)
+    harmonica.apply(dit.transformer, dit.artifact())
+    apply_group_offloading(dit.transformer, torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(dit.run(), wanted)
+
+
+def test_blocks_that_another_cache_replaces_are_refused_and_put_back(case):
+    """As cache-dit does it: its forward puts other blocks in, and it binds the old one when it goes."""
+    _, wanted = planned(case)
+    transformer = case.transformer
+    harmonica.apply(transformer, case.artifact())
+    own, blocks = transformer.forward, transformer.transformer_blocks
+
+    def forward(*args, **kwargs):
+        transformer.transformer_blocks = nn.ModuleList([blocks])
+        try:
+            return own(*args, **kwargs)
+        finally:
+            transformer.transformer_blocks = blocks
+
+    transformer.forward = forward
+    with pytest.raises(
+        ValueError, match=r"transformer_blocks are not those that the plan was put on: .*cach"
+    ):
+        case.run()
+    transformer.forward = own.__get__(transformer)
+    assert torch.equal(case.run(), wanted)
+    harmonica.remove(transformer)
+
+
+def test_a_forward_that_replaces_the_plans_is_not_passed_over_in_silence(case, caplog):
+    without, wanted = planned(case)
+    harmonica.apply(case.transformer, case.artifact())
+    plan = case.transformer.forward
+    case.transformer.forward = type(case.transformer).forward.__get__(case.transformer)
+    assert torch.equal(case.run(), without)
+    assert "the pipeline's images were made without the plan: something, such as another" in caplog.text
+    case.transformer.forward = plan
+    caplog.clear()
+    assert torch.equal(case.run(), wanted)
+    case.pipe.maybe_free_model_hooks()  # by hand: no images, no word
+    assert not caplog.records
+
+
+def test_attention_slicing(pixart):
+    _, wanted = planned(pixart)
+    harmonica.apply(pixart.transformer, pixart.artifact())
+    pixart.pipe.enable_attention_slicing()
+    assert apart(pixart.run(), wanted) < 1e-12

@@ -23,14 +23,20 @@ if TYPE_CHECKING:  # seconds to import, and whoever has the module has imported 
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
 _NAME = "transformer"  # what errors call it, as pipelines do
+_FUSED_COPIES = ("to_qkv", "to_kv", "to_added_qkv")
 
 
 def base_parameters(module: nn.Module) -> Mapping[str, Tensor]:
-    """Parameters by the names they have without adapters: PEFT wraps a layer and calls it `base_layer`."""
+    """Parameters by the names they have without adapters: PEFT wraps a layer and calls it `base_layer`.
+
+    Without the copies either, in one layer, that `fuse_qkv_projections` makes of queries, keys and values.
+    """
     adapted = {name for name, part in module.named_modules() if hasattr(part, "base_layer")}
     found = {}
     for name, parameter in module.named_parameters():
         owner, _, leaf = name.rpartition(".")
+        if owner.rpartition(".")[2] in _FUSED_COPIES:
+            continue
         layer, is_base, _ = owner.rpartition(".base_layer")
         if is_base and layer in adapted:
             found[f"{layer}.{leaf}"] = parameter

@@ -29,6 +29,14 @@ _EQUAL_PROCESSORS = (
     "SanaAttnProcessor2_0",
     "XFormersAttnProcessor",
 )
+# They move or convert a layer's weights just before it runs, and leave what it computes as it is.
+_HARMLESS_HOOKS = (
+    "group_offloading",
+    "layer_execution_tracker",
+    "lazy_prefetch_group_offloading",
+    "layerwise_casting",
+    "peft_autocast_disable",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +58,8 @@ class PipelineTransformer(ABC):
 
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer: Any = transformer
-        self._signature = inspect.signature(type(transformer).forward)
+        blocks: Any = transformer.transformer_blocks
+        self._blocks = list(blocks)
 
     def read(self, *args: Any, **kwargs: Any) -> Call:
         """A forward's arguments.
@@ -58,7 +67,8 @@ class PipelineTransformer(ABC):
         Raises:
             ValueError: an argument that the branches do not take.
         """
-        given = self._signature.bind(self.transformer, *args, **kwargs)
+        signature = inspect.signature(type(self.transformer).forward)
+        given = signature.bind(self.transformer, *args, **kwargs)
         given.apply_defaults()
         sample, name = given.arguments["hidden_states"], self.processor_arguments
         for_processors = given.arguments[name]
@@ -76,15 +86,28 @@ class PipelineTransformer(ABC):
         """The trajectory is over: drop what was kept of its condition."""
 
     def check(self) -> None:
-        """Refuse what hangs on modules that the walk over the branches does not call.
+        """Refuse other caches, and what hangs on modules that the walk over the branches does not call.
 
         Raises:
             ValueError: names the module, what it has, and the cure.
         """
+        blocks = list(self.transformer.transformer_blocks)
+        if len(blocks) != len(self._blocks) or any(one is not new for one, new in zip(self._blocks, blocks)):
+            raise ValueError(
+                "transformer.transformer_blocks are not those that the plan was put on: something, such as "
+                "another cache (cache-dit), has replaced them. Take that off, or harmonica.remove first"
+            )
+        for name, module in self.transformer.named_modules():
+            hooks = [hook for hook in _diffusers_hooks(module) if hook not in _HARMLESS_HOOKS]
+            if hooks:
+                raise ValueError(
+                    f"{f'transformer.{name}'.rstrip('.')} has the hook {', '.join(hooks)}, which changes "
+                    "what is computed, as diffusers' own caches do: use that or a plan, not both. Take it "
+                    "off, or harmonica.remove first"
+                )
         for name, module in self.bypassed():
             hooks = [type(module._hf_hook).__name__] if hasattr(module, "_hf_hook") else []
-            registry = getattr(module, "_diffusers_hook", None)
-            hooks += list(registry.hooks) if registry is not None else []
+            hooks += _diffusers_hooks(module)
             plain = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
             hooks += [getattr(hook, "__name__", type(hook).__name__) for hook in plain]
             if hooks:
@@ -109,6 +132,12 @@ class PipelineTransformer(ABC):
     @abstractmethod
     def bypassed(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules that diffusers calls and the view does not, by name."""
+
+
+def _diffusers_hooks(module: nn.Module) -> list[str]:
+    """Names of the hooks that diffusers' registry has for the module."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return [] if registry is None else list(registry.hooks)
 
 
 class _PipelineDiT(PipelineTransformer):

@@ -1,0 +1,63 @@
+"""Whose call a trajectory belongs to: pipelines do not say, so it is read from the stack.
+
+A call that raised says nothing either, and its thread may live on, as a server's does. What tells a call
+that runs from one that was broken off is whether its frame is still on the stack of its thread.
+"""
+
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class CallOwner:
+    """A thread, and the call of a diffusers pipeline that it is in."""
+
+    thread: int
+    thread_name: str
+    pipeline_call: int | None
+    """Address of its frame, as the frame itself would keep alive all that it has; None outside of one."""
+
+    @classmethod
+    def current(cls) -> "CallOwner":
+        thread = threading.current_thread()
+        call = next((frame for frame in _stack(sys._getframe()) if _is_pipeline_call(frame)), None)
+        return cls(threading.get_ident(), thread.name, None if call is None else id(call))
+
+    def bars(self, other: "CallOwner", *, is_first_step: bool) -> bool:
+        """Whether a step of another call comes between those of this one."""
+        if self == other:
+            return False
+        # A first step may follow a call that was broken off; a later one belongs to this one's thread.
+        return self.is_running() if is_first_step else self.thread != other.thread
+
+    def is_running(self) -> bool:
+        """Whether the pipeline's call has neither returned nor raised; False outside of one."""
+        frames = _stack(sys._current_frames().get(self.thread))
+        return any(id(frame) == self.pipeline_call and _is_pipeline_call(frame) for frame in frames)
+
+
+def current_pipeline() -> Any:
+    """The diffusers pipeline whose method is the innermost on the stack; None outside of one."""
+    pipes = (_pipeline(frame) for frame in _stack(sys._getframe()))
+    return next((each for each in pipes if each is not None), None)
+
+
+def _is_pipeline_call(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "__call__" and _pipeline(frame) is not None
+
+
+def _pipeline(frame: FrameType) -> Any:
+    """Whose method the frame is, or None."""
+    owner = frame.f_locals.get("self")
+    return owner if hasattr(type(owner), "maybe_free_model_hooks") else None
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    """From a frame to the outermost."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
