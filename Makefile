@@ -13,8 +13,8 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Files side by side, those with Ray clusters after one another (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
+# Files side by side, tests with Ray clusters after one another and first (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
 
 .PHONY: help demo test test-slow test-cpus lint types bench serve ui clean
 

@@ -3,6 +3,7 @@
 Everything is float64, so that a tolerance can say what is meant.
 """
 
+import ast
 import functools
 import inspect
 import os
@@ -57,17 +58,32 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Whatever compares what this process computed is `numeric`."""
     if not isinstance(item, pytest.Function) or item.get_closest_marker("cluster") is not None:
         return
-    compares = _comparing(item.module).search(inspect.getsource(item.function))
+    compares = _comparing(item.module).search(inspect.getsource(inspect.unwrap(item.function)))
     if compares and not _is_elsewhere(item.module):
         item.add_marker("numeric")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with Ray clusters come first, since they take longest one after another."""
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+
+
+@functools.cache
+def _with_clusters(path: Path) -> frozenset[str]:
+    """Names of the tests of a file that start or join a Ray cluster; "*" is all of them."""
+    tree = ast.parse(path.read_text())
+    marked = [node for node in tree.body if "mark.cluster" in ast.unparse(getattr(node, "value", node))]
+    return frozenset("*" if isinstance(node, ast.Assign) else getattr(node, "name", "") for node in marked)
+
+
 class _FilesAside(LoadFileScheduling):
-    """Files side by side, but those with Ray clusters after one another, in one process."""
+    """Files side by side, but tests with Ray clusters after one another, in one process."""
 
     def _split_scope(self, nodeid: str) -> str:
         path: str = super()._split_scope(nodeid)
-        return "clusters" if "mark.cluster" in Path(self.config.rootpath, path).read_text() else path
+        clusters = _with_clusters(Path(self.config.rootpath, path))
+        name = nodeid.rpartition("::")[2].partition("[")[0]
+        return "clusters" if clusters & {"*", name} else path
 
 
 @pytest.hookimpl(optionalhook=True)
