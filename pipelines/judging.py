@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
@@ -47,6 +48,19 @@ def judge(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> dict[str, d
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     judged = ray.remote(num_cpus=0)(_judged_by_worker).options(scheduling_strategy=here)
     kept = ray.get(judged.remote(config, spec, arms))
+    # Threads gain nothing on a classifier's few features, and wait for each other where cores are busy.
+    threads = torch.get_num_threads()
+    if feature_kind(config.evaluate, config.model) == "classifier":
+        torch.set_num_threads(1)
+    try:
+        return _quality(config, arms, kept)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _quality(
+    config: WorkflowConfig, arms: list[Arm], kept: dict[str, ArmStatistics]
+) -> dict[str, dict[str, Any]]:
     real = real_images(config)
     real_name = "reference" if config.evaluate.features == "inception" else "test"
     resamples = Resamples.of(kept[arms[0].name], config.evaluate.resamples, config.seed)

@@ -61,6 +61,8 @@ def main() -> None:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
+        # MLflow's own matter; of a warning Python takes the words that it begins with.
+        "PYTHONWARNINGS": "ignore:starlette.middleware.wsgi is deprecated",
     }
     os.execve(sys.executable, arguments, {**quiet, **os.environ})
 
