@@ -105,7 +105,7 @@ def connect(endpoint: str = "") -> None:
     for name, value in _PRIVATE.items():
         os.environ.setdefault(name, value)
     port = _dashboard_port()
-    with _told_to_workers(_DASHBOARD_ADDRESS, f"http://127.0.0.1:{port}"), _on_loopback() as address:
+    with _told_to_workers(_DASHBOARD_ADDRESS, f"http://127.0.0.1:{port}"), on_loopback() as address:
         _start_private(address, port)
     _settle_sigterm()
 
@@ -158,7 +158,7 @@ def _told_to_workers(name: str, value: str) -> Iterator[None]:
 
 
 @contextmanager
-def _on_loopback() -> Iterator[str]:
+def on_loopback() -> Iterator[str]:
     """Have what starts inside listen on the loopback address, which it gives, and nowhere else.
 
     Ray's servers (GCS, raylet, workers, agents) do so where the node's address is 127.0.0.1. Ray however puts

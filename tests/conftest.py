@@ -44,7 +44,7 @@ def _comparing(module: ModuleType) -> re.Pattern[str]:
     """How a test of this module compares numbers: itself, or by one of the module's own functions."""
     helpers = inspect.getmembers(module, inspect.isfunction)
     own = [name for name, f in helpers if f.__module__ == module.__name__ and not name.startswith("test_")]
-    names = [name for name in own if _COMPARES.search(inspect.getsource(getattr(module, name)))]
+    names = [name for name in own if _COMPARES.search(_source(getattr(module, name)))]
     return re.compile("|".join([_COMPARES.pattern, *(rf"\b{name}\b" for name in names)]))
 
 
@@ -54,11 +54,19 @@ def _is_elsewhere(module: ModuleType) -> bool:
     return bool(re.search(r"\b(multiprocessing|mlflow|registry)\b", inspect.getsource(module)))
 
 
+def _source(thing: Any) -> str:
+    """Its text; "" of what was made without any, as some of a library's tests are."""
+    try:
+        return inspect.getsource(inspect.unwrap(thing))
+    except (OSError, TypeError):
+        return ""
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Whatever compares what this process computed is `numeric`."""
     if not isinstance(item, pytest.Function) or item.get_closest_marker("cluster") is not None:
         return
-    compares = _comparing(item.module).search(inspect.getsource(inspect.unwrap(item.function)))
+    compares = _comparing(item.module).search(_source(item.function))
     if compares and not _is_elsewhere(item.module):
         item.add_marker("numeric")
 

@@ -131,7 +131,9 @@ def test_a_router_of_another_model_is_refused(tmp_path, sampler):
 
 def test_latents_without_a_decoder_are_refused(tmp_path):
     latent = write_model(tmp_path, shape=dataclasses.replace(SHAPE, in_channels=4, out_channels=8))
-    with pytest.raises(ValueError, match=r"model.in_channels is 4, .* without a decoder: give model.vae"):
+    with pytest.raises(
+        ValueError, match=r"model.vae is '' and .* of 4 channels, and comes without a decoder: give one"
+    ):
         ImageSampler(load_model(latent))
 
 

@@ -60,8 +60,7 @@ def test_odd_shapes_of_a_family_width_are_inferred(path):
     state = DiT(odd).state_dict()
     del state["pos_embed"]
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r"checkpoint without a usable pos_embed and model.shape is not set"):
-        load_model(ModelConfig(path=str(path)))
+    assert load_model(ModelConfig(path=str(path))).model.config.sample_size == 32, "nothing says another"
 
 
 def test_a_shape_that_cannot_be_inferred_is_asked_for(path, tiny_dit):
@@ -71,5 +70,5 @@ def test_a_shape_that_cannot_be_inferred_is_asked_for(path, tiny_dit):
     ):
         load_model(ModelConfig(path=str(path)))
     torch.save({"conv.weight": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"without a usable x_embedder.proj.weight .*: give its shape, or a"):
+    with pytest.raises(ValueError, match=r"has no x_embedder.proj.weight, but conv.weight: it is no DiT"):
         load_model(ModelConfig(path=str(path)))

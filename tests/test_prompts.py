@@ -302,7 +302,7 @@ DRIVER = """
 import os, sys, time
 from pathlib import Path
 from pipelines import prompts as pipeline
-from pipelines.runtime import connect
+from pipelines.runtime import connect, on_loopback
 
 text, folder, out, rows, pids = sys.argv[1:]
 
@@ -316,7 +316,8 @@ class Slow(pipeline.PartEmbedder):
         return super().__call__(table)
 
 pipeline.PartEmbedder, pipeline.ROWS_PER_PART = Slow, int(rows)
-connect()
+with on_loopback():  # where a private cluster is
+    connect()
 pipeline.embed_prompts(pipeline.PromptsConfig(path=text, column="text", max_tokens=7), folder, out)
 """
 
@@ -489,7 +490,7 @@ def as_parquet(folder: Path) -> str:
         (lambda folder: str(folder / "none"), r"none cannot be read \(FileNotFoundError\): give a .txt or"),
         (
             lambda _: "what://is/this",
-            r"what://is/this cannot be opened \(ArrowInvalid\): give a path or",
+            "what://is/this is of an unknown kind, what: give a local path",
         ),
         (lambda _: "", "prompts.path is '': give a .txt or .parquet file"),
     ],

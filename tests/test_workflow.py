@@ -500,6 +500,7 @@ def _wait_for_port(port: int, timeout_s: float = 90) -> None:
     raise TimeoutError(f"nothing listens on {port}")
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_submitted_as_a_job(tmp_path: Path, cluster_environment: dict[str, str]) -> None:
     model = write_model(tmp_path / "model")

@@ -85,8 +85,8 @@ def check_is_whole(loaded: LoadedModel) -> None:
     if not draws_pixels(loaded.model):
         if loaded.vae_folder is None:
             raise ValueError(
-                f"model.in_channels is {loaded.model.in_channels}, so the model draws latents, and it comes "
-                "without a decoder: give model.vae"
+                f"model.vae is '' and the model draws latents, of {loaded.model.in_channels} channels, and "
+                "comes without a decoder: give one"
             )
         check_vae(loaded.vae_folder)
     check_conditions(loaded)
