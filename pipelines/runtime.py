@@ -31,6 +31,8 @@ QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Training's workers stay where they are started: a relative path is the same everywhere.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Two cores need longer than half a minute to start a replica beside everything else.
     "RAY_SERVE_SLOW_STARTUP_WARNING_S": "180",
 }
