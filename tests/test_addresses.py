@@ -92,7 +92,7 @@ def test_the_workflow_says_so_and_ends_with_2(refused):
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
-        ("file:///tmp/mlruns", "a folder of files, .*: give sqlite:////absolute/path/mlflow.db or a server"),
+        ("file:///a/mlruns", "a folder of files, .*: give sqlite:////absolute/path/mlflow.db or a server"),
         ("./mlruns", "a folder of files"),
         ("mlruns", "a folder of files"),
         ("sqlite://", "a database in memory, .*: give sqlite:////absolute/path/mlflow.db"),
