@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,17 @@ def test_low_is_the_fastest_that_is_registered_and_can_be_used(model, store, tmp
         assert studio.images.version == "3" and studio.images.router_for("low").version == "4"
 
     asyncio.run(run())
+
+
+def test_in_a_process_that_ends_nobody_looks_and_nothing_is_logged(model, caplog):
+    studio = Studio(ImageSampler(load_model(model)), NAME, CONFIG)
+    args = ServeArgs(tracking_uri="sqlite:///unread.db", registered_model=NAME, model=model, follow_s=0.01)
+
+    async def run():
+        executor = ThreadPoolExecutor()
+        executor.shutdown()
+        asyncio.get_running_loop().set_default_executor(executor)
+        await asyncio.wait_for(Follower(studio, args).follow(), 10)
+
+    asyncio.run(run())
+    assert not caplog.records

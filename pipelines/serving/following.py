@@ -25,6 +25,8 @@ from pipelines.serving.studio import Studio
 
 FOLLOW_S = 5.0
 _MOST_VERSIONS = 50
+_NO_THREADS_LEFT = "cannot schedule new futures after"
+"""What an executor says in a process that is ending."""
 logger = logging.getLogger("ray.serve")
 
 
@@ -137,12 +139,14 @@ class Follower:
         studio.refused = None
 
     async def follow(self) -> None:
-        """Look for ever."""
+        """Look until this process ends."""
         while True:
             await asyncio.sleep(self._args.follow_s)
             try:
                 await self.look()
-            except Exception:
+            except Exception as error:
+                if isinstance(error, RuntimeError) and _NO_THREADS_LEFT in str(error):
+                    return
                 version = self._studio.images.version
                 logger.exception("the champion cannot be looked up, %s stays", version)
 
