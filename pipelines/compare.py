@@ -55,9 +55,9 @@ def compare(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any]
     Raises:
         Exception: full sampling itself fails, so that nothing can be held against it.
     """
-    config = dataclasses.replace(config, storage_path=storage.root)
+    config, folder = dataclasses.replace(config, storage_path=storage.root), work_folder("compare", storage)
     spec, macs = ray.get(ray.remote(_model_facts).remote(config))
-    contenders, missing = _learned(config, storage, macs)
+    contenders, missing = _learned(config, storage, folder, macs)
     contenders += _unlearned(config, macs)
     references: list[Arm] = [full_arm(config.sampler)]
     if config.compare.libraries and spec.prompts is None and config.sampler.name == "ddim":
@@ -65,7 +65,7 @@ def compare(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any]
         references.append(uncached)
         contenders += [_of_library(arm) for arm in cached]
     settings = dataclasses.replace(config.evaluate, samples=config.compare.samples)
-    results = Results(storage, _folder(storage), config.compare.samples)
+    results = Results(storage, folder, config.compare.samples)
     with Bench(dataclasses.replace(config, evaluate=settings), spec, references) as bench:
         if (full := results.get(FULL)) is None:
             results.put(FULL, full := bench.quality_of(FULL))
@@ -114,19 +114,27 @@ def _measured(
     return points, max(spreads), missing
 
 
-def _learned(config: WorkflowConfig, storage: RunStorage, macs: Macs) -> tuple[list[_Contender], list[About]]:
+def _learned(
+    config: WorkflowConfig, storage: RunStorage, folder: str, macs: Macs
+) -> tuple[list[_Contender], list[About]]:
     """A router of each learning method, speed and seed, as many at once as there are cores or GPUs; and those
-    that could not be trained."""
+    that could not be trained.
+
+    Args:
+        folder: of the run, where routers are kept.
+    """
     wanted: dict[Entry, TrainConfig] = {}
     for seed in range(config.compare.seeds):
         for target in config.compare.targets:
             settings = learners(config.train, target, rivals=config.compare.learners)
             wanted |= {Entry(method, target, seed): train for method, train in settings.items()}
     task = ray.remote(num_cpus=1, num_gpus=int(config.evaluate.use_gpu), max_retries=3)(_train_one)
-    left = {
-        e: train for e, train in wanted.items() if not storage.exists(f"{_place(storage, e)}/config.json")
+    places = {entry: f"{folder}/{entry.name}" for entry in wanted}
+    running = {
+        entry: task.remote(config, entry, train, places[entry])
+        for entry, train in wanted.items()
+        if not storage.exists(f"{places[entry]}/config.json")
     }
-    running = {entry: task.remote(config, entry, train) for entry, train in left.items()}
     contenders, missing = [], []
     for entry in wanted:
         about, doing = _about(entry), "its training failed"
@@ -134,7 +142,7 @@ def _learned(config: WorkflowConfig, storage: RunStorage, macs: Macs) -> tuple[l
             if entry in running:
                 ray.get(running[entry])
             doing = "its router cannot be read"
-            artifact = load_router(storage, _place(storage, entry))
+            artifact = load_router(storage, places[entry])
         except Exception as error:  # of a worker, of a damaged file; the other arms count
             missing.append(about | {"reason": f"{doing}: {reason_of(error)}"})
             say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
@@ -145,16 +153,7 @@ def _learned(config: WorkflowConfig, storage: RunStorage, macs: Macs) -> tuple[l
     return sorted(contenders, key=lambda one: one.about["target_speedup"]), missing
 
 
-def _folder(storage: RunStorage) -> str:
-    """Of the run: where routers and results are kept, so that the comparison can go on."""
-    return work_folder("compare", storage)
-
-
-def _place(storage: RunStorage, entry: Entry) -> str:
-    return f"{_folder(storage)}/{entry.name}"
-
-
-def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig) -> None:
+def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig, place: str) -> None:
     quiet_libraries()
     config = dataclasses.replace(config, train=train, seed=config.seed + 1000 * entry.seed)
     run, spec = start_run(config, device_of(config.evaluate.use_gpu))
@@ -163,7 +162,7 @@ def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig) -> None
     artifact = run.artifact(**config.to_dict()["train"])
     storage = RunStorage(config.storage_path, config.run_id, patient=True)
     with tempfile.TemporaryDirectory() as folder:
-        storage.upload_folder(artifact.save(folder), _place(storage, entry))
+        storage.upload_folder(artifact.save(folder), place)
 
 
 def _unlearned(config: WorkflowConfig, macs: Macs) -> list[_Contender]:

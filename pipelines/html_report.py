@@ -6,7 +6,6 @@ import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
@@ -23,7 +22,7 @@ from pipelines.resume import (
     SERVED,
     SHEET,
     SWEEP,
-    is_current,
+    current,
 )
 from pipelines.storage import RunStorage
 
@@ -54,11 +53,12 @@ def write_page(
 def render(config: WorkflowConfig, storage: RunStorage, history: History, versions: Mapping[str, str]) -> str:
     """The page, as text."""
 
-    def made(name: str) -> Any:
-        return storage.read_json(name) if is_current(name, storage) else None
-
-    report, decision, compared, swept = map(made, (REPORT, PROMOTION, COMPARISON, SWEEP))
-    pictures = {name: _data_uri(storage.read_bytes(name)) for name in _PICTURES if is_current(name, storage)}
+    numbers = (REPORT, PROMOTION, COMPARISON, SWEEP)
+    there = current((*numbers, *_PICTURES), storage)
+    report, decision, compared, swept = (
+        storage.read_json(name) if name in there else None for name in numbers
+    )
+    pictures = {name: _data_uri(storage.read_bytes(name)) for name in _PICTURES if name in there}
     pictures |= {name: _data_uri(png_of(figure)) for name, figure in _curves(history, config).items()}
     settings, done = config.to_dict(), {"gate": decision is not None, "served": SERVED in pictures}
     done |= {"comparison": compared is not None, "sweep": swept is not None}

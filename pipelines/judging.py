@@ -4,6 +4,7 @@ A pool of actors samples over a Ray Data stream, so 50,000 samples are the same 
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -48,26 +49,37 @@ def judge(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> dict[str, d
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     judged = ray.remote(num_cpus=0)(_judged_by_worker).options(scheduling_strategy=here)
     kept = ray.get(judged.remote(config, spec, arms))
-    # Threads gain nothing on a classifier's few features, and wait for each other where cores are busy.
+    with few_threads(config):
+        return _quality(config, arms, kept)
+
+
+@contextmanager
+def few_threads(config: WorkflowConfig) -> Iterator[None]:
+    """One thread for statistics of a classifier's features: more gain nothing on so few, and wait for each
+    other where cores are busy."""
     threads = torch.get_num_threads()
     if feature_kind(config.evaluate, config.model) == "classifier":
         torch.set_num_threads(1)
     try:
-        return _quality(config, arms, kept)
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def real_name(config: WorkflowConfig) -> str:
+    """What distances to the real images are called after."""
+    return "reference" if config.evaluate.features == "inception" else "test"
 
 
 def _quality(
     config: WorkflowConfig, arms: list[Arm], kept: dict[str, ArmStatistics]
 ) -> dict[str, dict[str, Any]]:
     real = real_images(config)
-    real_name = "reference" if config.evaluate.features == "inception" else "test"
     resamples = Resamples.of(kept[arms[0].name], config.evaluate.resamples, config.seed)
     quality = {}
     for arm in arms:
         full = None if arm.name == arm.reference else kept[arm.reference]
-        quality[arm.name] = arm_quality(kept[arm.name], full, real, resamples, real_name)
+        quality[arm.name] = arm_quality(kept[arm.name], full, real, resamples, real_name(config))
     if NOISE_FLOOR in kept:
         first = arms[0].reference
         quality[first][NOISE_FLOOR] = distances_to_full(kept[NOISE_FLOOR], kept[first], resamples)

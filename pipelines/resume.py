@@ -7,6 +7,7 @@ run's `config.json`, in one write with the settings that it is done again with.
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -146,11 +147,16 @@ def is_finished(stage: Stage, config: WorkflowConfig, storage: RunStorage) -> bo
     return not progress.is_undone(stage) and storage.exists(made)
 
 
+def current(names: Iterable[str], storage: RunStorage) -> list[str]:
+    """Those of the results that are there and whose stages are not to be done again."""
+    progress = recorded(storage)
+    undone = {name for stage, made in _MADE_BY.items() if progress.is_undone(stage) for name in made}
+    return [name for name in names if name not in undone and storage.exists(name)]
+
+
 def is_current(name: str, storage: RunStorage) -> bool:
     """Whether a result is there and its stage is not to be done again."""
-    progress = recorded(storage)
-    undone = (made for stage, made in _MADE_BY.items() if progress.is_undone(stage))
-    return storage.exists(name) and not any(name in made for made in undone)
+    return bool(current([name], storage))
 
 
 def work_folder(stage: Stage, storage: RunStorage) -> str:

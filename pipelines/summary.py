@@ -19,7 +19,7 @@ from pipelines.resume import (
     SERVED,
     SHEET,
     SWEEP,
-    is_current,
+    current,
 )
 from pipelines.runtime import is_private
 from pipelines.storage import RunStorage
@@ -53,14 +53,14 @@ def summarise(config: WorkflowConfig, storage: RunStorage, run: tracking.StageRu
         write_page(config, storage, run, versions() | {"git revision": git_revision()})
     except Exception as error:  # of many libraries; the run has its results without it
         logger.warning("%s is not complete (%s: %s)", PAGE, type(error).__name__, error)
-    if is_current(REPORT, storage):
+    there = current((PAGE, REPORT, COMPARISON, SWEEP, PROMOTION, SHEET, HEAT_MAP, SERVED), storage)
+    if REPORT in there:
         report = storage.read_json(REPORT)
         results_table(report)
         say(report["verdict"])
     say(f"results:  {storage.uri()}")
-    for name in (PAGE, REPORT, COMPARISON, SWEEP, PROMOTION, SHEET, HEAT_MAP, SERVED):
-        if is_current(name, storage):
-            say(f"          {Path(storage.uri(name)) if storage.is_local else name}")
+    for name in there:
+        say(f"          {Path(storage.uri(name)) if storage.is_local else name}")
     say("MLflow:   make ui      (http://127.0.0.1:5000)")
     if config.serve.keep and url:
         say(f"endpoint: {url} stays up")

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from all_phases import ALL_PHASES
 from tiny_dit import write_model
 
 from harmonica import start
@@ -13,8 +14,6 @@ from harmonica.models.loading import load_model
 from harmonica.phases import Progress, phases_of
 from harmonica.presets import fashion
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.sdt import SdtConfig
-from harmonica.training_config import TrainingConfig
 
 STEPS = 20
 RECORDED = dataclasses.replace(
@@ -87,19 +86,7 @@ def test_a_family_has_the_start_once_and_names_its_speeds() -> None:
     assert sum(phase.name == "start" for phase in phases) == 1
 
 
-SMALL = TrainingConfig(
-    target_speedup=1.3,
-    initial="measured",
-    initial_logit=2.0,
-    start_trajectories=2,
-    trajectories=2,
-    choice_trajectories=1,
-    forecast=ForecastConfig(trajectories=4, probes=1),
-    batch_size=2,
-    iepo_every=2,
-    iepo="sensitivity",
-    sdt=SdtConfig(reuse="forecast", threshold=0.5, learning_rate=0.1, penalty="macs"),
-)
+SMALL = dataclasses.replace(ALL_PHASES, start_trajectories=2)
 
 
 @pytest.fixture

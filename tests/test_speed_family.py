@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from all_phases import ALL_PHASES
 from tiny_dit import write_model
 
 from harmonica import train
@@ -17,25 +18,11 @@ from harmonica.forecast_config import ForecastConfig
 from harmonica.models.loading import load_model
 from harmonica.rows import RowSpec, Share
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.sdt import SdtConfig
 from harmonica.train import TrainCommand
 from harmonica.training_config import TrainingConfig
 
 STEPS = SamplerConfig(num_inference_steps=9, guidance_scale=1.5)
-TRAINING = TrainingConfig(
-    target_speedup=1.3,
-    initial="measured",
-    initial_logit=2.0,
-    start_trajectories=1,
-    trajectories=2,
-    choice_trajectories=1,
-    forecast=ForecastConfig(trajectories=4, probes=1),
-    batch_size=2,
-    iepo_every=2,
-    iepo="sensitivity",
-    sdt=SdtConfig(reuse="forecast", threshold=0.5, learning_rate=0.1, penalty="macs"),
-)
-FAMILY = dataclasses.replace(TRAINING, targets=(1.5, 1.3, 1.7, 1.5))
+FAMILY = dataclasses.replace(ALL_PHASES, targets=(1.5, 1.3, 1.7, 1.5))
 STOPS = [1, 5, 8, 9, 16]
 NO_FORECASTS = {"forecast": ForecastConfig(), "choice_trajectories": 0}
 
@@ -85,7 +72,7 @@ def test_each_member_is_bit_for_bit_the_router_trained_alone(fresh, whole):
     others = family.others(run_id="r")
     assert list(others) == ["1.5x", "1.7x"]
     for target, artifact in {1.3: family.artifact(), 1.5: others["1.5x"], 1.7: others["1.7x"]}.items():
-        alone = trained(fresh, dataclasses.replace(TRAINING, target_speedup=target)).artifact()
+        alone = trained(fresh, dataclasses.replace(ALL_PHASES, target_speedup=target)).artifact()
         assert same(artifact, alone) and artifact.plan == alone.plan
         assert artifact.ideal_speedup == pytest.approx(target, rel=0.02)
     assert others["1.7x"].training["target_speedup"] == 1.7
@@ -95,7 +82,7 @@ def test_a_start_that_is_not_measured_is_none_to_share(fresh):
     settings = {"initial": "even", "start_trajectories": 0}
     config = dataclasses.replace(FAMILY, **settings, **NO_FORECASTS)
     others = trained(fresh, config).others()
-    alone = dataclasses.replace(TRAINING, **settings, **NO_FORECASTS, target_speedup=1.5)
+    alone = dataclasses.replace(ALL_PHASES, **settings, **NO_FORECASTS, target_speedup=1.5)
     assert torch.equal(others["1.5x"].logits_TB, trained(fresh, alone).artifact().logits_TB)
 
 
@@ -115,7 +102,7 @@ def test_its_curves_say_which_speed_they_are_of(fresh):
     run, spec = fresh(dataclasses.replace(FAMILY, **NO_FORECASTS))
     speeds = [metrics["target_speedup"] for metrics in train.trained(run, spec, Share(2))]
     assert speeds == [1.3] * 3 + [1.5] * 2 + [1.7] * 2
-    alone, spec = fresh(dataclasses.replace(TRAINING, **NO_FORECASTS))
+    alone, spec = fresh(dataclasses.replace(ALL_PHASES, **NO_FORECASTS))
     assert all("target_speedup" not in metrics for metrics in train.trained(alone, spec, Share(2)))
 
 

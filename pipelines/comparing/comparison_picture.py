@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pipelines.comparing.names import OURS, label_of
+from pipelines.comparing.names import OURS, label
 
 _MARKS = "osD^vP*Xd<>h"
 _COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
@@ -54,11 +54,6 @@ def comparison_picture(
     if methods or missing:
         axes.legend(fontsize=7, frameon=False, ncols=2)
     return figure
-
-
-def label(point: Mapping[str, Any]) -> str:
-    """Of a method's line; those of versions before this one have none of their own."""
-    return str(point.get("label") or label_of(point["method"]))
 
 
 def line(points: Sequence[Mapping[str, Any]]) -> list[Place]:

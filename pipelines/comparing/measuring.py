@@ -18,7 +18,7 @@ from harmonica.judging.quality import Resamples, arm_quality, distances_to_full
 from harmonica.judging.reference_sets import ReferenceSet
 from harmonica.rows import Batch, RowSpec, make_rows
 from pipelines.config import WorkflowConfig
-from pipelines.judging import NOISE_FLOOR, ArmSampler, keep, real_images
+from pipelines.judging import NOISE_FLOOR, ArmSampler, few_threads, keep, real_images, real_name
 from pipelines.runtime import quiet_libraries
 from pipelines.timing import FULL, Arm, median_times
 
@@ -60,7 +60,7 @@ class ArmWorker:
             reference: what the arm's reference has drawn from them; None where it is that arm.
 
         Raises:
-            ValueError: it draws what is not finite.
+            NotFinite: it draws what is not finite.
         """
         arm, batch = self._kept(arm), make_rows(np.arange(rows.start, rows.stop), self.spec)
         before = {} if reference is None else {arm.reference: torch.tensor(reference)}
@@ -112,10 +112,16 @@ class Bench:
     def quality_of(self, reference: str) -> dict[str, Any]:
         """Of a reference, JSON-ready; with features also `noise_floor`, see `pipelines.judging.judge`."""
         kept = self._draw(reference).kept
-        quality = arm_quality(kept[reference], None, self._real, self._resamples, self._real_name)
+        quality = self._quality(kept[reference], None)
         if NOISE_FLOOR in kept:
-            quality[NOISE_FLOOR] = distances_to_full(kept[NOISE_FLOOR], kept[reference], self._resamples)
+            with few_threads(self.config):
+                quality[NOISE_FLOOR] = distances_to_full(kept[NOISE_FLOOR], kept[reference], self._resamples)
         return quality
+
+    def _quality(self, kept: ArmStatistics, full: ArmStatistics | None) -> dict[str, Any]:
+        real, resamples = self._real, self._resamples
+        with few_threads(self.config):
+            return arm_quality(kept, full, real, resamples, real_name(self.config))
 
     def measure(self, arm: Arm) -> tuple[dict[str, Any], float]:
         """Speed and quality of an arm, JSON-ready, and the spread of the times.
@@ -126,8 +132,7 @@ class Bench:
         reference = self._draw(arm.reference)
         speed, spread = ray.get(self._workers[0].times.remote(self.references[arm.reference], arm))
         kept = self._look(arm, reference.blocks).kept
-        full = reference.kept[arm.reference]
-        quality = arm_quality(kept[arm.name], full, self._real, self._resamples, self._real_name)
+        quality = self._quality(kept[arm.name], reference.kept[arm.reference])
         for name, value in quality.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise NotMeasuredError(f"its {name} is {value}")
@@ -184,10 +189,6 @@ class Bench:
     @cached_property
     def _real(self) -> ReferenceSet | None:
         return real_images(self.config)
-
-    @property
-    def _real_name(self) -> str:
-        return "reference" if self.config.evaluate.features == "inception" else "test"
 
     @cached_property
     def _resamples(self) -> Resamples:

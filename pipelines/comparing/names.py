@@ -18,9 +18,14 @@ def label_of(method: str) -> str:
     return _LABELS.get(method, method)
 
 
+def label(point: Mapping[str, Any]) -> str:
+    """Of a point of `comparison.json`; those of versions before this one have none of their own."""
+    return str(point.get("label") or label_of(point["method"]))
+
+
 def shown_name(point: Mapping[str, Any]) -> str:
-    """Of a point of `comparison.json`; those of versions before this one have no label."""
-    name: str = point.get("label") or label_of(point["method"])
+    """Of one point: its label, and what tells it from others of its method."""
+    name = label(point)
     if point["method"] == FEWER_STEPS and "num_inference_steps" in point:
         return f"{point['num_inference_steps']} steps"
     return f"{name} {point['setting']:g}" if "setting" in point else name
