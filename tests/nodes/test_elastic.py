@@ -17,7 +17,8 @@ def test_a_node_that_comes_and_a_node_that_goes(tmp_path: Path) -> None:
             run.start("--train.num-workers=2", "--train.min-workers=1", "--train.resize-interval-s=2")
             run.wait_for(4)
             assert len(run.workers(0)) == 1, "one node's worth"
-            node = cluster.add_node()
+            with run.paused(0):
+                node = cluster.add_node()
             until("a worker on each node", lambda: run.workers(0) and run.workers(1))
             grown = run.trajectory
             run.wait_for(grown + 4)
