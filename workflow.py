@@ -11,9 +11,9 @@ ray job submit --working-dir . -- python workflow.py
 
 import sys
 
-from harmonica.command_line import fail, parse, say
+from harmonica.cli.common import fail, parse, say
 from pipelines.presets import PRESETS
-from pipelines.runtime import Terminated
+from pipelines.runtime.ray_runtime import Terminated
 from pipelines.stages import Workflow
 
 

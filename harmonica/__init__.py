@@ -12,7 +12,7 @@ a diffusers pipeline and take it off.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harmonica.attach import apply, remove
+    from harmonica.integrations.diffusers_pipeline import apply, remove
 
 __version__ = "0.1.0"
 __all__ = ["apply", "remove"]
@@ -21,7 +21,7 @@ __all__ = ["apply", "remove"]
 def __getattr__(name: str) -> Any:
     """`apply` and `remove` when they are first asked for: they need torch, which takes seconds to import."""
     if name in __all__:
-        from harmonica import attach
+        from harmonica.integrations import diffusers_pipeline
 
-        return getattr(attach, name)
+        return getattr(diffusers_pipeline, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

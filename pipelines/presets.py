@@ -5,10 +5,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from harmonica import presets
 from harmonica.builtin import CAPTIONS
-from harmonica.presets import Recipe
-from pipelines.config import (
+from harmonica.training import presets
+from harmonica.training.presets import Recipe
+from pipelines.config.promotion import PromoteConfig
+from pipelines.config.workflow import (
     CLASS_STAGES,
     TEXT_STAGES,
     EvaluateConfig,
@@ -17,7 +18,6 @@ from pipelines.config import (
     TrainConfig,
     WorkflowConfig,
 )
-from pipelines.promote_config import PromoteConfig
 
 
 def _from_recipe(recipe: Callable[[], Recipe], **settings: Any) -> WorkflowConfig:

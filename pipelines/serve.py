@@ -21,19 +21,19 @@ from typing import Any
 import httpx
 from ray import serve
 
-from harmonica.command_line import fail, parse_settings, say
+from harmonica.cli.common import fail, parse_settings, say
 from harmonica.models.loading import ModelConfig
-from harmonica.settings import settings
-from pipelines.cluster_address import check_address
-from pipelines.config import WorkflowConfig
-from pipelines.runtime import Terminated, connect, is_private
+from harmonica.validation.settings import settings
+from pipelines.config.serve import ServeConfig
+from pipelines.config.workflow import WorkflowConfig
+from pipelines.runtime.cluster_address import check_address
+from pipelines.runtime.ray_runtime import Terminated, connect, is_private
 from pipelines.serving import proxy
 from pipelines.serving.application import JSON_LOGS, make_application
 from pipelines.serving.application import build as build
-from pipelines.serving.choosing import choose_router
-from pipelines.serving.following import FOLLOW_S, ServeArgs
-from pipelines.serving.keys import key_headers
-from pipelines.serving.serve_config import ServeConfig
+from pipelines.serving.auth import key_headers
+from pipelines.serving.registry_watcher import FOLLOW_S, ServeArgs
+from pipelines.serving.router_choice import choose_router
 
 APP_NAME = "harmonica"
 _READY_TIMEOUT_S = 60.0

@@ -9,28 +9,37 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harmonica.artifact import RouterArtifact
-from harmonica.command_line import say
-from harmonica.family import member_name
-from harmonica.models.fetch import pinned
+from harmonica.cli.common import say
+from harmonica.core.artifact import RouterArtifact
+from harmonica.data.prompts import PromptStore
+from harmonica.io.paths import resolved
+from harmonica.io.resolve import pinned
 from harmonica.models.loading import load_model
-from harmonica.paths import resolved
 from harmonica.samplers import make_sampler, with_scheduler
-from harmonica.text.prompts import PromptStore
-from pipelines import lease, mlflow_store, resume, tracking
-from pipelines.charts import png_of
-from pipelines.cluster_address import check_address
-from pipelines.comparing.ranking import missing_name
-from pipelines.config import Stage, WorkflowConfig
-from pipelines.node_metrics import node_metrics
-from pipelines.prerequisites import check_stages
-from pipelines.publishing import Publisher
-from pipelines.resume import COMPARISON, COMPARISON_PICTURE, FAMILY, REPORT, ROUTER, WORKFLOW, work_folder
-from pipelines.routers import load_router
-from pipelines.runtime import connect, is_private
-from pipelines.storage import RunStorage, settle_endpoint
-from pipelines.summary import git_revision, summarise, versions
-from pipelines.terminal import comparison_table
+from harmonica.training.multi_target import member_name
+from pipelines.compare.ranking import missing_name
+from pipelines.config.workflow import Stage, WorkflowConfig
+from pipelines.preflight import check_stages
+from pipelines.promotion.publishing import Publisher
+from pipelines.report.charts import png_of
+from pipelines.report.summary import git_revision, summarise, versions
+from pipelines.report.terminal import comparison_table
+from pipelines.run_state import lease, resume
+from pipelines.run_state.resume import (
+    COMPARISON,
+    COMPARISON_PICTURE,
+    FAMILY,
+    REPORT,
+    ROUTER,
+    WORKFLOW,
+    work_folder,
+)
+from pipelines.run_state.routers import load_router
+from pipelines.run_state.storage import RunStorage, settle_endpoint
+from pipelines.runtime.cluster_address import check_address
+from pipelines.runtime.ray_runtime import connect, is_private
+from pipelines.tracking import mlflow_runs, mlflow_store
+from pipelines.tracking.node_metrics import node_metrics
 
 
 class Workflow:
@@ -45,7 +54,7 @@ class Workflow:
         # Absolute, since actors run in folders of their own.
         self.config = dataclasses.replace(self.config, storage_path=self.storage.root)
         self._class_names: tuple[str, ...] = ()
-        self._parent: tracking.StageRun | None = None
+        self._parent: mlflow_runs.StageRun | None = None
         self._publisher: Publisher | None = None
 
     @property
@@ -124,14 +133,14 @@ class Workflow:
         resume.mark_done(stage, self.storage)
         say(f"[{stage}] {words} ({time.monotonic() - started:.0f} s)")
 
-    def _stage(self, name: Stage) -> AbstractContextManager[tracking.StageRun]:
+    def _stage(self, name: Stage) -> AbstractContextManager[mlflow_runs.StageRun]:
         return self._run_of(name, self.config.to_dict()[name])
 
-    def _run_of(self, name: str, settings: dict[str, Any]) -> AbstractContextManager[tracking.StageRun]:
+    def _run_of(self, name: str, settings: dict[str, Any]) -> AbstractContextManager[mlflow_runs.StageRun]:
         progress = resume.recorded(self.storage)
         number = progress.generation(name) if progress.is_undone(name) else 1
         config = self.config
-        return tracking.stage_run(
+        return mlflow_runs.stage_run(
             name, config.run_id, config.storage_path, settings, self._parent, generation=number
         )
 
@@ -139,7 +148,7 @@ class Workflow:
         return resume.is_finished(stage, self.config, self.storage)
 
     def _prompts(self) -> str:
-        from pipelines.prompts import embed_prompts
+        from pipelines.data.embed_prompts import embed_prompts
 
         model, uri = self.config.model, self.storage.uri(work_folder("prompts", self.storage))
         if self._is_finished("prompts"):
@@ -150,7 +159,7 @@ class Workflow:
         return f"{len(store)} prompts, {store.mean_stored_bytes:,.0f} bytes each"
 
     def _train(self) -> str:
-        from pipelines.train import train
+        from pipelines.training.stage import train
 
         if self._is_finished("train"):
             return "done before"
@@ -165,7 +174,7 @@ class Workflow:
         return f"CUR {artifact.plan.cur:.1%}, ideal speedup {', '.join(speeds)}"
 
     def _evaluate(self) -> str:
-        from pipelines.evaluate import evaluate
+        from pipelines.evaluation.stage import evaluate
 
         if self._is_finished("evaluate"):
             return "done before"
@@ -174,9 +183,9 @@ class Workflow:
             report, pictures = evaluate(self.config, artifact, self._family())
             for name, figure in pictures.items():
                 run.client.log_figure(run.mlflow_run_id, figure, name)
-            run.log(tracking.numbers(report))
+            run.log(mlflow_runs.numbers(report))
             assert self._parent is not None
-            self._parent.log(tracking.numbers(report))
+            self._parent.log(mlflow_runs.numbers(report))
             # Together, and the report last, which says that the stage is finished.
             for name, figure in pictures.items():
                 self.storage.write_bytes(name, png_of(figure))
@@ -189,8 +198,8 @@ class Workflow:
         return {name: load_router(self.storage, f"{FAMILY}/{name}") for name in names}
 
     def _compare(self) -> str:
-        from pipelines.compare import compare
-        from pipelines.comparing import results
+        from pipelines.compare import results
+        from pipelines.compare.stage import compare
 
         if self._is_finished("compare") and results.is_complete(self.config, self.storage):
             return "done before"
@@ -208,7 +217,7 @@ class Workflow:
         return verdict
 
     def _sweep(self) -> str:
-        from pipelines.sweep import sweep
+        from pipelines.sweep.stage import sweep
 
         if self._is_finished("sweep"):
             return "done before"

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from harmonica.settings import Field, settings
-from pipelines.mlflow_store import artifacts_of, database_of, tracking_uri
+from harmonica.validation.settings import Field, settings
+from pipelines.tracking.mlflow_store import artifacts_of, database_of, tracking_uri
 
 
 @settings()

@@ -1,8 +1,8 @@
 """A training of every phase, each as short as it can be."""
 
-from harmonica.forecast_config import ForecastConfig
-from harmonica.sdt import SdtConfig
-from harmonica.training_config import TrainingConfig
+from harmonica.training.config import TrainingConfig
+from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.sdt import SdtConfig
 
 ALL_PHASES = TrainingConfig(
     target_speedup=1.3,

@@ -21,14 +21,14 @@ from router_only import ROUTER_ONLY, ROUTER_ONLY_FLAGS
 from tolerances import of_training
 
 import workflow
+from harmonica.data.batch import Batch, Share, make_rows
 from harmonica.models.loading import ModelConfig
-from harmonica.rows import Batch, Share, make_rows
 from harmonica.samplers import SamplerConfig
-from pipelines.checkpoints import Checkpoints
 from pipelines.presets import fashion
-from pipelines.routers import load_router
-from pipelines.storage import RunStorage
-from pipelines.train import start_run
+from pipelines.run_state.routers import load_router
+from pipelines.run_state.storage import RunStorage
+from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.stage import start_run
 
 logger = logging.getLogger(__name__)
 

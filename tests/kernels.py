@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harmonica.models.dit import DiT
+from harmonica.models.dit.model import DiT
 
 _MARGIN = 3
 

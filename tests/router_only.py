@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from harmonica.forecast_config import ForecastConfig
+from harmonica.training.forecast_config import ForecastConfig
 
 ROUTER_ONLY: dict[str, Any] = {
     "initial": "alternate",

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from slow_dit import Shape, network
 from torch import Tensor
 
-from harmonica.cache import Reuse
-from harmonica.models.dit import DiT, DiTConfig
-from harmonica.plan import Plan
+from harmonica.core.cache import Reuse
+from harmonica.core.plan import Plan
+from harmonica.models.dit.model import DiT, DiTConfig
 
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 """The same few examples at every run: a test that fails by chance is run again, not read."""

@@ -12,9 +12,9 @@ import ray
 from processes import free_port
 
 import workflow
-from pipelines.cluster_address import check_address, cluster_address
-from pipelines.mlflow_store import check_store, sqlite_uri, tracking_uri
-from pipelines.tracking import find_or_create, make_client
+from pipelines.runtime.cluster_address import check_address, cluster_address
+from pipelines.tracking.mlflow_runs import find_or_create, make_client
+from pipelines.tracking.mlflow_store import check_store, sqlite_uri, tracking_uri
 
 MODEL = "router"
 
@@ -159,7 +159,7 @@ def store(tmp_path_factory):
 
 
 def test_a_champion_that_is_deleted_is_none(store, monkeypatch):
-    from pipelines import registry
+    from pipelines.tracking import registry
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri = sqlite_uri(store / "mlflow.db")

@@ -9,9 +9,9 @@ from strategies import quick
 from tolerances import close, rounding
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from harmonica.judging import arm_statistics
-from harmonica.judging.arm_statistics import LOGITS, POOLED, ArmStatistics, FeatureSums
-from harmonica.judging.classifier import FeatureStatistics
+from harmonica.evaluation import accumulators
+from harmonica.evaluation.accumulators import LOGITS, POOLED, ArmStatistics, FeatureSums
+from harmonica.evaluation.fashion_classifier import FeatureStatistics
 
 ROWS = 37
 
@@ -65,7 +65,7 @@ def test_a_single_image_has_no_covariance() -> None:
 
 
 def test_inception_score_is_the_mean_over_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arm_statistics, "_SPLIT", 20)
+    monkeypatch.setattr(accumulators, "_SPLIT", 20)
     logits = torch.from_numpy(columns(60)[LOGITS])
     found = streamed(np.arange(60), 7, kept_rows=5, rows=60).inception_score()
     expected = isc_features_to_metric(logits, splits=3, shuffle=False)["inception_score_mean"]

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_dit import SAMPLER, make_artifact, write_model
 
-from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION
-from harmonica.models.dit import DiT
+from harmonica.core.artifact import RouterArtifact
+from harmonica.models.dit.model import DiT
 from harmonica.models.loading import load_model
 from harmonica.samplers import Ddim, SamplerConfig
 

@@ -17,11 +17,11 @@ from tiny_pipeline import LINEAR
 from tolerances import of_pass, of_trajectory
 
 import harmonica
-from harmonica.cache import BranchCache
-from harmonica.models.diffusers_dit import DiffusersDiT
+from harmonica.core.cache import BranchCache
+from harmonica.core.sampling import sample
+from harmonica.integrations.step_tracker import StepCounter
+from harmonica.models.dit.diffusers_view import DiffusersDiT
 from harmonica.samplers import make_sampler
-from harmonica.sampling import sample
-from harmonica.step_counter import StepCounter
 
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, **LINEAR}
 
@@ -205,7 +205,7 @@ def test_what_was_kept_is_let_go_of(case, monkeypatch, caplog):
             super().__init__(*args)
             caches.add(self)
 
-    monkeypatch.setattr("harmonica.planned_forward.BranchCache", Watched)
+    monkeypatch.setattr("harmonica.integrations.planned_forward.BranchCache", Watched)
     harmonica.apply(case.transformer, case.artifact())
     times, projected = make_sampler(case.model, config()).timesteps, []
     if "encoder_hidden_states" in case.one_call:
@@ -364,4 +364,8 @@ def test_apply_is_offered_without_importing_torch():
     code = "import sys, harmonica; assert 'torch' not in sys.modules; harmonica.put"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "module 'harmonica' has no attribute 'put'" in result.stderr, result.stderr
-    assert harmonica.apply.__module__ == harmonica.remove.__module__ == "harmonica.attach"
+    assert (
+        harmonica.apply.__module__
+        == harmonica.remove.__module__
+        == "harmonica.integrations.diffusers_pipeline"
+    )

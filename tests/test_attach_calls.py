@@ -16,10 +16,10 @@ from tiny_pipeline import LINEAR
 from torch import Tensor
 
 import harmonica
-from harmonica.artifact import RouterArtifact
-from harmonica.models.sana import Sana
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.sampling import sample
+from harmonica.models.sana.model import Sana
 from harmonica.samplers import make_sampler
-from harmonica.sampling import sample
 
 ENDED = "the pipeline ended after {} of the router's 4 steps: it was interrupted, or was given fewer"
 SECOND = r"a second call came while one runs \(in thread \w+\): a pipeline with a plan does one at a time"

@@ -11,8 +11,8 @@ from test_torchvision_ops import ROOT, outcome, start, write_plugins
 from tiny_pipeline import LINEAR, make_vae
 from tiny_text import make_encoder, make_tokenizer
 
-from harmonica.artifact import RouterArtifact
-from harmonica.models.pixart import PixArt
+from harmonica.core.artifact import RouterArtifact
+from harmonica.models.pixart.model import PixArt
 from harmonica.samplers import SamplerConfig, make_sampler
 
 PIPELINES = "PixArtAlphaPipeline, PixArtSigmaPipeline, DiTPipeline, FluxPipeline, SanaPipeline"
@@ -58,7 +58,7 @@ def test_the_example_runs_in_both_orders_of_import(tmp_path):
     assert code.index("from diffusers") < code.index("import harmonica")
     codes = {
         "after": f"from diffusers import {PIPELINES}\n{code}",
-        "before": f"import harmonica.attach\n{code}",
+        "before": f"import harmonica.integrations.diffusers_pipeline\n{code}",
     }
     processes = {}
     for name, each in codes.items():

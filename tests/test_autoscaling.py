@@ -12,10 +12,10 @@ from ray import serve as ray_serve
 from tiny_dit import make_artifact, write_model
 
 from pipelines import serve
-from pipelines.runtime import connect
+from pipelines.config.serve import ServeConfig
+from pipelines.runtime.ray_runtime import connect
 from pipelines.serving.application import make_application
-from pipelines.serving.following import ServeArgs
-from pipelines.serving.serve_config import ServeConfig
+from pipelines.serving.registry_watcher import ServeArgs
 
 CLIENTS = 12
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pipelines.serving.batching import Batcher, Overloaded, TimedOut
-from pipelines.serving.pace import Pace
+from pipelines.serving.latency_model import Pace
 
 
 class Workshop:

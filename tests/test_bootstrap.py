@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import quick
 
-from harmonica.judging.bootstrap import interval, resample_weights, weighted_means
+from harmonica.evaluation.bootstrap import interval, resample_weights, weighted_means
 
 
 def test_weights_are_images_drawn_with_replacement_and_always_the_same() -> None:

@@ -6,12 +6,12 @@ import tiny_sana
 import torch
 from torch import Tensor
 
-from harmonica.cache import BranchCache, cache_bytes
+from harmonica.core.cache import BranchCache, cache_bytes
+from harmonica.core.router import Router
+from harmonica.core.sampling import planned_step
 from harmonica.models.base import BranchedTransformer
-from harmonica.router import Router
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.sampling import planned_step
-from harmonica.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 from tests.benchmarks.live_tensors import peak_of
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from harmonica.pretraining import fashion
+from harmonica.evaluation import fashion_mnist
 from harmonica.pretraining.captions import (
     NOUNS,
     TONE_LIMITS,
@@ -22,7 +22,7 @@ from harmonica.pretraining.captions import (
 
 def test_every_class_has_many_captions_and_none_is_anothers():
     meanings = [meaning(text) for text in all_captions()]
-    assert len(NOUNS) == len(fashion.CLASS_NAMES) and len(set(all_captions())) == len(meanings)
+    assert len(NOUNS) == len(fashion_mnist.CLASS_NAMES) and len(set(all_captions())) == len(meanings)
     for label, tone in itertools.product(range(len(NOUNS)), (None, "dark", "light")):
         assert meanings.count((label, tone)) >= 8
 
@@ -74,9 +74,9 @@ def test_tone_is_relative_to_the_class_and_missing_in_its_middle():
 
 
 def test_recorded_limits_are_those_of_the_training_images():
-    if not fashion.DEFAULT_FOLDER.exists():
+    if not fashion_mnist.DEFAULT_FOLDER.exists():
         pytest.skip("wants Fashion-MNIST: install Debian's package dataset-fashion-mnist")
-    images, labels = fashion.load_fashion_mnist("train")
+    images, labels = fashion_mnist.load_fashion_mnist("train")
     assert tone_limits(images, labels) == TONE_LIMITS
     found = tones(images, labels)
     assert [round(found.count(tone) / len(found), 2) for tone in ("dark", "light", None)] == [0.33] * 3

@@ -2,7 +2,7 @@
 
 import pytest
 
-from harmonica.changed_settings import changed_settings
+from harmonica.validation.changed_settings import changed_settings
 
 BEFORE = {"seed": 0, "train": {"batch_size": 8, "sdt": {"threshold": 0.1}}, "model": {"shape": None}}
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tolerances import of_pass
 
-from harmonica.checkpoints import load_weights, read_released_router, read_tensors
+from harmonica.io.safe_load import load_weights, read_released_router, read_tensors
 from harmonica.models.diffusers_folder import write_diffusers
-from harmonica.models.dit import DiT
-from harmonica.models.dit_config import dit_shape
+from harmonica.models.dit.config import dit_shape
+from harmonica.models.dit.model import DiT
 from harmonica.models.loading import ModelConfig, load_model, read_model, write_folder_config
 
 

@@ -10,14 +10,15 @@ from tiny_studio import CONFIG
 
 from harmonica.builtin import CHAMPION
 from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, ModelConfig, load_model
-from pipelines import registry, serve
-from pipelines.serving.choosing import choose_router
-from pipelines.serving.drawing import ImageSampler, Row
-from pipelines.serving.following import Follower, ServeArgs
-from pipelines.serving.keys import ENVIRONMENT
-from pipelines.serving.orders import Order
-from pipelines.serving.studio import Studio
-from pipelines.tracking import find_or_create
+from pipelines import serve
+from pipelines.serving.auth import ENVIRONMENT
+from pipelines.serving.engine import Studio
+from pipelines.serving.image_sampler import ImageSampler, Row
+from pipelines.serving.registry_watcher import Follower, ServeArgs
+from pipelines.serving.requests import Order
+from pipelines.serving.router_choice import choose_router
+from pipelines.tracking import registry
+from pipelines.tracking.mlflow_runs import find_or_create
 
 NAME = "tiny"
 

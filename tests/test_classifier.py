@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harmonica.judging.classifier import (
+from harmonica.evaluation import fashion_mnist
+from harmonica.evaluation.fashion_classifier import (
     BUILTIN_FOLDER,
     CONFIG_FILE,
     FEATURE_SIZE,
@@ -18,8 +19,7 @@ from harmonica.judging.classifier import (
     load_classifier,
     save_classifier,
 )
-from harmonica.judging.metrics import frechet_distance, label_accuracy
-from harmonica.pretraining import fashion
+from harmonica.evaluation.image_metrics import frechet_distance, label_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +84,9 @@ def test_committed_files_agree_with_each_other(classifier: Classifier) -> None:
 
 
 def test_judges_the_test_images_as_recorded(classifier: Classifier) -> None:
-    if not fashion.DEFAULT_FOLDER.exists():
-        pytest.skip(f"needs Fashion-MNIST in {fashion.DEFAULT_FOLDER}")
-    images, labels = map(torch.tensor, fashion.load_fashion_mnist("test"))
+    if not fashion_mnist.DEFAULT_FOLDER.exists():
+        pytest.skip(f"needs Fashion-MNIST in {fashion_mnist.DEFAULT_FOLDER}")
+    images, labels = map(torch.tensor, fashion_mnist.load_fashion_mnist("test"))
     features, logits = features_and_logits(classifier, images[:2000].float() / 127.5 - 1)
     about = json.loads((BUILTIN_FOLDER / CONFIG_FILE).read_text())
     assert label_accuracy(logits, labels[:2000]) == pytest.approx(about["test_accuracy"], abs=0.015)

@@ -18,7 +18,7 @@ from ray._common.utils import import_attr
 
 import harmonica
 from pipelines.serving import proxy
-from pipelines.serving.following import ServeArgs
+from pipelines.serving.registry_watcher import ServeArgs
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -247,7 +247,7 @@ def dashboard_metrics() -> set[str]:
 
 
 def test_the_dashboard_shows_every_metric_of_serving_and_no_other():
-    source = (ROOT / "pipelines" / "serving" / "serve_metrics.py").read_text()
+    source = (ROOT / "pipelines" / "serving" / "metrics.py").read_text()
     kinds = re.findall(r'(Counter|Gauge|Histogram)\(\s*"(harmonica_[a-z_]+)"', source)
     assert len(kinds) == 9
     suffix = {"Counter": "_total", "Gauge": "", "Histogram": ""}

@@ -1,4 +1,4 @@
-"""`harmonica.train` and `harmonica.sample` as a researcher runs them, without Ray."""
+"""`harmonica.cli.train` and `harmonica.cli.sample` as a researcher runs them, without Ray."""
 
 import dataclasses
 import json
@@ -15,15 +15,15 @@ from tiny_dit import write_model
 from tiny_pipeline import write_pipeline
 from tolerances import of_training
 
-from harmonica import sample, train
-from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION
+from harmonica.cli import sample, train
+from harmonica.cli.train import TrainCommand
+from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.presets import RECIPES
 from harmonica.samplers import SamplerConfig
-from harmonica.sdt import SdtConfig
-from harmonica.train import TrainCommand
-from harmonica.training_config import TrainingConfig
+from harmonica.training.config import TrainingConfig
+from harmonica.training.presets import RECIPES
+from harmonica.training.sdt import SdtConfig
 
 CASE = Path(__file__).parent / "assets" / "case_a"
 SIX_STEPS = SamplerConfig(num_inference_steps=6)
@@ -109,7 +109,7 @@ def test_torchrun_trains_the_same_router_on_two_processes(command, tmp_path, lea
     ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
-        [*launcher, "-m", "harmonica.train", "fashion", *arguments, *lean],
+        [*launcher, "-m", "harmonica.cli.train", "fashion", *arguments, *lean],
         capture_output=True,
         text=True,
         timeout=240,

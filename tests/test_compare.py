@@ -14,29 +14,29 @@ from tiny_dit import SHAPE, write_model
 from torch import Tensor
 
 import workflow
-from harmonica.finite import NotFinite
+from harmonica.data.batch import Batch, RowSpec, make_rows
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.diffusers_folder import write_diffusers
-from harmonica.models.dit_config import DiTConfig
+from harmonica.models.dit.config import DiTConfig
 from harmonica.models.loading import ModelConfig, load_model, read_model
-from harmonica.rows import Batch, RowSpec, make_rows
 from harmonica.samplers import SamplerConfig
-from pipelines.compare_config import CompareConfig, free_to_change
-from pipelines.comparing.comparison_picture import comparison_picture, line
-from pipelines.comparing.contenders import learners, unlearned
-from pipelines.comparing.measuring import ArmWorker, reason_of
-from pipelines.comparing.names import OURS, OURS_LABEL, PAPER, shown_name
-from pipelines.comparing.ranking import ahead, verdict
-from pipelines.comparing.results import Results, compared, is_complete, record
-from pipelines.comparing.rivals import library_arms
-from pipelines.html_report import render
-from pipelines.judging import NOISE_FLOOR
+from harmonica.validation.finite import NotFinite
+from pipelines.compare.measuring import ArmWorker, reason_of
+from pipelines.compare.methods import learners, unlearned
+from pipelines.compare.names import OURS, OURS_LABEL, PAPER, shown_name
+from pipelines.compare.plot import comparison_picture, line
+from pipelines.compare.ranking import ahead, verdict
+from pipelines.compare.results import Results, compared, is_complete, record
+from pipelines.compare.third_party_caches import library_arms
+from pipelines.config.compare import CompareConfig, free_to_change
+from pipelines.evaluation.latency import FULL, Arm
+from pipelines.evaluation.quality import NOISE_FLOOR
 from pipelines.presets import fashion
-from pipelines.resume import begin
-from pipelines.storage import RunStorage
-from pipelines.terminal import comparison_table
-from pipelines.timing import FULL, Arm
-from pipelines.tracking import find
+from pipelines.report.html_report import render
+from pipelines.report.terminal import comparison_table
+from pipelines.run_state.resume import begin
+from pipelines.run_state.storage import RunStorage
+from pipelines.tracking.mlflow_runs import find
 
 MACS = Macs(branches=(30, 60) * 6, rest=12)
 

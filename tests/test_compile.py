@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny_dit import write_model
 
+from harmonica.core.router import Router
+from harmonica.core.sampling import sample
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.router import Router
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.sampling import sample
-from harmonica.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 
 
 def drawn(model: BranchedTransformer) -> tuple[torch.Tensor, torch.Tensor]:

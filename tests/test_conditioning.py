@@ -5,14 +5,14 @@ import torch
 from tolerances import CLOSE, close
 from torch import nn
 
-from harmonica.models import dit
-from harmonica.models.dit import DiT
+from harmonica.core.plan import Plan
+from harmonica.core.sampling import sample
+from harmonica.models.dit import model as dit
+from harmonica.models.dit.model import DiT
 from harmonica.models.step_conditionings import StepConditionings
-from harmonica.noise import RowKeys
-from harmonica.plan import Plan
 from harmonica.samplers import Ddim, SamplerConfig
-from harmonica.sampling import sample
-from harmonica.sdt import freeze
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.sdt import freeze
 
 
 class Counted(nn.Module):

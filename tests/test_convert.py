@@ -1,4 +1,4 @@
-"""`python -m harmonica.convert`: weights to the bit, what diffusers makes of them, and what is said."""
+"""`python -m harmonica.cli.convert`: weights to the bit, what diffusers makes of them, and what is said."""
 
 import json
 import re
@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from tiny_pipeline import make_vae, write_pipeline
 from tolerances import of_pass
 
-from harmonica.checkpoints import read_tensors
-from harmonica.convert import main
-from harmonica.models.dit import DiT
-from harmonica.models.dit_config import DiTConfig
+from harmonica.cli.convert import main
+from harmonica.io.safe_load import read_tensors
+from harmonica.models.dit.config import DiTConfig
+from harmonica.models.dit.model import DiT
 from harmonica.models.loading import ModelConfig, load_model
 
 SHAPE = DiTConfig(sample_size=8, num_layers=2, num_attention_heads=6, attention_head_dim=64)

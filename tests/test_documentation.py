@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from harmonica.convert import ConvertCommand
-from harmonica.models.dit import DiTConfig
-from harmonica.sample import SampleCommand
-from harmonica.train import TrainCommand
-from pipelines.config import WorkflowConfig
+from harmonica.cli.convert import ConvertCommand
+from harmonica.cli.sample import SampleCommand
+from harmonica.cli.train import TrainCommand
+from harmonica.models.dit.model import DiTConfig
+from pipelines.config.workflow import WorkflowConfig
 from pipelines.presets import PRESETS
-from pipelines.pretrain import DiTPretrainConfig
-from pipelines.pretrain_text import TextPretrainConfig
+from pipelines.pretrain.dit import DiTPretrainConfig
+from pipelines.pretrain.text_to_image import TextPretrainConfig
 from pipelines.serve import ServeCommand
 from pipelines.ui import UiCommand
 

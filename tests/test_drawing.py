@@ -9,13 +9,13 @@ from tiny_dit import SHAPE, make_artifact, write_model
 from tiny_pipeline import write_pipeline
 from tolerances import NOISIEST, PASS, close
 
-from harmonica.artifact import RouterArtifact
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.sampling import sample
+from harmonica.evaluation.plots import to_uint8
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.noise import RowKeys
-from harmonica.pictures import to_uint8
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
-from harmonica.sampling import sample
-from pipelines.serving.drawing import ImageSampler, Row, SettingRefused
+from harmonica.samplers.noise import RowKeys
+from pipelines.serving.image_sampler import ImageSampler, Row, SettingRefused
 
 
 @pytest.fixture(scope="module")

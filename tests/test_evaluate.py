@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION
-from harmonica.judging.classifier import features_and_logits, load_classifier
-from harmonica.judging.metrics import label_accuracy, psnr
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.sampling import sample
+from harmonica.data.batch import RowSpec, make_rows
+from harmonica.evaluation.fashion_classifier import features_and_logits, load_classifier
+from harmonica.evaluation.image_metrics import label_accuracy, psnr
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.rows import RowSpec, make_rows
 from harmonica.samplers import Ddim, SamplerConfig
-from harmonica.sampling import sample
-from pipelines.config import TrainConfig
-from pipelines.evaluate import advice, verdict
+from pipelines.config.workflow import TrainConfig
+from pipelines.evaluation.latency import CACHED, FEWER, FULL, steps_as_long
+from pipelines.evaluation.stage import advice, verdict
 from pipelines.presets import fashion
-from pipelines.terminal import results_table
-from pipelines.timing import CACHED, FEWER, FULL, steps_as_long
-from pipelines.tracking import numbers
+from pipelines.report.terminal import results_table
+from pipelines.tracking.mlflow_runs import numbers
 
 
 def arms(cached_psnr: float, cached_frechet: float) -> dict:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from tiny_dit import write_model
 
-from harmonica.family import FamilyRun
+from harmonica.cli.train import _Folder, _train
+from harmonica.data.batch import RowSpec, Share
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
-from harmonica.rows import RowSpec, Share
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.train import _Folder, _train
-from harmonica.training_config import TrainingConfig
+from harmonica.training.config import TrainingConfig
+from harmonica.training.multi_target import FamilyRun
 
 _CHANGES = ("open", "os.rename", "os.remove", "os.truncate", "os.mkdir")
 """What Python reports before it touches a file, see `sys.addaudithook`."""

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from harmonica.models.dit import DiT
-from harmonica.models.dit_config import FAMILY, DiTConfig, dit_shape
+from harmonica.models.dit.config import FAMILY, DiTConfig, dit_shape
+from harmonica.models.dit.model import DiT
+from harmonica.models.dit.public_layout import infer_shape
+from harmonica.models.dit.stored import skeleton
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.models.public_layout import infer_shape
-from harmonica.models.stored import skeleton
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from judging_networks import write_inception
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harmonica.judging.classifier import features_and_logits, load_classifier
-from harmonica.judging.feature_extractors import ClassifierFeatures, InceptionFeatures
+from harmonica.evaluation.fashion_classifier import features_and_logits, load_classifier
+from harmonica.evaluation.feature_extractors import ClassifierFeatures, InceptionFeatures
 
 
 def images(n: int, channels: int, side: int) -> Tensor:

@@ -21,13 +21,13 @@ from tiny_text import WIDTH, write_sentencepiece
 from tiny_text_pipeline import Form, beside_broken, sharded, variant, write_text_pipeline
 
 from harmonica.builtin import FASHION_DIT
-from harmonica.models import object_store
-from harmonica.models.fetch import local_path, pinned
+from harmonica.data.conditions import check_conditions
+from harmonica.data.text_encoder import TextEncoder, encoder_identity
+from harmonica.io import object_store
+from harmonica.io.object_store import cache_folder, without_secrets
+from harmonica.io.resolve import local_path, pinned
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.models.object_store import cache_folder, without_secrets
 from harmonica.models.vae import decode_latents
-from harmonica.text.conditions import check_conditions
-from harmonica.text.text_encoder import TextEncoder, encoder_identity
 
 BUCKET, REPO = "models", "org/tiny-dit"
 SECRET = "hush+hush/hush"
@@ -339,7 +339,7 @@ def test_a_revision_is_pinned_to_ids_of_the_hub_alone(tmp_path, monkeypatch):
     assert pinned("other/name", "") == "other/name"
 
 
-FETCH = "import sys; from harmonica.models.fetch import local_path; print(local_path(*sys.argv[1:]))"
+FETCH = "import sys; from harmonica.io.resolve import local_path; print(local_path(*sys.argv[1:]))"
 
 
 def fetch(cache: Path, endpoint: str, *arguments: str, offline: bool = False):

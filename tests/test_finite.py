@@ -13,28 +13,28 @@ from tiny_dit import HUGE, SAMPLER, make_artifact, write_model, write_overflowin
 from tiny_text import make_encoder, write_text_folder
 from torch import Tensor
 
-from harmonica import sample as sample_command
-from harmonica import train as train_command
-from harmonica.artifact import RouterArtifact
-from harmonica.finite import NotFinite, check_finite, not_finite
-from harmonica.forecast_config import ForecastConfig
+from harmonica.cli import sample as sample_command
+from harmonica.cli import train as train_command
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.golden_sample import check_sample, record_sample
+from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch, RowSpec, make_rows
+from harmonica.data.text_encoder import TextEncoder
+from harmonica.evaluation.plots import encode_picture, to_uint8
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.models.vae import decode_latents
-from harmonica.pictures import encode_picture, to_uint8
-from harmonica.rows import Batch, RowSpec, make_rows
 from harmonica.samplers import make_sampler
-from harmonica.sampling import sample
-from harmonica.sdt import SdtConfig
-from harmonica.smoke import check_sample, record_sample
-from harmonica.text.text_encoder import TextEncoder
-from harmonica.training import RouterRun
-from harmonica.training_config import TrainingConfig
-from pipelines.config import EvaluateConfig, WorkflowConfig
-from pipelines.judging import ArmSampler
+from harmonica.training.config import TrainingConfig
+from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.sdt import SdtConfig
+from harmonica.training.trainer import RouterRun
+from harmonica.validation.finite import NotFinite, check_finite, not_finite
+from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
+from pipelines.evaluation.latency import Arm, measure
+from pipelines.evaluation.quality import ArmSampler
 from pipelines.presets import fashion
-from pipelines.runtime import plainly
-from pipelines.sweep_trial import _Probe
-from pipelines.timing import Arm, measure
+from pipelines.runtime.ray_runtime import plainly
+from pipelines.sweep.trial import _Probe
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from strategies import quick, reuses, trajectories
 from tolerances import CLOSE
 from torch import Tensor
 
-from harmonica.cache import cache_bytes
-from harmonica.folding import FoldedPlan, FoldedSums, kept_bytes
+from harmonica.core.accumulation import FoldedPlan, FoldedSums, kept_bytes
+from harmonica.core.cache import cache_bytes
+from harmonica.core.plan import Plan, forecast_of
+from harmonica.core.sampling import folded_step, sample
 from harmonica.models.base import BranchedTransformer
-from harmonica.plan import Plan, forecast_of
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.sampling import folded_step, sample
 
 BRANCHES = 6
 

@@ -11,17 +11,17 @@ from fastapi.testclient import TestClient
 from tiny_dit import SAMPLER, SHAPE, make_artifact, write_model
 from tiny_studio import CONFIG
 
-from harmonica.artifact import RouterArtifact
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.golden_sample import record_sample
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from harmonica.smoke import record_sample
-from pipelines import registry
-from pipelines.serving.drawing import ImageSampler, Row
-from pipelines.serving.following import Follower, ServeArgs
+from pipelines.serving.engine import Studio
+from pipelines.serving.image_sampler import ImageSampler, Row
 from pipelines.serving.images_api import create_app
-from pipelines.serving.orders import Order
-from pipelines.serving.studio import Studio
-from pipelines.tracking import find_or_create, make_client
+from pipelines.serving.registry_watcher import Follower, ServeArgs
+from pipelines.serving.requests import Order
+from pipelines.tracking import registry
+from pipelines.tracking.mlflow_runs import find_or_create, make_client
 
 NAME = "tiny"
 

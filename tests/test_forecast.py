@@ -11,18 +11,18 @@ import torch
 from tolerances import CLOSE
 from torch import Tensor
 
-from harmonica.artifact import RouterArtifact
-from harmonica.forecast import ForecastFit, linear_weights, sketch_image_error, unknowns
-from harmonica.forecast_config import ForecastConfig
-from harmonica.models.dit import DiT
-from harmonica.noise import RowKeys
-from harmonica.plan import Plan, forecast_of
-from harmonica.router import Router
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.plan import Plan, forecast_of
+from harmonica.core.router import Router
+from harmonica.core.sampling import sample
+from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.sampling import sample
-from harmonica.sdt import SdtConfig, micro_batches
-from harmonica.training import RouterRun
-from harmonica.training_config import TrainingConfig
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.config import TrainingConfig
+from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.plans.forecast_fit import ForecastFit, linear_weights, sketch_image_error, unknowns
+from harmonica.training.sdt import SdtConfig, micro_batches
+from harmonica.training.trainer import RouterRun
 
 STEPS = 9
 FIT = ForecastConfig(trajectories=8, rounds=2, probes=2)

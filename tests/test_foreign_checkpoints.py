@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harmonica.checkpoints import read_state
-from harmonica.models.dit import DiT, sincos_position_embedding
-from harmonica.models.dit_config import DiTConfig
+from harmonica.io.safe_load import read_state
+from harmonica.io.weight_values import check_values
+from harmonica.models.dit.config import DiTConfig
+from harmonica.models.dit.model import DiT, sincos_position_embedding
+from harmonica.models.dit.public_layout import infer_shape
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.models.public_layout import infer_shape
-from harmonica.weight_values import check_values
 
 State = dict[str, Tensor]
 QKV = "blocks.1.attn.qkv.weight"

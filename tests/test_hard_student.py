@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from harmonica.iepo import KINDS, image_error_proxy
-from harmonica.router import Router
+from harmonica.core.router import Router
+from harmonica.core.sampling import sample
 from harmonica.samplers import Ddim, SamplerConfig
-from harmonica.sampling import sample
-from harmonica.sdt import SdtConfig, SdtTrainer
-from harmonica.targets import stepwise_plan
+from harmonica.training.iepo import KINDS, image_error_proxy
+from harmonica.training.plans.builders import stepwise_plan
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 
 TAU = 0.3
 STEPS, BRANCHES = 6, 6

@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 import pytest
 from tiny_dit import make_artifact, write_model
 
-from harmonica.pictures import router_heat_map
-from pipelines.config import PromptsConfig
-from pipelines.html_report import render
+from harmonica.evaluation.plots import router_heat_map
+from pipelines.config.workflow import PromptsConfig
 from pipelines.presets import fashion
-from pipelines.report_tables import comparison, results, shown
-from pipelines.storage import RunStorage
+from pipelines.report.html_report import render
+from pipelines.report.tables import comparison, results, shown
+from pipelines.run_state.storage import RunStorage
 
 SECTIONS = {
     "results",

@@ -16,14 +16,14 @@ from PIL import Image
 from tiny_dit import make_artifact, write_model
 from tiny_studio import CONFIG, make_studio, slow_steps
 
-from harmonica.finite import NotFinite
+from harmonica.evaluation.fashion_mnist import CLASS_NAMES
+from harmonica.evaluation.plots import encode_picture
 from harmonica.models.loading import load_model
-from harmonica.pictures import encode_picture
-from harmonica.pretraining.fashion import CLASS_NAMES
+from harmonica.validation.finite import NotFinite
 from pipelines.serving.batching import Overloaded
-from pipelines.serving.drawing import Row
+from pipelines.serving.image_sampler import Row
 from pipelines.serving.images_api import MAX_BODY_BYTES, create_app
-from pipelines.serving.orders import REFUSALS
+from pipelines.serving.requests import REFUSALS
 
 PATH = "/v1/images/generations"
 

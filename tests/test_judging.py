@@ -15,18 +15,18 @@ from tiny_pipeline import write_pipeline
 from tiny_text import write_store
 from tolerances import NOISIEST, rounding
 
-from harmonica.models.fetch import local_path
+from harmonica.core.plan import Plan
+from harmonica.data.batch import RowSpec, make_rows
+from harmonica.data.text_encoder import TextEncoder
+from harmonica.evaluation.fashion_mnist import CLASS_NAMES
+from harmonica.io.resolve import local_path
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig, load_model
-from harmonica.plan import Plan
-from harmonica.pretraining.fashion import CLASS_NAMES
-from harmonica.rows import RowSpec, make_rows
 from harmonica.samplers import SamplerConfig
-from harmonica.text.text_encoder import TextEncoder
-from pipelines.config import EvaluateConfig, WorkflowConfig
-from pipelines.judges import check_judges, feature_kind
-from pipelines.judging import NOISE_FLOOR, ArmSampler, judge
-from pipelines.runtime import connect
-from pipelines.timing import Arm
+from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
+from pipelines.evaluation.latency import Arm
+from pipelines.evaluation.metric_networks import check_judges, feature_kind
+from pipelines.evaluation.quality import NOISE_FLOOR, ArmSampler, judge
+from pipelines.runtime.ray_runtime import connect
 
 SAMPLER = SamplerConfig(num_inference_steps=3)
 SPEC = RowSpec(seed=5, num_classes=10, shape=(1, 28, 28))

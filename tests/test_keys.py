@@ -14,12 +14,12 @@ from tiny_studio import make_studio
 
 from harmonica.models.loading import load_model
 from pipelines import serve
-from pipelines.serving.drawing import Row
+from pipelines.config.serve import ServeConfig
+from pipelines.serving.auth import ENVIRONMENT, OPEN_PATHS, key_headers, load_keys
+from pipelines.serving.deployments import api_builder
+from pipelines.serving.image_sampler import Row
 from pipelines.serving.images_api import create_app
-from pipelines.serving.keys import ENVIRONMENT, OPEN_PATHS, key_headers, load_keys
-from pipelines.serving.orders import Order
-from pipelines.serving.replicas import api_builder
-from pipelines.serving.serve_config import ServeConfig
+from pipelines.serving.requests import Order
 
 PATH = "/v1/images/generations"
 KEYS = ("first-key", "zweiter-schlüssel")

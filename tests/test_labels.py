@@ -2,7 +2,7 @@
 
 import pytest
 
-from harmonica.text.labels import UnknownClass, find_class
+from harmonica.data.class_names import UnknownClass, find_class
 
 
 def test_classes_by_name_synonym_and_number():

@@ -88,13 +88,13 @@ DIT_ALONE = """
 import sys
 sys.modules.update(dict.fromkeys(sys.argv[1].split()))
 import torch
-from harmonica.artifact import RouterArtifact
+from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.noise import RowKeys
+from harmonica.samplers.noise import RowKeys
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.sampling import sample
-from harmonica.training import RouterRun
-from harmonica.training_config import TrainingConfig
+from harmonica.core.sampling import sample
+from harmonica.training.trainer import RouterRun
+from harmonica.training.config import TrainingConfig
 torch.set_num_threads(1)
 model = load_model(ModelConfig()).model
 sampler = make_sampler(model, SamplerConfig(num_inference_steps=3))

@@ -10,17 +10,17 @@ from tiny_pixart import make_batch, make_pixart
 from tolerances import PASS, close, rounding
 from torch import Tensor
 
-from harmonica.cache import BranchCache
-from harmonica.iepo import KINDS, image_error_proxy
+from harmonica.core.cache import BranchCache
+from harmonica.core.passes import planned_pass, soft_pass
+from harmonica.core.router import Router
 from harmonica.models.base import BranchedTransformer
-from harmonica.models.dit import DiT
-from harmonica.noise import RowKeys
-from harmonica.passes import planned_pass, soft_pass
-from harmonica.router import Router
+from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.sdt import SdtConfig, SdtTrainer
-from harmonica.training import RouterRun
-from harmonica.training_config import TrainingConfig
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.config import TrainingConfig
+from harmonica.training.iepo import KINDS, image_error_proxy
+from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.trainer import RouterRun
 
 STEPS = SamplerConfig(num_inference_steps=5, guidance_scale=1.5, clip_sample=False)
 KEYS = RowKeys.of(3, range(4))
@@ -75,7 +75,7 @@ def test_recomputed_branches_train_the_same_router_bit_for_bit(problem, reuse: s
 
 @pytest.mark.parametrize("size", [1, 2, 4, 6])
 def test_however_many_branches_are_recomputed_at_a_time(problem, size: int, monkeypatch) -> None:
-    monkeypatch.setattr("harmonica.passes.branches_per_checkpoint", lambda count: size)
+    monkeypatch.setattr("harmonica.core.passes.branches_per_checkpoint", lambda count: size)
     ours = trained(problem, "forecast", activation_checkpointing=True)
     assert all(map(torch.equal, ours, trained(problem, "forecast")))
 

@@ -15,15 +15,15 @@ import pytest
 from s3_server import BUCKET, s3_server
 
 import workflow
-from pipelines import lease, lease_cells
-from pipelines.lease import Lease, claim
-from pipelines.lease_cells import NAME, PlainCell, cell_of
-from pipelines.storage import RunStorage
+from pipelines.run_state import lease, lease_cells
+from pipelines.run_state.lease import Lease, claim
+from pipelines.run_state.lease_cells import NAME, PlainCell, cell_of
+from pipelines.run_state.storage import RunStorage
 
 HOLD = """
 import sys, time
-from pipelines.lease import claim
-from pipelines.storage import RunStorage
+from pipelines.run_state.lease import claim
+from pipelines.run_state.storage import RunStorage
 with claim(RunStorage(sys.argv[1], "r1")):
     print("held", flush=True)
     time.sleep(600)

@@ -2,7 +2,7 @@
 
 import torch
 
-from harmonica.least_squares import RIDGES, NormalEquations, choose_ridge, sum_of
+from harmonica.training.plans.least_squares import RIDGES, NormalEquations, choose_ridge, sum_of
 
 
 def folds_of(noise: float, weights: list[float], rows: int = 12) -> list[NormalEquations]:

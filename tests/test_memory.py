@@ -12,19 +12,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from harmonica import memory
-from harmonica.cache import BranchCache
-from harmonica.iepo import image_error_proxy
-from harmonica.memory import sampling_memory, training_memory
-from harmonica.memory_shape import Shape
+from harmonica.cli import memory
+from harmonica.cli.memory import sampling_memory, training_memory
+from harmonica.core.cache import BranchCache
+from harmonica.core.passes import soft_pass
+from harmonica.core.router import Router
+from harmonica.core.sampling import planned_step
 from harmonica.models.base import BranchedTransformer
-from harmonica.models.dit import DiT, DiTConfig
+from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.text_condition import TextCondition
-from harmonica.passes import soft_pass
-from harmonica.router import Router
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.sampling import planned_step
-from harmonica.sdt import SdtConfig, SdtTrainer, freeze
+from harmonica.training.iepo import image_error_proxy
+from harmonica.training.memory_model import Shape
+from harmonica.training.sdt import SdtConfig, SdtTrainer, freeze
 from tests.benchmarks.live_tensors import peak_of
 
 STEPS = SamplerConfig(num_inference_steps=5, guidance_scale=1.5, clip_sample=False)
@@ -49,7 +49,7 @@ def small_dit() -> tuple[BranchedTransformer, Any]:
 def small_pixart(*, side: int = 16, layers: int = 6, heads: int = 4, dim: int = 32, tokens: int = 12, **kw):
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
-    from harmonica.models.pixart import PixArt
+    from harmonica.models.pixart.model import PixArt
 
     transformer = PixArtTransformer2DModel(
         sample_size=side,

@@ -6,8 +6,8 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from pipelines.metric_log import MetricLog
-from pipelines.tracking import Point, StageRun, find_or_create
+from pipelines.tracking.metric_log import MetricLog
+from pipelines.tracking.mlflow_runs import Point, StageRun, find_or_create
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tolerances import MARGIN, roundoff
 
-from harmonica.judging.classifier import FeatureStatistics
-from harmonica.judging.metrics import frechet_distance, label_accuracy, label_agreement, psnr
+from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.evaluation.image_metrics import frechet_distance, label_accuracy, label_agreement, psnr
 
 
 def gaussian(mean: list[float], covariance: list[list[float]]) -> FeatureStatistics:

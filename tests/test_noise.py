@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from harmonica.noise import MAX_SEED, row_label, row_noise
+from harmonica.samplers.noise import MAX_SEED, row_label, row_noise
 
 
 def test_first_values_are_pinned():

@@ -11,16 +11,16 @@ from tiny_sana import make_sana
 from tolerances import HALF_PASS, MARGIN, rounding, roundoff
 from torch.nn.functional import cosine_similarity
 
-from harmonica.artifact import RouterArtifact
-from harmonica.cache import BranchCache
-from harmonica.iepo import image_error_proxy
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.cache import BranchCache
+from harmonica.core.passes import soft_pass
+from harmonica.core.router import Router
+from harmonica.core.sampling import sample
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.noise import RowKeys
-from harmonica.passes import soft_pass
-from harmonica.router import Router
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.sampling import sample
-from harmonica.sdt import SdtConfig, SdtTrainer
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.iepo import image_error_proxy
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 
 HALVES = ["bfloat16", "float16"]
 STEPS, BRANCHES = 6, 24

@@ -11,10 +11,10 @@ from strategies import Trajectory, quick, reuses, trajectories
 from tolerances import CLOSE
 from torch import Tensor
 
-from harmonica.cache import BranchCache, Reuse
-from harmonica.passes import planned_pass, soft_pass
-from harmonica.plan import Plan
-from harmonica.sampling import sample
+from harmonica.core.cache import BranchCache, Reuse
+from harmonica.core.passes import planned_pass, soft_pass
+from harmonica.core.plan import Plan
+from harmonica.core.sampling import sample
 
 Batch = tuple[Tensor, Tensor]
 """Noise and labels."""

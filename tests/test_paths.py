@@ -10,15 +10,15 @@ import pytest
 from s3_server import BUCKET, s3_server
 from tiny_dit import make_artifact, write_model
 
-from harmonica.artifact import RouterArtifact
-from harmonica.models.fetch import local_path
-from harmonica.models.file_systems import open_uri
-from harmonica.paths import is_remote, local, resolved, shown
-from harmonica.train import _Folder
-from pipelines.mlflow_store import artifacts_of, database_of, tracking_uri
-from pipelines.prompts import _storage
-from pipelines.storage import RunStorage
-from pipelines.tracking import find, find_or_create
+from harmonica.cli.train import _Folder
+from harmonica.core.artifact import RouterArtifact
+from harmonica.io.file_systems import open_uri
+from harmonica.io.paths import is_remote, local, resolved, shown
+from harmonica.io.resolve import local_path
+from pipelines.data.embed_prompts import _storage
+from pipelines.run_state.storage import RunStorage
+from pipelines.tracking.mlflow_runs import find, find_or_create
+from pipelines.tracking.mlflow_store import artifacts_of, database_of, tracking_uri
 from pipelines.ui import UiCommand, server_command
 
 AWKWARD = ["a b", "äöü", "a#b", "a;b", "a%20b", "100%", "a?b=c", "a&b", "a'b\"c", "-a", "~", "a:b", "日本"]

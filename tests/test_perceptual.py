@@ -8,7 +8,7 @@ from judging_networks import write_alexnet, write_clip
 from tolerances import close
 from torch import Tensor
 
-from harmonica.judging.perceptual import ClipScore, Lpips
+from harmonica.evaluation.perceptual import ClipScore, Lpips
 
 
 def images(n: int, channels: int = 3, side: int = 70) -> Tensor:

@@ -7,13 +7,13 @@ import torch
 from all_phases import ALL_PHASES
 from tiny_dit import write_model
 
-from harmonica import start
-from harmonica.family import FamilyRun, family_phases
-from harmonica.forecast_config import ForecastConfig
 from harmonica.models.loading import load_model
-from harmonica.phases import Progress, phases_of
-from harmonica.presets import fashion
 from harmonica.samplers import SamplerConfig, make_sampler
+from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.multi_target import FamilyRun, family_phases
+from harmonica.training.phases import Progress, phases_of
+from harmonica.training.plans import search
+from harmonica.training.presets import fashion
 
 STEPS = 20
 RECORDED = dataclasses.replace(
@@ -97,8 +97,8 @@ def sampler(tmp_path):
 
 def test_a_run_goes_through_the_phases_that_it_is_said_to(sampler) -> None:
     run, names = FamilyRun(sampler, SMALL, seed=0), []
-    from harmonica.rows import RowSpec, Share
-    from harmonica.train import trained
+    from harmonica.cli.train import trained
+    from harmonica.data.batch import RowSpec, Share
 
     for metrics in trained(run, RowSpec.of(sampler.model, 0), Share(SMALL.batch_size)):
         kinds = {name.removeprefix("seconds.") for name in metrics if name.startswith("seconds.")}
@@ -107,15 +107,15 @@ def test_a_run_goes_through_the_phases_that_it_is_said_to(sampler) -> None:
 
 
 def test_the_start_costs_the_full_steps_that_it_takes(sampler, monkeypatch) -> None:
-    full, planned_step = 0, start.planned_step
+    full, planned_step = 0, search.planned_step
 
     def counted(sampler, i, state, row, cache):
         nonlocal full
         full += all(row)
         return planned_step(sampler, i, state, row, cache)
 
-    monkeypatch.setattr(start, "planned_step", counted)
+    monkeypatch.setattr(search, "planned_step", counted)
     noise = torch.randn(2, sampler.model.in_channels, *[sampler.model.sample_size] * 2)
     with torch.no_grad():
-        start.step_effects(sampler, (noise, torch.tensor([0, 1]), None), "forecast")
+        search.step_effects(sampler, (noise, torch.tensor([0, 1]), None), "forecast")
     assert phases_of(SMALL, 9)[0].costs[0] == pytest.approx(full / 9)

@@ -8,8 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from harmonica.differences import amplification, with_differences
-from harmonica.pictures import cached_title, encode_picture, router_heat_map, sample_sheet, to_pil, to_uint8
+from harmonica.evaluation.differences import amplification, with_differences
+from harmonica.evaluation.plots import (
+    cached_title,
+    encode_picture,
+    router_heat_map,
+    sample_sheet,
+    to_pil,
+    to_uint8,
+)
 
 
 def test_pixels_cover_the_range_and_clip() -> None:

@@ -26,12 +26,12 @@ from tolerances import of_pass, of_trajectory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harmonica.artifact import RouterArtifact
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.sampling import sample
 from harmonica.models.base import Fingerprint
-from harmonica.models.pixart import PixArt
+from harmonica.models.pixart.model import PixArt
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import make_sampler
-from harmonica.sampling import sample
 
 
 @pytest.mark.parametrize("cacheable", CACHEABLE, ids="+".join)

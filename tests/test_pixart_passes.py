@@ -17,16 +17,16 @@ from tiny_pixart import (
 )
 from tolerances import CLOSE, of_pass, of_trajectory
 
-from harmonica.cache import BranchCache
-from harmonica.iepo import KINDS, image_error_proxy
-from harmonica.models.pixart import PixArt
+from harmonica.core.cache import BranchCache
+from harmonica.core.passes import planned_pass, soft_pass
+from harmonica.core.plan import Plan
+from harmonica.core.router import Router
+from harmonica.core.sampling import sample
+from harmonica.models.pixart.model import PixArt
 from harmonica.models.text_condition import TextCondition
-from harmonica.passes import planned_pass, soft_pass
-from harmonica.plan import Plan
-from harmonica.router import Router
 from harmonica.samplers import make_sampler
-from harmonica.sampling import sample
-from harmonica.sdt import SdtConfig, SdtTrainer
+from harmonica.training.iepo import KINDS, image_error_proxy
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 
 
 def random_plan(model: PixArt, seed: int = 2) -> Plan:

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harmonica.cache import BranchCache
+from harmonica.core.cache import BranchCache
+from harmonica.core.passes import planned_pass
+from harmonica.core.plan import Plan
+from harmonica.core.router import FIXED_LOGIT, Router
+from harmonica.core.sampling import sample
 from harmonica.models.base import Macs
-from harmonica.passes import planned_pass
-from harmonica.plan import Plan
-from harmonica.router import FIXED_LOGIT, Router
-from harmonica.sampling import sample
 
 MACS = Macs(branches=(30, 70), rest=20)
 

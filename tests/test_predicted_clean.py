@@ -4,9 +4,9 @@ import pytest
 import torch
 from tolerances import close
 
-from harmonica.noise import RowKeys
+from harmonica.core.sampling import sample
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.sampling import sample
+from harmonica.samplers.noise import RowKeys
 
 KEYS = RowKeys.of(3, range(4))
 

@@ -8,16 +8,16 @@ import pytest
 import ray
 import torch
 
+from harmonica.evaluation import fashion_mnist
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.pretraining import fashion
 from harmonica.pretraining.learning import (
     Learner,
     LearningConfig,
     learning_rate_factor,
     make_optimizers,
 )
-from pipelines.pretrain import FASHION_DIT, DiTPretrainConfig, LabelTask, export
-from pipelines.pretrain_loop import run
+from pipelines.pretrain.dit import FASHION_DIT, DiTPretrainConfig, LabelTask, export
+from pipelines.pretrain.loop import run
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
@@ -80,7 +80,7 @@ def test_ranks_share_a_global_batch_that_depends_on_seed_and_step_alone() -> Non
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_pretraining_resumes_and_exports(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if not fashion.DEFAULT_FOLDER.exists():
+    if not fashion_mnist.DEFAULT_FOLDER.exists():
         pytest.skip("wants Fashion-MNIST: install Debian's package dataset-fashion-mnist")
     config = DiTPretrainConfig(
         storage_path=str(tmp_path),
@@ -95,5 +95,5 @@ def test_pretraining_resumes_and_exports(tmp_path: Path, request: pytest.Fixture
     run(config, LabelTask)
     run(dataclasses.replace(config, steps=5), LabelTask)
     loaded = load_model(ModelConfig(path=str(export(config))))
-    assert loaded.class_names == fashion.CLASS_NAMES
+    assert loaded.class_names == fashion_mnist.CLASS_NAMES
     assert '"steps_done": 5' in (tmp_path / "model" / "config.json").read_text()

@@ -13,12 +13,12 @@ pytest.importorskip("transformers", reason="wants transformers: the text encoder
 
 from tiny_pixart import pipeline_class
 
-from harmonica.diffusion import alphas_cumprod
-from harmonica.models.dit import DiT
+from harmonica.evaluation import fashion_mnist
+from harmonica.models.dit.model import DiT
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.pretraining import captions, fashion
+from harmonica.pretraining import captions
+from harmonica.pretraining.evaluate_text_model import Painter, draw_captions, judge_images
 from harmonica.pretraining.learning import Learner, following_loss
-from harmonica.pretraining.text_judging import Painter, draw_captions, judge_images
 from harmonica.pretraining.text_to_image import (
     SPECIAL,
     TEXT_TOKENS,
@@ -30,9 +30,10 @@ from harmonica.pretraining.text_to_image import (
     tokenize,
 )
 from harmonica.pretraining.warm_start import warm_start
-from pipelines.pretrain import FASHION_DIT
-from pipelines.pretrain_loop import run
-from pipelines.pretrain_text import CaptionTask, TextPretrainConfig, export
+from harmonica.samplers.noise_schedule import alphas_cumprod
+from pipelines.pretrain.dit import FASHION_DIT
+from pipelines.pretrain.loop import run
+from pipelines.pretrain.text_to_image import CaptionTask, TextPretrainConfig, export
 
 FOLDER = Path(__file__).parents[1] / "harmonica" / "builtin" / "fashion-pixart"
 SHAPE = dataclasses.replace(FASHION_DIT, num_layers=2)
@@ -256,7 +257,7 @@ def test_the_builtin_model_is_small_and_paints_what_it_is_told():
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_pretraining_resumes_and_exports(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if not fashion.DEFAULT_FOLDER.exists():
+    if not fashion_mnist.DEFAULT_FOLDER.exists():
         pytest.skip("wants Fashion-MNIST: install Debian's package dataset-fashion-mnist")
     config = TextPretrainConfig(
         storage_path=str(tmp_path),

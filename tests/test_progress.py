@@ -7,10 +7,10 @@ import pytest
 import ray
 from ray.util.state import list_nodes
 
-from harmonica.phases import Phase, Progress
-from pipelines import progress
-from pipelines.progress import Reached, make_board, run_watched
-from pipelines.runtime import connect
+from harmonica.training.phases import Phase, Progress
+from pipelines.runtime.ray_runtime import connect
+from pipelines.training import watchdog
+from pipelines.training.watchdog import Reached, make_board, run_watched
 
 PROGRESS = Progress([Phase("start", (10.0, 10.0)), Phase("router", (1.0,) * 10)])
 
@@ -50,8 +50,8 @@ def test_a_line_of_progress_at_intervals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([0.0, 5.0, 24.0, 30.0, 50.0, 70.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    lines = progress._Lines(PROGRESS)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(clock))
+    lines = watchdog._Lines(PROGRESS)
     for reached in (
         None,
         Reached(1, 0, 20.0, 1.5e-5, 0.402),

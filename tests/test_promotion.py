@@ -9,16 +9,16 @@ import ray
 import torch
 from tiny_dit import SAMPLER, make_artifact, write_model
 
+from harmonica.core.golden_sample import record_sample
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from harmonica.smoke import record_sample
-from pipelines import registry
-from pipelines.config import WorkflowConfig
-from pipelines.gate import MEASURED_ON, against_champion, finite_check, quality_checks, score
-from pipelines.promote_config import PromoteConfig
-from pipelines.promotion import Decision, cannot_draw, carry_out, decide, measurements
-from pipelines.storage import RunStorage
-from pipelines.tracking import find_or_create
+from pipelines.config.promotion import PromoteConfig
+from pipelines.config.workflow import WorkflowConfig
+from pipelines.promotion.decision import Decision, cannot_draw, carry_out, decide, measurements
+from pipelines.promotion.gate import MEASURED_ON, against_champion, finite_check, quality_checks, score
+from pipelines.run_state.storage import RunStorage
+from pipelines.tracking import registry
+from pipelines.tracking.mlflow_runs import find_or_create
 
 NAME = "tiny"
 GATE = PromoteConfig(min_psnr_to_full=30, max_frechet_to_full=0.1, min_speedup=1.3)

@@ -30,15 +30,15 @@ from tiny_text import (
 )
 from tolerances import of_pass, rounding, roundoff
 
+from harmonica.data import prompts as prompts_module
+from harmonica.data.batch import RowSpec, make_rows
+from harmonica.data.prompt_files import MANIFEST, part_path, stored_parts
+from harmonica.data.prompts import PromptStore, text_condition
+from harmonica.data.text_encoder import TextEncoder, encoder_identity, preprocess
 from harmonica.models.text_condition import TextCondition
-from harmonica.rows import RowSpec, make_rows
-from harmonica.text import prompts as prompts_module
-from harmonica.text.prompt_files import MANIFEST, part_path, stored_parts
-from harmonica.text.prompts import PromptStore, text_condition
-from harmonica.text.text_encoder import TextEncoder, encoder_identity, preprocess
-from pipelines import prompts as pipeline
-from pipelines.prompts import PromptsConfig, embed_prompts
-from pipelines.runtime import connect
+from pipelines.data import embed_prompts as pipeline
+from pipelines.data.embed_prompts import PromptsConfig, embed_prompts
+from pipelines.runtime.ray_runtime import connect
 
 LONG = "a red cat on the moon near a blue dog"  # ten tokens and the end
 
@@ -233,7 +233,10 @@ def test_there_is_no_other_row(store, index):
 @pytest.mark.parametrize(
     ("manifest", "words"),
     [
-        (None, "has no store.json: give a folder that pipelines.prompts wrote, and run that again"),
+        (
+            None,
+            "has no store.json: give a folder that pipelines.data.embed_prompts wrote, and run that again",
+        ),
         ("{", r"has a store.json that cannot be read \(JSONDecodeError\): embed the prompts again"),
         ('{"format": 2}', "has a store.json of another format than 1"),
     ],
@@ -301,8 +304,8 @@ PARTS = 8 + 1
 DRIVER = """
 import os, sys, time
 from pathlib import Path
-from pipelines import prompts as pipeline
-from pipelines.runtime import connect, on_loopback
+from pipelines.data import embed_prompts as pipeline
+from pipelines.runtime.ray_runtime import connect, on_loopback
 
 text, folder, out, rows, pids = sys.argv[1:]
 
@@ -399,7 +402,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     start_and_kill([str(texts), str(folder), str(out), str(PER_PART)], out, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (out / "parts").glob("*.parquet")}
     assert 2 <= len(before) < PARTS
-    with pytest.raises(ValueError, match=r"has no store.json: give a folder that pipelines.prompts"):
+    with pytest.raises(
+        ValueError, match=r"has no store.json: give a folder that pipelines.data.embed_prompts"
+    ):
         PromptStore(out)
 
     config = PromptsConfig(path=str(texts), column="text", max_tokens=TOKENS)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from harmonica.judging.arm_statistics import LOGITS, POOLED, SPATIAL, ArmStatistics
-from harmonica.judging.classifier import FeatureStatistics
-from harmonica.judging.metrics import frechet_distance
-from harmonica.judging.quality import Resamples, arm_quality, distances_to_full
-from harmonica.judging.reference_sets import ReferenceSet
+from harmonica.evaluation.accumulators import LOGITS, POOLED, SPATIAL, ArmStatistics
+from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.evaluation.image_metrics import frechet_distance
+from harmonica.evaluation.reference_sets import ReferenceSet
+from harmonica.evaluation.report import Resamples, arm_quality, distances_to_full
 
 ROWS = 60
 

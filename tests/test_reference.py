@@ -15,13 +15,13 @@ INPUTS = {"noise", "labels", "sdt.noise", "sdt.labels"}
 
 @pytest.fixture
 def run_command(monkeypatch, capsys):
-    """`python -m harmonica.reference ...`, without the seconds a new process takes to import torch."""
+    """`python -m harmonica.cli.check_reference ...`, without a new process's import of torch."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["reference", *map(str, arguments)])
-        monkeypatch.delitem(sys.modules, "harmonica.reference", raising=False)
+        monkeypatch.delitem(sys.modules, "harmonica.cli.check_reference", raising=False)
         with pytest.raises(SystemExit) as exit_info:
-            runpy.run_module("harmonica.reference", run_name="__main__")
+            runpy.run_module("harmonica.cli.check_reference", run_name="__main__")
         return (exit_info.value.code, *capsys.readouterr())
 
     return run

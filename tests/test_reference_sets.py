@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from harmonica.judging import reference_sets
-from harmonica.judging.classifier import BUILTIN_FOLDER, FeatureStatistics
-from harmonica.judging.feature_extractors import ClassifierFeatures, Features
-from harmonica.judging.metrics import frechet_distance
-from harmonica.judging.reference_sets import builtin_reference, read_adm_reference
-from harmonica.pretraining import fashion
+from harmonica.evaluation import fashion_mnist, reference_sets
+from harmonica.evaluation.fashion_classifier import BUILTIN_FOLDER, FeatureStatistics
+from harmonica.evaluation.feature_extractors import ClassifierFeatures, Features
+from harmonica.evaluation.image_metrics import frechet_distance
+from harmonica.evaluation.reference_sets import builtin_reference, read_adm_reference
 
 
 class MeanColours:
@@ -44,9 +43,9 @@ def test_the_shipped_reference_is_of_the_test_images() -> None:
 
 
 def test_the_shipped_reference_is_what_the_classifier_sees(tmp_path: Path) -> None:
-    if not fashion.DEFAULT_FOLDER.exists():
+    if not fashion_mnist.DEFAULT_FOLDER.exists():
         pytest.skip("Debian's package dataset-fashion-mnist is not installed")
-    images = torch.tensor(fashion.load_fashion_mnist("test")[0][:100]).float() / 127.5 - 1
+    images = torch.tensor(fashion_mnist.load_fashion_mnist("test")[0][:100]).float() / 127.5 - 1
     expected = ClassifierFeatures(BUILTIN_FOLDER)(images).pooled_NF
     found = builtin_reference().features_MF
     assert found is not None

@@ -19,14 +19,14 @@ from slow_reference import Settings, SlowCase, timesteps, write_case
 from tolerances import MARGIN, roundoff
 from torch import Tensor
 
-from harmonica.models.dit import DiT, DiTConfig
-from harmonica.reference import compare
+from harmonica.cli.check_reference import compare
+from harmonica.models.dit.model import DiT, DiTConfig
 
 CASE = Path(__file__).parent / "assets" / "case_a"
 INPUTS = {"noise", "labels", "sdt.noise", "sdt.labels"}
 TOLERANCE = 1e-5
-"""That of `harmonica.reference`: what is computed in float64 is recorded in float32, rounded to 6e-8, and the
-optimiser divides by the size of a gradient whose first digits cancel."""
+"""That of `harmonica.cli.check_reference`: what is computed in float64 is recorded in float32,
+rounded to 6e-8, and the optimiser divides by the size of a gradient whose first digits cancel."""
 pytestmark = pytest.mark.numeric
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_dit import make_artifact, write_model
 
-from pipelines import registry
-from pipelines.tracking import find_or_create
+from pipelines.tracking import registry
+from pipelines.tracking.mlflow_runs import find_or_create
 
 NAME = "routers"
 

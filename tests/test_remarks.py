@@ -10,8 +10,8 @@ from ray._private.authentication import authentication_token_setup
 from ray.train import RunConfig, ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as client
 
-from pipelines.remarks import drop_remarks
-from pipelines.train import _QuietController
+from pipelines.runtime.log_filters import drop_remarks
+from pipelines.training.stage import _QuietController
 
 TOKEN = "ray._private.authentication.authentication_token_setup"
 REMARKS = (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from harmonica.models.repository_files import (
+from harmonica.io.repository_files import (
     ENCODER_STEMS,
     MODEL_STEMS,
     Weights,

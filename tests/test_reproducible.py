@@ -11,15 +11,15 @@ from kernels import by_batch, by_slot, rounding_bound, summing
 from tiny_dit import make_artifact, write_model
 from tiny_studio import CONFIG, make_studio
 
-from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.sampling import sample
+from harmonica.evaluation.plots import to_uint8
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.noise import RowKeys
-from harmonica.pictures import to_uint8
-from harmonica.sampling import sample
-from pipelines.serving.drawing import ImageSampler, Row
+from harmonica.samplers.noise import RowKeys
+from pipelines.serving.image_sampler import ImageSampler, Row
 from pipelines.serving.images_api import create_app
-from pipelines.serving.orders import Order
+from pipelines.serving.requests import Order
 
 PATH = "/v1/images/generations"
 QUALITIES = pytest.mark.parametrize("quality", ["medium", "high"])

@@ -8,12 +8,20 @@ from processes import free_port
 from tiny_dit import make_artifact, write_model
 
 import workflow
-from pipelines import resume
-from pipelines.checkpoints import Checkpoints
-from pipelines.resume import CONFIG, WORKFLOW, is_current, is_finished, mark_done, recorded, work_folder
-from pipelines.routers import load_router
-from pipelines.storage import RunStorage
-from pipelines.tracking import find, find_or_create, stage_run
+from pipelines.run_state import resume
+from pipelines.run_state.resume import (
+    CONFIG,
+    WORKFLOW,
+    is_current,
+    is_finished,
+    mark_done,
+    recorded,
+    work_folder,
+)
+from pipelines.run_state.routers import load_router
+from pipelines.run_state.storage import RunStorage
+from pipelines.tracking.mlflow_runs import find, find_or_create, stage_run
+from pipelines.training.checkpoints import Checkpoints
 
 STAGES = ("train", "evaluate", "register")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.checkpoints import FOLDER, Checkpoints
-from pipelines.storage import RunStorage
+from pipelines.run_state.storage import RunStorage
+from pipelines.training.checkpoints import FOLDER, Checkpoints
 
 
 @pytest.fixture

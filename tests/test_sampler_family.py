@@ -14,14 +14,14 @@ from tiny_dit import write_model
 from tiny_pipeline import LINEAR, write_pipeline
 from tolerances import CLOSE, PASS, close, rounding
 
-from harmonica.iepo import KINDS, image_error_proxy
+from harmonica.core.router import Router
+from harmonica.core.sampling import sample
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.models.vae import decode_latents
-from harmonica.noise import RowKeys
-from harmonica.router import Router
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
-from harmonica.sampling import sample
-from harmonica.sdt import SdtConfig, SdtTrainer
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.iepo import KINDS, image_error_proxy
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 
 NAMES = ("ddim", "iddpm", "dpm-solver++", "sa-solver")
 KEYS = RowKeys((7, 7, 8, 2**40), (0, 1, 0, 3))

@@ -6,10 +6,10 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from tolerances import close, of_trajectory
 
-from harmonica.diffusion import respaced_timesteps
-from harmonica.models.dit import DiT, DiTConfig
+from harmonica.core.sampling import sample
+from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import Ddim, SamplerConfig, guide
-from harmonica.sampling import sample
+from harmonica.samplers.noise_schedule import respaced_timesteps
 
 
 def test_known_timesteps():

@@ -20,13 +20,13 @@ from tolerances import of_pass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harmonica.artifact import RouterArtifact
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.sampling import sample
 from harmonica.models.base import Fingerprint
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.models.sana import FULL_PRECISION_PARTS, Sana
+from harmonica.models.sana.model import FULL_PRECISION_PARTS, Sana
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
-from harmonica.sampling import sample
 
 
 @pytest.mark.parametrize("cacheable", CACHEABLE, ids="+".join)

@@ -10,17 +10,17 @@ from tolerances import of_pass
 from torch import Tensor
 
 import harmonica
-from harmonica.artifact import RouterArtifact
-from harmonica.cache import BranchCache
-from harmonica.iepo import KINDS, image_error_proxy
-from harmonica.models.sana import Sana
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.cache import BranchCache
+from harmonica.core.passes import planned_pass, soft_pass
+from harmonica.core.plan import Plan
+from harmonica.core.router import Router
+from harmonica.core.sampling import sample
+from harmonica.models.sana.model import Sana
 from harmonica.models.text_condition import TextCondition
-from harmonica.passes import planned_pass, soft_pass
-from harmonica.plan import Plan
-from harmonica.router import Router
 from harmonica.samplers import make_sampler
-from harmonica.sampling import sample
-from harmonica.sdt import SdtConfig, SdtTrainer
+from harmonica.training.iepo import KINDS, image_error_proxy
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 
 
 def random_plan(model: Sana) -> Plan:

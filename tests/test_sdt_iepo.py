@@ -10,12 +10,12 @@ import torch
 from tolerances import PASS, rounding
 from torch import Tensor
 
-from harmonica.beta import BetaController
-from harmonica.cache import Reuse
-from harmonica.iepo import IepoKind, image_error_proxy
-from harmonica.router import Router
+from harmonica.core.cache import Reuse
+from harmonica.core.router import Router
 from harmonica.samplers import Sampler
-from harmonica.sdt import SdtConfig, SdtTrainer
+from harmonica.training.beta import BetaController
+from harmonica.training.iepo import IepoKind, image_error_proxy
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 
 Batch = tuple[Tensor, Tensor]
 """Noise and labels."""

@@ -17,12 +17,13 @@ from PIL import Image
 from test_cluster_files import dashboard_metrics
 from tiny_dit import SHAPE, make_artifact, write_model
 
-from harmonica.settings import SettingError
-from pipelines import registry, serve
-from pipelines.runtime import connect
-from pipelines.serving.following import ServeArgs
-from pipelines.serving.serve_config import ServeConfig
-from pipelines.tracking import find_or_create
+from harmonica.validation.settings import SettingError
+from pipelines import serve
+from pipelines.config.serve import ServeConfig
+from pipelines.runtime.ray_runtime import connect
+from pipelines.serving.registry_watcher import ServeArgs
+from pipelines.tracking import registry
+from pipelines.tracking.mlflow_runs import find_or_create
 
 NAME = "tiny"
 

@@ -20,8 +20,8 @@ from test_serve import free_port
 from tiny_dit import make_artifact, write_model
 
 from pipelines import serve
-from pipelines.serving.keys import ENVIRONMENT
-from pipelines.serving.serve_config import ServeConfig
+from pipelines.config.serve import ServeConfig
+from pipelines.serving.auth import ENVIRONMENT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 PATH = "/v1/images/generations"

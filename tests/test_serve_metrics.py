@@ -8,10 +8,10 @@ from tiny_dit import make_artifact, write_model
 from tiny_studio import CONFIG, make_studio
 
 from harmonica.models.loading import load_model
-from pipelines.serving import serve_metrics
+from pipelines.serving import metrics as serve_metrics
 from pipelines.serving.batching import Overloaded
-from pipelines.serving.drawing import Row, SettingRefused
-from pipelines.serving.orders import Order
+from pipelines.serving.image_sampler import Row, SettingRefused
+from pipelines.serving.requests import Order
 
 
 @pytest.fixture

@@ -23,13 +23,13 @@ from s3_server import BUCKET, S3Server, s3_server
 from serving_load import SEEDS, Answer, digest
 from tiny_dit import make_artifact, write_model
 
+from harmonica.core.golden_sample import record_sample
+from harmonica.evaluation.plots import encode_picture
 from harmonica.models.loading import load_model
-from harmonica.pictures import encode_picture
 from harmonica.samplers import make_sampler
-from harmonica.smoke import record_sample
-from pipelines import registry
-from pipelines.serving.drawing import ImageSampler, Row
-from pipelines.tracking import find_or_create, make_client
+from pipelines.serving.image_sampler import ImageSampler, Row
+from pipelines.tracking import registry
+from pipelines.tracking.mlflow_runs import find_or_create, make_client
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 logger = logging.getLogger(__name__)

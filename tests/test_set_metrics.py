@@ -13,16 +13,16 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 from torchmetrics.image.kid import poly_mmd
 
-from harmonica.judging.bootstrap import resample_weights
-from harmonica.judging.classifier import FeatureStatistics
-from harmonica.judging.metrics import frechet_distance
-from harmonica.judging.set_metrics import (
+from harmonica.evaluation.bootstrap import resample_weights
+from harmonica.evaluation.distribution_metrics import (
     class_information,
     frechet_resampled,
     in_manifold,
     inception_score,
     kernel_distances,
 )
+from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.evaluation.image_metrics import frechet_distance
 
 
 def normal(rows: int, size: int, seed: int = 0) -> Tensor:

@@ -14,33 +14,33 @@ from hypothesis import given, reject
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from harmonica.family import FamilyRun
-from harmonica.feasibility import check_training
-from harmonica.forecast_config import ForecastConfig
+from harmonica.cli.sample import SampleCommand
 from harmonica.models.base import Macs
-from harmonica.models.dit import DiT, DiTConfig
+from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.loading import ModelConfig
-from harmonica.noise import RowKeys
-from harmonica.sample import SampleCommand
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.sdt import SdtConfig, freeze
-from harmonica.settings import SettingError
-from harmonica.start import StepSearch
-from harmonica.targets import even_plan, fastest_speedup, slowest_speedup
-from harmonica.training_config import TrainingConfig
-from pipelines.compare_config import CompareConfig
-from pipelines.comparing.contenders import learners
-from pipelines.config import PromptsConfig, TrainConfig, WorkflowConfig
-from pipelines.evaluate_config import EvaluateConfig
-from pipelines.prerequisites import check_contenders, check_trials
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.config import TrainingConfig
+from harmonica.training.feasibility import check_training
+from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.multi_target import FamilyRun
+from harmonica.training.plans.builders import even_plan, fastest_speedup, slowest_speedup
+from harmonica.training.plans.search import StepSearch
+from harmonica.training.sdt import SdtConfig, freeze
+from harmonica.validation.settings import SettingError
+from pipelines.compare.methods import learners
+from pipelines.config.compare import CompareConfig
+from pipelines.config.evaluate import EvaluateConfig
+from pipelines.config.promotion import PromoteConfig
+from pipelines.config.serve import ServeConfig
+from pipelines.config.sweep import SweepConfig
+from pipelines.config.workflow import PromptsConfig, TrainConfig, WorkflowConfig
+from pipelines.preflight import check_contenders, check_trials
 from pipelines.presets import PRESETS, fashion
-from pipelines.promote_config import PromoteConfig
 from pipelines.serving.application import make_application
-from pipelines.serving.following import ServeArgs
-from pipelines.serving.keys import load_keys
-from pipelines.serving.serve_config import ServeConfig
-from pipelines.sweep_config import SweepConfig
-from pipelines.sweep_trial import trials_of
+from pipelines.serving.auth import load_keys
+from pipelines.serving.registry_watcher import ServeArgs
+from pipelines.sweep.trial import trials_of
 
 NAN, INF = float("nan"), float("inf")
 SECTIONS: dict[str, type] = {

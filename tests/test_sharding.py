@@ -13,16 +13,16 @@ from tiny_pixart import make_batch, make_pixart
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from harmonica.memory_shape import Shape
+from harmonica.core.sampling import sample
 from harmonica.models.base import BranchedTransformer
-from harmonica.models.dit import DiT, DiTConfig
-from harmonica.noise import RowKeys
+from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.sampling import sample
-from harmonica.sdt import SdtConfig, SdtTrainer, freeze
-from harmonica.sharding import shard, shared_layers
-from harmonica.training import RouterRun
-from harmonica.training_config import TrainingConfig
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.config import TrainingConfig
+from harmonica.training.memory_model import Shape
+from harmonica.training.sdt import SdtConfig, SdtTrainer, freeze
+from harmonica.training.sharding import shard, shared_layers
+from harmonica.training.trainer import RouterRun
 
 STEPS = SamplerConfig(num_inference_steps=3, guidance_scale=1.5, clip_sample=False)
 PLAIN = TrainingConfig(

@@ -7,11 +7,11 @@ import torch
 from tiny_dit import SAMPLER, make_artifact, write_model
 from tiny_sana import config, make_sana
 
-from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.golden_sample import check_sample, record_sample
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.smoke import check_sample, record_sample
 
 
 @pytest.fixture(scope="module")
@@ -91,5 +91,5 @@ def test_a_sampler_that_draws_noise_draws_the_samples_own(sampler):
 
 def test_the_built_in_champion_draws_what_it_drew():
     artifact = RouterArtifact.load(CHAMPION)
-    assert artifact.sample_CHW is not None, "make it again with harmonica.smoke.record_sample"
+    assert artifact.sample_CHW is not None, "make it again with harmonica.core.golden_sample.record_sample"
     check_sample(artifact, make_sampler(load_model(ModelConfig()).model, artifact.sampler))

@@ -11,15 +11,15 @@ import torch
 from all_phases import ALL_PHASES
 from tiny_dit import write_model
 
-from harmonica import train
-from harmonica.artifact import RouterArtifact
-from harmonica.family import FamilyRun
-from harmonica.forecast_config import ForecastConfig
+from harmonica.cli import train
+from harmonica.cli.train import TrainCommand
+from harmonica.core.artifact import RouterArtifact
+from harmonica.data.batch import RowSpec, Share
 from harmonica.models.loading import load_model
-from harmonica.rows import RowSpec, Share
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.train import TrainCommand
-from harmonica.training_config import TrainingConfig
+from harmonica.training.config import TrainingConfig
+from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.multi_target import FamilyRun
 
 STEPS = SamplerConfig(num_inference_steps=9, guidance_scale=1.5)
 FAMILY = dataclasses.replace(ALL_PHASES, targets=(1.5, 1.3, 1.7, 1.5))

@@ -15,8 +15,8 @@ import pytest
 import s3fs
 from s3_server import BUCKET, SECRET, s3_server
 
-from harmonica.models.file_systems import open_uri
-from pipelines.storage import RunStorage, settle_endpoint
+from harmonica.io.file_systems import open_uri
+from pipelines.run_state.storage import RunStorage, settle_endpoint
 
 OUTAGE_S = 10  # pyarrow by itself outlasts 6
 
@@ -188,7 +188,7 @@ def test_a_missing_bucket_is_named_without_credentials(s3):
 
 FILL = """
 import sys
-from pipelines.storage import RunStorage
+from pipelines.run_state.storage import RunStorage
 storage = RunStorage(sys.argv[1], "r1")
 storage.write_bytes("a", b"x" * 1000)
 storage.write_bytes("a", b"y" * 100_000)

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import quick
 
-from harmonica.noise import row_label, row_noise
-from harmonica.rows import RowSpec, Share, make_rows
-from pipelines.runtime import connect
-from pipelines.stream import stream_rows
+from harmonica.data.batch import RowSpec, Share, make_rows
+from harmonica.samplers.noise import row_label, row_noise
+from pipelines.data.stream import stream_rows
+from pipelines.runtime.ray_runtime import connect
 
 SPEC = RowSpec(seed=3, num_classes=10, shape=(1, 4, 4))
 

@@ -18,15 +18,15 @@ from ray.serve.exceptions import RequestCancelledError
 from tiny_dit import make_artifact, write_model
 from tiny_studio import CONFIG, make_studio
 
+from harmonica.data.text_encoder import PromptTooLong
 from harmonica.models.loading import load_model
-from harmonica.text.text_encoder import PromptTooLong
 from pipelines.serving.batching import Overloaded, TimedOut
-from pipelines.serving.drawing import Row, SettingRefused
+from pipelines.serving.deployments import RemoteSampler
+from pipelines.serving.engine import preview_steps
+from pipelines.serving.image_sampler import Row, SettingRefused
 from pipelines.serving.images_api import create_app
-from pipelines.serving.orders import REFUSALS, Order
-from pipelines.serving.replicas import RemoteSampler
-from pipelines.serving.streaming import merge
-from pipelines.serving.studio import preview_steps
+from pipelines.serving.requests import REFUSALS, Order
+from pipelines.serving.server_sent_events import merge
 
 PATH = "/v1/images/generations"
 

@@ -9,15 +9,15 @@ from router_only import ROUTER_ONLY, ROUTER_ONLY_FLAGS
 from tiny_dit import write_model
 
 import workflow
-from pipelines.html_report import render
-from pipelines.pareto import front_figure, on_front
+from pipelines.config.sweep import SweepConfig
 from pipelines.presets import fashion
-from pipelines.registry import current
-from pipelines.storage import RunStorage
-from pipelines.sweep import check
-from pipelines.sweep_config import SweepConfig
-from pipelines.sweep_trial import Trial, judging_seed, reports_of, trials_of
-from pipelines.tracking import find
+from pipelines.report.html_report import render
+from pipelines.run_state.storage import RunStorage
+from pipelines.sweep.pareto import front_figure, on_front
+from pipelines.sweep.stage import check
+from pipelines.sweep.trial import Trial, judging_seed, reports_of, trials_of
+from pipelines.tracking.mlflow_runs import find
+from pipelines.tracking.registry import current
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harmonica.choice import PlanChoice
-from harmonica.forecast_config import ForecastConfig
+from harmonica.core.plan import Plan
+from harmonica.core.sampling import sample
 from harmonica.models.base import Macs
-from harmonica.models.dit import DiT
-from harmonica.noise import RowKeys
-from harmonica.plan import Plan
+from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.sampling import sample
-from harmonica.sdt import SdtConfig
-from harmonica.start import StepSearch, step_effects
-from harmonica.targets import even_plan, even_steps, reusable_share, steps_for, stepwise_plan, threshold_for
-from harmonica.training import RouterRun
-from harmonica.training_config import TrainingConfig
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.config import TrainingConfig
+from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.plans.builders import (
+    even_plan,
+    even_steps,
+    reusable_share,
+    steps_for,
+    stepwise_plan,
+    threshold_for,
+)
+from harmonica.training.plans.search import StepSearch, step_effects
+from harmonica.training.plans.selection import PlanChoice
+from harmonica.training.sdt import SdtConfig
+from harmonica.training.trainer import RouterRun
 
 STEPS = 9
 MACS = Macs(branches=(30, 60) * 6, rest=12)

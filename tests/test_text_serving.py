@@ -12,11 +12,11 @@ from PIL import Image
 from test_images_api import PATH
 from tiny_studio import CONFIG, make_studio
 
-from harmonica.artifact import RouterArtifact
+from harmonica.core.artifact import RouterArtifact
+from harmonica.data.conditions import Prompts, make_conditions
+from harmonica.data.text_encoder import PromptTooLong, TextEncoder
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.text.conditions import Prompts, make_conditions
-from harmonica.text.text_encoder import PromptTooLong, TextEncoder
 from pipelines.serving.images_api import create_app
 
 LONG = "a photo of a dark sneaker " * 4

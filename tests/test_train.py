@@ -12,18 +12,18 @@ from router_only import ROUTER_ONLY
 from tiny_dit import write_model, write_overflowing
 from tolerances import of_training
 
-from harmonica.finite import NotFinite
-from harmonica.forecast_config import ForecastConfig
-from harmonica.noise import RowKeys
-from harmonica.rows import Batch, make_rows
-from harmonica.training import RouterRun
-from pipelines.config import TrainConfig, WorkflowConfig
+from harmonica.data.batch import Batch, make_rows
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.trainer import RouterRun
+from harmonica.validation.finite import NotFinite
+from pipelines.config.workflow import TrainConfig, WorkflowConfig
 from pipelines.presets import fashion
-from pipelines.runtime import connect
-from pipelines.storage import RunStorage
-from pipelines.tracking import find_or_create, make_client, tracking_uri
-from pipelines.train import start_run, train
-from pipelines.worker_times import WorkerTimes
+from pipelines.run_state.storage import RunStorage
+from pipelines.runtime.ray_runtime import connect
+from pipelines.tracking.mlflow_runs import find_or_create, make_client, tracking_uri
+from pipelines.tracking.worker_times import WorkerTimes
+from pipelines.training.stage import start_run, train
 
 TRAJECTORIES = 4
 

@@ -25,18 +25,19 @@ from s3_server import BUCKET, SECRET, s3_server
 from tiny_dit import make_artifact, write_model
 
 import workflow
-from harmonica.artifact import RouterArtifact
-from harmonica.judging.metrics import psnr
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch, make_rows
+from harmonica.data.prompt_files import MANIFEST
+from harmonica.evaluation.image_metrics import psnr
 from harmonica.models.loading import load_model
-from harmonica.rows import Batch, make_rows
 from harmonica.samplers import make_sampler
-from harmonica.sampling import sample
-from harmonica.text.prompt_files import MANIFEST
-from pipelines import registry, resume
-from pipelines.mlflow_store import tracking_uri
-from pipelines.stream import row_spec
-from pipelines.timing import SEED_OFFSET
-from pipelines.tracking import make_client
+from pipelines.data.stream import row_spec
+from pipelines.evaluation.latency import SEED_OFFSET
+from pipelines.run_state import resume
+from pipelines.tracking import registry
+from pipelines.tracking.mlflow_runs import make_client
+from pipelines.tracking.mlflow_store import tracking_uri
 
 ROOT = Path(workflow.__file__).parent
 SMALL = [

@@ -12,11 +12,11 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from tiny_pipeline import LINEAR, make_vae, write_pipeline
 from torch import Tensor
 
-from harmonica.artifact import RouterArtifact
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.sampling import sample
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.sampling import sample
 
 STEPS = 4
 KINDS = ("dit", "sigma", "alpha 1024")

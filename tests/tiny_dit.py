@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from harmonica.artifact import RouterArtifact
-from harmonica.models.dit import DiT, DiTConfig
+from harmonica.core.artifact import RouterArtifact
+from harmonica.evaluation.fashion_mnist import CLASS_NAMES
+from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.loading import ModelConfig, load_model, write_folder_config
-from harmonica.pretraining.fashion import CLASS_NAMES
 from harmonica.samplers import Ddim, SamplerConfig
 
 SHAPE = DiTConfig(

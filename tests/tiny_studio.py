@@ -2,11 +2,11 @@
 
 import time
 
-from harmonica.artifact import RouterArtifact
+from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import LoadedModel
-from pipelines.serving.drawing import ImageSampler
-from pipelines.serving.serve_config import ServeConfig
-from pipelines.serving.studio import Studio
+from pipelines.config.serve import ServeConfig
+from pipelines.serving.engine import Studio
+from pipelines.serving.image_sampler import ImageSampler
 
 CONFIG = ServeConfig(max_batch_size=8, batch_wait_s=0.01, max_images_per_request=4, max_steps=30)
 

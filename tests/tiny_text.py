@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from harmonica.text.prompt_files import MANIFEST, Manifest, PromptRows, part_bytes, part_path
-from harmonica.text.prompts import PromptStore
-from harmonica.text.text_encoder import TextEncoder
+from harmonica.data.prompt_files import MANIFEST, Manifest, PromptRows, part_bytes, part_path
+from harmonica.data.prompts import PromptStore
+from harmonica.data.text_encoder import TextEncoder
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
 ensure_torchvision_imports()

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harmonica.models.diffusers_layout import (
+from harmonica.io.repository_files import INDEX, MODEL_STEMS, listed_parts
+from harmonica.io.tensor_files import write_tensors
+from harmonica.io.weight_files import contents, read_json, read_weights
+from harmonica.models.dit.diffusers_layout import (
     CLASS_NAME,
     config_from_diffusers,
     config_to_diffusers,
     tensors_from_diffusers,
     tensors_to_diffusers,
 )
-from harmonica.models.repository_files import INDEX, MODEL_STEMS, listed_parts
-from harmonica.models.stored import StoredModel, default_class_names
+from harmonica.models.dit.stored import StoredModel, default_class_names
 from harmonica.models.vae import find_vae
-from harmonica.models.weight_files import contents, read_json, read_weights
-from harmonica.tensor_files import write_tensors
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.checkpoints import check_state
-from harmonica.models.weight_files import read_json, read_weights
+from harmonica.io.safe_load import check_state
+from harmonica.io.weight_files import read_json, read_weights
+from harmonica.io.weight_values import check_values
 from harmonica.torchvision_ops import ensure_torchvision_imports
-from harmonica.weight_values import check_values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

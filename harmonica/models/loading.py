@@ -14,20 +14,21 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from harmonica.models import pixart_folder, sana_folder
+from harmonica.io.repository_files import INDEX, OWN_WEIGHTS, bare_checkpoint, own_weights
+from harmonica.io.resolve import BUILTIN, BUILTIN_TEXT, local_path
+from harmonica.io.weight_files import contents, read_json
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.diffusers_folder import find_transformer, read_diffusers
-from harmonica.models.dit_config import DiTConfig
-from harmonica.models.fetch import BUILTIN, BUILTIN_TEXT, local_path
-from harmonica.models.pixart_branches import Kind
-from harmonica.models.pixart_folder import StoredPixArt
-from harmonica.models.public_layout import read_public
-from harmonica.models.repository_files import INDEX, OWN_WEIGHTS, bare_checkpoint, own_weights
-from harmonica.models.sana_folder import StoredSana
-from harmonica.models.stored import StoredModel, default_class_names
+from harmonica.models.dit.config import DiTConfig
+from harmonica.models.dit.public_layout import read_public
+from harmonica.models.dit.stored import StoredModel, default_class_names
+from harmonica.models.pixart import checkpoint as pixart_folder
+from harmonica.models.pixart.checkpoint import StoredPixArt
+from harmonica.models.sana import checkpoint as sana_folder
+from harmonica.models.sana.checkpoint import StoredSana
+from harmonica.models.text_blocks import Kind
 from harmonica.models.vae import find_vae, load_vae
-from harmonica.models.weight_files import contents, read_json
-from harmonica.settings import Field, Natural, settings
+from harmonica.validation.settings import Field, Natural, settings
 
 __all__ = [
     "BUILTIN",

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmonica.io.weight_files import find_weights
 from harmonica.models.base import BranchedTransformer
-from harmonica.models.weight_files import find_weights
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
 _CLASS_NAMES = ("AutoencoderKL", "AutoencoderDC")

@@ -26,7 +26,7 @@ NOUNS: tuple[tuple[str, ...], ...] = (
     ("bag", "handbag", "purse"),
     ("ankle boot", "boot", "bootie"),
 )
-"""Of each class, in the order of `harmonica.pretraining.fashion.CLASS_NAMES`; none is in two classes."""
+"""Of each class, in the order of `harmonica.evaluation.fashion_mnist.CLASS_NAMES`; none is in two classes."""
 TONE_WORDS: Mapping[Tone, tuple[str, ...]] = {"dark": ("dark", "black"), "light": ("light", "white")}
 TEMPLATES = (
     "{}",

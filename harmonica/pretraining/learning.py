@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from harmonica.diffusion import NUM_TRAIN_TIMESTEPS, add_noise, alphas_cumprod
+from harmonica.samplers.noise_schedule import NUM_TRAIN_TIMESTEPS, add_noise, alphas_cumprod
 
 _MAX_WEIGHT = 20.0
 

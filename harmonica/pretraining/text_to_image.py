@@ -1,7 +1,7 @@
 """The built-in text-to-image model: a small PixArt on pixels, and a T5 that knows its captions' words.
 
-It lies in `builtin/fashion-pixart` as a diffusers pipeline's folder without VAE; `pipelines.pretrain_text`
-made it. Shapes: N batch, C channels, H W image, S text tokens.
+It lies in `builtin/fashion-pixart` as a diffusers pipeline's folder without VAE;
+`pipelines.pretrain.text_to_image` made it. Shapes: N batch, C channels, H W image, S text tokens.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
-from harmonica.models.dit import DiT
+from harmonica.models.dit.model import DiT
 from harmonica.models.loading import BUILTIN, ModelConfig, load_model
 from harmonica.pretraining.captions import all_captions
 from harmonica.pretraining.warm_start import warm_start

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harmonica.diffusion import NUM_TRAIN_TIMESTEPS
-from harmonica.models.dit import DiT, DiTBlock
+from harmonica.models.dit.model import DiT, DiTBlock
+from harmonica.samplers.noise_schedule import NUM_TRAIN_TIMESTEPS
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel

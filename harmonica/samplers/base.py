@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from harmonica.models.base import BranchedTransformer
-from harmonica.noise import RowKeys
 from harmonica.samplers.config import GuidanceChannels, SamplerConfig
+from harmonica.samplers.noise import RowKeys
 
 
 @dataclass(frozen=True, slots=True)

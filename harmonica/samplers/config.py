@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from harmonica.diffusion import NUM_TRAIN_TIMESTEPS
-from harmonica.settings import Field, settings
+from harmonica.samplers.noise_schedule import NUM_TRAIN_TIMESTEPS
+from harmonica.validation.settings import Field, settings
 
 try:
     from tyro.conf import Suppress

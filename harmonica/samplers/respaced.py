@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmonica.diffusion import alphas_cumprod, respaced_timesteps
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers.base import Sampler, State
 from harmonica.samplers.config import SamplerConfig
+from harmonica.samplers.noise_schedule import alphas_cumprod, respaced_timesteps
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from torch import Tensor
 
 from harmonica.models.base import BranchedTransformer
-from harmonica.noise import RowKeys
 from harmonica.samplers.base import Sampler, State
 from harmonica.samplers.config import SamplerConfig
+from harmonica.samplers.noise import RowKeys
 
 
 class _SASolver(SASolverScheduler):

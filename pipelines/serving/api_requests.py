@@ -4,10 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from harmonica.pictures import PictureFormat
+from harmonica.evaluation.plots import PictureFormat
 from harmonica.samplers import MAX_GUIDANCE_SCALE
-from pipelines.serving.drawing import Quality
-from pipelines.serving.orders import MAX_PARTIAL_IMAGES
+from pipelines.serving.image_sampler import Quality
+from pipelines.serving.requests import MAX_PARTIAL_IMAGES
 
 MAX_PROMPT_LENGTH = 4096
 MAX_SEED = 2**62

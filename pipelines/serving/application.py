@@ -4,9 +4,9 @@ from typing import Any
 
 from ray import serve
 
-from pipelines.serving.following import ServeArgs
-from pipelines.serving.replicas import Sampler, api_builder
-from pipelines.serving.serve_config import ServeConfig
+from pipelines.config.serve import ServeConfig
+from pipelines.serving.deployments import Sampler, api_builder
+from pipelines.serving.registry_watcher import ServeArgs
 
 _HEALTH: dict[str, Any] = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
 """A lost replica is replaced once it has been asked after."""

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from pipelines.serving.pace import Pace
+from pipelines.serving.latency_model import Pace
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")

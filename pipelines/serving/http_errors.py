@@ -8,12 +8,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from harmonica.text.text_encoder import PromptTooLong
-from pipelines.serving.api_models import ErrorBody, ErrorDetail
+from harmonica.data.text_encoder import PromptTooLong
 from pipelines.serving.batching import Overloaded, TimedOut
-from pipelines.serving.drawing import SettingRefused
-from pipelines.serving.orders import REFUSALS
+from pipelines.serving.image_sampler import SettingRefused
 from pipelines.serving.request_ids import HEADER, with_request_id
+from pipelines.serving.requests import REFUSALS
+from pipelines.serving.schemas import ErrorBody, ErrorDetail
 
 _MAX_ECHO = 100
 _CODES = {404: "unknown_url", 405: "method_not_allowed"}

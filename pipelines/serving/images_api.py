@@ -18,17 +18,17 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, Response
 
 import harmonica
-from pipelines.serving import api_models as api
+from pipelines.serving import schemas as api
 from pipelines.serving.api_requests import GenerateRequest, LenientGenerateRequest
+from pipelines.serving.auth import RequireKey
 from pipelines.serving.batching import Overloaded
-from pipelines.serving.bodies import ReadBody, StrictJsonRoute
-from pipelines.serving.generating import as_image, check, draw_all, events_of, making, orders_of
+from pipelines.serving.generation import as_image, check, draw_all, events_of, making, orders_of
 from pipelines.serving.http_errors import ApiError, NameRequest, answer_errors
-from pipelines.serving.keys import RequireKey
 from pipelines.serving.openapi import describe_fully, errors, events
-from pipelines.serving.orders import ImageSource, ModelCard
 from pipelines.serving.paths import SettlePath
-from pipelines.serving.streaming import stream_events
+from pipelines.serving.request_bodies import ReadBody, StrictJsonRoute
+from pipelines.serving.requests import ImageSource, ModelCard
+from pipelines.serving.server_sent_events import stream_events
 
 MAX_BODY_BYTES = 64 * 1024
 # JavaScript reads integers above this inexactly, and then cannot ask for the same image again.

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from harmonica.paths import local
+from harmonica.io.paths import local
 from tests.benchmarks.hardware import Hardware
 from tests.benchmarks.model import full_pass, growth, reused_branch
 from tests.benchmarks.sampling import planned_dit, planned_pixart

@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from harmonica.builtin import FASHION_DIT
+from harmonica.core.plan import Plan
+from harmonica.core.router import Router
 from harmonica.models.base import BranchedTransformer
-from harmonica.models.dit import DiT
-from harmonica.models.dit_config import DiTConfig, dit_shape
+from harmonica.models.dit.config import DiTConfig, dit_shape
+from harmonica.models.dit.model import DiT
 from harmonica.models.loading import read_folder_config
-from harmonica.noise import RowKeys
-from harmonica.plan import Plan
-from harmonica.router import Router
 from harmonica.samplers import Ddim, Sampler, SamplerConfig
-from harmonica.sdt import freeze
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.sdt import freeze
 from tests.benchmarks.hardware import PLAIN, Hardware
 
 

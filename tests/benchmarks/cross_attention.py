@@ -17,19 +17,19 @@ from rich.table import Table
 from torch import Tensor
 
 from harmonica.builtin import CAPTIONS
-from harmonica.cache import Reuse
-from harmonica.judging.metrics import psnr
+from harmonica.core.cache import Reuse
+from harmonica.core.plan import Plan
+from harmonica.core.sampling import sample
+from harmonica.data.conditions import Conditions, make_conditions
+from harmonica.evaluation.image_metrics import psnr
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.loading import load_model
-from harmonica.models.pixart_branches import KINDS
+from harmonica.models.text_blocks import KINDS
 from harmonica.models.text_condition import TextCondition
-from harmonica.noise import RowKeys
-from harmonica.plan import Plan
-from harmonica.presets import fashion_text
 from harmonica.samplers import Sampler, make_sampler
-from harmonica.sampling import sample
-from harmonica.text.conditions import Conditions, make_conditions
-from harmonica.training import RouterRun
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.presets import fashion_text
+from harmonica.training.trainer import RouterRun
 
 TRAINING_ROWS, JUDGED_ROWS = 4, 32
 SPEEDUPS = (1.3, 1.45, 1.6, 1.75)

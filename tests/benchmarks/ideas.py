@@ -18,21 +18,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from harmonica.aim import Aim
-from harmonica.cache import Reuse
-from harmonica.choice import PlanChoice
-from harmonica.iepo import IepoKind
+from harmonica.core.cache import Reuse
+from harmonica.core.plan import Plan
+from harmonica.core.router import Router
 from harmonica.models.loading import load_model
-from harmonica.noise import RowKeys, row_label
-from harmonica.plan import Plan
-from harmonica.presets import fashion
-from harmonica.router import Router
 from harmonica.samplers import Sampler, make_sampler
-from harmonica.sdt import SdtTrainer, Student
-from harmonica.start import StepSearch
-from harmonica.step_weights import StepWeights
-from harmonica.targets import even_plan, logits_of
-from harmonica.training_config import TrainingConfig
+from harmonica.samplers.noise import RowKeys, row_label
+from harmonica.training.config import TrainingConfig
+from harmonica.training.iepo import IepoKind
+from harmonica.training.loss_weights import StepWeights
+from harmonica.training.plans.builders import even_plan, logits_of
+from harmonica.training.plans.search import StepSearch
+from harmonica.training.plans.selection import PlanChoice
+from harmonica.training.presets import fashion
+from harmonica.training.sdt import SdtTrainer, Student
+from harmonica.training.target import Aim
 
 JUDGED_ROWS, FIRST_JUDGED = 48, 10_000
 SHARPEST = 4.0

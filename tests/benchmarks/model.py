@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.cache import BranchCache, Reuse
-from harmonica.models.dit import DiT
-from harmonica.models.dit_config import DiTConfig, dit_shape
-from harmonica.models.stored import StoredModel
-from harmonica.passes import planned_pass
-from harmonica.sampling import sample
+from harmonica.core.cache import BranchCache, Reuse
+from harmonica.core.passes import planned_pass
+from harmonica.core.sampling import sample
+from harmonica.models.dit.config import DiTConfig, dit_shape
+from harmonica.models.dit.model import DiT
+from harmonica.models.dit.stored import StoredModel
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from tests.benchmarks.arms import block_plan, make_batch, make_dit, make_sampler
 from tests.benchmarks.hardware import Hardware, compile_each
@@ -25,7 +25,7 @@ def _as_diffusers(model: DiT, hardware: Hardware) -> Callable[..., Tensor]:
     ensure_torchvision_imports()
     from diffusers import DiTTransformer2DModel
 
-    from harmonica.models.diffusers_layout import tensors_to_diffusers
+    from harmonica.models.dit.diffusers_layout import tensors_to_diffusers
 
     config = model.config
     theirs: Any = DiTTransformer2DModel(

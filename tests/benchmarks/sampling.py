@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.cache import Reuse
+from harmonica.core.cache import Reuse
+from harmonica.core.plan import Plan
+from harmonica.core.sampling import sample
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.text_condition import TextCondition
-from harmonica.plan import Plan
 from harmonica.samplers import Sampler
-from harmonica.sampling import sample
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from tests.benchmarks.arms import (
     block_plan,
@@ -74,7 +74,7 @@ def make_pixart(latent_size: int, layers: int, hardware: Hardware = PLAIN) -> Br
     ensure_torchvision_imports()
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
-    from harmonica.models.pixart import PixArt
+    from harmonica.models.pixart.model import PixArt
 
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import httpx
 import torch
 
-from harmonica.artifact import RouterArtifact
 from harmonica.builtin import CHAMPION
+from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import ModelConfig, load_model
-from pipelines.serving.drawing import ImageSampler
-from pipelines.serving.drawing import Row as Image
-from pipelines.serving.serve_config import ServeConfig
+from pipelines.config.serve import ServeConfig
+from pipelines.serving.image_sampler import ImageSampler
+from pipelines.serving.image_sampler import Row as Image
 from tests.benchmarks.load import PATH, closed_loop, cores, open_loop
 from tests.benchmarks.timing import Aim, Row, Timing, time_arms
 
@@ -32,7 +32,7 @@ def _endpoint(threads: int) -> Iterator[str]:
     import ray
 
     from pipelines import serve
-    from pipelines.runtime import connect
+    from pipelines.runtime.ray_runtime import connect
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from harmonica.noise import RowKeys
-from harmonica.rows import RowSpec, Share
-from harmonica.sampling import sample
-from harmonica.training import RouterRun
-from harmonica.training_config import TrainingConfig
+from harmonica.core.sampling import sample
+from harmonica.data.batch import RowSpec, Share
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.config import TrainingConfig
+from harmonica.training.trainer import RouterRun
 from tests.benchmarks.arms import builtin_shape, make_batch, make_dit, make_sampler, random_plan
 from tests.benchmarks.timing import Aim, Row, Timing, time_arms
 
@@ -77,8 +77,8 @@ def data(*, whole: bool) -> Iterator[Row]:
     """Rows a second from Ray Data, next to what training takes."""
     import ray
 
-    from pipelines.runtime import connect
-    from pipelines.stream import stream_rows
+    from pipelines.data.stream import stream_rows
+    from pipelines.runtime.ray_runtime import connect
 
     connect()
     rows, seconds = 20_000, []
@@ -106,10 +106,10 @@ _PARTS = {
         "from harmonica.torchvision_ops import ensure_torchvision_imports; ensure_torchvision_imports(); "
         "import timm.layers"
     ),
-    "harmonica": "import harmonica.sampling, harmonica.models.loading, harmonica.samplers",
+    "harmonica": "import harmonica.core.sampling, harmonica.models.loading, harmonica.samplers",
     "model": "from harmonica.models.loading import *; loaded = load_model(ModelConfig())",
     "first image": (
-        "import torch; from harmonica.samplers import *; from harmonica.sampling import sample; "
+        "import torch; from harmonica.samplers import *; from harmonica.core.sampling import sample; "
         "sample(make_sampler(loaded.model, SamplerConfig()), torch.zeros(1, 1, 28, 28), torch.tensor([1]))"
     ),
 }

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from harmonica.cache import BranchCache
-from harmonica.iepo import image_error_proxy
-from harmonica.models.dit_config import DiTConfig
-from harmonica.passes import planned_pass, soft_pass
-from harmonica.router import Router
+from harmonica.core.cache import BranchCache
+from harmonica.core.passes import planned_pass, soft_pass
+from harmonica.core.router import Router
+from harmonica.models.dit.config import DiTConfig
 from harmonica.samplers import Sampler
-from harmonica.sdt import SdtConfig, SdtTrainer
+from harmonica.training.iepo import image_error_proxy
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 from tests.benchmarks.arms import builtin_shape, make_batch, make_dit, make_router, make_sampler
 from tests.benchmarks.hardware import Hardware
 from tests.benchmarks.live_tensors import peak_of

@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 import tyro
 
-from harmonica.artifact import RouterArtifact
-from harmonica.models.dit import DiT
-from harmonica.models.dit_config import dit_shape
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.sampling import sample
+from harmonica.models.dit.config import dit_shape
+from harmonica.models.dit.model import DiT
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.noise import RowKeys
-from harmonica.presets import dit_xl_2_256_t10
 from harmonica.samplers import make_sampler
-from harmonica.sampling import sample
-from harmonica.training import RouterRun
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.presets import dit_xl_2_256_t10
+from harmonica.training.trainer import RouterRun
 
 STEPS, TRAJECTORIES = 4, 3
 _FOLDER = Path(tempfile.gettempdir()) / "harmonica-xl"

@@ -14,9 +14,9 @@ from local_cluster import LocalCluster
 from mlflow_server import MlflowServer
 from s3_server import BUCKET, S3Server
 
-from pipelines.checkpoints import FOLDER
-from pipelines.lease import claim
-from pipelines.resume import recorded
+from pipelines.run_state.lease import claim
+from pipelines.run_state.resume import recorded
+from pipelines.training.checkpoints import FOLDER
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 OUTAGE_S = 20.0

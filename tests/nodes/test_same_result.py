@@ -10,8 +10,8 @@ import pytest
 from cluster_runs import TrainingRun, check_close, check_same, closing, trained_alone
 from tiny_dit import write_model
 
-from pipelines import registry
-from pipelines.tracking import make_client
+from pipelines.tracking import registry
+from pipelines.tracking.mlflow_runs import make_client
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 MODEL = "shared"

@@ -1,0 +1,1 @@
+"""The commands: `python -m harmonica.cli.train`, `sample`, `convert`, `memory` and `check_reference`."""

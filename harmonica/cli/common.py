@@ -1,0 +1,70 @@
+"""What the commands share: a preset with overrides, and a refused value as one line."""
+
+import contextlib
+import io
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import tyro
+from rich.console import Console
+
+from harmonica.validation.settings import SettingError
+
+Settings = TypeVar("Settings")
+
+
+def parse(arguments: list[str], presets: Mapping[str, Callable[[], Settings]], prog: str) -> Settings:
+    """A preset (the first one where none is named) with its overrides.
+
+    Raises:
+        ValueError: unknown preset, or a value its field refuses. An unknown or malformed option ends
+            the program with tyro's message and exit code 2.
+    """
+    name, rest = next(iter(presets)), arguments
+    if arguments and not arguments[0].startswith("-"):
+        name, rest = arguments[0], arguments[1:]
+    elif arguments and arguments[0] in ("-h", "--help"):
+        say(f"presets: {', '.join(presets)} (default {name}); settings of {name}:")
+    if name not in presets:
+        raise ValueError(f"preset is {name!r}: give one of {', '.join(presets)}")
+    return parse_settings(presets[name](), rest, f"{prog} {name}")
+
+
+def parse_settings(default: Settings, arguments: list[str], prog: str) -> Settings:
+    """tyro's parser, but a value that its settings refuse comes out as their error.
+
+    tyro prints such an error in a box, folded to the terminal's width, and exits; its own messages
+    (unknown option, not a number) stay as they are.
+
+    Raises:
+        SettingError: a value is refused.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(type(default), default=default, args=arguments, prog=prog)
+    except SystemExit as exit_:
+        refused = exit_.__context__
+        while refused is not None:
+            if isinstance(refused, SettingError):
+                raise refused from None
+            refused = refused.__context__
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def fail(error: BaseException | str, *, code: int) -> int:
+    """One line for the user on standard error; a stage's own fault comes with its traceback above."""
+    if isinstance(error, BaseException) and code == 1:
+        traceback.print_exception(error)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"error: {error}", markup=False)
+    sys.stderr.flush()
+    return code

@@ -1,0 +1,178 @@
+"""Expected memory of router training and of sampling, from a model's shape.
+
+    python -m harmonica.cli.memory                                            # a table for the public models
+    python -m harmonica.cli.memory pixart-sigma-2048 --batch-size 8 --micro-batch-size 1 --processes 4
+
+In bytes, with E = M * L * D values of a hidden state, s bytes a value in the branches and r in the hidden
+state (4 beside half precision), G blocks, B branches:
+
+    caches       B * E * s for all rows of a worker, twice with forecast, and once more for the micro-batch
+                 under way, whose backward still needs the values that it replaces; and what is made ahead of
+                 a trajectory: all rows' projected text, G * M * 2 S * D * s, or a DiT's modulations of
+                 some 64 rows, G * 64 * 6 D * s
+    activations  attention E (r + 4s), cross-attention 2 E s, MLP E (r + 4s), each branch's y another E s;
+                 with checkpointing r * E a group of branches, and this only for one group
+    working      results and gradients of the branch under way, and the modulations: about 5 r E in the
+                 backward, E (2r + 10s) without one
+    lambda       two caches of a micro-batch and that working memory; no activations
+
+Not in it: the CUDA context and libraries (about 1 GiB a process), and the allocator's fragmentation.
+Shapes: M model rows (two a picture under guidance), L tokens, D width, S text tokens.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, get_args
+
+import torch
+import tyro
+
+from harmonica.cli.common import fail, say
+from harmonica.core.cache import Reuse, values_kept
+from harmonica.models.base import BranchedTransformer
+from harmonica.models.dit.config import dit_shape
+from harmonica.models.dit.stored import skeleton
+from harmonica.models.loading import Dtype
+from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.training.memory_model import Memory, Shape
+
+NUM_STEPS = 20
+"""Of a trajectory, where nothing else is said."""
+
+
+def training_memory(
+    shape: Shape,
+    *,
+    batch_size: int,
+    micro_batch_size: int = 0,
+    is_guided: bool = True,
+    reuse: Reuse = "hold",
+    activation_checkpointing: bool = False,
+    processes: int = 1,
+    num_steps: int = NUM_STEPS,
+) -> Memory:
+    """Peak of one worker's router training, when every branch is refreshed: SDT's or lambda's.
+
+    Args:
+        batch_size: rows of the worker.
+        micro_batch_size: of these at a time; 0 is all.
+        processes: that the model is sharded over.
+    """
+    per_row, kept = 1 + is_guided, values_kept(reuse)
+    size = micro_batch_size or batch_size
+    rows, all_rows = per_row * size, per_row * batch_size
+    prepared = shape.prepared(rows, num_steps)
+    weights, values = shape.weights(processes), shape.num_branches * shape.value(1)
+    sdt = Memory(
+        weights,
+        (kept * all_rows + rows) * values + -(-batch_size // size) * prepared,
+        shape.activations(rows, checkpointing=activation_checkpointing),
+        shape.working(rows, backward=True),
+    )
+    lambda_ = Memory(weights, 2 * kept * rows * values + prepared, 0, shape.working(rows))
+    return max(sdt, lambda_, key=lambda memory: memory.total)
+
+
+def sampling_memory(
+    shape: Shape,
+    *,
+    batch_size: int,
+    is_guided: bool = True,
+    reuse: Reuse = "hold",
+    forecast_order: int = 1,
+    processes: int = 1,
+    num_steps: int = NUM_STEPS,
+) -> Memory:
+    """Peak of sampling; the images' decoder is not in it."""
+    rows, kept = (1 + is_guided) * batch_size, values_kept(reuse, forecast_order)
+    caches = kept * shape.num_branches * shape.value(rows) + shape.prepared(rows, num_steps)
+    return Memory(shape.weights(processes), caches, 0, shape.working(rows))
+
+
+def _dit(image_size: int) -> BranchedTransformer:
+    return skeleton(dit_shape("DiT-XL/2", image_size))
+
+
+def _pixart(image_size: int, text_tokens: int) -> BranchedTransformer:
+    ensure_torchvision_imports()
+    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+
+    from harmonica.models.pixart.model import PixArt
+
+    with torch.device("meta"):
+        transformer = PixArtTransformer2DModel(sample_size=image_size // 8, use_additional_conditions=False)
+        return PixArt(transformer, text_tokens=text_tokens)
+
+
+MODELS: dict[str, Callable[[], BranchedTransformer]] = {
+    "dit-xl-2-256": lambda: _dit(256),
+    "dit-xl-2-512": lambda: _dit(512),
+    "pixart-alpha-256": lambda: _pixart(256, 120),
+    "pixart-alpha-512": lambda: _pixart(512, 120),
+    "pixart-alpha-1024": lambda: _pixart(1024, 120),
+    "pixart-sigma-2048": lambda: _pixart(2048, 300),
+}
+"""The public models by name and image size, without storage."""
+
+
+def public_shape(name: str, dtype: torch.dtype) -> Shape:
+    """Of a public model as it is loaded in a precision.
+
+    Raises:
+        ValueError: no such model.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model is {name!r}: give some of {', '.join(MODELS)}")
+    model = MODELS[name]()
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter_name.startswith(model.full_precision_parts):
+            parameter.data = parameter.data.to(dtype)
+    return Shape.of(model)
+
+
+_HEADER = """\
+| model | weights | caches | sampling | training, hold | recomputed | training, forecast | recomputed |
+|---|---|---|---|---|---|---|---|"""
+
+
+def _line(name: str, shape: Shape, batch_size: int, micro_batch_size: int, processes: int) -> str:
+    need = partial(
+        training_memory,
+        shape,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        processes=processes,
+    )
+    sampling = sampling_memory(shape, batch_size=batch_size, processes=processes)
+    sizes = [sampling.weights, sampling.caches, sampling.total]
+    for reuse in get_args(Reuse):
+        sizes += [need(reuse=reuse, activation_checkpointing=each).total for each in (False, True)]
+    return f"| {name} | {' | '.join(f'{size / 2**30:.2f}' for size in sizes)} |"
+
+
+def main(
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = tuple(MODELS),
+    *,
+    batch_size: int = 1,
+    micro_batch_size: int = 0,
+    dtype: Dtype = "bfloat16",
+    processes: int = 1,
+) -> int:
+    """Print what each model takes on one GPU in GiB, under guidance, as a Markdown table.
+
+    Caches are the batch's when values are held; sampling holds them. `recomputed` is training with
+    `train.sdt.activation_checkpointing`.
+    """
+    try:
+        shapes = {name: public_shape(name, getattr(torch, dtype)) for name in models}
+    except ValueError as error:
+        return fail(error, code=2)
+    say(_HEADER)
+    for name, shape in shapes.items():
+        say(_line(name, shape, batch_size, micro_batch_size, processes))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

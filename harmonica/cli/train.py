@@ -1,0 +1,250 @@
+"""Train a router on one machine, without Ray.
+
+    python -m harmonica.cli.train                                             # the built-in model
+    python -m harmonica.cli.train dit-xl-2-256-t10 --model.path DiT-XL-2-256x256.pt
+    torchrun --nproc-per-node 4 -m harmonica.cli.train dit-xl-2-256-t10 --model.path ...
+    python -m harmonica.cli.train PRESET --help                               # every setting
+
+The output folder gets `router/` (the artifact), those of `train.targets` in `family/`, `router.png`,
+`metrics.jsonl` and `state.pt`; the same command goes on from the last state.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from harmonica.cli.common import fail, parse, say
+from harmonica.core.artifact import RouterArtifact
+from harmonica.data.batch import Batch, RowSpec, Share, make_rows
+from harmonica.data.prompts import PromptStore
+from harmonica.io.paths import local
+from harmonica.models.loading import ModelConfig, load_model
+from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
+from harmonica.samplers.noise import MAX_SEED
+from harmonica.training.config import TrainingConfig
+from harmonica.training.multi_target import FamilyRun, family_phases
+from harmonica.training.phases import Progress
+from harmonica.training.presets import RECIPES, Recipe
+from harmonica.training.sharding import shard
+from harmonica.validation.changed_settings import changed_settings
+from harmonica.validation.finite import NotFinite
+from harmonica.validation.settings import Cure, Field, settings
+
+_SAY_EVERY_S = 5.0
+_FREE_TO_CHANGE = ("output", "device")
+_METRICS = "metrics"
+
+
+@settings()
+class TrainCommand:
+    """Settings of one training."""
+
+    output: Path = Path("router")
+    """Folder for the router, its picture, the metrics and the state to resume from."""
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED), Cure("a whole number from 0, below 2^63")] = 0
+    """Fixes every label, every noise and the initial logits."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one; torchrun gives each process its own."""
+    prompts: str = ""
+    """For a model that takes prompts: the store that `pipelines.data.embed_prompts` wrote."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The denoiser."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How it samples."""
+    train: TrainingConfig = field(default_factory=TrainingConfig)
+    """Objective, budget and batch."""
+
+
+def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """This process's device; under torchrun each has its own GPU."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device is cuda and torch finds no CUDA device: give cpu, or install torch for CUDA")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """A reader sees the old content or the new, never a part."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+@contextmanager
+def _process_group(device: torch.device, batch_size: int) -> Iterator[Share]:
+    """torchrun's process group where there is one, and this process's share of the rows."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size % world_size:
+        raise ValueError(f"train.batch_size is {batch_size}: give a multiple of the {world_size} processes")
+    if "RANK" not in os.environ:
+        yield Share(batch_size)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Share(batch_size, rank, world_size)
+        dist.barrier()  # a process that leaves while another still speaks to it brings that one down
+    finally:
+        dist.destroy_process_group()
+
+
+class _Folder:
+    """The output folder: what a run leaves, and what it resumes from. Only rank 0 writes.
+
+    The state has the lines of metrics since the one before, and where in the file they belong: whatever was
+    cut short between the two, the next process puts the file right.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = local(path, "output"), settings
+        self._state, self._metrics = self.path / "state.pt", self.path / "metrics.jsonl"
+        self._pending: list[str] = []
+
+    def check(self) -> None:
+        """Refuse to go on with other settings than the run was started with."""
+        path = self.path / "settings.json"
+        if not self._state.is_file() or not path.is_file():
+            return
+        if others := changed_settings(json.loads(path.read_text()), self.settings, free=_FREE_TO_CHANGE):
+            raise ValueError(
+                f"{others}: resume the run in {self.path} with its own settings, or give another output"
+            )
+
+    def load(self, run: FamilyRun) -> None:
+        """Go on from the last state, if there is one; all ranks call it."""
+        if self._state.is_file():
+            run.load_state(self._read_state(run.device))
+
+    def mend(self, device: torch.device) -> None:
+        """Have the file of metrics as the last state says; without a state, metrics begin anew."""
+        if not self._state.is_file():
+            self._metrics.unlink(missing_ok=True)
+        elif metrics := self._read_state(device).get(_METRICS):
+            self._write(**metrics)
+
+    def _read_state(self, device: torch.device | str) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(self._state, weights_only=True, map_location=device)
+        return state
+
+    def log(self, trajectory: int, metrics: dict[str, float]) -> None:
+        """Keep a line until the next state, so that a replayed trajectory is logged once."""
+        self._pending.append(json.dumps({"trajectory": trajectory} | metrics) + "\n")
+
+    def save(self, run: FamilyRun) -> None:
+        """The state first, since it says what the file of metrics is to hold."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _replace(self.path / "settings.json", (json.dumps(self.settings, indent=1) + "\n").encode())
+        start = self._metrics.stat().st_size if self._metrics.exists() else 0
+        metrics: dict[str, Any] = {"start": start, "text": "".join(self._pending)}
+        buffer = io.BytesIO()
+        torch.save(run.state() | {_METRICS: metrics}, buffer)
+        _replace(self._state, buffer.getvalue())
+        self._write(**metrics)
+        self._pending.clear()
+
+    def _write(self, start: int, text: str) -> None:
+        """Have the file of metrics end with the text, which begins at that byte."""
+        with self._metrics.open("ab") as file:
+            file.truncate(min(start, file.tell()))
+            file.write(text.encode())
+
+    def finish(self, run: FamilyRun) -> RouterArtifact:
+        from harmonica.evaluation.plots import router_heat_map
+
+        artifact = run.artifact(**self.settings["train"])
+        artifact.save(self.path / "router")
+        for name, other in run.others(**self.settings["train"]).items():
+            other.save(self.path / "family" / name)
+        names = [branch.name for branch in run.sampler.model.branches]
+        scores_TB = artifact.logits_TB.sigmoid()
+        router_heat_map(scores_TB, artifact.plan.to_tensor(), names, self.path / "router.png")
+        return artifact
+
+
+def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArtifact:
+    """Train, or go on training; every process returns the router."""
+    device = pick_device(command.device)
+    folder = _Folder(command.output, json.loads(json.dumps(dataclasses.asdict(command), default=str)))
+    folder.check()
+    with _process_group(device, command.train.batch_size) as share:
+        loaded = load_model(command.model, "cpu" if command.train.shard_model else device)
+        if command.train.shard_model:
+            shard(loaded.model)
+        sampler = make_sampler(loaded.model, with_scheduler(command.sampler, loaded.scheduler))
+        run = FamilyRun(sampler, command.train, seed=command.seed, device=device)
+        folder.load(run)
+        if share.rank == 0:
+            folder.mend(device)
+        prompts = PromptStore(command.prompts) if command.prompts else None
+        spec = RowSpec.of(loaded.model, command.seed, prompts)
+        _train(run, spec, share, folder, tell if share.rank == 0 else lambda _: None)
+        if share.rank != 0:
+            return run.artifact()
+        artifact = folder.finish(run)
+    tell(f"router in {folder.path}: CUR {artifact.plan.cur:.1%}, ideal {artifact.ideal_speedup:.2f}x")
+    return artifact
+
+
+def trained(run: FamilyRun, spec: RowSpec, share: Share) -> Iterator[dict[str, float]]:
+    """Train the trajectories that are left, on rows made here; the metrics after each."""
+    while run.next_rows:
+        indices = share.indices(np.arange(share.size), run.next_rows.start)
+        rows = Batch.of(make_rows(indices, spec), spec, run.device)
+        yield run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+
+
+def _train(run: FamilyRun, spec: RowSpec, share: Share, folder: _Folder, tell: Callable[[str], None]) -> None:
+    config, last_said, last_saved = run.config, 0.0, time.monotonic()
+    progress = Progress(family_phases(config, run.sampler.num_steps))
+    since, began = run.trajectory, time.monotonic()
+    for metrics in trained(run, spec, share):
+        is_last, now = run.trajectory == config.all_trajectories, time.monotonic()
+        if is_last or now - last_said > _SAY_EVERY_S:
+            shown = ("loss", "mse", "beta", "updates_per_s")
+            told = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown if name in metrics)
+            left = progress.left_words(run.trajectory, since, now - began)
+            tell(f"{progress.words(run.trajectory)}  CUR {metrics['cur']:.1%}  {told}  {left}")
+            last_said = now
+        if share.rank == 0:  # the state is the same on every rank
+            folder.log(run.trajectory, metrics)
+            if is_last or now - last_saved > config.checkpoint_interval_s:
+                folder.save(run)
+                last_saved = now
+
+
+def _preset(recipe: Callable[[], Recipe]) -> TrainCommand:
+    parts = recipe()
+    return TrainCommand(model=parts.model, sampler=parts.sampler, train=parts.train)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0 when trained, 2 for unusable input, 1 where what is computed is not finite."""
+    presets = {name: functools.partial(_preset, recipe) for name, recipe in RECIPES.items()}
+    try:
+        train(parse(arguments, presets, "python -m harmonica.cli.train"))
+    except ValueError as error:
+        return fail(error, code=2)
+    except NotFinite as error:
+        return fail(str(error), code=1)
+    except KeyboardInterrupt:
+        return fail("interrupted: the same command goes on from the last state", code=130)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

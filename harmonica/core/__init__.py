@@ -1,0 +1,1 @@
+"""The method when images are sampled: plan, router, branch cache, passes, sampling, artifact."""

@@ -1,0 +1,189 @@
+"""Sampling without cached values: what a later step will reuse is added up while it is computed.
+
+Neighbouring branches reused at step i add the sum of `gate_b(i) * forecast_b` to the hidden state, and each
+forecast is a weighted sum of values computed at earlier steps. Plan, weights and gates are known before the
+trajectory starts. So a value is added to the sum of every step that will use it as soon as it is computed,
+and is then let go of. A plan of whole steps needs one sum for each reused step ahead in place of two or three
+values of every branch, and such a step costs one addition.
+
+Nothing is approximated: the terms are those of `planned_pass`, added in another order.
+Shapes: N rows, L tokens, D width.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import BranchCache, Reuse, cache_bytes
+from harmonica.core.plan import Plan
+from harmonica.models.base import Branch, BranchedTransformer, merge_of
+
+Entry = tuple[int, int]
+"""Step and branch. A sum goes by its step and the first branch of its run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """What a computed value gives to a later step."""
+
+    target: Entry
+    """The sum."""
+    weight: float
+
+
+@dataclass(frozen=True)
+class FoldedPlan:
+    """Where every computed value goes."""
+
+    plan: Plan
+    terms: Mapping[Entry, tuple[Term, ...]]
+    """Of each computed entry that is used later."""
+    ends: Mapping[Entry, int]
+    """For the first entry of each run of neighbouring reused branches, its last one."""
+    most_sums: int
+    """Alive at once."""
+
+    @classmethod
+    def of(cls, plan: Plan, reuse: Reuse, model: BranchedTransformer) -> "FoldedPlan":
+        """For a model's branches."""
+        return _fold(plan, reuse, tuple(branch.is_followed for branch in model.branches))
+
+    def nbytes(self, model: BranchedTransformer, *, is_guided: bool) -> int:
+        """Of one image's sums, which are as precise as the hidden state: at least float32."""
+        itemsize = torch.promote_types(model.dtype, torch.float32).itemsize
+        return self.most_sums * (1 + is_guided) * math.prod(model.value_shape) * itemsize
+
+    @property
+    def lookahead(self) -> int:
+        """Steps from a value to the furthest that uses it."""
+        return max(
+            (step - term.target[0] for (step, _), each in self.terms.items() for term in each), default=0
+        )
+
+
+def _runs(row: Sequence[bool], followed: Sequence[bool]) -> dict[int, int]:
+    """First and last branch of each run of reused ones with nothing that always runs between them."""
+    runs: dict[int, int] = {}
+    first = None
+    for branch, is_computed in enumerate(row):
+        if is_computed:
+            first = None
+            continue
+        first = branch if first is None else first
+        runs[first] = branch
+        if followed[branch]:
+            first = None
+    return runs
+
+
+def _most(terms: Mapping[Entry, Sequence[Term]]) -> int:
+    """Sums alive at once: each from the first step that adds to it to the one that takes it."""
+    begun: dict[Entry, int] = {}
+    for (source, _), each in terms.items():
+        for term in each:
+            begun[term.target] = max(begun.get(term.target, 0), source)
+    alive = Counter(step for (i, _), first in begun.items() for step in range(i, first + 1))
+    return max(alive.values(), default=0)
+
+
+@lru_cache(maxsize=16)
+def _fold(plan: Plan, reuse: Reuse, followed: tuple[bool, ...]) -> FoldedPlan:
+    """The sums of a plan: pure, so the last few are remembered.
+
+    Args:
+        followed: `is_followed` of each branch.
+    """
+    # A cache of unit vectors, one a step, hands out weights: what `BranchCache` says of forecasts holds here.
+    unit_TT = torch.eye(plan.num_steps, dtype=torch.float64)
+    cache = BranchCache(plan.num_branches, reuse, plan.forecast)
+    terms: dict[Entry, list[Term]] = {}
+    ends: dict[Entry, int] = {}
+    for i in reversed(range(plan.num_steps)):
+        runs = _runs(plan.compute[i], followed)
+        ends |= {(i, first): last for first, last in runs.items()}
+        for first, last in runs.items():
+            for branch in range(first, last + 1):
+                weights_T = cache.read(branch, i)
+                for source in weights_T.nonzero().flatten().tolist():
+                    terms.setdefault((source, branch), []).append(Term((i, first), float(weights_T[source])))
+        for branch, is_computed in enumerate(plan.compute[i]):
+            if is_computed:
+                cache.write(branch, i, unit_TT[i])
+    return FoldedPlan(plan, {entry: tuple(each) for entry, each in terms.items()}, ends, _most(terms))
+
+
+def is_worth_folding(model: BranchedTransformer, plan: Plan, reuse: Reuse) -> bool:
+    """Where sums take half of what values take, or less.
+
+    Not for a plan of single entries, which has nearly as many sums as values, and more additions. The batch
+    does not count: an image's last bits must not depend on its company.
+    """
+    values = cache_bytes(model, reuse, is_guided=False, forecast_order=_order(plan))
+    return 2 * FoldedPlan.of(plan, reuse, model).nbytes(model, is_guided=False) <= values
+
+
+def kept_bytes(model: BranchedTransformer, plan: Plan, reuse: Reuse, *, is_guided: bool) -> int:
+    """What one image keeps from step to step under a plan, at most."""
+    if is_worth_folding(model, plan, reuse):
+        return FoldedPlan.of(plan, reuse, model).nbytes(model, is_guided=is_guided)
+    return cache_bytes(model, reuse, is_guided=is_guided, forecast_order=_order(plan))
+
+
+def _order(plan: Plan) -> int:
+    """Of its forecasts."""
+    return len(plan.forecast[0][0]) if plan.forecast else 1
+
+
+class FoldedSums:
+    """The sums of one batch on its way through a folded plan; one a trajectory."""
+
+    def __init__(self, folded: FoldedPlan, conditionings_T: Sequence[Any]) -> None:
+        """
+        Args:
+            conditionings_T: of every step, as `embed` gives them.
+        """
+        self.folded, self._conditionings_T = folded, conditionings_T
+        self._sums: dict[Entry, Tensor] = {}
+
+    def planned_pass(
+        self, model: BranchedTransformer, hidden_NLD: Tensor, conditioning: Any, step: int
+    ) -> Tensor:
+        """Inference: as `harmonica.core.passes.planned_pass` under the plan's row of this step.
+
+        Returns:
+            The model's output (N, out_channels, H, W).
+        """
+        branches, row = model.branches, self.folded.plan.compute[step]
+        for index, (branch, is_computed) in enumerate(zip(branches, row, strict=True)):
+            if is_computed:
+                y_NLD = branch.compute(hidden_NLD, conditioning)
+                for term in self.folded.terms.get((step, index), ()):
+                    self._add(term, branch, y_NLD, hidden_NLD)
+                hidden_NLD = merge_of(branch, index)(hidden_NLD, y_NLD, conditioning)
+            elif (step, index) in self.folded.ends:
+                hidden_NLD = self._sums.pop((step, index)).add_(hidden_NLD)
+                last = branches[self.folded.ends[step, index]]
+                hidden_NLD = last.follow(hidden_NLD, conditioning)
+        return model.head(hidden_NLD, conditioning)
+
+    def _add(self, term: Term, branch: Branch, y_NLD: Tensor, hidden_NLD: Tensor) -> None:
+        """In the hidden state's precision."""
+        gate = branch.gate(self._conditionings_T[term.target[0]])
+        total_NLD = self._sums.get(term.target)
+        if total_NLD is None:
+            total_NLD = self._sums[term.target] = torch.zeros_like(hidden_NLD)
+        if gate is None:
+            total_NLD.add_(y_NLD, alpha=term.weight)
+        else:
+            total_NLD.addcmul_(gate, y_NLD, value=term.weight)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the sums alive."""
+        return sum(each.nbytes for each in self._sums.values())

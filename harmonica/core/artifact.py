@@ -1,0 +1,233 @@
+"""The product: a folder with `router.safetensors`, `config.json` and a sample that loads anywhere.
+
+It says what it was made for and refuses everything else.
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import harmonica
+from harmonica.core.accumulation import kept_bytes
+from harmonica.core.cache import Reuse
+from harmonica.core.plan import Plan
+from harmonica.io.paths import local
+from harmonica.io.safe_load import read_tensors
+from harmonica.io.tensor_files import write_tensors
+from harmonica.models.base import BranchedTransformer
+from harmonica.samplers import Sampler, SamplerConfig
+
+FORMAT_VERSION = 2
+_SAMPLE = "sample.safetensors"
+_STARTS = {"measured": "step search", "even": "even steps"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterArtifact:
+    """A trained router with all that its use depends on."""
+
+    logits_TB: Tensor
+    threshold: float
+    sampler: SamplerConfig
+    reuse: Reuse
+    forecast_TBK: Tensor | None = None
+    """Learned weights of the forecasts (`training.plans.forecast_fit`); None where they are linear."""
+    model: dict[str, Any]
+    """The model's `identity()`."""
+    rounded_weights: Mapping[str, str] = field(default_factory=dict)
+    """What `model["weights"]` is of the same weights in half precision, by its name."""
+    ideal_speedup: float
+    macs_full: int
+    """Of one trajectory of one model row."""
+    cache_bytes: int = 0
+    """What one image keeps from step to step (`harmonica.core.accumulation`), in the precision that the
+    router was trained in."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Settings and provenance, for people to read."""
+    sample_CHW: Tensor | None = None
+    """What `golden_sample` drew with it, in the model's precision: others should draw the same."""
+
+    @property
+    def plan(self) -> Plan:
+        return Plan.from_scores(self.logits_TB.sigmoid(), self.threshold, self.forecast_TBK)
+
+    @property
+    def method(self) -> str:
+        """How the plan came about: what of it was searched, what was trained and what was fitted.
+
+        A plan whose scores SDT trained is told from one whose trained scores were discarded for its start's
+        (`harmonica.training.plans.selection`).
+        """
+        chosen, initial = self.training.get("chosen", "trained"), self.training.get("initial", "")
+        start = chosen if chosen in _STARTS else initial
+        forecast = "linear forecast" if self.forecast_TBK is None else "fitted forecast"
+        parts = [
+            _STARTS.get(start, ""),
+            forecast if self.reuse == "forecast" else "held values",
+            "trained router" if chosen == "trained" else "",
+        ]
+        return " + ".join(part for part in parts if part)
+
+    @classmethod
+    def build(
+        cls,
+        logits_TB: Tensor,
+        sampler: Sampler,
+        *,
+        threshold: float,
+        reuse: Reuse,
+        training: dict[str, Any],
+        forecast_TBK: Tensor | None = None,
+    ) -> "RouterArtifact":
+        """The artifact of a router trained on `sampler`'s model under `sampler`'s configuration."""
+        macs = sampler.model.macs()
+        plan = Plan.from_scores(logits_TB.sigmoid(), threshold, forecast_TBK)
+        return cls(
+            logits_TB=logits_TB.detach().float().cpu(),
+            threshold=threshold,
+            sampler=sampler.config,
+            reuse=reuse,
+            forecast_TBK=None if forecast_TBK is None else forecast_TBK.detach().float().cpu(),
+            model=sampler.model.identity(),
+            rounded_weights=sampler.model.fingerprint().rounded,
+            ideal_speedup=plan.ideal_speedup(macs),
+            macs_full=macs.full * plan.num_steps,
+            cache_bytes=kept_bytes(sampler.model, plan, reuse, is_guided=sampler.is_guided),
+            training=training,
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the files; returns the folder."""
+        folder = local(folder, "router")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"logits": self.logits_TB}
+        if self.forecast_TBK is not None:
+            tensors["forecast"] = self.forecast_TBK
+        write_tensors(tensors, folder / "router.safetensors")
+        if self.sample_CHW is not None:
+            write_tensors({"sample": self.sample_CHW}, folder / _SAMPLE)
+        plan = self.plan
+        config = {
+            # Readers of version 1 would pass over a learned forecast, and draw something else.
+            "format_version": 1 if self.forecast_TBK is None else FORMAT_VERSION,
+            "model": self.model,
+            "rounded_weights": dict(self.rounded_weights),
+            "sampler": self.sampler.to_dict(),
+            "threshold": self.threshold,
+            "reuse": self.reuse,
+            "plan": plan.to_strings(),
+            "cur": plan.cur,
+            "ideal_speedup": self.ideal_speedup,
+            "macs_full": self.macs_full,
+            "macs_planned": round(self.macs_full / self.ideal_speedup),
+            "cache_bytes": self.cache_bytes,
+            "training": self.training,
+            "versions": {
+                "harmonica": harmonica.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "RouterArtifact":
+        """Read a folder written by `save`.
+
+        Raises:
+            ValueError: files missing or damaged, or the stored plan is not the logits' plan.
+        """
+        folder = local(folder, "router")
+        sample = folder / _SAMPLE
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"router {folder} has no readable config.json ({error}): give a router artifact folder"
+            ) from error
+        try:
+            if config["format_version"] not in (1, FORMAT_VERSION):
+                raise ValueError(
+                    f"router {folder} has format_version {config['format_version']}, this version reads "
+                    f"1 to {FORMAT_VERSION}: install the harmonica that wrote it "
+                    f"({config.get('versions', {}).get('harmonica')})"
+                )
+            tensors = read_tensors(folder / "router.safetensors")
+            artifact = cls(
+                logits_TB=tensors["logits"],
+                threshold=config["threshold"],
+                sampler=SamplerConfig(**config["sampler"]),
+                reuse=config["reuse"],
+                forecast_TBK=tensors.get("forecast"),
+                model=_complete(config["model"]),
+                rounded_weights=config.get("rounded_weights", {}),
+                ideal_speedup=config["ideal_speedup"],
+                macs_full=config["macs_full"],
+                cache_bytes=config.get("cache_bytes", 0),
+                training=config["training"],
+                sample_CHW=read_tensors(sample)["sample"] if sample.exists() else None,
+            )
+            stored_plan = config["plan"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"router {folder}: config.json lacks or misnames {error}: write it again with "
+                "RouterArtifact.save"
+            ) from error
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"router {folder}: {name} in router.safetensors is not finite: the folder is damaged or "
+                    "its training diverged, fetch it again or train again"
+                )
+        if artifact.plan.to_strings() != stored_plan:
+            raise ValueError(
+                f"router {folder}: the plan in config.json is not that of router.safetensors at "
+                f"threshold {artifact.threshold}: the folder was altered, fetch it again"
+            )
+        return artifact
+
+    def check(
+        self, model: BranchedTransformer, sampler: SamplerConfig, *, allow_other_sampler: bool = False
+    ) -> None:
+        """Refuse a model, step count or sampler the router was not made for.
+
+        The same weights rounded to half precision are the same model.
+
+        Args:
+            allow_other_sampler: only the step count of the sampler has to fit: for measuring transfer.
+
+        Raises:
+            ValueError: names the first field that differs and both values.
+        """
+        made_for, given = self.sampler.to_dict(), sampler.to_dict()
+        if allow_other_sampler:
+            made_for, given = ({"num_inference_steps": c["num_inference_steps"]} for c in (made_for, given))
+        identity = model.identity()
+        if identity["weights"] in self.rounded_weights.values():
+            identity["weights"] = self.model.get("weights")
+        wanted = _prefixed("model", self.model) | _prefixed("sampler", made_for)
+        found = _prefixed("model", identity) | _prefixed("sampler", given)
+        for name in wanted | found:
+            if wanted.get(name) != found.get(name):
+                cure = "use it as it was trained, or train a router for this setting"
+                if name.startswith("sampler.") and name != "sampler.num_inference_steps":
+                    cure += "; allow_other_sampler measures what it is worth here"
+                raise ValueError(
+                    f"{name} is {found.get(name)} and the router was made for {wanted.get(name)}: {cure}"
+                )
+
+
+def _complete(model: dict[str, Any]) -> dict[str, Any]:
+    """Artifacts of a DiT from before `norm_eps` was a setting were all made for 1e-6."""
+    return {"norm_eps": 1e-6} | model if model["architecture"] == "DiT" else model
+
+
+def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}.{name}": value for name, value in values.items()}

@@ -1,0 +1,85 @@
+"""What a branch hands out when it is not computed: its last value, or a forecast from its last ones."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from harmonica.core.plan import Forecast
+from harmonica.models.base import BranchedTransformer
+
+Reuse = Literal["hold", "forecast"]
+
+
+def values_kept(reuse: Reuse, forecast_order: int = 1) -> int:
+    """Of every branch: one to hold, one more for each difference that a forecast goes by."""
+    return 1 if reuse == "hold" else 1 + forecast_order
+
+
+def cache_bytes(model: BranchedTransformer, reuse: Reuse, *, is_guided: bool, forecast_order: int = 1) -> int:
+    """Of one image's cache: every branch's last values, of both halves under guidance."""
+    values = len(model.branches) * values_kept(reuse, forecast_order) * (1 + is_guided)
+    return values * math.prod(model.value_shape) * model.dtype.itemsize
+
+
+def extrapolate(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`v1 + w1 (v1 - v2) + w2 (v2 - v3) + ...` of values (N, L, D), newest first; weights beyond the
+    values that there are do not count."""
+    if len(values) == 1 or not weights:
+        return values[0]
+    forecast = torch.lerp(values[1], values[0], 1.0 + weights[0])
+    for newer, older, weight in zip(values[1:], values[2:], weights[1:]):
+        forecast = torch.add(forecast, newer - older, alpha=weight)
+    return forecast
+
+
+class BranchCache:
+    """Last computed values of every branch of one batch; one cache serves one trajectory.
+
+    `hold` hands the last one out as it is (the paper). `forecast` extrapolates it linearly along the
+    steps, `v + (v - v') * k / g` with k the steps since v was computed and g those between v' and v; or
+    with weights of its own, where the plan has some. With one value known it holds. Values are detached:
+    no gradient crosses a step.
+    """
+
+    def __init__(self, num_branches: int, reuse: Reuse = "hold", learned: Forecast | None = None) -> None:
+        self.reuse, self._learned = reuse, learned if reuse == "forecast" else None
+        order = len(learned[0][0]) if learned else 1
+        self._depth = values_kept(reuse, order)
+        self._kept: list[tuple[tuple[int, Tensor], ...]] = [()] * num_branches
+
+    def read(self, branch: int, step: int) -> Tensor:
+        """The branch's value (N, L, D) for a step at which it is reused."""
+        kept = self._kept[branch]
+        assert len(kept) > 0, "step T-1 computes every branch, so the cache is never empty"
+        if len(kept) == 1:
+            return kept[0][1]
+        return extrapolate([value for _, value in kept], self.weights(branch, step))
+
+    def weights(self, branch: int, step: int) -> Sequence[float]:
+        """Of the differences between a branch's last values, newest first."""
+        if self._learned is not None:
+            return self._learned[step][branch]
+        (last, _), (before, _) = self._kept[branch][:2]
+        return ((last - step) / (before - last),)  # steps count down: before > last > step
+
+    def write(self, branch: int, step: int, value: Tensor) -> None:
+        """Keep the value a branch had at `step`."""
+        self._keep(branch, step, value.detach())
+
+    def _keep(self, branch: int, step: int, value: Tensor) -> None:
+        self._kept[branch] = ((step, value), *self._kept[branch][: self._depth - 1])
+
+    @property
+    def nbytes(self) -> int:
+        """Of the values it holds."""
+        values = (value for kept in self._kept for _, value in kept)
+        return sum({value.data_ptr(): value.nbytes for value in values}.values())
+
+    def copy(self) -> "BranchCache":
+        """A second cache with the same contents; values are shared, never written in place."""
+        twin = BranchCache(len(self._kept), self.reuse, self._learned)
+        twin._kept = list(self._kept)
+        return twin

@@ -1,0 +1,139 @@
+"""The soft and the planned pass over a model's branches; `BranchedTransformer.forward` is the full one.
+
+The three agree where they should: `planned_pass` with everything computed is bit-identical to the full
+pass, `soft_pass` at r = 1 equals it.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from harmonica.core.cache import BranchCache
+from harmonica.models.base import BranchedTransformer, merge_of
+
+
+class _Mix(torch.autograd.Function):
+    """r * computed + (1 - r) * cached in half precision: weights and their gradient in float32.
+
+    In half precision 1 - r would be 16% off where r is near 1, and a sum over all elements is the
+    router's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cached: Tensor, computed: Tensor, score: Tensor) -> Tensor:
+        ctx.save_for_backward(cached, computed, score)
+        return torch.lerp(cached.float(), computed.float(), score).to(computed.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
+        (grad,) = grads
+        cached, computed, score = ctx.saved_tensors
+        return None, (grad * score).to(grad.dtype), (grad.float() * (computed.float() - cached.float())).sum()
+
+
+def _mix(cached: Tensor, computed: Tensor, score: Tensor) -> Tensor:
+    if computed.dtype == score.dtype:
+        return torch.lerp(cached, computed, score)
+    return _Mix.apply(cached, computed, score)
+
+
+def planned_pass(
+    model: BranchedTransformer,
+    hidden_NLD: Tensor,
+    conditioning: Any,
+    compute_row: Sequence[bool],
+    cache: BranchCache,
+    step: int,
+) -> Tensor:
+    """Inference: branch b is computed and kept where `compute_row[b]`, else its kept value is merged.
+
+    A reused branch costs one fused multiply-add; its norm, modulation and sub-layer are not run.
+
+    Returns:
+        The model's output (N, out_channels, H, W).
+    """
+    for index, (branch, is_computed) in enumerate(zip(model.branches, compute_row, strict=True)):
+        if is_computed:
+            y = branch.compute(hidden_NLD, conditioning)
+            cache.write(index, step, y)
+        else:
+            y = cache.read(index, step)
+        hidden_NLD = merge_of(branch, index)(hidden_NLD, y, conditioning)
+    return model.head(hidden_NLD, conditioning)
+
+
+def branches_per_checkpoint(num_branches: int) -> int:
+    """Branches that a checkpointed soft pass recomputes at a time, where memory is about least.
+
+    Between groups it keeps the hidden state, 4 bytes a value, and within the one being recomputed some
+    14 bytes a value and branch: B / k * 4 + 14 * k is least near k = sqrt(B) / 2.
+    """
+    return max(1, round(num_branches**0.5 / 2))
+
+
+def _soft_branches(
+    model: BranchedTransformer,
+    indices: range,
+    conditioning: Any,
+    refresh_row: Sequence[bool],
+    cache: BranchCache,
+    step: int,
+    hidden_NLD: Tensor,
+    scores_B: Tensor,
+) -> tuple[Tensor, ...]:
+    """The hidden state behind these branches, and what the cache is to take, detached.
+
+    Changes nothing, so that a checkpoint can run it again: `cache` is one that nobody writes to.
+    """
+    kept = []
+    for index in indices:
+        branch = model.branches[index]
+        computed = branch.compute(hidden_NLD, conditioning)
+        y = _mix(cache.read(index, step), computed, scores_B[index])
+        hidden_NLD = branch.merge(hidden_NLD, y, conditioning)
+        if refresh_row[index]:
+            kept.append(y.detach())
+    return hidden_NLD, *kept
+
+
+def soft_pass(
+    model: BranchedTransformer,
+    hidden_NLD: Tensor,
+    conditioning: Any,
+    scores_B: Tensor,
+    refresh_row: Sequence[bool],
+    cache: BranchCache,
+    step: int,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """Training: every branch gives `r * computed + (1 - r) * cached`, differentiable in r.
+
+    Args:
+        scores_B: r of each branch (B,), the scores of this step's router row.
+        refresh_row: where r > tau: the cache takes the mixed output there and keeps its own elsewhere.
+        recompute: backward computes the branches again, some at a time, instead of keeping what they need.
+
+    Returns:
+        The model's output (N, out_channels, H, W).
+    """
+    count = len(model.branches)
+    size = branches_per_checkpoint(count) if recompute else 1
+    for first in range(0, count, size):
+        indices = range(first, min(first + size, count))
+        # The recomputation reads what was read here, whatever has been written since.
+        compute = partial(_soft_branches, model, indices, conditioning, refresh_row, cache.copy(), step)
+        if recompute and indices[-1] + 1 < count:  # backward begins at the last ones: nothing to gain
+            hidden_NLD, *kept = checkpoint(
+                compute, hidden_NLD, scores_B, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            hidden_NLD, *kept = compute(hidden_NLD, scores_B)
+        refreshed = (index for index in indices if refresh_row[index])
+        for index, value in zip(refreshed, kept, strict=True):
+            cache.write(index, step, value)
+    return model.head(hidden_NLD, conditioning)

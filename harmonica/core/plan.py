@@ -1,0 +1,104 @@
+"""The plan: which branch is computed at which step. Static, known before sampling, same for all."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from harmonica.models.base import Macs
+
+Forecast = tuple[tuple[tuple[float, ...], ...], ...]
+"""T x B: what a reused entry adds of the differences between its branch's last values, newest first."""
+
+
+def forecast_of(weights_TBK: Tensor) -> Forecast:
+    """A table of weights as a plan keeps it."""
+    return tuple(tuple(tuple(entry) for entry in row) for row in weights_TBK.tolist())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """T x B booleans; row T-1, which runs first, always computes."""
+
+    compute: tuple[tuple[bool, ...], ...]
+    """Row i is step i; True computes the branch and refreshes its cache, False reuses it."""
+    forecast: Forecast | None = field(default=None, repr=False)
+    """Learned weights of forecasts (`harmonica.training.plans.forecast_fit`).
+
+    None where they are linear, or values are held."""
+
+    def __post_init__(self) -> None:
+        if not self.compute or len({len(row) for row in self.compute}) != 1:
+            raise ValueError("plan rows differ in length: give T rows of one entry a branch")
+        if not all(self.compute[-1]):
+            raise ValueError("plan row T-1 reuses a branch: it runs first and has nothing to reuse")
+        if self.forecast is not None and [len(row) for row in self.forecast] != [
+            len(r) for r in self.compute
+        ]:
+            raise ValueError("the forecast has another shape than the plan: give weights for T x B entries")
+
+    @classmethod
+    def from_scores(cls, scores_TB: Tensor, threshold: float, forecast_TBK: Tensor | None = None) -> "Plan":
+        """Compute where r > tau, and everywhere in row T-1.
+
+        Args:
+            forecast_TBK: learned weights, K of each entry.
+        """
+        if scores_TB.ndim != 2:
+            raise ValueError(f"router scores have shape {tuple(scores_TB.shape)}: give a T x B table")
+        compute_TB = scores_TB.detach() > threshold
+        compute_TB[-1] = True
+        forecast = None if forecast_TBK is None else forecast_of(forecast_TBK)
+        return cls(tuple(tuple(row) for row in compute_TB.tolist()), forecast)
+
+    @classmethod
+    def full(cls, num_steps: int, num_branches: int) -> "Plan":
+        """Nothing reused."""
+        return cls(((True,) * num_branches,) * num_steps)
+
+    def at_steps(self, num_steps: int) -> "Plan":
+        """The same plan for another T: a step has the row of the one that lies as far along the trajectory.
+
+        Learned forecasts are left out, since they are for the distances between this plan's steps.
+        """
+        if num_steps == self.num_steps:
+            return self
+        scale = (self.num_steps - 1) / max(1, num_steps - 1)
+        rows = [self.compute[round(i * scale)] for i in range(num_steps - 1)]
+        return Plan((*rows, self.compute[-1]))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.compute)
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.compute[0])
+
+    @property
+    def cur(self) -> float:
+        """Cache utilisation ratio: reused entries / (T * B), row T-1 included."""
+        entries = [entry for row in self.compute for entry in row]
+        return 1 - sum(entries) / len(entries)
+
+    def to_tensor(self) -> Tensor:
+        """(T, B) bool."""
+        return torch.tensor(self.compute)
+
+    def to_strings(self) -> list[str]:
+        """One string of 0 and 1 a step, step 0 first: readable and diffable in JSON."""
+        return ["".join("1" if entry else "0" for entry in row) for row in self.compute]
+
+    def macs(self, macs: Macs) -> int:
+        """Multiply-accumulates of a whole trajectory for one model row."""
+        branches = sum(
+            cost
+            for row in self.compute
+            for cost, is_computed in zip(macs.branches, row, strict=True)
+            if is_computed
+        )
+        return branches + self.num_steps * macs.rest
+
+    def ideal_speedup(self, macs: Macs) -> float:
+        """Full MACs / MACs left under the plan."""
+        return self.num_steps * macs.full / self.macs(macs)

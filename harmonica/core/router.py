@@ -1,0 +1,85 @@
+"""The router: a T x B table of logits, learned; sigmoid(logit) > tau computes the branch."""
+
+import torch
+from torch import Tensor, nn
+
+from harmonica.core.plan import Plan
+from harmonica.samplers.noise import row_noise
+
+FIXED_LOGIT = 5.0
+"""Logits of row T-1, which always computes and is never trained."""
+ROUTER_ROW = 2**62
+"""Row index that initial logits are drawn at: no trajectory gets there."""
+
+
+class Router(nn.Module):
+    """One parameter a step, so that a step's update leaves the other rows' optimiser state alone."""
+
+    def __init__(self, num_steps: int, num_branches: int, initial_logit: float = FIXED_LOGIT) -> None:
+        super().__init__()
+        last = num_steps - 1
+        self.rows = nn.ParameterList(
+            nn.Parameter(
+                torch.full((num_branches,), FIXED_LOGIT if i == last else initial_logit),
+                requires_grad=i != last,
+            )
+            for i in range(num_steps)
+        )
+
+    @classmethod
+    def alternating(cls, num_steps: int, num_branches: int, logit: float) -> "Router":
+        """A start for few trajectories: every second step computes (+logit), the others reuse (-logit).
+
+        What hurts is not reuse but runs of it. From equal logits all rows look alike, move together and
+        cross tau together; from here training decides where to depart from the pattern.
+        """
+        logits_TB = torch.full((num_steps, num_branches), logit)
+        logits_TB[num_steps % 2 : -1 : 2] = -logit  # steps T-2, T-4, ...
+        logits_TB[-1] = FIXED_LOGIT
+        return cls.from_logits(logits_TB)
+
+    @classmethod
+    def normal(cls, num_steps: int, num_branches: int, seed: int) -> "Router":
+        """Standard normal logits, as the released code starts."""
+        logits_TB = torch.from_numpy(row_noise(seed, ROUTER_ROW, (num_steps, num_branches)))
+        logits_TB[-1] = FIXED_LOGIT
+        return cls.from_logits(logits_TB)
+
+    @classmethod
+    def from_logits(cls, logits_TB: Tensor) -> "Router":
+        """A router that starts from a given table."""
+        router = cls(*logits_TB.shape).to(logits_TB.dtype)
+        with torch.no_grad():
+            for row, values in zip(router.rows, logits_TB, strict=True):
+                row.copy_(values)
+        return router
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_branches(self) -> int:
+        return self.rows[0].shape[0]
+
+    def logits(self) -> Tensor:
+        """(T, B), detached."""
+        return torch.stack([row.detach() for row in self.rows])
+
+    def scores(self, i: int) -> Tensor:
+        """r = sigmoid(logit) of step i (B,), differentiable."""
+        return self.rows[i].sigmoid()
+
+    def plan(self, threshold: float) -> Plan:
+        """What the router decides at threshold tau."""
+        return Plan.from_scores(self.logits().sigmoid(), threshold)
+
+    @torch.no_grad()
+    def clamp_(self, limit: float) -> None:
+        """Keep the trained logits in [-limit, limit]; row T-1 is fixed."""
+        trained = list(self.rows)[:-1]
+        torch._foreach_clamp_min_(trained, -limit)
+        torch._foreach_clamp_max_(trained, limit)
+
+    def extra_repr(self) -> str:
+        return f"num_steps={self.num_steps}, num_branches={self.num_branches}"

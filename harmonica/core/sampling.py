@@ -1,0 +1,98 @@
+"""Sampling a batch: all T steps, full or under a plan. No host sync, no data-dependent branch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.core.accumulation import FoldedPlan, FoldedSums, is_worth_folding
+from harmonica.core.cache import BranchCache, Reuse
+from harmonica.core.passes import planned_pass
+from harmonica.core.plan import Plan
+from harmonica.models.step_conditionings import StepConditionings
+from harmonica.samplers import Sampler, State
+from harmonica.samplers.noise import RowKeys
+
+OnStep = Callable[[int, Callable[[], Tensor]], None]
+"""Called after step i with what makes the predicted x_0 (N, C, H, W): progress bars, previews."""
+
+
+def planned_step(
+    sampler: Sampler, i: int, state: State, compute_row: Sequence[bool], cache: BranchCache
+) -> tuple[State, Tensor]:
+    """Step i under one row of a plan: the next state, and the guided output (M, C, H, W) that led there."""
+    hidden, conditioning = sampler.embed(i, state)
+    guided = sampler.guide(planned_pass(sampler.model, hidden, conditioning, compute_row, cache, i))
+    return sampler.advance(i, state, guided), guided
+
+
+def folded_step(sampler: Sampler, i: int, state: State, sums: FoldedSums) -> tuple[State, Tensor]:
+    """As `planned_step`, with nothing cached but sums."""
+    hidden, conditioning = sampler.embed(i, state)
+    guided = sampler.guide(sums.planned_pass(sampler.model, hidden, conditioning, i))
+    return sampler.advance(i, state, guided), guided
+
+
+@torch.inference_mode()
+def sample(
+    sampler: Sampler,
+    noise_NCHW: Tensor,
+    condition_N: Any,
+    plan: Plan | None = None,
+    *,
+    reuse: Reuse = "hold",
+    rows: RowKeys | None = None,
+    on_step: OnStep | None = None,
+    fold: bool | None = None,
+) -> Tensor:
+    """Images or latents (N, C, H, W) from noise; every branch computed where `plan` is None.
+
+    Args:
+        rows: the rows' names, for samplers that draw noise.
+        fold: whether values to be reused are added up ahead (`harmonica.core.accumulation`) and not kept;
+            None does so where it saves half of the memory. Images differ by rounding.
+
+    Raises:
+        ValueError: the plan was made for another number of steps or branches, or a stochastic sampler
+            was not given its rows.
+    """
+    if plan is not None:
+        check_plan(plan, sampler)
+    model = sampler.model
+    state = sampler.start(noise_NCHW, condition_N, rows)
+    cache = BranchCache(len(model.branches), reuse, plan.forecast if plan else None)
+    sums: FoldedSums | None = None
+    if plan is not None and isinstance(state.conditions_T, StepConditionings):
+        if fold is None:
+            fold = is_worth_folding(model, plan, reuse)
+        if fold:
+            folded = FoldedPlan.of(plan, reuse, model)
+            ahead_T = state.conditions_T.looking_ahead(folded.lookahead)
+            state, sums = replace(state, conditions_T=ahead_T), FoldedSums(folded, ahead_T)
+    for i in reversed(range(sampler.num_steps)):
+        row = plan.compute[i] if plan is not None else (True,) * len(model.branches)
+        before = state
+        if sums is None:
+            state, guided = planned_step(sampler, i, before, row, cache)
+        else:
+            state, guided = folded_step(sampler, i, before, sums)
+        if on_step is not None:
+            on_step(i, partial(sampler.predict_clean, i, before, guided))
+    return sampler.finish(state)
+
+
+def check_plan(plan: Plan, sampler: Sampler) -> None:
+    """Refuse a plan whose shape is not (sampler steps, model branches)."""
+    if plan.num_steps != sampler.num_steps:
+        raise ValueError(
+            f"the plan has {plan.num_steps} steps and num_inference_steps is {sampler.num_steps}: "
+            "use the router's own step count, or train a router for this one"
+        )
+    if plan.num_branches != len(sampler.model.branches):
+        raise ValueError(
+            f"the plan has {plan.num_branches} branches and the model {len(sampler.model.branches)}: "
+            "use the model the router was trained for"
+        )

@@ -1,0 +1,120 @@
+"""How embedded prompts lie on disk: a folder of Parquet parts, and `store.json`, which is written last.
+
+A row of a part holds a prompt, its number of tokens and their embeddings: the bits of bfloat16, of its
+own tokens alone, since padding is the same number of zeros whenever it is wanted.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pyarrow import fs
+from torch import Tensor
+
+from harmonica.io.file_systems import open_uri, shown
+
+MANIFEST = "store.json"
+_PARTS, _SUFFIX = "parts", ".parquet"
+_FORMAT = 1
+_SCHEMA = pa.schema([("prompt", pa.string()), ("tokens", pa.int32()), ("embedding", pa.binary())])
+
+
+class PromptRows(NamedTuple):
+    """Embedded prompts: N of them, padded to S tokens, of width C."""
+
+    embeddings: Tensor
+    """(N, S, C)."""
+    mask: Tensor
+    """(N, S) bool, False at padding."""
+    prompts: list[str]
+    """As the encoder saw them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a store says of itself."""
+
+    encoder: dict[str, Any]
+    """`text_encoder.encoder_identity` of whoever embedded."""
+    dtype: str
+    """Precision it embedded in; stored is bfloat16."""
+    max_tokens: int
+    """What a prompt is padded to."""
+    width: int
+    """Of the embeddings."""
+    count: int
+    """Rows."""
+    tokens: int
+    """Tokens of all rows, without padding."""
+    truncated: int
+    """Rows whose prompt lost its end."""
+    parts: list[list[Any]]
+    """Name and rows of each part, in order."""
+    negative: str
+    """Name of the part that holds the negative prompt."""
+    format: int = _FORMAT
+
+    @property
+    def digest(self) -> str:
+        """Tells stores apart: the encoder, and every prompt in order, as parts are named by theirs."""
+        said = json.dumps(asdict(self), sort_keys=True)
+        return f"sha256:{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+
+
+def part_path(name: str) -> str:
+    """Where a part lies in its store."""
+    return f"{_PARTS}/{name}{_SUFFIX}"
+
+
+def stored_parts(uri: str) -> set[str]:
+    """Names of the parts that a store has, finished or not."""
+    filesystem, root = open_uri(uri, "prompt store")
+    found = filesystem.get_file_info(fs.FileSelector(f"{root}/{_PARTS}", allow_not_found=True))
+    return {info.base_name.removesuffix(_SUFFIX) for info in found if info.base_name.endswith(_SUFFIX)}
+
+
+def part_bytes(batches: Iterable[PromptRows]) -> bytes:
+    """A part as a Parquet file.
+
+    A row group a row, so that a row is read without its neighbours; neither compressed nor in a
+    dictionary, so that to read it is to copy it.
+    """
+    sink = pa.BufferOutputStream()
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    with pq.ParquetWriter(sink, _SCHEMA, **options) as writer:
+        for embeddings, mask, prompts in batches:
+            counts = mask.sum(1).tolist()
+            assert all(mask[row, :count].all() for row, count in enumerate(counts)), "padded on the left"
+            bits = embeddings.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
+            own = [bits[row, :count].tobytes() for row, count in enumerate(counts)]
+            writer.write_table(pa.table([prompts, counts, own], schema=_SCHEMA), row_group_size=1)
+    return bytes(sink.getvalue())
+
+
+def read_manifest(uri: str) -> Manifest | None:
+    """None where there is none yet.
+
+    Raises:
+        ValueError: unreadable, or of another version of this program.
+    """
+    filesystem, root = open_uri(uri, "prompt store")
+    cure = "embed the prompts again, into a new folder"
+    try:
+        with filesystem.open_input_stream(f"{root}/{MANIFEST}") as stream:
+            found = json.loads(stream.read())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"prompt store {shown(uri)} has a {MANIFEST} that cannot be read ({type(error).__name__}): {cure}"
+        ) from None
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        raise ValueError(
+            f"prompt store {shown(uri)} has a {MANIFEST} of another format than {_FORMAT}: {cure}"
+        )
+    return Manifest(**found)

@@ -1,0 +1,236 @@
+"""The text encoder of a PixArt pipeline's folder: prompts to embeddings, as diffusers' `encode_prompt`.
+
+Embeddings are made once (`pipelines.data.embed_prompts`) and read from then on: nobody who trains a
+router loads this. Shapes: N prompts, S max_tokens, C width of the encoder.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from harmonica.io.repository_files import ENCODER_STEMS
+from harmonica.io.safe_load import read_tensors
+from harmonica.io.weight_files import contents, find_weights
+from harmonica.models.base import FINGERPRINT_VALUES, weights_fingerprint
+from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.validation.finite import check_finite
+
+logger = logging.getLogger(__name__)
+
+OverLimit = Literal["truncate", "refuse"]
+EncoderDtype = Literal["float32", "bfloat16", "float16"]
+
+_SHAPE = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size", "feed_forward_proj")
+_WORDS = ("tokenizer.json", "spiece.model")  # a tokenizer has either, or both
+# Says how text becomes tokens, whichever of its formats the tokenizer is stored in.
+_PROBE = "a photo of 2 cats, 3/4 view; it's café № 5 - 猫 🙂 <b>\ttab</b>"
+
+
+def preprocess(prompt: str) -> str:
+    """A prompt as the encoder sees it: diffusers' `_text_preprocessing` without `clean_caption`."""
+    return prompt.lower().strip()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The T5 tokenizer of a pipeline's folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    part = _part(folder, "tokenizer", "tokenizer_config.json")
+    if not any((part / words).is_file() for words in _WORDS):
+        raise ValueError(
+            f"model.path {folder} has no tokenizer/{' or '.join(_WORDS)}; tokenizer/ holds {contents(part)}: "
+            "fetch the tokenizer again"
+        )
+    from transformers import T5Tokenizer
+
+    return T5Tokenizer.from_pretrained(part, local_files_only=True)
+
+
+def token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each preprocessed prompt, its end token among them, however many a model takes."""
+    if not prompts:
+        return []
+    # verbose: the tokenizer's own limit says nothing of the model's.
+    return [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
+
+
+def check_text_encoder(folder: Path, width: int) -> None:
+    """Whether a pipeline's folder has all that `TextEncoder.load` reads, at the cost of its configuration.
+
+    Args:
+        width: of the embeddings that the model takes.
+
+    Raises:
+        ValueError: a part is missing or incomplete, is no T5's, or is of another width.
+    """
+    load_tokenizer(folder)
+    config = _config(folder)
+    find_weights(folder / "text_encoder", ENCODER_STEMS)
+    if config.d_model != width:
+        raise ValueError(
+            f"the text encoder in {folder} gives width {config.d_model} and the model takes {width}: use the "
+            "encoder of the model's own pipeline"
+        )
+
+
+class PromptTooLong(ValueError):
+    """More tokens than the model reads, where that is to be refused."""
+
+    def __init__(self, message: str, tokens: int) -> None:
+        super().__init__(message, tokens)
+        self.message, self.tokens = message, tokens
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def over_limit_words(prompt: str, tokens: int, many: int, total: int, max_tokens: int) -> str:
+    """What warnings and errors say of prompts that are too long; `prompt` is the first of them."""
+    shown = prompt if len(prompt) <= 60 else f"{prompt[:60]}..."
+    return f"{many} of {total} prompts have more than {max_tokens} tokens, the first {tokens}: {shown!r}"
+
+
+def encoder_identity(folder: Path, max_tokens: int) -> dict[str, Any]:
+    """What embeddings depend on, JSON-ready; weights are looked at where they lie, not loaded.
+
+    Precision is no part of it, nor is the format that weights and tokenizer are stored in.
+    """
+    tokenizer, config = load_tokenizer(folder), _config(folder)
+    digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    digest.update(json.dumps(tokenizer(preprocess(_PROBE), verbose=False)["input_ids"]).encode())
+    first_values = {}
+    for file in find_weights(folder / "text_encoder", ENCODER_STEMS).files:
+        for name, tensor in read_tensors(folder / "text_encoder" / file).items():
+            # One tensor under two names, of which files have either or both; decoders are left alone.
+            name = name.replace("encoder.embed_tokens.", "shared.")
+            if name.startswith(("encoder.", "shared.")):
+                first_values[name] = tensor.flatten()[:FINGERPRINT_VALUES].clone()
+    return {
+        **{name: getattr(config, name) for name in _SHAPE},
+        "weights": weights_fingerprint(first_values),
+        "tokenizer": f"sha256:{digest.hexdigest()[:16]}",
+        "max_tokens": max_tokens,
+    }
+
+
+class TextEncoder:
+    """A frozen T5 encoder and its tokenizer."""
+
+    def __init__(self, folder: Path, tokenizer: Any, model: Any) -> None:
+        self.folder, self.tokenizer, self.model = folder, tokenizer, model
+
+    @classmethod
+    def load(
+        cls, folder: Path, device: str | torch.device = "cpu", dtype: EncoderDtype = "bfloat16"
+    ) -> "TextEncoder":
+        """Of a pipeline's folder with `tokenizer/` and `text_encoder/`, whatever else it holds.
+
+        Raises:
+            ValueError: a part is missing, or is no T5's.
+        """
+        tokenizer = load_tokenizer(folder)
+        _config(folder)
+        weights = find_weights(folder / "text_encoder", ENCODER_STEMS)
+        from transformers import T5EncoderModel
+
+        model = T5EncoderModel.from_pretrained(
+            folder / "text_encoder",
+            dtype=getattr(torch, dtype),
+            variant=weights.variant or None,
+            use_safetensors=weights.is_safe,
+            local_files_only=True,
+        )
+        return cls(folder, tokenizer, model.eval().requires_grad_(False).to(device))
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return int(self.model.config.d_model)
+
+    def identity(self, max_tokens: int) -> dict[str, Any]:
+        """See `encoder_identity`."""
+        return encoder_identity(self.folder, max_tokens)
+
+    @torch.no_grad()
+    def encode(
+        self, prompts: Sequence[str], max_tokens: int, over_limit: OverLimit = "truncate"
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings (N, S, C) in the encoder's precision and mask (N, S) bool, on its device.
+
+        As in diffusers, padding has embeddings too; what attends to them has to heed the mask.
+
+        Args:
+            max_tokens: S; alpha's pipeline pads to 120, Sigma's to 300.
+            over_limit: longer prompts lose their end, which is said once a call, or are refused.
+
+        Raises:
+            ValueError: no prompts.
+            PromptTooLong: a prompt is over the limit and that is to be refused.
+            NotFinite: an embedding is not finite.
+        """
+        if not prompts:
+            raise ValueError("prompts is []: give at least one")
+        texts = [preprocess(prompt) for prompt in prompts]
+        tokens = self.tokenizer(
+            texts,
+            padding="max_length",
+            max_length=max_tokens,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
+        full = tokens.attention_mask.sum(1).eq(max_tokens).nonzero().flatten().tolist()
+        self._check_lengths([texts[row] for row in full], len(texts), max_tokens, over_limit)
+        device = self.model.device
+        mask = tokens.attention_mask.to(device)
+        embeddings = self.model(tokens.input_ids.to(device), attention_mask=mask)[0]
+        dtype = str(embeddings.dtype).removeprefix("torch.")
+        check_finite(
+            embeddings,
+            f"embeddings of the text encoder in {self.folder} are",
+            f"it runs in {dtype}, whose range a T5 may leave: give prompts.dtype bfloat16 or float32, or "
+            "fetch its weights again",
+        )
+        return embeddings, mask.bool()
+
+    def _check_lengths(self, full: list[str], total: int, max_tokens: int, over_limit: OverLimit) -> None:
+        """Of prompts that fill all S tokens, which lost some?"""
+        if not full:
+            return
+        over = [pair for pair in zip(full, token_counts(self.tokenizer, full)) if pair[1] > max_tokens]
+        if not over:
+            return
+        words = over_limit_words(*over[0], len(over), total, max_tokens)
+        if over_limit == "refuse":
+            raise PromptTooLong(f"{words}: shorten them, or set prompts.over_limit to truncate", over[0][1])
+        logger.warning("%s; they lose their end", words)
+
+
+def _part(folder: Path, name: str, needed: str) -> Path:
+    """A subfolder, looked at before transformers takes a missing one for the name of a hub's model."""
+    if not (folder / name / needed).is_file():
+        held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        raise ValueError(
+            f"model.path {folder} has no {name}/{needed}; it holds {', '.join(held) or 'nothing'}: give the "
+            "folder of a PixArt pipeline with tokenizer/ and text_encoder/"
+        )
+    return folder / name
+
+
+def _config(folder: Path) -> Any:
+    part = _part(folder, "text_encoder", "config.json")
+    kind = json.loads((part / "config.json").read_text()).get("model_type")
+    if kind != "t5":
+        raise ValueError(f"model.path {folder} has a text_encoder of type {kind}: give a PixArt's, a T5")
+    ensure_torchvision_imports()  # transformers imports torchvision wherever it is installed
+    from transformers import T5Config
+
+    return T5Config.from_pretrained(part, local_files_only=True)

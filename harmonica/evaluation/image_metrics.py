@@ -1,0 +1,66 @@
+"""How close cached samples are to uncached ones (PSNR, SSIM, label agreement), and how good they are.
+
+Shapes: N batch, C channels, H W image, K classes.
+"""
+
+import torch
+from torch import Tensor
+
+from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.torchvision_ops import ensure_torchvision_imports
+
+ensure_torchvision_imports()
+
+from torchmetrics.functional.image import (  # noqa: E402  (the schemas first)
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+# Private, but the only form that takes statistics: the public metric wants the reference images.
+from torchmetrics.image.fid import _compute_fid  # noqa: E402
+
+DATA_RANGE = 2.0  # images live in [-1, 1]
+
+
+def psnr(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (N,) in dB of each image; infinite where the two are equal."""
+    _check_same_shape(images_NCHW, reference_NCHW)
+    return peak_signal_noise_ratio(
+        images_NCHW.float(), reference_NCHW.float(), data_range=DATA_RANGE, reduction="none", dim=(1, 2, 3)
+    )
+
+
+def ssim(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
+    """Structural similarity (N,) of each image, at most 1 (Wang et al. 2004: Gaussian window, sigma 1.5)."""
+    _check_same_shape(images_NCHW, reference_NCHW)
+    value = structural_similarity_index_measure(
+        images_NCHW.float(), reference_NCHW.float(), data_range=DATA_RANGE, reduction="none"
+    )
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _check_same_shape(images: Tensor, reference: Tensor) -> None:
+    if images.shape != reference.shape:
+        raise ValueError(f"images have shape {tuple(images.shape)}, their reference {tuple(reference.shape)}")
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Squared Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6).
+
+    It is biased upwards for few images: compare numbers of equal `count` only.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"feature sizes differ: {len(a.mean)} and {len(b.mean)}")
+    statistics = (s.to("cpu", torch.float64) for s in (a.mean, a.covariance, b.mean, b.covariance))
+    return max(0.0, _compute_fid(*statistics).item())  # rounding may leave -1e-12
+
+
+def label_accuracy(logits_NK: Tensor, label_N: Tensor) -> float:
+    """Share of images the classifier sees as the class they were asked to be."""
+    return (logits_NK.argmax(dim=1) == label_N).double().mean().item()
+
+
+def label_agreement(logits_NK: Tensor, reference_logits_NK: Tensor) -> float:
+    """Share of images the classifier sees as the same class as their uncached twin."""
+    return label_accuracy(logits_NK, reference_logits_NK.argmax(dim=1))

@@ -1,0 +1,171 @@
+"""An arm's quality in numbers, each with its 95% interval, from what was kept of its images.
+
+`psnr_to_full` stands beside `psnr_to_full_interval`, [low, high]: `harmonica.evaluation.bootstrap` has how.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.evaluation.accumulators import LOGITS, POOLED, SPATIAL, ArmStatistics
+from harmonica.evaluation.bootstrap import interval, resample_weights, weighted_means
+from harmonica.evaluation.distribution_metrics import (
+    class_information,
+    frechet_resampled,
+    in_manifold,
+    inception_score,
+    kernel_distances,
+)
+from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.evaluation.image_metrics import frechet_distance
+from harmonica.evaluation.reference_sets import ReferenceSet
+
+_LARGE, _LARGE_RESAMPLES = 512, 20
+"""Above so many features a resample of a Frechet distance takes seconds, and so many must do."""
+_KINDS = {"frechet": POOLED, "spatial_frechet": SPATIAL}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resamples:
+    """The weights that every arm of a report is resampled by, so that pairs stay pairs."""
+
+    all_RN: Tensor
+    """For numbers that every image has."""
+    kept_RN: Tensor
+    """For features, of the first images alone."""
+    reference_seed: int = 0
+
+    @classmethod
+    def of(cls, arm: ArmStatistics, resamples: int, seed: int) -> "Resamples":
+        """None at all for 0."""
+        whole = resample_weights(arm.num_rows, resamples, seed)
+        same = arm.num_kept == arm.num_rows
+        return cls(whole, whole if same else resample_weights(arm.num_kept, resamples, seed), seed)
+
+    def __len__(self) -> int:
+        return len(self.all_RN)
+
+
+class _Report:
+    """Numbers and their intervals, of one arm."""
+
+    def __init__(self, resamples: Resamples) -> None:
+        self.resamples, self.numbers = resamples, dict[str, Any]()
+
+    def put(self, name: str, value: float, resampled_R: Tensor | None, **limits: Any) -> None:
+        self.numbers[name] = value
+        if resampled_R is not None and len(resampled_R) > 1:
+            self.numbers[f"{name}_interval"] = interval(value, resampled_R, **limits)
+
+    def put_mean(self, name: str, values_N: Tensor, weights_RN: Tensor, **limits: Any) -> None:
+        resampled = weighted_means(values_N, weights_RN) if len(weights_RN) else None
+        self.put(name, values_N.double().mean().item(), resampled, **limits)
+
+
+def arm_quality(
+    ours: ArmStatistics,
+    full: ArmStatistics | None,
+    real: ReferenceSet | None,
+    resamples: Resamples,
+    real_name: str = "test",
+) -> dict[str, Any]:
+    """How good an arm's images are and how near to those of its reference, JSON-ready.
+
+    Args:
+        full: the arm that it is held against; None where it is that arm.
+        real: of real images; None leaves out what wants them.
+        real_name: what they are called in names such as `frechet_to_test`.
+    """
+    report, every = _Report(resamples), resamples.all_RN
+    if full is not None:
+        for name in ("psnr", "ssim", "lpips"):
+            if name in ours.numbers:
+                report.put_mean(f"{name}_to_full", ours.numbers[name], every)
+    if "clip_score" in ours.numbers:
+        report.put_mean("clip_score", ours.numbers["clip_score"], every, low=0, high=100)
+    if "class" in ours.numbers:
+        _put_labels(report, ours, full)
+    if POOLED in ours.kept:
+        if real is not None:
+            _put_distances_to_real(report, ours, real, real_name)
+        _put_inception_score(report, ours)
+        if full is not None:
+            report.numbers |= distances_to_full(ours, full, resamples)
+    return report.numbers
+
+
+def _put_labels(report: _Report, ours: ArmStatistics, full: ArmStatistics | None) -> None:
+    asked, seen, every = ours.numbers["label"], ours.numbers["class"], report.resamples.all_RN
+    known = asked >= 0
+    if known.any():
+        right = (asked == seen).double()
+        weights = every * known
+        resampled = weighted_means(right, weights) if len(weights) else None
+        report.put("label_accuracy", right[known].mean().item(), resampled, low=0, high=1)
+    if full is not None:
+        same = seen == full.numbers["class"]
+        report.put_mean("label_agreement", same.double(), every, low=0, high=1)
+
+
+def _frechet(
+    report: _Report, name: str, kind: str, ours: ArmStatistics, other: ArmStatistics | FeatureStatistics
+) -> None:
+    features = ours.kept[kind]
+    weights = report.resamples.kept_RN
+    if features.shape[1] > _LARGE:
+        weights = weights[:_LARGE_RESAMPLES]
+    if isinstance(other, ArmStatistics):
+        value = frechet_distance(ours.sums[kind].statistics(), other.sums[kind].statistics())
+        resampled = frechet_resampled(features, other.kept[kind], weights)
+    else:
+        value = frechet_distance(ours.sums[kind].statistics(), other)
+        resampled = frechet_resampled(features, other, weights)
+    report.put(name, value, resampled, **_counts(ours), low=0)
+
+
+def _counts(arm: ArmStatistics) -> dict[str, int]:
+    return {"count": arm.num_rows, "resampled_count": arm.num_kept}
+
+
+def _kid(report: _Report, name: str, ours: ArmStatistics, other: Tensor, *, same_rows: bool) -> None:
+    features, weights = ours.kept[POOLED], report.resamples.kept_RN
+    once = torch.ones(1, len(features), dtype=torch.float64)
+    values = kernel_distances(features, other, torch.cat([once, weights]), same_rows=same_rows)
+    # Of the kept images alone, the number too.
+    report.put(name, values[0].item(), values[1:])
+
+
+def distances_to_full(ours: ArmStatistics, full: ArmStatistics, resamples: Resamples) -> dict[str, Any]:
+    """Distances between two arms' images as sets; from full to full of another seed, the noise floor."""
+    report = _Report(resamples)
+    for name, kind in _KINDS.items():
+        _frechet(report, f"{name}_to_full", kind, ours, full)
+    _kid(report, "kid_to_full", ours, full.kept[POOLED], same_rows=True)
+    return report.numbers
+
+
+def _put_distances_to_real(report: _Report, ours: ArmStatistics, real: ReferenceSet, real_name: str) -> None:
+    for (name, kind), statistics in zip(_KINDS.items(), (real.pooled, real.spatial)):
+        if statistics is not None:
+            _frechet(report, f"{name}_to_{real_name}", kind, ours, statistics)
+    if real.features_MF is None:
+        return
+    _kid(report, f"kid_to_{real_name}", ours, real.features_MF, same_rows=False)
+    # As many of each: recall grows with the images that span the manifold.
+    count = min(ours.num_kept, len(real.features_MF))
+    drawn, existing = ours.kept[POOLED][:count], real.features_MF[:count]
+    weights = resample_weights(count, len(report.resamples), report.resamples.reference_seed)
+    for name, points, manifold in (("precision", drawn, existing), ("recall", existing, drawn)):
+        report.put_mean(name, in_manifold(points, manifold).double(), weights, low=0, high=1)
+
+
+def _put_inception_score(report: _Report, ours: ArmStatistics) -> None:
+    p, p_log_p = class_information(ours.kept[LOGITS])
+    weights = report.resamples.kept_RN
+    resampled = None
+    if len(weights):
+        mean_p = weights @ p / weights.sum(1, keepdim=True)
+        resampled = inception_score(mean_p, weighted_means(p_log_p, weights))
+    report.put("inception_score", ours.inception_score(), resampled, **_counts(ours), low=1)

@@ -1,0 +1,1 @@
+"""Cached passes inside an unmodified diffusers pipeline: `harmonica.apply` and `harmonica.remove`."""

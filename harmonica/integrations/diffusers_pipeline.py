@@ -1,0 +1,156 @@
+"""A trained plan inside an unmodified diffusers pipeline: `apply` puts it on, `remove` takes it off.
+
+    pipe = PixArtSigmaPipeline.from_pretrained(...)
+    harmonica.apply(pipe.transformer, "router/")
+    pipe("a harmonica", num_inference_steps=20).images[0].save("harmonica.png")
+
+The transformer's forward is replaced by a walk over its branches, the very functions that our sampler
+calls: a reused branch costs one fused multiply-add, and the images are ours. Hooks on the sub-layers
+(diffusers' own way) would still run the norm and the modulation of each reused branch, and each would
+pick from the plan inside a compiled graph. The walk does not call the blocks themselves, so hooks on
+those (group offloading, a device map) are refused.
+
+What a transformer is not told is not checked: the guidance scale, and a scheduler that visits the right
+timesteps by another rule. The timestep is read back once a step, which waits for the device. A transformer
+follows one call at a time, and refuses a second that comes meanwhile. Under `torch.compile` each distinct
+row of the plan (with forecasts, each step) is a graph of its own, compiled in the first trajectory.
+"""
+
+import types
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from harmonica.core.artifact import RouterArtifact
+from harmonica.integrations.adapters import PipelineTransformer, pipeline_transformer
+from harmonica.integrations.planned_forward import PlannedForward
+from harmonica.integrations.step_tracker import StepCounter
+from harmonica.models.base import BranchedTransformer
+from harmonica.samplers import make_sampler
+
+_STATE = "_harmonica"
+_END_OF_CALL = "_reset_stateful_cache"  # diffusers' pipelines call it when they have their images
+_HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they wrap
+
+
+def apply(
+    transformer: nn.Module,
+    artifact: RouterArtifact | str | Path,
+    *,
+    allow_other_sampler: bool = False,
+    check_weights: bool = True,
+) -> None:
+    """Let a pipeline's transformer follow a router's plan, until `remove`.
+
+    Before or after `torch.compile` and `enable_model_cpu_offload`. Height, width, batch and guidance may
+    change from call to call. `save_pretrained` saves the plain model; `copy.deepcopy`, pickle and
+    `torch.save` take the plan along.
+
+    Args:
+        transformer: `pipe.transformer`, changed in place.
+        artifact: or its folder.
+        allow_other_sampler: count calls, whatever their timesteps. For routers of ddim and iddpm, whose
+            steps are the public DiT code's and no diffusers scheduler's, and for measuring transfer.
+        check_weights: False where the weights are the router's in another form: quantised, or with an adapter
+            (LoRA) fused into them. The same weights in bfloat16 or float16, with an adapter beside them or
+            with fused projections of queries, keys and values, are recognised.
+
+    Raises:
+        ValueError: there is a plan already, or the router was not made for this model, or its sampler is
+            none that a pipeline can follow.
+    """
+    module = _unwrapped(transformer)
+    if hasattr(module, _STATE):
+        raise ValueError("transformer has a plan already: harmonica.remove(transformer) first")
+    if not isinstance(artifact, RouterArtifact):
+        artifact = RouterArtifact.load(artifact)
+    model = pipeline_transformer(module, artifact.model)
+    model.check()
+    _check_weights_and_shape(model, artifact, check_weights)
+    config, plan = artifact.sampler, artifact.plan
+    timesteps = None if allow_other_sampler else _timesteps(model.view, artifact)
+    scheduler = (config.scheduler or {}).get("_class_name", config.name)
+    steps = StepCounter(plan.num_steps, timesteps, scheduler)
+    planned = PlannedForward(model, plan, artifact.reuse, steps)
+    slot = _HOOKED if _HOOKED in vars(module) else "forward"
+    if getattr(module, slot) != _own_forward(module):
+        raise ValueError(
+            "transformer.forward is not the class's own, something wraps it: take that off, or load the "
+            "transformer anew, apply, and put it on again"
+        )
+    for name, value in ((slot, planned), (_END_OF_CALL, planned.end_of_call), (_STATE, planned)):
+        setattr(module, name, value)
+
+
+def remove(transformer: nn.Module) -> None:
+    """Take the plan off: the transformer is as before `apply`.
+
+    Raises:
+        ValueError: there is no plan, or something wraps it.
+    """
+    module = _unwrapped(transformer)
+    planned: PlannedForward | None = getattr(module, _STATE, None)
+    if planned is None:
+        raise ValueError("transformer has no plan: harmonica.apply puts one on")
+    if vars(module).get(_HOOKED) == planned:
+        setattr(module, _HOOKED, _own_forward(module))
+    elif vars(module).get("forward") == planned:
+        del module.forward
+    else:
+        raise ValueError("transformer.forward is not the plan's, something wraps it: take that off first")
+    planned.reset()
+    delattr(module, _END_OF_CALL)
+    delattr(module, _STATE)
+
+
+def _unwrapped(transformer: nn.Module) -> nn.Module:
+    return getattr(transformer, "_orig_mod", transformer)  # torch.compile's
+
+
+def _own_forward(module: nn.Module) -> types.MethodType:
+    return types.MethodType(type(module).forward, module)
+
+
+def _check_weights_and_shape(
+    model: PipelineTransformer, artifact: RouterArtifact, check_weights: bool
+) -> None:
+    parameters = list(model.transformer.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        raise ValueError("transformer has its weights elsewhere (meta): apply first, then offload")
+    found = model.fingerprint()
+    if not check_weights:
+        found = replace(found, exact=artifact.model["weights"])
+    for each in {str(parameter.dtype).removeprefix("torch.") for parameter in parameters}:
+        # Parts may have stayed in full precision: what counts is what rounding makes of them.
+        if artifact.rounded_weights.get(each, "") == found.rounded.get(each):
+            found = replace(found, exact=found.rounded[each])
+    model.view.recorded_fingerprint = found
+    try:
+        artifact.check(model.view, artifact.sampler)
+    except ValueError as error:
+        if not str(error).startswith("model.weights "):
+            raise
+        raise ValueError(
+            f"model.weights is {found.exact} and the router was made for {artifact.model['weights']}: these "
+            "are other weights. Where you know them to be the same in another form, as they are after "
+            "quantising or with an adapter (LoRA) fused into them, apply with check_weights=False; for "
+            "another model, train a router"
+        ) from None
+
+
+def _timesteps(view: BranchedTransformer, artifact: RouterArtifact) -> Sequence[float]:
+    """Those that a pipeline has to visit, ascending."""
+    config, cure = artifact.sampler, "apply with allow_other_sampler to measure what it is worth here"
+    if config.name in ("ddim", "iddpm"):
+        raise ValueError(
+            f"sampler.name is {config.name}, whose steps no scheduler of diffusers takes: {cure}, or train a "
+            "router with dpm-solver++, sa-solver or diffusers"
+        )
+    if config.is_guided and config.guidance_channels != "all":
+        raise ValueError(
+            f"sampler.guidance_channels is {config.guidance_channels} and diffusers' pipelines guide all: "
+            f"{cure}, or train a router with all"
+        )
+    return make_sampler(view, config).timesteps

@@ -1,0 +1,192 @@
+"""What stands in for the forward of a pipeline's transformer: one step of a plan a call."""
+
+import copy
+import logging
+import threading
+import types
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import BranchCache, Reuse
+from harmonica.core.passes import planned_pass
+from harmonica.core.plan import Plan
+from harmonica.integrations.adapters import Call, PipelineTransformer
+from harmonica.integrations.call_owner import CallOwner, current_pipeline
+from harmonica.integrations.scheduler_guard import SchedulerGuard, SecondCallError
+from harmonica.integrations.step_tracker import StepCounter
+from harmonica.models.base import BranchedTransformer
+
+logger = logging.getLogger(__name__)
+
+
+def _step(
+    view: BranchedTransformer, row: Sequence[bool], cache: BranchCache, step: int, inputs: tuple[Any, ...]
+) -> Tensor:
+    """All that is compiled: the model's output under one row of the plan."""
+    hidden, conditioning = view.embed(*inputs)
+    return planned_pass(view, hidden, conditioning, row, cache, step)
+
+
+def _step_of_its_own(name: str) -> Any:
+    """`_step` under a code object of its own: Dynamo counts graphs by code, and gives up at eight."""
+    step = cast(types.FunctionType, _step)
+    return types.FunctionType(step.__code__.replace(co_name=name), step.__globals__, name)
+
+
+class PlannedForward:
+    """Follows a trajectory call by call; its tensors are let go of at the last step.
+
+    A trajectory belongs to the pipeline's call that began it. Copies and pickles begin with none.
+    """
+
+    def __get__(self, *_: Any) -> "PlannedForward":
+        """Itself: whoever puts a forward back may bind it to the transformer, as cache-dit does."""
+        return self
+
+    def __init__(self, model: PipelineTransformer, plan: Plan, reuse: Reuse, steps: StepCounter) -> None:
+        self._model, self._plan, self._reuse, self._steps = model, plan, reuse, steps
+        self._set_up()
+
+    def _set_up(self) -> None:
+        steps = range(self._plan.num_steps)
+        self._graphs = {self._graph(i): _step_of_its_own(f"plan_step_{i}") for i in steps}
+        self._cache: BranchCache | None = None
+        self._shape: tuple[int, ...] = ()
+        self._owner: CallOwner | None = None
+        self._guard: SchedulerGuard | None = None
+        self._following: set[int] = set()  # threads with a step since their last end of a call
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        steps = copy.copy(self._steps)
+        steps.reset()
+        return {"_model": self._model, "_plan": self._plan, "_reuse": self._reuse, "_steps": steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._set_up()
+
+    def _graph(self, i: int) -> Hashable:
+        """Steps of one key share their compiled graph: a forecast's weights differ from step to step."""
+        return self._plan.compute[i] if self._reuse == "hold" else i
+
+    # Not recursive: Dynamo skips this frame and its helpers, and compiles the step between them.
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the transformer's own.
+
+        Raises:
+            ValueError: the call is not the plan's next one, comes while another runs, or asks for what
+                branches do not give.
+        """
+        try:
+            i, call, inputs = self._enter(args, kwargs)
+            # To hold, the cache need not know the step, and as a number it would be compiled in.
+            step = i if self._reuse == "forecast" else 0
+            row = self._plan.compute[i]
+            output_NCHW = self._graphs[self._graph(i)](self._model.view, row, self._cache, step, inputs)
+        except SecondCallError:
+            raise
+        except BaseException:
+            self.reset()
+            raise
+        return self._leave(i, call, output_NCHW)
+
+    @torch.compiler.disable
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, Call, tuple[Any, ...]]:
+        call = self._model.read(*args, **kwargs)
+        timesteps = set(call.timestep_N.tolist())
+        if len(timesteps) != 1:
+            raise ValueError(f"timestep is {sorted(timesteps)}: a plan has one step for the whole batch")
+        (timestep,) = timesteps
+        self._claim(timestep)
+        self._following.add(threading.get_ident())
+        i = self._steps.next_step(timestep)
+        shape = tuple(call.sample_NCHW.shape)
+        if i == self._plan.num_steps - 1:
+            self._model.check()  # hooks, adapters and attention processors can have come since
+            self._cache = BranchCache(self._plan.num_branches, self._reuse, self._plan.forecast)
+            self._shape = shape
+        elif shape != self._shape:
+            raise ValueError(
+                f"hidden_states has shape {shape} and the trajectory began with {self._shape}: a batch stays "
+                "as it is for all its steps, run the other after it"
+            )
+        return i, call, (call.sample_NCHW, call.timestep_N, self._model.condition(call.arguments))
+
+    def _claim(self, timestep: float) -> None:
+        """Let a step be taken by the call that its trajectory belongs to, and by none that comes between."""
+        caller = CallOwner.current()
+        with self._lock:
+            owner, begins = self._owner, self._steps.begins(timestep)
+            if owner is not None and owner.bars(caller, is_first_step=begins):
+                raise SecondCallError(owner)
+            if owner is None or begins:
+                self._owner = caller
+                self._guard_scheduler(caller)
+
+    def _guard_scheduler(self, owner: CallOwner) -> None:
+        scheduler = getattr(current_pipeline(), "scheduler", None)
+        if owner.pipeline_call is not None and hasattr(scheduler, "set_timesteps"):
+            self._guard = SchedulerGuard(scheduler, owner)
+
+    @torch.compiler.disable
+    def _leave(self, i: int, call: Call, output_NCHW: Tensor) -> Any:
+        if i == 0:
+            self._release()
+        if not call.arguments["return_dict"]:
+            return (output_NCHW,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=output_NCHW)
+
+    def end_of_call(self, *_: Any, **__: Any) -> None:
+        """The pipeline has its images.
+
+        Raises:
+            ValueError: before the plan's last step, where steps are only counted and the pipeline was not
+                interrupted: it has other steps than the router.
+        """
+        calls, wanted = self._steps.calls, self._plan.num_steps
+        if not self.reset():
+            return
+        is_followed = threading.get_ident() in self._following
+        self._following.discard(threading.get_ident())
+        is_interrupted = getattr(current_pipeline(), "_interrupt", False) is True
+        if not is_followed and CallOwner.current().pipeline_call is not None and not is_interrupted:
+            logger.warning(
+                "the pipeline's images were made without the plan: something, such as another cache, has "
+                "replaced transformer.forward. Take that off, or load the transformer anew and apply"
+            )
+        elif calls and (self._steps.is_checked or is_interrupted):
+            logger.warning(
+                "the pipeline ended after %d of the router's %d steps: it was interrupted, or was given "
+                "fewer. The next call begins anew",
+                *(calls, wanted),
+            )
+        elif calls:
+            raise ValueError(
+                f"the pipeline ended after {calls} of the router's {wanted} steps: give it "
+                f"num_inference_steps {wanted}"
+            )
+
+    @torch.compiler.disable
+    def reset(self) -> bool:
+        """Forget the trajectory, but for one of another thread, which may run: whether there is none now."""
+        with self._lock:
+            if self._owner is not None and self._owner.thread != threading.get_ident():
+                return False
+            if self._guard is not None:
+                self._guard.take_off()
+            self._guard = None
+            self._release()
+            self._steps.reset()
+            return True
+
+    def _release(self) -> None:
+        self._model.forget()
+        self._cache, self._shape = None, ()
+        self._owner = None  # the last: from here on another thread may begin

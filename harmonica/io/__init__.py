@@ -1,0 +1,1 @@
+"""Files, local and remote: paths, object stores, the hub, and the safe reading of weights."""

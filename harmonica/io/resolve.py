@@ -1,0 +1,50 @@
+"""From what a configuration calls a model to a local path."""
+
+import re
+from pathlib import Path
+
+from harmonica.builtin import FASHION_DIT, FASHION_PIXART
+from harmonica.io.hub import from_hub
+from harmonica.io.object_store import from_store
+from harmonica.io.paths import is_remote, resolved
+
+BUILTIN, BUILTIN_TEXT = "builtin:fashion-dit", "builtin:fashion-pixart"
+_BUILTINS = {BUILTIN: FASHION_DIT, BUILTIN_TEXT: FASHION_PIXART}
+
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+
+
+def pinned(path: str, revision: str) -> str:
+    """`path` with its revision in it, where `local_path` would take it for the id of one that names none."""
+    found = _HUB_ID.fullmatch(path)
+    if not revision or found is None or found[2] or Path(resolved(path, "model.path")).exists():
+        return path
+    return f"{path}@{revision}"
+
+
+def local_path(path: str, revision: str = "", *, field: str = "model.path") -> Path:
+    """Where `path` lies on this machine, fetched into a cache first if it is remote.
+
+    Args:
+        path: `builtin:fashion-dit` or `builtin:fashion-pixart`, a file or folder (see `harmonica.io.paths`),
+            an s3:// or gs:// URI, or a Hugging Face id, `org/name` or `org/name@revision`.
+        revision: Of a Hugging Face id that names none.
+        field: What errors call `path`.
+
+    Raises:
+        ValueError: it is not there or cannot be fetched; names the field and the cure.
+    """
+    if path in _BUILTINS:
+        return _BUILTINS[path]
+    place = resolved(path, field)
+    if is_remote(place):
+        return from_store(place, field)
+    if Path(place).exists():
+        return Path(place)
+    hub_id = _HUB_ID.fullmatch(path)
+    if hub_id is None:
+        raise ValueError(
+            f"{field} {path} does not exist: give {BUILTIN}, a model folder, a .pt file, an s3:// URI or a "
+            "Hugging Face id"
+        )
+    return from_hub(hub_id[1], hub_id[2] or revision, field)

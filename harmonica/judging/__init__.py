@@ -1,1 +1,0 @@
-"""How good images are: each beside its uncached twin, and as a set."""

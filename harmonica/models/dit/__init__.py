@@ -1,0 +1,1 @@
+"""DiT as a list of branches, in the public and in diffusers' layout of weights."""

@@ -1,0 +1,1 @@
+"""PixArt-alpha and -Sigma as a list of branches."""

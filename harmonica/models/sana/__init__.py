@@ -1,0 +1,1 @@
+"""Sana as a list of branches."""

@@ -1,0 +1,117 @@
+"""How good the built-in text-to-image model is: does a picture show what its caption asks for?
+
+Shapes: N pictures, C channels, H W image.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harmonica.core.sampling import sample
+from harmonica.data.text_encoder import TextEncoder
+from harmonica.evaluation import fashion_mnist
+from harmonica.evaluation.fashion_classifier import (
+    BUILTIN_FOLDER,
+    STATISTICS_FILE,
+    FeatureStatistics,
+    features_and_logits,
+    load_classifier,
+)
+from harmonica.evaluation.image_metrics import frechet_distance, label_accuracy
+from harmonica.evaluation.plots import sample_sheet, to_uint8
+from harmonica.models.pixart.model import PixArt
+from harmonica.models.text_condition import TextCondition
+from harmonica.pretraining import captions
+from harmonica.pretraining.text_to_image import TEXT_TOKENS, PixArtTransformer2DModel
+from harmonica.samplers import SamplerConfig, make_sampler
+from harmonica.training.sdt import freeze
+
+GUIDANCE_SCALES = (4.5, 2.0)  # PixArt's own, and that of the built-in DiT
+NUM_STEPS = 20
+_BATCH = 100
+
+
+class Painter:
+    """A pipeline's folder without VAE, sampled by its own scheduler."""
+
+    def __init__(self, folder: Path) -> None:
+        transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer", local_files_only=True)
+        self.model = PixArt(transformer.float(), text_tokens=TEXT_TOKENS)
+        freeze(self.model)
+        self.encoder = TextEncoder.load(folder, dtype="float32")
+        self.scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+
+    def paint(self, prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
+        """Pictures (N, C, H, W) in [-1, 1] and a little beyond."""
+        config = SamplerConfig(
+            name="diffusers",
+            scheduler=self.scheduler,
+            num_inference_steps=NUM_STEPS,
+            guidance_scale=guidance_scale,
+        )
+        sampler = make_sampler(self.model, config)
+        side, channels = self.model.sample_size, self.model.in_channels
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(prompts), channels, side, side, generator=generator)
+        batches = []
+        for first in range(0, len(prompts), _BATCH):
+            rows = slice(first, first + _BATCH)
+            batches.append(sample(sampler, noise[rows], self._condition(prompts[rows])))
+        return torch.cat(batches)
+
+    def _condition(self, prompts: list[str]) -> TextCondition:
+        embeddings, mask = self.encoder.encode(prompts, TEXT_TOKENS)
+        negative, negative_mask = self.encoder.encode([""], TEXT_TOKENS)
+        n = len(prompts)
+        return TextCondition(
+            embeddings=embeddings,
+            mask=mask,
+            negative_embeddings=negative.expand(n, -1, -1),
+            negative_mask=negative_mask.expand(n, -1),
+        )
+
+
+def draw_captions(count: int, seed: int) -> list[str]:
+    """Of all classes in turn; half of them ask for a tone."""
+    rng = np.random.default_rng(seed)
+    asked: tuple[captions.Tone | None, ...] = (None, None, "dark", "light")
+    return [
+        captions.caption(i % len(captions.NOUNS), asked[rng.integers(len(asked))], rng) for i in range(count)
+    ]
+
+
+def judge_images(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]:
+    """Shares of pictures of the class and of the tone asked for, and Frechet distance to test images."""
+    images_NCHW = images_NCHW.clamp(-1, 1)
+    meant = [captions.meaning(prompt) for prompt in prompts]
+    labels = np.array([label for label, _ in meant])
+    features, logits = features_and_logits(load_classifier(), images_NCHW)
+    pixels = to_uint8(images_NCHW).transpose(0, 3, 1, 2)
+    toned = [i for i, (_, tone) in enumerate(meant) if tone]
+    is_right = captions.is_of_tone(pixels[toned], labels[toned], [tone for _, tone in meant if tone])
+    test = FeatureStatistics.load(BUILTIN_FOLDER / STATISTICS_FILE)
+    return {
+        "label_accuracy": label_accuracy(logits, torch.from_numpy(labels)),
+        "tone_accuracy": float(is_right.mean()),
+        "frechet_to_test": frechet_distance(FeatureStatistics.from_features(features), test),
+    }
+
+
+def judge(folder: Path, count: int, *, seed: int = 0) -> dict[str, Any]:
+    """Sample from a folder's model; `report.json` and `samples.png` are left in it."""
+    painter, prompts = Painter(folder), draw_captions(count, seed)
+    report: dict[str, Any] = {"samples": count, "steps": NUM_STEPS, "seed": seed, "guidance": {}}
+    for scale in GUIDANCE_SCALES:
+        report["guidance"][f"{scale:g}"] = judge_images(painter.paint(prompts, scale, seed), prompts)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    rows = {}
+    for scale, tone in itertools.product(GUIDANCE_SCALES, (None, *get_args(captions.Tone))):
+        sheet = [captions.plain_caption(label, tone) for label in range(len(captions.NOUNS))]
+        rows[f"{tone or 'no tone'}\nguidance {scale:g}"] = painter.paint(sheet, scale, seed)
+    sample_sheet(rows, fashion_mnist.CLASS_NAMES, folder / "samples.png")
+    return report

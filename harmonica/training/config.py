@@ -1,0 +1,156 @@
+"""Settings of a router's training, and what of them is refused."""
+
+import dataclasses
+import math
+from dataclasses import field
+from typing import Annotated, Any, Literal, Self
+
+from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.iepo import IepoKind
+from harmonica.training.sdt import SdtConfig
+from harmonica.validation.settings import Count, Cure, Field, Natural, SettingError, require, settings
+
+_MOST_TARGETS = 20
+
+TARGETS = ("target_cur", "target_speedup", "target_psnr")
+"""Fields of which a training has one at most."""
+Initial = Literal["constant", "alternate", "normal", "even", "measured"]
+
+
+@settings("train")
+class TrainingConfig:
+    """Router training, wherever it runs."""
+
+    trajectories: Count = 60
+    """Trajectories in all; each updates every row of the router once."""
+    batch_size: Count = 8
+    """(label, noise) rows of one trajectory, over all workers."""
+    micro_batch_size: Annotated[Natural, Cure("1 or more, or 0 for all at once")] = 0
+    """Rows that a worker computes at a time, where its share does not fit in memory; 0 is all of it. An
+    update is that of the whole batch all the same."""
+    shard_model: bool = False
+    """Every worker holds its share of the frozen weights (FSDP2), where one GPU cannot hold them all."""
+    sdt: SdtConfig = field(default_factory=SdtConfig)
+    """Objective and optimiser."""
+    target_cur: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """When above 0, beta follows from this share of reused entries; else beta stays as set."""
+    target_speedup: Annotated[float, Field(ge=0), Cure("a number above 1, or 0 for none")] = 0.0
+    """When above 1, beta follows from this ideal speedup, MACs of full sampling over those of the plan, and
+    the plan is cut where it meets it."""
+    targets: Annotated[tuple[Annotated[float, Field(gt=1)], ...], Field(max_length=_MOST_TARGETS)] = ()
+    """More ideal speedups: a router for each of them too, from the same measured start, trained as the one of
+    `target_speedup` is, after it."""
+    target_psnr: Annotated[float, Field(ge=0)] = 0.0
+    """When above 0, in its place: as fast as a measured start can be whose images are so near to the full
+    ones, in dB of values in [-1, 1]: for models that draw pixels. Fitted forecasts come on top."""
+    initial: Initial = "constant"
+    """Logits to start from: all `initial_logit`, that with its sign changing from step to step, standard
+    normal (the released code), or whole steps reused as the target says: evenly spread, or those that
+    change the image least (`harmonica.training.plans.search`)."""
+    start_trajectories: Natural = 0
+    """Trajectories on which a measured start is measured; each costs some T full ones."""
+    initial_logit: Annotated[float, Field(ge=-100, le=100)] = 5.0
+    """Where all but normal logits start; 5 computes everything."""
+    iepo: IepoKind | Literal["none"] = "leave_one_out"
+    """How lambda is measured: the paper's way, the released code's (cumulative), per unit of step error
+    (sensitivity), or not at all (all ones)."""
+    iepo_every: Count = 20
+    """Trajectories between refreshes of lambda (the paper's C)."""
+    choice_trajectories: Natural = 0
+    """Trajectories, once the router is trained, on which its plan is held against the one that it started
+    from, image against image; the nearer one is kept. 0 keeps what was trained."""
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
+    """Weights of the plan's forecasts, fitted in the end."""
+    checkpoint_interval_s: Annotated[float, Field(ge=0)] = 20.0
+    """Seconds between checkpoints: the work an interruption can cost."""
+
+    def __post_init__(self) -> None:
+        self._check_targets()
+        self._check_start()
+        if self.forecast.trajectories and self.sdt.reuse != "forecast":
+            raise SettingError(
+                f"train.forecast.trajectories is {self.forecast.trajectories} and train.sdt.reuse is "
+                f"{self.sdt.reuse}: give reuse forecast, or 0 trajectories"
+            )
+
+    def _check_targets(self) -> None:
+        """At most one of the three that a training can have, and more speeds beside the first alone."""
+        require(
+            self.target_speedup == 0 or self.target_speedup > 1,
+            "train.target_speedup",
+            self.target_speedup,
+            "give a number above 1, or 0 for none",
+        )
+        if self.target_speedup and self.target_cur:
+            raise SettingError(
+                f"train.target_speedup is {self.target_speedup} and train.target_cur {self.target_cur}: give "
+                "one of them, and 0 for the other"
+            )
+        if self.targets and not self.target_speedup:
+            raise SettingError(
+                f"train.targets is {self.targets} and train.target_speedup {self.target_speedup}: give the "
+                "speed of the first router as well"
+            )
+        require(
+            not (self.target_psnr and (self.target_speedup or self.target_cur)),
+            "train.target_psnr",
+            self.target_psnr,
+            "give decibels above 0, and 0 for train.target_speedup and train.target_cur",
+        )
+        require(
+            self.target_psnr == 0 or self.initial == "measured",
+            "train.target_psnr",
+            self.target_psnr,
+            "give train.initial measured with it, or 0",
+        )
+
+    def _check_start(self) -> None:
+        """A start of whole steps reuses as much as the target says, and is what the choice falls back to."""
+        is_of_steps = self.initial in ("even", "measured")
+        if is_of_steps and not self.has_target:
+            raise SettingError(
+                f"train.initial is {self.initial!r} and train.target_speedup 0: give the speed that it is to "
+                "have, or train.target_cur"
+            )
+        if (self.initial == "measured") != (self.start_trajectories > 0):
+            raise SettingError(
+                f"train.start_trajectories is {self.start_trajectories} and train.initial {self.initial!r}: "
+                "give 1 or more with initial measured, and 0 with any other"
+            )
+        require(
+            is_of_steps or self.choice_trajectories == 0,
+            "train.choice_trajectories",
+            self.choice_trajectories,
+            f"give 0 with train.initial {self.initial}, which reuses no more than it happens to: there is "
+            "nothing to fall back to; or train.initial even or measured",
+        )
+        # A target of speed moves the cut between the scores; else it is at tau.
+        least = abs(math.log(self.sdt.threshold / (1 - self.sdt.threshold))) if self.target_cur else 0.0
+        require(
+            not is_of_steps or self.initial_logit > least,
+            "train.initial_logit",
+            self.initial_logit,
+            f"give a number above {math.ceil(100 * least) / 100:g} with train.initial {self.initial}, so "
+            "that scores lie on both sides of train.sdt.threshold, where train.target_cur is counted",
+        )
+
+    def for_target(self, **target: float) -> Self:
+        """The same training for another target in place of all that it has, as in `target_speedup=1.5`."""
+        changes: dict[str, Any] = {**dict.fromkeys(TARGETS, 0.0), "targets": (), **target}
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether beta follows from what the router is to reach."""
+        return any(getattr(self, name) for name in TARGETS)
+
+    @property
+    def others(self) -> tuple[float, ...]:
+        """`targets` as they come, each once, without `target_speedup`."""
+        return tuple(target for target in dict.fromkeys(self.targets) if target != self.target_speedup)
+
+    @property
+    def all_trajectories(self) -> int:
+        """Those of the start, and for each speed those of the router, the choice and the forecasts."""
+        each = self.trajectories + self.choice_trajectories + self.forecast.trajectories
+        return self.start_trajectories + each * (1 + len(self.others))

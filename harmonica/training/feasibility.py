@@ -1,0 +1,76 @@
+"""What a training asks of its model and its steps: refused before anything starts."""
+
+import math
+
+from harmonica.models.base import BranchedTransformer, Macs
+from harmonica.models.vae import draws_pixels
+from harmonica.training.config import TrainingConfig
+from harmonica.training.plans.builders import even_plan, fastest_speedup, slowest_speedup
+from harmonica.validation.settings import SettingError, require
+
+
+def check_training(
+    config: TrainingConfig, model: BranchedTransformer, num_steps: int, *, field: str = ""
+) -> None:
+    """
+    Args:
+        field: the setting that the target came from, where it is none of `train`.
+
+    Raises:
+        SettingError: a target is beyond what T steps of this model can be planned for, or so low that nothing
+            would be reused; or it is one of pixels, and the model draws latents.
+    """
+    macs = model.macs()
+    if config.target_speedup:
+        check_speedup(config.target_speedup, macs, num_steps, field=field or "train.target_speedup")
+    for speedup in config.others:
+        check_speedup(speedup, macs, num_steps, field=field or "train.targets")
+    if config.target_cur:
+        _check_cur(config, macs, num_steps, field or "train.target_cur")
+    require(
+        not config.target_psnr or draws_pixels(model),
+        "train.target_psnr",
+        config.target_psnr,
+        "the model draws latents, and their distances are no decibels of pictures: give 0, and the speed in "
+        "train.target_speedup instead",
+    )
+
+
+def check_speedup(speedup: float, macs: Macs, num_steps: int, *, field: str) -> None:
+    """
+    Raises:
+        SettingError: no plan of T steps has this speed, or it asks for less reuse than there can be.
+    """
+    least, most = slowest_speedup(num_steps, macs), fastest_speedup(num_steps, macs)
+    if speedup > most:
+        raise SettingError(
+            f"{field} is {speedup}: {_steps(num_steps)} reach {_down(most, 2)} at most, give no more"
+        )
+    if even_plan(num_steps, macs, speedup).cur == 0:
+        raise SettingError(
+            f"{field} is {speedup}: {_steps(num_steps)} would reuse nothing for that, give "
+            f"{-_down(-least, 3)} or more"
+        )
+
+
+def _check_cur(config: TrainingConfig, macs: Macs, num_steps: int, field: str) -> None:
+    """Of T rows, the last one is always computed."""
+    entries = num_steps * len(macs.branches)
+    most, least = (num_steps - 1) / num_steps, 1 / entries
+    if config.initial in ("even", "measured"):
+        slowest = slowest_speedup(num_steps, macs)
+        least = max(least, (1 - 1 / slowest) * macs.full / sum(macs.branches))
+    require(
+        least <= config.target_cur <= most,
+        field,
+        config.target_cur,
+        f"give {-_down(-least, 4)} to {_down(most, 3)}, which {_steps(num_steps)} can reuse",
+    )
+
+
+def _steps(count: int) -> str:
+    return f"{count} steps of this model (sampler.num_inference_steps)"
+
+
+def _down(number: float, digits: int) -> float:
+    return math.floor(number * 10**digits) / 10**digits

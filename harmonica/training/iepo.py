@@ -1,0 +1,184 @@
+"""Image error proxy (HarmoniCa's IEPO): lambda_i, how much caching at step i hurts the final image.
+
+Three kinds. `leave_one_out` is the paper's, `cumulative` the released code's. `sensitivity` is ours: the
+leave-one-out change of the image divided by the step's own error, so that lambda_i * MSE_i is the image
+error that step causes. The other two already contain the step's error, so a step at which little is
+reused looks harmless, is pushed to reuse, and only looks harmful at the next refresh.
+
+Runs that differ only from step i on share everything before it: each branches off from one main run when
+that gets to step i, so a refresh costs (T+1)/2T of T full generations, and only two caches at a time.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import BranchCache, Reuse
+from harmonica.core.passes import soft_pass
+from harmonica.core.router import Router
+from harmonica.core.sampling import planned_step
+from harmonica.samplers import Sampler, State
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.sdt import Student, micro_batches
+
+IepoKind = Literal["leave_one_out", "cumulative", "sensitivity"]
+KINDS = get_args(IepoKind)
+_SMALLEST_ERROR = 1e-12  # of a step at which nothing is reused; keeps lambda finite
+
+
+class _Generation:
+    """A generation under way: its state and its cache, which every step changes."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        router: Router,
+        threshold: float,
+        student: Student,
+        state: State,
+        cache: BranchCache,
+    ) -> None:
+        self.sampler, self.router, self.threshold, self.student = sampler, router, threshold, student
+        self.state, self.cache = state, cache
+
+    @property
+    def x_MCHW(self) -> Tensor:
+        return self.state.x_MCHW
+
+    def fork(self) -> "_Generation":
+        """A generation that goes on from here by itself; what the two share is never written in place."""
+        settings = (self.sampler, self.router, self.threshold, self.student)
+        return _Generation(*settings, self.state, self.cache.copy())
+
+    def full_step(self, i: int) -> Tensor:
+        """Step i with the cache switched off (weights 1); the cache takes what was computed.
+
+        Returns:
+            The guided output (M, C, H, W).
+        """
+        everything = (True,) * self.router.num_branches
+        self.state, guided = planned_step(self.sampler, i, self.state, everything, self.cache)
+        return guided
+
+    def other_step(self, i: int) -> Tensor:
+        """What `soft_step` is held against: step i with the cache off.
+
+        Under a plan that computes all of step i that would be the same again, and say of the step that it is
+        free: there it is reused, all of it.
+        """
+        if self.student == "hard" and all(self._refresh_row(i)):
+            nothing = (False,) * self.router.num_branches
+            self.state, guided = planned_step(self.sampler, i, self.state, nothing, self.cache)
+            return guided
+        return self.full_step(i)
+
+    def _refresh_row(self, i: int) -> list[bool]:
+        return (self.router.scores(i) > self.threshold).tolist()
+
+    def soft_step(self, i: int) -> Tensor:
+        """Step i under the router's soft weights, or its plan; the guided output (M, C, H, W)."""
+        sampler = self.sampler
+        scores_B = self.router.scores(i)
+        refresh_row = self._refresh_row(i)
+        if self.student == "hard":
+            self.state, guided = planned_step(sampler, i, self.state, refresh_row, self.cache)
+            return guided
+        hidden, conditioning = sampler.embed(i, self.state)
+        guided = sampler.guide(
+            soft_pass(sampler.model, hidden, conditioning, scores_B, refresh_row, self.cache, i)
+        )
+        self.state = sampler.advance(i, self.state, guided)
+        return guided
+
+    def finish_soft(self, first: int) -> Tensor:
+        """Final latents (M, C, H, W) after soft steps `first` ... 0."""
+        for i in range(first, -1, -1):
+            self.soft_step(i)
+        return self.x_MCHW
+
+    def full_end(self, first: int) -> Tensor:
+        """Final latents (M, C, H, W) if steps `first` ... 0 were computed in full: they read no cache."""
+        sampler, state = self.sampler, self.state
+        for i in range(first, -1, -1):
+            guided = sampler.guide(sampler.model.full_pass(*sampler.embed(i, state)))
+            state = sampler.advance(i, state, guided)
+        return state.x_MCHW
+
+
+@torch.no_grad()  # not inference_mode: lambda enters a loss that is differentiated
+def image_error_proxy(
+    sampler: Sampler,
+    router: Router,
+    noise_NCHW: Tensor,
+    condition_N: Any,
+    *,
+    kind: IepoKind,
+    threshold: float,
+    reuse: Reuse = "hold",
+    student: Student = "soft",
+    rows: RowKeys | None = None,
+    micro_batch_size: int = 0,
+    average: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """lambda (T-1,) of the trajectories from `noise`: mean squared change of the final latents.
+
+    `leave_one_out` (the paper's): against x_0 with soft weights at every step, the cache is switched
+    off at step i alone. `cumulative` (released code): from no caching at all, soft weights are switched
+    on one step at a time, noisiest first; lambda_i is the change against the generation before.
+    `sensitivity`: leave-one-out divided by the MSE between the soft and the full output of step i.
+
+    Args:
+        student: `hard` takes the router's plan in place of its soft weights, and a step that this computes
+            in full is reused instead, by itself.
+        rows: the rows' names, for samplers that draw noise: every generation draws the same.
+        micro_batch_size: rows that are generated at a time; 0 is all.
+        average: averages a tensor over all workers in place, so that lambda is that of all their rows.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"iepo.kind is {kind!r}: give one of {', '.join(KINDS)}")
+    count = sampler.num_steps - 1
+    measured_2T = torch.zeros(2, count, dtype=noise_NCHW.dtype, device=noise_NCHW.device)
+    for part in micro_batches(noise_NCHW, condition_N, rows, micro_batch_size):
+        cache = BranchCache(router.num_branches, reuse)
+        main = _Generation(sampler, router, threshold, student, sampler.start(*part), cache)
+        measure = _cumulative if kind == "cumulative" else _leave_one_out
+        measured_2T += len(part[0]) / len(noise_NCHW) * measure(main)  # mean over all rows
+    if average is not None:
+        average(measured_2T)  # before the division: a mean of ratios would depend on who has which rows
+    change_T, error_T = measured_2T
+    return change_T / error_T.clamp_min(_SMALLEST_ERROR) if kind == "sensitivity" else change_T
+
+
+def _leave_one_out(main: _Generation) -> Tensor:
+    """(2, T-1): change of the final latents with step i computed in full, and that step's own error."""
+    last = main.sampler.num_steps - 1
+    main.full_step(last)
+    finals: list[Tensor] = []
+    errors: list[Tensor] = []
+    for i in range(last - 1, -1, -1):
+        other = main.fork()
+        errors.insert(0, _mean_squared(other.other_step(i), main.soft_step(i)))
+        finals.insert(0, other.finish_soft(i - 1))
+    changes = [_mean_squared(final, main.x_MCHW) for final in finals]
+    return torch.stack([torch.stack(changes), torch.stack(errors)])
+
+
+def _cumulative(main: _Generation) -> Tensor:
+    """(2, T-1): change of the final latents as step i turns soft too, and zeros."""
+    last = main.sampler.num_steps - 1
+    main.full_step(last)
+    changes: list[Tensor] = []
+    previous = main.full_end(last - 1)
+    for i in range(last - 1, -1, -1):
+        main.soft_step(i)
+        current = main.full_end(i - 1)
+        changes.insert(0, _mean_squared(current, previous))
+        previous = current
+    change_T = torch.stack(changes)
+    return torch.stack([change_T, torch.zeros_like(change_T)])
+
+
+def _mean_squared(ours: Tensor, other: Tensor) -> Tensor:
+    return (ours - other).square().mean()

@@ -1,0 +1,1 @@
+"""Plans and forecasts found without gradients: the start search, the selection, and the fit."""

@@ -1,0 +1,122 @@
+"""What a speed asks of a plan: how much to reuse, where training starts, and where its scores are cut.
+
+Speed is counted in multiply-accumulates, full over planned; `tests/benchmarks` has what is realised of it.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from harmonica.core.plan import Plan
+from harmonica.core.router import FIXED_LOGIT
+from harmonica.models.base import Macs
+
+_NEAR = 0.015
+"""Relative: whole steps are reused where that comes so near to the speed; a part of one more where not."""
+_ROUNDING = 1e-9
+_TIE = 1e-6
+"""Scores nearer than this are one: devices round a sigmoid differently."""
+
+
+def fastest_speedup(num_steps: int, macs: Macs) -> float:
+    """Of a plan that computes the branches at step T-1 alone."""
+    return num_steps * macs.full / (macs.full + (num_steps - 1) * macs.rest)
+
+
+def slowest_speedup(num_steps: int, macs: Macs) -> float:
+    """The lowest for which `even_plan` reuses anything: half of a step, or, where no whole step comes near
+    enough, half of its last branch."""
+    whole, of_step = num_steps * macs.full, sum(macs.branches)
+    part = max(1 / (1 - _NEAR), whole / (whole - macs.branches[-1] / 2))
+    return min(part, whole / (whole - of_step / 2))
+
+
+def speedup_of(cur: float, macs: Macs) -> float:
+    """Of plans that reuse this share of all entries, in whole steps."""
+    return macs.full / (macs.full - cur * sum(macs.branches))
+
+
+def reusable_share(num_steps: int, macs: Macs, speedup: float) -> float:
+    """Of what the branches of steps 0 ... T-2 cost: how much must be reused for the speed, 0 to 1.
+
+    Raises:
+        ValueError: more than there is.
+    """
+    most = fastest_speedup(num_steps, macs)
+    if speedup > most * (1 + _ROUNDING):
+        raise ValueError(
+            f"train.target_speedup is {speedup}: {num_steps} steps of this model reach {most:.2f} at most"
+        )
+    return (1 - 1 / speedup) * num_steps * macs.full / ((num_steps - 1) * sum(macs.branches))
+
+
+def even_steps(num_steps: int, count: int) -> list[int]:
+    """So many of the steps 0 ... T-2, evenly spread: no two running up to half of all."""
+    gap = (num_steps - 2) / max(1, count)
+    if (
+        gap >= 2
+    ):  # every second and every third step of them, beginning with the last that has two values before
+        return [int((k + 1) * gap) - 1 for k in range(count)]
+    return [int((k + 0.5) * (num_steps - 1) / count) for k in range(count)]
+
+
+def steps_for(num_steps: int, macs: Macs, speedup: float) -> tuple[int, float]:
+    """How many steps are reused for a speed, and how much of one of them: all (1), or a share of its MACs."""
+    steps = reusable_share(num_steps, macs, speedup) * (num_steps - 1)
+    whole = stepwise_plan(num_steps, len(macs.branches), range(round(steps)))
+    if abs(whole.ideal_speedup(macs) / speedup - 1) < _NEAR:
+        return round(steps), 1.0
+    return math.ceil(steps), steps - math.floor(steps)
+
+
+def stepwise_plan(num_steps: int, num_branches: int, reused: Iterable[int]) -> Plan:
+    """Whole steps reused, all others computed."""
+    chosen = set(reused)
+    return Plan(tuple((i not in chosen,) * num_branches for i in range(num_steps)))
+
+
+def with_part(plan: Plan, step: int, share: float, macs: Macs) -> Plan:
+    """Of a step, only the last branches reused, as many as cost that share of it."""
+    wanted, row = share * sum(macs.branches), [True] * plan.num_branches
+    for branch in reversed(range(plan.num_branches)):
+        if wanted < macs.branches[branch] / 2:
+            break
+        row[branch] = False
+        wanted -= macs.branches[branch]
+    rows = [tuple(row) if i == step else before for i, before in enumerate(plan.compute)]
+    return Plan(tuple(rows))
+
+
+def even_plan(num_steps: int, macs: Macs, speedup: float) -> Plan:
+    """Whole steps reused, evenly spread, and of the one in the middle only as much as the speed asks for.
+
+    What hurts is not reuse but runs of it, and staggering blocks over steps is worse than whole steps
+    (tests/benchmarks/RESULTS.md).
+    """
+    count, share = steps_for(num_steps, macs, speedup)
+    chosen = even_steps(num_steps, count)
+    plan = stepwise_plan(num_steps, len(macs.branches), chosen)
+    return plan if share == 1 else with_part(plan, chosen[count // 2], share, macs)
+
+
+def logits_of(plan: Plan, logit: float) -> Tensor:
+    """The logits (T, B) to start from: +logit where the plan computes, -logit where not; row T-1 is fixed."""
+    logits_TB = torch.where(plan.to_tensor(), logit, -logit)
+    logits_TB[-1] = FIXED_LOGIT
+    return logits_TB
+
+
+def threshold_for(scores_TB: Tensor, macs: Macs, speedup: float) -> float:
+    """The tau at which a router's plan comes nearest to a speed: lowest scores are reused first."""
+    scores = scores_TB[:-1].detach().cpu().double()
+    costs = torch.tensor(macs.branches, dtype=torch.float64).expand_as(scores)
+    scores, order = scores.flatten().sort()
+    spent = costs.flatten()[order].cumsum(0)
+    wanted = reusable_share(len(scores_TB), macs, speedup) * spent[-1]
+    # A cut lies between two scores, before the first of them, or behind the last.
+    cuts = torch.cat([scores[:1] / 2, (scores[1:] + scores[:-1]) / 2, (scores[-1:] + 1) / 2])
+    missed = (torch.cat([spent.new_zeros(1), spent]) - wanted).abs()
+    missed[1:-1][scores.diff() < _TIE] = torch.inf
+    return float(cuts[missed.argmin()])

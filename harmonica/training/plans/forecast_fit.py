@@ -1,0 +1,221 @@
+"""Forecasts that are learned: what a reused branch should hand out for the final image to come out right.
+
+The router decides when a branch is reused, the forecast what it then gives: `v1 + w1 (v1 - v2) +
+w2 (v2 - v3)` of its last computed values, with weights w of each entry's own. They are fitted to the image:
+the change of the final latents is close to linear in w, so that a few Gauss-Newton steps find the least
+squares. Its residuals and Jacobian are seen through random probes u: one backward pass along a planned
+trajectory gives `u . dx_0/dw` of all entries at once. Each image counts by its own error, so that the few
+that a plan hurts most do not decide for all. No images are needed, and the base model stays frozen.
+
+Not in the paper; `tests/benchmarks/RESULTS.md` has what it is worth.
+Shapes: N images, M model rows, C H W image, P weights, R = N * probes rows of the least squares.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import BranchCache, extrapolate
+from harmonica.core.plan import Plan, forecast_of
+from harmonica.core.sampling import planned_step, sample
+from harmonica.samplers import Sampler
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.forecast_config import FOLDS, ForecastConfig
+from harmonica.training.plans.least_squares import NormalEquations, choose_ridge, sum_of
+from harmonica.training.sdt import Rows
+
+_SMALLEST_ERROR = 1e-12
+
+
+Unknown = tuple[int, int, int]
+"""Step, branch and number of the difference."""
+
+
+def unknowns(plan: Plan, order: int) -> list[Unknown]:
+    """The weights that a plan leaves to be found: of each reused entry, as far as values are there."""
+    found: list[Unknown] = []
+    computed = [0] * plan.num_branches
+    for i in reversed(range(plan.num_steps)):
+        for branch, is_computed in enumerate(plan.compute[i]):
+            if is_computed:
+                computed[branch] += 1
+            else:
+                found += [(i, branch, k) for k in range(min(order, computed[branch] - 1))]
+    return found
+
+
+def linear_weights(plan: Plan, order: int) -> Tensor:
+    """The weights (T, B, order) of the linear forecast, where fitting starts."""
+    weights_TBK = torch.zeros(plan.num_steps, plan.num_branches, order, dtype=torch.float64)
+    for branch in range(plan.num_branches):
+        last = before = -1
+        for i in reversed(range(plan.num_steps)):
+            if plan.compute[i][branch]:
+                last, before = i, last
+            elif before > 0:
+                weights_TBK[i, branch, 0] = (last - i) / (before - last)
+    return weights_TBK
+
+
+class _ProbedCache(BranchCache):
+    """A cache through which gradients flow, with a handle on every weight of every image."""
+
+    handles: dict[Unknown, Tensor]
+
+    def write(self, branch: int, step: int, value: Tensor) -> None:
+        self._keep(branch, step, value)
+
+    def read(self, branch: int, step: int) -> Tensor:
+        values = [value for _, value in self._kept[branch]]
+        forecast = extrapolate(values, self.weights(branch, step) if len(values) > 1 else ())
+        for k, (newer, older) in enumerate(pairwise(values)):
+            # A zero that is added: its gradient, in float32, is what moving the weight would do.
+            handle_M = torch.zeros(len(forecast), device=forecast.device, requires_grad=True)
+            difference = (newer - older).detach().float()
+            forecast = forecast + (handle_M[:, None, None] * difference).to(forecast.dtype)
+            self.handles[step, branch, k] = handle_M
+        return forecast
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """A batch's images under a plan, seen through probes."""
+
+    error_N: Tensor
+    """Mean squared change of each image's latents."""
+    residual_R: Tensor
+    """The change along each probe."""
+    jacobian_RP: Tensor
+    """Its derivative in the weights."""
+
+
+def sketch_image_error(
+    sampler: Sampler,
+    plan: Plan,
+    noise_NCHW: Tensor,
+    condition_N: Any,
+    rows: RowKeys | None,
+    *,
+    order: int,
+    probes: int,
+) -> Sketch:
+    """Planned against full trajectories of the same rows, to first order in the plan's forecast weights.
+
+    Args:
+        plan: with weights; around these it is linear.
+        rows: they also name the probes, which are then the same whoever works on a row.
+    """
+    assert rows is not None, "training names its rows"
+    full_NCHW = sample(sampler, noise_NCHW, condition_N, rows=rows).clone()
+    cache = _ProbedCache(plan.num_branches, "forecast", plan.forecast)
+    cache.handles = {}
+    with torch.enable_grad():
+        state = sampler.start(noise_NCHW, condition_N, rows)
+        for i in reversed(range(plan.num_steps)):
+            state, _ = planned_step(sampler, i, state, plan.compute[i], cache)
+        images_NCHW = sampler.finish(state)
+    names = unknowns(plan, order)
+    handles = [cache.handles[name] for name in names]
+    change_NCHW = images_NCHW.detach() - full_NCHW
+    size = change_NCHW[0].numel()
+    residuals, jacobians = [], []
+    for probe in range(probes):
+        # Steps from T on are nobody's noise.
+        drawn = torch.from_numpy(rows.step_noise(plan.num_steps + probe, tuple(change_NCHW.shape[1:])))
+        u_NCHW = drawn.to(change_NCHW) / size**0.5
+        residuals.append((change_NCHW * u_NCHW).flatten(1).sum(1))
+        if not handles:  # nothing is reused that has two values before it
+            jacobians.append(change_NCHW.new_zeros(len(noise_NCHW), 0))
+            continue
+        moved = torch.autograd.grad(
+            (images_NCHW * u_NCHW).sum(), handles, retain_graph=probe < probes - 1, materialize_grads=True
+        )
+        # Guidance has two rows an image, with one weight.
+        jacobians.append(torch.stack(moved, 1).unflatten(0, (-1, len(noise_NCHW))).sum(0))
+    return Sketch(change_NCHW.square().flatten(1).mean(1), torch.cat(residuals), torch.cat(jacobians))
+
+
+class ForecastFit:
+    """The weights of one plan's forecasts on their way to least squares."""
+
+    def __init__(self, plan: Plan, config: ForecastConfig) -> None:
+        self.plan, self.config = plan, config
+        self.unknowns = unknowns(plan, config.order)
+        self.weights_TBK = linear_weights(plan, config.order)
+        self.trajectories = 0
+        self._begin_round()
+
+    def _begin_round(self) -> None:
+        self._folds = [NormalEquations(len(self.unknowns)) for _ in range(FOLDS)]
+
+    def planned(self) -> Plan:
+        """The plan with the weights as they stand."""
+        return Plan(self.plan.compute, forecast_of(self.weights_TBK))
+
+    def train_one(
+        self, sampler: Sampler, parts: Sequence[Rows], average: Callable[[Tensor], None]
+    ) -> dict[str, float]:
+        """Measure one batch, given in parts, and solve where a round ends; the metrics to log.
+
+        `loss` is the mean squared change of the final latents.
+        """
+        config, count = self.config, len(self.unknowns)
+        # Matrix and right side of the normal equations, and below them the mean error.
+        sums = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=parts[0][0].device)
+        num_images = sum(len(noise_NCHW) for noise_NCHW, _, _ in parts)
+        for part in parts:
+            sums += self._measure(sampler, part) / num_images
+        average(sums)
+        sums = sums.cpu()
+        self._folds[self.trajectories % FOLDS].add(sums[:-1, :-1], sums[:-1, -1])
+        self.trajectories += 1
+        metrics = {"loss": float(sums[-1, -1])}
+        if not sums.isfinite().all():
+            return metrics | {"forecast.residuals": math.nan}  # nothing to solve; the run stops and says why
+        if config.ends_round(self.trajectories):
+            metrics |= self._solve()
+            self._begin_round()
+        return metrics
+
+    def _measure(self, sampler: Sampler, part: Rows) -> Tensor:
+        """Sums over one part's images (P + 1, P + 1)."""
+        config = self.config
+        seen = sketch_image_error(sampler, self.planned(), *part, order=config.order, probes=config.probes)
+        weight_R = (1 / seen.error_N.clamp_min(_SMALLEST_ERROR)).repeat(
+            config.probes
+        ).double() / config.probes
+        jacobian_RP = seen.jacobian_RP.double()
+        weighted_PR = (jacobian_RP * weight_R[:, None]).T
+        sides = torch.cat([weighted_PR @ jacobian_RP, (weighted_PR @ seen.residual_R.double())[:, None]], 1)
+        last = sides.new_zeros(1, sides.shape[1])
+        last[0, -1] = seen.error_N.sum()
+        return torch.cat([sides, last])
+
+    def _solve(self) -> dict[str, float]:
+        """Move the weights, as far as what some images ask for holds for the others."""
+        if not self.unknowns:
+            return {}
+        chosen = choose_ridge(self._folds)
+        if chosen.promise < 0:
+            moves = sum_of(self._folds).solve(chosen.ridge).tolist()
+            for (i, branch, k), moved in zip(self.unknowns, moves, strict=True):
+                self.weights_TBK[i, branch, k] += moved
+        return {"forecast.ridge": chosen.ridge, "forecast.promise": chosen.promise}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "weights": self.weights_TBK,
+            "folds": [(fold.matrix_PP, fold.right_P) for fold in self._folds],
+            "trajectories": self.trajectories,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.weights_TBK, self.trajectories = state["weights"].cpu(), state["trajectories"]
+        self._begin_round()
+        for fold, (matrix_PP, right_P) in zip(self._folds, state["folds"], strict=True):
+            fold.add(matrix_PP.cpu(), right_P.cpu())

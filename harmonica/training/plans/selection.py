@@ -1,0 +1,61 @@
+"""Which of several plans leaves images nearest to the full sampler's, measured on rows nobody trained on."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import Reuse
+from harmonica.core.plan import Plan
+from harmonica.core.sampling import sample
+from harmonica.samplers import Sampler
+from harmonica.training.sdt import Rows
+
+_SMALLEST_ERROR = 1e-12
+_RANGE = 2.0
+
+
+class PlanChoice:
+    """By the mean logarithm of image errors, so that the few images that are far off do not decide."""
+
+    def __init__(self, plans: Mapping[str, Plan], reuse: Reuse) -> None:
+        self.plans, self.reuse = dict(plans), reuse
+        self.total_P = torch.zeros(len(plans), dtype=torch.float64)
+        self.trajectories = 0
+
+    @torch.no_grad()
+    def train_one(
+        self, sampler: Sampler, parts: Sequence[Rows], average: Callable[[Tensor], None]
+    ) -> dict[str, float]:
+        """Measure one batch, given in parts; the metrics to log, errors in decibels below 1."""
+        count = sum(len(noise_NCHW) for noise_NCHW, _, _ in parts)
+        sums_P = torch.zeros(len(self.plans) + 1, dtype=torch.float64, device=parts[0][0].device)
+        for noise_NCHW, condition_N, rows in parts:
+            full_NCHW = sample(sampler, noise_NCHW, condition_N, rows=rows)
+            for place, plan in enumerate(self.plans.values()):
+                images_NCHW = sample(sampler, noise_NCHW, condition_N, plan, reuse=self.reuse, rows=rows)
+                error_N = (images_NCHW - full_NCHW).double().square().flatten(1).mean(1)
+                sums_P[place] += error_N.clamp_min(_SMALLEST_ERROR).log10().sum() / count
+            sums_P[-1] += error_N.sum() / count  # of the last one, the plan as trained
+        average(sums_P)
+        *logs, loss = sums_P.tolist()
+        self.total_P += sums_P[:-1].cpu()
+        self.trajectories += 1
+        return {"loss": loss} | {f"choice.{name}_db": -10 * log for name, log in zip(self.plans, logs)}
+
+    @property
+    def best(self) -> str:
+        """The name of the plan whose images are nearest; of equals, the first."""
+        return list(self.plans)[int(self.total_P.argmin())]
+
+    def psnr(self, name: str) -> float:
+        """Of a plan's images to the full ones in dB, of values in [-1, 1]; the mean over images."""
+        mean_log = float(self.total_P[list(self.plans).index(name)]) / self.trajectories
+        return 10 * (math.log10(_RANGE**2) - mean_log)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"total": self.total_P, "trajectories": torch.tensor(self.trajectories)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.total_P, self.trajectories = state["total"].cpu(), int(state["trajectories"])

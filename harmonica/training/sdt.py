@@ -1,0 +1,224 @@
+"""HarmoniCa's step-wise denoising training (SDT) of a router, with its IEPO loss (arXiv 2410.01723).
+
+Along one trajectory, at each step i = T-2 ... 0, the uncached teacher and the cached student see the
+same x_t; one optimiser update a step; x_{t-1} comes from the student, detached. The base model is
+frozen and the teacher runs without grad: a step costs two forwards and one activation backward, and
+only B numbers cross the network.
+
+Memory is bounded in two ways that leave the update as it is, `activation_checkpointing` and
+micro-batches; `harmonica.cli.memory` says what each comes to.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import BranchCache, Reuse
+from harmonica.core.passes import soft_pass
+from harmonica.core.router import Router
+from harmonica.core.sampling import planned_step
+from harmonica.samplers import Sampler, State
+from harmonica.samplers.noise import RowKeys
+from harmonica.training.timers import Stopwatch
+from harmonica.validation.settings import Field, settings
+
+Student = Literal["soft", "hard"]
+"""Whom trajectories follow, in training and for lambda: the mix of soft scores (the paper), or their plan."""
+
+
+@settings("train.sdt")
+class SdtConfig:
+    """The router's objective and optimiser."""
+
+    beta: Annotated[float, Field(ge=0, le=1e6)] = 0.007
+    """Weight of the sum of scores against lambda_i * MSE: larger means more reuse."""
+    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 0.01
+    """Of AdamW, without weight decay."""
+    epsilon: Annotated[float, Field(ge=1e-37, le=1)] = 1e-8
+    """AdamW's. Gradients below it hardly move a logit, and they shrink with lambda, which is in squared
+    latents: smaller where beta follows from a target."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """tau: r > tau computes the branch and refreshes its cache."""
+    clamp: Annotated[float, Field(gt=0, le=100)] = 5.0
+    """Logits stay within [-clamp, clamp]."""
+    reuse: Reuse = "hold"
+    """A reused branch holds its last value (the paper), or is forecast from its last two."""
+    student: Student = "soft"
+    """What later steps start from, and the cache takes: what soft scores give (the paper), or what the plan
+    does that they make at tau, as in sampling. Gradients are those of the soft pass either way."""
+    objective: Literal["stepwise", "pairwise"] = "stepwise"
+    """Every step follows the student before it (SDT), or every second step reuses what the full step before
+    it computed, along full trajectories (Learning-to-Cache, arXiv 2406.01733, equation 8)."""
+    penalty: Literal["count", "macs"] = "count"
+    """Beta counts entries (the paper), or their multiply-accumulates, 1 on average: so that time is saved."""
+    activation_checkpointing: bool = False
+    """Compute the student's branches again in the backward instead of keeping what they need: a fraction
+    of the memory for about a third more time, the same update."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One update of row i."""
+
+    step: int
+    mse: float
+    """Student against teacher, mean over all guided output channels."""
+    l1: float
+    """Sum of the row's scores."""
+    loss: float
+    """lambda_i * mse + beta * l1; the scores times their costs where the penalty counts those."""
+
+
+def freeze(model: torch.nn.Module) -> None:
+    """Evaluation mode, no weight gradients: what SDT expects of the base model."""
+    model.eval().requires_grad_(False)
+
+
+Rows = tuple[Tensor, Any, RowKeys | None]
+"""Noise (N, C, H, W), condition and names of N rows."""
+
+
+def micro_batches(
+    noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None, micro_batch_size: int
+) -> list[Rows]:
+    """The rows in order, at most `micro_batch_size` at a time; 0 leaves them together.
+
+    Before a sampler starts, since guidance doubles rows: [conditional; unconditional].
+    """
+    count = len(noise_NCHW)
+    size = micro_batch_size or count
+    parts = (slice(first, first + size) for first in range(0, count, size))
+    return [(noise_NCHW[part], condition_N[part], rows[part] if rows else None) for part in parts]
+
+
+@dataclass(slots=True)
+class _MicroBatch:
+    """Rows on their way along the trajectory."""
+
+    state: State
+    cache: BranchCache
+
+
+class SdtTrainer:
+    """A router, its optimiser and the loop over one trajectory."""
+
+    def __init__(self, sampler: Sampler, router: Router, config: SdtConfig) -> None:
+        self.sampler, self.router, self.config = sampler, router, config
+        self.stopwatch = Stopwatch(router.rows[0].device)
+        trained = [row for row in router.rows if row.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=config.learning_rate, eps=config.epsilon, weight_decay=0.0
+        )
+        self.costs_B = torch.ones_like(router.rows[0])
+        if config.penalty == "macs":
+            macs = self.costs_B.new_tensor(sampler.model.macs().branches)
+            self.costs_B = macs / macs.mean()
+
+    def train_trajectory(
+        self,
+        noise_NCHW: Tensor,
+        condition_N: Any,
+        lambda_T: Tensor,
+        *,
+        rows: RowKeys | None = None,
+        beta: float | None = None,
+        micro_batch_size: int = 0,
+        average: Callable[[Tensor], None] | None = None,
+        on_gradient: Callable[[int, Tensor], object] | None = None,
+    ) -> tuple[list[StepRecord], Tensor]:
+        """T-1 updates, noisiest step first.
+
+        Args:
+            lambda_T: lambda_i of steps 0 ... T-2, (T-1,).
+            rows: the rows' names, for samplers that draw noise.
+            beta: replaces the configured one, for a beta that follows a target.
+            micro_batch_size: rows that are computed at a time; 0 is all. Each update is that of all rows.
+            average: averages a tensor over all workers in place; none on one worker.
+            on_gradient: sees (i, gradient of row i (B,)) before the update.
+
+        Returns:
+            The records in the order run, and the student's final images or latents (N, C, H, W).
+        """
+        sampler, config = self.sampler, self.config
+        beta = config.beta if beta is None else beta
+        parts = [
+            self._start(*part) for part in micro_batches(noise_NCHW, condition_N, rows, micro_batch_size)
+        ]
+        records = []
+        for i in reversed(range(sampler.num_steps - 1)):
+            row = self.router.rows[i]
+            if not self.trains(i):
+                for part in parts:
+                    self._full_step(i, part)
+                continue
+            scores_B = self.router.scores(i)
+            measured = [self._step(i, part, scores_B) for part in parts]
+            error, error_B, count = (sum(values) for values in zip(*measured, strict=True))
+            mse, l1 = error / count, scores_B.sum()
+            scores_B.backward(lambda_T[i] / count * error_B + beta * self.costs_B)
+            assert row.grad is not None
+            if average is not None:
+                with self.stopwatch.measure("reduce"):
+                    average(row.grad)
+            if on_gradient is not None:
+                on_gradient(i, row.grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.router.clamp_(config.clamp)
+            loss = lambda_T[i] * mse + beta * (self.costs_B * scores_B).sum()
+            records.append(StepRecord(i, mse.item(), l1.item(), loss.item()))
+        return records, torch.cat([sampler.finish(part.state) for part in parts])
+
+    def trains(self, i: int) -> bool:
+        """Whether row i is learned; in pairs, the first step of each computes everything, as T-1 does."""
+        last = self.sampler.num_steps - 1
+        return i < last and (self.config.objective == "stepwise" or (last - i) % 2 == 1)
+
+    @torch.no_grad()
+    def _full_step(self, i: int, part: "_MicroBatch") -> None:
+        everything = (True,) * self.router.num_branches
+        part.state, _ = planned_step(self.sampler, i, part.state, everything, part.cache)
+
+    @torch.no_grad()
+    def _start(self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None) -> _MicroBatch:
+        """Step T-1 computes everything, fills the cache, trains nothing."""
+        cache = BranchCache(self.router.num_branches, self.config.reuse)
+        part = _MicroBatch(self.sampler.start(noise_NCHW, condition_N, rows), cache)
+        self._full_step(self.sampler.num_steps - 1, part)
+        return part
+
+    def _step(self, i: int, part: _MicroBatch, scores_B: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Take the rows past step i: sum of squared errors, its gradient in the scores (B,), elements."""
+        sampler, model, config = self.sampler, self.sampler.model, self.config
+        row = (scores_B.detach() > config.threshold).tolist()
+        is_hard = config.student == "hard" and config.objective == "stepwise"
+        with torch.no_grad(), self.stopwatch.measure("teacher"):
+            hidden, conditioning = sampler.embed(i, part.state)
+            target = sampler.guide(model.full_pass(hidden, conditioning))
+        with self.stopwatch.measure("student"):
+            output = soft_pass(
+                model,
+                hidden,
+                conditioning,
+                scores_B,
+                [False] * len(row) if is_hard else row,
+                part.cache,
+                i,
+                recompute=config.activation_checkpointing,
+            )
+            guided = sampler.guide(output)
+        # The gradient of the sum of squares: a mean times lambda, some 1e-10 an element, would underflow
+        # on its way through a float16 model. And sums add up over micro-batches.
+        error = (guided - target).square().sum()
+        with self.stopwatch.measure("backward"):
+            (error_B,) = torch.autograd.grad(error, scores_B)
+        if is_hard:
+            with torch.no_grad(), self.stopwatch.measure("student"):
+                part.state, _ = planned_step(sampler, i, part.state, row, part.cache)
+        else:
+            along = target if config.objective == "pairwise" else guided.detach()
+            part.state = sampler.advance(i, part.state, along)
+        return error.detach(), error_B, guided.numel()

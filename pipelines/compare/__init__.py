@@ -1,0 +1,1 @@
+"""The stage `compare`: this method beside baselines, at equal cost."""

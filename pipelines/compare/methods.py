@@ -1,0 +1,96 @@
+"""What is compared at a speed: this project's routers, what else learns a plan, and plans that nobody has to
+learn."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.cache import Reuse
+from harmonica.core.plan import Plan
+from harmonica.models.base import Macs
+from harmonica.samplers import SamplerConfig
+from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.plans.builders import even_plan, threshold_for
+from pipelines.compare.names import FEWER_STEPS, OURS, PAPER, RELEASED
+from pipelines.config.workflow import TrainConfig
+from pipelines.evaluation.latency import FULL, Arm
+
+_RANDOM_SEED = 7
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method at a speed."""
+
+    method: str
+    target: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its arm; also a folder's, so without spaces."""
+        words = self.method.replace(" ", "-").replace("+", "and").replace("(", "").replace(")", "")
+        return f"{words}_{self.target:g}x_seed{self.seed}"
+
+
+def learners(train: TrainConfig, target: float, *, rivals: bool) -> dict[str, TrainConfig]:
+    """How each learning method is trained for a speed; all take as many trajectories."""
+    ours = train.for_target(target_speedup=target)
+    if not rivals:
+        return {OURS: ours}
+    paper = dataclasses.replace(
+        ours,
+        trajectories=ours.all_trajectories,
+        start_trajectories=0,
+        choice_trajectories=0,
+        forecast=ForecastConfig(),
+        initial="constant",
+        initial_logit=2.0,
+        iepo="leave_one_out",
+        sdt=dataclasses.replace(
+            train.sdt, reuse="hold", student="soft", penalty="count", learning_rate=0.15, threshold=0.1
+        ),
+    )
+    pairwise = dataclasses.replace(paper.sdt, objective="pairwise")
+    return {
+        OURS: ours,
+        PAPER: paper,
+        RELEASED: dataclasses.replace(paper, iepo="cumulative"),
+        "SDT without IEPO": dataclasses.replace(paper, iepo="none"),
+        "Learning-to-Cache": dataclasses.replace(paper, iepo="none", sdt=pairwise),
+    }
+
+
+def learned_arm(entry: Entry, artifact: RouterArtifact) -> Arm:
+    return Arm(entry.name, artifact.sampler, artifact.plan, artifact.reuse)
+
+
+def unlearned(sampler: SamplerConfig, macs: Macs, target: float, seeds: int) -> list[tuple[Entry, Arm]]:
+    """Fewer steps of the same sampler, evenly spread whole steps, held or forecast, and random entries."""
+    count = sampler.num_inference_steps
+    even = even_plan(count, macs, target)
+    plans: list[tuple[Entry, Plan, Reuse]] = [
+        (Entry("fixed intervals (FORA)", target), even, "hold"),
+        (Entry("fixed intervals + linear forecast (TaylorSeer)", target), even, "forecast"),
+    ]
+    for seed in range(seeds):
+        scores_TB = _random_scores(count, len(macs.branches), seed)
+        random = Plan.from_scores(scores_TB, threshold_for(scores_TB, macs, target))
+        plans.append((Entry("random plan", target, seed), random, "hold"))
+    steps = max(1, round(count / target))
+    fewer = Entry(FEWER_STEPS, target)
+    arms = [(entry, Arm(entry.name, sampler, plan, reuse)) for entry, plan, reuse in plans]
+    return [(fewer, Arm(fewer.name, dataclasses.replace(sampler, num_inference_steps=steps))), *arms]
+
+
+def _random_scores(num_steps: int, num_branches: int, seed: int) -> Tensor:
+    generator = np.random.default_rng((_RANDOM_SEED, seed))
+    return torch.from_numpy(generator.uniform(0.01, 0.99, (num_steps, num_branches)))
+
+
+def full_arm(sampler: SamplerConfig) -> Arm:
+    return Arm(FULL, sampler)

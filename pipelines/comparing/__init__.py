@@ -1,1 +1,0 @@
-"""What the stage `compare` puts this project's routers beside, how it measures them, and its picture."""

@@ -1,0 +1,1 @@
+"""All settings of the workflow, one module a stage; `workflow` has them together."""

@@ -1,0 +1,49 @@
+"""What the stage `compare` compares."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from harmonica.validation.settings import Field, settings
+
+_ADD_OR_DROP_ARMS = ("targets", "seeds", "learners", "libraries")
+_MAY_GROW = "samples"
+
+
+@settings("compare")
+class CompareConfig:
+    """This project's routers beside what else one could do, on the same noise, at the same speeds.
+
+    All of it may change when a run is resumed, but for `samples`, which may only grow: arms are added or
+    dropped, and judged anew on more images.
+    """
+
+    targets: Annotated[tuple[Annotated[float, Field(gt=1, le=10)], ...], Field(min_length=1)] = (
+        1.2,
+        1.4,
+        1.6,
+        2.0,
+    )
+    """Ideal speedups at which methods meet; other libraries take none, and stand where they come to."""
+    seeds: Annotated[int, Field(ge=1, le=100)] = 1
+    """Routers that each learning method trains at each speed; their spread is the method's."""
+    samples: Annotated[int, Field(ge=16, le=50_000)] = 256
+    """Images of each arm; a run that is resumed may have more, not fewer."""
+    learners: bool = True
+    """Train what else learns: HarmoniCa in the paper's setting and in the released code's, SDT without IEPO,
+    Learning-to-Cache."""
+    libraries: bool = True
+    """Sample with the caches of diffusers and, where it is installed, cache-dit; class-conditional models
+    only."""
+
+
+def free_to_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Names of settings that a run may be resumed with though they differ, such as `compare.targets`.
+
+    Args:
+        before: those of this section that the run has so far, as JSON has them.
+        now: those that are given.
+    """
+    free = {*_ADD_OR_DROP_ARMS}
+    if now[_MAY_GROW] >= before.get(_MAY_GROW, 0):
+        free.add(_MAY_GROW)
+    return {f"compare.{name}" for name in free}

@@ -1,0 +1,69 @@
+"""Settings of the stage evaluate; a line under each field says what it does."""
+
+from typing import Annotated, Literal
+
+from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerName
+from harmonica.samplers.noise_schedule import NUM_TRAIN_TIMESTEPS
+from harmonica.validation.settings import Count, Field, require, settings
+
+FeatureKind = Literal["auto", "classifier", "inception"]
+
+
+@settings("evaluate")
+class EvaluateConfig:
+    """Sampling the same noise full, cached and with fewer steps, and judging the images."""
+
+    samples: Annotated[int, Field(ge=16)] = 512
+    """Images of each arm; a cluster takes 50,000 by the same code."""
+    batch_size: Count = 32
+    """Images an actor samples at once."""
+    num_actors: Count = 2
+    """Ray Data actors, each with its own copy of the model."""
+    use_gpu: bool = False
+    """One GPU an actor."""
+    timing_rounds: Count = 5
+    """Times each arm is timed, in turn; the medians are compared."""
+    timing_batch_size: Count = 8
+    """Images of one timed batch."""
+    transfer: tuple[SamplerName, ...] = ()
+    """Other samplers of as many steps to measure the router under, such as dpm-solver++: what its plan is
+    worth where it was not trained."""
+    transfer_guidance: tuple[Annotated[float, Field(ge=1, le=MAX_GUIDANCE_SCALE)], ...] = ()
+    """Other guidance scales to measure it under."""
+    transfer_steps: tuple[Annotated[int, Field(ge=2, le=NUM_TRAIN_TIMESTEPS)], ...] = ()
+    """Other step counts to measure it at, its plan stretched or shrunk, forecasts linear."""
+    features: FeatureKind = "auto"
+    """Whose features distances between sets of images are taken of: the shipped Fashion-MNIST `classifier`,
+    or `inception`; `auto` is the classifier for built-in models and none for others."""
+    inception_path: str = ""
+    """torch-fidelity's weights of Inception-v3, a local file on every node: for features `inception`."""
+    reference_statistics: str = ""
+    """ADM's reference batch, a local .npz with mu and sigma or images: what real images look like to
+    Inception."""
+    clip_path: str = ""
+    """Local folder of a CLIP model, on every node: scores images against their prompts."""
+    lpips_path: str = ""
+    """torchvision's AlexNet weights, a local file on every node: LPIPS to the uncached sample."""
+    noise_floor: bool = True
+    """Sample full once more from another seed: how far two sets of full images are apart anyway. Costs as
+    much as the full arm."""
+    resamples: Annotated[int, Field(ge=0, le=10_000)] = 200
+    """Bootstrap resamples behind each 95% interval; 0 leaves the intervals out."""
+
+    def __post_init__(self) -> None:
+        self._check_inception()
+
+    def _check_inception(self) -> None:
+        uses = self.features == "inception"
+        require(
+            uses == bool(self.inception_path),
+            "evaluate.inception_path",
+            self.inception_path,
+            "give the file of the weights with evaluate.features inception, and only then",
+        )
+        require(
+            uses or not self.reference_statistics,
+            "evaluate.reference_statistics",
+            self.reference_statistics,
+            "give evaluate.features inception with it: they are Inception's",
+        )

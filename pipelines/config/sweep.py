@@ -1,0 +1,51 @@
+"""What a sweep varies, and how it searches."""
+
+from typing import Annotated, Literal
+
+from harmonica.training.iepo import IepoKind
+from harmonica.validation.settings import Count, Field, require, settings
+
+Search = Literal["grid", "asha"]
+_DEFAULTS = {"target_speedup": (1.2, 1.4, 1.6, 2.0), "target_cur": (0.2, 0.3, 0.4, 0.5)}
+Target = Literal["target_cur", "target_speedup"]
+LambdaKind = IepoKind | Literal["none"]
+
+
+@settings("sweep")
+class SweepConfig:
+    """Many short trainings on Ray Tune; all that is not varied is the run's own settings."""
+
+    over: Target = "target_speedup"
+    """The setting of training that `targets` are of."""
+    targets: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    """Speedups, or shares of reused entries. None: speedups 1.2, 1.4, 1.6 and 2, or shares 0.2, 0.3, 0.4 and
+    0.5."""
+    iepo: tuple[LambdaKind, ...] = ()
+    """Ways to measure lambda; none: that of train.iepo."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**62)], ...] = ()
+    """Of training; none: the run's. All are judged on the same rows, which none was trained on."""
+    search: Search = "grid"
+    """Train every combination to its end (grid), or stop early those whose score falls behind (asha). The
+    score is that of promotion, by ideal speedup."""
+    report_every: Count = 10
+    """Trajectories between reports and checkpoints of a trial."""
+    report_samples: Count = 8
+    """Images of each report's PSNR."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    """asha: of so many trials that get as far, one goes on."""
+    max_concurrent: Count = 2
+    """Trials at once, one core or, with train.use_gpu, one GPU each."""
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "iepo", "seeds"):
+            values = getattr(self, name) or ()
+            require(len(set(values)) == len(values), f"sweep.{name}", values, "give each value once")
+        is_cur = self.over == "target_cur"
+        good = all(0 < target < 1 if is_cur else target > 1 for target in self.all_targets)
+        cure = f"give values {'above 0 and below' if is_cur else 'above'} 1 for sweep.over {self.over}"
+        require(good, "sweep.targets", self.targets, cure)
+
+    @property
+    def all_targets(self) -> tuple[float, ...]:
+        """Those given, or what stands for None."""
+        return self.targets or _DEFAULTS[self.over]

@@ -1,0 +1,209 @@
+"""Every setting of the workflow. This file is the manual: a line under each field says what it does.
+
+`pipelines.presets` fills them in; the command line overrides single fields, as in
+`python workflow.py fashion --train.trajectories 50`.
+"""
+
+import dataclasses
+import re
+from dataclasses import field
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+
+from harmonica.data.text_encoder import EncoderDtype, OverLimit
+from harmonica.io.file_systems import shown
+from harmonica.models.loading import ModelConfig
+from harmonica.samplers import SamplerConfig
+from harmonica.training.config import TrainingConfig
+from harmonica.validation.settings import Count, Cure, Field, Natural, Positive, require, settings
+from pipelines.config.compare import CompareConfig
+from pipelines.config.evaluate import EvaluateConfig
+from pipelines.config.promotion import Promote, PromoteConfig
+from pipelines.config.serve import ServeConfig
+from pipelines.config.sweep import SweepConfig
+
+Stage = Literal["prompts", "train", "evaluate", "sweep", "register", "serve", "compare"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+TEXT_STAGES: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage not in ("sweep", "compare"))
+"""The chain, where nothing else is asked for."""
+Placement = Literal["PACK", "SPREAD", "STRICT_SPREAD"]
+CLASS_STAGES: tuple[Stage, ...] = TEXT_STAGES[1:]
+"""Of a model that takes no prompts."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_ENDPOINT = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+/?")
+
+
+@settings("prompts")
+class PromptsConfig:
+    """The prompts that a router is trained on, and how they are embedded."""
+
+    path: str = ""
+    """A .txt file with a prompt a line, a .parquet file, or a folder of either; local or an s3:// URI."""
+    column: Annotated[str, Field(min_length=1)] = "prompt"
+    """Of Parquet: the column that holds the text."""
+    max_tokens: Count = 300
+    """What a prompt is padded to: 120 for PixArt-alpha, 300 for Sigma."""
+    over_limit: OverLimit = "truncate"
+    """Longer prompts lose their end, with a warning, or are refused before anything is embedded."""
+    batch_size: Count = 32
+    """Prompts an actor embeds at once."""
+    num_actors: Count = 1
+    """Ray Data actors, each with its own copy of the text encoder."""
+    use_gpu: bool = False
+    """One GPU an actor."""
+    dtype: EncoderDtype = "bfloat16"
+    """Precision of the text encoder; what is stored is bfloat16 whatever it is."""
+
+
+@settings("train")
+class TrainConfig(TrainingConfig):
+    """Router training on Ray Train."""
+
+    num_workers: Count = 2
+    """Ray Train workers, one core or GPU each."""
+    min_workers: Natural = 0
+    """Go on with as few as these where there is no room for num_workers, and with more once there is; 0 waits
+    for all of them."""
+    resize_interval_s: Positive = 60.0
+    """How often training on fewer workers than num_workers looks for room for more."""
+    use_gpu: bool = False
+    """One GPU a worker."""
+    max_failures: Annotated[int, Field(ge=-1), Cure("0 or more, or -1 for any number")] = 3
+    """Worker failures survived, each from the last checkpoint; -1: any number."""
+    placement_strategy: Placement = "PACK"
+    """Workers on few nodes (PACK), spread over many (SPREAD), or never two on one (STRICT_SPREAD)."""
+    stall_timeout_s: Positive = 1800.0
+    """A run of which no worker has begun anything new for this long fails, and says what it waited for."""
+
+    def __post_init__(self) -> None:
+        TrainingConfig.__post_init__(self)  # super() does not work in a dataclass with slots
+        self._check_elastic()
+        least = "min_workers" if self.min_workers else "num_workers"
+        require(
+            min(self.counts) > 1 or not self.shard_model,
+            "train.shard_model",
+            self.shard_model,
+            f"give False, or train.{least} above 1 to share the weights among",
+        )
+        whom = f"train.num_workers ({self.num_workers})"
+        if self.min_workers:
+            whom = f"every number from train.min_workers ({self.min_workers}) to {whom}"
+        require(
+            not any(self.batch_size % count for count in self.counts),
+            "train.batch_size",
+            self.batch_size,
+            f"give a multiple of {whom}, so that workers share evenly",
+        )
+
+    def _check_elastic(self) -> None:
+        require(
+            self.min_workers <= self.num_workers,
+            "train.min_workers",
+            self.min_workers,
+            f"give 1 to train.num_workers ({self.num_workers}), or 0 for all of them or none",
+        )
+        require(
+            not self.min_workers or self.placement_strategy != "STRICT_SPREAD",
+            "train.placement_strategy",
+            self.placement_strategy,
+            "give SPREAD or PACK with train.min_workers, since Ray counts free cores and GPUs, not nodes",
+        )
+
+    @property
+    def counts(self) -> range:
+        """How many workers there may be."""
+        return range(self.min_workers or self.num_workers, self.num_workers + 1)
+
+
+@settings()
+class WorkflowConfig:
+    """The whole chain."""
+
+    preset: str = "fashion"
+    """Where the values came from."""
+    run_id: str = ""
+    """Names the run; the same id again skips its finished stages. Empty: a new one."""
+    storage_path: str = "runs"
+    """Folder, or s3://bucket/prefix, that holds runs; credentials come from the environment or ~/.aws."""
+    storage_endpoint: str = ""
+    """Address of an S3 store that is not Amazon's, such as http://minio:9000; empty takes AWS_ENDPOINT_URL,
+    or what ~/.aws/config says."""
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = CLASS_STAGES
+    """What to run, in this order."""
+    done_again_from: Annotated[Stage | None, tyro.conf.arg(name="from")] = None
+    """Of a run that has it already: do this stage and those after it again."""
+    registered_model: str = "harmonica-fashion"
+    """Name in MLflow's registry; the alias `champion` points at the version Serve loads."""
+    promote: Promote = "gate"
+    """Whether a new version becomes the champion: if it passes the gate of `promotion`, never, or always."""
+    node_metrics_interval_s: Annotated[float, Field(ge=0)] = 10.0
+    """Seconds between readings of every node's CPU, memory and GPUs, which go to MLflow; 0 takes none."""
+    seed: Annotated[int, Field(ge=0, lt=2**62), Cure("a whole number from 0, below 2^62")] = 0
+    """Fixes every label and every noise of training; evaluation draws from seed + 1."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The denoiser."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How it samples."""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    """What a text-to-image model is trained and judged on."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Router training."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Evaluation."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """Search over targets, lambda kinds and seeds; only where the stage sweep is asked for."""
+    promotion: PromoteConfig = field(default_factory=PromoteConfig)
+    """The gate."""
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    """Endpoint."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    """Other methods beside this project's."""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.run_id or bool(_NAME.fullmatch(self.run_id)),
+            "run_id",
+            self.run_id,
+            "give letters, digits, '.', '_' and '-', at most 100",
+        )
+        require(
+            "://" not in self.storage_path or shown(self.storage_path) == self.storage_path.rstrip("/"),
+            "storage_path",
+            shown(self.storage_path),
+            "leave out what may be a credential: it would be logged; the environment or ~/.aws gives it",
+        )
+        require(
+            not self.storage_endpoint or bool(_ENDPOINT.fullmatch(self.storage_endpoint)),
+            "storage_endpoint",
+            shown(self.storage_endpoint),
+            "give http://host:port or https://host, without credentials",
+        )
+        require(
+            self.done_again_from is None or bool(self.run_id),
+            "from",
+            self.done_again_from,
+            "give the --run-id of the run whose stages are to be done again",
+        )
+        require(
+            self.done_again_from in (None, *self.stages),
+            "from",
+            self.done_again_from,
+            f"give one of the stages to run, {', '.join(self.stages)}",
+        )
+        require(
+            bool(_NAME.fullmatch(self.registered_model)),
+            "registered_model",
+            self.registered_model,
+            "give letters, digits, '.', '_' and '-'",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, for records and logs: URIs without the credentials that may be in them."""
+        return _without_secrets(dataclasses.asdict(self))
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_secrets(one) for name, one in value.items()}
+    return shown(value) if isinstance(value, str) else value

@@ -1,0 +1,162 @@
+"""Prompts to embeddings, once, by a pool of actors that write what training then reads.
+
+The text comes first and alone, so that what is wrong with it is said before a text encoder loads. Then
+each call of an actor embeds one part, `ROWS_PER_PART` prompts, and writes it whole, under a name made from
+its content. So a run that was killed goes on with what is missing, and ends with the bits of one that was
+not.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from itertools import islice
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from harmonica.data import text_encoder
+from harmonica.data.prompt_files import (
+    MANIFEST,
+    Manifest,
+    PromptRows,
+    part_bytes,
+    part_path,
+    read_manifest,
+    stored_parts,
+)
+from harmonica.data.prompts import PromptStore
+from harmonica.data.text_encoder import TextEncoder
+from harmonica.io.paths import is_remote, resolved, shown
+from harmonica.io.resolve import local_path
+from pipelines.data.read_prompts import PromptsConfig, Text, distinct_texts
+from pipelines.run_state.storage import RunStorage
+
+__all__ = ["PromptsConfig", "embed_prompts"]
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_PART = 256
+"""What a kill costs an actor at most; 630 MB where every prompt fills 300 tokens of width 4096."""
+
+
+class _Part(NamedTuple):
+    """Distinct prompts that follow each other."""
+
+    name: str
+    rows: int
+    table: Any
+    """Reference to a table of one row, name and prompts, in Ray's object store."""
+
+
+class PartEmbedder:
+    """A Ray Data actor: embeds a part a call and writes it."""
+
+    def __init__(self, config: PromptsConfig, model_path: str, out_uri: str) -> None:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # Ray would show each of its steps as a line
+        logging.getLogger(text_encoder.__name__).setLevel(logging.ERROR)  # the driver warned of all at once
+        device = "cuda" if config.use_gpu else "cpu"
+        self.encoder = TextEncoder.load(local_path(model_path), device, config.dtype)
+        self.config, self.storage = config, _storage(out_uri)
+
+    def __call__(self, table: Any) -> Any:
+        name, prompts = table["name"][0].as_py(), table["prompts"][0].as_py()
+        self.storage.write_bytes(part_path(name), part_bytes(self._embedded(prompts)))
+        return table.select(["name"])
+
+    def _embedded(self, prompts: list[str]) -> Iterator[PromptRows]:
+        """In batches that are the part's own: with whom a prompt is embedded may show in its last bit."""
+        for first in range(0, len(prompts), self.config.batch_size):
+            batch = prompts[first : first + self.config.batch_size]
+            yield PromptRows(*self.encoder.encode(batch, self.config.max_tokens), batch)
+
+
+def embed_prompts(config: PromptsConfig, model_path: str, out_uri: str) -> PromptStore:
+    """The store of the configured prompts in `out_uri`, of which only what is missing is made.
+
+    Args:
+        model_path: the pipeline whose text encoder embeds, as `model.path`.
+        out_uri: a folder of its own, local or s3://.
+
+    Raises:
+        ValueError: no prompts, unfit ones, no text encoder, or a store of something else in `out_uri`.
+    """
+    storage = _storage(out_uri)
+    out_uri = storage.uri()  # absolute, as actors may run elsewhere
+    storage.check_writable()
+    identity = text_encoder.encoder_identity(local_path(model_path), config.max_tokens)
+    salt = json.dumps([identity, config.dtype], sort_keys=True)
+    parts, count, tokens, truncated = [], 0, 0, 0
+    texts = distinct_texts(config, model_path)
+    while batch := list(islice(texts, ROWS_PER_PART)):
+        parts.append(_make_part(f"{count:09d}", batch, salt))
+        count += len(batch)
+        tokens += sum(min(text.tokens, config.max_tokens) for text in batch)
+        truncated += sum(text.tokens > config.max_tokens for text in batch)
+    negative = _make_part("negative", [Text("", b"", 1)], salt)
+    manifest = Manifest(
+        encoder=identity,
+        dtype=config.dtype,
+        max_tokens=config.max_tokens,
+        width=identity["d_model"],
+        count=count,
+        tokens=tokens,
+        truncated=truncated,
+        parts=[[part.name, part.rows] for part in parts],
+        negative=negative.name,
+    )
+    _check_unused(out_uri, manifest)
+    stored = stored_parts(out_uri)
+    missing = [part for part in (*parts, negative) if part.name not in stored]
+    logger.info("%d prompts in %d parts, %d to embed", count, len(parts) + 1, len(missing))
+    if missing:
+        _embed(missing, config, model_path, out_uri)
+    storage.write_json(MANIFEST, asdict(manifest))
+    return PromptStore(out_uri)
+
+
+def _storage(out_uri: str) -> RunStorage:
+    place = resolved(out_uri, "prompt store")
+    base, mark, query = place.partition("?") if is_remote(place) else (place, "", "")
+    parent, _, name = base.rpartition("/")
+    return RunStorage(f"{parent or '/'}{mark}{query}", name)
+
+
+def _make_part(label: str, texts: list[Text], salt: str) -> _Part:
+    """`salt` is what embeddings depend on beside the prompts."""
+    content = hashlib.sha256(salt.encode() + b"".join(text.digest for text in texts)).hexdigest()[:16]
+    name, prompts = f"{label}-{content}", [text.prompt for text in texts]
+    table = pa.table({"name": [name], "prompts": pa.array([prompts], pa.list_(pa.string()))})
+    return _Part(name, len(texts), ray.put(table))
+
+
+def _check_unused(out_uri: str, manifest: Manifest) -> None:
+    stored = read_manifest(out_uri)
+    if stored is None or stored == manifest:
+        return
+    names = [one.name for one in fields(Manifest) if getattr(stored, one.name) != getattr(manifest, one.name)]
+    raise ValueError(
+        f"prompt store {shown(out_uri)} is finished and has another {', '.join(names)} than asked for: give "
+        "another folder, since routers may have been trained on it"
+    )
+
+
+def _embed(parts: list[_Part], config: PromptsConfig, model_path: str, out_uri: str) -> None:
+    tables = ray.data.from_arrow_refs([part.table for part in parts])
+    written = tables.map_batches(
+        PartEmbedder,
+        fn_constructor_kwargs={"config": config, "model_path": model_path, "out_uri": out_uri},
+        compute=ActorPoolStrategy(size=min(config.num_actors, len(parts))),
+        batch_format="pyarrow",
+        batch_size=1,
+        num_cpus=1,
+        num_gpus=1 if config.use_gpu else None,
+    )
+    names = {name for batch in written.iter_batches(batch_size=None) for name in batch["name"]}
+    assert names == {part.name for part in parts}

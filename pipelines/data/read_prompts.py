@@ -1,0 +1,125 @@
+"""The text of prompts, in the order it has, each once, with what is wrong with it said first.
+
+The driver keeps 16 bytes of each prompt; the text itself goes through it and on.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from pyarrow import fs
+
+from harmonica.data import text_encoder
+from harmonica.io.file_systems import open_uri, shown
+from harmonica.io.resolve import local_path
+from pipelines.config.workflow import PromptsConfig
+
+logger = logging.getLogger(__name__)
+
+_TEXTS_PER_TASK = 4096
+_SCHEMA = pa.schema([("prompt", pa.string()), ("digest", pa.binary()), ("tokens", pa.int32())])
+
+
+class Text(NamedTuple):
+    """A prompt as the encoder sees it."""
+
+    prompt: str
+    digest: bytes
+    tokens: int
+
+
+def distinct_texts(config: PromptsConfig, model_path: str) -> Iterator[Text]:
+    """Every prompt that is not empty, where it comes first.
+
+    Raises:
+        ValueError: once all are read: there are none, or some are too long and that is to be refused.
+    """
+    seen: set[bytes] = set()
+    first_over, over = None, 0
+    for text in _all_texts(config, model_path):
+        if text.digest not in seen:
+            seen.add(text.digest)
+            if text.tokens > config.max_tokens:
+                first_over, over = first_over or text, over + 1
+            yield text
+    path = shown(config.path)
+    if not seen:
+        raise ValueError(f"prompts.path {path} holds no prompts: give at least one line of text")
+    if first_over is None:
+        return
+    prompt, _, tokens = first_over
+    words = text_encoder.over_limit_words(prompt, tokens, over, len(seen), config.max_tokens)
+    if config.over_limit == "refuse":
+        raise ValueError(f"prompts.path {path}: {words}: shorten them, or set prompts.over_limit to truncate")
+    logger.warning("prompts.path %s: %s; they lose their end", path, words)
+
+
+def _files(path: str) -> tuple[fs.FileSystem, list[str]]:
+    """The files of text, sorted: their order is the prompts' order."""
+    if not path:
+        raise ValueError("prompts.path is '': give a .txt or .parquet file, or a folder of them")
+    filesystem, root = open_uri(path, "prompts.path")
+    try:
+        info = filesystem.get_file_info(root)
+        inside = fs.FileSelector(root, recursive=True)
+        found = [info] if info.is_file else filesystem.get_file_info(inside)
+    except OSError as error:
+        raise ValueError(
+            f"prompts.path {shown(path)} cannot be read ({type(error).__name__}): give a .txt or .parquet "
+            "file, or a folder of them"
+        ) from None
+    for suffix in (".parquet", ".txt"):
+        if names := sorted(one.path for one in found if one.is_file and one.path.endswith(suffix)):
+            return filesystem, names
+    raise ValueError(
+        f"prompts.path {shown(path)} holds neither .parquet nor .txt: give such a file or a folder of them"
+    )
+
+
+def _source(config: PromptsConfig) -> ray.data.Dataset:
+    """The text as it is, in one column."""
+    filesystem, names = _files(config.path)
+    if names[0].endswith(".txt"):  # and a byte-order mark is no part of the first prompt
+        return ray.data.read_text(names, filesystem=filesystem, encoding="utf-8-sig")
+    with filesystem.open_input_file(names[0]) as file:
+        schema = pq.read_schema(file)
+    kind = schema.field(config.column).type if config.column in schema.names else None
+    if kind not in (pa.string(), pa.large_string()):
+        held = ", ".join(f"{one.name} ({one.type})" for one in schema)
+        raise ValueError(f"prompts.column is {config.column!r}: give a column of text, of {held}")
+    return ray.data.read_parquet(names, filesystem=filesystem).select_columns([config.column])
+
+
+@cache
+def _tokenizer(model_path: str) -> Any:
+    """Of this process."""
+    return text_encoder.load_tokenizer(local_path(model_path))
+
+
+def _prepare(rows: Any, model_path: str) -> Any:
+    """Text as the encoder sees it, without what is empty; prompt, digest, tokens."""
+    prompts = [text_encoder.preprocess(text) for text in rows[0].to_pylist() if text is not None]
+    prompts = [prompt for prompt in prompts if prompt]
+    digests = [hashlib.blake2b(prompt.encode(), digest_size=16).digest() for prompt in prompts]
+    tokens = text_encoder.token_counts(_tokenizer(model_path), prompts)
+    return pa.table([prompts, digests, tokens], schema=_SCHEMA)
+
+
+def _all_texts(config: PromptsConfig, model_path: str) -> Iterator[Text]:
+    """Every prompt of the input that is not empty, in order."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.use_datasource_v2 = False  # V2 starts 32 actors to read Parquet's footers
+    prepared = _source(config).map_batches(
+        partial(_prepare, model_path=model_path),
+        batch_format="pyarrow",
+        batch_size=_TEXTS_PER_TASK,
+    )
+    batch: Any  # an Arrow table
+    for batch in prepared.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from map(Text, *(batch[name].to_pylist() for name in _SCHEMA.names))

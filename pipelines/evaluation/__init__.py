@@ -1,0 +1,1 @@
+"""The stage `evaluate`: image error, quality and latency of a router on Ray."""

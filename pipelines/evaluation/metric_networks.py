@@ -1,0 +1,134 @@
+"""What looks at an arm's images on the worker that sampled them, and hands back numbers and features."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harmonica.evaluation.accumulators import LOGITS, POOLED, SPATIAL
+from harmonica.evaluation.feature_extractors import ClassifierFeatures, FeatureExtractor, InceptionFeatures
+from harmonica.evaluation.perceptual import ClipScore, Lpips
+from harmonica.evaluation.reference_sets import ReferenceSet, builtin_reference, read_adm_reference
+from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, LoadedModel, ModelConfig
+from harmonica.models.vae import check_vae, decode_latents, draws_pixels
+from pipelines.config.evaluate import EvaluateConfig, FeatureKind
+from pipelines.config.workflow import WorkflowConfig
+
+_CLASSIFIER_SHAPE = (1, 28)
+_PSNR_OF_EQUALS = 100.0  # dB, for a mean that stays finite
+
+
+def feature_kind(settings: EvaluateConfig, model: ModelConfig) -> FeatureKind | None:
+    """Whose features are taken; the shipped classifier knows the built-in models' images alone."""
+    if settings.features != "auto":
+        return settings.features
+    return "classifier" if model.path in (BUILTIN, BUILTIN_TEXT) else None
+
+
+def _extractor(
+    config: WorkflowConfig, device: torch.device | str
+) -> ClassifierFeatures | InceptionFeatures | None:
+    kind = feature_kind(config.evaluate, config.model)
+    if kind == "inception":
+        return InceptionFeatures(config.evaluate.inception_path, device)
+    return ClassifierFeatures() if kind else None
+
+
+class Judges:
+    """All that looks at images, loaded once an actor."""
+
+    def __init__(self, config: WorkflowConfig, loaded: LoadedModel, device: torch.device) -> None:
+        settings = config.evaluate
+        self.extractor: FeatureExtractor | None = _extractor(config, device)
+        self.is_classifier = isinstance(self.extractor, ClassifierFeatures)
+        self.clip = ClipScore(settings.clip_path, device) if settings.clip_path else None
+        self.lpips = Lpips(settings.lpips_path, device) if settings.lpips_path else None
+        self.shows_pixels = draws_pixels(loaded.model)
+        self.vae = None
+        if not self.shows_pixels and _wants_pixels(config):
+            self.vae = loaded.load_vae(device)
+            self.shows_pixels = True
+
+    def shown(self, samples_NCHW: Tensor) -> Tensor:
+        """Pictures of samples, on the CPU; latents stay latents where nobody looks at pictures."""
+        return (decode_latents(self.vae, samples_NCHW) if self.vae else samples_NCHW).cpu()
+
+    def nearness(self, images_NCHW: Tensor, reference_NCHW: Tensor) -> dict[str, np.ndarray]:
+        """Numbers (N,) of each image beside its reference."""
+        from harmonica.evaluation.image_metrics import (  # seconds to import, so only where images are judged
+            psnr,
+            ssim,
+        )
+
+        columns = {"psnr": psnr(images_NCHW, reference_NCHW).clamp(max=_PSNR_OF_EQUALS)}
+        if self.shows_pixels:  # windows over latents would say nothing about structure
+            columns["ssim"] = ssim(images_NCHW, reference_NCHW)
+        if self.lpips is not None:
+            columns["lpips"] = self.lpips(images_NCHW, reference_NCHW)
+        return {name: values.numpy() for name, values in columns.items()}
+
+    def features(self, images_NCHW: Tensor) -> dict[str, np.ndarray]:
+        """What distances between sets are taken of: (N, F), (N, S) and (N, K)."""
+        if self.extractor is None:
+            return {}
+        seen = self.extractor(images_NCHW)
+        columns = {POOLED: seen.pooled_NF, SPATIAL: seen.spatial_NS, LOGITS: seen.logits_NK}
+        if self.is_classifier:
+            columns["class"] = seen.logits_NK.argmax(1)
+        return {name: values.numpy() for name, values in columns.items()}
+
+    def fidelity(self, images_NCHW: Tensor, prompts: Sequence[str] | None) -> dict[str, np.ndarray]:
+        """CLIP score (N,), where there are prompts and a CLIP."""
+        if self.clip is None or prompts is None:
+            return {}
+        return {"clip_score": self.clip(images_NCHW, prompts).numpy()}
+
+
+def _wants_pixels(config: WorkflowConfig) -> bool:
+    settings = config.evaluate
+    kind = feature_kind(settings, config.model)
+    return bool(kind or settings.clip_path or settings.lpips_path)
+
+
+def read_reference(config: WorkflowConfig, device: torch.device) -> ReferenceSet | None:
+    """The real images that the extractor's features are held against, if there are any."""
+    kind, path = feature_kind(config.evaluate, config.model), config.evaluate.reference_statistics
+    if kind == "classifier":
+        return builtin_reference()
+    if kind is None or not path:
+        return None
+    return read_adm_reference(path, InceptionFeatures(config.evaluate.inception_path, device))
+
+
+def check_judges(config: WorkflowConfig, loaded: LoadedModel) -> None:
+    """Everything that is needed to judge is there and fits the model.
+
+    Raises:
+        ValueError: names field, value and cure.
+    """
+    settings, model = config.evaluate, loaded.model
+    shape = (model.in_channels, model.sample_size)
+    if settings.features == "classifier" and shape != _CLASSIFIER_SHAPE:
+        raise ValueError(
+            f"evaluate.features is 'classifier', which knows grey pictures of 28 x 28, and the model draws "
+            f"{shape[0]} channels of {shape[1]} x {shape[1]}: give inception, or auto"
+        )
+    if _wants_pixels(config) and not draws_pixels(model):
+        if loaded.vae_folder is None:
+            raise ValueError(
+                f"model.vae is '' and {config.model.path} draws latents: give its decoder, or leave out "
+                "evaluate.features, clip_path and lpips_path, which look at pictures"
+            )
+        check_vae(loaded.vae_folder)
+    if settings.clip_path and model.num_classes:
+        raise ValueError(
+            f"evaluate.clip_path is {settings.clip_path!r} and the model takes labels: leave it out"
+        )
+    if settings.reference_statistics:
+        read_adm_reference(settings.reference_statistics)
+    _extractor(config, "cpu")
+    if settings.lpips_path:
+        Lpips(settings.lpips_path)
+    if settings.clip_path:
+        ClipScore(settings.clip_path)

@@ -1,0 +1,100 @@
+"""Train the built-in class-conditional DiT on Fashion-MNIST with Ray Train.
+
+    python -m pipelines.pretrain.dit --run-id fashion-dit --storage-path runs/pretrain
+    python -m pipelines.pretrain.dit --run-id fashion-dit --export harmonica/builtin/fashion-dit
+
+The first command trains, checkpoints every minute and, given the same run id again, goes on where
+it stopped; the second writes the EMA weights of the last checkpoint as the built-in model.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from harmonica.evaluation import fashion_mnist
+from harmonica.io.paths import local
+from harmonica.io.tensor_files import write_tensors
+from harmonica.models.dit.model import DiT, DiTConfig
+from harmonica.models.loading import write_folder_config
+from harmonica.pretraining.learning import NoisyBatch, drop
+from pipelines.pretrain.loop import PretrainConfig, Task, last_state, provenance, run
+
+logger = logging.getLogger(__name__)
+
+FASHION_DIT = DiTConfig(
+    sample_size=28,
+    patch_size=4,
+    in_channels=1,
+    out_channels=1,
+    num_layers=12,
+    num_attention_heads=4,
+    attention_head_dim=32,
+    num_embeds_ada_norm=10,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTPretrainConfig(PretrainConfig):
+    """How the built-in class-conditional model is trained."""
+
+    model: DiTConfig = field(default_factory=lambda: FASHION_DIT)
+    """Shape of the denoiser."""
+
+
+class LabelTask(Task[DiTPretrainConfig]):
+    """A DiT that is told the class."""
+
+    def make_model(self) -> DiT:
+        model = DiT(self.config.model)
+        model.initialize(torch.Generator().manual_seed(self.config.seed))
+        return model
+
+    def loss(
+        self,
+        forward: Callable[..., Tensor],
+        clean_NCHW: Tensor,
+        rows: np.ndarray,
+        generator: torch.Generator,
+    ) -> Tensor:
+        batch = NoisyBatch.draw(clean_NCHW, generator)
+        label_N = torch.from_numpy(self.labels[rows])
+        is_dropped = drop(len(rows), self.config.condition_dropout, generator)
+        label_N[is_dropped] = self.config.model.num_embeds_ada_norm  # the null class
+        predicted = forward(batch.images, batch.timesteps, label_N.to(clean_NCHW.device))
+        return (predicted - batch.noise).square().mean()
+
+
+def export(config: DiTPretrainConfig) -> Path:
+    """EMA weights of the last checkpoint in half precision, with the config beside them."""
+    state = last_state(config)
+    target = local(config.export, "export")
+    target.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.to(torch.float16).contiguous() for name, p in state["ema"].items()}
+    write_tensors(weights, target / "model.safetensors")
+    write_folder_config(
+        target,
+        config.model,
+        fashion_mnist.CLASS_NAMES,
+        command="python -m pipelines.pretrain.dit",
+        **provenance(config, state["step"]),
+    )
+    return target
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = tyro.cli(DiTPretrainConfig, description=__doc__)
+    if config.export:
+        logger.info("wrote %s", export(config))
+    else:
+        logger.info("last checkpoint: %s", run(config, LabelTask))
+
+
+if __name__ == "__main__":
+    main()

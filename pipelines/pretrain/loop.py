@@ -1,0 +1,222 @@
+"""Training a built-in denoiser on Fashion-MNIST with Ray Train, whatever it is told of the images.
+
+`pipelines.pretrain.dit` and `pipelines.pretrain.text_to_image` say what is trained; the loop checkpoints, and
+resumes a run of the same id. Batches, noise and captions are a pure function of (seed, step, rank).
+"""
+
+import dataclasses
+import logging
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from torch import Tensor, nn
+
+from harmonica.evaluation import fashion_mnist
+from harmonica.io.paths import local
+from harmonica.pretraining.learning import Learner, LearningConfig
+from harmonica.validation.finite import NotFinite
+from pipelines.runtime.ray_runtime import connect
+from pipelines.tracking.mlflow_runs import StageRun, stage_run
+
+logger = logging.getLogger(__name__)
+
+DATA = "Fashion-MNIST, 60,000 training images (Zalando Research, MIT licence)"
+_LOG_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(LearningConfig):
+    """How the built-in denoiser is trained."""
+
+    run_id: str = "fashion-dit"
+    """Names the run; the same id resumes it."""
+    storage_path: str = "runs/pretrain"
+    """Folder that holds runs."""
+    data_folder: str = str(fashion_mnist.DEFAULT_FOLDER)
+    """Folder with the four IDX files of Fashion-MNIST."""
+    num_workers: int = 2
+    """Data-parallel workers, one core each."""
+    use_gpu: bool = False
+    """One GPU a worker."""
+    batch_size: int = 128
+    """Global batch."""
+    steps: int = 4200
+    """Optimiser steps in all."""
+    decay_steps: int = 1600
+    """The last of them, over which the learning rate falls to zero."""
+    warmup_steps: int = 100
+    """The first of them, over which it rises."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Of the blocks' matrices."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, which are the ones kept."""
+    condition_dropout: float = 0.1
+    """Share of conditions replaced by the empty one, for guidance."""
+    seed: int = 0
+    """Fixes initial weights, batches, noise and timesteps."""
+    compile: bool = True
+    """torch.compile the denoiser."""
+    checkpoint_interval_s: float = 60.0
+    """Seconds between checkpoints."""
+    export: str = ""
+    """Write the last checkpoint's EMA weights to this folder instead of training."""
+
+
+Config = TypeVar("Config", bound=PretrainConfig)
+
+
+class Task(ABC, Generic[Config]):
+    """What is learned from the images; the loop around it is the same for labels and for captions."""
+
+    def __init__(self, config: Config, images: np.ndarray, labels: np.ndarray) -> None:
+        self.config, self.images, self.labels = config, images, labels
+
+    @abstractmethod
+    def make_model(self) -> nn.Module:
+        """As it is before the first step."""
+
+    @abstractmethod
+    def loss(
+        self,
+        forward: Callable[..., Tensor],
+        clean_NCHW: Tensor,
+        rows: np.ndarray,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Of `forward`, the replicated model, on the clean images of these rows."""
+
+    def batch(self, step: int, rank: int, world_size: int) -> tuple[np.ndarray, torch.Generator]:
+        """A rank's rows of global batch `step`, and its noise: a pure function of (seed, step, rank)."""
+        share = self.config.batch_size // world_size
+        rng = np.random.Generator(np.random.Philox(key=self.config.seed, counter=[0, 0, 0, step]))
+        rows = rng.integers(len(self.images), size=self.config.batch_size)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)) + rank)
+        return rows[rank * share :][:share], generator
+
+
+class _Progress:
+    """Mean loss and speed since the last line, in MLflow and the log; rank 0's only."""
+
+    def __init__(self, metrics: StageRun, config: PretrainConfig) -> None:
+        self.metrics, self.config = metrics, config
+        self.losses: list[float] = []
+        self.since = time.monotonic()
+
+    def add(self, learner: Learner, factor: float, loss: float) -> None:
+        self.losses.append(loss)
+        if learner.step % _LOG_STEPS:
+            return
+        now, steps = time.monotonic(), len(self.losses)
+        mean = sum(self.losses) / steps
+        speed = steps * self.config.batch_size / (now - self.since)
+        row = {"loss": mean, "learning_rate_factor": factor, "images_per_s": speed}
+        self.metrics.log(row, step=learner.step)
+        total = self.config.steps
+        logger.info("step %d of %d, loss %.4f, %.0f images/s", learner.step, total, mean, speed)
+        self.losses, self.since = [], now
+
+
+def _report(learner: Learner, is_rank_0: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        if is_rank_0:
+            torch.save(learner.state_dict(), Path(folder) / "state.pt")
+        checkpoint = Checkpoint.from_directory(folder) if is_rank_0 else None
+        ray.train.report({"step": learner.step}, checkpoint=checkpoint)
+
+
+def _train_loop(job: dict[str, Any]) -> None:
+    config: PretrainConfig = job["config"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    images, labels = fashion_mnist.load_fashion_mnist("train", local(config.data_folder, "data_folder"))
+    task: Task = job["task"](config, images, labels)
+    device = ray.train.torch.get_device()
+    model = task.make_model().to(device)
+    learner = Learner(model, config)
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            learner.load_state_dict(
+                torch.load(Path(folder) / "state.pt", weights_only=True, map_location=device)
+            )
+    replica = ray.train.torch.prepare_model(model)
+    forward = torch.compile(replica) if config.compile else replica
+    progress = _Progress(job["mlflow"], config) if rank == 0 else None
+    last_checkpoint = time.monotonic()
+    while learner.step < config.steps:
+        rows, generator = task.batch(learner.step, rank, world_size)
+        clean = (torch.from_numpy(images[rows]).float() / 127.5 - 1).to(device)
+        loss, factor = task.loss(forward, clean, rows, generator), learner.factor
+        learner.learn(loss)
+        if progress:
+            progress.add(learner, factor, loss.item())
+        is_due = time.monotonic() - last_checkpoint > config.checkpoint_interval_s
+        due = torch.tensor([float(is_due)], device=device)
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(due, src=0)  # reports are barriers: all ranks or none
+        if due.item() or learner.step == config.steps:
+            last_checkpoint = time.monotonic()
+            if not loss.isfinite():
+                raise NotFinite(
+                    f"the loss of step {learner.step} is {loss.item()}: give a smaller learning rate"
+                )
+            _report(learner, rank == 0)
+
+
+def run(config: PretrainConfig, task: type[Task]) -> Checkpoint:
+    """Train to `config.steps`, resuming what the run id already has; returns the last checkpoint."""
+    storage = str(local(config.storage_path, "storage_path"))
+    fashion_mnist.load_fashion_mnist(
+        "train", local(config.data_folder, "data_folder")
+    )  # fails here, not on a worker
+    connect()
+    with stage_run("pretrain", config.run_id, storage, dataclasses.asdict(config)) as mlflow_run:
+        trainer = TorchTrainer(
+            _train_loop,
+            train_loop_config={"config": config, "task": task, "mlflow": mlflow_run},
+            scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
+            run_config=RunConfig(
+                name=config.run_id,
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=3),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        result = trainer.fit()
+    if result.checkpoint is None:
+        raise RuntimeError(f"run {config.run_id} left no checkpoint under {storage}")
+    return result.checkpoint
+
+
+def last_state(config: PretrainConfig) -> dict[str, Any]:
+    """What the run's last checkpoint holds: a `Learner`'s state.
+
+    Raises:
+        ValueError: the run has no checkpoint yet.
+    """
+    folder = local(config.storage_path, "storage_path") / config.run_id
+    checkpoints = sorted(folder.glob("checkpoint_*/state.pt"))
+    if not checkpoints:
+        raise ValueError(f"run_id {config.run_id} has no checkpoint under {folder.parent}: train it first")
+    return torch.load(checkpoints[-1], weights_only=True, map_location="cpu")
+
+
+def provenance(config: PretrainConfig, steps_done: int) -> dict[str, Any]:
+    """What an exported model says of its making."""
+    own = {field.name for field in dataclasses.fields(PretrainConfig)}
+    where = ("export", "data_folder", "storage_path")
+    training = {name: value for name, value in dataclasses.asdict(config).items() if name in own}
+    for name in where:
+        training.pop(name)
+    return {"data": DATA, "training": {**training, "steps_done": steps_done}}

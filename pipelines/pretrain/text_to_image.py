@@ -1,0 +1,159 @@
+"""Train the built-in text-to-image PixArt on captions made from Fashion-MNIST, with Ray Train.
+
+    python -m pipelines.pretrain.text_to_image --storage-path runs/pretrain
+    python -m pipelines.pretrain.text_to_image --export harmonica/builtin/fashion-pixart
+    python -m pipelines.pretrain.text_to_image --judge harmonica/builtin/fashion-pixart
+
+It starts from the built-in DiT, and learns its small text encoder with it. As in `pipelines.pretrain.dit`,
+the first command resumes where its run stopped and the second writes the EMA weights of the last
+checkpoint. The third samples from what was written and leaves a report and pictures beside it.
+Shapes: N batch, C channels, H W image, S text tokens.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from harmonica.io.paths import local
+from harmonica.models.loading import BUILTIN
+from harmonica.pretraining.captions import caption, meaning, tones
+from harmonica.pretraining.evaluate_text_model import judge
+from harmonica.pretraining.learning import NoisyBatch, drop, following_loss
+from harmonica.pretraining.text_to_image import (
+    SPECIAL,
+    UNKNOWN,
+    WORD,
+    TextToImage,
+    load_dit,
+    make_model,
+    make_tokenizer,
+    save_pipeline,
+    tokenize,
+)
+from pipelines.pretrain.loop import PretrainConfig, Task, last_state, provenance, run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPretrainConfig(PretrainConfig):
+    """How the built-in text-to-image model is trained."""
+
+    run_id: str = "fashion-pixart"
+    """Names the run; the same id resumes it."""
+    steps: int = 1100
+    """Optimiser steps in all."""
+    decay_steps: int = 300
+    """The last of them, over which the learning rate falls to zero."""
+    warmup_steps: int = 50
+    """The first of them, over which it rises."""
+    learning_rate: float = 1.5e-3
+    """Peak learning rate."""
+    start: str = BUILTIN
+    """DiT to start from: its shape is the new model's."""
+    tone_share: float = 0.75
+    """Of the captions of dark or light pictures, those that say so."""
+    unknown_share: float = 0.03
+    """Of the words, those replaced by unknown ones, so that such mean nothing."""
+    teacher_weight: float = 1.0
+    """Of following the DiT, beside the noise, where no tone is asked for. The class weighs so little in the
+    noise's error that learning it from that alone takes several times as long; 0 does."""
+    judge: str = ""
+    """Judge the pictures of this folder's model instead of training."""
+    samples: int = 1000
+    """Pictures to judge it by, under each guidance scale."""
+
+
+class CaptionTask(Task[TextPretrainConfig]):
+    """A PixArt that is told a caption."""
+
+    def __init__(self, config: TextPretrainConfig, images: np.ndarray, labels: np.ndarray) -> None:
+        super().__init__(config, images, labels)
+        self.tokenizer, self.tones = make_tokenizer(), tones(images, labels)
+        # A word that the tokenizer does not have becomes these two: its beginning, and the rest.
+        self.teacher = load_dit(config.start)
+        self.unknown = torch.tensor(self.tokenizer.convert_tokens_to_ids([WORD, UNKNOWN]))
+
+    def make_model(self) -> TextToImage:
+        return make_model(self.config.start, self.config.seed)
+
+    def captions(self, rows: np.ndarray, generator: torch.Generator) -> list[str]:
+        """One for each row's picture, or none."""
+        is_dropped = drop(len(rows), self.config.condition_dropout, generator)
+        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        says_tone = rng.random(len(rows)) < self.config.tone_share
+        return [
+            "" if dropped else caption(int(self.labels[row]), self.tones[row] if says else None, rng)
+            for row, dropped, says in zip(rows, is_dropped.tolist(), says_tone)
+        ]
+
+    def loss(
+        self,
+        forward: Callable[..., Tensor],
+        clean_NCHW: Tensor,
+        rows: np.ndarray,
+        generator: torch.Generator,
+    ) -> Tensor:
+        batch = NoisyBatch.draw(clean_NCHW, generator)
+        texts = self.captions(rows, generator)
+        device = clean_NCHW.device
+        tokens = [each.to(device) for each in self._tokens(texts, generator)]
+        predicted = forward(batch.images, batch.timesteps, *tokens)
+        loss = (predicted - batch.noise).square().mean()
+        plain = [i for i, text in enumerate(texts) if not text or meaning(text)[1] is None]
+        if not plain or not self.config.teacher_weight:
+            return loss
+        labels = [int(self.labels[rows[i]]) if texts[i] else self.teacher.num_classes for i in plain]
+        images, timesteps = batch.images[plain], batch.timesteps[plain]
+        with torch.no_grad():
+            taught = self.teacher.to(device)(images, timesteps, torch.tensor(labels, device=device))
+        following = following_loss(predicted[plain], taught, timesteps) * len(plain) / len(rows)
+        return loss + self.config.teacher_weight * following
+
+    def _tokens(self, texts: list[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Ids and mask (N, S), some words unknown."""
+        ids_NS, mask_NS = tokenize(self.tokenizer, texts)
+        is_lost = torch.rand(ids_NS.shape, generator=generator) < self.config.unknown_share
+        is_lost &= ids_NS >= len(SPECIAL)
+        ids_NS[is_lost] = self.unknown[torch.randint(2, (int(is_lost.sum()),), generator=generator)]
+        return ids_NS, mask_NS
+
+
+def export(config: TextPretrainConfig) -> Path:
+    """EMA weights of the last checkpoint as a pipeline's folder, with their provenance beside them."""
+    state, folder = last_state(config), local(config.export, "export")
+    model = make_model(config.start, config.seed)
+    model.load_state_dict(state["ema"], strict=False)  # without the second name of T5's tied embedding
+    save_pipeline(model, folder)
+    own = {name: getattr(config, name) for name in ("start", "tone_share", "unknown_share", "teacher_weight")}
+    about = provenance(config, state["step"])
+    about = {
+        "command": "python -m pipelines.pretrain.text_to_image",
+        **about,
+        "training": about["training"] | own,
+    }
+    (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+    return folder
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = tyro.cli(TextPretrainConfig, description=__doc__)
+    if config.export:
+        logger.info("wrote %s", export(config))
+    elif config.judge:
+        report = judge(local(config.judge, "judge"), config.samples, seed=config.seed)
+        logger.info("%s", json.dumps(report, indent=1))
+    else:
+        logger.info("last checkpoint: %s", run(config, CaptionTask))
+
+
+if __name__ == "__main__":
+    main()

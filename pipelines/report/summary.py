@@ -1,0 +1,80 @@
+"""What a workflow ends with: the report's page, the table, and where everything is."""
+
+import importlib.metadata
+import logging
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from harmonica.cli.common import say
+from pipelines.config.workflow import WorkflowConfig
+from pipelines.report.html_report import PAGE, write_page
+from pipelines.report.terminal import results_table
+from pipelines.run_state.resume import (
+    COMPARISON,
+    HEAT_MAP,
+    PROMOTION,
+    REPORT,
+    SERVED,
+    SHEET,
+    SWEEP,
+    current,
+)
+from pipelines.run_state.storage import RunStorage
+from pipelines.runtime.ray_runtime import is_private
+from pipelines.tracking import mlflow_runs
+
+logger = logging.getLogger(__name__)
+
+
+def git_revision() -> str:
+    """Of the code that runs; a job's unpacked folder, or a machine without git, has none."""
+    if shutil.which("git") is None:
+        return "unknown"
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what comes out."""
+    return {
+        name: importlib.metadata.version(name) for name in ("ray", "torch", "mlflow", "timm", "diffusers")
+    }
+
+
+def summarise(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun, url: str) -> None:
+    """
+    Args:
+        run: MLflow's, of the whole workflow.
+        url: of the endpoint, "" where none was started.
+    """
+    try:
+        write_page(config, storage, run, versions() | {"git revision": git_revision()})
+    except Exception as error:  # of many libraries; the run has its results without it
+        logger.warning("%s is not complete (%s: %s)", PAGE, type(error).__name__, error)
+    there = current((PAGE, REPORT, COMPARISON, SWEEP, PROMOTION, SHEET, HEAT_MAP, SERVED), storage)
+    if REPORT in there:
+        report = storage.read_json(REPORT)
+        results_table(report)
+        say(report["verdict"])
+    say(f"results:  {storage.uri()}")
+    for name in there:
+        say(f"          {Path(storage.uri(name)) if storage.is_local else name}")
+    say("MLflow:   make ui      (http://127.0.0.1:5000)")
+    if config.serve.keep and url:
+        say(f"endpoint: {url} stays up")
+        _wait()
+    else:
+        say("endpoint: make serve   (http://127.0.0.1:8000, serves the champion)")
+
+
+def _wait() -> None:
+    """On a private cluster the endpoint lives as long as this process; on a joined one, by itself."""
+    if is_private():
+        say("          until Ctrl-C")
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            say("stopped")

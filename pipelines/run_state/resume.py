@@ -1,0 +1,225 @@
+"""Running again under a run id: what may differ, what is finished, and what `--from` makes undone.
+
+A stage that is done again works in a folder of its own, and its results take the place of those before once
+it is done; so these stay whole until then, however often it is interrupted. What is undone is recorded in the
+run's `config.json`, in one write with the settings that it is done again with.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from harmonica.data.prompt_files import MANIFEST
+from harmonica.validation.changed_settings import changed_settings
+from pipelines.config.compare import free_to_change
+from pipelines.config.workflow import STAGES, Stage, WorkflowConfig
+from pipelines.run_state.storage import RunStorage
+
+ROUTER, FAMILY, REPORT, SHEET, HEAT_MAP, CONFIG = (
+    "router",
+    "family",
+    "report.json",
+    "samples.png",
+    "router.png",
+    "config.json",
+)
+SERVED, PROMOTION = "served.png", "promotion.json"
+COMPARISON, COMPARISON_PICTURE, SWEEP = "comparison.json", "comparison.png", "sweep.json"
+WORKFLOW: Literal["workflow"] = "workflow"
+"""The whole of a command's stages, which have an MLflow run of their own."""
+_AGAIN = "done_again"
+# None of it changes what the finished stages made; a sweep keeps its own settings.
+_FREE = {
+    "run_id",
+    "stages",
+    "serve",
+    "sweep",
+    "promote",
+    "promotion",
+    "storage_path",
+    "storage_endpoint",
+    "preset",
+    "done_again_from",
+    "node_metrics_interval_s",
+}
+# How training is placed and watched: after the loss of a node it may have to change.
+_FREE_IN_TRAIN = {
+    "train.num_workers",
+    "train.min_workers",
+    "train.resize_interval_s",
+    "train.max_failures",
+    "train.placement_strategy",
+    "train.stall_timeout_s",
+    "train.checkpoint_interval_s",
+}
+# What a stage makes, first what says that it is finished; prompts make nothing but their folder.
+_MADE_BY: dict[Stage, tuple[str, ...]] = {
+    "train": (f"{ROUTER}/config.json", ROUTER, FAMILY),
+    "evaluate": (REPORT, SHEET, HEAT_MAP),
+    "sweep": (SWEEP, "sweep.png"),
+    "register": (PROMOTION,),
+    "serve": (SERVED,),
+    "compare": (COMPARISON, COMPARISON_PICTURE),
+}
+_HAVE_A_FOLDER: tuple[Stage, ...] = ("prompts", "train", "sweep", "compare")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Of a stage, or of the workflow, that was or is to be done again."""
+
+    number: int = 1
+    done: bool = True
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Which stages `--from` has made undone, and which of them are done by now."""
+
+    first: Stage | None = None
+    """As `--from` had it last."""
+    stages: dict[str, Generation] = field(default_factory=dict)
+    """Those that were ever done again."""
+
+    def generation(self, stage: str) -> int:
+        """1 where it is done for the first time."""
+        return self.stages.get(stage, Generation()).number
+
+    def is_undone(self, stage: str) -> bool:
+        """Whether what the stage has made is to be made again."""
+        return not self.stages.get(stage, Generation()).done
+
+    def folder(self, stage: Stage) -> str:
+        """Where the stage keeps what it needs to go on."""
+        number = self.generation(stage)
+        return stage if number == 1 else f"{stage}-{number}"
+
+    def older_folders(self, stage: Stage) -> list[str]:
+        """Of generations before."""
+        numbers = range(1, self.generation(stage))
+        return [Progress(stages={stage: Generation(number)}).folder(stage) for number in numbers]
+
+
+def stages_again(config: WorkflowConfig) -> tuple[Stage, ...]:
+    """The stages from `--from` on, none where it is not given."""
+    first = config.done_again_from
+    return STAGES[STAGES.index(first) :] if first else ()
+
+
+def recorded(storage: RunStorage) -> Progress:
+    """As the run's `config.json` has it."""
+    return _progress_in(_settings(storage))
+
+
+def _settings(storage: RunStorage) -> dict[str, Any]:
+    return storage.read_json(CONFIG) if storage.exists(CONFIG) else {}
+
+
+def _progress_in(settings: dict[str, Any]) -> Progress:
+    about = settings.get(_AGAIN)
+    if about is None:
+        return Progress()
+    return Progress(about["from"], {name: Generation(**one) for name, one in about["stages"].items()})
+
+
+def progress_of(config: WorkflowConfig, storage: RunStorage) -> Progress:
+    """What is recorded, and what the configuration's `--from` makes undone beside it; changes nothing.
+
+    The same command again, before it has come to its end, goes on with what it has made undone.
+    """
+    settings, again = _settings(storage), stages_again(config)
+    progress = _progress_in(settings)
+    is_begun = progress.first == config.done_again_from and progress.is_undone(WORKFLOW)
+    theirs = _FREE.difference(set(_HAVE_A_FOLDER).intersection(again))
+    if not again or (is_begun and not _differing(config, settings, theirs)):
+        return progress
+    number = 1 + max((one.number for one in progress.stages.values()), default=1)
+    undone = dict.fromkeys((WORKFLOW, *again), Generation(number, done=False))
+    return Progress(config.done_again_from, progress.stages | undone)
+
+
+def is_finished(stage: Stage, config: WorkflowConfig, storage: RunStorage) -> bool:
+    """Whether what the stage makes is there, and is not to be made again."""
+    progress = progress_of(config, storage)
+    made = f"{progress.folder(stage)}/{MANIFEST}" if stage == "prompts" else _MADE_BY[stage][0]
+    return not progress.is_undone(stage) and storage.exists(made)
+
+
+def current(names: Iterable[str], storage: RunStorage) -> list[str]:
+    """Those of the results that are there and whose stages are not to be done again."""
+    progress = recorded(storage)
+    undone = {name for stage, made in _MADE_BY.items() if progress.is_undone(stage) for name in made}
+    return [name for name in names if name not in undone and storage.exists(name)]
+
+
+def is_current(name: str, storage: RunStorage) -> bool:
+    """Whether a result is there and its stage is not to be done again."""
+    return bool(current([name], storage))
+
+
+def work_folder(stage: Stage, storage: RunStorage) -> str:
+    """Where a stage keeps what it needs to go on, such as `train`, or `train-2` where it is done again."""
+    return recorded(storage).folder(stage)
+
+
+def check(config: WorkflowConfig, storage: RunStorage) -> None:
+    """Hold the settings against those that the run was started with, if it was; changes nothing.
+
+    Raises:
+        ValueError: a setting differs on which a finished stage depends.
+    """
+    before, again = _settings(storage), stages_again(config)
+    if not before:
+        return
+    free = _FREE.union(again, ("sampler", "seed") if "train" in again else ())
+    if others := _differing(config, before, free):
+        raise ValueError(
+            f"{others}: resume run_id {config.run_id} with its own settings, or take a new run id"
+        )
+
+
+def begin(config: WorkflowConfig, storage: RunStorage) -> WorkflowConfig:
+    """Record the settings of a new run, or what `--from` makes undone, before the first stage.
+
+    Returns:
+        The settings without `--from`, which is not to be asked again.
+
+    Raises:
+        ValueError: as of `check`.
+    """
+    check(config, storage)
+    progress, before = progress_of(config, storage), _settings(storage)
+    if not before:
+        storage.write_json(CONFIG, _as_json(config))
+    elif progress != _progress_in(before):
+        stages = {name: dataclasses.asdict(one) for name, one in progress.stages.items()}
+        about = {_AGAIN: {"from": progress.first, "stages": stages}}
+        storage.write_json(CONFIG, _as_json(config) | about)
+    return dataclasses.replace(config, done_again_from=None)
+
+
+def mark_done(stage: Stage | Literal["workflow"], storage: RunStorage) -> None:
+    """What the stage makes is there; of one that was done again, what only the ones before needed goes."""
+    settings = _settings(storage)
+    progress = _progress_in(settings)
+    if not progress.is_undone(stage):
+        return
+    if stage in _HAVE_A_FOLDER:
+        for folder in progress.older_folders(stage):
+            storage.delete_all(folder)
+    settings[_AGAIN]["stages"][stage]["done"] = True
+    storage.write_json(CONFIG, settings)
+
+
+def _as_json(config: WorkflowConfig) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(config.to_dict()))  # tuples are lists
+    return found
+
+
+def _differing(config: WorkflowConfig, before: dict[str, Any], free: set[str]) -> str:
+    """Settings that are others than before, in words."""
+    now = _as_json(config)
+    free = free | _FREE_IN_TRAIN | free_to_change(before.get("compare", {}), now["compare"])
+    return changed_settings(before, now, free)

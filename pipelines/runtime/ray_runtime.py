@@ -1,0 +1,215 @@
+"""Joining a Ray cluster, or starting a private one on this machine."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import ray
+from ray._private import ray_constants
+
+from harmonica.validation.finite import NotFinite
+from pipelines.run_state.storage import ENDPOINT
+from pipelines.runtime.cluster_address import check_address, cluster_address
+from pipelines.runtime.log_filters import drop_remarks
+
+logger = logging.getLogger(__name__)
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Training's workers stay where they are started: a relative path is the same everywhere.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Two cores need longer than half a minute to start a replica beside everything else.
+    "RAY_SERVE_SLOW_STARTUP_WARNING_S": "180",
+}
+_PRIVATE = {
+    # A node of a private cluster is not taken away from under it: an actor less.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_DASHBOARD_ADDRESS = "RAY_API_SERVER_ADDRESS"
+_DASHBOARD_PORTS = range(8265, 8315)
+# Two training workers, a Serve replica and Ray Data's tasks must fit side by side: with only as many
+# logical CPUs as workers, Data starves and training waits for ever without an error.
+MIN_LOGICAL_CPUS = 6
+
+
+_LOUD = {
+    "ray.data": logging.ERROR,
+    "ray.train": logging.WARNING,
+    "ray.serve": logging.WARNING,
+    "mlflow": logging.WARNING,
+}
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' routine messages off the terminal, in this process; warnings stay."""
+    for name, level in _LOUD.items():
+        logging.getLogger(name).setLevel(level)
+    # Ray Train has a line for every report, by a logger that is named after its file.
+    files = str(Path(ray.__file__).parent / "train")
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith(files)]:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as `ray job stop` and Kubernetes send it: to be met like Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def _settle_sigterm() -> None:
+    """Ray's own handler ends the process with exit code 15 and no word."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def connect(endpoint: str = "") -> None:
+    """Join the cluster of `RAY_ADDRESS` (set by `ray job submit`), else start a private local one.
+
+    A private cluster listens on the loopback address alone, and is closed by a token: where the environment
+    names none, Ray makes one itself and keeps it in `~/.ray/auth_token`.
+
+    Args:
+        endpoint: of an S3 store, for the workers of a joined cluster; a private one's inherit it.
+
+    Raises:
+        ValueError: as of `check_address`.
+    """
+    if ray.is_initialized():
+        return
+    check_address()  # Ray itself goes on trying for more than a minute, without a word
+    quiet_libraries()
+    drop_remarks()
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if cluster_address():
+        # Only what is no secret: a runtime environment is shown on the dashboard.
+        shared = {"env_vars": {ENDPOINT: endpoint}} if endpoint else None
+        ray.init(logging_level=logging.WARNING, runtime_env=shared)
+        _settle_sigterm()
+        return
+    for name, value in _PRIVATE.items():
+        os.environ.setdefault(name, value)
+    port = _dashboard_port()
+    with _told_to_workers(_DASHBOARD_ADDRESS, f"http://127.0.0.1:{port}"), on_loopback() as address:
+        _start_private(address, port)
+    _settle_sigterm()
+
+
+def _start_private(address: str, dashboard_port: int) -> None:
+    ray.init(
+        address="local",
+        num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+        object_store_memory=500_000_000,
+        # Ray Train asks the dashboard's state API for its controller, and complains where there is none.
+        include_dashboard=True,
+        dashboard_host=address,
+        dashboard_port=dashboard_port,
+        _node_ip_address=address,
+        logging_level=logging.WARNING,
+    )
+
+
+def _dashboard_port() -> int:
+    """The first free one of those that Ray itself would try, chosen here so that it is known beforehand."""
+    for port in _DASHBOARD_PORTS:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError(
+        f"no port from {_DASHBOARD_PORTS[0]} to {_DASHBOARD_PORTS[-1]} is free for Ray's dashboard"
+    )
+
+
+@contextmanager
+def _told_to_workers(name: str, value: str) -> Iterator[None]:
+    """In the environment while a cluster starts: its processes inherit it, what starts later does not.
+
+    Ray Train's cleaner asks the dashboard. Without an address it would ask the cluster that a file in Ray's
+    temporary folder names, which may be another one, or one that was killed.
+    """
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
+def on_loopback() -> Iterator[str]:
+    """Have what starts inside listen on the loopback address, which it gives, and nowhere else.
+
+    Ray's servers (GCS, raylet, workers, agents) do so where the node's address is 127.0.0.1. Ray however puts
+    an address of the network in its place, unless it believes that clusters are impossible here, as on macOS.
+    gloo and NCCL take the interface whose name they are given.
+    """
+    address = "127.0.0.1"
+    if name := _interface_of(address):
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", name)  # the cluster's processes inherit it
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield address
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _interface_of(address: str) -> str:
+    """The network interface that has this IPv4 address, "" where there is none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.family == socket.AF_INET and one.address == address for one in addresses):
+            return name
+    return ""
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """What a worker met that is not finite, as itself: without Ray's account of where it was."""
+    try:
+        yield
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None:
+            # A task's error has its own in `cause`, what Ray Data raises in the usual place.
+            inner = getattr(found, "cause", None) or found.__cause__
+            if isinstance(found, NotFinite) and not isinstance(inner, NotFinite):
+                raise NotFinite(str(found)) from None
+            found = inner
+        raise
+
+
+def is_private() -> bool:
+    """Whether the cluster is this process's own and ends with it."""
+    return not cluster_address()
+
+
+def node_names() -> dict[str, str]:
+    """Of every node, by its id: the host's name, and more where it has several nodes."""
+    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+    several = {host for host, count in Counter(hosts.values()).items() if count > 1}
+    return {one: f"{host}-{one[:8]}" if host in several else host for one, host in hosts.items()}

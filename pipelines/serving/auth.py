@@ -1,0 +1,80 @@
+"""Bearer keys: who may ask the endpoint for images."""
+
+import hashlib
+import hmac
+import os
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from harmonica.io.paths import local
+from pipelines.serving.http_errors import ApiError
+
+ENVIRONMENT = "HARMONICA_API_KEYS"
+OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/livez", "/readyz", "/docs", "/openapi.json"})
+"""What says nothing that a key protects: the page, health and documentation."""
+_HOW = "send Authorization: Bearer KEY with one of the server's keys"
+
+
+def load_keys(file: str) -> tuple[str, ...]:
+    """Keys of a file, one a line, else those of HARMONICA_API_KEYS, separated by commas; may be none.
+
+    Raises:
+        ValueError: the file cannot be read, or file or variable hold no key though they are there: an
+            endpoint meant to be closed is not opened.
+    """
+    if not file:
+        given = os.environ.get(ENVIRONMENT, "")
+        keys = tuple(filter(None, map(str.strip, given.split(","))))
+        if given and not keys:
+            raise ValueError(
+                f"{ENVIRONMENT} is set and holds no key: give keys separated by commas, or unset it"
+            )
+        return keys
+    cure = f"give a file with a key a line, or leave it empty and set {ENVIRONMENT}"
+    try:
+        text = local(file, "serve.api_keys_file").read_text(encoding="utf-8-sig")
+        keys = tuple(filter(None, map(str.strip, text.splitlines())))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"serve.api_keys_file is {file!r}, which cannot be read ({error}): {cure}"
+        ) from error
+    if not keys:
+        raise ValueError(f"serve.api_keys_file is {file!r}, which holds no key: {cure}")
+    return keys
+
+
+def key_headers(file: str) -> dict[bytes, bytes]:
+    """Of this program's own requests to an endpoint that has these keys; empty where it has none."""
+    keys = load_keys(file)
+    return {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
+
+
+class RequireKey:
+    """ASGI middleware: 401 without one of the keys. Only their digests are kept."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", "").rstrip("/"))
+        is_open = scope["type"] == "lifespan" or (scope["type"] == "http" and path in OPEN_PATHS)
+        message = None if is_open else self._refusal(scope)
+        if message is None:
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(401, message, None, "invalid_api_key", {"www-authenticate": "Bearer"})
+        await error.response()(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> str | None:
+        """Why the request is not let in, which never repeats what was sent; None where it is."""
+        sent = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
+        if len(sent) != 1:
+            return f"there is {'no' if not sent else 'more than one'} Authorization header: {_HOW}"
+        scheme, _, key = sent[0].partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # All of them, by digests of one length: the time taken says neither which nor how much fits.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if scheme.lower() != b"bearer":
+            return f"the Authorization header is of another scheme than Bearer: {_HOW}"
+        return None if any(matches) else f"no such API key: {_HOW}"

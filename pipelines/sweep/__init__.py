@@ -1,0 +1,1 @@
+"""The stage `sweep`: many settings trained, and the Pareto front of them."""

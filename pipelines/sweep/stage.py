@@ -1,0 +1,256 @@
+"""Many targets, lambda kinds and seeds: trained on Ray Tune, measured, and the best of them registered.
+
+Trials train side by side; they are measured after one another, so that none slows down another's times.
+"""
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+from harmonica.cli.common import say
+from harmonica.validation.changed_settings import changed_settings
+from pipelines.config.workflow import WorkflowConfig
+from pipelines.evaluation.latency import CACHED
+from pipelines.evaluation.stage import evaluate
+from pipelines.promotion.gate import score
+from pipelines.promotion.publishing import register_beside
+from pipelines.report.charts import png_of
+from pipelines.run_state.resume import ROUTER, SWEEP, progress_of, work_folder
+from pipelines.run_state.routers import load_router
+from pipelines.run_state.storage import RunStorage
+from pipelines.runtime.ray_runtime import plainly
+from pipelines.sweep.pareto import front_figure, on_front
+from pipelines.sweep.trial import (
+    SCORE,
+    TRAJECTORY,
+    Trial,
+    judging_seed,
+    place,
+    reports_of,
+    run_trial,
+    trials_of,
+)
+from pipelines.tracking import mlflow_runs
+
+PICTURE = "sweep.png"
+_SETTINGS = "settings.json"
+_SAY_EVERY_S = 20.0
+# Ctrl-C ends the workflow, not only the search; and its tables and logs have their place in MLflow.
+_TUNE = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+class _Progress(tune.Callback):
+    """A line now and then."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self._ended, self._said = total, 0, 0.0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._ended += 1
+        self._said = 0.0
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if time.monotonic() - self._said < _SAY_EVERY_S:
+            return
+        self._said = time.monotonic()
+        name = Trial(**trial.config["trial"]).name
+        near, faster = result["psnr_to_full"], result["ideal_speedup"]
+        at = f"{name} at trajectory {result[TRAJECTORY]:.0f}: {near:.1f} dB, ideal {faster:.2f}x"
+        say(f"[sweep] {self._ended} of {self.total} trials ended, {at}")
+
+
+def check(config: WorkflowConfig, storage: RunStorage) -> None:
+    """Before any work starts.
+
+    Raises:
+        ValueError: a trial's settings are refused, or the run's sweep was begun with others.
+    """
+    for trial in trials_of(config):
+        trial.settings(config)
+    begun = f"{progress_of(config, storage).folder('sweep')}/{_SETTINGS}"
+    if not storage.exists(begun):
+        return
+    if others := changed_settings({"sweep": storage.read_json(begun)}, {"sweep": _settings(config)}):
+        raise ValueError(
+            f"{others}: go on with the sweep of run_id {config.run_id} as it was begun, or give --from sweep "
+            "to do it again"
+        )
+
+
+@plainly()
+def sweep(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun) -> dict[str, Any]:
+    """Train, measure and register; returns what is written to `sweep.json`.
+
+    A sweep that was stopped goes on: trials from their last report, measurements with the first that lacks.
+
+    Args:
+        run: MLflow's, of the stage.
+
+    Raises:
+        RuntimeError: a trial failed more often than train.max_failures.
+    """
+    trials = trials_of(config)
+    settings = f"{work_folder('sweep', storage)}/{_SETTINGS}"
+    if not storage.exists(settings):
+        storage.write_json(settings, _settings(config))
+    if not all(_is_trained(storage, trial) for trial in trials):
+        _search(config, storage, trials)
+    whole = [trial for trial in trials if _is_trained(storage, trial)]
+    points = [_measured(config, storage, trial, run) for trial in whole]
+    places = [(point["speedup"], point["psnr_to_full"]) for point in points]
+    for trial, point, best in zip(whole, points, on_front(places)):
+        point["on_front"] = best
+        point["version"] = _register(config, storage, trial, point, run) if best else ""
+    stopped = [
+        {"name": trial.name} | (reports_of(storage, trial) or [{}])[-1]
+        for trial in trials
+        if trial not in whole
+    ]
+    result: dict[str, Any] = {"verdict": _verdict(points, stopped), "points": points, "stopped": stopped}
+    figure = front_figure(places, [point["name"] for point in points])
+    storage.write_bytes(PICTURE, png_of(figure))
+    _log(run, result, figure)
+    storage.write_json(SWEEP, result)
+    return result
+
+
+def _settings(config: WorkflowConfig) -> dict[str, Any]:
+    """What the results depend on; how many run at once is free."""
+    found: dict[str, Any] = config.to_dict()["sweep"] | {"targets": config.sweep.all_targets}
+    names = {name: value for name, value in found.items() if name != "max_concurrent"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in names.items()}
+
+
+def _is_trained(storage: RunStorage, trial: Trial) -> bool:
+    return storage.exists(f"{place(storage, trial)}/{ROUTER}/config.json")
+
+
+def _search(config: WorkflowConfig, storage: RunStorage, trials: list[Trial]) -> None:
+    for name, value in _TUNE.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    resources = {"cpu": 1.0, "gpu": float(config.train.use_gpu)}
+    trainable = tune.with_resources(tune.with_parameters(run_trial, config=config), resources)
+    tuner = tune.Tuner(
+        trainable,
+        param_space={"trial": tune.grid_search([dataclasses.asdict(trial) for trial in trials])},
+        tune_config=tune.TuneConfig(
+            scheduler=_scheduler(config),
+            max_concurrent_trials=config.sweep.max_concurrent,
+            reuse_actors=True,  # a process of its own takes longer to start than a short trial
+            trial_dirname_creator=lambda trial: f"{Trial(**trial.config['trial']).name}-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=storage.uri(work_folder("sweep", storage)),
+            failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
+            callbacks=[_Progress(len(trials))],
+            verbose=0,
+        ),
+    )
+    errors = tuner.fit().errors
+    if errors:
+        raise RuntimeError(
+            f"{len(errors)} of {len(trials)} trials failed more than train.max_failures "
+            f"({config.train.max_failures}) times, the first with\n{errors[0]}"
+        )
+
+
+def _scheduler(config: WorkflowConfig) -> TrialScheduler | None:
+    if config.sweep.search == "grid":
+        return None
+    longest = trials_of(config)[0].settings(config).train.all_trajectories
+    return ASHAScheduler(
+        time_attr=TRAJECTORY,
+        metric=SCORE,
+        mode="max",
+        max_t=longest,
+        grace_period=min(config.sweep.report_every, longest),
+        reduction_factor=config.sweep.reduction_factor,
+    )
+
+
+def _measured(
+    config: WorkflowConfig, storage: RunStorage, trial: Trial, run: mlflow_runs.StageRun
+) -> dict[str, Any]:
+    """A trial's evaluation, as a point of the front; done before, it is read."""
+    folder = place(storage, trial)
+    path = f"{folder}/report.json"
+    if storage.exists(path):
+        report = storage.read_json(path)
+    else:
+        artifact = load_router(storage, f"{folder}/{ROUTER}")
+        judged = dataclasses.replace(
+            config,
+            seed=judging_seed(config),
+            evaluate=dataclasses.replace(
+                config.evaluate, transfer=(), transfer_guidance=(), transfer_steps=(), noise_floor=False
+            ),
+        )
+        report, _ = evaluate(judged, artifact)
+        with _tracked(config, trial, run) as ours:
+            last = ours.last_step(SCORE)
+            for told in reports_of(storage, trial):
+                if told[TRAJECTORY] > last:
+                    ours.log(told, step=int(told[TRAJECTORY]))
+            ours.log(mlflow_runs.numbers(report))
+        storage.write_json(path, report)
+        say(f"[sweep] {trial.name}: {report['verdict']}")
+    cached = report["arms"][CACHED]
+    wanted = ("cur", "ideal_speedup", "realised_share", "samples", "worth_having")
+    point = {"name": trial.name, **dataclasses.asdict(trial), **{name: report[name] for name in wanted}}
+    point |= {name: value for name, value in cached.items() if name != "num_inference_steps"}
+    speedup = report["measured_speedup"]
+    worth = score(cached["psnr_to_full"], speedup, config.promotion.db_per_doubling)
+    return point | {"speedup": speedup, SCORE: worth}
+
+
+def _tracked(config: WorkflowConfig, trial: Trial, run: mlflow_runs.StageRun) -> Any:
+    """A trial's own MLflow run, nested in the sweep's; of a sweep that is done again, another one."""
+    stage = f"sweep {trial.name} of {run.mlflow_run_id[:8]}"
+    return mlflow_runs.stage_run(stage, config.run_id, config.storage_path, dataclasses.asdict(trial), run)
+
+
+def _register(
+    config: WorkflowConfig,
+    storage: RunStorage,
+    trial: Trial,
+    point: Mapping[str, Any],
+    run: mlflow_runs.StageRun,
+) -> str:
+    folder = place(storage, trial)
+    tags = {"sweep": trial.name, "score": f"{point[SCORE]:.6g}"}
+    with _tracked(config, trial, run) as ours:
+        return register_beside(
+            config, storage, f"{folder}/{ROUTER}", storage.read_json(f"{folder}/report.json"), ours, tags
+        )
+
+
+def _verdict(points: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> str:
+    front = sorted((p for p in points if p["on_front"]), key=lambda point: point["speedup"])
+    ends = [f"{p['psnr_to_full']:.1f} dB at {p['speedup']:.2f}x" for p in (front[0], front[-1])]
+    words = f"{len(front)} of {len(points)} trained routers on the front: {' to '.join(dict.fromkeys(ends))}"
+    best = max(front, key=lambda point: point[SCORE])
+    early = f"; trials stopped early: {len(stopped)}" if stopped else ""
+    return f"{words}; the best score, {best[SCORE]:.1f}, is that of {best['name']}{early}."
+
+
+def _log(run: mlflow_runs.StageRun, result: dict[str, Any], figure: Figure) -> None:
+    columns = sorted({key for point in result["points"] for key in point})
+    table = {key: [str(point.get(key, "")) for point in result["points"]] for key in columns}
+    run.client.log_figure(run.mlflow_run_id, figure, PICTURE)
+    run.client.log_table(run.mlflow_run_id, table, "sweep_table.json")
+    run.client.log_dict(run.mlflow_run_id, result, SWEEP)

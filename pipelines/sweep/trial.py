@@ -1,0 +1,158 @@
+"""One trial of a sweep: a router's training in a process of its own, reported to Ray Tune as it goes.
+
+Its state and what it has reported lie in the run's storage as training's checkpoints do. A trial that starts
+again reports all of it again at once, so that a new Tuner knows what the one before did; Tune's own way to
+restore an experiment unpickles what it finds in the storage.
+"""
+
+import dataclasses
+import itertools
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+from ray import tune
+
+from harmonica.cli.train import trained
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.cache import Reuse
+from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch, Share, make_rows
+from harmonica.models.base import BranchedTransformer
+from harmonica.training.multi_target import FamilyRun
+from harmonica.validation.finite import check_finite
+from pipelines.config.sweep import LambdaKind, Target
+from pipelines.config.workflow import WorkflowConfig
+from pipelines.data.stream import row_spec
+from pipelines.evaluation.latency import device_of
+from pipelines.promotion.gate import score
+from pipelines.run_state.resume import ROUTER, work_folder
+from pipelines.run_state.storage import RunStorage
+from pipelines.runtime.ray_runtime import quiet_libraries
+from pipelines.training.checkpoints import Checkpoints
+
+SCORE, TRAJECTORY = "score", "trajectory"
+_REPORTS = "reports"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trial:
+    """What is particular about one training."""
+
+    over: Target
+    target: float
+    iepo: LambdaKind
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Names its folder."""
+        return f"{self.over.removeprefix('target_')}-{self.target:g}-{self.iepo}-seed-{self.seed}"
+
+    def settings(self, config: WorkflowConfig) -> WorkflowConfig:
+        """The run's, with this trial's in their place.
+
+        Raises:
+            ValueError: training refuses the target.
+        """
+        train = config.train.for_target(**{self.over: self.target})
+        train = dataclasses.replace(train, iepo=self.iepo)
+        return dataclasses.replace(config, train=train, seed=self.seed)
+
+
+def trials_of(config: WorkflowConfig) -> list[Trial]:
+    """Every combination."""
+    chosen = config.sweep
+    kinds, seeds = chosen.iepo or (config.train.iepo,), chosen.seeds or (config.seed,)
+    return [Trial(chosen.over, *rest) for rest in itertools.product(chosen.all_targets, kinds, seeds)]
+
+
+def place(storage: RunStorage, trial: Trial) -> str:
+    """The trial's folder."""
+    return f"{work_folder('sweep', storage)}/{trial.name}"
+
+
+def judging_seed(config: WorkflowConfig) -> int:
+    """A seed such that neither its rows nor those of the seed after it are any trial's."""
+    return max(trial.seed for trial in trials_of(config)) + 1
+
+
+class _Probe:
+    """The PSNR of a router on a few fixed rows, while it trains."""
+
+    def __init__(self, config: WorkflowConfig, run: FamilyRun, model: BranchedTransformer) -> None:
+        self.config, self.run = config, run
+        spec = row_spec(config, model, judging_seed(config))
+        rows = make_rows(np.arange(config.sweep.report_samples), spec)
+        self.batch = Batch.of(rows, spec, run.device)
+        self.full_NCHW = self._sample(None)
+
+    def _sample(self, artifact: RouterArtifact | None) -> torch.Tensor:
+        plan = artifact.plan if artifact else None
+        reuse: Reuse = artifact.reuse if artifact else "hold"
+        noise, condition = self.batch.noise_NCHW, self.batch.condition_N
+        images = sample(self.run.sampler, noise, condition, plan, reuse=reuse, rows=self.batch.keys)
+        check_finite(images, f"the {'router' if artifact else 'full sampler'}'s images are")
+        return images
+
+    def report(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What Tune is told: plain numbers, for a checkpoint too."""
+        from harmonica.evaluation.image_metrics import psnr
+
+        artifact = self.run.artifact()
+        near = float(psnr(self._sample(artifact).cpu(), self.full_NCHW.cpu()).clamp(max=100).mean())
+        worth = score(near, artifact.ideal_speedup, self.config.promotion.db_per_doubling)
+        told = {TRAJECTORY: float(self.run.trajectory), "cur": artifact.plan.cur, "psnr_to_full": near}
+        if "loss" in metrics:
+            told["loss"] = float(metrics["loss"])
+        return told | {"ideal_speedup": artifact.ideal_speedup, SCORE: worth}
+
+
+def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
+    """Ray Tune's trainable.
+
+    Args:
+        chosen: a `Trial`, by field.
+        config: the run's, its storage path absolute.
+    """
+    from pipelines.training.stage import start_run
+
+    quiet_libraries()
+    trial = Trial(**chosen["trial"])
+    storage = RunStorage(config.storage_path, config.run_id, patient=True)
+    folder = place(storage, trial)
+    checkpoints = Checkpoints(storage, f"{folder}/checkpoints")
+    found = checkpoints.last()
+    state: dict[str, Any] = checkpoints.load(found) if found else {_REPORTS: []}
+    reports: list[dict[str, float]] = state[_REPORTS]
+    is_done = storage.exists(f"{folder}/{ROUTER}/config.json")
+    for before in reports:
+        # At its last report ASHA ends a trial, and the router would be missing.
+        if is_done or before[TRAJECTORY] < trial.settings(config).train.all_trajectories:
+            tune.report(before)
+    if is_done:
+        return
+    ours = trial.settings(config)
+    run, spec = start_run(ours, device_of(config.train.use_gpu))
+    if found:
+        run.load_state(checkpoints.load(found, run.device))
+    probe = _Probe(config, run, run.sampler.model)
+    for metrics in trained(run, spec, Share(run.config.batch_size)):
+        is_last = run.trajectory == run.config.all_trajectories
+        if is_last or run.trajectory % config.sweep.report_every == 0:
+            reports.append(probe.report(metrics))
+            checkpoints.save(run.trajectory, run.state() | {_REPORTS: reports})
+            if not is_last:
+                tune.report(reports[-1])
+    with tempfile.TemporaryDirectory() as local:
+        artifact = run.artifact(run_id=config.run_id, **ours.to_dict()["train"])
+        storage.upload_folder(artifact.save(local), f"{folder}/{ROUTER}")
+    tune.report(reports[-1])
+
+
+def reports_of(storage: RunStorage, trial: Trial) -> list[dict[str, float]]:
+    """What a trial has reported so far."""
+    checkpoints = Checkpoints(storage, f"{place(storage, trial)}/checkpoints")
+    found = checkpoints.last()
+    return checkpoints.load(found)[_REPORTS] if found else []

@@ -1,0 +1,80 @@
+"""Metrics of training on their way to MLflow: each once, whatever breaks on the way.
+
+What MLflow has not confirmed goes into the next checkpoint, so it outlives the worker; and a point that it
+has, though the confirmation was lost or the trajectory was trained again, is not sent again.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import requests
+from mlflow.exceptions import MlflowException
+
+from pipelines.tracking.mlflow_runs import Point, StageRun
+
+logger = logging.getLogger(__name__)
+
+_LAST = "loss"
+"""The metric that every trajectory has, and that goes last: where MLflow has it, it has the others too."""
+_RETRY_S = 2.0
+# Of MLflow's errors, those that pass by themselves; no answer at all is an INTERNAL_ERROR to its client.
+_PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
+
+
+class MetricLog:
+    """Rank 0's metrics that MLflow has not confirmed yet."""
+
+    def __init__(self, run: StageRun, pending: list[Any] | None = None) -> None:
+        """
+        Args:
+            pending: `state` of the log that this one goes on from.
+        """
+        self.run = run
+        self._pending: list[Point] = [Point(*point) for point in pending or []]
+        self._known_step: int | None = None
+
+    def add(self, trajectory: int, metrics: Mapping[str, float]) -> None:
+        others = {name: value for name, value in metrics.items() if name != _LAST}
+        last = {_LAST: metrics[_LAST]}
+        self._pending.append(Point(trajectory, int(time.time() * 1000), others | last))
+
+    def state(self) -> list[Any]:
+        """For a checkpoint: plain values."""
+        return [list(point) for point in self._pending]
+
+    def flush(self) -> bool:
+        """Send what is pending; False, with a warning, where MLflow does not answer: it stays pending."""
+        try:
+            if self._known_step is None:
+                self._known_step = self.run.last_step(_LAST)
+            new = [point for point in self._pending if point.step > self._known_step]
+            self.run.log_points(new)
+        except (MlflowException, requests.RequestException) as error:
+            if isinstance(error, MlflowException) and error.error_code not in _PASSING:
+                raise
+            logger.warning(
+                "MLflow at %s does not take metrics (%s): %d trajectories wait in the checkpoint",
+                self.run.shown_uri,
+                type(error).__name__,
+                len(self._pending),
+            )
+            return False
+        self._pending.clear()
+        return True
+
+    def finish(self, patience_s: float) -> None:
+        """Send what is pending, however often it takes.
+
+        Raises:
+            TimeoutError: MLflow did not answer; the metrics are in the last checkpoint.
+        """
+        deadline = time.monotonic() + patience_s
+        while not self.flush():
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"MLflow at {self.run.shown_uri} has not answered for {patience_s:.0f} s and lacks "
+                    f"{len(self._pending)} trajectories' metrics: start it and run again with the same run id"
+                )
+            time.sleep(_RETRY_S)

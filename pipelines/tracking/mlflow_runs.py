@@ -1,0 +1,223 @@
+"""MLflow: one run a workflow, one nested run a stage, each found again after a restart."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from pipelines.tracking.mlflow_store import (
+    EXPERIMENT,
+    artifacts_of,
+    database_of,
+    tracking_uri,
+    without_credentials,
+)
+
+_RUN_TAG, _STAGE_TAG = "harmonica.run_id", "harmonica.stage"
+_PARENT_TAG = "mlflow.parentRunId"
+_MAX_PARAM_LENGTH = 500
+_MAX_METRICS_PER_REQUEST = 1000  # MLflow's own limit
+
+
+def make_client(uri: str) -> MlflowClient:
+    """A client of one server for both runs and registry."""
+    return MlflowClient(uri, registry_uri=uri)
+
+
+class Point(NamedTuple):
+    """Metrics of one step, and when they were measured: that is theirs however late they are sent."""
+
+    step: int
+    time_ms: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A handle on one MLflow run, plain enough to send to a worker."""
+
+    uri: str
+    mlflow_run_id: str
+
+    @property
+    def client(self) -> MlflowClient:
+        return make_client(self.uri)
+
+    @property
+    def shown_uri(self) -> str:
+        """For messages."""
+        return without_credentials(self.uri)
+
+    def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """All metrics of one step in one request."""
+        self.log_points([Point(step, int(time.time() * 1000), metrics)])
+
+    def log_points(self, points: Sequence[Point]) -> None:
+        """Metrics of many steps in as few requests as MLflow takes, steps in order and each in one request.
+
+        Sent again after a lost answer they are stored once, since MLflow tells points by step and time.
+        """
+        client = self.client
+        batch: list[Metric] = []
+        for point in points:
+            metrics = [Metric(n, float(v), point.time_ms, point.step) for n, v in point.metrics.items()]
+            if len(batch) + len(metrics) > _MAX_METRICS_PER_REQUEST:
+                self._log_batch(client, batch)
+                batch = []
+            batch += metrics
+        self._log_batch(client, batch)
+
+    def _log_batch(self, client: MlflowClient, batch: list[Metric]) -> None:
+        for first in range(0, len(batch), _MAX_METRICS_PER_REQUEST):
+            client.log_batch(self.mlflow_run_id, metrics=batch[first : first + _MAX_METRICS_PER_REQUEST])
+
+    def last_step(self, metric: str) -> int:
+        """The newest step that MLflow has of a metric, -1 where it has none."""
+        return max((step for step, _ in self.history(metric)), default=-1)
+
+    def history(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of all that MLflow has of a metric, in order."""
+        points = self.client.get_metric_history(self.mlflow_run_id, metric)
+        return sorted((point.step, point.value) for point in points)
+
+    def metric_names(self) -> list[str]:
+        """Of all metrics that MLflow has of it."""
+        return sorted(self.client.get_run(self.mlflow_run_id).data.metrics)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as MLflow parameters: `train.sdt.beta` and the like."""
+    flat: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = str(value)[:_MAX_PARAM_LENGTH]
+    return flat
+
+
+def _experiment_id(client: MlflowClient, storage_path: str) -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return found.experiment_id
+    location = None  # a server decides where artifacts go; beside a local SQLite file they go next to it
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        location = artifacts_of(storage_path).as_uri()
+    try:
+        return client.create_experiment(EXPERIMENT, artifact_location=location)
+    except MlflowException as error:
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+            raise
+        return found.experiment_id  # of a workflow that started at the same moment
+
+
+def _find(client: MlflowClient, experiment_id: str, stage: str, run_id: str) -> str:
+    """MLflow's id of the run of (run id, stage), "" where there is none."""
+    query = f"tags.`{_RUN_TAG}` = '{run_id}' and tags.`{_STAGE_TAG}` = '{stage}'"
+    found = client.search_runs([experiment_id], query, max_results=1)
+    return found[0].info.run_id if found else ""
+
+
+def find(stage: str, run_id: str, storage_path: str) -> StageRun | None:
+    """The MLflow run of (run id, stage), where there is one."""
+    uri = tracking_uri(storage_path)
+    client = make_client(uri)
+    found = _find(client, _experiment_id(client, storage_path), stage, run_id)
+    return StageRun(uri, found) if found else None
+
+
+def find_or_create(
+    stage: str,
+    run_id: str,
+    storage_path: str,
+    config: Mapping[str, Any],
+    parent: StageRun | None = None,
+    *,
+    generation: int = 1,
+) -> StageRun:
+    """The MLflow run of (run id, stage): the one that exists, else a new one. Never two.
+
+    Args:
+        generation: above 1, of a stage that is done again: a run beside the one that counts, until it
+            takes that one's place.
+    """
+    uri = tracking_uri(storage_path)
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        database_of(storage_path).parent.mkdir(parents=True, exist_ok=True)
+    client = make_client(uri)
+    experiment_id = _experiment_id(client, storage_path)
+    label = _label(stage, generation)
+    if found := _find(client, experiment_id, label, run_id):
+        client.update_run(found, status="RUNNING")
+        return StageRun(uri, found)
+    tags = {_RUN_TAG: run_id, _STAGE_TAG: label}
+    name = run_id if parent is None else f"{run_id} {stage}"
+    if parent is not None:
+        tags[_PARENT_TAG] = parent.mlflow_run_id
+    run = client.create_run(experiment_id, run_name=name, tags=tags)
+    params = [Param(name, value) for name, value in flatten(config).items()]
+    client.log_batch(run.info.run_id, params=params)
+    return StageRun(uri, run.info.run_id)
+
+
+def _label(stage: str, generation: int) -> str:
+    return stage if generation == 1 else f"{stage} (again, {generation})"
+
+
+def _take_its_place(stage: str, run_id: str, storage_path: str, generation: int) -> None:
+    """The run of a stage that has been done again is its run from now on; the one before stays as it was."""
+    client = make_client(tracking_uri(storage_path))
+    experiment_id = _experiment_id(client, storage_path)
+    if before := _find(client, experiment_id, stage, run_id):
+        client.set_tag(before, _STAGE_TAG, f"{stage} (done again)")
+    if now := _find(client, experiment_id, _label(stage, generation), run_id):
+        client.set_tag(now, _STAGE_TAG, stage)
+
+
+@contextmanager
+def stage_run(
+    stage: str,
+    run_id: str,
+    storage_path: str,
+    config: Mapping[str, Any],
+    parent: StageRun | None = None,
+    *,
+    generation: int = 1,
+) -> Iterator[StageRun]:
+    """`find_or_create`, closed as finished, or as failed or killed when the body raises."""
+    run = find_or_create(stage, run_id, storage_path, config, parent, generation=generation)
+    try:
+        yield run
+    except KeyboardInterrupt:
+        run.client.set_terminated(run.mlflow_run_id, "KILLED")
+        raise
+    except BaseException:
+        run.client.set_terminated(run.mlflow_run_id, "FAILED")
+        raise
+    run.client.set_terminated(run.mlflow_run_id, "FINISHED")
+    if generation > 1:
+        _take_its_place(stage, run_id, storage_path, generation)
+
+
+def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numeric leaves of a nested report, as MLflow metrics: `arms.cached.psnr_to_full`.
+
+    An interval gives two: `arms.cached.psnr_to_full_interval.low` and `.high`.
+    """
+    flat: dict[str, float] = {}
+    for name, value in report.items():
+        if isinstance(value, Mapping):
+            flat |= numbers(value, f"{prefix}{name}.")
+        elif name.endswith("_interval"):
+            flat |= numbers(dict(zip(("low", "high"), value)), f"{prefix}{name}.")
+        elif isinstance(value, int | float):
+            # MLflow has no plus in its names, and DPM-Solver++ two.
+            flat[(prefix + name).replace("+", "p")] = float(value)
+    return flat

@@ -1,0 +1,145 @@
+"""Where MLflow keeps runs and registry: one answer for every process, refused early where it cannot do."""
+
+import os
+import re
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from harmonica.io.paths import is_remote, local, resolved, shown
+
+EXPERIMENT = "harmonica"
+_VARIABLE = "MLFLOW_TRACKING_URI"
+_DATABASES = ("postgresql", "mysql", "mssql")
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_PATIENCE_S = 5.0
+
+
+def database_of(storage_path: str) -> Path:
+    """The SQLite file beside the runs of a local storage path.
+
+    Raises:
+        ValueError: the path is none, or remote.
+    """
+    return local(storage_path, "storage_path") / "mlflow.db"
+
+
+def artifacts_of(storage_path: str) -> Path:
+    """The folder beside the runs of a local storage path that gets MLflow's files."""
+    return local(storage_path, "storage_path") / "mlartifacts"
+
+
+def sqlite_uri(database: Path) -> str:
+    """The URI by which SQLAlchemy opens this very file, whatever characters its path has."""
+    path = str(database.absolute())
+    if not {"%", "?"} & set(path):
+        return f"sqlite:///{path}"
+    # With its driver named, MLflow leaves the folder alone; else it makes one that is called as the URI is.
+    return "sqlite+pysqlite:///" + path.replace("%", "%25").replace("?", "%3F")
+
+
+def tracking_uri(storage_path: str) -> str:
+    """`MLFLOW_TRACKING_URI` where set, else SQLite in the folder that holds the runs; the same store in every
+    process, wherever that runs.
+
+    Raises:
+        ValueError: storage is remote and no tracking server is named, or the variable names what cannot do.
+    """
+    if uri := os.environ.get(_VARIABLE):
+        return _settled(uri)
+    root = resolved(storage_path, "storage_path")
+    if is_remote(root):
+        raise ValueError(
+            f"storage_path {shown(root)} is remote and {_VARIABLE} is not set: set it to "
+            "your MLflow server (a SQLite file cannot be shared between nodes)"
+        )
+    return sqlite_uri(database_of(root))
+
+
+def without_credentials(uri: str) -> str:
+    """A tracking URI for messages."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def _scheme(uri: str) -> str:
+    """Such as sqlite, without the driver that may follow."""
+    return urlsplit(uri).scheme.partition("+")[0].lower()
+
+
+def _settled(uri: str) -> str:
+    scheme = _scheme(uri)
+    if scheme in ("", "file"):
+        raise ValueError(
+            f"{_VARIABLE} is {uri!r}, a folder of files, which MLflow no longer takes runs in: give "
+            "sqlite:////absolute/path/mlflow.db or a server's http address, or unset it for a SQLite file "
+            "beside the runs (`mlflow migrate-filestore` takes old runs along)"
+        )
+    if scheme != "sqlite":
+        return uri
+    url = make_url(uri)
+    name = url.database or ""
+    if name in ("", ":memory:") or "mode=memory" in uri:
+        raise ValueError(
+            f"{_VARIABLE} is {uri!r}, a database in memory, which no other process would see: give "
+            "sqlite:////absolute/path/mlflow.db"
+        )
+    if name.startswith(("/", "file:/")):
+        return uri
+    if name.startswith("file:") or url.query:
+        raise ValueError(
+            f"{_VARIABLE} is {uri!r}, relative to wherever a process runs: give an absolute path, as in "
+            "sqlite:////absolute/path/mlflow.db"
+        )
+    return sqlite_uri(local(name, _VARIABLE))
+
+
+def check_store(storage_path: str) -> None:
+    """Refuse a store that runs could not be recorded in; changes nothing.
+
+    Raises:
+        ValueError: names the variable, its value and the cure.
+    """
+    uri = tracking_uri(storage_path)
+    said, scheme = f"{_VARIABLE} is {without_credentials(uri)}", _scheme(uri)
+    if scheme == "sqlite":
+        name = make_url(uri).database or ""
+        if not Path(name).exists():
+            return  # it will be made
+        said = f"MLflow's store is {name}"
+    elif scheme in _PORTS:
+        _check_answers(uri, scheme, said)
+    try:
+        found = MlflowClient(uri, registry_uri=uri).get_experiment_by_name(EXPERIMENT)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{said}, which cannot be used ({without_credentials(why[0])}): correct it or its server"
+        ) from error
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise ValueError(
+            f"{said}, in which the experiment {EXPERIMENT!r} is deleted: restore it with `mlflow experiments "
+            f"restore --experiment-id {found.experiment_id}`, or remove it for good with `mlflow gc`"
+        )
+
+
+def _check_answers(uri: str, scheme: str, said: str) -> None:
+    """Within seconds: MLflow itself goes on trying for minutes."""
+    try:
+        if scheme in _DATABASES:
+            url = make_url(uri)
+            if url.host:
+                address = (url.host, url.port or _PORTS[scheme])
+                socket.create_connection(address, timeout=_PATIENCE_S).close()
+        else:
+            httpx.get(f"{uri.rstrip('/')}/health", timeout=_PATIENCE_S)  # any answer is one
+    except (OSError, httpx.HTTPError, httpx.InvalidURL, SQLAlchemyError) as error:
+        raise ValueError(
+            f"{said}, where nothing answers ({str(error) or type(error).__name__}): start the server, or "
+            "correct the address"
+        ) from error

@@ -1,0 +1,142 @@
+"""CPU, memory and GPUs of every node, in the workflow's MLflow run while it lasts, under MLflow's own names.
+
+An idle actor a node reads them and a thread of the driver sends them, so training waits for neither; MLflow's
+own monitor would end for good where its server does not answer once.
+"""
+
+import logging
+import shutil
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.runtime.ray_runtime import node_names
+from pipelines.tracking.mlflow_runs import Point, StageRun
+
+logger = logging.getLogger(__name__)
+
+_MOST_PENDING = 1000  # points kept while MLflow does not answer
+_PATIENCE_S = 5.0
+_END_S = 1.0  # `ray job stop` waits three seconds for all of it
+_NVIDIA_QUERY = "index,utilization.gpu,memory.used,memory.total,power.draw"
+
+
+class NodeReader:
+    """Reads the machine that it is on."""
+
+    def __init__(self) -> None:
+        self._nvidia = shutil.which("nvidia-smi")  # comes with the driver, so no package is needed
+        psutil.cpu_percent()  # each call measures since the one before
+
+    def read(self) -> dict[str, float]:
+        """Such as `cpu_utilization_percentage` and `gpu_0_memory_usage_megabytes`."""
+        memory = psutil.virtual_memory()
+        metrics = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / 1e6,
+            "system_memory_usage_percentage": 100 * memory.used / memory.total,
+        }
+        return metrics | self._gpus()
+
+    def _gpus(self) -> dict[str, float]:
+        if self._nvidia is None:
+            return {}
+        command = [self._nvidia, f"--query-gpu={_NVIDIA_QUERY}", "--format=csv,noheader,nounits"]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE_S)
+        except (OSError, subprocess.SubprocessError):
+            return {}
+        return gpu_metrics(said.stdout)
+
+
+def gpu_metrics(said: str) -> dict[str, float]:
+    """Of nvidia-smi's lines; what a GPU does not tell is left out."""
+    metrics: dict[str, float] = {}
+    for line in said.strip().splitlines():
+        index, *numbers = (cell.strip() for cell in line.split(","))
+        busy, used_mib, total_mib, watts = map(_number, numbers)
+        found = {"utilization_percentage": busy, "power_usage_watts": watts}
+        if used_mib is not None and total_mib:
+            found["memory_usage_megabytes"] = used_mib * 2**20 / 1e6
+            found["memory_usage_percentage"] = 100 * used_mib / total_mib
+        metrics |= {f"gpu_{index}_{name}": value for name, value in found.items() if value is not None}
+    return metrics
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:  # "[N/A]" and the like
+        return None
+
+
+class Nodes:
+    """The cluster's readers, one a node; nodes come and go."""
+
+    def __init__(self) -> None:
+        self._readers: dict[str, Any] = {}
+
+    def read(self) -> dict[str, float]:
+        """Of all nodes that answer, such as `system/<node>/cpu_utilization_percentage`."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        self._readers = {one: reader for one, reader in self._readers.items() if one in alive}
+        for node_id in alive - self._readers.keys():
+            there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            options = {"num_cpus": 0, "scheduling_strategy": there}
+            self._readers[node_id] = ray.remote(NodeReader).options(**options).remote()
+        names = node_names()
+        asked = {reader.read.remote(): node_id for node_id, reader in self._readers.items()}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE_S)
+        metrics: dict[str, float] = {}
+        for reference in answered:
+            node_id = asked[reference]
+            try:
+                found = ray.get(reference)
+            except ray.exceptions.RayError:  # node or reader is gone: a new one next time
+                del self._readers[node_id]
+                continue
+            metrics |= {f"system/{names[node_id]}/{name}": value for name, value in found.items()}
+        return metrics
+
+
+def _watch(run: StageRun, interval_s: float, stopped: threading.Event) -> None:
+    nodes, pending, is_told = Nodes(), deque[Point](maxlen=_MOST_PENDING), False
+    while not stopped.wait(interval_s):
+        try:
+            metrics = nodes.read()
+            # Steps are seconds of a clock, and so go on after a restart; curves of nodes share them.
+            pending.append(Point(int(time.time()), int(time.time() * 1000), metrics))
+            run.log_points(list(pending))
+            pending.clear()
+        except Exception as error:  # of Ray, or of MLflow; no reason to end a run
+            if not is_told:
+                logger.warning("metrics of the nodes wait for MLflow (%s)", type(error).__name__)
+            is_told = True
+
+
+@contextmanager
+def node_metrics(run: StageRun, interval_s: float) -> Iterator[None]:
+    """Log every node's metrics to `run` while the body runs.
+
+    Args:
+        interval_s: 0 logs none.
+    """
+    if not interval_s:
+        yield
+        return
+    stopped = threading.Event()
+    thread = threading.Thread(target=_watch, args=(run, interval_s, stopped), daemon=True, name="nodes")
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join(_END_S)

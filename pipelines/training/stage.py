@@ -1,0 +1,266 @@
+"""Router training on Ray Train V2: rows by Ray Data, checkpoints, metrics to MLflow, resumable."""
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray.data
+import ray.train
+import ray.train.collective
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
+
+from harmonica.core.artifact import RouterArtifact
+from harmonica.data.batch import Batch, RowSpec, Share
+from harmonica.evaluation.plots import router_heat_map
+from harmonica.models.loading import load_model
+from harmonica.samplers import make_sampler
+from harmonica.training.multi_target import FamilyRun, family_phases
+from harmonica.training.phases import Progress
+from harmonica.training.sharding import shard
+from harmonica.validation.finite import NotFinite
+from pipelines.config.workflow import WorkflowConfig
+from pipelines.data.stream import row_spec, stream_rows
+from pipelines.run_state.resume import work_folder
+from pipelines.run_state.storage import RunStorage
+from pipelines.runtime.log_filters import drop_remarks
+from pipelines.runtime.ray_runtime import quiet_libraries
+from pipelines.tracking.metric_log import MetricLog
+from pipelines.tracking.mlflow_runs import StageRun
+from pipelines.tracking.worker_times import WorkerTimes, worker_nodes
+from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.watchdog import Reached, make_board, run_watched
+
+logger = logging.getLogger(__name__)
+
+Routers = tuple[RouterArtifact, dict[str, RouterArtifact]]
+
+_METRICS = "unlogged_metrics"
+_WORKERS_TAG = "harmonica.workers"
+_MLFLOW_PATIENCE_S = 600
+# Training does not stand still for its curves: they wait in the checkpoint (`MetricLog`).
+_MLFLOW_CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+# An elastic run that counts on a node that is gone waits so long for it (else a minute), then counts again.
+_START_PATIENCE = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+
+
+def start_run(
+    config: WorkflowConfig, device: torch.device, *, shard_model: bool = False
+) -> tuple[FamilyRun, RowSpec]:
+    """A run at its first trajectory, and what its rows look like."""
+    model = load_model(config.model, "cpu" if shard_model else device).model
+    if shard_model:
+        shard(model)
+    sampler = make_sampler(model, config.sampler)
+    run = FamilyRun(sampler, config.train, seed=config.seed, device=device)
+    return run, row_spec(config, model, config.seed)
+
+
+def _trajectories(
+    run: FamilyRun, spec: RowSpec, times: WorkerTimes, tell: Callable[[str], object]
+) -> Iterator[Batch]:
+    """This worker's rows of every trajectory still to train."""
+    context = ray.train.get_context()
+    share = Share(run.config.batch_size, context.get_world_rank(), context.get_world_size())
+    while wanted := run.next_rows:  # those of one member of the family after another
+        rows = stream_rows(spec, share, first_trajectory=wanted.start, trajectories=len(wanted))
+        batches = iter(rows.iter_batches(batch_size=share.size, prefetch_batches=4, batch_format="numpy"))
+        for _ in wanted:
+            tell(f"rows of trajectory {run.trajectory}")
+            with times.waiting_for_data():
+                batch = Batch.of(next(batches), spec, run.device)
+            tell(f"trajectory {run.trajectory}, its updates and the other workers' gradients")
+            yield batch
+
+
+def _agree(due: bool, device: torch.device | str) -> bool:
+    """Rank 0's clock decides for all: a report is a barrier."""
+    flag = torch.tensor([float(due)], device=device)  # NCCL moves nothing that is not on the GPU
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(flag, src=0)
+    return bool(flag.item())
+
+
+class _Keeper:
+    """Rank 0's: what it leaves of a run, on the storage and in MLflow, at every checkpoint."""
+
+    def __init__(
+        self, checkpoints: Checkpoints, run: FamilyRun, stage: StageRun, board: Any, pending: list[Any]
+    ) -> None:
+        self.checkpoints, self.run, self.stage, self.board = checkpoints, run, stage, board
+        self.log = MetricLog(stage, pending)
+        self._since, self._began = run.trajectory, time.monotonic()
+
+    def say_where(self, nodes: list[str]) -> None:
+        """As a tag of the MLflow run, so that a slow worker's node is known."""
+        ranks = {node: [str(rank) for rank, one in enumerate(nodes) if one == node] for node in nodes}
+        said = "; ".join(f"{node}: {' '.join(on_it)}" for node, on_it in ranks.items())
+        try:
+            self.stage.client.set_tag(self.stage.mlflow_run_id, _WORKERS_TAG, said)
+        except Exception as error:  # of many libraries; a tag is not worth a run
+            logger.warning("the workers' nodes are not in MLflow (%s)", type(error).__name__)
+
+    def add(self, metrics: dict[str, float]) -> None:
+        self.log.add(self.run.trajectory, metrics)
+        seconds = time.monotonic() - self._began
+        reached = Reached(self.run.trajectory, self._since, seconds, metrics["loss"], metrics["cur"])
+        self.board.reach.remote(reached)
+
+    def save(self) -> None:
+        self.checkpoints.save(self.run.trajectory, self.run.state() | {_METRICS: self.log.state()})
+        if self.log.flush():
+            self._draw()
+
+    def _draw(self) -> None:
+        names = [branch.name for branch in self.run.sampler.model.branches]
+        plan = self.run.plan
+        scores = self.run.router.logits().sigmoid().cpu()
+        path = f"router/trajectory_{self.run.trajectory:06d}.png"
+        try:
+            figure = router_heat_map(scores, plan.to_tensor(), names)
+            self.stage.client.log_figure(self.stage.mlflow_run_id, figure, path)
+        except Exception as error:  # of many libraries; a picture is not worth a run
+            logger.warning("%s is not in MLflow (%s)", path, type(error).__name__)
+
+    def finish(self) -> None:
+        self.log.finish(_MLFLOW_PATIENCE_S)
+
+
+def _resume(run: FamilyRun, checkpoints: Checkpoints, is_rank_0: bool) -> list[Any]:
+    """Go on from the newest whole checkpoint, on all workers the same; its metrics not logged yet."""
+    found = checkpoints.last() if is_rank_0 else None
+    name: str = ray.train.collective.broadcast_from_rank_zero(found)
+    if not name:
+        return []
+    state = checkpoints.load(name, run.device)
+    run.load_state(state)
+    logger.info("resumed after trajectory %d", run.trajectory)
+    return state[_METRICS]
+
+
+class _QuietController(ray.train.UserCallback):
+    """Keeps Ray's remarks away in the process of Ray Train's controller: it is made anew there."""
+
+    def __init__(self) -> None:
+        drop_remarks()
+
+    def __reduce__(self) -> tuple[type["_QuietController"], tuple[()]]:
+        return _QuietController, ()
+
+
+def _train_loop(job: dict[str, Any]) -> None:
+    config: WorkflowConfig = job["config"]
+    quiet_libraries()
+    for name, value in _MLFLOW_CLIENT.items():
+        os.environ.setdefault(name, value)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rank = ray.train.get_context().get_world_rank()
+
+    def tell(doing: str) -> None:
+        job["board"].tell.remote(rank, doing)
+
+    tell("the model")
+    device, shard_model = ray.train.torch.get_device(), config.train.shard_model
+    run, spec = start_run(config, device, shard_model=shard_model)
+    checkpoints = Checkpoints.of_training(RunStorage(config.storage_path, config.run_id, patient=True))
+    pending = _resume(run, checkpoints, rank == 0)
+    keeper = _Keeper(checkpoints, run, job["mlflow"], job["board"], pending) if rank == 0 else None
+    nodes = worker_nodes(run.device)
+    if keeper is not None:
+        keeper.say_where(nodes)
+    times, last_checkpoint = WorkerTimes(), time.monotonic()
+    for rows in _trajectories(run, spec, times, tell):
+        try:
+            metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+        except NotFinite as error:  # on all workers; raised, it would be tried again with the same outcome
+            ray.get(job["board"].stop.remote(str(error)))
+            return
+        times.add(metrics)
+        is_last = run.trajectory == config.train.all_trajectories
+        is_due = time.monotonic() - last_checkpoint > config.train.checkpoint_interval_s
+        if is_kept := _agree(is_last or is_due, run.device):
+            metrics |= times.gather(rank)
+        if keeper is not None:
+            keeper.add(metrics)
+        if is_kept:
+            tell(f"the checkpoint after trajectory {run.trajectory}")
+            if keeper is not None:
+                keeper.save()
+            # Few: Ray Train keeps them all; the rest is in MLflow.
+            ray.train.report({"trajectory": run.trajectory, "loss": metrics["loss"], "cur": metrics["cur"]})
+            last_checkpoint = time.monotonic()
+    if keeper is not None:
+        keeper.finish()
+
+
+def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Routers:
+    """Train to `config.train.all_trajectories`, resuming the run's last checkpoint; returns the routers.
+
+    First the one of `train.target_speedup`, then those of `train.targets` by name, as in "1.5x".
+
+    Raises:
+        RuntimeError: workers failed more often than `train.max_failures`; says how the last one did.
+        NotFinite: what is computed is not finite; the last checkpoint is from before.
+        TimeoutError: nothing went on for `train.stall_timeout_s`; says what it waited for.
+    """
+    settings = config.train
+    config = dataclasses.replace(config, storage_path=storage.root)  # workers run in folders of their own
+    workers: int | tuple[int, int] = settings.num_workers
+    if settings.min_workers:
+        workers = (settings.min_workers, settings.num_workers)
+        os.environ.setdefault(*_START_PATIENCE)
+    board = make_board()
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config={"config": config, "mlflow": stage, "board": board},
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=settings.resize_interval_s,
+            use_gpu=settings.use_gpu,
+            placement_strategy=settings.placement_strategy,
+        ),
+        run_config=RunConfig(  # type: ignore[call-arg]  # ray.train's stubs still show the V1 class
+            name=work_folder("train", storage),
+            storage_path=storage.uri(),
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[_QuietController()],  # type: ignore[list-item]
+        ),
+    )
+    kind = "GPU" if settings.use_gpu else "CPU"
+    wanted = f"{settings.counts[0]} workers of one {kind} each, {settings.placement_strategy}"
+    progress = Progress(family_phases(settings, config.sampler.num_inference_steps))
+    try:
+        run_watched(trainer.fit, board, settings.stall_timeout_s, wanted, progress)
+    except WorkerGroupError as error:
+        raise RuntimeError(_last_failure(error, settings.max_failures)) from error
+    if words := ray.get(board.why_stopped.remote()):
+        raise NotFinite(words)
+    return _build_artifacts(config, Checkpoints.of_training(storage))
+
+
+def _last_failure(error: WorkerGroupError, max_failures: int) -> str:
+    each = {f"rank {rank}: {str(cause).strip()}" for rank, cause in error.worker_failures.items()}
+    return f"training failed more than train.max_failures ({max_failures}) times, at last\n" + "\n".join(
+        sorted(each)
+    )
+
+
+def _build_artifacts(config: WorkflowConfig, checkpoints: Checkpoints) -> Routers:
+    run, _ = start_run(config, torch.device("cpu"))
+    name = checkpoints.last()
+    if name:
+        run.load_state(checkpoints.load(name))
+    if run.trajectory < config.train.all_trajectories:
+        raise RuntimeError(
+            f"training of {config.run_id} ended and its last whole checkpoint is of trajectory "
+            f"{run.trajectory} of {config.train.all_trajectories}: run again with the same run id"
+        )
+    settings = {"run_id": config.run_id} | config.to_dict()["train"]
+    return run.artifact(**settings), run.others(**settings)

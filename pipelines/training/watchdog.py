@@ -1,0 +1,141 @@
+"""What each training worker does at the moment: a line of progress at intervals, and when a run stands still,
+what it waits for.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from harmonica.cli.common import say
+from harmonica.training.phases import Progress
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+_LOOK_EVERY_S, _SAY_EVERY_S = 1.0, 20.0
+
+
+class Reached(NamedTuple):
+    """Where training is, as its first worker sees it."""
+
+    trajectory: int
+    since: int
+    """The trajectory that this worker began with: 0, or where it went on."""
+    seconds: float
+    """Since it began with that."""
+    loss: float
+    cur: float
+
+
+class _Board:
+    """An actor beside the driver; workers tell it, without waiting, what they begin."""
+
+    def __init__(self) -> None:
+        self._said: dict[int, tuple[str, float]] = {}
+        self._reached: Reached | None = None
+        self._stopped = ""
+
+    def tell(self, rank: int, doing: str) -> None:
+        self._said[rank] = (doing, time.monotonic())
+
+    def reach(self, reached: Reached) -> None:
+        self._reached = reached
+
+    def stop(self, words: str) -> None:
+        """Training ends here, since going on or trying again would not help."""
+        self._stopped = words
+
+    def why_stopped(self) -> str:
+        return self._stopped
+
+    def read(self) -> tuple[dict[int, tuple[str, float]], Reached | None]:
+        """Of each rank what it does, and for how many seconds; and how far they are."""
+        now = time.monotonic()
+        said = {rank: (doing, now - since) for rank, (doing, since) in sorted(self._said.items())}
+        return said, self._reached
+
+
+def make_board() -> Any:
+    """The actor's handle; it lives on the driver's node and ends with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def run_watched(
+    work: Callable[[], Result], board: Any, stall_s: float, wanted: str, progress: Progress
+) -> Result:
+    """`work()` in a thread, given up when for `stall_s` no worker has begun anything new.
+
+    The thread also keeps Ray Train from taking over Ctrl-C, after which this process would end with exit
+    code 0; an abandoned thread's actors end with this process.
+
+    Args:
+        wanted: what workers need before the first can begin, for the message.
+        progress: of what the workers reach.
+
+    Raises:
+        TimeoutError: says what every worker waits for.
+    """
+    done: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except BaseException as error:  # raised again by the thread that waits
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True, name="training").start()
+    started, lines = time.monotonic(), _Lines(progress)
+    while True:
+        try:
+            result, error = done.get(timeout=_LOOK_EVERY_S)
+        except queue.Empty:
+            said, reached = ray.get(board.read.remote())
+            lines.show(reached)
+            still = min([age for _, age in said.values()], default=time.monotonic() - started)
+            if still > stall_s:
+                raise TimeoutError(_words(said, still, wanted)) from None
+            continue
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+
+class _Lines:
+    """Tells how far training is: not often, and nothing twice."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._last: Reached | None = None
+        self._at = time.monotonic()
+
+    def show(self, reached: Reached | None) -> None:
+        now = time.monotonic()
+        if reached is None or reached == self._last or now - self._at < _SAY_EVERY_S:
+            return
+        self._last, self._at = reached, now
+        say(_line(reached, self._progress))
+
+
+def _line(reached: Reached, progress: Progress) -> str:
+    done, since, seconds, loss, cur = reached
+    left = progress.left_words(done, since, seconds)
+    return f"[train] {progress.words(done)}, loss {loss:.3g}, CUR {cur:.1%}, {left}"
+
+
+def _words(said: dict[int, tuple[str, float]], still: float, wanted: str) -> str:
+    if not said:
+        free, all_ = ray.available_resources(), ray.cluster_resources()
+        shown = ", ".join(f"{free.get(k, 0):g} of {all_[k]:g} {k}" for k in ("CPU", "GPU") if k in all_)
+        return (
+            f"no training worker has started for {still:.0f} s: it waits for {wanted}, and the cluster has "
+            f"{shown} free: add nodes, or ask for less"
+        )
+    each = "; ".join(f"rank {rank}: {doing} ({age:.0f} s)" for rank, (doing, age) in said.items())
+    return f"training has made no progress for {still:.0f} s (train.stall_timeout_s): {each}"
