@@ -11,10 +11,11 @@ a diffusers pipeline and take it off.
 
 from typing import TYPE_CHECKING, Any
 
+from harmonica.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from harmonica.integrations.diffusers_pipeline import apply, remove
 
-__version__ = "0.1.0"
 __all__ = ["apply", "remove"]
 
 

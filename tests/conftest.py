@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from xdist.scheduler import LoadFileScheduling
 
+from harmonica.models.base import freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import Ddim, SamplerConfig
-from harmonica.training.sdt import freeze
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,7 +11,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from harmonica.evaluation import accumulators
 from harmonica.evaluation.accumulators import LOGITS, POOLED, ArmStatistics, FeatureSums
-from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.evaluation.feature_statistics import FeatureStatistics
 
 ROWS = 37
 

@@ -14,11 +14,11 @@ from harmonica.evaluation.fashion_classifier import (
     STATISTICS_FILE,
     WEIGHTS_FILE,
     Classifier,
-    FeatureStatistics,
     features_and_logits,
     load_classifier,
     save_classifier,
 )
+from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance, label_accuracy
 
 

@@ -7,12 +7,12 @@ from torch import nn
 
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
+from harmonica.models.base import freeze
 from harmonica.models.dit import model as dit
 from harmonica.models.dit.model import DiT
 from harmonica.models.step_conditionings import StepConditionings
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.samplers.noise import RowKeys
-from harmonica.training.sdt import freeze
 
 
 class Counted(nn.Module):

@@ -18,13 +18,13 @@ from harmonica.core.cache import BranchCache
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
 from harmonica.core.sampling import planned_step
-from harmonica.models.base import BranchedTransformer
+from harmonica.models.base import BranchedTransformer, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.iepo import image_error_proxy
 from harmonica.training.memory_model import Shape
-from harmonica.training.sdt import SdtConfig, SdtTrainer, freeze
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 from tests.benchmarks.live_tensors import peak_of
 
 STEPS = SamplerConfig(num_inference_steps=5, guidance_scale=1.5, clip_sample=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerances import MARGIN, roundoff
 
-from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance, label_accuracy, label_agreement, psnr
 
 

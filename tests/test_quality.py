@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from harmonica.evaluation.accumulators import LOGITS, POOLED, SPATIAL, ArmStatistics
-from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance
 from harmonica.evaluation.reference_sets import ReferenceSet
 from harmonica.evaluation.report import Resamples, arm_quality, distances_to_full

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from harmonica.evaluation import fashion_mnist, reference_sets
-from harmonica.evaluation.fashion_classifier import BUILTIN_FOLDER, FeatureStatistics
+from harmonica.evaluation.fashion_classifier import BUILTIN_FOLDER
 from harmonica.evaluation.feature_extractors import ClassifierFeatures, Features
+from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance
 from harmonica.evaluation.reference_sets import builtin_reference, read_adm_reference
 

@@ -21,7 +21,7 @@ from harmonica.evaluation.distribution_metrics import (
     inception_score,
     kernel_distances,
 )
-from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance
 
 

@@ -15,7 +15,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from harmonica.cli.sample import SampleCommand
-from harmonica.models.base import Macs
+from harmonica.models.base import Macs, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig, make_sampler
@@ -26,7 +26,7 @@ from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.multi_target import FamilyRun
 from harmonica.training.plans.builders import even_plan, fastest_speedup, slowest_speedup
 from harmonica.training.plans.search import StepSearch
-from harmonica.training.sdt import SdtConfig, freeze
+from harmonica.training.sdt import SdtConfig
 from harmonica.validation.settings import SettingError
 from pipelines.compare.methods import learners
 from pipelines.config.compare import CompareConfig

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from harmonica.core.sampling import sample
-from harmonica.models.base import BranchedTransformer
+from harmonica.models.base import BranchedTransformer, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.samplers.noise import RowKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.memory_model import Shape
-from harmonica.training.sdt import SdtConfig, SdtTrainer, freeze
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 from harmonica.training.sharding import shard, shared_layers
 from harmonica.training.trainer import RouterRun
 

@@ -15,11 +15,11 @@ import torch
 from slow_dit import gelu_tanh, linear, modulated_norm, patch_slices, silu
 from torch import Tensor
 
+from harmonica.models.base import freeze
 from harmonica.models.pixart.model import PixArt
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import SamplerConfig
 from harmonica.torchvision_ops import ensure_torchvision_imports
-from harmonica.training.sdt import freeze
 
 ensure_torchvision_imports()
 

@@ -13,11 +13,11 @@ from slow_dit import gelu_tanh, linear, modulated_norm, patch_slices, silu
 from tiny_pixart import STEPS
 from torch import Tensor
 
+from harmonica.models.base import freeze
 from harmonica.models.sana.model import Sana
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import SamplerConfig
 from harmonica.torchvision_ops import ensure_torchvision_imports
-from harmonica.training.sdt import freeze
 
 ensure_torchvision_imports()
 

@@ -23,10 +23,11 @@ from harmonica.core.router import Router
 from harmonica.core.sampling import sample
 from harmonica.io.paths import local
 from harmonica.io.safe_load import load_weights, read_released_router, read_tensors
+from harmonica.models.base import freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.training.iepo import IepoKind, image_error_proxy
-from harmonica.training.sdt import SdtConfig, SdtTrainer, freeze
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 
 _INPUTS = ("noise", "labels", "sdt.noise", "sdt.labels")
 

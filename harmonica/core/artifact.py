@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import harmonica
 from harmonica.core.accumulation import kept_bytes
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
@@ -22,6 +21,7 @@ from harmonica.io.safe_load import read_tensors
 from harmonica.io.tensor_files import write_tensors
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers import Sampler, SamplerConfig
+from harmonica.version import __version__
 
 FORMAT_VERSION = 2
 _SAMPLE = "sample.safetensors"
@@ -129,7 +129,7 @@ class RouterArtifact:
             "cache_bytes": self.cache_bytes,
             "training": self.training,
             "versions": {
-                "harmonica": harmonica.__version__,
+                "harmonica": __version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from harmonica.evaluation.distribution_metrics import class_information, inception_score
-from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.evaluation.feature_statistics import FeatureStatistics
 
 KEPT_ROWS = 10_000
 """Images of an arm whose features are kept: 160 MB of Inception's two kinds."""

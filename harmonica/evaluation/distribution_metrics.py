@@ -7,7 +7,7 @@ float64. Shapes: N M images of two sets, F features, K classes, R resamples.
 import torch
 from torch import Tensor
 
-from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
 ensure_torchvision_imports()

@@ -6,7 +6,7 @@ Shapes: N batch, C channels, H W image, K classes.
 import torch
 from torch import Tensor
 
-from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
 ensure_torchvision_imports()

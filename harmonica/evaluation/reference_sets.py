@@ -15,16 +15,14 @@ from numpy.lib import format as npy
 from safetensors.torch import load_file
 from torch import Tensor
 
-from harmonica.evaluation import fashion_mnist
-from harmonica.evaluation.fashion_classifier import BUILTIN_FOLDER, STATISTICS_FILE, FeatureStatistics
-from harmonica.evaluation.feature_extractors import ClassifierFeatures, InceptionFeatures
+from harmonica.evaluation.fashion_classifier import BUILTIN_FOLDER, STATISTICS_FILE
+from harmonica.evaluation.feature_extractors import InceptionFeatures
+from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.io.paths import local
-from harmonica.io.tensor_files import write_tensors
 
 MAX_IMAGES = 10_000
 """Reference images whose features are kept, for KID, precision and recall."""
 FEATURES_FILE, SPATIAL_FILE = "reference_features.safetensors", "spatial_statistics.safetensors"
-_SHIPPED_IMAGES = 2_000
 _BATCH = 50
 _LARGEST_SIDE = 4096
 
@@ -46,16 +44,6 @@ def builtin_reference(folder: Path = BUILTIN_FOLDER) -> ReferenceSet:
         FeatureStatistics.load(folder / SPATIAL_FILE),
         load_file(folder / FEATURES_FILE)["features"].float(),
     )
-
-
-def write_builtin_reference(folder: Path, data_folder: Path = fashion_mnist.DEFAULT_FOLDER) -> None:
-    """Write what `builtin_reference` reads beside the pooled statistics, by the classifier in the folder."""
-    images = torch.tensor(fashion_mnist.load_fashion_mnist("test", data_folder)[0]).float() / 127.5 - 1
-    seen = [ClassifierFeatures(folder)(batch) for batch in images.split(_BATCH)]
-    pooled = torch.cat([features.pooled_NF for features in seen])
-    spatial = torch.cat([features.spatial_NS for features in seen])
-    FeatureStatistics.from_features(spatial).save(folder / SPATIAL_FILE)
-    write_tensors({"features": pooled[:_SHIPPED_IMAGES].half()}, folder / FEATURES_FILE)
 
 
 def read_adm_reference(path: str | Path, extractor: InceptionFeatures | None = None) -> ReferenceSet:

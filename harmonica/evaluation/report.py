@@ -18,7 +18,7 @@ from harmonica.evaluation.distribution_metrics import (
     inception_score,
     kernel_distances,
 )
-from harmonica.evaluation.fashion_classifier import FeatureStatistics
+from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance
 from harmonica.evaluation.reference_sets import ReferenceSet
 

@@ -191,3 +191,8 @@ class BranchedTransformer(nn.Module, ABC):
             y_NLD = branch.compute(hidden_NLD, conditioning)
             hidden_NLD = merge_of(branch, index)(hidden_NLD, y_NLD, conditioning)
         return self.head(hidden_NLD, conditioning)
+
+
+def freeze(model: torch.nn.Module) -> None:
+    """Put a model into evaluation mode, without gradients of its weights, as SDT expects the base model."""
+    model.eval().requires_grad_(False)

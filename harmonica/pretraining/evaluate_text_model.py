@@ -18,18 +18,18 @@ from harmonica.evaluation import fashion_mnist
 from harmonica.evaluation.fashion_classifier import (
     BUILTIN_FOLDER,
     STATISTICS_FILE,
-    FeatureStatistics,
     features_and_logits,
     load_classifier,
 )
+from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance, label_accuracy
 from harmonica.evaluation.plots import sample_sheet, to_uint8
+from harmonica.models.base import freeze
 from harmonica.models.pixart.model import PixArt
 from harmonica.models.text_condition import TextCondition
 from harmonica.pretraining import captions
 from harmonica.pretraining.text_to_image import TEXT_TOKENS, PixArtTransformer2DModel
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.training.sdt import freeze
 
 GUIDANCE_SCALES = (4.5, 2.0)  # PixArt's own, and that of the built-in DiT
 NUM_STEPS = 20

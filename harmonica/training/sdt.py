@@ -72,11 +72,6 @@ class StepRecord:
     """lambda_i * mse + beta * l1; the scores times their costs where the penalty counts those."""
 
 
-def freeze(model: torch.nn.Module) -> None:
-    """Evaluation mode, no weight gradients: what SDT expects of the base model."""
-    model.eval().requires_grad_(False)
-
-
 Rows = tuple[Tensor, Any, RowKeys | None]
 """Noise (N, C, H, W), condition and names of N rows."""
 

@@ -6,13 +6,12 @@ from torch import Tensor
 from harmonica.builtin import FASHION_DIT
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
-from harmonica.models.base import BranchedTransformer
+from harmonica.models.base import BranchedTransformer, freeze
 from harmonica.models.dit.config import DiTConfig, dit_shape
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import read_folder_config
 from harmonica.samplers import Ddim, Sampler, SamplerConfig
 from harmonica.samplers.noise import RowKeys
-from harmonica.training.sdt import freeze
 from tests.benchmarks.hardware import PLAIN, Hardware
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from harmonica.io.weight_values import check_values
-from harmonica.models.base import FINGERPRINT_VALUES, Fingerprint
+from harmonica.models.base import FINGERPRINT_VALUES, Fingerprint, freeze
 from harmonica.models.dit.config import DiTConfig
 from harmonica.models.dit.model import DiT, sincos_position_embedding
-from harmonica.training.sdt import freeze
 
 POSITIONS = "pos_embed"
 

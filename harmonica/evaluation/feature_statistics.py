@@ -1,0 +1,49 @@
+"""The mean and covariance of a set of images' features, as a Frechet distance compares them.
+
+Shapes: N images, F features.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from harmonica.io.tensor_files import write_tensors
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureStatistics:
+    """The Gaussian that stands for a set of images in a Frechet distance."""
+
+    mean: Tensor
+    """(F,) float64."""
+    covariance: Tensor
+    """(F, F) float64, unbiased."""
+    count: int
+    """Images behind it."""
+
+    @classmethod
+    def from_features(cls, features_NF: Tensor) -> Self:
+        """Statistics of a set of features.
+
+        Raises:
+            ValueError: not a table of at least two rows.
+        """
+        if features_NF.ndim != 2 or len(features_NF) < 2:
+            raise ValueError(
+                f"features have shape {tuple(features_NF.shape)}: give (N, F) with N of 2 or more"
+            )
+        features = features_NF.double()
+        return cls(features.mean(dim=0), torch.cov(features.T), len(features))
+
+    def save(self, path: Path) -> None:
+        tensors = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count)}
+        write_tensors({name: tensor.cpu() for name, tensor in tensors.items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        tensors = load_file(path)
+        return cls(tensors["mean"], tensors["covariance"], int(tensors["count"]))

@@ -1,0 +1,10 @@
+"""`harmonica.cli.memory` under the name it had before 0.2."""
+
+import runpy
+
+from harmonica.validation.moved import warn_moved
+
+warn_moved("harmonica.memory", "harmonica.cli.memory")
+
+if __name__ == "__main__":
+    runpy.run_module("harmonica.cli.memory", run_name="__main__", alter_sys=True)
