@@ -33,9 +33,10 @@ test-slow: $(STAMP)-test ## the slow and the browser tests
 test-cpus: $(STAMP)-test ## the numeric tests with the kernels of other CPUs
 	$(BIN)/python -m tests.cpus
 
-lint: $(STAMP)-dev ## ruff: rules and format
+lint: $(STAMP)-dev ## ruff: rules and format; import-linter: which way imports go
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(STAMP)-dev ## mypy
 	$(BIN)/mypy harmonica pipelines workflow.py

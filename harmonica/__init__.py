@@ -2,8 +2,9 @@
 
 The method alone, without Ray or MLflow: a transformer is seen as a list of residual branches
 (`harmonica.models`). Three passes walk that list: the full one (`BranchedTransformer.forward`), and the soft
-and the planned one of `passes`. A router says which branches may reuse their last value (`router`, `plan`).
-It is trained by SDT with the IEPO objective (`sdt`, `iepo`), or its plan is searched (`start`).
+and the planned one of `core.passes`. A router says which branches may reuse their last value (`core.router`,
+`core.plan`). It is trained by SDT with the IEPO objective (`training.sdt`, `training.iepo`), or its plan is
+searched (`training.plans.search`).
 
 `harmonica.apply(pipe.transformer, router)` and `harmonica.remove(pipe.transformer)` put a trained plan on
 a diffusers pipeline and take it off.

@@ -42,7 +42,9 @@ def shard(model: BranchedTransformer, mesh: DeviceMesh | None = None) -> None:
             "torchrun --nproc-per-node 2 or train.num_workers 2, or give False"
         )
     if any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("train.shard_model is True and the model is not frozen: call `freeze` first")
+        raise ValueError(
+            "train.shard_model is True and the model is not frozen: call harmonica.models.base.freeze first"
+        )
     if mesh is None:
         mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world_size,))
     # It warns of every layer's output, a view; nothing here changes one in place.

@@ -1,1 +1,1 @@
-"""What a replica is made of: HTTP, batches, drawing, and following the champion."""
+"""What a replica is made of: HTTP, batching, image generation, and the watch on the registry."""
