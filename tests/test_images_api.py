@@ -14,7 +14,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from tiny_dit import make_artifact, write_model
-from tiny_studio import CONFIG, make_studio, slow_steps
+from tiny_engine import CONFIG, make_studio, slow_steps
 
 from harmonica.evaluation.fashion_mnist import CLASS_NAMES
 from harmonica.evaluation.plots import encode_picture

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from tiny_dit import make_artifact, write_model
-from tiny_studio import make_studio
+from tiny_engine import make_studio
 
 from harmonica.models.loading import load_model
 from pipelines.serving.images_api import create_app

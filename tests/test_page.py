@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from live_app import running
 from tiny_dit import make_artifact, write_model
-from tiny_studio import make_studio, slow_steps
+from tiny_engine import make_studio, slow_steps
 
 from harmonica.models.loading import load_model
 from pipelines.serving.images_api import create_app

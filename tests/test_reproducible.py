@@ -9,7 +9,7 @@ import torch
 from fastapi.testclient import TestClient
 from kernels import by_batch, by_slot, rounding_bound, summing
 from tiny_dit import make_artifact, write_model
-from tiny_studio import CONFIG, make_studio
+from tiny_engine import CONFIG, make_studio
 
 from harmonica.builtin import CHAMPION
 from harmonica.core.artifact import RouterArtifact

@@ -12,7 +12,7 @@ from live_app import running
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tiny_dit import make_artifact, write_model
-from tiny_studio import make_studio
+from tiny_engine import make_studio
 
 from harmonica.models.loading import load_model
 from pipelines.serving.images_api import create_app

@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import pytest
 from tiny_dit import make_artifact, write_model
-from tiny_studio import CONFIG, make_studio
+from tiny_engine import CONFIG, make_studio
 
 from harmonica.models.loading import load_model
 from pipelines.serving import metrics as serve_metrics

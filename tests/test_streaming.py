@@ -16,7 +16,7 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 from ray.serve.exceptions import RequestCancelledError
 from tiny_dit import make_artifact, write_model
-from tiny_studio import CONFIG, make_studio
+from tiny_engine import CONFIG, make_studio
 
 from harmonica.data.text_encoder import PromptTooLong
 from harmonica.models.loading import load_model

@@ -10,7 +10,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from test_images_api import PATH
-from tiny_studio import CONFIG, make_studio
+from tiny_engine import CONFIG, make_studio
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.conditions import Prompts, make_conditions

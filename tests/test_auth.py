@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from live_app import running
 from PIL import Image
 from tiny_dit import make_artifact, write_model
-from tiny_studio import make_studio
+from tiny_engine import make_studio
 
 from harmonica.models.loading import load_model
 from pipelines import serve

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import ray
 from tiny_dit import SHAPE, make_artifact, write_model
-from tiny_studio import CONFIG
+from tiny_engine import CONFIG
 
 from harmonica.builtin import CHAMPION
 from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, ModelConfig, load_model

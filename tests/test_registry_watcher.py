@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 from tiny_dit import SAMPLER, SHAPE, make_artifact, write_model
-from tiny_studio import CONFIG
+from tiny_engine import CONFIG
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import record_sample
