@@ -1,18 +1,18 @@
-"""The endpoint's source of images in this process: the real one, that of a Serve replica without Serve."""
+"""A generation engine in this process, as a Serve replica has one, without Serve."""
 
 import time
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import LoadedModel
 from pipelines.config.serve import ServeConfig
-from pipelines.serving.engine import Studio
+from pipelines.serving.engine import GenerationEngine
 from pipelines.serving.image_sampler import ImageSampler
 
 CONFIG = ServeConfig(max_batch_size=8, batch_wait_s=0.01, max_images_per_request=4, max_steps=30)
 
 
-class FailingStudio(Studio):
-    """Fails where it is told to."""
+class FailingEngine(GenerationEngine):
+    """An engine that raises `error` if that is set."""
 
     error: Exception | None = None
 
@@ -21,36 +21,36 @@ class FailingStudio(Studio):
             raise self.error
         return await super().describe()
 
-    async def draw(self, order):
+    async def generate(self, request):
         if self.error:
             raise self.error
-        return await super().draw(order)
+        return await super().generate(request)
 
 
-def make_studio(
+def make_engine(
     loaded: LoadedModel,
     artifact: RouterArtifact,
     version: str = "3",
     *,
     config: ServeConfig = CONFIG,
     fastest: RouterArtifact | None = None,
-) -> FailingStudio:
-    """A studio under a champion, and maybe a faster router that is called `fast`."""
+) -> FailingEngine:
+    """Make an engine with a champion, and maybe a faster router of version `fast`."""
     images = ImageSampler(loaded, over_limit=config.over_limit, max_steps=config.max_steps)
-    champion = images.make_router(artifact, version)
-    images.use(champion, images.make_router(fastest, "fast") if fastest else None)
-    return FailingStudio(images, "tiny", config)
+    champion = images.make_plan(artifact, version)
+    images.use(champion, images.make_plan(fastest, "fast") if fastest else None)
+    return FailingEngine(images, "tiny", config)
 
 
-def slow_steps(studio: Studio, seconds: float) -> None:
-    """Every step takes so much longer, so that it can be seen."""
-    draw = studio.images.draw
+def slow_steps(engine: GenerationEngine, seconds: float) -> None:
+    """Make every step take this much longer, so that it can be seen."""
+    generate = engine.images.generate
 
-    def slowly(rows, router, on_preview):
+    def slowly(requests, served, on_preview):
         def wait(step, predict):
             time.sleep(seconds)
             on_preview(step, predict)
 
-        return draw(rows, router, wait)
+        return generate(requests, served, wait)
 
-    studio.images.draw = slowly  # type: ignore[method-assign]
+    engine.images.generate = slowly  # type: ignore[method-assign]
