@@ -197,7 +197,12 @@ def test_a_request_that_serve_has_cancelled_is_no_failure(source, stream, caplog
 
 @pytest.mark.parametrize(
     "rejection",
-    [Overloaded(3), TimedOut(), SettingRejected("n is 1: no"), PromptTooLong("prompt is long", 400)],
+    [
+        Overloaded(3),
+        TimedOut(),
+        SettingRejected("n", "n is 1: no"),
+        PromptTooLong("prompt is long", 4, "prompt"),
+    ],
 )
 def test_rejections_travel_between_processes(rejection):
     assert isinstance(rejection, REJECTIONS)

@@ -60,9 +60,9 @@ def as_api_error(error: Exception) -> ApiError:
         message = "the image has waited for as long as it may: try again, or give a larger timeout_s"
         return ApiError(504, message, None, "timeout")
     if isinstance(error, PromptTooLong):
-        return ApiError(400, error.message, error.message.split()[0], "string_above_max_length")
+        return ApiError(400, error.message, error.field, "string_above_max_length")
     if isinstance(error, SettingRejected):
-        return ApiError(400, error.message, error.message.split()[0], "invalid_value")
+        return ApiError(400, error.message, error.field, "invalid_value")
     return ApiError(500, "drawing failed: the server's log says why", None, "internal_error")
 
 

@@ -22,6 +22,7 @@ from harmonica.models.loading import LoadedModel
 from harmonica.models.vae import check_vae, decode_latents, draws_pixels, pixels_per_latent
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import RowKeys
+from harmonica.validation.settings import SettingError
 
 Quality = Literal["low", "medium", "high"]
 """`high` computes every branch, `medium` uses the champion's plan, and `low` that of the fastest router."""
@@ -31,11 +32,20 @@ _MAX_UNCACHED_PLANS = 16
 
 
 class SettingRejected(ValueError):
-    """A setting that this model or router cannot generate with; the message begins with its name."""
+    """A setting of a request that this model or router cannot generate with.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
+    Args:
+        field: name of the request's field.
+        message: the whole message, which begins with that name.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message)
+        self.field = field
         self.message = message  # Ray's own copies of errors have a traceback for a text
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +81,15 @@ class ServedPlan:
 
 
 @contextmanager
-def _rejecting() -> Iterator[None]:
-    """Turn what the sampler's settings refuse into an error of the client's request."""
+def _rejecting(field: str) -> Iterator[None]:
+    """Turn an error of the sampler's settings into one of the request's field of the same name."""
     try:
         yield
+    except SettingError as error:
+        message = f"{field} {error.reason}" if error.field == f"sampler.{field}" else str(error)
+        raise SettingRejected(field, message) from error
     except ValueError as error:
-        raise SettingRejected(str(error).removeprefix("sampler.")) from error
+        raise SettingRejected(field, str(error)) from error
 
 
 def check_is_whole(loaded: LoadedModel) -> None:
@@ -200,7 +213,7 @@ class ImageSampler:
         if quality == "high":
             config = self.champion.sampler.config
             if guidance_scale is not None:
-                with _rejecting():
+                with _rejecting("guidance_scale"):
                     replace(config, guidance_scale=guidance_scale)
             return self._uncached_plan(num_inference_steps or config.num_inference_steps)
         served = self._plans[quality]
@@ -209,8 +222,9 @@ class ImageSampler:
             made_for = getattr(served.sampler.config, name)
             if value is not None and value != made_for:
                 raise SettingRejected(
+                    name,
                     f"{name} is {value} and router {served.version} of quality {quality} was made for "
-                    f"{made_for}: leave it out, or give quality high, which uses no router"
+                    f"{made_for}: leave it out, or give quality high, which uses no router",
                 )
         return served
 
@@ -221,8 +235,9 @@ class ImageSampler:
         config = self.champion.sampler.config
         most = max(self._max_steps, config.num_inference_steps)
         if num_inference_steps > most:
-            raise SettingRejected(f"num_inference_steps is {num_inference_steps}: give 2 to {most}")
-        with _rejecting():
+            message = f"num_inference_steps is {num_inference_steps}: give 2 to {most}"
+            raise SettingRejected("num_inference_steps", message)
+        with _rejecting("num_inference_steps"):
             served = self.make_uncached(replace(config, num_inference_steps=num_inference_steps))
         if len(made) == _MAX_UNCACHED_PLANS:
             del made[next(iter(made))]
