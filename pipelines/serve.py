@@ -3,8 +3,8 @@
     python -m pipelines.serve --serve.port 8000        # make serve
     serve deploy with import_path: pipelines.serve:build
 
-Two deployments: `Api` speaks HTTP, `Sampler` holds the model and draws. A request for n images is n
-orders, which share trajectories with whatever other requests wait.
+There are two deployments: `Api` serves HTTP, and `Sampler` holds the model and generates. A request for n
+images is split into n requests to the engine, which share batches with those of other clients.
 """
 
 import json
@@ -37,7 +37,7 @@ from pipelines.serving.router_choice import choose_router
 
 APP_NAME = "harmonica"
 _READY_TIMEOUT_S = 60.0
-_DRAW_TIMEOUT_S = 600.0
+_GENERATE_TIMEOUT_S = 600.0
 
 
 def deploy(
@@ -93,7 +93,7 @@ def shutdown() -> None:
 
 
 def _why_failed() -> str:
-    """What a replica raised; Serve's own error only names the deployment."""
+    """Return the error that a replica raised; Serve's own only names the deployment."""
     application = serve.status().applications.get(APP_NAME)
     messages = [deployment.message for deployment in application.deployments.values()] if application else []
     lines = [line for message in messages for line in message.splitlines()]
@@ -106,10 +106,10 @@ def _is_serving() -> bool:
 
 
 def check_port(config: ServeConfig) -> None:
-    """Refuse an address that cannot be listened on.
+    """Check that the address can be listened on.
 
     Raises:
-        ValueError: taken, or not this machine's.
+        ValueError: it is taken, or not this machine's.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -140,13 +140,13 @@ def _wait_until_ready(url: str) -> None:
 
 
 def first_image(url: str, prompt: str, seed: int, *, api_keys_file: str = "") -> dict[str, Any]:
-    """One image from a running endpoint: the decoded answer. Waits while the endpoint starts or is busy.
+    """Ask a running endpoint for one image, waiting while it starts or is busy; return the decoded answer.
 
     Args:
-        api_keys_file: the endpoint's own `serve.api_keys_file`, one key of which is used.
+        api_keys_file: the endpoint's own `serve.api_keys_file`; its first key is used.
 
     Raises:
-        RuntimeError: refused, or not reachable for a minute.
+        RuntimeError: the request is rejected, or the endpoint cannot be reached for a minute.
     """
     deadline = time.monotonic() + _READY_TIMEOUT_S
     endpoint, headers = f"{url}/v1/images/generations", key_headers(api_keys_file)
@@ -154,7 +154,7 @@ def first_image(url: str, prompt: str, seed: int, *, api_keys_file: str = "") ->
     while time.monotonic() < deadline:
         try:
             body = {"prompt": prompt, "seed": seed}
-            answer = httpx.post(endpoint, json=body, headers=headers, timeout=_DRAW_TIMEOUT_S)
+            answer = httpx.post(endpoint, json=body, headers=headers, timeout=_GENERATE_TIMEOUT_S)
         except httpx.TransportError as error:
             reason = error
         else:
@@ -185,10 +185,10 @@ class ServeCommand:
 
 
 def _curl(url: str, headers: dict[bytes, bytes]) -> str:
-    """A command that draws the model's first class, or a prompt, into image.png.
+    """Return a shell command that writes an image of the model's first class, or of a prompt, to image.png.
 
     Args:
-        headers: with a key, where the endpoint has any.
+        headers: with a key, if the endpoint needs one.
     """
     card = httpx.get(f"{url}/v1/models", headers=headers, timeout=10).json()["data"][0]
     prompt = card["class_names"][0] if card["class_names"] else "a photo of a sneaker"
@@ -202,18 +202,18 @@ def _curl(url: str, headers: dict[bytes, bytes]) -> str:
 
 
 def _serve(command: ServeCommand) -> None:
-    """Until SIGINT or SIGTERM. What is refused is refused before Ray starts.
+    """Serve until SIGINT or SIGTERM. Settings are checked before Ray starts.
 
     Raises:
-        ValueError: unusable settings.
-        RuntimeError: it could not be started.
+        ValueError: the settings cannot be used.
+        RuntimeError: serving could not be started.
     """
     headers = key_headers(command.serve.api_keys_file)
     check_address()
     if is_private():
         check_port(command.serve)
     choice = choose_router(command.model, command.router, command.registered_model, command.storage_path)
-    say(f"Starting with {choice.words} ...")
+    say(f"Starting with {choice.summary} ...")
     connect()
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):  # after `connect`, which has its own for the latter
@@ -235,8 +235,11 @@ def _serve(command: ServeCommand) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 once it was stopped, 2 for unusable input, 1 where serving could not be started, and 128 +
-    signal where starting was interrupted."""
+    """Run the command and return its exit code.
+
+    It is 0 once serving was stopped, 1 if it could not be started, 2 for unusable input, and 128 + signal if
+    starting was interrupted.
+    """
     try:
         _serve(parse_settings(ServeCommand(), arguments, "python -m pipelines.serve"))
     except ValueError as error:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pipelines.serving.batching import Batcher, Overloaded, TimedOut
-from pipelines.serving.latency_model import Pace
+from pipelines.serving.latency_model import LatencyModel
 
 
 class Workshop:
@@ -87,11 +87,11 @@ def test_a_full_batch_and_one_alone_wait_for_nobody():
 
 def test_the_rest_of_a_request_is_waited_for_but_not_for_long():
     async def body(workshop):
-        first = asyncio.create_task(workshop.batcher.submit("a", 1, company=2))
+        first = asyncio.create_task(workshop.batcher.submit("a", 1, group_size=2))
         await asyncio.sleep(0.1)
-        await asyncio.gather(first, workshop.batcher.submit("a", 2, company=2))
+        await asyncio.gather(first, workshop.batcher.submit("a", 2, group_size=2))
         started = time.monotonic()
-        await workshop.batcher.submit("a", 3, company=2)
+        await workshop.batcher.submit("a", 3, group_size=2)
         assert 0.5 <= time.monotonic() - started < 2
 
     assert run(body, wait_s=0.5).batches == [("a", [1, 2]), ("a", [3])]
@@ -148,7 +148,7 @@ def test_what_has_started_is_not_given_up():
 def test_batches_are_as_large_as_the_target_leaves_time_for():
     async def body(workshop):
         for size, seconds in ((1, 0.3), (2, 0.4), (3, 0.5)):
-            workshop.batcher._paces.setdefault("a", Pace()).add(size, seconds)
+            workshop.batcher._latency_models.setdefault("a", LatencyModel()).add(size, seconds)
         tasks = await workshop.submit_all(*[("a", item) for item in range(5)])
         await asyncio.gather(*tasks)
 
@@ -157,16 +157,16 @@ def test_batches_are_as_large_as_the_target_leaves_time_for():
 
 
 def test_the_time_of_a_batch_is_learnt_and_follows_changes():
-    pace = Pace()
-    assert pace.seconds(4) == 0 and pace.largest(1, 8) == 8
-    pace.add(2, 1.0)
-    assert pace.seconds(4) == pytest.approx(2.0), "proportional, while one size is known"
-    pace.add(6, 2.0)
-    assert (pace.seconds(1), pace.seconds(4)) == pytest.approx((0.75, 1.5))
-    assert (pace.largest(1.5, 8), pace.largest(1.5, 3), pace.largest(0.1, 8)) == (4, 3, 1)
+    model = LatencyModel()
+    assert model.seconds(4) == 0 and model.largest(1, 8) == 8
+    model.add(2, 1.0)
+    assert model.seconds(4) == pytest.approx(2.0), "proportional, while one size is known"
+    model.add(6, 2.0)
+    assert (model.seconds(1), model.seconds(4)) == pytest.approx((0.75, 1.5))
+    assert (model.largest(1.5, 8), model.largest(1.5, 3), model.largest(0.1, 8)) == (4, 3, 1)
     for size in [2, 6] * 30:
-        pace.add(size, 0.1 * size)
-    assert pace.seconds(4) == pytest.approx(0.4, rel=0.05)
+        model.add(size, 0.1 * size)
+    assert model.seconds(4) == pytest.approx(0.4, rel=0.05)
 
 
 def test_who_is_one_too_many_is_turned_away_until_there_is_room():
@@ -231,7 +231,8 @@ def test_a_failure_is_its_batch_alone():
 def test_work_between_batches_is_in_their_thread():
     async def body(workshop):
         first = await start_busy(workshop)
-        name = asyncio.create_task(workshop.batcher.in_thread(lambda: threading.current_thread().name))
+        thread_name = workshop.batcher.run_between_batches(lambda: threading.current_thread().name)
+        name = asyncio.create_task(thread_name)
         await asyncio.sleep(0.05)
         assert not name.done()
         workshop.sign.set()

@@ -14,16 +14,16 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from tiny_dit import make_artifact, write_model
-from tiny_studio import CONFIG, make_studio, slow_steps
+from tiny_engine import CONFIG, make_engine, slow_steps
 
 from harmonica.evaluation.fashion_mnist import CLASS_NAMES
 from harmonica.evaluation.plots import encode_picture
 from harmonica.models.loading import load_model
 from harmonica.validation.finite import NotFinite
 from pipelines.serving.batching import Overloaded
-from pipelines.serving.image_sampler import Row
+from pipelines.serving.image_sampler import ImageRequest
 from pipelines.serving.images_api import MAX_BODY_BYTES, create_app
-from pipelines.serving.requests import REFUSALS
+from pipelines.serving.requests import REJECTIONS
 
 PATH = "/v1/images/generations"
 
@@ -31,7 +31,7 @@ PATH = "/v1/images/generations"
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     model = write_model(tmp_path_factory.mktemp("model"))
-    return make_studio(load_model(model), make_artifact(model), fastest=make_artifact(model, seed=5))
+    return make_engine(load_model(model), make_artifact(model), fastest=make_artifact(model, seed=5))
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,12 @@ def test_answer_holds_images_and_how_they_were_made(client, source):
     assert body["seed"] == 5 and body["size"] == "28x28" and body["output_format"] == "png"
     assert body["router_version"] == "3" and body["batch_size"] == 3
     assert (body["quality"], body["num_inference_steps"], body["guidance_scale"]) == ("medium", 8, 2.0)
-    assert body["cur"] == pytest.approx(source.images.router.plan.cur)
+    assert body["cur"] == pytest.approx(source.images.champion.plan.cur)
     assert body["inference_time_s"] > 0 and body["created"] > 1.7e9
     assert [entry["revised_prompt"] for entry in body["data"]] == ["Ankle boot"] * 3
     images = [picture(entry) for entry in body["data"]]
     assert {image.shape for image in images} == {(28, 28)}
-    expected = source.images.draw([Row(9, 5, index) for index in range(3)])
+    expected = source.images.generate([ImageRequest(9, 5, index) for index in range(3)])
     pictures = [base64.b64decode(entry["b64_json"]) for entry in body["data"]]
     assert pictures == [encode_picture(image) for image in expected]
 
@@ -358,7 +358,7 @@ def test_routers(client, source):
         "fast": ["low"],
     }
     champion = routers["3"]
-    assert champion["plan"] == source.images.router.plan.to_strings()
+    assert champion["plan"] == source.images.champion.plan.to_strings()
     assert len(champion["scores"]) == 8 and len(champion["scores"][0]) == len(champion["plan"][0]) == 6
     assert champion["ideal_speedup"] > 1 and routers["uncached"]["scores"] == []
 
@@ -412,11 +412,11 @@ def test_the_official_client(client):
 
 def test_who_waits_for_too_long_is_told_so(tmp_path):
     model = write_model(tmp_path)
-    studio = make_studio(load_model(model), make_artifact(model))
-    slow_steps(studio, 0.05)
-    with TestClient(create_app(studio)) as client, ThreadPoolExecutor(1) as threads:
+    engine = make_engine(load_model(model), make_artifact(model))
+    slow_steps(engine, 0.05)
+    with TestClient(create_app(engine)) as client, ThreadPoolExecutor(1) as threads:
         first = threads.submit(client.post, PATH, json={"prompt": "Bag", "seed": 1})
-        while not studio.batcher.is_busy:
+        while not engine.batcher.is_busy:
             time.sleep(0.005)
         answer = client.post(PATH, json={"prompt": "Bag", "timeout_s": 0.1})
         assert "larger timeout_s" in refused(answer, 504, None, "timeout")
@@ -458,16 +458,16 @@ def test_a_trajectory_that_stands_still_is_no_health(source, monkeypatch):
 @pytest.fixture
 def spoilt(source, monkeypatch):
     """Every row of seed 13 is drawn as NaN, in the last value alone."""
-    draw = source.images.draw
+    generate = source.images.generate
 
-    def spoil(rows, router=None, on_preview=None):
-        images = draw(rows, router, on_preview).clone()
-        for row, image in zip(rows, images):
-            if row.seed == 13:
+    def spoil(requests, served=None, on_preview=None):
+        images = generate(requests, served, on_preview).clone()
+        for request, image in zip(requests, images):
+            if request.seed == 13:
                 image[-1, -1, -1] = torch.nan
         return images
 
-    monkeypatch.setattr(source.images, "draw", spoil)
+    monkeypatch.setattr(source.images, "generate", spoil)
 
 
 def test_a_row_that_is_not_finite_fails_alone(client, source, spoilt, caplog):
@@ -485,7 +485,7 @@ def test_a_row_that_is_not_finite_fails_alone(client, source, spoilt, caplog):
     )
     assert "images are not finite (1 of 1)" in said[0]
     assert not any(record.exc_info for record in caplog.records), "one line, no page of stack"
-    assert NotFinite in REFUSALS, "a replica returns it: of what one raises, Serve logs the stack"
+    assert NotFinite in REJECTIONS, "a replica returns it: of what one raises, Serve logs the stack"
 
 
 @pytest.mark.parametrize("partial_images", [0, 1])

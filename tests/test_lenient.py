@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 from jsonschema import Draft202012Validator
 from tiny_dit import make_artifact, write_model
-from tiny_studio import make_studio
+from tiny_engine import make_engine
 
 from harmonica.models.loading import load_model
 from pipelines.serving.images_api import create_app
@@ -20,9 +20,9 @@ ALWAYS = {"model": "gpt-image-1", "size": "512x512", "response_format": "url"}
 @pytest.fixture(scope="module")
 def clients(tmp_path_factory):
     model = write_model(tmp_path_factory.mktemp("model"))
-    studio = make_studio(load_model(model), make_artifact(model))
+    engine = make_engine(load_model(model), make_artifact(model))
     made = {
-        lenient: TestClient(create_app(studio, lenient=lenient), raise_server_exceptions=False)
+        lenient: TestClient(create_app(engine, lenient=lenient), raise_server_exceptions=False)
         for lenient in (True, False)
     }
     with made[True], made[False]:

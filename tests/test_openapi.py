@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from tiny_dit import make_artifact, write_model
-from tiny_studio import make_studio
+from tiny_engine import make_engine
 
 from harmonica.models.loading import load_model
 from pipelines.serving.images_api import create_app
@@ -20,7 +20,7 @@ PATHS = {PATH, "/v1/models", "/v1/models/{model}", "/v1/routers", "/healthz", "/
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     model = write_model(tmp_path_factory.mktemp("model"))
-    return make_studio(load_model(model), make_artifact(model))
+    return make_engine(load_model(model), make_artifact(model))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from live_app import running
 from tiny_dit import make_artifact, write_model
-from tiny_studio import make_studio, slow_steps
+from tiny_engine import make_engine, slow_steps
 
 from harmonica.models.loading import load_model
 from pipelines.serving.images_api import create_app
@@ -19,13 +19,13 @@ FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component
 
 
 @pytest.fixture(scope="module")
-def studio_parts(tmp_path_factory):
+def engine_parts(tmp_path_factory):
     model = write_model(tmp_path_factory.mktemp("model"))
     return load_model(model), make_artifact(model)
 
 
-def test_the_page_is_served_and_may_load_nothing_else(studio_parts):
-    with TestClient(create_app(make_studio(*studio_parts))) as client:
+def test_the_page_is_served_and_may_load_nothing_else(engine_parts):
+    with TestClient(create_app(make_engine(*engine_parts))) as client:
         answer = client.get("/")
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
     policy = answer.headers["content-security-policy"]
@@ -56,10 +56,10 @@ def browser():
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1100, 360])
-def test_full_and_cached_are_drawn_side_by_side(studio_parts, browser, width, tmp_path):
-    studio = make_studio(*studio_parts)
-    slow_steps(studio, 0.05)
-    with running(create_app(studio)) as url:
+def test_full_and_cached_are_drawn_side_by_side(engine_parts, browser, width, tmp_path):
+    engine = make_engine(*engine_parts)
+    slow_steps(engine, 0.05)
+    with running(create_app(engine)) as url:
         page = browser.new_page(viewport={"width": width, "height": 800})
         complaints = []
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -91,8 +91,8 @@ def test_full_and_cached_are_drawn_side_by_side(studio_parts, browser, width, tm
 
 
 @pytest.mark.browser
-def test_a_key_is_asked_for_where_one_is_needed(studio_parts, browser):
-    with running(create_app(make_studio(*studio_parts), keys=("secret",))) as url:
+def test_a_key_is_asked_for_where_one_is_needed(engine_parts, browser):
+    with running(create_app(make_engine(*engine_parts), keys=("secret",))) as url:
         page = browser.new_page()
         page.goto(url)
         page.wait_for_selector("#key", state="visible")

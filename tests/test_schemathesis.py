@@ -12,7 +12,7 @@ from live_app import running
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tiny_dit import make_artifact, write_model
-from tiny_studio import make_studio
+from tiny_engine import make_engine
 
 from harmonica.models.loading import load_model
 from pipelines.serving.images_api import create_app
@@ -26,7 +26,7 @@ EXCLUDED = [positive_data_acceptance]
 @pytest.fixture(scope="module")
 def schema(tmp_path_factory):
     model = write_model(tmp_path_factory.mktemp("model"))
-    with running(create_app(make_studio(load_model(model), make_artifact(model)))) as url:
+    with running(create_app(make_engine(load_model(model), make_artifact(model)))) as url:
         yield schemathesis.openapi.from_url(f"{url}openapi.json")
 
 

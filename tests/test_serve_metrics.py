@@ -5,13 +5,13 @@ from collections import defaultdict
 
 import pytest
 from tiny_dit import make_artifact, write_model
-from tiny_studio import CONFIG, make_studio
+from tiny_engine import CONFIG, make_engine
 
 from harmonica.models.loading import load_model
 from pipelines.serving import metrics as serve_metrics
 from pipelines.serving.batching import Overloaded
-from pipelines.serving.image_sampler import Row, SettingRefused
-from pipelines.serving.requests import Order
+from pipelines.serving.image_sampler import ImageRequest, SettingRejected
+from pipelines.serving.requests import EngineRequest
 
 
 @pytest.fixture
@@ -35,39 +35,39 @@ def told(monkeypatch):
 
 
 @pytest.fixture
-def studio(told, tmp_path):
+def engine(told, tmp_path):
     model = write_model(tmp_path)
-    studio = make_studio(load_model(model), make_artifact(model))
-    studio.metrics = serve_metrics.ServeMetrics()
-    return studio
+    engine = make_engine(load_model(model), make_artifact(model))
+    engine.metrics = serve_metrics.ServeMetrics()
+    return engine
 
 
-def test_a_trajectory(studio, told):
-    async def draw():
-        orders = [Order(Row(1, 1, index), company=3) for index in range(3)]
-        drawn = await asyncio.gather(*map(studio.draw, orders))
-        await studio.draw(Order(Row(1, 1, 0), "high"))
-        return drawn[0]
+def test_a_trajectory(engine, told):
+    async def generate():
+        requests = [EngineRequest(ImageRequest(1, 1, index), group_size=3) for index in range(3)]
+        images = await asyncio.gather(*map(engine.generate, requests))
+        await engine.generate(EngineRequest(ImageRequest(1, 1, 0), "high"))
+        return images[0]
 
-    drawing = asyncio.run(draw())
+    image = asyncio.run(generate())
     assert told["harmonica_images", "3"] == [3] and told["harmonica_images", "uncached"] == [1]
     assert told["harmonica_batch_size", "3"] == [3]
-    assert told["harmonica_cache_ratio", "3"] == [drawing.cur] and drawing.cur > 0
-    assert told["harmonica_step_seconds", "3"] == [pytest.approx(drawing.seconds / 8)]
+    assert told["harmonica_cache_ratio", "3"] == [image.cur] and image.cur > 0
+    assert told["harmonica_step_seconds", "3"] == [pytest.approx(image.seconds / 8)]
     waits = told["harmonica_queue_wait_seconds", "3"]
     assert len(waits) == 3 and all(0 <= wait < 5 for wait in waits)
     assert told["harmonica_waiting", ""][-1] == 0
 
 
-def test_refusals_by_reason(studio, told, monkeypatch):
+def test_rejections_by_reason(engine, told, monkeypatch):
     async def ask(**settings):
-        await studio.draw(Order(Row(1, 1, 0), **settings))
+        await engine.generate(EngineRequest(ImageRequest(1, 1, 0), **settings))
 
-    with pytest.raises(SettingRefused):
+    with pytest.raises(SettingRejected):
         asyncio.run(ask(num_inference_steps=9))
     assert not told, "a mistake in a request is no matter of load"
-    monkeypatch.setattr(type(studio.batcher), "num_waiting", CONFIG.max_waiting)
-    monkeypatch.setattr(studio.batcher, "_waiting", [None] * CONFIG.max_waiting)
+    monkeypatch.setattr(type(engine.batcher), "num_waiting", CONFIG.max_waiting)
+    monkeypatch.setattr(engine.batcher, "_waiting", [None] * CONFIG.max_waiting)
     with pytest.raises(Overloaded):
         asyncio.run(ask())
     assert told["harmonica_refused", "overloaded"] == [1]
@@ -75,7 +75,7 @@ def test_refusals_by_reason(studio, told, monkeypatch):
 
 def test_the_champion_served_and_one_refused(told):
     metrics = serve_metrics.ServeMetrics()
-    for served, refused in (("1", ""), ("1", "2"), ("1", "2"), ("3", "")):
-        metrics.serving(served, refused)
+    for served, rejected in (("1", ""), ("1", "2"), ("1", "2"), ("3", "")):
+        metrics.serving(served, rejected)
     assert told["harmonica_champion", "1"] == [1, 1, 1, 0] and told["harmonica_champion", "3"] == [1]
     assert told["harmonica_champion_refused", "2"] == [1, 1, 0]

@@ -27,7 +27,7 @@ from harmonica.core.golden_sample import record_sample
 from harmonica.evaluation.plots import encode_picture
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from pipelines.serving.image_sampler import ImageSampler, Row
+from pipelines.serving.image_sampler import ImageRequest, ImageSampler
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import find_or_create, make_client
 
@@ -55,10 +55,10 @@ class Endpoint:
         run = find_or_create("register", f"run-{seed}", str(self.folder), {})
         saved = artifact.save(self.folder / f"router-{seed}")
         version = registry.register(saved, name=NAME, run=run)
-        router = self.images.make_router(artifact, version)
+        router = self.images.make_plan(artifact, version)
         self.images.use(router)
         for number in SEEDS:  # its class too
-            picture = encode_picture(self.images.draw([Row(number, number, 0)])[0])
+            picture = encode_picture(self.images.generate([ImageRequest(number, number, 0)])[0])
             self.expected[version, number] = digest(picture)
         return version
 

@@ -16,16 +16,16 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 from ray.serve.exceptions import RequestCancelledError
 from tiny_dit import make_artifact, write_model
-from tiny_studio import CONFIG, make_studio
+from tiny_engine import CONFIG, make_engine
 
 from harmonica.data.text_encoder import PromptTooLong
 from harmonica.models.loading import load_model
 from pipelines.serving.batching import Overloaded, TimedOut
-from pipelines.serving.deployments import RemoteSampler
+from pipelines.serving.deployments import RemoteEngine
 from pipelines.serving.engine import preview_steps
-from pipelines.serving.image_sampler import Row, SettingRefused
+from pipelines.serving.image_sampler import ImageRequest, SettingRejected
 from pipelines.serving.images_api import create_app
-from pipelines.serving.requests import REFUSALS, Order
+from pipelines.serving.requests import REJECTIONS, EngineRequest
 from pipelines.serving.server_sent_events import merge
 
 PATH = "/v1/images/generations"
@@ -38,7 +38,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(model):
-    return make_studio(load_model(model), make_artifact(model))
+    return make_engine(load_model(model), make_artifact(model))
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +114,13 @@ def test_what_is_refused_is_refused_by_a_status(client, api):
 
 
 def test_a_failure_in_the_middle_reaches_the_client(source, api, monkeypatch):
-    draw = source.images.draw
+    generate = source.images.generate
 
-    def fail(rows, router, on_preview):
-        draw(rows, router, on_preview)
+    def fail(requests, served, on_preview):
+        generate(requests, served, on_preview)
         raise RuntimeError("secret path")
 
-    monkeypatch.setattr(source.images, "draw", fail)
+    monkeypatch.setattr(source.images, "generate", fail)
     seen = []
     with pytest.raises(openai.APIError, match="drawing failed: the server's log says why"):
         for event in api.images.generate(prompt="Bag", stream=True, partial_images=2):
@@ -131,16 +131,17 @@ def test_a_failure_in_the_middle_reaches_the_client(source, api, monkeypatch):
 def test_who_stops_watching_gives_up_the_place(model):
     async def run():
         config = replace(CONFIG, batch_wait_s=60)
-        studio = make_studio(load_model(model), make_artifact(model), config=config)
-        orders = [Order(Row(1, 1, index), partial_images=3, company=3) for index in range(2)]
-        waiting = asyncio.create_task(anext(merge([studio.watch(order) for order in orders])))
-        while studio.batcher.num_waiting < 2:
+        engine = make_engine(load_model(model), make_artifact(model), config=config)
+        images = [ImageRequest(1, 1, index) for index in range(2)]
+        requests = [EngineRequest(image, partial_images=3, group_size=3) for image in images]
+        waiting = asyncio.create_task(anext(merge([engine.generate_stream(request) for request in requests])))
+        while engine.batcher.num_waiting < 2:
             await asyncio.sleep(0.001)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
         await asyncio.sleep(0.01)
-        assert studio.batcher.num_waiting == 0
+        assert engine.batcher.num_waiting == 0
 
     asyncio.run(run())
 
@@ -168,7 +169,7 @@ class Cancelled:
     def options(self, **_):
         return self
 
-    draw = watch = describe = property(lambda self: self)
+    generate = generate_stream = describe = property(lambda self: self)
 
     def remote(self, *_):
         return self
@@ -187,7 +188,7 @@ class Cancelled:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_serve_has_cancelled_is_no_failure(source, stream, caplog, monkeypatch):
     """An error is logged with its stack, a page for every client that went away."""
-    remote = RemoteSampler(Cancelled())
+    remote = RemoteEngine(Cancelled())
     monkeypatch.setattr(remote, "describe", source.describe)
     with TestClient(create_app(remote)) as client, pytest.raises(CancelledError):
         client.post(PATH, json={"prompt": "Bag", "n": 2, "stream": stream})
@@ -195,9 +196,15 @@ def test_a_request_that_serve_has_cancelled_is_no_failure(source, stream, caplog
 
 
 @pytest.mark.parametrize(
-    "refusal", [Overloaded(3), TimedOut(), SettingRefused("n is 1: no"), PromptTooLong("prompt is long", 400)]
+    "rejection",
+    [
+        Overloaded(3),
+        TimedOut(),
+        SettingRejected("n", "n is 1: no"),
+        PromptTooLong("prompt is long", 4, "prompt"),
+    ],
 )
-def test_refusals_travel_between_processes(refusal):
-    assert isinstance(refusal, REFUSALS)
-    copy = pickle.loads(pickle.dumps(refusal))
-    assert type(copy) is type(refusal) and vars(copy) == vars(refusal) and str(copy) == str(refusal)
+def test_rejections_travel_between_processes(rejection):
+    assert isinstance(rejection, REJECTIONS)
+    copy = pickle.loads(pickle.dumps(rejection))
+    assert type(copy) is type(rejection) and vars(copy) == vars(rejection) and str(copy) == str(rejection)

@@ -10,7 +10,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from test_images_api import PATH
-from tiny_studio import CONFIG, make_studio
+from tiny_engine import CONFIG, make_engine
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.conditions import Prompts, make_conditions
@@ -42,8 +42,8 @@ def clients(loaded, artifact):
     """One endpoint for each way with prompts that are too long."""
     made = {}
     for over_limit in ("truncate", "refuse"):
-        studio = make_studio(loaded, artifact, config=replace(CONFIG, over_limit=over_limit))
-        made[over_limit] = TestClient(create_app(studio), raise_server_exceptions=False)
+        engine = make_engine(loaded, artifact, config=replace(CONFIG, over_limit=over_limit))
+        made[over_limit] = TestClient(create_app(engine), raise_server_exceptions=False)
     with made["truncate"], made["refuse"]:
         yield made
 

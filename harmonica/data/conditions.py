@@ -88,7 +88,7 @@ class Prompts:
                 self._embedded(prompt)
             except PromptTooLong as error:
                 message = f"{name} has {error.tokens} tokens, the model reads {self._max_tokens}: shorten it"
-                raise PromptTooLong(message, error.tokens) from error
+                raise PromptTooLong(message, error.tokens, name) from error
 
     def of(self, subjects: Sequence[int | str], negative_prompts: Sequence[str]) -> TextCondition:
         positive = [self._embedded(str(prompt)) for prompt in subjects]

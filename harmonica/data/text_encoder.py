@@ -82,11 +82,17 @@ def check_text_encoder(folder: Path, width: int) -> None:
 
 
 class PromptTooLong(ValueError):
-    """More tokens than the model reads, where that is to be refused."""
+    """A prompt has more tokens than the model reads, and that is to be refused.
 
-    def __init__(self, message: str, tokens: int) -> None:
-        super().__init__(message, tokens)
-        self.message, self.tokens = message, tokens
+    Args:
+        message: the whole message.
+        tokens: number of tokens of the prompt.
+        field: name of the request's field that has the prompt; empty if it does not come from a request.
+    """
+
+    def __init__(self, message: str, tokens: int, field: str = "") -> None:
+        super().__init__(message, tokens, field)
+        self.message, self.tokens, self.field = message, tokens, field
 
     def __str__(self) -> str:
         return self.message

@@ -38,7 +38,17 @@ _NOT_OF_THE_BOUNDS = ("type", "parsing", "finite", "exact", "missing", "int_from
 
 
 class SettingError(ValueError):
-    """A setting that is refused; the message is `field is value: cure`."""
+    """A setting that is refused; the message is `field is value: cure`.
+
+    Args:
+        message: the whole message.
+        field: the field's name, if it is known by itself.
+        reason: what follows the name in the message.
+    """
+
+    def __init__(self, message: str, field: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.field, self.reason = field, reason
 
 
 def require(condition: bool, field_name: str, value: object, cure: str) -> None:
@@ -47,7 +57,8 @@ def require(condition: bool, field_name: str, value: object, cure: str) -> None:
         SettingError: the condition does not hold.
     """
     if not condition:
-        raise SettingError(f"{field_name} is {value!r}: {cure}")
+        reason = f"is {value!r}: {cure}"
+        raise SettingError(f"{field_name} {reason}", field_name, reason)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -106,7 +117,8 @@ def told(error: "ValidationError", cls: type) -> SettingError:
 def _refusal(error: Mapping[str, Any], cls: type, section: str, given: Mapping[str, Any]) -> SettingError:
     """One of pydantic's errors about `cls`, as a sentence."""
     if "error" in error.get("ctx", {}):  # of __post_init__, which has the words already
-        return SettingError(str(error["ctx"]["error"]))
+        raised = error["ctx"]["error"]
+        return raised if isinstance(raised, SettingError) else SettingError(str(raised))
     name = str(error["loc"][0])
     wanted = Wanted.of(_annotations(cls)[name])
     spelled = wanted.spelled or name
@@ -115,7 +127,8 @@ def _refusal(error: Mapping[str, Any], cls: type, section: str, given: Mapping[s
     if error["type"] == "finite_number" and wanted.bounds.keys() & {"lt", "le"}:
         is_other_type = False  # an upper bound says as much
     cure = wanted.words("seconds" if name.endswith("_s") else "", is_other_type)
-    return SettingError(f"{field} is {given.get(name, error['input'])!r}: give {cure}")
+    reason = f"is {given.get(name, error['input'])!r}: give {cure}"
+    return SettingError(f"{field} {reason}", field, reason)
 
 
 def _annotations(cls: type) -> dict[str, Any]:

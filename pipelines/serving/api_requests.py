@@ -16,7 +16,7 @@ _QUALITIES: dict[str | None, Quality] = {
     **{None: "medium", "auto": "medium", "standard": "medium"},
     **{"hd": "high", "xhigh": "high", "max": "high"},
 }
-AskedQuality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
+RequestedQuality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 
 
 def _whole(value: Any) -> Any:
@@ -46,7 +46,7 @@ class GenerateRequest(BaseModel):
         None, ge=0, le=MAX_SEED, description="Same seed, same images, up to rounding. Absent: random."
     )
     size: str | None = Field("auto", description="`auto`, or the model's own size.")
-    quality: AskedQuality | None = Field(
+    quality: RequestedQuality | None = Field(
         "auto",
         description="`high` (`hd`, ...) computes everything, `medium` (`auto`, `standard`) is the champion "
         "router's, `low` the fastest registered router's.",
@@ -90,7 +90,7 @@ class GenerateRequest(BaseModel):
     safety_identifier: Any = None
 
     @property
-    def drawn_quality(self) -> Quality:
+    def served_quality(self) -> Quality:
         return _QUALITIES[self.quality]
 
     @property

@@ -1,48 +1,48 @@
-"""The Serve application: an `Api` deployment in front of a `Sampler` deployment."""
+"""The Serve application: an `Api` deployment that serves HTTP, and one that generates images."""
 
 from typing import Any
 
 from ray import serve
 
 from pipelines.config.serve import ServeConfig
-from pipelines.serving.deployments import Sampler, api_builder
+from pipelines.serving.deployments import GENERATION_DEPLOYMENT, GenerationDeployment, api_builder
 from pipelines.serving.registry_watcher import ServeArgs
 
 _HEALTH: dict[str, Any] = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
-"""A lost replica is replaced once it has been asked after."""
+"""How often Serve checks a replica, and how long it waits for the answer, before it replaces the replica."""
 JSON_LOGS = {"log_level": "INFO", "encoding": "JSON"}
 
 
 def build(args: ServeArgs) -> serve.Application:
-    """The application for YAML, `import_path: pipelines.serve:build`."""
+    """Build the application for a Serve YAML file, with `import_path: pipelines.serve:build`."""
     return make_application(args, JSON_LOGS)
 
 
 def make_application(args: ServeArgs, logging_config: dict[str, Any]) -> serve.Application:
-    """The application for `serve.run`.
+    """Build the application for `serve.run`.
 
     Raises:
-        ValueError: MLflow is named and has no such registered model, or no champion, or there are no keys in
-            the file that should have them.
+        ValueError: MLflow is named and has no such registered model, or no champion; or the file of keys
+            cannot be read, or has none.
     """
     args = args.resolved()
     args.current_version()  # fails here, not on a replica
     config = args.serve
     at_most = config.max_batch_size + config.max_waiting
-    sampler = serve.deployment(
-        name="Sampler",
+    generation = serve.deployment(
+        name=GENERATION_DEPLOYMENT,
         **_replicas(config),
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": int(config.use_gpu)},
-        # A replica says itself when it is full: it knows what waits and how long that will take.
+        # The replica itself rejects requests when it is full: it knows its queue and how long that will take.
         max_ongoing_requests=at_most + config.max_images_per_request,
         # All images of a request are queued for a moment before they are handed out.
         max_queued_requests=at_most + config.max_images_per_request,
         # A model that does not fit its router fits no better the third time.
         max_constructor_retry_count=1,
-        # A line an image says nothing that `Api`'s line a request does not.
+        # An access log line for every image would repeat `Api`'s line for the request.
         logging_config={**logging_config, "enable_access_log": False},
         **_HEALTH,
-    )(Sampler)
+    )(GenerationDeployment)
     api = serve.deployment(
         name="Api",
         num_replicas=config.api_replicas,
@@ -52,11 +52,11 @@ def make_application(args: ServeArgs, logging_config: dict[str, Any]) -> serve.A
         logging_config=logging_config,
         **_HEALTH,
     )(serve.ingress(api_builder(config))())
-    return api.bind(sampler.bind(args))
+    return api.bind(generation.bind(args))
 
 
 def _replicas(config: ServeConfig) -> dict[str, Any]:
-    """How many sampling replicas there are."""
+    """Return the options that set the number of replicas, or how it is scaled."""
     if config.max_replicas == config.min_replicas:
         return {"num_replicas": config.min_replicas}
     return {
@@ -71,7 +71,7 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> serve.Application:
-    """`app`, made when it is asked for: `serve build pipelines.serving.application:app` takes no builder."""
+    """Build `app` on access: `serve build pipelines.serving.application:app` takes no builder function."""
     if name != "app":
         raise AttributeError(f"module {__name__} has no attribute {name}")
     return build(ServeArgs.model_validate({}))

@@ -1,9 +1,10 @@
-"""Work that is cheaper in company: items of one key are done together, one batch at a time.
+"""Dynamic batching: items with equal keys are worked on together, one batch at a time.
 
-Ray Serve's `@serve.batch` closes a batch that waits for company as soon as its time is over, even while
-the batch before still runs. Here a batch is closed when its turn comes: the busier, the fuller. It waits
-for nobody but who is expected: the rest of a request, and those who have just been answered and will ask
-again, since of two halves that take turns each would wait for the other's batch as well as its own.
+A batch is closed when the worker becomes free, not after a fixed delay: Ray Serve's `@serve.batch` closes
+one when its delay is over, even while the batch before still runs. So batches grow with the load. The
+batcher waits, briefly, only for items that it expects: the remaining images of a request, and closed-loop
+clients that were just answered. Without the latter such clients split into two groups that alternate, and
+each waits for two batches.
 """
 
 import asyncio
@@ -13,50 +14,54 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from pipelines.serving.latency_model import Pace
+from pipelines.serving.latency_model import LatencyModel
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Other = TypeVar("Other")
-_WAIT_SHARE = 0.25
-"""Of the last batch's time: what those who ask again are waited for at most."""
-_KEPT_PACES = 32
+_MAX_WAIT_FRACTION = 0.25
+"""Upper bound of the wait for clients that were just answered, as a fraction of the last batch's time."""
+_MAX_LATENCY_MODELS = 32
 
 
 class Overloaded(Exception):
-    """No more can wait now."""
+    """The queue is full."""
 
     def __init__(self, retry_after_s: int = 1) -> None:
         super().__init__(retry_after_s)
         self.retry_after_s = retry_after_s
-        """When there should be room again."""
+        """Seconds after which there should be room again."""
 
 
 class TimedOut(Exception):
-    """It waited for as long as it was willing to."""
+    """The item has waited for its batch for longer than its timeout."""
 
 
 @dataclass(eq=False, slots=True)
-class _Place(Generic[Key, Item, Result]):
-    """Who waits in the queue."""
+class _QueuedItem(Generic[Key, Item, Result]):
+    """An item in the queue, with the future that its submitter awaits."""
 
     key: Key
     item: Item
     arrived: float
-    company: int
+    group_size: int
     result: asyncio.Future[Result]
 
 
 class Batcher(Generic[Key, Item, Result]):
-    """A queue in front of a thread. Of the longest waiting item's key it takes as many as fit.
+    """A queue in front of one worker thread.
+
+    The next batch has the key of the item that has waited longest, and as many items of that key as fit.
 
     Args:
-        work: done in the thread with a key and its items; gives a result an item, in order.
-        max_batch_size: items at once.
-        wait_s: how long an item waits at most for company that is expected.
-        max_waiting: items in the queue, beside those being worked on.
-        target_s: what an item may take that finds a batch running; batches are kept as small as that wants.
+        work: function that the thread calls with a key and its items; returns one result for each item, in
+            the same order.
+        max_batch_size: largest number of items in a batch.
+        wait_s: longest time that an item waits for other items that are expected.
+        max_waiting: largest number of items in the queue, those being worked on not counted.
+        target_s: latency that batches are kept small enough for, of an item that finds a batch running.
+            Default: no target.
     """
 
     def __init__(
@@ -70,14 +75,14 @@ class Batcher(Generic[Key, Item, Result]):
     ) -> None:
         self._work, self.max_batch_size = work, max_batch_size
         self._wait_s, self._max_waiting, self._target_s = wait_s, max_waiting, target_s
-        self._waiting: list[_Place[Key, Item, Result]] = []
+        self._waiting: list[_QueuedItem[Key, Item, Result]] = []
         self._arrival = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trajectory")
         self._runner: asyncio.Task[None] | None = None
         self._last_s, self._is_busy = 0.0, False
         self._freed_at = 0.0
         self._expected: dict[Key, int] = {}
-        self._paces: dict[Key, Pace] = {}
+        self._latency_models: dict[Key, LatencyModel] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -89,66 +94,66 @@ class Batcher(Generic[Key, Item, Result]):
         return self._is_busy
 
     def check_room(self) -> None:
-        """Say early what `submit` would say.
+        """Check that the queue has room, as `submit` does.
 
         Raises:
-            Overloaded: as many wait as may.
+            Overloaded: the queue is full.
         """
         if len(self._waiting) >= self._max_waiting:
             batches = math.ceil((len(self._waiting) + 1) / self.max_batch_size)
             raise Overloaded(max(1, math.ceil(batches * self._last_s)))
 
     async def submit(
-        self, key: Key, item: Item, *, company: int = 1, timeout_s: float | None = None
+        self, key: Key, item: Item, *, group_size: int = 1, timeout_s: float | None = None
     ) -> Result:
-        """The item's result. Cancelled before its batch starts, it gives up its place.
+        """Queue an item and return its result; if cancelled before its batch starts, it leaves the queue.
 
         Args:
-            company: items that come together, this one among them.
-            timeout_s: how long it waits for its batch to start.
+            group_size: number of items that are submitted together, this one included.
+            timeout_s: how long it waits for its batch to start. Default: for ever.
 
         Raises:
-            Overloaded: as many wait as may.
-            TimedOut: its time is over, and its place given up.
+            Overloaded: the queue is full.
+            TimedOut: its batch has not started within `timeout_s`; it has left the queue.
         """
         self.check_room()
         loop = asyncio.get_running_loop()
-        place = _Place[Key, Item, Result](key, item, loop.time(), company, loop.create_future())
-        self._waiting.append(place)
+        queued = _QueuedItem[Key, Item, Result](key, item, loop.time(), group_size, loop.create_future())
+        self._waiting.append(queued)
         self._arrival.set()
         if self._runner is None or self._runner.done():
             self._runner = loop.create_task(self._run())
         try:
-            await asyncio.wait((place.result,), timeout=timeout_s)
-            if place in self._waiting:
+            await asyncio.wait((queued.result,), timeout=timeout_s)
+            if queued in self._waiting:
                 raise TimedOut
-            return await place.result
+            return await queued.result
         finally:
-            place.result.cancel()
-            if place in self._waiting:
-                self._waiting.remove(place)
+            queued.result.cancel()
+            if queued in self._waiting:
+                self._waiting.remove(queued)
 
-    async def in_thread(self, function: Callable[[], Other]) -> Other:
-        """Between two batches, in their thread."""
+    async def run_between_batches(self, function: Callable[[], Other]) -> Other:
+        """Run a function in the worker thread when no batch is running there."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _run(self) -> None:
-        """Until nobody waits."""
+        """Work off the queue until it is empty."""
         while self._waiting:
             batch = await self._close_batch()
             if batch:
-                await self._do(batch)
+                await self._run_batch(batch)
 
-    async def _close_batch(self) -> list[_Place[Key, Item, Result]]:
-        """Taken off the queue; empty where all who waited have gone."""
+    async def _close_batch(self) -> list[_QueuedItem[Key, Item, Result]]:
+        """Take the next batch off the queue; it is empty if every item has left the queue meanwhile."""
         loop = asyncio.get_running_loop()
         while self._waiting:
             oldest = self._waiting[0]
-            most = self._most(oldest.key)
-            batch = [place for place in self._waiting if place.key == oldest.key][:most]
-            left = 0.0 if len(batch) == most else self._waits_until(oldest, len(batch)) - loop.time()
+            limit = self._batch_limit(oldest.key)
+            batch = [queued for queued in self._waiting if queued.key == oldest.key][:limit]
+            left = 0.0 if len(batch) == limit else self._closing_time(oldest, len(batch)) - loop.time()
             if left <= 0:
-                self._waiting = [place for place in self._waiting if place not in batch]
+                self._waiting = [queued for queued in self._waiting if queued not in batch]
                 return batch
             self._arrival.clear()
             try:
@@ -157,44 +162,48 @@ class Batcher(Generic[Key, Item, Result]):
                 continue
         return []
 
-    def _most(self, key: Key) -> int:
-        """Items of a batch. One that finds another running may have to wait for that, and for company."""
-        if self._target_s is None or key not in self._paces:
+    def _batch_limit(self, key: Key) -> int:
+        """Return the largest batch size that keeps to the latency target.
+
+        An item that finds a batch running waits for that one and, at most `wait_s`, for expected items, and
+        then its own batch runs: half of what remains of the target is the limit of one batch.
+        """
+        if self._target_s is None or key not in self._latency_models:
             return self.max_batch_size
-        return self._paces[key].largest((self._target_s - self._wait_s) / 2, self.max_batch_size)
+        return self._latency_models[key].largest((self._target_s - self._wait_s) / 2, self.max_batch_size)
 
-    def _waits_until(self, oldest: _Place[Key, Item, Result], found: int) -> float:
-        """When a batch of so many is closed, on the loop's clock."""
-        until = 0.0
-        if found < oldest.company:
-            until = oldest.arrived + self._wait_s
-        if found < self._expected.get(oldest.key, 0):
-            until = max(until, self._freed_at + min(self._wait_s, _WAIT_SHARE * self._last_s))
-        return until
+    def _closing_time(self, oldest: _QueuedItem[Key, Item, Result], size: int) -> float:
+        """Return when a batch that has this many items now is closed, on the loop's clock."""
+        closing = 0.0
+        if size < oldest.group_size:
+            closing = oldest.arrived + self._wait_s
+        if size < self._expected.get(oldest.key, 0):
+            closing = max(closing, self._freed_at + min(self._wait_s, _MAX_WAIT_FRACTION * self._last_s))
+        return closing
 
-    async def _do(self, batch: list[_Place[Key, Item, Result]]) -> None:
+    async def _run_batch(self, batch: list[_QueuedItem[Key, Item, Result]]) -> None:
         loop, key = asyncio.get_running_loop(), batch[0].key
         started = loop.time()
         try:
-            items = [place.item for place in batch]
+            items = [queued.item for queued in batch]
             self._is_busy = True
             results = await loop.run_in_executor(self._thread, self._work, key, items)
         except Exception as error:
-            for place in batch:
-                if not place.result.done():
-                    place.result.set_exception(error)
+            for queued in batch:
+                if not queued.result.done():
+                    queued.result.set_exception(error)
             return
         finally:
             self._is_busy = False
-        self._learn(key, len(batch), started, loop.time())
-        for place, result in zip(batch, results, strict=True):
-            if not place.result.done():  # its client may have gone meanwhile
-                place.result.set_result(result)
+        self._record(key, len(batch), started, loop.time())
+        for queued, result in zip(batch, results, strict=True):
+            if not queued.result.done():  # its client may have gone meanwhile
+                queued.result.set_result(result)
 
-    def _learn(self, key: Key, size: int, started: float, ended: float) -> None:
-        """What the next batches go by."""
+    def _record(self, key: Key, size: int, started: float, ended: float) -> None:
+        """Record a finished batch, from which the next one's size and closing time follow."""
         self._freed_at, self._last_s = ended, ended - started
-        self._expected = {key: size + sum(place.key == key for place in self._waiting)}
-        if key not in self._paces and len(self._paces) == _KEPT_PACES:
-            del self._paces[next(iter(self._paces))]
-        self._paces.setdefault(key, Pace()).add(size, self._last_s)
+        self._expected = {key: size + sum(queued.key == key for queued in self._waiting)}
+        if key not in self._latency_models and len(self._latency_models) == _MAX_LATENCY_MODELS:
+            del self._latency_models[next(iter(self._latency_models))]
+        self._latency_models.setdefault(key, LatencyModel()).add(size, self._last_s)

@@ -1,4 +1,4 @@
-"""What runs in Ray Serve's replicas: `Sampler` holds the model and draws, `api_builder` speaks HTTP."""
+"""Ray Serve's deployments: one holds the model and generates, the other serves HTTP, and their link."""
 
 import asyncio
 import logging
@@ -17,24 +17,33 @@ from harmonica.models.loading import load_model
 from pipelines.config.serve import ServeConfig
 from pipelines.serving.auth import ENVIRONMENT, load_keys
 from pipelines.serving.batching import Overloaded
-from pipelines.serving.engine import Studio
+from pipelines.serving.engine import GenerationEngine
 from pipelines.serving.image_sampler import ImageSampler
 from pipelines.serving.images_api import create_app
 from pipelines.serving.metrics import ServeMetrics
-from pipelines.serving.registry_watcher import Follower, ServeArgs
-from pipelines.serving.requests import REFUSALS, Drawing, ModelCard, Order, Preview, Progress
+from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
+from pipelines.serving.requests import (
+    REJECTIONS,
+    EngineRequest,
+    GeneratedImage,
+    ModelCard,
+    Preview,
+    Progress,
+)
 
+GENERATION_DEPLOYMENT = "Sampler"
+"""Name of `GenerationDeployment` in Serve: a label of its metrics, and a key in files of `serve build`."""
 _REGISTRY_WAIT_S = 600.0
 _LOST = (ActorDiedError, ActorUnavailableError)
 _PAUSES_S = (0.0, 0.2, 0.5, 1.0, 2.0)
-"""Before an order goes to another replica; of a lost node, several calls may fail before Serve knows."""
-
+"""Pauses before a request is sent to another replica: after a node is lost, several calls may fail before
+Serve notices."""
 
 logger = logging.getLogger("ray.serve")
 
 
-class Sampler:
-    """A studio whose routers follow the registry."""
+class GenerationDeployment:
+    """A replica with the model: a generation engine whose routers are kept up to date with the registry."""
 
     async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         config = args.serve
@@ -43,40 +52,49 @@ class Sampler:
         images = ImageSampler(
             load_model(args.model, device), device, over_limit=config.over_limit, max_steps=config.max_steps
         )
-        self._studio = Studio(images, args.registered_model, config, ServeMetrics())
-        follower = Follower(self._studio, args)
-        await _first_look(follower)
-        await self._studio.settle()
-        self._following = asyncio.create_task(follower.follow()) if args.tracking_uri else None
+        self._engine = GenerationEngine(images, args.registered_model, config, ServeMetrics())
+        watcher = RegistryWatcher(self._engine, args)
+        await _first_poll(watcher)
+        await self._engine.fix_batch_size()
+        self._watching = asyncio.create_task(watcher.run()) if args.tracking_uri else None
 
     def check_health(self) -> None:
-        """Serve replaces a replica where this raises."""
-        self._studio.check_health()
+        """Raise if a trajectory has stalled; Serve then replaces the replica."""
+        self._engine.check_health()
 
     async def describe(self) -> ModelCard:
-        return await self._studio.describe()
+        return await self._engine.describe()
 
-    async def draw(self, order: Order) -> Drawing | Exception:
-        """What is refused is returned: of what is raised Serve logs the stack, a page for every refusal."""
+    async def generate(self, request: EngineRequest) -> GeneratedImage | Exception:
+        """Generate one image.
+
+        An expected error is returned and not raised: Serve logs a page of stack for everything raised.
+        """
         try:
-            return await self._studio.draw(order)
-        except REFUSALS as error:
+            return await self._engine.generate(request)
+        except REJECTIONS as error:
             return error.with_traceback(None)
 
-    async def watch(self, order: Order) -> AsyncIterator[Progress | Preview | Drawing | Exception]:
+    async def generate_stream(
+        self, request: EngineRequest
+    ) -> AsyncIterator[Progress | Preview | GeneratedImage | Exception]:
+        """Yield an image's events; an expected error is yielded, as `generate` returns it."""
         try:
-            async for event in self._studio.watch(order):
+            async for event in self._engine.generate_stream(request):
                 yield event
-        except REFUSALS as error:
+        except REJECTIONS as error:
             yield error.with_traceback(None)
 
 
-async def _first_look(follower: Follower) -> None:
-    """A replica that takes a lost one's place while the registry is away waits for it."""
+async def _first_poll(watcher: RegistryWatcher) -> None:
+    """Load the first router; while the registry does not answer, wait for it.
+
+    A replica may be started, in the place of a lost one, while the registry is down.
+    """
     deadline = time.monotonic() + _REGISTRY_WAIT_S
     while True:
         try:
-            await follower.look()
+            await watcher.poll()
             return
         except ValueError:
             raise
@@ -93,10 +111,10 @@ def _checked(result: Any) -> Any:
     return result
 
 
-class RemoteSampler:
-    """`ImageSource` over the Sampler deployment's handle.
+class RemoteEngine:
+    """An `ImageSource` that calls `GenerationDeployment` through its Serve handle.
 
-    Serve does not retry what a lost replica was doing. The order's image is the same anywhere.
+    Serve does not retry the calls of a lost replica. Here they are: the image is the same on any replica.
     """
 
     def __init__(self, handle: DeploymentHandle) -> None:
@@ -105,22 +123,24 @@ class RemoteSampler:
     async def describe(self) -> ModelCard:
         return await self._call("describe")
 
-    async def draw(self, order: Order) -> Drawing:
+    async def generate(self, request: EngineRequest) -> GeneratedImage:
         for pause_s in _PAUSES_S:
             try:
-                return await self._call("draw", order)
+                return await self._call("generate", request)
             except _LOST:
                 await asyncio.sleep(pause_s)
-        return await self._call("draw", order)
+        return await self._call("generate", request)
 
-    async def watch(self, order: Order) -> AsyncIterator[Progress | Preview | Drawing]:
-        told = 0
+    async def generate_stream(
+        self, request: EngineRequest
+    ) -> AsyncIterator[Progress | Preview | GeneratedImage]:
+        last_step = 0  # another replica begins anew: events that the client has had are not sent again
         for pause_s in (*_PAUSES_S, None):
             try:
-                async for event in self._watch(order):
-                    if isinstance(event, Drawing) or event.step > told:
+                async for event in self._stream(request):
+                    if isinstance(event, GeneratedImage) or event.step > last_step:
                         yield event
-                    told = told if isinstance(event, Drawing) else max(told, event.step)
+                    last_step = last_step if isinstance(event, GeneratedImage) else max(last_step, event.step)
                 return
             except _LOST:
                 if pause_s is None:
@@ -132,15 +152,15 @@ class RemoteSampler:
         try:
             return _checked(await response)
         except asyncio.CancelledError:
-            response.cancel()  # the client has gone, or another image of its request was refused
+            response.cancel()  # the client has gone, or another image of its request was rejected
             raise
         except TaskCancelledError:
             raise asyncio.CancelledError from None  # Serve was faster: an error would be logged in full
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise Overloaded from error
 
-    async def _watch(self, order: Order) -> AsyncIterator[Progress | Preview | Drawing]:
-        stream: Any = self._handle.options(stream=True).watch.remote(order)
+    async def _stream(self, request: EngineRequest) -> AsyncIterator[Progress | Preview | GeneratedImage]:
+        stream: Any = self._handle.options(stream=True).generate_stream.remote(request)
         try:
             async for event in stream:
                 yield _checked(event)
@@ -149,14 +169,16 @@ class RemoteSampler:
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise Overloaded from error
         finally:
-            stream.cancel()  # a client that has gone; of a finished stream nothing
+            stream.cancel()  # the client has gone; a finished stream is not changed by it
 
 
 def api_builder(config: ServeConfig) -> Callable[[], FastAPI]:
-    """What makes the `Api` deployment's app on its replica, where the application's name and keys are known.
+    """Return a function that builds the `Api` deployment's app on its replica.
+
+    The application's name and the node's keys are known only there.
 
     Raises:
-        ValueError: no keys in the file that should have them.
+        ValueError: the file of keys cannot be read, or has none.
     """
     is_closed = bool(load_keys(config.api_keys_file))
 
@@ -167,12 +189,12 @@ def api_builder(config: ServeConfig) -> Callable[[], FastAPI]:
                 f"{ENVIRONMENT} is set where the application was built and not here: set it on every node, "
                 "or give serve.api_keys_file"
             )
-        source = RemoteSampler(serve.get_deployment_handle("Sampler"))
+        source = RemoteEngine(serve.get_deployment_handle(GENERATION_DEPLOYMENT))
         return create_app(
             source,
             keys,
             cors_origins=config.cors_origins,
-            names_requests=False,
+            assign_request_ids=False,
             lenient=config.lenient,
             read_timeout_s=config.read_timeout_s,
         )

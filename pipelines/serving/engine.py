@@ -1,6 +1,7 @@
-"""Draws orders in shared trajectories, shows them while they run and encodes them: a replica without Ray.
+"""The generation engine: it batches requests, samples them, and encodes images and previews, without Ray.
 
-The trajectory has a thread of its own and picture files have others: the event loop answers all along.
+Trajectories run in a thread of their own and image files are encoded in others, so that the event loop
+always answers.
 """
 
 import asyncio
@@ -20,49 +21,59 @@ from harmonica.evaluation.plots import encode_picture
 from harmonica.validation.finite import NotFinite
 from pipelines.config.serve import ServeConfig
 from pipelines.serving.batching import Batcher, Overloaded, TimedOut
-from pipelines.serving.image_sampler import ImageSampler, Quality, Router, Row
-from pipelines.serving.requests import Drawing, ModelCard, Order, Preview, Progress, Refusal, RouterCard
+from pipelines.serving.image_sampler import ImageRequest, ImageSampler, Quality, ServedPlan
+from pipelines.serving.requests import (
+    EngineRequest,
+    GeneratedImage,
+    ModelCard,
+    Preview,
+    Progress,
+    RejectedRouter,
+    RouterCard,
+)
 
 logger = logging.getLogger("ray.serve")
 
 
 class Metrics(Protocol):
-    """Who is told what goes on."""
+    """Receives the engine's measurements."""
 
-    def trajectory(self, router: Router, waits_s: Sequence[float], seconds: float) -> None: ...
+    def trajectory(self, served: ServedPlan, waits_s: Sequence[float], seconds: float) -> None: ...
     def waiting(self, count: int) -> None: ...
-    def refused(self, reason: str) -> None: ...
-    def serving(self, version: str, refused: str) -> None: ...
+    def rejected(self, reason: str) -> None: ...
+    def serving(self, version: str, rejected: str) -> None: ...
 
 
 def preview_steps(num_steps: int, count: int) -> tuple[int, ...]:
-    """After how many steps previews are shown: evenly spread, fewer where there are not enough steps."""
+    """Return the steps after which previews are sent: evenly spaced, and fewer if there are too few steps."""
     steps = {round(num_steps * (i + 1) / (count + 1)) for i in range(count)}
     return tuple(sorted(steps - {0, num_steps}))
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A row in the queue, and who watches it."""
+    """A queued image, and the callback that reports its steps."""
 
-    row: Row
+    image: ImageRequest
     arrived: float = field(default_factory=time.perf_counter)
-    shown: tuple[int, ...] = ()
-    """Steps after which it wants to be seen."""
+    preview_steps: tuple[int, ...] = ()
+    """Steps after which the callback gets a predicted image."""
     report: Callable[[int, Tensor | None], None] | None = None
-    """Told of every step, from the trajectory's thread."""
+    """Called after every step, in the trajectory's thread."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawn:
+class _Sampled:
+    """An image that its trajectory has finished, and how that went."""
+
     image_CHW: Tensor
     batch_size: int
     waited_s: float
     seconds: float
 
 
-class Studio:
-    """An `ImageSource` in this process."""
+class GenerationEngine:
+    """An `ImageSource` in this process: a queue, an image sampler and image encoders."""
 
     def __init__(
         self, images: ImageSampler, model: str, config: ServeConfig, metrics: Metrics | None = None
@@ -70,8 +81,8 @@ class Studio:
         self.images, self._model, self._config = images, model, config
         self.metrics = metrics
         self._began: float | None = None
-        self.refused: Refusal | None = None
-        self.batcher: Batcher[Router, _Job, _Drawn] = Batcher(
+        self.rejected: RejectedRouter | None = None
+        self.batcher: Batcher[ServedPlan, _Job, _Sampled] = Batcher(
             self._trajectory,
             max_batch_size=config.max_batch_size,
             wait_s=config.batch_wait_s,
@@ -80,183 +91,193 @@ class Studio:
         )
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="encoder")
 
-    async def settle(self) -> None:
-        """Before the first image, once there is a router: fix the shape of trajectories if asked to."""
+    async def fix_batch_size(self) -> None:
+        """Fix the batch size if `serve.reproducible` is set; call it once there is a router."""
         if not self._config.reproducible:
             return
-        # On a CPU an image that waits alone costs twelve times as much in a full shape of 16.
+        # On a CPU an image that waits alone costs twelve times as much in a full batch of 16.
         most = self._config.max_batch_size if self._config.use_gpu else 1
-        rows = await self.batcher.in_thread(partial(self.images.fix_rows, most))
-        if rows < most:
-            logger.warning("images differ by their place in a batch of %d: each is drawn by itself", most)
-        self.batcher.max_batch_size = rows
+        size = await self.batcher.run_between_batches(partial(self.images.fix_batch_size, most))
+        if size < most:
+            logger.warning("images depend on their place in a batch of %d: batches have one image", most)
+        self.batcher.max_batch_size = size
 
     async def describe(self) -> ModelCard:
         images = self.images
         return ModelCard(
             model=self._model,
             router_version=images.version,
-            cur=images.router.plan.cur,
+            cur=images.champion.plan.cur,
             class_names=images.class_names,
             image_size=images.image_size,
             max_images=self._config.max_images_per_request,
             routers=self._router_cards(),
-            refused=self.refused,
+            rejected=self.rejected,
             waiting=self.batcher.num_waiting,
             max_waiting=self._config.max_waiting,
         )
 
     def _router_cards(self) -> tuple[RouterCard, ...]:
-        uses: dict[Router, tuple[Quality, ...]] = {}
+        uses: dict[ServedPlan, tuple[Quality, ...]] = {}
         qualities: tuple[Quality, ...] = ("high", "medium", "low")
         for quality in qualities:
-            router = self.images.router_for(quality)
-            uses[router] = uses.get(router, ()) + (quality,)
-        return tuple(_card(router, quality) for router, quality in uses.items())
+            served = self.images.plan_for(quality)
+            uses[served] = uses.get(served, ()) + (quality,)
+        return tuple(_card(served, quality) for served, quality in uses.items())
 
-    async def draw(self, order: Order) -> Drawing:
-        with self._telling(order):
-            router = await self._admit(order)
-            drawn = await self._submit(order, router, _Job(order.row))
-            return await self._finish(order, router, drawn)
+    async def generate(self, request: EngineRequest) -> GeneratedImage:
+        with self._log_not_finite(request):
+            served = await self._admit(request)
+            sampled = await self._submit(request, served, _Job(request.image))
+            return await self._finish(request, served, sampled)
 
-    async def watch(self, order: Order) -> AsyncIterator[Progress | Preview | Drawing]:
-        with self._telling(order):
-            async with aclosing(self._watch(order)) as events:
+    async def generate_stream(
+        self, request: EngineRequest
+    ) -> AsyncIterator[Progress | Preview | GeneratedImage]:
+        with self._log_not_finite(request):
+            async with aclosing(self._stream(request)) as events:
                 async for event in events:
                     yield event
 
     @contextmanager
-    def _telling(self, order: Order) -> Iterator[None]:
-        """Log what no client is told. A row that is not finite fails alone, without those of its batch."""
+    def _log_not_finite(self, request: EngineRequest) -> Iterator[None]:
+        """Log and count an image with values that are not finite, which the client learns no more about.
+
+        It fails alone: the other images of its batch are answered.
+        """
         try:
             yield
         except NotFinite as error:
-            row, version = order.row, self.images.version
+            image, version = request.image, self.images.version
             logger.error(
                 "image not drawn, quality %s with champion %s, seed %d, index %d: %s",
-                *(order.quality, version, row.seed, row.index, error),
+                *(request.quality, version, image.seed, image.index, error),
             )
-            self._count_refused("not_finite")
+            self._count_rejected("not_finite")
             raise
 
-    async def _watch(self, order: Order) -> AsyncGenerator[Progress | Preview | Drawing]:
-        router = await self._admit(order)
-        shown = preview_steps(router.plan.num_steps, order.partial_images)
-        loop, num_steps = asyncio.get_running_loop(), router.plan.num_steps
+    async def _stream(self, request: EngineRequest) -> AsyncGenerator[Progress | Preview | GeneratedImage]:
+        served = await self._admit(request)
+        steps = preview_steps(served.plan.num_steps, request.partial_images)
+        loop, num_steps = asyncio.get_running_loop(), served.plan.num_steps
         reports: asyncio.Queue[tuple[int, Tensor | None] | None] = asyncio.Queue()
 
         def report(step: int, image_CHW: Tensor | None) -> None:
             loop.call_soon_threadsafe(reports.put_nowait, (step, image_CHW))
 
-        drawing = asyncio.create_task(
-            self._submit(order, router, _Job(order.row, shown=shown, report=report))
-        )
-        drawing.add_done_callback(lambda _: reports.put_nowait(None))
+        job = _Job(request.image, preview_steps=steps, report=report)
+        sampling = asyncio.create_task(self._submit(request, served, job))
+        sampling.add_done_callback(lambda _: reports.put_nowait(None))
         try:
             while (reported := await reports.get()) is not None:
                 step, image_CHW = reported
-                if order.progress:
+                if request.progress:
                     yield Progress(step, num_steps)
                 if image_CHW is not None:
-                    picture = await self._encode(order, image_CHW)
-                    yield Preview(picture, shown.index(step), step, num_steps)
-            yield await self._finish(order, router, await drawing)
+                    picture = await self._encode(request, image_CHW)
+                    yield Preview(picture, steps.index(step), step, num_steps)
+            yield await self._finish(request, served, await sampling)
         finally:
-            drawing.cancel()  # who stops watching gives up the place
+            sampling.cancel()  # a client that stops reading leaves the queue
 
-    async def _admit(self, order: Order) -> Router:
-        """The order's router, once its prompts are embedded, which goes on while a trajectory runs."""
+    async def _admit(self, request: EngineRequest) -> ServedPlan:
+        """Return the request's plan, once there is room and its prompts are embedded.
+
+        Prompts are embedded in a thread, while a trajectory runs.
+        """
         try:
             self.batcher.check_room()
         except Overloaded:
-            self._count_refused("overloaded")
+            self._count_rejected("overloaded")
             raise
-        router = self.images.router_for(order.quality, order.num_inference_steps, order.row.guidance_scale)
-        if isinstance(order.row.subject, str):
-            await asyncio.to_thread(self.images.check, order.row)
-        return router
+        image = request.image
+        served = self.images.plan_for(request.quality, request.num_inference_steps, image.guidance_scale)
+        if isinstance(image.subject, str):
+            await asyncio.to_thread(self.images.check, image)
+        return served
 
-    async def _submit(self, order: Order, router: Router, job: _Job) -> _Drawn:
+    async def _submit(self, request: EngineRequest, served: ServedPlan, job: _Job) -> _Sampled:
         bound = self._config.timeout_s
-        timeout_s = bound if order.timeout_s is None else min(bound, order.timeout_s)
+        timeout_s = bound if request.timeout_s is None else min(bound, request.timeout_s)
         try:
-            return await self.batcher.submit(router, job, company=order.company, timeout_s=timeout_s)
+            return await self.batcher.submit(served, job, group_size=request.group_size, timeout_s=timeout_s)
         except (Overloaded, TimedOut) as error:
-            self._count_refused("timeout" if isinstance(error, TimedOut) else "overloaded")
+            self._count_rejected("timeout" if isinstance(error, TimedOut) else "overloaded")
             raise
         finally:
             if self.metrics:
                 self.metrics.waiting(self.batcher.num_waiting)
 
-    def _count_refused(self, reason: str) -> None:
+    def _count_rejected(self, reason: str) -> None:
         if self.metrics:
-            self.metrics.refused(reason)
+            self.metrics.rejected(reason)
 
-    def _trajectory(self, router: Router, jobs: Sequence[_Job]) -> list[_Drawn]:
+    def _trajectory(self, served: ServedPlan, jobs: Sequence[_Job]) -> list[_Sampled]:
         self._began = started = time.perf_counter()
         try:
-            images_NCHW = self.images.draw([job.row for job in jobs], router, partial(_report, jobs))
+            requests = [job.image for job in jobs]
+            images_NCHW = self.images.generate(requests, served, partial(_report, jobs))
         finally:
             self._began = None
         seconds = time.perf_counter() - started
         waits_s = [started - job.arrived for job in jobs]
         if self.metrics:
-            self.metrics.trajectory(router, waits_s, seconds)
+            self.metrics.trajectory(served, waits_s, seconds)
         return [
-            _Drawn(image_CHW, len(jobs), wait_s, seconds) for image_CHW, wait_s in zip(images_NCHW, waits_s)
+            _Sampled(image_CHW, len(jobs), wait_s, seconds) for image_CHW, wait_s in zip(images_NCHW, waits_s)
         ]
 
     def check_health(self) -> None:
-        """
+        """Check that no trajectory has run for longer than `serve.stall_timeout_s`.
+
         Raises:
-            RuntimeError: a trajectory has stood still for longer than any may take.
+            RuntimeError: one has.
         """
         began, limit_s = self._began, self._config.stall_timeout_s
         if began is not None and time.perf_counter() - began > limit_s:
             raise RuntimeError(f"a trajectory has run for more than serve.stall_timeout_s ({limit_s:g})")
 
-    async def _encode(self, order: Order, image_CHW: Tensor) -> bytes:
+    async def _encode(self, request: EngineRequest, image_CHW: Tensor) -> bytes:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._encoders, encode_picture, image_CHW, order.output_format, order.output_compression
+            self._encoders, encode_picture, image_CHW, request.output_format, request.output_compression
         )
 
-    async def _finish(self, order: Order, router: Router, drawn: _Drawn) -> Drawing:
-        config, guidance_scale = router.sampler.config, order.row.guidance_scale
-        about = {"router_version": router.version, "batch_size": drawn.batch_size}
-        seconds = {"waited_s": round(drawn.waited_s, 4), "seconds": round(drawn.seconds, 4)}
+    async def _finish(self, request: EngineRequest, served: ServedPlan, sampled: _Sampled) -> GeneratedImage:
+        config, guidance_scale = served.sampler.config, request.image.guidance_scale
+        about = {"router_version": served.version, "batch_size": sampled.batch_size}
+        seconds = {"waited_s": round(sampled.waited_s, 4), "seconds": round(sampled.seconds, 4)}
         logger.info("image drawn", extra={**about, **seconds})  # fields of Serve's JSON logs
-        return Drawing(
-            picture=await self._encode(order, drawn.image_CHW),
-            router_version=router.version,
-            cur=router.plan.cur,
+        return GeneratedImage(
+            picture=await self._encode(request, sampled.image_CHW),
+            router_version=served.version,
+            cur=served.plan.cur,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
-            batch_size=drawn.batch_size,
-            seconds=drawn.seconds,
+            batch_size=sampled.batch_size,
+            seconds=sampled.seconds,
         )
 
 
 def _report(jobs: Sequence[_Job], step: int, predict: Callable[[Sequence[int]], Tensor]) -> None:
-    """Tell those who watch; only rows that want to be seen now are predicted and decoded."""
-    rows = [row for row, job in enumerate(jobs) if step in job.shown]
-    pictured = dict(zip(rows, predict(rows))) if rows else {}
-    for row, job in enumerate(jobs):
+    """Call the jobs' callbacks; only images that are previewed at this step are predicted and decoded."""
+    indices = [index for index, job in enumerate(jobs) if step in job.preview_steps]
+    previews = dict(zip(indices, predict(indices))) if indices else {}
+    for index, job in enumerate(jobs):
         if job.report is not None:
-            job.report(step, pictured.get(row))
+            job.report(step, previews.get(index))
 
 
-def _card(router: Router, quality: tuple[Quality, ...]) -> RouterCard:
-    config = router.sampler.config
+def _card(served: ServedPlan, quality: tuple[Quality, ...]) -> RouterCard:
+    config = served.sampler.config
     return RouterCard(
-        version=router.version,
+        version=served.version,
         quality=quality,
-        cur=router.plan.cur,
-        ideal_speedup=router.ideal_speedup,
+        cur=served.plan.cur,
+        ideal_speedup=served.ideal_speedup,
         sampler=config.name,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
-        plan=tuple(router.plan.to_strings()),
-        scores=router.scores,
+        plan=tuple(served.plan.to_strings()),
+        scores=served.scores,
     )

@@ -1,4 +1,4 @@
-"""From the body of a request to orders, and from drawings to the answer."""
+"""Translation between the HTTP API and the engine: a body to requests, and images to an answer."""
 
 import asyncio
 import base64
@@ -13,24 +13,36 @@ from harmonica.evaluation.plots import PictureFormat
 from pipelines.serving import schemas as api
 from pipelines.serving.api_requests import GenerateRequest
 from pipelines.serving.http_errors import ApiError
-from pipelines.serving.image_sampler import Row
-from pipelines.serving.requests import Drawing, ImageSource, ModelCard, Order, Preview, Progress
+from pipelines.serving.image_sampler import ImageRequest
+from pipelines.serving.requests import (
+    EngineRequest,
+    GeneratedImage,
+    ImageSource,
+    ModelCard,
+    Preview,
+    Progress,
+)
 from pipelines.serving.server_sent_events import merge
 
 _MAX_ECHO = 100
 _MAX_UNKNOWN = 20
-"""Names in an answer."""
+"""Largest number of unknown fields that an answer warns of."""
 
 
 def check(
     body: GenerateRequest, card: ModelCard, *, lenient: bool = False
 ) -> tuple[int | str, list[api.Warned]]:
-    """The label or the prompt, and what will not be followed; refuses what this model cannot do.
+    """Check a body against the served model; return its label or prompt, and its warnings.
 
     Args:
-        lenient: another model or size, a URL, and what is not known are warned of and not refused.
+        body: the request as it was parsed.
+        card: description of the served model.
+        lenient: warn of another model or size, of a URL and of unknown fields, in place of rejecting them.
+
+    Raises:
+        ApiError: the model cannot do what is asked.
     """
-    warnings = _settle(body, card, lenient=lenient)
+    warnings = _unsupported(body, card, lenient=lenient)
     if (body.n or 1) > card.max_images:
         raise ApiError(400, f"n is {body.n}: give 1 to {card.max_images}", "n", "integer_above_max_value")
     if body.output_format in (None, "png") and body.output_compression not in (None, 100):
@@ -55,11 +67,11 @@ def check(
         raise ApiError(400, message, "prompt", error.code) from error
 
 
-def _settle(body: GenerateRequest, card: ModelCard, *, lenient: bool) -> list[api.Warned]:
-    """What clients of other endpoints send whatever they talk to: warned of, or refused.
+def _unsupported(body: GenerateRequest, card: ModelCard, *, lenient: bool) -> list[api.Warned]:
+    """Return warnings of fields that clients of other endpoints send and this one cannot follow.
 
     Raises:
-        ApiError: another model or size, where the endpoint is not lenient.
+        ApiError: the body asks for another model or size, and the endpoint is not lenient.
     """
     warnings: list[api.Warned] = []
     if body.model not in (None, "", card.model):
@@ -84,14 +96,14 @@ def _settle(body: GenerateRequest, card: ModelCard, *, lenient: bool) -> list[ap
     return warnings
 
 
-def orders_of(body: GenerateRequest, subject: int | str, seed: int) -> list[Order]:
-    """An image each, so that they share trajectories with other requests' images."""
+def make_requests(body: GenerateRequest, subject: int | str, seed: int) -> list[EngineRequest]:
+    """Make one request for each image, so that they share trajectories with those of other clients."""
     return [
-        Order(
-            Row(subject, seed, index, body.negative_prompt or "", body.guidance_scale),
-            body.drawn_quality,
+        EngineRequest(
+            ImageRequest(subject, seed, index, body.negative_prompt or "", body.guidance_scale),
+            body.served_quality,
             num_inference_steps=body.num_inference_steps,
-            company=body.n or 1,
+            group_size=body.n or 1,
             timeout_s=body.timeout_s,
             output_format=body.output_format or "png",
             output_compression=100 if body.output_compression is None else body.output_compression,
@@ -102,11 +114,11 @@ def orders_of(body: GenerateRequest, subject: int | str, seed: int) -> list[Orde
     ]
 
 
-async def draw_all(source: ImageSource, orders: Sequence[Order]) -> list[Drawing]:
-    """All, or the first error, with the rest taken out of the queue."""
+async def generate_all(source: ImageSource, requests: Sequence[EngineRequest]) -> list[GeneratedImage]:
+    """Generate all images; after the first error the others leave the queue, and it is raised."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(source.draw(order)) for order in orders]
+            tasks = [group.create_task(source.generate(request)) for request in requests]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
@@ -117,42 +129,46 @@ def _as_base64(picture: bytes) -> str:
 
 
 def as_image(picture: bytes, kind: PictureFormat, name: str, *, as_url: bool) -> api.ImageData:
-    """An entry of the answer's `data`; as a URL, one that holds the picture itself."""
+    """Make an entry of the answer's `data`, with a data URL or with base64."""
     encoded = _as_base64(picture)
     if as_url:
         return api.ImageData(url=f"data:image/{kind};base64,{encoded}", revised_prompt=name)
     return api.ImageData(b64_json=encoded, revised_prompt=name)
 
 
-def making(seed: int, drawings: Sequence[Drawing]) -> dict[str, Any]:
-    """The fields of `Making`."""
-    longest = max(drawings, key=lambda drawing: drawing.seconds)
+def generation_details(seed: int, images: Sequence[GeneratedImage]) -> dict[str, Any]:
+    """Return the fields of `GenerationDetails` for the images of one answer."""
+    longest = max(images, key=lambda image: image.seconds)
     return {
         "seed": seed,
         "router_version": longest.router_version,
         "cur": longest.cur,
         "num_inference_steps": longest.num_inference_steps,
         "guidance_scale": longest.guidance_scale,
-        "batch_size": max(drawing.batch_size for drawing in drawings),
+        "batch_size": max(image.batch_size for image in images),
         "inference_time_s": round(longest.seconds, 4),
     }
 
 
-async def events_of(
-    source: ImageSource, orders: Sequence[Order], size: str, name: str, warnings: Sequence[api.Warned] = ()
+async def stream_bodies(
+    source: ImageSource,
+    requests: Sequence[EngineRequest],
+    size: str,
+    name: str,
+    warnings: Sequence[api.Warned] = (),
 ) -> AsyncIterator[BaseModel]:
-    """What happens to the orders, as bodies of server-sent events."""
-    async for index, event in merge([source.watch(order) for order in orders]):
-        order = orders[index]
+    """Generate images and yield their events as bodies of server-sent events."""
+    async for index, event in merge([source.generate_stream(request) for request in requests]):
+        request = requests[index]
         about: dict[str, Any] = {"created_at": int(time.time()), "index": index}
         if isinstance(event, Progress):
             yield api.ProgressEvent(**about, step=event.step, num_inference_steps=event.num_steps)
             continue
-        about |= {"output_format": order.output_format, "quality": order.quality, "size": size}
+        about |= {"output_format": request.output_format, "quality": request.quality, "size": size}
         about["b64_json"] = _as_base64(event.picture)
         if isinstance(event, Preview):
             about |= {"step": event.step, "num_inference_steps": event.num_steps}
             yield api.PartialImageEvent(**about, partial_image_index=event.index)
         else:
             about |= {"revised_prompt": name, "warnings": warnings}
-            yield api.CompletedEvent(**about, **making(order.row.seed, [event]))
+            yield api.CompletedEvent(**about, **generation_details(request.image.seed, [event]))

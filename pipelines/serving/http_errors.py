@@ -1,4 +1,4 @@
-"""What the endpoint refuses, in the shape of OpenAI's errors: `{"error": {message, type, param, code}}`."""
+"""Errors of the endpoint, in the shape of OpenAI's: `{"error": {message, type, param, code}}`."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harmonica.data.text_encoder import PromptTooLong
 from pipelines.serving.batching import Overloaded, TimedOut
-from pipelines.serving.image_sampler import SettingRefused
+from pipelines.serving.image_sampler import SettingRejected
 from pipelines.serving.request_ids import HEADER, with_request_id
-from pipelines.serving.requests import REFUSALS
+from pipelines.serving.requests import REJECTIONS
 from pipelines.serving.schemas import ErrorBody, ErrorDetail
 
 _MAX_ECHO = 100
@@ -20,7 +20,7 @@ _CODES = {404: "unknown_url", 405: "method_not_allowed"}
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's error shape."""
+    """An error that is answered in OpenAI's shape."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of what went wrong in drawing: of what is not its business, nothing."""
+    """Map an exception to the error shown to the client; internal details are not exposed."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Overloaded):
@@ -60,14 +60,14 @@ def as_api_error(error: Exception) -> ApiError:
         message = "the image has waited for as long as it may: try again, or give a larger timeout_s"
         return ApiError(504, message, None, "timeout")
     if isinstance(error, PromptTooLong):
-        return ApiError(400, error.message, error.message.split()[0], "string_above_max_length")
-    if isinstance(error, SettingRefused):
-        return ApiError(400, error.message, error.message.split()[0], "invalid_value")
+        return ApiError(400, error.message, error.field, "string_above_max_length")
+    if isinstance(error, SettingRejected):
+        return ApiError(400, error.message, error.field, "invalid_value")
     return ApiError(500, "drawing failed: the server's log says why", None, "internal_error")
 
 
 def _explain(error: Any) -> ApiError:
-    """A validation error as field, value and cure."""
+    """Turn one of pydantic's validation errors into a message with field, value and cure."""
     kind, location = error["type"], error["loc"]
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON: {error['ctx']['error']}", None, "invalid_json")
@@ -87,7 +87,7 @@ def _explain(error: Any) -> ApiError:
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Every error in OpenAI's shape, and no trace of the stack."""
+    """Answer every error in OpenAI's shape and without a stack trace."""
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -98,20 +98,20 @@ def answer_errors(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         headers = {name.lower(): value for name, value in (error.headers or {}).items()}
         if "GET" in headers.get("allow", ""):
-            headers["allow"] += ", HEAD"  # which `SettlePath` answers
+            headers["allow"] += ", HEAD"  # which `NormalizePath` answers
         code = _CODES.get(error.status_code, "invalid_request")
         return ApiError(error.status_code, message, None, code, headers).response()
 
     async def on_error(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    # Exception's own handler is the last resort, which raises the error again: named, these do not.
-    for kind in (ApiError, *REFUSALS, Exception):
+    # The handler of Exception raises the error again after it has answered; handlers of named kinds do not.
+    for kind in (ApiError, *REJECTIONS, Exception):
         app.add_exception_handler(kind, on_error)
 
 
-class NameRequest:
-    """ASGI middleware: answers X-Request-Id, the client's where it is a good one."""
+class AssignRequestId:
+    """ASGI middleware that answers X-Request-Id: the client's own if it is valid, else a new one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,6 +1,6 @@
-"""Images of single (subject, seed, index) rows, sampled together: what a serving replica does, without Ray.
+"""Sampling of a batch of image requests in one trajectory, without Ray.
 
-Shapes: N rows, C channels, H W image.
+Shapes: N images, C channels, H W image.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,41 +22,54 @@ from harmonica.models.loading import LoadedModel
 from harmonica.models.vae import check_vae, decode_latents, draws_pixels, pixels_per_latent
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import RowKeys
+from harmonica.validation.settings import SettingError
 
 Quality = Literal["low", "medium", "high"]
-"""high computes every branch, medium is the champion's plan, low that of the fastest router there is."""
+"""`high` computes every branch, `medium` uses the champion's plan, and `low` that of the fastest router."""
 UNCACHED = "uncached"
-"""Version of what draws `high`."""
-_KEPT_SETTINGS = 16
+"""Version name of the plans that compute every branch, which `high` uses."""
+_MAX_UNCACHED_PLANS = 16
 
 
-class SettingRefused(ValueError):
-    """A setting that this model or router cannot draw with; the message begins with its name."""
+class SettingRejected(ValueError):
+    """A setting of a request that this model or router cannot generate with.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
+    Args:
+        field: name of the request's field.
+        message: the whole message, which begins with that name.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message)
+        self.field = field
         self.message = message  # Ray's own copies of errors have a traceback for a text
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One image to draw; under one router it depends on these alone."""
+class ImageRequest:
+    """The inputs of one image; under one router the image depends on nothing else."""
 
     subject: int | str = field(repr=False)  # prompts are kept out of logs
-    """A class's label, or a prompt."""
+    """A class label, or a prompt."""
     seed: int
     index: int
     """Number of the image within its request."""
     negative_prompt: str = field(default="", repr=False)
-    """What it should not show, for models that take prompts."""
+    """What the image should not show, for models that take prompts."""
     guidance_scale: float | None = None
-    """Default: the sampler's, which is the only one where a router is used."""
+    """Default: the sampler's own; where a router is used no other scale is allowed."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Router:
-    """A plan, and the sampler it was made for. Equal to itself alone: a row is drawn under the very one it
-    was checked against, though another becomes champion meanwhile."""
+class ServedPlan:
+    """A plan with the sampler it was made for, and the version of its router.
+
+    It is compared by identity: a request is generated under the plan that it was checked against, even if
+    another router becomes champion meanwhile.
+    """
 
     sampler: Sampler
     plan: Plan
@@ -64,23 +77,26 @@ class Router:
     version: str
     ideal_speedup: float = 1.0
     scores: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
-    """T x B, rounded, for people to look at."""
+    """The router's scores, steps by branches, rounded, for display."""
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """What a sampler's settings refuse is the client's matter."""
+def _rejecting(field: str) -> Iterator[None]:
+    """Turn an error of the sampler's settings into one of the request's field of the same name."""
     try:
         yield
+    except SettingError as error:
+        message = f"{field} {error.reason}" if error.field == f"sampler.{field}" else str(error)
+        raise SettingRejected(field, message) from error
     except ValueError as error:
-        raise SettingRefused(str(error).removeprefix("sampler.")) from error
+        raise SettingRejected(field, str(error)) from error
 
 
 def check_is_whole(loaded: LoadedModel) -> None:
-    """Whether a model came with all that pictures take.
+    """Check that a model came with all that generating images takes.
 
     Raises:
-        ValueError: it draws latents without a usable decoder, or takes prompts without a text encoder.
+        ValueError: it generates latents and has no usable decoder, or takes prompts and has no text encoder.
     """
     if not draws_pixels(loaded.model):
         if loaded.vae_folder is None:
@@ -93,11 +109,12 @@ def check_is_whole(loaded: LoadedModel) -> None:
 
 
 OnPreview = Callable[[int, Callable[[Sequence[int]], Tensor]], None]
-"""Called with the number of steps done and what makes the predicted images (N, C, H, W) of some rows."""
+"""Callback after every step: it gets the number of steps done, and a function that returns the predicted
+images (N, C, H, W) of the given batch indices."""
 
 
 class ImageSampler:
-    """A model under its routers, which may be exchanged between two trajectories."""
+    """A loaded model with the plans it generates under, which may be exchanged between two trajectories."""
 
     def __init__(
         self,
@@ -113,51 +130,51 @@ class ImageSampler:
         self.device, self._max_steps = device, max_steps
         self._vae = None if draws_pixels(self.model) else loaded.load_vae(device)
         self.conditions = make_conditions(loaded, device, over_limit=over_limit)
-        self._routers: dict[Quality, Router] = {}
-        self.num_rows = 0
-        """Of every trajectory, once that is fixed."""
-        self._uncached: dict[int, Router] = {}
+        self._plans: dict[Quality, ServedPlan] = {}
+        self.fixed_batch_size = 0
+        """Batch size that every trajectory is padded to; 0 until `fix_batch_size` is called."""
+        self._uncached: dict[int, ServedPlan] = {}
 
     @property
-    def router(self) -> Router:
-        """The champion."""
-        assert "medium" in self._routers, "use() comes first"
-        return self._routers["medium"]
+    def champion(self) -> ServedPlan:
+        """The champion router's plan."""
+        assert "medium" in self._plans, "use() comes first"
+        return self._plans["medium"]
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures, in pixels."""
+        """Height and width of the images, in pixels."""
         return self.model.sample_size * (1 if self._vae is None else pixels_per_latent(self._vae))
 
     @property
     def version(self) -> str:
-        """Of the champion in use; empty before the first."""
-        return self.router.version if self._routers else ""
+        """Version of the champion in use; empty before the first call of `use`."""
+        return self.champion.version if self._plans else ""
 
-    def fix_rows(self, most: int) -> int:
-        """Draw every trajectory from now on in one shape, so that an image is the same to the last bit
-        whatever is drawn beside it; returns the rows of that shape.
+    def fix_batch_size(self, most: int) -> int:
+        """Pad every trajectory from now on to one batch size, and return that size.
 
-        Kernels are picked by shape, and one shape has one set of them. Within it they may still treat the
-        rows of a batch differently (by blocks, or by what is left of the last one): one image is drawn in
-        every slot at once, and where they differ it is one row from then on. That takes two trajectories, so
-        call it from the thread that draws, once `use` has been called.
+        An image is then the same to the last bit whatever else is in its batch. Kernels are chosen by shape,
+        so one shape always runs the same kernels. These may still treat the positions of a batch differently
+        (by blocks, or by the remainder in the last block): here one image is generated at every position at
+        once, and if the results differ, the size is 1. That takes two trajectories, so call it from the
+        thread that runs them, once `use` has been called.
 
         Args:
-            most: rows of a trajectory.
+            most: the batch size to try.
         """
-        self.num_rows = most
+        self.fixed_batch_size = most
         if most == 1:
             return 1
-        row, is_same = Row(0 if self.class_names else "", 0, 0), True
+        request, is_same = ImageRequest(0 if self.class_names else "", 0, 0), True
         for quality in ("medium", "high"):
-            images_NCHW = self.draw([row] * most, self.router_for(quality))
+            images_NCHW = self.generate([request] * most, self.plan_for(quality))
             is_same &= all(torch.equal(image_CHW, images_NCHW[0]) for image_CHW in images_NCHW)
-        self.num_rows = most if is_same else 1
-        return self.num_rows
+        self.fixed_batch_size = most if is_same else 1
+        return self.fixed_batch_size
 
-    def make_router(self, artifact: RouterArtifact, version: str) -> Router:
-        """A router as it is used here.
+    def make_plan(self, artifact: RouterArtifact, version: str) -> ServedPlan:
+        """Make the plan of a router artifact for this model.
 
         Raises:
             ValueError: the router was made for another model.
@@ -166,119 +183,127 @@ class ImageSampler:
         sampler, plan = make_sampler(self.model, artifact.sampler), artifact.plan
         check_plan(plan, sampler)
         scores = [[round(score, 3) for score in row] for row in artifact.logits_TB.sigmoid().tolist()]
-        return Router(
+        return ServedPlan(
             sampler, plan, artifact.reuse, version, artifact.ideal_speedup, tuple(map(tuple, scores))
         )
 
-    def make_uncached(self, config: SamplerConfig) -> Router:
-        """What computes every branch, as the champion of a model that has no router.
+    def make_uncached(self, config: SamplerConfig) -> ServedPlan:
+        """Make a plan that computes every branch, also used as champion of a model that has no router.
 
         Raises:
-            ValueError: the sampler does not go with the model.
+            ValueError: the sampler does not fit the model.
         """
         plan = Plan.full(config.num_inference_steps, len(self.model.branches))
-        return Router(make_sampler(self.model, config), plan, "hold", UNCACHED)
+        return ServedPlan(make_sampler(self.model, config), plan, "hold", UNCACHED)
 
-    def use(self, champion: Router, fastest: Router | None = None) -> None:
-        """Draw under these from the next row on; `low` is the champion too where no other is faster."""
-        self._routers = {"medium": champion, "low": fastest or champion}
+    def use(self, champion: ServedPlan, fastest: ServedPlan | None = None) -> None:
+        """Use these plans from the next request on; without a faster one `low` uses the champion too."""
+        self._plans = {"medium": champion, "low": fastest or champion}
         is_uncached = champion.version == UNCACHED
         self._uncached = {champion.plan.num_steps: champion} if is_uncached else {}
 
-    def router_for(
+    def plan_for(
         self, quality: Quality, num_inference_steps: int | None = None, guidance_scale: float | None = None
-    ) -> Router:
-        """What a quality is drawn under; only `high` leaves a choice of steps and guidance.
+    ) -> ServedPlan:
+        """Return the plan of a quality; only `high` leaves a choice of steps and guidance.
 
         Raises:
-            SettingRefused: the router was made for other settings, or there is no such setting.
+            SettingRejected: the router was made for other settings, or there is no such setting.
         """
         if quality == "high":
-            config = self.router.sampler.config
+            config = self.champion.sampler.config
             if guidance_scale is not None:
-                with _refusing():
+                with _rejecting("guidance_scale"):
                     replace(config, guidance_scale=guidance_scale)
-            return self._uncached_of(num_inference_steps or config.num_inference_steps)
-        router = self._routers[quality]
+            return self._uncached_plan(num_inference_steps or config.num_inference_steps)
+        served = self._plans[quality]
         asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         for name, value in asked.items():
-            made_for = getattr(router.sampler.config, name)
+            made_for = getattr(served.sampler.config, name)
             if value is not None and value != made_for:
-                raise SettingRefused(
-                    f"{name} is {value} and router {router.version} of quality {quality} was made for "
-                    f"{made_for}: leave it out, or give quality high, which uses no router"
+                raise SettingRejected(
+                    name,
+                    f"{name} is {value} and router {served.version} of quality {quality} was made for "
+                    f"{made_for}: leave it out, or give quality high, which uses no router",
                 )
-        return router
+        return served
 
-    def _uncached_of(self, num_inference_steps: int) -> Router:
+    def _uncached_plan(self, num_inference_steps: int) -> ServedPlan:
         made = self._uncached
         if num_inference_steps in made:
             return made[num_inference_steps]
-        config = self.router.sampler.config
+        config = self.champion.sampler.config
         most = max(self._max_steps, config.num_inference_steps)
         if num_inference_steps > most:
-            raise SettingRefused(f"num_inference_steps is {num_inference_steps}: give 2 to {most}")
-        with _refusing():
-            router = self.make_uncached(replace(config, num_inference_steps=num_inference_steps))
-        if len(made) == _KEPT_SETTINGS:
+            message = f"num_inference_steps is {num_inference_steps}: give 2 to {most}"
+            raise SettingRejected("num_inference_steps", message)
+        with _rejecting("num_inference_steps"):
+            served = self.make_uncached(replace(config, num_inference_steps=num_inference_steps))
+        if len(made) == _MAX_UNCACHED_PLANS:
             del made[next(iter(made))]
-        made[num_inference_steps] = router
-        return router
+        made[num_inference_steps] = served
+        return served
 
-    def check(self, row: Row) -> None:
-        """Prepare a row before it is drawn: its prompts are embedded. From any thread.
+    def check(self, request: ImageRequest) -> None:
+        """Check a request's prompts, and embed them before its trajectory starts. Any thread may call it.
 
         Raises:
             PromptTooLong: a prompt has more tokens than the model reads, and `over_limit` is refuse.
         """
-        self.conditions.check(row.subject, row.negative_prompt)
+        self.conditions.check(request.subject, request.negative_prompt)
 
-    def draw(
-        self, rows: Sequence[Row], router: Router | None = None, on_preview: OnPreview | None = None
+    def generate(
+        self,
+        requests: Sequence[ImageRequest],
+        served: ServedPlan | None = None,
+        on_preview: OnPreview | None = None,
     ) -> Tensor:
-        """All rows in one trajectory: images (N, C, H, W) in [-1, 1], on the CPU.
+        """Generate all requests in one trajectory: images (N, C, H, W) in [-1, 1], on the CPU.
 
         Args:
-            rows: after `fix_rows` at most so many, and the trajectory is filled up with others.
-            router: default: the champion.
+            requests: after `fix_batch_size` no more than that; the batch is padded with copies of the first.
+            served: the plan to generate under. Default: the champion's.
+            on_preview: called after every step.
         """
-        router, num_asked = router or self.router, len(rows)
-        if self.num_rows:
-            assert num_asked <= self.num_rows, "who calls has been told how many"
-            rows = [*rows, *[rows[0]] * (self.num_rows - num_asked)]
+        served, num_asked = served or self.champion, len(requests)
+        if self.fixed_batch_size:
+            assert num_asked <= self.fixed_batch_size, "the caller has been told how many"
+            requests = [*requests, *[requests[0]] * (self.fixed_batch_size - num_asked)]
         shape = (self.model.in_channels, self.model.sample_size, self.model.sample_size)
-        keys = RowKeys([row.seed for row in rows], [row.index for row in rows])
+        keys = RowKeys([request.seed for request in requests], [request.index for request in requests])
         noise = torch.from_numpy(keys.start_noise(shape))
-        condition = self.conditions.of([row.subject for row in rows], [row.negative_prompt for row in rows])
+        condition = self.conditions.of(
+            [request.subject for request in requests], [request.negative_prompt for request in requests]
+        )
 
         def on_step(i: int, predict: Callable[[], Tensor]) -> None:
             if on_preview is not None:
-                on_preview(router.plan.num_steps - i, partial(self._preview, predict))
+                on_preview(served.plan.num_steps - i, partial(self._preview, predict))
 
         samples_NCHW = sample(
-            self._guided(router, [row.guidance_scale for row in rows]),
+            self._guided(served, [request.guidance_scale for request in requests]),
             noise.to(self.device),
             condition,
-            router.plan,
-            reuse=router.reuse,
+            served.plan,
+            reuse=served.reuse,
             rows=keys,
             on_step=on_step,
         )
         return self._decode(samples_NCHW[:num_asked])
 
-    def _guided(self, router: Router, scales: Sequence[float | None]) -> Sampler:
-        """The router's sampler, with each row's own guidance scale where any has one."""
-        sampler = router.sampler
-        # Guidance doubles the model's rows, whoever asks for it: in one shape it is always done, if ever.
-        may_guide = router.version == UNCACHED or sampler.is_guided
-        if not may_guide if self.num_rows else all(scale is None for scale in scales):
+    def _guided(self, served: ServedPlan, scales: Sequence[float | None]) -> Sampler:
+        """Return the plan's sampler, with a guidance scale for each image if any has its own."""
+        sampler = served.sampler
+        # Guidance doubles the batch, whichever image asks for it: with a fixed shape, always or never.
+        may_guide = served.version == UNCACHED or sampler.is_guided
+        if not may_guide if self.fixed_batch_size else all(scale is None for scale in scales):
             return sampler
         default = sampler.config.guidance_scale
         filled = [default if scale is None else scale for scale in scales]
-        return sampler.with_guidance(filled, always=bool(self.num_rows))
+        return sampler.with_guidance(filled, always=bool(self.fixed_batch_size))
 
-    def _preview(self, predict: Callable[[], Tensor], rows: Sequence[int]) -> Tensor:
-        return self._decode(predict()[list(rows)])
+    def _preview(self, predict: Callable[[], Tensor], indices: Sequence[int]) -> Tensor:
+        return self._decode(predict()[list(indices)])
 
     def _decode(self, samples_NCHW: Tensor) -> Tensor:
         images_NCHW = samples_NCHW if self._vae is None else decode_latents(self._vae, samples_NCHW)

@@ -1,8 +1,8 @@
-"""The HTTP endpoint in the shape of OpenAI's Images API, as a FastAPI app over any image source.
+"""The HTTP endpoint: a FastAPI app in the shape of OpenAI's Images API, over any image source.
 
-A prompt names a class, or is a prompt where the model takes text. What OpenAI's API has and these models
-have no use for (style, user, ...) is accepted and ignored; what that API does not know is refused, as
-there, so that a misspelt `sed` is not passed over in silence.
+The prompt of a class-conditional model is the name of a class. Parameters of OpenAI's API that these models
+have no use for (style, user, ...) are accepted and ignored. Unknown parameters are rejected, as OpenAI does,
+so that a misspelt `sed` does not go unnoticed.
 """
 
 import asyncio
@@ -22,10 +22,17 @@ from pipelines.serving import schemas as api
 from pipelines.serving.api_requests import GenerateRequest, LenientGenerateRequest
 from pipelines.serving.auth import RequireKey
 from pipelines.serving.batching import Overloaded
-from pipelines.serving.generation import as_image, check, draw_all, events_of, making, orders_of
-from pipelines.serving.http_errors import ApiError, NameRequest, answer_errors
+from pipelines.serving.generation import (
+    as_image,
+    check,
+    generate_all,
+    generation_details,
+    make_requests,
+    stream_bodies,
+)
+from pipelines.serving.http_errors import ApiError, AssignRequestId, answer_errors
 from pipelines.serving.openapi import describe_fully, errors, events
-from pipelines.serving.paths import SettlePath
+from pipelines.serving.paths import NormalizePath
 from pipelines.serving.request_bodies import ReadBody, StrictJsonRoute
 from pipelines.serving.requests import ImageSource, ModelCard
 from pipelines.serving.server_sent_events import stream_events
@@ -46,18 +53,19 @@ def create_app(
     keys: tuple[str, ...] = (),
     *,
     cors_origins: Sequence[str] = (),
-    names_requests: bool = True,
+    assign_request_ids: bool = True,
     lenient: bool = False,
     read_timeout_s: float = 30.0,
 ) -> FastAPI:
-    """The endpoint over a source, which is asked what it serves when the app starts.
+    """Make the app of an endpoint; it asks the source what it serves when it starts.
 
     Args:
-        keys: bearer keys, one of which every request to `/v1` has to bring; none: anybody may ask.
-        cors_origins: sites whose pages may ask.
-        names_requests: answer X-Request-Id, unless a proxy in front does.
-        lenient: draw what the model can where a client asks for another model, size or kind of answer, or
-            for what is not known here, and say so in the answer.
+        source: generates the images.
+        keys: bearer keys; every request to `/v1` has to bring one of them. Default: no key is needed.
+        cors_origins: web sites whose pages may send requests.
+        assign_request_ids: answer X-Request-Id. False where a proxy in front does that.
+        lenient: if a client asks for another model, size or kind of answer, or for an unknown field,
+            generate what the model can and warn of it in the answer.
         read_timeout_s: how long a client may take to send a body.
     """
 
@@ -78,7 +86,7 @@ def create_app(
     app.add_middleware(ReadBody, max_bytes=MAX_BODY_BYTES, timeout_s=read_timeout_s)
     if keys:
         app.add_middleware(RequireKey, keys=keys)
-    if cors_origins:  # outside of the keys: a browser asks beforehand, and without any
+    if cors_origins:  # outside of the keys: a browser's preflight request has none
         app.add_middleware(
             CORSMiddleware,
             allow_origins=cors_origins,
@@ -86,9 +94,9 @@ def create_app(
             allow_headers=("authorization", "content-type", "x-request-id"),
             expose_headers=("retry-after", "x-request-id"),
         )
-    app.add_middleware(SettlePath)  # outside of the keys, which go by the path
-    if names_requests:
-        app.add_middleware(NameRequest)
+    app.add_middleware(NormalizePath)  # outside of the keys, which go by the path
+    if assign_request_ids:
+        app.add_middleware(AssignRequestId)
     answer_errors(app)
     describe_fully(app, has_keys=bool(keys))
     page = resources.files("pipelines.serving").joinpath("page.html").read_text(encoding="utf-8")
@@ -97,7 +105,7 @@ def create_app(
         return app.state.card
 
     async def refreshed() -> bool:
-        """Whether the source has answered; else the card is the last one known."""
+        """Refresh the card; return whether the source has answered. If not, the last card stays."""
         try:
             app.state.card = await asyncio.wait_for(source.describe(), _HEALTH_TIMEOUT_S)
         except (TimeoutError, Overloaded):
@@ -109,28 +117,28 @@ def create_app(
         return api.Model(id=served.model, size=served.size, class_names=list(served.class_names))
 
     async def generate(body: GenerateRequest) -> Response | api.GenerateResponse:
-        """Draw images; with `stream`, show them while they are drawn."""
+        """Generate images; with `stream`, send previews and progress while they are generated."""
         served = card()
         subject, warnings = check(body, served, lenient=lenient)
         name = subject if isinstance(subject, str) else served.class_names[subject]
         seed = secrets.randbelow(_RANDOM_SEEDS) if body.seed is None else body.seed
-        orders = orders_of(body, subject, seed)
+        requests = make_requests(body, subject, seed)
         if body.stream:
-            return await stream_events(events_of(source, orders, served.size, name, warnings))
-        drawings = await draw_all(source, orders)
-        kind = orders[0].output_format
+            return await stream_events(stream_bodies(source, requests, served.size, name, warnings))
+        images = await generate_all(source, requests)
+        kind = requests[0].output_format
         return api.GenerateResponse(
             created=int(time.time()),
-            data=[as_image(drawing.picture, kind, name, as_url=body.wants_url) for drawing in drawings],
+            data=[as_image(image.picture, kind, name, as_url=body.wants_url) for image in images],
             output_format=kind,
-            quality=orders[0].quality,
+            quality=requests[0].quality,
             size=served.size,
             warnings=warnings,
-            **making(seed, drawings),
+            **generation_details(seed, images),
         )
 
     async def generate_leniently(body: LenientGenerateRequest) -> Response | api.GenerateResponse:
-        """Draw images; with `stream`, show them while they are drawn. `warnings` says what was not done."""
+        """Generate images, as far as the model can; `warnings` names what was not followed."""
         return await generate(body)
 
     app.post(
@@ -142,12 +150,12 @@ def create_app(
 
     @app.get("/v1/models", responses=errors(401))
     async def models() -> api.ModelList:
-        """The served model."""
+        """List the served model."""
         return api.ModelList(data=[model_entry()])
 
     @app.get("/v1/models/{model:path}", responses=errors(401, 404))
     async def model(model: str) -> api.Model:
-        """The served model, by its name."""
+        """Return the served model by its name."""
         if model != card().model:
             message = f"model is {model[:100]!r}: this endpoint serves {card().model!r}"
             raise ApiError(404, message, "model", "model_not_found")
@@ -155,7 +163,7 @@ def create_app(
 
     @app.get("/v1/routers", responses=errors(401))
     async def routers() -> api.RouterList:
-        """What each quality is drawn under, step by step."""
+        """List the routers and their plans, with the qualities they are used for."""
         await refreshed()
         entries = [asdict(router) for router in card().routers]
         return api.RouterList(data=[api.RouterEntry(id=entry.pop("version"), **entry) for entry in entries])
@@ -163,7 +171,7 @@ def create_app(
     @app.get("/health", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> api.Health:
-        """Whether it draws, and under which router; a champion that could not be taken up is `refused`."""
+        """Return the state of the endpoint and its router; `refused` is a champion that cannot be served."""
         has_answered = await refreshed()
         served = card()
         return api.Health(
@@ -172,19 +180,19 @@ def create_app(
             router_version=served.router_version,
             cur=served.cur,
             waiting=served.waiting,
-            refused=api.RefusedRouter(**asdict(served.refused)) if served.refused else None,
+            refused=api.RefusedRouter(**asdict(served.rejected)) if served.rejected else None,
         )
 
     @app.get("/readyz", responses=errors(503))
     async def readyz() -> api.Ready:
-        """Whether a request would be drawn now: 503 where no sampler answers or its queue is full."""
+        """Answer whether a request would be accepted now: 503 if no replica answers, or its queue is full."""
         if not await refreshed() or card().is_full:
             raise ApiError(503, "no image can be taken now", None, "not_ready", {"retry-after": "1"})
         return api.Ready()
 
     @app.get("/livez")
     async def livez() -> api.Live:
-        """Whether this process answers; says nothing of the samplers."""
+        """Answer while this process runs, whatever the state of the replicas that generate."""
         return api.Live()
 
     @app.get("/", include_in_schema=False)

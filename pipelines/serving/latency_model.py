@@ -1,16 +1,17 @@
-"""How long a batch takes by its size, learnt from those that were done."""
+"""A linear model of how long a batch takes by its size, fitted to the batches that have run."""
 
 _DECAY = 0.9
+"""Weight of every earlier batch after each new one."""
 
 
-class Pace:
-    """Seconds = a + b * size by least squares, the newest batches counting most."""
+class LatencyModel:
+    """An exponentially weighted least squares fit of `seconds = a + b * size`."""
 
     def __init__(self) -> None:
         self._weight = self._size = self._squares = self._seconds = self._product = 0.0
 
     def add(self, size: int, seconds: float) -> None:
-        """A batch that was done."""
+        """Add the measured time of one batch."""
         sums = (self._weight, self._size, self._squares, self._seconds, self._product)
         new = (1.0, size, size * size, seconds, size * seconds)
         self._weight, self._size, self._squares, self._seconds, self._product = (
@@ -18,7 +19,10 @@ class Pace:
         )
 
     def seconds(self, size: int) -> float:
-        """Of a batch of this size; 0 before anything is known, proportional while one size is."""
+        """Predict the time of a batch of this size.
+
+        Before the first batch that is 0; while only one size has been seen, time is proportional to size.
+        """
         spread = self._weight * self._squares - self._size**2
         if spread <= 1e-6 * self._squares:
             return size * self._seconds / self._size if self._size else 0.0
@@ -26,6 +30,6 @@ class Pace:
         return max(0.0, (self._seconds - slope * self._size) / self._weight) + slope * size
 
     def largest(self, limit_s: float, at_most: int) -> int:
-        """The largest size that takes no longer, at least 1."""
+        """Return the largest size that is predicted to take no longer than the limit, at least 1."""
         sizes = range(at_most, 1, -1)
         return next((size for size in sizes if self.seconds(size) <= limit_s), 1)

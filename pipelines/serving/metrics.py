@@ -1,4 +1,4 @@
-"""What a replica tells Prometheus through Ray, beside Ray Serve's own metrics.
+"""Prometheus metrics of a replica, exported by Ray beside Ray Serve's own.
 
 Ray puts `ray_` before the names; cluster/grafana.json shows them.
 """
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from pipelines.serving.image_sampler import Router
+from pipelines.serving.image_sampler import ServedPlan
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 _SIZES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
@@ -15,7 +15,7 @@ _ROUTER = ("router_version",)
 
 
 class ServeMetrics:
-    """A replica's. Observed from its event loop and its trajectories' thread."""
+    """The metrics of one replica, set from its event loop and from its trajectories' thread."""
 
     def __init__(self) -> None:
         self._images = Counter("harmonica_images", "Images drawn.", _ROUTER)
@@ -24,17 +24,17 @@ class ServeMetrics:
         self._wait = Histogram("harmonica_queue_wait_seconds", "An image's wait.", _SECONDS, _ROUTER)
         self._batch = Histogram("harmonica_batch_size", "Images of a trajectory.", _SIZES, _ROUTER)
         self._waiting = Gauge("harmonica_waiting", "Images in the queue.")
-        self._refused = Counter("harmonica_refused", "Images not drawn, by reason.", ("reason",))
+        self._rejected = Counter("harmonica_refused", "Images not drawn, by reason.", ("reason",))
         self._champion = Gauge("harmonica_champion", "1 for the champion that is served.", _ROUTER)
-        self._rejected = Gauge("harmonica_champion_refused", "1 for one that cannot be.", _ROUTER)
-        self._told: dict[Gauge, str] = {}
+        self._champion_rejected = Gauge("harmonica_champion_refused", "1 for one that cannot be.", _ROUTER)
+        self._shown: dict[Gauge, str] = {}
 
-    def trajectory(self, router: Router, waits_s: Sequence[float], seconds: float) -> None:
-        """A trajectory has ended."""
-        tags = {"router_version": router.version}
+    def trajectory(self, served: ServedPlan, waits_s: Sequence[float], seconds: float) -> None:
+        """Record a trajectory that has ended."""
+        tags = {"router_version": served.version}
         self._images.inc(len(waits_s), tags)
-        self._cache_ratio.set(router.plan.cur, tags)
-        self._step.observe(seconds / router.plan.num_steps, tags)
+        self._cache_ratio.set(served.plan.cur, tags)
+        self._step.observe(seconds / served.plan.num_steps, tags)
         self._batch.observe(len(waits_s), tags)
         for wait_s in waits_s:
             self._wait.observe(wait_s, tags)
@@ -42,16 +42,16 @@ class ServeMetrics:
     def waiting(self, count: int) -> None:
         self._waiting.set(count)
 
-    def refused(self, reason: str) -> None:
-        """An image that is not drawn: overloaded, timeout, ..."""
-        self._refused.inc(1, {"reason": reason})
+    def rejected(self, reason: str) -> None:
+        """Count an image that is not generated; the reason is overloaded, timeout or not_finite."""
+        self._rejected.inc(1, {"reason": reason})
 
-    def serving(self, version: str, refused: str) -> None:
-        """The champion that is served, and the registry's where that is refused, else nothing."""
-        for gauge, now in ((self._champion, version), (self._rejected, refused)):
-            before = self._told.get(gauge, "")
+    def serving(self, version: str, rejected: str) -> None:
+        """Set which champion is served, and which one of the registry's cannot be, empty if there is none."""
+        for gauge, now in ((self._champion, version), (self._champion_rejected, rejected)):
+            before = self._shown.get(gauge, "")
             if before and before != now:
                 gauge.set(0, {"router_version": before})
             if now:
                 gauge.set(1, {"router_version": now})
-            self._told[gauge] = now
+            self._shown[gauge] = now

@@ -1,12 +1,12 @@
-"""ASGI middleware that settles which resource a request means, before anything else looks at its path."""
+"""ASGI middleware that normalizes a request's path and method before anything else reads them."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-class SettlePath:
-    """A slash at the end changes nothing, and HEAD is answered as GET is, without the body.
+class NormalizePath:
+    """Removes a slash at the end of the path, and answers HEAD as GET without the body.
 
-    Starlette would redirect to a URL that it makes of the Host header, which anybody can choose.
+    Starlette would redirect to a URL made from the Host header, which the client can choose freely.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,4 +1,4 @@
-"""Which routers a replica serves: the registry's champion, taken up as soon as it has proved to draw here."""
+"""Keep a replica's routers up to date: poll the registry, test a new champion, and change over to it."""
 
 import asyncio
 import logging
@@ -18,20 +18,20 @@ from harmonica.models.loading import ModelConfig
 from harmonica.validation.settings import told
 from pipelines.config.serve import ServeConfig
 from pipelines.config.workflow import WorkflowConfig
-from pipelines.serving.engine import Studio
-from pipelines.serving.image_sampler import UNCACHED, Router
-from pipelines.serving.requests import Refusal
+from pipelines.serving.engine import GenerationEngine
+from pipelines.serving.image_sampler import UNCACHED, ServedPlan
+from pipelines.serving.requests import RejectedRouter
 from pipelines.tracking import registry
 
 FOLLOW_S = 5.0
 _MOST_VERSIONS = 50
 _NO_THREADS_LEFT = "cannot schedule new futures after"
-"""What an executor says in a process that is ending."""
+"""Message of an executor's error in a process that is shutting down."""
 logger = logging.getLogger("ray.serve")
 
 
 class ServeArgs(BaseModel):
-    """`args:` of the application in a Serve YAML file."""
+    """The settings of the application, `args:` in a Serve YAML file."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -51,9 +51,10 @@ class ServeArgs(BaseModel):
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
-        """
+        """Validate settings.
+
         Raises:
-            SettingError: names the field, the value and the cure.
+            SettingError: a setting is rejected; the message names the field, the value and the cure.
         """
         try:
             return super().model_validate(obj, **options)
@@ -61,14 +62,14 @@ class ServeArgs(BaseModel):
             raise told(error, cls) from None
 
     def resolved(self) -> "ServeArgs":
-        """With exactly one of `router` and `tracking_uri` set."""
+        """Return these settings with exactly one of `router` and `tracking_uri` set."""
         uri = "" if self.router else self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         return self.model_copy(
             update={"tracking_uri": uri, "router": "" if uri else self.router or str(BUILTIN_CHAMPION)}
         )
 
     def current_version(self) -> str:
-        """Of the router that is to be served now: the champion's, or the artifact folder's name."""
+        """Return the version that is to be served now: the champion's, or the name of the artifact folder."""
         if self.tracking_uri:
             return registry.resolve(self.registered_model, registry.CHAMPION, self.tracking_uri)
         if self.router == UNCACHED:
@@ -76,104 +77,103 @@ class ServeArgs(BaseModel):
         return "builtin" if Path(self.router) == BUILTIN_CHAMPION else local(self.router, "router").name
 
     def load(self, version: str) -> RouterArtifact:
-        """A registered version, or the artifact folder."""
+        """Load a registered version, or the artifact folder."""
         if self.tracking_uri:
             return registry.load_version(self.registered_model, version, self.tracking_uri)
         return RouterArtifact.load(self.router)
 
     def versions(self) -> list[str]:
-        """All that are registered, newest first; of an artifact folder none."""
+        """Return the registered versions, newest first; for an artifact folder there are none."""
         if not self.tracking_uri:
             return []
         return registry.newest_versions(self.registered_model, self.tracking_uri, _MOST_VERSIONS)
 
 
-class Follower:
-    """Keeps a studio's routers up to date. What does not load, or draws something else here than where it
-    was registered, is refused: the router before stays, and the studio's card says so."""
+class RegistryWatcher:
+    """Keeps an engine's routers up to date with the registry.
 
-    def __init__(self, studio: Studio, args: ServeArgs) -> None:
-        self._studio, self._args = studio, args
-        self._is_final = False  # nothing to be gained from trying what was refused again
+    A router that does not load, or whose sample is another here than where it was registered, is rejected:
+    the router before it stays in use, and the engine's card names the rejected one.
+    """
+
+    def __init__(self, engine: GenerationEngine, args: ServeArgs) -> None:
+        self._engine, self._args = engine, args
+        self._is_final = False  # whether trying the rejected version again is useless
         self._loaded: dict[str, RouterArtifact | None] = {}
         self._seen: tuple[str, ...] = ()
 
-    async def look(self) -> None:
-        """Look once, change over where there is something new, and say what is served.
+    async def poll(self) -> None:
+        """Poll the registry once, change over if there is a new router, and report what is served.
 
         Raises:
-            ValueError: the first router of all is refused.
+            ValueError: the first router is rejected, so that there is none to serve.
             Exception: the registry does not answer.
         """
-        await self._look()
-        studio = self._studio
-        if studio.metrics:
-            studio.metrics.serving(studio.images.version, studio.refused.version if studio.refused else "")
+        await self._poll()
+        engine = self._engine
+        if engine.metrics:
+            rejected = engine.rejected.version if engine.rejected else ""
+            engine.metrics.serving(engine.images.version, rejected)
 
-    async def _look(self) -> None:
-        """Change over where there is something new.
-
-        Raises:
-            ValueError: the first router of all is refused.
-            Exception: the registry does not answer.
-        """
-        studio, images = self._studio, self._studio.images
+    async def _poll(self) -> None:
+        engine, images = self._engine, self._engine.images
         version = await asyncio.to_thread(self._args.current_version)
         if version != images.version:
-            refused = studio.refused
-            if refused is not None and refused.version == version and self._is_final:
+            rejected = engine.rejected
+            if rejected is not None and rejected.version == version and self._is_final:
                 return
             try:
                 champion = await self._try_out(version)
             except Exception as error:
                 if not images.version:
                     raise
-                self._refuse(version, error)
+                self._reject(version, error)
                 return
             await self._change(champion)
             logger.info(
                 "serving router %s of %s, CUR %.3f", version, self._args.registered_model, champion.plan.cur
             )
         elif tuple(await asyncio.to_thread(self._args.versions)) != self._seen:
-            await self._change(images.router)  # a faster one may be among the new
-        studio.refused = None
+            await self._change(images.champion)  # a faster one may be among the new
+        engine.rejected = None
 
-    async def follow(self) -> None:
-        """Look until this process ends."""
+    async def run(self) -> None:
+        """Poll until this process ends."""
         while True:
             await asyncio.sleep(self._args.follow_s)
             try:
-                await self.look()
+                await self.poll()
             except Exception as error:
                 if isinstance(error, RuntimeError) and _NO_THREADS_LEFT in str(error):
                     return
-                version = self._studio.images.version
+                version = self._engine.images.version
                 logger.exception("the champion cannot be looked up, %s stays", version)
 
-    def _refuse(self, version: str, error: Exception) -> None:
+    def _reject(self, version: str, error: Exception) -> None:
         self._is_final = isinstance(error, ValueError)
-        self._studio.refused = Refusal(version, str(error))
+        self._engine.rejected = RejectedRouter(version, str(error))
         logger.warning(
-            "router %s of %s is refused, %s stays: %s",
+            "router %s of %s is rejected, %s stays: %s",
             version,
             self._args.registered_model,
-            self._studio.images.version,
+            self._engine.images.version,
             error,
         )
 
-    async def _try_out(self, version: str) -> Router:
-        """A version as it is used here, once its sample is what it should be."""
-        images = self._studio.images
+    async def _try_out(self, version: str) -> ServedPlan:
+        """Load a version and check that its sample is reproduced here; return its plan."""
+        images = self._engine.images
         if version == UNCACHED:
             own = own_sampler(images.loaded, self._args.model.path)
             return await asyncio.to_thread(images.make_uncached, own)
         artifact = await asyncio.to_thread(self._args.load, version)
-        router = await asyncio.to_thread(images.make_router, artifact, version)
-        # In the trajectories' thread: a second one beside it would slow down both.
-        await self._studio.batcher.in_thread(partial(check_sample, artifact, router.sampler))
-        return router
+        served = await asyncio.to_thread(images.make_plan, artifact, version)
+        # In the trajectories' thread: two trajectories at once would slow down each other.
+        await self._engine.batcher.run_between_batches(partial(check_sample, artifact, served.sampler))
+        return served
 
-    async def _change(self, champion: Router) -> None:
+    async def _change(self, champion: ServedPlan) -> None:
+        """Use a champion, and the fastest registered router that works here for quality low."""
         fastest = champion
         self._seen = tuple(await asyncio.to_thread(self._args.versions))
         versions = self._seen
@@ -186,21 +186,21 @@ class Follower:
                 break
             except Exception as error:
                 logger.info("router %s is not used for quality low: %s", version, error)
-        self._studio.images.use(champion, fastest)
+        self._engine.images.use(champion, fastest)
 
     async def _cost(self, version: str) -> float:
-        """Multiply-accumulates of an image, infinite where the version cannot be used with this model."""
+        """Return the multiply-accumulates of an image; infinite if the version does not fit this model."""
         if version not in self._loaded:  # a registered version never changes
             try:
                 artifact = await asyncio.to_thread(self._args.load, version)
-                await asyncio.to_thread(self._studio.images.make_router, artifact, version)
+                await asyncio.to_thread(self._engine.images.make_plan, artifact, version)
                 self._loaded[version] = artifact
             except Exception as error:
                 logger.info("router %s of %s is left out: %s", version, self._args.registered_model, error)
                 if isinstance(error, ValueError):
                     self._loaded[version] = None
                 else:
-                    self._seen = ()  # out of reach: the next look tries it again
+                    self._seen = ()  # out of reach: the next poll tries it again
         found = self._loaded.get(version)
         if found is None:
             return float("inf")

@@ -1,4 +1,4 @@
-"""The words in which an endpoint and what draws for it talk: orders, drawings and what is served."""
+"""Types that the HTTP endpoint and the generation engine exchange: requests, results and the model card."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -8,58 +8,58 @@ from harmonica.data.text_encoder import PromptTooLong
 from harmonica.evaluation.plots import PictureFormat
 from harmonica.validation.finite import NotFinite
 from pipelines.serving.batching import Overloaded, TimedOut
-from pipelines.serving.image_sampler import Quality, Row, SettingRefused
+from pipelines.serving.image_sampler import ImageRequest, Quality, SettingRejected
 
 MAX_PARTIAL_IMAGES = 3
-REFUSALS = (Overloaded, TimedOut, SettingRefused, PromptTooLong, NotFinite)
-"""What an order may be answered with instead of a drawing."""
+REJECTIONS = (Overloaded, TimedOut, SettingRejected, PromptTooLong, NotFinite)
+"""The expected errors that a request can end with; any other exception is a bug."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """One image as a client wants it."""
+class EngineRequest:
+    """One image to generate, with the quality, the time limit and the format that the client asks for."""
 
-    row: Row
+    image: ImageRequest
     quality: Quality = "medium"
     num_inference_steps: int | None = None
     """Default: the router's."""
-    company: int = 1
-    """Images of the same request, which are drawn together where they can be."""
+    group_size: int = 1
+    """Number of images in the same HTTP request; they share a batch where they can."""
     timeout_s: float | None = None
-    """How long it may wait for its trajectory. Default: the server's bound."""
+    """How long it may wait for its trajectory to start. Default: the server's bound."""
     output_format: PictureFormat = "png"
     output_compression: int = 100
-    """Of jpeg and webp, 0 to 100, the best."""
+    """Quality of a jpeg or webp file, from 0 to 100, the best."""
     partial_images: int = 0
-    """Previews while it is drawn, 0 to 3."""
+    """Number of previews to send before the image, 0 to 3."""
     progress: bool = False
     """Whether every step is reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """So far the trajectory has come."""
+    """An event that reports how many steps of an image's trajectory are done."""
 
     step: int
-    """Steps done."""
+    """Number of steps done."""
     num_steps: int
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The image that a step points at."""
+    """An event with the clean image that the sampler predicts at an intermediate step."""
 
     picture: bytes = field(repr=False)
     index: int
-    """Number of the preview."""
+    """Number of the preview within its image."""
     step: int
-    """Steps done."""
+    """Number of steps done."""
     num_steps: int
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
-    """One image, and how it came about."""
+class GeneratedImage:
+    """A finished image as an encoded file, with the settings and the batch it was generated in."""
 
     picture: bytes = field(repr=False)
     router_version: str
@@ -67,32 +67,33 @@ class Drawing:
     num_inference_steps: int
     guidance_scale: float
     batch_size: int
-    """Images that shared the trajectory."""
+    """Number of images that shared the trajectory."""
     seconds: float
-    """Of the trajectory."""
+    """Duration of the trajectory."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterCard:
-    """A router that is served."""
+    """Description of a router that is served."""
 
     version: str
     quality: tuple[Quality, ...]
-    """What it is used for."""
+    """The qualities that it is used for."""
     cur: float
     ideal_speedup: float
     sampler: str
     num_inference_steps: int
     guidance_scale: float
     plan: tuple[str, ...]
-    """A string of 0 (reused) and 1 (computed) a step, step 0, the last to run, first."""
+    """One string a step, with 0 for a reused branch and 1 for a computed one; step 0, the last to run, comes
+    first."""
     scores: tuple[tuple[float, ...], ...]
-    """Of the same shape; empty where every branch is computed."""
+    """The router's scores in the same shape; empty where every branch is computed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """A router that was to be served and is not."""
+class RejectedRouter:
+    """A router version that the registry asks for and this replica cannot serve."""
 
     version: str
     reason: str
@@ -100,7 +101,7 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What is served."""
+    """Description of the served model, its routers and the state of the queue."""
 
     model: str
     router_version: str
@@ -111,12 +112,12 @@ class ModelCard:
     max_images: int
     """Upper bound of `n`."""
     routers: tuple[RouterCard, ...] = ()
-    refused: Refusal | None = None
-    """The registry's champion, where that cannot be served."""
+    rejected: RejectedRouter | None = None
+    """The registry's champion, if it cannot be served and an earlier router still is."""
     waiting: int = 0
-    """Images in the queue."""
+    """Number of images in the queue."""
     max_waiting: int = 0
-    """Room in it."""
+    """Number of images that the queue holds at most; 0 where it has no bound."""
 
     @property
     def is_full(self) -> bool:
@@ -128,17 +129,22 @@ class ModelCard:
 
 
 class ImageSource(Protocol):
-    """Where images come from: Serve replicas, or a `Studio` in this process."""
+    """A source of images for the HTTP app: Serve replicas, or a `GenerationEngine` in this process."""
 
     async def describe(self) -> ModelCard: ...
 
-    async def draw(self, order: Order) -> Drawing:
-        """
+    async def generate(self, request: EngineRequest) -> GeneratedImage:
+        """Generate one image.
+
         Raises:
-            one of `REFUSALS`
+            one of `REJECTIONS`
         """
         ...
 
-    def watch(self, order: Order) -> AsyncIterator[Progress | Preview | Drawing]:
-        """What was ordered of progress and previews, then the drawing; raises what `draw` does."""
+    def generate_stream(self, request: EngineRequest) -> AsyncIterator[Progress | Preview | GeneratedImage]:
+        """Yield the progress and the previews that were asked for, and then the image.
+
+        Raises:
+            one of `REJECTIONS`
+        """
         ...

@@ -1,4 +1,4 @@
-"""Which router `python -m pipelines.serve` starts with: one that fits its model, found before Ray starts."""
+"""Choose the router that `python -m pipelines.serve` starts with; it has to fit the model."""
 
 import os
 from dataclasses import dataclass
@@ -16,49 +16,52 @@ from pipelines.tracking.mlflow_store import database_of, tracking_uri, without_c
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A router to serve; at most one of the first two is set."""
+    """A router to serve; at most one of `tracking_uri` and `router` is set."""
 
     tracking_uri: str = ""
-    """MLflow, whose champion is followed."""
+    """The MLflow whose champion is served."""
     router: str = ""
     """Artifact folder, or `uncached`."""
-    words: str
-    """Which it is, and why, for the user."""
+    summary: str
+    """Which router it is and why, for the user."""
 
 
 def choose_router(model: ModelConfig, router: str, registered_model: str, storage_path: str) -> Choice:
-    """The router asked for; else the registry's champion, the built-in one, or none at all, the first that
-    fits. Where there is a champion and nothing fits, nothing is chosen for the user.
+    """Return the router asked for, else the first that fits: the registry's champion or the built-in one.
+
+    If neither fits, every branch is computed; but if the registry has a champion, that is an error.
 
     Args:
-        router: artifact folder or `uncached`; empty where none was asked for.
-        storage_path: folder whose mlflow.db is looked into where MLFLOW_TRACKING_URI is not set.
+        model: the denoiser that the router has to fit.
+        router: artifact folder or `uncached`; empty if none was asked for.
+        registered_model: name in MLflow's registry.
+        storage_path: folder whose mlflow.db is used if MLFLOW_TRACKING_URI is not set.
 
     Raises:
-        ValueError: the model cannot be loaded or draws no pictures, or no router fits; says which setting
-            helps.
+        ValueError: the model cannot be loaded or cannot generate images, or no router fits; the message names
+            the setting that helps.
     """
     loaded = load_model(model)
     check_is_whole(loaded)
     if router == UNCACHED:
-        return Choice(router=router, words="every branch computed (--router uncached)")
+        return Choice(router=router, summary="every branch computed (--router uncached)")
     if router:
         router = str(local(router, "router"))
-        if why_not := _why_not(RouterArtifact.load(router), loaded):
+        if why_not := _mismatch(RouterArtifact.load(router), loaded):
             raise ValueError(f"router is {router}, which does not fit model.path {model.path}: {why_not}")
-        return Choice(router=router, words=f"the router in {router}")
+        return Choice(router=router, summary=f"the router in {router}")
     champion = _champion(registered_model, storage_path)
-    why_no_champion = champion.why_not or _why_not(champion.artifact, loaded)
+    why_no_champion = champion.why_not or _mismatch(champion.artifact, loaded)
     if not why_no_champion:
         which = f"version {champion.version} of {registered_model}, the champion in MLflow"
-        return Choice(tracking_uri=champion.uri, words=which)
-    why_not_builtin = _why_not(RouterArtifact.load(BUILTIN_CHAMPION), loaded)
+        return Choice(tracking_uri=champion.uri, summary=which)
+    why_not_builtin = _mismatch(RouterArtifact.load(BUILTIN_CHAMPION), loaded)
     if not why_not_builtin:
-        return Choice(router=str(BUILTIN_CHAMPION), words=f"the built-in champion ({why_no_champion})")
+        return Choice(router=str(BUILTIN_CHAMPION), summary=f"the built-in champion ({why_no_champion})")
     if champion.artifact is None:
         return Choice(
             router=UNCACHED,
-            words=f"every branch computed, since there is no router for {model.path} ({why_no_champion}): "
+            summary=f"every branch computed, since there is no router for {model.path} ({why_no_champion}): "
             "train one, or give --router FOLDER",
         )
     raise ValueError(
@@ -74,7 +77,7 @@ class _Champion:
     version: str = ""
     artifact: RouterArtifact | None = None
     why_not: str = ""
-    """Why there is none."""
+    """The reason if there is no champion."""
 
 
 def _champion(registered_model: str, storage_path: str) -> _Champion:
@@ -98,9 +101,9 @@ def _champion(registered_model: str, storage_path: str) -> _Champion:
         ) from error
 
 
-def _why_not(artifact: RouterArtifact | None, loaded: LoadedModel) -> str:
-    """What of the model a router was not made for; empty where it fits."""
-    assert artifact is not None, "there is one where nothing says why not"
+def _mismatch(artifact: RouterArtifact | None, loaded: LoadedModel) -> str:
+    """Return how the model differs from the one the router was made for; empty if the router fits."""
+    assert artifact is not None, "there is an artifact unless `why_not` says why there is none"
     try:
         artifact.check(loaded.model, artifact.sampler)
     except ValueError as error:

@@ -23,7 +23,7 @@ class ImageData(BaseModel):
     revised_prompt: str = Field(description="The class's own name, or the prompt as it was.")
 
 
-class Making(BaseModel):
+class GenerationDetails(BaseModel):
     """How images came about."""
 
     seed: int
@@ -37,7 +37,7 @@ class Making(BaseModel):
     )
 
 
-class GenerateResponse(Making):
+class GenerateResponse(GenerationDetails):
     """OpenAI's `ImagesResponse`, and how the images came about."""
 
     created: int
@@ -84,7 +84,7 @@ class PartialImageEvent(_PictureEvent):
     num_inference_steps: int
 
 
-class CompletedEvent(_PictureEvent, Making):
+class CompletedEvent(_PictureEvent, GenerationDetails):
     """A finished image: OpenAI's `ImageGenCompletedEvent`."""
 
     type: Literal["image_generation.completed"] = "image_generation.completed"

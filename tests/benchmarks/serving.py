@@ -12,8 +12,7 @@ from harmonica.builtin import CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import ModelConfig, load_model
 from pipelines.config.serve import ServeConfig
-from pipelines.serving.image_sampler import ImageSampler
-from pipelines.serving.image_sampler import Row as Image
+from pipelines.serving.image_sampler import ImageRequest, ImageSampler
 from tests.benchmarks.load import PATH, closed_loop, cores, open_loop
 from tests.benchmarks.timing import Aim, Row, Timing, time_arms
 
@@ -22,7 +21,7 @@ _BATCH, _SECONDS, _ROUNDS = 16, 15, 3
 
 def _images() -> ImageSampler:
     images = ImageSampler(load_model(ModelConfig()))
-    images.use(images.make_router(RouterArtifact.load(CHAMPION), "builtin"))
+    images.use(images.make_plan(RouterArtifact.load(CHAMPION), "builtin"))
     return images
 
 
@@ -50,7 +49,7 @@ def _endpoint(threads: int) -> Iterator[str]:
 def serving(*, whole: bool) -> Iterator[Row]:
     """Images a second under saturation, what one request takes longer than its image, and open loop."""
     images, before = _images(), torch.get_num_threads()
-    batch = [Image(number % 10, number, 0) for number in range(_BATCH)]
+    batch = [ImageRequest(number % 10, number, 0) for number in range(_BATCH)]
     rounds = 3 * _ROUNDS if whole else _ROUNDS
     try:
         for threads in sorted({1, cores()}):
@@ -69,7 +68,7 @@ def _single(url: str, images: ImageSampler, where: str) -> Iterator[Row]:
         arms = time_arms(
             {
                 "request": lambda: client.post(PATH, json=body).raise_for_status(),
-                "sampler": lambda: images.draw([Image(7, 7, 0)]),
+                "sampler": lambda: images.generate([ImageRequest(7, 7, 0)]),
             },
             rounds=60,
         )
@@ -77,13 +76,15 @@ def _single(url: str, images: ImageSampler, where: str) -> Iterator[Row]:
     yield Row.judge(f"one request, {where}", arms, added_ms, "ms more than its image", Aim("<=", 15))
 
 
-def _saturated(url: str, images: ImageSampler, batch: list[Image], where: str, rounds: int) -> Iterator[Row]:
+def _saturated(
+    url: str, images: ImageSampler, batch: list[ImageRequest], where: str, rounds: int
+) -> Iterator[Row]:
     """In turn, so that a slow minute hits both: the bare sampler in batches, and twice as many clients."""
     bare, served = [], []
     for _ in range(rounds):
         started, count = time.perf_counter(), 0
         while time.perf_counter() - started < _SECONDS:
-            images.draw(batch)
+            images.generate(batch)
             count += len(batch)
         bare.append((time.perf_counter() - started) / count)
         load = closed_loop(url, 2 * _BATCH, _SECONDS)

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 from tiny_dit import SAMPLER, SHAPE, make_artifact, write_model
-from tiny_studio import CONFIG
+from tiny_engine import CONFIG
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import record_sample
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from pipelines.serving.engine import Studio
-from pipelines.serving.image_sampler import ImageSampler, Row
+from pipelines.serving.engine import GenerationEngine
+from pipelines.serving.image_sampler import ImageRequest, ImageSampler
 from pipelines.serving.images_api import create_app
-from pipelines.serving.registry_watcher import Follower, ServeArgs
-from pipelines.serving.requests import Order
+from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
+from pipelines.serving.requests import EngineRequest
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import find_or_create, make_client
 
@@ -70,9 +70,9 @@ class Registry:
         make_client(self.uri).set_registered_model_alias(NAME, registry.CHAMPION, version)
 
 
-def make_follower(model, uri):
-    studio = Studio(ImageSampler(load_model(model)), NAME, CONFIG)
-    return studio, Follower(studio, ServeArgs(tracking_uri=uri, registered_model=NAME, model=model))
+def make_watcher(model, uri):
+    engine = GenerationEngine(ImageSampler(load_model(model)), NAME, CONFIG)
+    return engine, RegistryWatcher(engine, ServeArgs(tracking_uri=uri, registered_model=NAME, model=model))
 
 
 def recorded(model, seed):
@@ -83,40 +83,40 @@ def recorded(model, seed):
 def test_what_cannot_be_served_is_refused_and_the_one_before_stays(model, store, tmp_path):
     routers = Registry(store)
     assert routers.add("good", recorded(model, 1)) == "1"
-    studio, follower = make_follower(model, routers.uri)
+    engine, watcher = make_watcher(model, routers.uri)
 
     async def run():
-        await follower.look()
-        assert (studio.images.version, studio.refused) == ("1", None)
-        before = await studio.draw(Order(Row(1, 1, 0)))
+        await watcher.poll()
+        assert (engine.images.version, engine.rejected) == ("1", None)
+        before = await engine.generate(EngineRequest(ImageRequest(1, 1, 0)))
 
         other = recorded(model, 2)  # its sample says it draws otherwise
         routers.add("differs", dataclasses.replace(other, sample_CHW=other.sample_CHW.flip(1)))
-        await follower.look()
-        assert studio.images.version == "1" and studio.refused.version == "2"
-        assert "the router's sample differs by" in studio.refused.reason
+        await watcher.poll()
+        assert engine.images.version == "1" and engine.rejected.version == "2"
+        assert "the router's sample differs by" in engine.rejected.reason
 
         routers.add("damaged", recorded(model, 3))
         (routers.files("damaged") / "router.safetensors").write_bytes(b"damaged")
-        await follower.look()
-        assert studio.refused.version == "3" and "router.safetensors" in studio.refused.reason
+        await watcher.poll()
+        assert engine.rejected.version == "3" and "router.safetensors" in engine.rejected.reason
 
         foreign = write_model(tmp_path / "foreign", shape=dataclasses.replace(SHAPE, num_layers=2))
         routers.add("foreign", make_artifact(foreign))
-        await follower.look()
-        assert studio.refused.version == "4" and "model.num_layers is 3" in studio.refused.reason
+        await watcher.poll()
+        assert engine.rejected.version == "4" and "model.num_layers is 3" in engine.rejected.reason
 
-        after = await studio.draw(Order(Row(1, 1, 0)))
+        after = await engine.generate(EngineRequest(ImageRequest(1, 1, 0)))
         assert (after.picture, after.router_version) == (before.picture, "1")
-        card = await studio.describe()
-        assert card.refused == studio.refused
+        card = await engine.describe()
+        assert card.rejected == engine.rejected
 
         routers.move_alias("1")
-        await follower.look()
-        assert studio.refused is None, "rolled back"
+        await watcher.poll()
+        assert engine.rejected is None, "rolled back"
         assert routers.add("better", recorded(model, 5)) == "5"
-        await follower.look()
-        assert (studio.images.version, studio.refused) == ("5", None)
+        await watcher.poll()
+        assert (engine.images.version, engine.rejected) == ("5", None)
 
     asyncio.run(run())
 
@@ -124,16 +124,16 @@ def test_what_cannot_be_served_is_refused_and_the_one_before_stays(model, store,
 def test_a_refusal_is_seen_in_health(model, store):
     routers = Registry(store)
     routers.add("good", recorded(model, 1))
-    studio, follower = make_follower(model, routers.uri)
+    engine, watcher = make_watcher(model, routers.uri)
     other = recorded(model, 2)
 
     async def run():
-        await follower.look()
+        await watcher.poll()
         routers.add("differs", dataclasses.replace(other, sample_CHW=other.sample_CHW.flip(1)))
-        await follower.look()
+        await watcher.poll()
 
     asyncio.run(run())
-    with TestClient(create_app(studio)) as client:
+    with TestClient(create_app(engine)) as client:
         health = client.get("/healthz").json()
     assert (health["status"], health["router_version"]) == ("ok", "1")
     assert health["refused"]["version"] == "2" and "differs by" in health["refused"]["reason"]
@@ -142,7 +142,7 @@ def test_a_refusal_is_seen_in_health(model, store):
 def test_what_was_refused_for_good_is_not_tried_again_and_an_outage_is(model, store, monkeypatch):
     routers, tried = Registry(store), []
     routers.add("good", recorded(model, 1))
-    studio, follower = make_follower(model, routers.uri)
+    engine, watcher = make_watcher(model, routers.uri)
     load = registry.load_version
 
     def count(name, version, uri):
@@ -152,16 +152,16 @@ def test_what_was_refused_for_good_is_not_tried_again_and_an_outage_is(model, st
         return load(name, version, uri)
 
     async def run():
-        await follower.look()
+        await watcher.poll()
         monkeypatch.setattr(registry, "load_version", count)
         other = recorded(model, 2)
         routers.add("differs", dataclasses.replace(other, sample_CHW=other.sample_CHW.flip(1)))
         for _ in range(3):
-            await follower.look()
-            assert studio.refused.reason == "the store is down"
+            await watcher.poll()
+            assert engine.rejected.reason == "the store is down"
         for _ in range(3):
-            await follower.look()
-            assert "differs by" in studio.refused.reason
+            await watcher.poll()
+            assert "differs by" in engine.rejected.reason
         assert tried == ["2"] * 4
 
     asyncio.run(run())
@@ -170,9 +170,9 @@ def test_what_was_refused_for_good_is_not_tried_again_and_an_outage_is(model, st
 def test_the_first_router_of_all_is_not_refused_in_silence(model, store):
     routers, other = Registry(store), recorded(model, 2)
     routers.add("differs", dataclasses.replace(other, sample_CHW=other.sample_CHW.flip(1)))
-    _, follower = make_follower(model, routers.uri)
+    _, watcher = make_watcher(model, routers.uri)
     with pytest.raises(ValueError, match="the router's sample differs"):
-        asyncio.run(follower.look())
+        asyncio.run(watcher.poll())
 
 
 def test_low_is_the_fastest_that_is_registered_and_can_be_used(model, store, tmp_path):
@@ -189,29 +189,29 @@ def test_low_is_the_fastest_that_is_registered_and_can_be_used(model, store, tmp
     routers.add("fast", fast)
     routers.add("foreign", make_artifact(write_model(tmp_path / "other", seed=9)))
     routers.add("slow", slow)
-    studio, follower = make_follower(model, routers.uri)
+    engine, watcher = make_watcher(model, routers.uri)
 
     async def run():
-        await follower.look()
-        versions = {quality: studio.images.router_for(quality).version for quality in ("medium", "low")}
+        await watcher.poll()
+        versions = {quality: engine.images.plan_for(quality).version for quality in ("medium", "low")}
         assert versions == {"medium": "3", "low": "1"}
         routers.add("faster", faster)
         routers.move_alias("3")
-        await follower.look()
-        assert studio.images.version == "3" and studio.images.router_for("low").version == "4"
+        await watcher.poll()
+        assert engine.images.version == "3" and engine.images.plan_for("low").version == "4"
 
     asyncio.run(run())
 
 
 def test_in_a_process_that_ends_nobody_looks_and_nothing_is_logged(model, caplog):
-    studio = Studio(ImageSampler(load_model(model)), NAME, CONFIG)
+    engine = GenerationEngine(ImageSampler(load_model(model)), NAME, CONFIG)
     args = ServeArgs(tracking_uri="sqlite:///unread.db", registered_model=NAME, model=model, follow_s=0.01)
 
     async def run():
         executor = ThreadPoolExecutor()
         executor.shutdown()
         asyncio.get_running_loop().set_default_executor(executor)
-        await asyncio.wait_for(Follower(studio, args).follow(), 10)
+        await asyncio.wait_for(RegistryWatcher(engine, args).run(), 10)
 
     asyncio.run(run())
     assert not caplog.records

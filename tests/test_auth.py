@@ -10,16 +10,16 @@ from fastapi.testclient import TestClient
 from live_app import running
 from PIL import Image
 from tiny_dit import make_artifact, write_model
-from tiny_studio import make_studio
+from tiny_engine import make_engine
 
 from harmonica.models.loading import load_model
 from pipelines import serve
 from pipelines.config.serve import ServeConfig
 from pipelines.serving.auth import ENVIRONMENT, OPEN_PATHS, key_headers, load_keys
 from pipelines.serving.deployments import api_builder
-from pipelines.serving.image_sampler import Row
+from pipelines.serving.image_sampler import ImageRequest
 from pipelines.serving.images_api import create_app
-from pipelines.serving.requests import Order
+from pipelines.serving.requests import EngineRequest
 
 PATH = "/v1/images/generations"
 KEYS = ("first-key", "zweiter-schlüssel")
@@ -28,7 +28,7 @@ KEYS = ("first-key", "zweiter-schlüssel")
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     model = write_model(tmp_path_factory.mktemp("model"))
-    return make_studio(load_model(model), make_artifact(model))
+    return make_engine(load_model(model), make_artifact(model))
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +182,8 @@ def test_prompts_and_keys_are_not_logged(client, caplog):
         client.post(PATH, json={"prompt": prompt}, headers={"authorization": "Bearer mistyped-key"})
     for said in ("private", "Ankle", "key"):
         assert said not in "".join(record.getMessage() for record in caplog.records)
-    order = Order(Row("a private wish", 1, 0, "an unwanted thing"))
-    assert "private" not in repr(order) and "unwanted" not in repr(order)
+    request = EngineRequest(ImageRequest("a private wish", 1, 0, "an unwanted thing"))
+    assert "private" not in repr(request) and "unwanted" not in repr(request)
 
 
 def test_other_sites_pages_may_not_ask(client):

@@ -6,16 +6,16 @@ import dataclasses
 import pytest
 import ray
 from tiny_dit import SHAPE, make_artifact, write_model
-from tiny_studio import CONFIG
+from tiny_engine import CONFIG
 
 from harmonica.builtin import CHAMPION
 from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, ModelConfig, load_model
 from pipelines import serve
 from pipelines.serving.auth import ENVIRONMENT
-from pipelines.serving.engine import Studio
-from pipelines.serving.image_sampler import ImageSampler, Row
-from pipelines.serving.registry_watcher import Follower, ServeArgs
-from pipelines.serving.requests import Order
+from pipelines.serving.engine import GenerationEngine
+from pipelines.serving.image_sampler import ImageRequest, ImageSampler
+from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
+from pipelines.serving.requests import EngineRequest
 from pipelines.serving.router_choice import choose_router
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import find_or_create
@@ -49,19 +49,19 @@ def choose(model, storage, router="", name=NAME):
 def test_the_champion_that_fits_is_followed(folder):
     choice = choose(folder / "model", folder / "runs")
     assert choice.tracking_uri.startswith("sqlite:///") and choice.router == ""
-    assert choice.words == "version 1 of tiny, the champion in MLflow"
+    assert choice.summary == "version 1 of tiny, the champion in MLflow"
 
 
 def test_without_a_store_the_built_in_champion_serves_the_built_in_model(tmp_path):
     choice = choose(BUILTIN, tmp_path)
     assert (choice.tracking_uri, choice.router) == ("", str(CHAMPION))
-    assert choice.words == "the built-in champion (no MLflow store yet)"
+    assert choice.summary == "the built-in champion (no MLflow store yet)"
     assert list(tmp_path.iterdir()) == [], "looking makes no store"
 
 
 def test_a_champion_of_another_model_gives_way_to_the_built_in_one(folder):
     choice = choose(BUILTIN, folder / "runs")
-    assert choice.router == str(CHAMPION) and "the router was made for" in choice.words
+    assert choice.router == str(CHAMPION) and "the router was made for" in choice.summary
     assert choose(BUILTIN, folder / "runs", name="nobody").router == str(CHAMPION)
 
 
@@ -69,8 +69,8 @@ def test_a_champion_of_another_model_gives_way_to_the_built_in_one(folder):
 def test_a_model_for_which_there_is_no_router_computes_every_branch(folder, tmp_path, path):
     choice = choose(path if path == BUILTIN_TEXT else folder / path, tmp_path)
     assert (choice.tracking_uri, choice.router) == ("", "uncached")
-    assert choice.words.startswith("every branch computed, since there is no router for ")
-    assert "give --router FOLDER" in choice.words
+    assert choice.summary.startswith("every branch computed, since there is no router for ")
+    assert "give --router FOLDER" in choice.summary
 
 
 def test_where_there_is_a_champion_and_nothing_fits_the_user_has_to_choose(folder):
@@ -117,16 +117,17 @@ def test_what_cannot_be_served_is_one_line_before_ray_starts(tmp_path, monkeypat
 
 def test_every_branch_is_computed_under_the_model_s_own_sampler(folder):
     model = ModelConfig(path=str(folder / "model"))
-    studio = Studio(ImageSampler(load_model(model)), NAME, CONFIG)
+    engine = GenerationEngine(ImageSampler(load_model(model)), NAME, CONFIG)
     args = ServeArgs(model=model, registered_model=NAME, router="uncached").resolved()
 
     async def run():
-        await Follower(studio, args).look()
-        card = await studio.describe()
+        await RegistryWatcher(engine, args).poll()
+        card = await engine.describe()
         (router,) = card.routers
         assert (card.router_version, card.cur) == ("uncached", 0)
         assert router.quality == ("high", "medium", "low") and router.num_inference_steps == 20
-        drawn = [await studio.draw(Order(Row(1, 1, 0), quality)) for quality in ("medium", "high")]
-        assert drawn[0].picture == drawn[1].picture and drawn[0].router_version == "uncached"
+        image = ImageRequest(1, 1, 0)
+        first, second = [await engine.generate(EngineRequest(image, name)) for name in ("medium", "high")]
+        assert first.picture == second.picture and first.router_version == "uncached"
 
     asyncio.run(run())

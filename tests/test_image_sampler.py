@@ -1,4 +1,4 @@
-"""Rows that share trajectories: who waits for whom, and that company does not change an image."""
+"""Rows that share trajectories: who waits for whom, and that batching does not change an image."""
 
 import dataclasses
 from dataclasses import replace
@@ -15,7 +15,7 @@ from harmonica.evaluation.plots import to_uint8
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.samplers.noise import RowKeys
-from pipelines.serving.image_sampler import ImageSampler, Row, SettingRefused
+from pipelines.serving.image_sampler import ImageRequest, ImageSampler, SettingRejected
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def sampler(model):
 
 
 def use(images, artifact, version):
-    images.use(images.make_router(artifact, version))
+    images.use(images.make_plan(artifact, version))
 
 
 def far(first, second):
@@ -44,40 +44,40 @@ def pixels(image_CHW):
 
 
 def test_an_image_depends_on_its_row_alone(sampler):
-    row = Row(3, 11, 1)
-    (alone,) = sampler.draw([row])
-    company = sampler.draw([Row(0, 5, 0), Row(9, 11, 1), row, Row(3, 11, 0)])
-    assert not far(alone, company[2])
-    for other in (company[1], company[3]):  # another label, another index
+    row = ImageRequest(3, 11, 1)
+    (alone,) = sampler.generate([row])
+    together = sampler.generate([ImageRequest(0, 5, 0), ImageRequest(9, 11, 1), row, ImageRequest(3, 11, 0)])
+    assert not far(alone, together[2])
+    for other in (together[1], together[3]):  # another label, another index
         assert far(alone, other)
 
 
 def test_the_router_is_the_one_in_use(model, sampler):
-    rows = [Row(1, 1, 0)]
+    rows = [ImageRequest(1, 1, 0)]
     images = ImageSampler(load_model(model))
     use(images, make_artifact(model, seed=1), "1")
-    before = images.router
-    first = images.draw(rows)[0]
+    before = images.champion
+    first = images.generate(rows)[0]
     use(images, make_artifact(model, seed=2), "2")
-    second = images.draw(rows)[0]
-    assert images.version == "2" and images.router.plan == make_artifact(model, seed=2).plan
+    second = images.generate(rows)[0]
+    assert images.version == "2" and images.champion.plan == make_artifact(model, seed=2).plan
     assert far(first, second)
-    assert not far(images.draw(rows, before)[0], first), "who was checked against it is drawn under it"
+    assert not far(images.generate(rows, before)[0], first), "who was checked against it is drawn under it"
 
 
 def test_qualities_are_the_champion_the_fastest_and_no_router(model):
     images = ImageSampler(load_model(model), max_steps=30)
-    champion, fastest = (images.make_router(make_artifact(model, seed=seed), str(seed)) for seed in (1, 2))
+    champion, fastest = (images.make_plan(make_artifact(model, seed=seed), str(seed)) for seed in (1, 2))
     images.use(champion)
-    assert images.router_for("medium") is images.router_for("low") is champion
+    assert images.plan_for("medium") is images.plan_for("low") is champion
     images.use(champion, fastest)
-    assert (images.router_for("medium"), images.router_for("low")) == (champion, fastest)
-    high = images.router_for("high")
+    assert (images.plan_for("medium"), images.plan_for("low")) == (champion, fastest)
+    high = images.plan_for("high")
     assert (high.version, high.plan.cur, high.sampler.config) == ("uncached", 0, champion.sampler.config)
-    rows = [Row(1, 1, 0)]
+    rows = [ImageRequest(1, 1, 0)]
     full = sample(champion.sampler, *start(images, rows))
-    torch.testing.assert_close(images.draw(rows, high), full)
-    assert far(images.draw(rows, champion)[0], full[0])
+    torch.testing.assert_close(images.generate(rows, high), full)
+    assert far(images.generate(rows, champion)[0], full[0])
 
 
 def start(images, rows):
@@ -89,32 +89,32 @@ def start(images, rows):
 
 def test_only_high_leaves_a_choice_of_steps_and_guidance(sampler):
     for quality in ("low", "medium"):
-        assert sampler.router_for(quality, 8, 2.0) is sampler.router
+        assert sampler.plan_for(quality, 8, 2.0) is sampler.champion
         for settings, words in (
             ((9, None), "num_inference_steps is 9 and router 7 of quality .* made for 8: .* quality high"),
             ((None, 3.0), "guidance_scale is 3.0 and router 7 of quality .* was made for 2.0"),
         ):
-            with pytest.raises(SettingRefused, match=words):
-                sampler.router_for(quality, *settings)
-    other = sampler.router_for("high", 12, 3.0)
+            with pytest.raises(SettingRejected, match=words):
+                sampler.plan_for(quality, *settings)
+    other = sampler.plan_for("high", 12, 3.0)
     assert other.sampler.num_steps == 12
-    assert sampler.router_for("high", 12, 4.0) is other, "such rows share trajectories"
-    assert len(sampler.draw([Row(1, 1, 0)], other)) == 1
+    assert sampler.plan_for("high", 12, 4.0) is other, "such rows share trajectories"
+    assert len(sampler.generate([ImageRequest(1, 1, 0)], other)) == 1
     for settings, words in (
         ((31, None), "^num_inference_steps is 31: give 2 to 30"),
         ((1, None), "^num_inference_steps is 1: give 2"),
         ((None, 51.0), "^guidance_scale is 51.0: give 1 to 50"),
     ):
-        with pytest.raises(SettingRefused, match=words):
-            sampler.router_for("high", *settings)
+        with pytest.raises(SettingRejected, match=words):
+            sampler.plan_for("high", *settings)
     for steps in range(2, 31):
-        sampler.router_for("high", steps)
+        sampler.plan_for("high", steps)
     assert len(sampler._uncached) <= 16
 
 
 def test_previews_show_the_rows_asked_for(sampler):
-    rows, seen = [Row(3, 11, 0), Row(4, 11, 1)], {}
-    images = sampler.draw(rows, on_preview=lambda step, predict: seen.update({step: predict([1])}))
+    rows, seen = [ImageRequest(3, 11, 0), ImageRequest(4, 11, 1)], {}
+    images = sampler.generate(rows, on_preview=lambda step, predict: seen.update({step: predict([1])}))
     assert list(seen) == list(range(1, 9))
     assert all(preview.shape == (1, 1, 28, 28) for preview in seen.values())
     distances = [float((preview[0] - images[1]).norm()) for preview in seen.values()]
@@ -145,27 +145,27 @@ def test_every_sampler_draws_the_pictures_of_a_latent_model(tmp_path, name):
     logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     images = ImageSampler(loaded)
     use(images, RouterArtifact.build(logits, denoiser, threshold=0.5, reuse="forecast", training={}), "1")
-    row = Row(1, 5, 2)
-    (alone,), company = images.draw([row]), images.draw([Row(1, 6, 2), row])
+    row = ImageRequest(1, 5, 2)
+    (alone,), together = images.generate([row]), images.generate([ImageRequest(1, 6, 2), row])
     assert images.image_size == 16 and alone.shape == (3, 16, 16)
-    assert not far(alone, company[1]) and far(alone, company[0])
+    assert not far(alone, together[1]) and far(alone, together[0])
     previews = []
-    images.draw([row], on_preview=lambda step, predict: previews.append(predict([0])))
+    images.generate([row], on_preview=lambda step, predict: previews.append(predict([0])))
     assert len(previews) == 5 and previews[2].shape == (1, 3, 16, 16)
 
 
 def test_guidance_that_is_asked_for_and_the_router_s_own_are_one(sampler):
-    row, router = Row(3, 11, 1), sampler.router_for("high")
-    (alone,) = sampler.draw([row], router)
-    assert torch.equal(alone, sampler.draw([replace(row, guidance_scale=2.0)], router)[0])
-    assert far(alone, sampler.draw([replace(row, guidance_scale=2.5)], router)[0])
+    row, router = ImageRequest(3, 11, 1), sampler.plan_for("high")
+    (alone,) = sampler.generate([row], router)
+    assert torch.equal(alone, sampler.generate([replace(row, guidance_scale=2.0)], router)[0])
+    assert far(alone, sampler.generate([replace(row, guidance_scale=2.5)], router)[0])
 
 
 def test_a_row_s_own_guidance_is_that_of_a_sampler_of_its_scale(sampler):
-    router = sampler.router_for("high")
-    rows = [Row(3, 11, 1, guidance_scale=scale) for scale in (1.0, 3.5, 2.0)]
+    router = sampler.plan_for("high")
+    rows = [ImageRequest(3, 11, 1, guidance_scale=scale) for scale in (1.0, 3.5, 2.0)]
     near = close(torch.float32, 8 * 2 * PASS, amplification=NOISIEST, is_random=True)
-    for row, drawn in zip(rows, sampler.draw(rows, router)):
+    for row, drawn in zip(rows, sampler.generate(rows, router)):
         config = dataclasses.replace(router.sampler.config, guidance_scale=row.guidance_scale)
         expected = sample(make_sampler(sampler.model, config), *start(sampler, [row]))[0]
         torch.testing.assert_close(drawn, expected, **near)
