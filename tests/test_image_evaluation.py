@@ -9,8 +9,8 @@ import pytest
 import ray
 import tiny_text
 import torch
-from judging_networks import write_alexnet, write_clip, write_inception
 from tiny_dit import SHAPE, write_model
+from tiny_metric_networks import write_alexnet, write_clip, write_inception
 from tiny_pipeline import write_pipeline
 from tiny_text import write_store
 from tolerances import NOISIEST, rounding
