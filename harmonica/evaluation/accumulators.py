@@ -1,4 +1,4 @@
-"""What is kept of an arm's images as they stream by: numbers of each, sums over all, features of some.
+"""What is kept of a variant's images as they stream by: numbers of each, sums over all, features of some.
 
 Everything lies where its row index says, so the order of arrival and the size of batches change nothing
 but the rounding of float64 sums.
@@ -15,7 +15,7 @@ from harmonica.evaluation.distribution_metrics import class_information, incepti
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 
 KEPT_ROWS = 10_000
-"""Images of an arm whose features are kept: 160 MB of Inception's two kinds."""
+"""Images of a variant whose features are kept: 160 MB of Inception's two kinds."""
 POOLED, SPATIAL, LOGITS = "pooled", "spatial", "logits"
 _SPLIT = 5_000  # images behind one Inception Score, as in ADM's evaluator
 
@@ -66,8 +66,8 @@ class _ScoreSums:
         return inception_score(self.p / self.count[:, None], self.p_log_p / self.count).mean().item()
 
 
-class ArmStatistics:
-    """Of one arm's `num_rows` images.
+class MetricAccumulator:
+    """Of one variant's `num_rows` images.
 
     Memory: 8 bytes a number and image; for features (4 F) a kept image, and 8 F^2.
     """

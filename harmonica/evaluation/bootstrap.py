@@ -13,7 +13,7 @@ COVERAGE = 0.95
 def resample_weights(count: int, resamples: int, seed: int = 0) -> Tensor:
     """How often each image is in each resample, (R, N) float64; every row sums to N.
 
-    A function of its arguments alone, so two arms that are resampled by it keep their pairs.
+    A function of its arguments alone, so two variants that are resampled by it keep their pairs.
     """
     generator = np.random.Generator(np.random.Philox(seed))
     return torch.from_numpy(generator.multinomial(count, np.full(count, 1 / count), resamples)).double()

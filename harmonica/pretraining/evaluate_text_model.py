@@ -36,7 +36,7 @@ NUM_STEPS = 20
 _BATCH = 100
 
 
-class Painter:
+class TextToImageSampler:
     """A pipeline's folder without VAE, sampled by its own scheduler."""
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +46,7 @@ class Painter:
         self.encoder = TextEncoder.load(folder, dtype="float32")
         self.scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
 
-    def paint(self, prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
+    def sample_images(self, prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
         """Pictures (N, C, H, W) in [-1, 1] and a little beyond."""
         config = SamplerConfig(
             name="diffusers",
@@ -76,7 +76,7 @@ class Painter:
         )
 
 
-def draw_captions(count: int, seed: int) -> list[str]:
+def random_captions(count: int, seed: int) -> list[str]:
     """Of all classes in turn; half of them ask for a tone."""
     rng = np.random.default_rng(seed)
     asked: tuple[captions.Tone | None, ...] = (None, None, "dark", "light")
@@ -85,7 +85,7 @@ def draw_captions(count: int, seed: int) -> list[str]:
     ]
 
 
-def judge_images(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]:
+def caption_metrics(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]:
     """Shares of pictures of the class and of the tone asked for, and Frechet distance to test images."""
     images_NCHW = images_NCHW.clamp(-1, 1)
     meant = [captions.meaning(prompt) for prompt in prompts]
@@ -102,16 +102,18 @@ def judge_images(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]:
     }
 
 
-def judge(folder: Path, count: int, *, seed: int = 0) -> dict[str, Any]:
+def evaluate_text_model(folder: Path, count: int, *, seed: int = 0) -> dict[str, Any]:
     """Sample from a folder's model; `report.json` and `samples.png` are left in it."""
-    painter, prompts = Painter(folder), draw_captions(count, seed)
+    sampler, prompts = TextToImageSampler(folder), random_captions(count, seed)
     report: dict[str, Any] = {"samples": count, "steps": NUM_STEPS, "seed": seed, "guidance": {}}
     for scale in GUIDANCE_SCALES:
-        report["guidance"][f"{scale:g}"] = judge_images(painter.paint(prompts, scale, seed), prompts)
+        report["guidance"][f"{scale:g}"] = caption_metrics(
+            sampler.sample_images(prompts, scale, seed), prompts
+        )
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     rows = {}
     for scale, tone in itertools.product(GUIDANCE_SCALES, (None, *get_args(captions.Tone))):
         sheet = [captions.plain_caption(label, tone) for label in range(len(captions.NOUNS))]
-        rows[f"{tone or 'no tone'}\nguidance {scale:g}"] = painter.paint(sheet, scale, seed)
+        rows[f"{tone or 'no tone'}\nguidance {scale:g}"] = sampler.sample_images(sheet, scale, seed)
     sample_sheet(rows, fashion_mnist.CLASS_NAMES, folder / "samples.png")
     return report

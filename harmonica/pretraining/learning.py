@@ -81,7 +81,7 @@ class NoisyBatch:
         return cls(add_noise(clean_NCHW, noise, timestep_N), timestep_N, noise)
 
 
-def following_loss(predicted_NCHW: Tensor, teacher_NCHW: Tensor, timestep_N: Tensor) -> Tensor:
+def distillation_loss(predicted_NCHW: Tensor, teacher_NCHW: Tensor, timestep_N: Tensor) -> Tensor:
     """Mean squared distance from a teacher's noise, as an error of x_0 where that is not too large.
 
     What an image is of is settled at high noise, where predictions of the noise hardly differ: there

@@ -77,7 +77,7 @@ def _shifted(images_NCHW: Tensor, generator: torch.Generator) -> Tensor:
     return windows[torch.arange(n), :, y_N, x_N]
 
 
-def train(config: ClassifierTraining) -> Classifier:
+def train_classifier(config: ClassifierTraining) -> Classifier:
     """The trained network, in eval mode."""
     images, labels = map(torch.tensor, fashion_mnist.load_fashion_mnist("train", config.data_folder))
     generator = torch.Generator().manual_seed(config.seed)
@@ -122,8 +122,8 @@ def main() -> None:
     config = replace(
         config, out=local(config.out, "out"), data_folder=local(config.data_folder, "data_folder")
     )
-    save_classifier(train(config), config.out)
-    # Judged as it will be used: after the rounding to half precision.
+    save_classifier(train_classifier(config), config.out)
+    # Evaluated as it will be used: after the rounding to half precision.
     classifier = load_classifier(config.out)
     images, labels = map(torch.tensor, fashion_mnist.load_fashion_mnist("test", config.data_folder))
     features, logits = features_and_logits(classifier, _to_input(images))

@@ -75,14 +75,14 @@ def _keys(of: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def results(report: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
-    """Arms as columns, so that it fits a phone; and a row a number."""
-    arms = {**report["arms"], **report.get("transfer", {})}
+    """Return columns and rows of the results: a column for each variant, a row for each metric."""
+    variants = {**report["arms"], **report.get("transfer", {})}
     floor = report.get("noise_floor")
     if isinstance(floor, Mapping):
-        arms["two seeds of full"] = floor
-    keys = _keys(list(arms.values()))
-    rows = [(named(key), [shown(key, arm) for arm in arms.values()]) for key in keys]
-    return [name.replace("_", " ") for name in arms], rows
+        variants["two seeds of full"] = floor
+    keys = _keys(list(variants.values()))
+    rows = [(named(key), [shown(key, variant) for variant in variants.values()]) for key in keys]
+    return [name.replace("_", " ") for name in variants], rows
 
 
 def comparison(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], list[Row]]]:
@@ -100,7 +100,7 @@ def comparison(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
 
 
 def not_compared(missing: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Arms of a comparison that were not measured, and why."""
+    """Return the variants of a comparison that were not measured, with the reasons."""
     return [(missing_name(one), [str(one["reason"])]) for one in missing]
 
 
@@ -128,8 +128,8 @@ def not_measured(
     if report is None:
         missing.append("Nothing was evaluated: no speed, no quality.")
     else:
-        lacks = [words for key, words in _MEASURABLE.items() if key not in report["arms"][CACHED]]
-        missing += [words[0].upper() + words[1:] + "." for words in lacks]
+        lacks = [text for key, text in _MEASURABLE.items() if key not in report["arms"][CACHED]]
+        missing += [text[0].upper() + text[1:] + "." for text in lacks]
         if "seconds_per_image" in report["arms"][FULL] and not settings["evaluate"]["use_gpu"]:
             missing.append("Speed on a GPU: all times are of a CPU.")
         if not settings["evaluate"]["transfer"]:

@@ -35,13 +35,13 @@ _COMPARED = (
 )
 
 
-def _cell(arm: Mapping[str, Any], key: str, form: str) -> str:
+def _cell(variant: Mapping[str, Any], key: str, form: str) -> str:
     """The number, and half its 95% interval where it has one."""
-    if key not in arm:
+    if key not in variant:
         return ""
-    ends = arm.get(f"{key}_interval")
+    ends = variant.get(f"{key}_interval")
     spread = f" \u00b1{form.format((ends[1] - ends[0]) / 2)}" if ends and "%" not in form else ""
-    return form.format(arm[key]) + spread
+    return form.format(variant[key]) + spread
 
 
 def results_table(report: Mapping[str, Any]) -> None:
@@ -55,13 +55,13 @@ def results_table(report: Mapping[str, Any]) -> None:
         + f"   {report['samples']} images"
     )
     table = Table(title=title, title_style="bold", title_justify="left")
-    arms = report["arms"]
-    shown = [column for column in _COLUMNS if any(column[1] in arm for arm in arms.values())]
-    table.add_column("arm")
+    variants = report["arms"]
+    shown = [column for column in _COLUMNS if any(column[1] in variant for variant in variants.values())]
+    table.add_column("variant")
     for heading, _, _ in shown:
         table.add_column(heading, justify="right")
-    for name, arm in {**arms, **report.get("transfer", {})}.items():
-        cells = [_cell(arm, key, form) for _, key, form in shown]
+    for name, variant in {**variants, **report.get("transfer", {})}.items():
+        cells = [_cell(variant, key, form) for _, key, form in shown]
         table.add_row(name.replace("_", " "), *cells)
     if noise_floor := report.get("noise_floor"):
         cells = [_cell(noise_floor, key, form) for _, key, form in shown]

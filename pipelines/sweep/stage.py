@@ -31,7 +31,7 @@ from pipelines.sweep.trial import (
     SCORE,
     TRAJECTORY,
     Trial,
-    judging_seed,
+    evaluation_seed,
     place,
     reports_of,
     run_trial,
@@ -72,7 +72,7 @@ class _Progress(tune.Callback):
         say(f"[sweep] {self._ended} of {self.total} trials ended, {at}")
 
 
-def check(config: WorkflowConfig, storage: RunStorage) -> None:
+def check_sweep(config: WorkflowConfig, storage: RunStorage) -> None:
     """Before any work starts.
 
     Raises:
@@ -119,7 +119,11 @@ def sweep(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun
         for trial in trials
         if trial not in whole
     ]
-    result: dict[str, Any] = {"verdict": _verdict(points, stopped), "points": points, "stopped": stopped}
+    result: dict[str, Any] = {
+        "verdict": _sweep_summary(points, stopped),
+        "points": points,
+        "stopped": stopped,
+    }
     figure = front_figure(places, [point["name"] for point in points])
     storage.write_bytes(PICTURE, png_of(figure))
     _log(run, result, figure)
@@ -195,7 +199,7 @@ def _measured(
         artifact = load_router(storage, f"{folder}/{ROUTER}")
         judged = dataclasses.replace(
             config,
-            seed=judging_seed(config),
+            seed=evaluation_seed(config),
             evaluate=dataclasses.replace(
                 config.evaluate, transfer=(), transfer_guidance=(), transfer_steps=(), noise_floor=False
             ),
@@ -203,9 +207,9 @@ def _measured(
         report, _ = evaluate(judged, artifact)
         with _tracked(config, trial, run) as ours:
             last = ours.last_step(SCORE)
-            for told in reports_of(storage, trial):
-                if told[TRAJECTORY] > last:
-                    ours.log(told, step=int(told[TRAJECTORY]))
+            for reported in reports_of(storage, trial):
+                if reported[TRAJECTORY] > last:
+                    ours.log(reported, step=int(reported[TRAJECTORY]))
             ours.log(mlflow_runs.numbers(report))
         storage.write_json(path, report)
         say(f"[sweep] {trial.name}: {report['verdict']}")
@@ -239,13 +243,15 @@ def _register(
         )
 
 
-def _verdict(points: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> str:
+def _sweep_summary(points: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> str:
     front = sorted((p for p in points if p["on_front"]), key=lambda point: point["speedup"])
     ends = [f"{p['psnr_to_full']:.1f} dB at {p['speedup']:.2f}x" for p in (front[0], front[-1])]
-    words = f"{len(front)} of {len(points)} trained routers on the front: {' to '.join(dict.fromkeys(ends))}"
+    message = (
+        f"{len(front)} of {len(points)} trained routers on the front: {' to '.join(dict.fromkeys(ends))}"
+    )
     best = max(front, key=lambda point: point[SCORE])
     early = f"; trials stopped early: {len(stopped)}" if stopped else ""
-    return f"{words}; the best score, {best[SCORE]:.1f}, is that of {best['name']}{early}."
+    return f"{message}; the best score, {best[SCORE]:.1f}, is that of {best['name']}{early}."
 
 
 def _log(run: mlflow_runs.StageRun, result: dict[str, Any], figure: Figure) -> None:

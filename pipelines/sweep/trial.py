@@ -73,7 +73,7 @@ def place(storage: RunStorage, trial: Trial) -> str:
     return f"{work_folder('sweep', storage)}/{trial.name}"
 
 
-def judging_seed(config: WorkflowConfig) -> int:
+def evaluation_seed(config: WorkflowConfig) -> int:
     """A seed such that neither its rows nor those of the seed after it are any trial's."""
     return max(trial.seed for trial in trials_of(config)) + 1
 
@@ -83,7 +83,7 @@ class _Probe:
 
     def __init__(self, config: WorkflowConfig, run: FamilyRun, model: BranchedTransformer) -> None:
         self.config, self.run = config, run
-        spec = row_spec(config, model, judging_seed(config))
+        spec = row_spec(config, model, evaluation_seed(config))
         rows = make_rows(np.arange(config.sweep.report_samples), spec)
         self.batch = Batch.of(rows, spec, run.device)
         self.full_NCHW = self._sample(None)
@@ -103,10 +103,10 @@ class _Probe:
         artifact = self.run.artifact()
         near = float(psnr(self._sample(artifact).cpu(), self.full_NCHW.cpu()).clamp(max=100).mean())
         worth = score(near, artifact.ideal_speedup, self.config.promotion.db_per_doubling)
-        told = {TRAJECTORY: float(self.run.trajectory), "cur": artifact.plan.cur, "psnr_to_full": near}
+        reported = {TRAJECTORY: float(self.run.trajectory), "cur": artifact.plan.cur, "psnr_to_full": near}
         if "loss" in metrics:
-            told["loss"] = float(metrics["loss"])
-        return told | {"ideal_speedup": artifact.ideal_speedup, SCORE: worth}
+            reported["loss"] = float(metrics["loss"])
+        return reported | {"ideal_speedup": artifact.ideal_speedup, SCORE: worth}
 
 
 def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
