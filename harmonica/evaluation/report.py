@@ -1,4 +1,4 @@
-"""A variant's quality in numbers, each with its 95% interval, from what was kept of its images.
+"""Compute a variant's metrics, each with its 95% interval, from its accumulator.
 
 `psnr_to_full` stands beside `psnr_to_full_interval`, [low, high]: `harmonica.evaluation.bootstrap` has how.
 """
@@ -23,23 +23,23 @@ from harmonica.evaluation.image_metrics import frechet_distance
 from harmonica.evaluation.reference_sets import ReferenceSet
 
 _LARGE, _LARGE_RESAMPLES = 512, 20
-"""Above so many features a resample of a Frechet distance takes seconds, and so many must do."""
+"""Above 512 features, where one resample of a Frechet distance takes seconds, only 20 are used."""
 _KINDS = {"frechet": POOLED, "spatial_frechet": SPATIAL}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Resamples:
-    """The weights that every variant of a report is resampled by, so that pairs stay pairs."""
+    """The bootstrap weights shared by all variants of a report, so that pairs stay pairs."""
 
     all_RN: Tensor
-    """For numbers that every image has."""
+    """Weights for metrics of every image."""
     kept_RN: Tensor
-    """For features, of the first images alone."""
+    """Weights for features, which only the first images have."""
     reference_seed: int = 0
 
     @classmethod
     def of(cls, variant: MetricAccumulator, resamples: int, seed: int) -> "Resamples":
-        """None at all for 0."""
+        """Draw the weights; 0 resamples give none."""
         whole = resample_weights(variant.num_rows, resamples, seed)
         same = variant.num_kept == variant.num_rows
         return cls(whole, whole if same else resample_weights(variant.num_kept, resamples, seed), seed)
@@ -49,7 +49,7 @@ class Resamples:
 
 
 class _Report:
-    """Numbers and their intervals, of one variant."""
+    """The metrics of one variant and their intervals."""
 
     def __init__(self, resamples: Resamples) -> None:
         self.resamples, self.numbers = resamples, dict[str, Any]()
@@ -71,12 +71,12 @@ def variant_metrics(
     resamples: Resamples,
     real_name: str = "test",
 ) -> dict[str, Any]:
-    """How good a variant's images are and how near to those of its reference, JSON-ready.
+    """Return the metrics of a variant's images, JSON-ready, also against those of its reference.
 
     Args:
-        full: the variant that it is held against; None where it is that variant.
-        real: of real images; None leaves out what wants them.
-        real_name: what they are called in names such as `frechet_to_test`.
+        full: the reference that it is compared with; None if the variant is the reference.
+        real: statistics of real images; None leaves out the metrics that need them.
+        real_name: suffix of their metrics, as in `frechet_to_test`.
     """
     report, every = _Report(resamples), resamples.all_RN
     if full is not None:
@@ -144,7 +144,10 @@ def _kid(report: _Report, name: str, ours: MetricAccumulator, other: Tensor, *, 
 def distances_to_full(
     ours: MetricAccumulator, full: MetricAccumulator, resamples: Resamples
 ) -> dict[str, Any]:
-    """Distances between two variants' images as sets; from full to full of another seed, the noise floor."""
+    """Return distances between two variants' images as sets.
+
+    Between full sampling and full sampling from another seed they are the noise floor.
+    """
     report = _Report(resamples)
     for name, kind in _KINDS.items():
         _frechet(report, f"{name}_to_full", kind, ours, full)

@@ -1,6 +1,6 @@
-"""How good the built-in text-to-image model is: does a picture show what its caption asks for?
+"""Evaluate the built-in text-to-image model: does an image show what its caption asks for?
 
-Shapes: N pictures, C channels, H W image.
+Shapes: N images, C channels, H W image.
 """
 
 import itertools
@@ -37,7 +37,7 @@ _BATCH = 100
 
 
 class TextToImageSampler:
-    """A pipeline's folder without VAE, sampled by its own scheduler."""
+    """Samples images from a pipeline's folder without VAE, with the scheduler of that folder."""
 
     def __init__(self, folder: Path) -> None:
         transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer", local_files_only=True)
@@ -47,7 +47,7 @@ class TextToImageSampler:
         self.scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
 
     def sample_images(self, prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
-        """Pictures (N, C, H, W) in [-1, 1] and a little beyond."""
+        """Return images (N, C, H, W), about in [-1, 1]."""
         config = SamplerConfig(
             name="diffusers",
             scheduler=self.scheduler,
@@ -77,7 +77,7 @@ class TextToImageSampler:
 
 
 def random_captions(count: int, seed: int) -> list[str]:
-    """Of all classes in turn; half of them ask for a tone."""
+    """Draw captions of all classes in turn; about half of them ask for a tone."""
     rng = np.random.default_rng(seed)
     asked: tuple[captions.Tone | None, ...] = (None, None, "dark", "light")
     return [
@@ -86,7 +86,7 @@ def random_captions(count: int, seed: int) -> list[str]:
 
 
 def caption_metrics(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]:
-    """Shares of pictures of the class and of the tone asked for, and Frechet distance to test images."""
+    """Return class accuracy, tone accuracy and the Frechet distance to the test images."""
     images_NCHW = images_NCHW.clamp(-1, 1)
     meant = [captions.meaning(prompt) for prompt in prompts]
     labels = np.array([label for label, _ in meant])
@@ -103,7 +103,7 @@ def caption_metrics(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]
 
 
 def evaluate_text_model(folder: Path, count: int, *, seed: int = 0) -> dict[str, Any]:
-    """Sample from a folder's model; `report.json` and `samples.png` are left in it."""
+    """Evaluate a folder's model, and write `report.json` and `samples.png` into the folder."""
     sampler, prompts = TextToImageSampler(folder), random_captions(count, seed)
     report: dict[str, Any] = {"samples": count, "steps": NUM_STEPS, "seed": seed, "guidance": {}}
     for scale in GUIDANCE_SCALES:

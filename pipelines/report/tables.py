@@ -1,4 +1,4 @@
-"""The tables of a run's report page: plain strings, from what the stages have written as JSON.
+"""The tables of a run's report page: plain strings, from the JSON that the stages wrote.
 
 Numbers that nobody knew of when this was written are shown all the same, under their own names.
 """
@@ -52,7 +52,7 @@ def named(key: str) -> str:
 
 
 def shown(key: str, of: Mapping[str, Any]) -> str:
-    """A number with its 95% interval, "" where there is none."""
+    """Return a number with its 95% interval, "" if there is no such number."""
     value, form = of.get(key), _FORMS.get(key, "{:.4g}")
     if value is None:
         return ""
@@ -64,7 +64,7 @@ def shown(key: str, of: Mapping[str, Any]) -> str:
 
 
 def _keys(of: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of all that is a number, in the order in which they first come."""
+    """Return the keys of all numeric values, in the order of their first appearance."""
     keys = (
         key
         for one in of
@@ -86,7 +86,7 @@ def results(report: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
 
 
 def comparison(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], list[Row]]]:
-    """A table for each target: title, columns, and a row a method and seed."""
+    """Return a table for each target: title, columns, and a row for each method and seed."""
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for point in points:
         groups.setdefault(point.get("target_speedup"), []).append(point)
@@ -105,7 +105,7 @@ def not_compared(missing: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def sweep(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Row]]:
-    """A row a trial."""
+    """Return the columns and rows of the sweep, a row for each trial."""
     keys = _keys(points)
     columns = [*map(named, keys), "lambda", "on the front", "version"]
     rows = []
@@ -118,7 +118,7 @@ def sweep(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Row]]:
 def not_measured(
     settings: Mapping[str, Any], report: Mapping[str, Any] | None, done: Mapping[str, bool]
 ) -> list[str]:
-    """What a reader must not take from this run, in words.
+    """Return sentences that say what this run did not measure.
 
     Args:
         settings: the workflow's.

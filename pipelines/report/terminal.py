@@ -1,4 +1,4 @@
-"""The table a workflow ends with."""
+"""Tables printed to the terminal at the end of a workflow."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +36,7 @@ _COMPARED = (
 
 
 def _cell(variant: Mapping[str, Any], key: str, form: str) -> str:
-    """The number, and half its 95% interval where it has one."""
+    """Return the number, with half the width of its 95% interval if it has one."""
     if key not in variant:
         return ""
     ends = variant.get(f"{key}_interval")
@@ -45,7 +45,7 @@ def _cell(variant: Mapping[str, Any], key: str, form: str) -> str:
 
 
 def results_table(report: Mapping[str, Any]) -> None:
-    """Full, cached and fewer steps, side by side; under them the noise floor of the distances."""
+    """Print the results of all variants, and below them the noise floor of the distances."""
     share = report["realised_share"]
     title = (
         (f"cached by {report['method']}\n" if "method" in report else "")
@@ -71,7 +71,7 @@ def results_table(report: Mapping[str, Any]) -> None:
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> None:
-    """Every point of a comparison, by the speed it was made for; libraries, which have none, at the end.
+    """Print all points of a comparison by target speed; libraries, which have none, come last.
 
     Under the table: what was not measured, and why.
     """
@@ -94,6 +94,6 @@ def comparison_table(comparison: Mapping[str, Any]) -> None:
 
 
 def _console() -> Console:
-    """Where output goes to a file or a job's log, tables must not be folded to 80 columns."""
+    """Return a console that does not fold tables to 80 columns in a file or a job's log."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=140)

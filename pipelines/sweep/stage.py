@@ -1,4 +1,4 @@
-"""Many targets, lambda kinds and seeds: trained on Ray Tune, measured, and the best of them registered.
+"""Train many targets, lambda kinds and seeds on Ray Tune, evaluate them, and register the Pareto front.
 
 Trials train side by side; they are measured after one another, so that none slows down another's times.
 """
@@ -51,7 +51,7 @@ _TUNE = {
 
 
 class _Progress(tune.Callback):
-    """A line now and then."""
+    """Prints a progress line from time to time."""
 
     def __init__(self, total: int) -> None:
         self.total, self._ended, self._said = total, 0, 0.0
@@ -73,10 +73,10 @@ class _Progress(tune.Callback):
 
 
 def check_sweep(config: WorkflowConfig, storage: RunStorage) -> None:
-    """Before any work starts.
+    """Check the settings before any work starts.
 
     Raises:
-        ValueError: a trial's settings are refused, or the run's sweep was begun with others.
+        ValueError: a trial's settings are invalid, or the run's sweep was started with others.
     """
     for trial in trials_of(config):
         trial.settings(config)
@@ -92,12 +92,12 @@ def check_sweep(config: WorkflowConfig, storage: RunStorage) -> None:
 
 @plainly()
 def sweep(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun) -> dict[str, Any]:
-    """Train, measure and register; returns what is written to `sweep.json`.
+    """Train, evaluate and register; return the contents of `sweep.json`.
 
-    A sweep that was stopped goes on: trials from their last report, measurements with the first that lacks.
+    A sweep that was interrupted resumes: trials from their last report, evaluation at the first missing one.
 
     Args:
-        run: MLflow's, of the stage.
+        run: the MLflow run of the stage.
 
     Raises:
         RuntimeError: a trial failed more often than train.max_failures.
@@ -132,7 +132,7 @@ def sweep(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun
 
 
 def _settings(config: WorkflowConfig) -> dict[str, Any]:
-    """What the results depend on; how many run at once is free."""
+    """Return the settings that results depend on; how many trials run at once does not matter."""
     found: dict[str, Any] = config.to_dict()["sweep"] | {"targets": config.sweep.all_targets}
     names = {name: value for name, value in found.items() if name != "max_concurrent"}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in names.items()}
@@ -190,21 +190,21 @@ def _scheduler(config: WorkflowConfig) -> TrialScheduler | None:
 def _measured(
     config: WorkflowConfig, storage: RunStorage, trial: Trial, run: mlflow_runs.StageRun
 ) -> dict[str, Any]:
-    """A trial's evaluation, as a point of the front; done before, it is read."""
+    """Return a trial's evaluation as a point, reading it if it was made before."""
     folder = place(storage, trial)
     path = f"{folder}/report.json"
     if storage.exists(path):
         report = storage.read_json(path)
     else:
         artifact = load_router(storage, f"{folder}/{ROUTER}")
-        judged = dataclasses.replace(
+        settings = dataclasses.replace(
             config,
             seed=evaluation_seed(config),
             evaluate=dataclasses.replace(
                 config.evaluate, transfer=(), transfer_guidance=(), transfer_steps=(), noise_floor=False
             ),
         )
-        report, _ = evaluate(judged, artifact)
+        report, _ = evaluate(settings, artifact)
         with _tracked(config, trial, run) as ours:
             last = ours.last_step(SCORE)
             for reported in reports_of(storage, trial):
@@ -223,7 +223,7 @@ def _measured(
 
 
 def _tracked(config: WorkflowConfig, trial: Trial, run: mlflow_runs.StageRun) -> Any:
-    """A trial's own MLflow run, nested in the sweep's; of a sweep that is done again, another one."""
+    """Open a trial's MLflow run, nested in the sweep's; a repeated sweep has new ones."""
     stage = f"sweep {trial.name} of {run.mlflow_run_id[:8]}"
     return mlflow_runs.stage_run(stage, config.run_id, config.storage_path, dataclasses.asdict(trial), run)
 
