@@ -10,7 +10,7 @@ from harmonica.training.feasibility import check_training
 from harmonica.validation.settings import require
 from pipelines.config.workflow import Stage, WorkflowConfig
 from pipelines.evaluation.latency import transfer_samplers
-from pipelines.evaluation.metric_networks import check_judges
+from pipelines.evaluation.metric_networks import check_metric_settings
 from pipelines.run_state import resume
 from pipelines.run_state.resume import ROUTER
 from pipelines.run_state.routers import load_router
@@ -45,15 +45,15 @@ def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMode
     if "train" in to_do:
         check_training(config.train, model, config.sampler.num_inference_steps)
     if "evaluate" in to_do:
-        check_judges(config, loaded)
+        check_metric_settings(config, loaded)
         _check_samplers(transfer_samplers(config), "evaluate.transfer", model)
     if "sweep" in to_do:
-        from pipelines.sweep.stage import check
+        from pipelines.sweep.stage import check_sweep
 
-        check(config, storage)
+        check_sweep(config, storage)
         check_trials(config, model)
     if "compare" in stages:  # finished or not, since it may have more targets than it had
-        check_contenders(config, model)
+        check_comparison(config, model)
 
 
 def check_trials(config: WorkflowConfig, model: BranchedTransformer) -> None:
@@ -69,27 +69,27 @@ def check_trials(config: WorkflowConfig, model: BranchedTransformer) -> None:
         check_training(train, model, config.sampler.num_inference_steps, field="sweep.targets")
 
 
-def check_contenders(config: WorkflowConfig, model: BranchedTransformer) -> None:
+def check_comparison(config: WorkflowConfig, model: BranchedTransformer) -> None:
     """Every training that the comparison will start, and every plan that it makes without one.
 
     Raises:
         ValueError: names field, value and cure.
     """
-    from pipelines.compare.methods import learners, unlearned
+    from pipelines.compare.methods import learned_methods, untrained_methods
 
     num_steps = config.sampler.num_inference_steps
     for target in config.compare.targets:
-        for train in learners(config.train, target, rivals=config.compare.learners).values():
+        for train in learned_methods(config.train, target, with_baselines=config.compare.learners).values():
             check_training(train, model, num_steps, field="compare.targets")
         require(
             round(num_steps / target) >= 2,
             "compare.targets",
             target,
-            f"give at most {num_steps / 1.5:.3g}, since the rival of fewer steps than sampler."
+            f"give at most {num_steps / 1.5:.3g}, since the baseline of fewer steps than sampler."
             f"num_inference_steps ({num_steps}) has to have 2",
         )
-        arms = unlearned(config.sampler, model.macs(), target, seeds=1)
-        _check_samplers({arm.name: arm.sampler for _, arm in arms}, "compare.targets", model)
+        variants = untrained_methods(config.sampler, model.macs(), target, seeds=1)
+        _check_samplers({variant.name: variant.sampler for _, variant in variants}, "compare.targets", model)
 
 
 def _check_samplers(

@@ -67,7 +67,7 @@ class Workflow:
     def refusal(self) -> str:
         """Why the gate kept this run's router back, "" where it did not."""
         decision = self._publisher.decision if self._publisher else None
-        return decision.words if decision is not None and decision.is_refused else ""
+        return decision.message if decision is not None and decision.is_rejected else ""
 
     def check(self) -> None:
         """Everything that can be refused is refused here, before any work starts; changes nothing.
@@ -199,13 +199,13 @@ class Workflow:
 
     def _compare(self) -> str:
         from pipelines.compare import results
-        from pipelines.compare.stage import compare
+        from pipelines.compare.stage import compare_methods
 
         if self._is_finished("compare") and results.is_complete(self.config, self.storage):
             return "done before"
         results.record(self.config, self.storage)
         with self._stage("compare") as run:
-            comparison, figure = compare(self.config, self.storage)
+            comparison, figure = compare_methods(self.config, self.storage)
             run.client.log_figure(run.mlflow_run_id, figure, COMPARISON_PICTURE)
             run.client.log_dict(run.mlflow_run_id, comparison, COMPARISON)
             self.storage.write_bytes(COMPARISON_PICTURE, png_of(figure))

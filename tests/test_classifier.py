@@ -83,7 +83,7 @@ def test_committed_files_agree_with_each_other(classifier: Classifier) -> None:
     assert distance > 0.2 * reference.covariance.trace()  # noise is no clothing
 
 
-def test_judges_the_test_images_as_recorded(classifier: Classifier) -> None:
+def test_evaluates_the_test_images_as_recorded(classifier: Classifier) -> None:
     if not fashion_mnist.DEFAULT_FOLDER.exists():
         pytest.skip(f"needs Fashion-MNIST in {fashion_mnist.DEFAULT_FOLDER}")
     images, labels = map(torch.tensor, fashion_mnist.load_fashion_mnist("test"))

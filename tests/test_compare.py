@@ -1,4 +1,4 @@
-"""The stage `compare`: who is ahead, and a small comparison for real."""
+"""The stage `compare`: which method is nearest, and a small comparison for real."""
 
 import dataclasses
 import json
@@ -21,15 +21,15 @@ from harmonica.models.dit.config import DiTConfig
 from harmonica.models.loading import ModelConfig, load_model, read_model
 from harmonica.samplers import SamplerConfig
 from harmonica.validation.finite import NotFinite
-from pipelines.compare.measuring import ArmWorker, reason_of
-from pipelines.compare.methods import learners, unlearned
+from pipelines.compare.measuring import VariantWorker, reason_of
+from pipelines.compare.methods import learned_methods, untrained_methods
 from pipelines.compare.names import OURS, OURS_LABEL, PAPER, shown_name
 from pipelines.compare.plot import comparison_picture, line
-from pipelines.compare.ranking import ahead, verdict
+from pipelines.compare.ranking import leaders, ranking_summary
 from pipelines.compare.results import Results, compared, is_complete, record
-from pipelines.compare.third_party_caches import library_arms
+from pipelines.compare.third_party_caches import library_variants
 from pipelines.config.compare import CompareConfig, free_to_change
-from pipelines.evaluation.latency import FULL, Arm
+from pipelines.evaluation.latency import FULL, Variant
 from pipelines.evaluation.quality import NOISE_FLOOR
 from pipelines.presets import fashion
 from pipelines.report.html_report import render
@@ -55,13 +55,13 @@ def test_first_is_who_is_nearer_than_every_rival_as_fast() -> None:
         point("cache-dit DBCache", 50.0, target=None, speedup=1.1, setting=0.05),
         point("cache-dit DBCache", 44.9, target=None, speedup=1.39, setting=0.08),
     ]
-    (said,) = ahead(points, (1.4,))
+    (said,) = leaders(points, (1.4,))
     assert said["psnr_to_full"] == 45.0 and said["is_first"]
     assert (said["rival"], said["rival_psnr_to_full"]) == ("cache-dit DBCache 0.08", 44.9)
-    (said,) = ahead([*points, point("fewer steps", 47.0)], (1.4,))
+    (said,) = leaders([*points, point("fewer steps", 47.0)], (1.4,))
     assert not said["is_first"] and said["rival"] == "fewer steps", "the mean of its points"
     words = "is first at 0 of 1 speeds, not at 1.4x (fewer steps: 45.8 dB, ours 45.0)."
-    assert verdict([said]) == f"Step search + fitted forecast {words}"
+    assert ranking_summary([said]) == f"Step search + fitted forecast {words}"
 
 
 MISSING = [
@@ -70,20 +70,22 @@ MISSING = [
 ]
 
 
-def test_arms_that_were_not_measured_are_told_and_the_others_count() -> None:
+def test_variants_that_were_not_measured_are_told_and_the_others_count() -> None:
     points = [
         point(OURS, 44.0, label=OURS_LABEL, speedup=1.4),
         point("fewer steps", 40.0, speedup=1.3),
         point("fewer steps", 50.0, target=1.2, speedup=1.2),
     ]
-    speeds = ahead(points, (1.2, 1.4))
+    speeds = leaders(points, (1.2, 1.4))
     assert [said["is_first"] for said in speeds] == [None, True] and speeds[0]["psnr_to_full"] is None
-    words = verdict(speeds, points, MISSING)
+    words = ranking_summary(speeds, points, MISSING)
     assert words == (
-        "Step search + fitted forecast is first at 1 of 1 speeds. It was not measured at 1.2x. 2 arms were "
-        "not measured: HarmoniCa (paper) at 1.4x seed 1, diffusers TaylorSeer 2 (<b>no room)."
+        "Step search + fitted forecast is first at 1 of 1 speeds. It was not measured at 1.2x. 2 variants "
+        "were not measured: HarmoniCa (paper) at 1.4x seed 1, diffusers TaylorSeer 2 (<b>no room)."
     )
-    assert "first at 0 of 0 speeds. It was not measured at 1.4x." in verdict(ahead([], (1.4,)), [], MISSING)
+    assert "first at 0 of 0 speeds. It was not measured at 1.4x." in ranking_summary(
+        leaders([], (1.4,)), [], MISSING
+    )
 
 
 @pytest.mark.parametrize("measured", [True, False])
@@ -93,8 +95,11 @@ def test_what_was_not_measured_is_in_the_table_the_picture_and_on_the_page(
     points = [point(OURS, 44.0, label=OURS_LABEL, speedup=1.4)] if measured else []
     made = {"sampler": "ddim", "num_inference_steps": 20, "points": points, "not_measured": MISSING}
     comparison_table(made)
-    told = " ".join(capsys.readouterr().out.split())
-    assert "2 arms were not measured: HarmoniCa (paper) at 1.4x seed 1, diffusers TaylorSeer 2 (<b>no" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "2 variants were not measured: HarmoniCa (paper) at 1.4x seed 1, diffusers TaylorSeer 2 (<b>no"
+        in printed
+    )
     legend = comparison_picture(points, MISSING).axes[0].get_legend()
     assert legend is not None
     labels = [text.get_text() for text in legend.get_texts()]
@@ -121,15 +126,15 @@ def other_widths(folder: Path, **others: str) -> ModelConfig:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_settings_of_the_model_reach_the_libraries_arms(tmp_path: Path, dtype: str) -> None:
+def test_settings_of_the_model_reach_the_libraries_variants(tmp_path: Path, dtype: str) -> None:
     config = other_widths(tmp_path, dtype=dtype)
     write_diffusers(tmp_path / "theirs", read_model(config.path, config.revision, config.shape))
     model = load_model(ModelConfig(path=str(tmp_path / "theirs"))).model  # in diffusers' convention too
     spec = RowSpec.of(model, 0)
     batch = Batch.of(make_rows(np.arange(2), spec), spec, "cpu")
     sampler = SamplerConfig(num_inference_steps=4)
-    ours = Arm(FULL, sampler).sample(model, batch)
-    uncached, *others = library_arms(config, sampler)
+    ours = Variant(FULL, sampler).sample(model, batch)
+    uncached, *others = library_variants(config, sampler)
     theirs = uncached.sample(model, batch)
     assert uncached._built["module"].dtype == getattr(torch, dtype)
     if dtype == "float32":
@@ -138,33 +143,35 @@ def test_settings_of_the_model_reach_the_libraries_arms(tmp_path: Path, dtype: s
     assert theirs.dtype == ours.dtype and 0 < (others[0].sample(model, batch) - theirs).abs().mean() < 1
 
 
-class WildArm(Arm):
+class WildVariant(Variant):
     def sample(self, model: BranchedTransformer, batch: Batch) -> Tensor:
         return super().sample(model, batch) / 0
 
 
-def test_an_arm_worker_measures_one_arm_after_another(tmp_path: Path) -> None:
+def test_a_variant_worker_measures_one_variant_after_another(tmp_path: Path) -> None:
     config = dataclasses.replace(fashion(), model=write_model(tmp_path))
     settings = dataclasses.replace(
         config.evaluate, timing_rounds=1, timing_batch_size=1, features="classifier"
     )
-    worker = ArmWorker(dataclasses.replace(config, evaluate=settings), RowSpec(0, 10, (1, 28, 28)))
-    full, fewer = (Arm(name, SamplerConfig(num_inference_steps=n)) for name, n in ((FULL, 6), ("fewer", 2)))
-    columns, drawn = worker.look(full, range(2, 5), None)
+    worker = VariantWorker(dataclasses.replace(config, evaluate=settings), RowSpec(0, 10, (1, 28, 28)))
+    full, fewer = (
+        Variant(name, SamplerConfig(num_inference_steps=n)) for name, n in ((FULL, 6), ("fewer", 2))
+    )
+    columns, drawn = worker.measure(full, range(2, 5), None)
     assert list(columns["index"]) == [2, 3, 4] and drawn is not None and drawn.shape == (3, 1, 28, 28)
     assert f"{NOISE_FLOOR}.pooled" in columns
-    columns, kept = worker.look(fewer, range(2, 5), drawn)
+    columns, kept = worker.measure(fewer, range(2, 5), drawn)
     assert kept is None and "fewer.psnr" in columns and not any(name.startswith(FULL) for name in columns)
-    whole = worker.sampler.look(make_rows(np.arange(2, 5), worker.spec), [full, fewer], {})[0]
+    whole = worker.sampler.measure(make_rows(np.arange(2, 5), worker.spec), [full, fewer], {})[0]
     np.testing.assert_array_equal(columns["fewer.psnr"], whole["fewer.psnr"])
     speed, spread = worker.times(full, fewer)
     assert speed > 1 and spread == 0, "one round"
-    with pytest.raises(NotFinite, match="images of arm 'wild' are not finite") as raised:
-        worker.look(WildArm("wild", fewer.sampler), range(2), drawn[:2])
-    assert reason_of(raised.value).startswith("NotFinite: images of arm 'wild' are not finite (2 of 2)")
+    with pytest.raises(NotFinite, match="images of variant 'wild' are not finite") as raised:
+        worker.measure(WildVariant("wild", fewer.sampler), range(2), drawn[:2])
+    assert reason_of(raised.value).startswith("NotFinite: images of variant 'wild' are not finite (2 of 2)")
 
 
-def test_arms_may_come_and_go_and_images_may_become_more() -> None:
+def test_variants_may_come_and_go_and_images_may_become_more() -> None:
     before = compared(CompareConfig(samples=64))
     all_free = {f"compare.{name}" for name in ("targets", "seeds", "learners", "libraries", "samples")}
     assert free_to_change(before, compared(CompareConfig(samples=64))) == all_free
@@ -172,7 +179,7 @@ def test_arms_may_come_and_go_and_images_may_become_more() -> None:
     assert free_to_change(before, compared(CompareConfig(samples=63))) == all_free - {"compare.samples"}
 
 
-def test_a_run_is_resumed_with_other_arms_and_more_images_but_not_fewer(tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_other_variants_and_more_images_but_not_fewer(tmp_path: Path) -> None:
     storage = RunStorage(str(tmp_path), "r1")
 
     def taken_up(**settings: Any) -> None:
@@ -189,7 +196,7 @@ def test_a_run_is_resumed_with_other_arms_and_more_images_but_not_fewer(tmp_path
         taken_up(samples=64)
 
 
-def test_a_comparison_is_complete_once_each_arm_asked_for_is_measured(tmp_path: Path) -> None:
+def test_a_comparison_is_complete_once_each_variant_asked_for_is_measured(tmp_path: Path) -> None:
     storage = RunStorage(str(tmp_path), "r1")
     config = dataclasses.replace(fashion(), run_id="r1", compare=CompareConfig(samples=64))
     assert not is_complete(config, storage)
@@ -204,7 +211,7 @@ def test_a_comparison_is_complete_once_each_arm_asked_for_is_measured(tmp_path: 
     assert is_complete(config, storage), "of a version that kept no record"
 
 
-def test_an_arm_measured_on_other_images_is_measured_anew(tmp_path: Path) -> None:
+def test_a_variant_measured_on_other_images_is_measured_anew(tmp_path: Path) -> None:
     storage = RunStorage(str(tmp_path), "r1")
     Results(storage, "compare", 64).put("cache-dit DBCache + TaylorSeer 0.05", {"point": {}})
     assert Results(storage, "compare", 64).get("cache-dit DBCache + TaylorSeer 0.05") == {"point": {}}
@@ -224,21 +231,21 @@ def test_a_line_goes_through_the_mean_of_a_speeds_seeds() -> None:
 
 
 def test_all_learners_take_as_many_trajectories_and_aim_at_the_speed() -> None:
-    settings = learners(fashion().train, 1.6, rivals=True)
+    settings = learned_methods(fashion().train, 1.6, with_baselines=True)
     assert len({train.all_trajectories for train in settings.values()}) == 1
     assert {train.target_speedup for train in settings.values()} == {1.6}
     paper = settings[PAPER]
     assert (paper.sdt.reuse, paper.sdt.student, paper.iepo) == ("hold", "soft", "leave_one_out")
-    assert list(learners(fashion().train, 1.6, rivals=False)) == [OURS]
+    assert list(learned_methods(fashion().train, 1.6, with_baselines=False)) == [OURS]
 
 
 def test_plans_that_nobody_learns_meet_the_speed() -> None:
-    arms = unlearned(SamplerConfig(num_inference_steps=20), MACS, 1.6, seeds=2)
-    assert arms[0][1].num_inference_steps == 12
-    for entry, arm in arms[1:]:
-        assert arm.plan is not None
-        assert abs(arm.plan.ideal_speedup(MACS) / 1.6 - 1) < 0.02, entry
-    names = [arm.name for _, arm in arms]
+    variants = untrained_methods(SamplerConfig(num_inference_steps=20), MACS, 1.6, seeds=2)
+    assert variants[0][1].num_inference_steps == 12
+    for entry, variant in variants[1:]:
+        assert variant.plan is not None
+        assert abs(variant.plan.ideal_speedup(MACS) / 1.6 - 1) < 0.02, entry
+    names = [variant.name for _, variant in variants]
     assert len(set(names)) == len(names)
 
 
@@ -265,7 +272,7 @@ def shape_flags(shape: DiTConfig) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_small_comparison_with_an_arm_that_fails_and_its_resumes(
+def test_a_small_comparison_with_a_variant_that_fails_and_its_resumes(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -312,7 +319,7 @@ def test_a_small_comparison_with_an_arm_that_fails_and_its_resumes(
     assert {one["method"].split()[0] for one in first["not_measured"]} == {"cache-dit"}
     out = capfd.readouterr().out
     assert "is first at" in out and "diffusers FirstBlockCache 0.05" in out and "HarmoniCa (paper)" in out
-    assert "8 arms were not measured: cache-dit DBCache 0.05, " in out
+    assert "8 variants were not measured: cache-dit DBCache 0.05, " in out
     stage = find("compare", "c1", str(tmp_path / "runs"))
     assert stage is not None
     tags = stage.client.get_run(stage.mlflow_run_id).data.tags

@@ -17,13 +17,13 @@ from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import Ddim, SamplerConfig
 from pipelines.config.workflow import TrainConfig
 from pipelines.evaluation.latency import CACHED, FEWER, FULL, steps_as_long
-from pipelines.evaluation.stage import advice, verdict
+from pipelines.evaluation.stage import advice, worth_having
 from pipelines.presets import fashion
 from pipelines.report.terminal import results_table
 from pipelines.tracking.mlflow_runs import numbers
 
 
-def arms(cached_psnr: float, cached_frechet: float) -> dict:
+def variants(cached_psnr: float, cached_frechet: float) -> dict:
     return {
         FULL: {"num_inference_steps": 20},
         CACHED: {"psnr_to_full": cached_psnr, "frechet_to_full": cached_frechet},
@@ -40,7 +40,7 @@ def arms(cached_psnr: float, cached_frechet: float) -> dict:
     ],
 )
 def test_the_verdict_says_in_words_who_is_nearer(cached, worth, words) -> None:
-    said = verdict(arms(*cached), TrainConfig())
+    said = worth_having(variants(*cached), TrainConfig())
     assert said["worth_having"] is worth
     assert re.search(words, said["verdict"])
 
@@ -68,7 +68,7 @@ def test_the_table_has_half_of_each_interval_and_the_noise_floor_beneath(capsys)
     floor = {"frechet_to_full": 0.5, "frechet_to_full_interval": [0.25, 0.75], "kid_to_full": 0.1}
     results_table(report | {"arms": {FULL: {"label_accuracy": 0.9}, CACHED: cached}, "noise_floor": floor})
     lines = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in capsys.readouterr().out.splitlines()]
-    assert ["arm", "PSNR to full, dB", "Frechet to full", "label accuracy"] in lines
+    assert ["variant", "PSNR to full, dB", "Frechet to full", "label accuracy"] in lines
     assert ["cached", "40.00 ±0.60", "0.2500", ""] in lines
     assert ["full, other noise", "", "0.5000 ±0.2500", ""] in lines
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from judging_networks import write_inception
 from safetensors.torch import save_file
+from tiny_metric_networks import write_inception
 from torch import Tensor
 
 from harmonica.evaluation.fashion_classifier import features_and_logits, load_classifier

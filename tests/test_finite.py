@@ -30,8 +30,8 @@ from harmonica.training.sdt import SdtConfig
 from harmonica.training.trainer import RouterRun
 from harmonica.validation.finite import NotFinite, check_finite, not_finite
 from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
-from pipelines.evaluation.latency import Arm, measure
-from pipelines.evaluation.quality import ArmSampler
+from pipelines.evaluation.latency import Variant, measure
+from pipelines.evaluation.quality import VariantSampler
 from pipelines.presets import fashion
 from pipelines.runtime.ray_runtime import plainly
 from pipelines.sweep.trial import _Probe
@@ -159,24 +159,26 @@ def workflow(model: ModelConfig) -> WorkflowConfig:
     return dataclasses.replace(base, model=model, sampler=SAMPLER, evaluate=evaluate)
 
 
-def arms_of(artifact: RouterArtifact) -> list[Arm]:
-    return [Arm("full", SAMPLER), Arm("cached", SAMPLER, artifact.plan, artifact.reuse)]
+def arms_of(artifact: RouterArtifact) -> list[Variant]:
+    return [Variant("full", SAMPLER), Variant("cached", SAMPLER, artifact.plan, artifact.reuse)]
 
 
-def test_evaluation_stops_at_the_arm_that_is_not_finite(overflowing: ModelConfig, good: ModelConfig) -> None:
+def test_evaluation_stops_at_the_variant_that_is_not_finite(
+    overflowing: ModelConfig, good: ModelConfig
+) -> None:
     batch = make_rows(np.arange(4), SPEC)
-    for model, artifact, arm in (
+    for model, artifact, variant in (
         (overflowing, make_artifact(overflowing), "full"),
         (good, broken_router(good), "cached"),
     ):
-        sampler = ArmSampler(workflow(model), SPEC, arms_of(artifact))
-        with pytest.raises(NotFinite, match=rf"^images of arm '{arm}' are not finite \(4 of 4\)"):
+        sampler = VariantSampler(workflow(model), SPEC, arms_of(artifact))
+        with pytest.raises(NotFinite, match=rf"^images of variant '{variant}' are not finite \(4 of 4\)"):
             sampler(batch)
-    ArmSampler(workflow(good), SPEC, arms_of(make_artifact(good)))(batch)
+    VariantSampler(workflow(good), SPEC, arms_of(make_artifact(good)))(batch)
 
 
-def test_timing_stops_too_before_anything_is_judged(good: ModelConfig) -> None:
-    with pytest.raises(NotFinite, match=r"^images of arm 'cached' are not finite \(10 of 10\)"):
+def test_timing_stops_too_before_anything_is_evaluated(good: ModelConfig) -> None:
+    with pytest.raises(NotFinite, match=r"^images of variant 'cached' are not finite \(10 of 10\)"):
         measure(workflow(good), broken_router(good), {})
 
 

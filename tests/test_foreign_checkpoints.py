@@ -315,7 +315,7 @@ def test_an_untrained_model_whose_gates_are_zero_loads(path: Path, tiny_shape: D
     assert loads_as(path, state, tiny_shape), "an average of it is no worse"
 
 
-def test_names_of_every_layout_are_judged() -> None:
+def test_names_of_every_layout_are_evaluated() -> None:
     zero = torch.zeros(2, 2)
     for name in (
         "transformer_blocks.0.attn1.to_q.weight",

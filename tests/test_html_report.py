@@ -154,7 +154,7 @@ def test_other_peoples_words_are_words(storage, tmp_path):
     page = Page(text)
     check_self_contained(page)
     assert "<script" not in text and "<img src=http" not in text
-    # Title, heading, verdict, arm, decision, check, method, comparison, version, two settings.
+    # Title, heading, verdict, variant, decision, check, method, comparison, version, two settings.
     assert page.text.count("alert('x')") == 11
 
 

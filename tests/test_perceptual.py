@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from judging_networks import write_alexnet, write_clip
+from tiny_metric_networks import write_alexnet, write_clip
 from tolerances import close
 from torch import Tensor
 

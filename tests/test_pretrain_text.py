@@ -17,8 +17,8 @@ from harmonica.evaluation import fashion_mnist
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.pretraining import captions
-from harmonica.pretraining.evaluate_text_model import Painter, draw_captions, judge_images
-from harmonica.pretraining.learning import Learner, following_loss
+from harmonica.pretraining.evaluate_text_model import TextToImageSampler, caption_metrics, random_captions
+from harmonica.pretraining.learning import Learner, distillation_loss
 from harmonica.pretraining.text_to_image import (
     SPECIAL,
     TEXT_TOKENS,
@@ -188,7 +188,7 @@ def test_an_error_counts_as_that_of_the_image_up_to_a_limit():
     error = torch.tensor([0.1, 0.2, 0.3])[:, None, None, None].expand(3, 1, 2, 2)
     weight = torch.tensor([(1 - signal[0]) / signal[0], (1 - signal[100]) / signal[100], 20.0])
     expected = (weight * torch.tensor([0.01, 0.04, 0.09])).mean()
-    assert following_loss(error, torch.zeros_like(error), t) == pytest.approx(expected.item(), rel=1e-5)
+    assert distillation_loss(error, torch.zeros_like(error), t) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_every_parameter_learns_and_the_loss_of_one_batch_falls():
@@ -221,8 +221,8 @@ def test_the_saved_folder_is_a_pipeline_of_diffusers(tmp_path):
 
 def check_against_pipeline(folder: Path) -> None:
     """Our pictures are those of diffusers' own pipeline, loaded from the folder."""
-    painter, prompts = Painter(folder), ["a dark coat", "Trousers for sale"]
-    ours = painter.paint(prompts, 4.5, seed=1)
+    sampler, prompts = TextToImageSampler(folder), ["a dark coat", "Trousers for sale"]
+    ours = sampler.sample_images(prompts, 4.5, seed=1)
     pipe = pipeline_class("alpha").from_pretrained(folder, vae=None, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
@@ -249,8 +249,8 @@ def test_the_builtin_model_is_small_and_paints_what_it_is_told():
         pytest.skip("an early checkpoint, not judged yet: see training.json beside it")
     report = json.loads((FOLDER / "report.json").read_text())
     assert report["guidance"]["4.5"]["label_accuracy"] >= 0.85
-    prompts = draw_captions(30, seed=7)
-    judged = judge_images(Painter(FOLDER).paint(prompts, 4.5, seed=7), prompts)
+    prompts = random_captions(30, seed=7)
+    judged = caption_metrics(TextToImageSampler(FOLDER).sample_images(prompts, 4.5, seed=7), prompts)
     assert judged["label_accuracy"] >= 0.7 and judged["tone_accuracy"] >= 0.7  # of thirty
 
 
@@ -272,4 +272,4 @@ def test_pretraining_resumes_and_exports(tmp_path: Path, request: pytest.Fixture
     run(dataclasses.replace(config, steps=3), CaptionTask)
     folder = export(config)
     assert json.loads((folder / "training.json").read_text())["training"]["steps_done"] == 3
-    assert Painter(folder).paint([captions.plain_caption(0)], 2.0, seed=0).isfinite().all()
+    assert TextToImageSampler(folder).sample_images([captions.plain_caption(0)], 2.0, seed=0).isfinite().all()

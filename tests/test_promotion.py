@@ -14,8 +14,8 @@ from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
 from pipelines.config.promotion import PromoteConfig
 from pipelines.config.workflow import WorkflowConfig
-from pipelines.promotion.decision import Decision, cannot_draw, carry_out, decide, measurements
-from pipelines.promotion.gate import MEASURED_ON, against_champion, finite_check, quality_checks, score
+from pipelines.promotion.decision import Decision, apply_decision, decide, measurements, reproduction_error
+from pipelines.promotion.gate import MEASURED_ON, compare_with_champion, finite_check, quality_checks, score
 from pipelines.run_state.storage import RunStorage
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import find_or_create
@@ -52,7 +52,7 @@ def report(psnr=40.0, speedup=1.5, frechet=0.01, worth=True):
 def test_every_bound_is_held_and_says_its_number(made, failed, words):
     checks = quality_checks(made, GATE)
     assert {check.name for check in checks if check.passed is False} == failed
-    assert words in "; ".join(check.words for check in checks if check.passed is False)
+    assert words in "; ".join(check.message for check in checks if check.passed is False)
 
 
 def test_what_is_not_asked_or_not_measured_holds_nothing_up():
@@ -62,7 +62,7 @@ def test_what_is_not_asked_or_not_measured_holds_nothing_up():
     del bad["arms"]["cached"]["frechet_to_full"]
     by_name = {check.name: check for check in quality_checks(bad, GATE)}
     assert by_name["frechet_to_full"].passed is None
-    assert by_name["frechet_to_full"].words == "Frechet distance to full is not measured"
+    assert by_name["frechet_to_full"].message == "Frechet distance to full is not measured"
 
 
 def test_the_score_lets_the_nearer_or_the_faster_win():
@@ -88,7 +88,7 @@ def compared(ours, theirs, new=None, old=None, **tags):
     settings = PromoteConfig()
     their_tags = measurements(theirs, old, use_gpu=False) | tags
     our_tags = measurements(ours, new or report(), use_gpu=False)
-    return against_champion(ours, our_tags, theirs, Champion(their_tags), settings)
+    return compare_with_champion(ours, our_tags, theirs, Champion(their_tags), settings)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_the_champion_is_beaten_by_a_higher_score(model, new, old, better):
     check = compared(make_artifact(model, seed=1), make_artifact(model, seed=2), new, old)
     assert check.passed is better
     assert (
-        f"({old['arms']['cached']['psnr_to_full']:.2f} dB at {old['measured_speedup']:.2f}x)" in check.words
+        f"({old['arms']['cached']['psnr_to_full']:.2f} dB at {old['measured_speedup']:.2f}x)" in check.message
     )
 
 
@@ -122,14 +122,14 @@ def test_a_champion_for_something_else_holds_nothing_up(model):
         (theirs, {MEASURED_ON: "gpu"}, "measured on a gpu, this one on a cpu"),
     ):
         check = compared(ours, champion, old=much_better, **tags)
-        assert (check.passed, words in check.words) == (None, True), check.words
-    assert "not recorded" in compared(ours, theirs, old=None).words
+        assert (check.passed, words in check.message) == (None, True), check.message
+    assert "not recorded" in compared(ours, theirs, old=None).message
 
 
 def test_the_champions_router_trained_again_is_no_worse_for_a_slower_moment(model):
     ours = make_artifact(model, seed=1)
     check = compared(ours, make_artifact(model, seed=1), report(speedup=1.4), report(speedup=1.5))
-    assert check.passed and "the router of version 7" in check.words
+    assert check.passed and "the router of version 7" in check.message
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def add(config, store, run_id, artifact, made):
     run = find_or_create("workflow", run_id, str(store), {})
     version = registry.register(artifact.save(store / run_id), name=NAME, run=run, alias=None)
     decision = decide(config, artifact, made, version, run)
-    carry_out(decision, run)
+    apply_decision(decision, run)
     return run, decision
 
 
@@ -166,7 +166,7 @@ def with_sample(model, seed):
 def test_never_leaves_the_champion_and_always_takes_the_alias(model, store):
     never, always = (make_config(model, store, promote=mode) for mode in ("never", "always"))
     run, decision = add(never, store, "a", make_artifact(model, seed=1), report())
-    assert not decision.is_promoted and not decision.is_refused
+    assert not decision.is_promoted and not decision.is_rejected
     assert registry.current(NAME, "champion", run.uri) is None
     assert registry.newest_versions(NAME, run.uri, 9) == [], "nobody asked for it to be served"
 
@@ -195,8 +195,8 @@ def test_nothing_that_is_not_finite_is_promoted_in_any_way(model, mode, spoilt, 
     if spoilt is None:
         artifact = dataclasses.replace(artifact, sample_CHW=torch.full((1, 28, 28), torch.nan))
     decision = Decision(mode, NAME, "1", (finite_check(artifact, spoilt),))
-    assert not decision.is_promoted and decision.is_refused and decision.outcome == "refused"
-    assert decision.words == f"version 1 of tiny is kept and not promoted, there is no champion: {words}"
+    assert not decision.is_promoted and decision.is_rejected and decision.outcome == "refused"
+    assert decision.message == f"version 1 of tiny is kept and not promoted, there is no champion: {words}"
     assert Decision("never", NAME, "1", decision.checks).outcome == "never"
 
 
@@ -231,12 +231,12 @@ def test_numbers_that_are_not_finite_pass_no_bound(model):
 def test_a_router_that_draws_otherwise_is_known(model, store):
     config = make_config(model, store)
     ours = with_sample(model, 1)
-    assert cannot_draw(config, ours) == ""
+    assert reproduction_error(config, ours) == ""
     flipped = dataclasses.replace(ours, sample_CHW=ours.sample_CHW.flip(1))
-    assert "sample differs by" in cannot_draw(config, flipped)
-    assert "no recorded sample" in cannot_draw(config, dataclasses.replace(ours, sample_CHW=None))
+    assert "sample differs by" in reproduction_error(config, flipped)
+    assert "no recorded sample" in reproduction_error(config, dataclasses.replace(ours, sample_CHW=None))
     longer = dataclasses.replace(config, sampler=dataclasses.replace(SAMPLER, num_inference_steps=9))
-    assert "sampler.num_inference_steps is 9" in cannot_draw(longer, ours)
+    assert "sampler.num_inference_steps is 9" in reproduction_error(longer, ours)
 
 
 @pytest.mark.cluster
@@ -247,7 +247,7 @@ def test_the_gate_promotes_what_passes_and_keeps_what_does_not(model, store, mon
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         run, decision = add(config, store, "first", first, report(40, 1.5))
-        assert decision.words == "version 1 of tiny is the champion"
+        assert decision.message == "version 1 of tiny is the champion"
         stored = run.client.get_model_version(NAME, "1").tags
         assert stored["harmonica.gate"] == "passed"
         assert stored["harmonica.gate.reproduces"].startswith("passed: it loads from the registry")
@@ -255,7 +255,7 @@ def test_the_gate_promotes_what_passes_and_keeps_what_does_not(model, store, mon
 
         run, decision = add(config, store, "worse", second, report(39, 1.5))
         assert [check.name for check in decision.failed] == ["champion"]
-        assert "version 1 stays the champion" in decision.words
+        assert "version 1 stays the champion" in decision.message
         assert run.client.get_model_version(NAME, "2").tags["harmonica.gate"] == "refused"
         assert registry.resolve(NAME, "champion", run.uri) == "1"
         assert registry.newest_versions(NAME, run.uri, 9) == ["1"], "what is refused is served to nobody"

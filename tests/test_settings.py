@@ -28,14 +28,14 @@ from harmonica.training.plans.builders import even_plan, fastest_speedup, slowes
 from harmonica.training.plans.search import StepSearch
 from harmonica.training.sdt import SdtConfig
 from harmonica.validation.settings import SettingError
-from pipelines.compare.methods import learners
+from pipelines.compare.methods import learned_methods
 from pipelines.config.compare import CompareConfig
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.promotion import PromoteConfig
 from pipelines.config.serve import ServeConfig
 from pipelines.config.sweep import SweepConfig
 from pipelines.config.workflow import PromptsConfig, TrainConfig, WorkflowConfig
-from pipelines.preflight import check_contenders, check_trials
+from pipelines.preflight import check_comparison, check_trials
 from pipelines.presets import PRESETS, fashion
 from pipelines.serving.application import make_application
 from pipelines.serving.auth import load_keys
@@ -252,22 +252,24 @@ def test_a_start_for_a_share_of_reuse_has_that_share() -> None:
 def test_a_target_of_quality_gives_way_to_the_speeds_of_a_comparison() -> None:
     quality = fashion().train.for_target(target_psnr=40.0)
     config = dataclasses.replace(fashion(), train=quality, compare=CompareConfig(targets=(1.3,)))
-    check_contenders(config, MODEL)
-    assert {train.target_psnr for train in learners(quality, 1.3, rivals=True).values()} == {0.0}
+    check_comparison(config, MODEL)
+    assert {train.target_psnr for train in learned_methods(quality, 1.3, with_baselines=True).values()} == {
+        0.0
+    }
 
 
 @pytest.mark.parametrize(
     ("compare", "steps", "words"),
     [
         ((1.4, 9.9), 6, r"compare.targets is 9.9: 6 steps of this model .* reach [\d.]+ at most"),
-        ((1.3, 2.01), 3, "compare.targets is 2.01: give at most 2, since the rival of fewer steps"),
+        ((1.3, 2.01), 3, "compare.targets is 2.01: give at most 2, since the baseline of fewer steps"),
     ],
 )
 def test_a_comparison_at_speeds_out_of_reach_is_refused(compare, steps, words) -> None:
     sampler = SamplerConfig(num_inference_steps=steps)
     config = dataclasses.replace(fashion(), sampler=sampler, compare=CompareConfig(targets=compare))
     with pytest.raises(ValueError, match=words):
-        check_contenders(config, MODEL)
+        check_comparison(config, MODEL)
 
 
 # Generated settings.
@@ -342,9 +344,9 @@ def trainings(config: WorkflowConfig) -> Iterator[TrainingConfig]:
     yield config.train
     check_trials(config, MODEL)
     yield from (trial.settings(config).train for trial in trials_of(config))
-    check_contenders(config, MODEL)
+    check_comparison(config, MODEL)
     for target in config.compare.targets:
-        yield from learners(config.train, target, rivals=config.compare.learners).values()
+        yield from learned_methods(config.train, target, with_baselines=config.compare.learners).values()
 
 
 def assert_said_well(error: ValueError, changed: dict[tuple[str, str], Any]) -> None:

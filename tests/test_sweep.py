@@ -14,8 +14,8 @@ from pipelines.presets import fashion
 from pipelines.report.html_report import render
 from pipelines.run_state.storage import RunStorage
 from pipelines.sweep.pareto import front_figure, on_front
-from pipelines.sweep.stage import check
-from pipelines.sweep.trial import Trial, judging_seed, reports_of, trials_of
+from pipelines.sweep.stage import check_sweep
+from pipelines.sweep.trial import Trial, evaluation_seed, reports_of, trials_of
 from pipelines.tracking.mlflow_runs import find
 from pipelines.tracking.registry import current
 
@@ -65,7 +65,7 @@ def config(**settings):
     return dataclasses.replace(base, run_id="r1", train=train, sweep=swept)
 
 
-def test_trials_are_every_combination_and_are_judged_on_rows_of_none():
+def test_trials_are_every_combination_and_are_evaluated_on_rows_of_none():
     ours = config(targets=(0.2, 0.4), iepo=("none", "sensitivity"), seeds=(0, 3))
     trials = trials_of(ours)
     assert len({trial.name for trial in trials}) == 8
@@ -73,23 +73,25 @@ def test_trials_are_every_combination_and_are_judged_on_rows_of_none():
     trained = trials[-1].settings(ours)
     assert (trained.train.target_cur, trained.train.iepo, trained.seed) == (0.4, "sensitivity", 3)
     assert trained.train.sdt == ours.train.sdt
-    assert judging_seed(ours) > 3
+    assert evaluation_seed(ours) > 3
     assert [trial.name for trial in trials_of(config(targets=(0.3,)))] == ["cur-0.3-sensitivity-seed-0"]
 
 
 def test_a_sweep_goes_on_with_its_own_settings_only(tmp_path):
     storage = RunStorage(str(tmp_path), "r1")
     ours = config(targets=(0.2,))
-    check(ours, storage)
+    check_sweep(ours, storage)
     begun = json.loads(json.dumps(ours.to_dict()["sweep"]))
     begun.pop("max_concurrent")
     storage.write_json("sweep/settings.json", begun)
-    check(config(targets=(0.2,), max_concurrent=9), storage)
+    check_sweep(config(targets=(0.2,), max_concurrent=9), storage)
     with pytest.raises(
         ValueError, match=r"^sweep.targets was \[0.2\] and is \[0.3\]: go on .* or give --from"
     ):
-        check(config(targets=(0.3,)), storage)
-    check(dataclasses.replace(config(targets=(0.3,)), stages=("sweep",), done_again_from="sweep"), storage)
+        check_sweep(config(targets=(0.3,)), storage)
+    check_sweep(
+        dataclasses.replace(config(targets=(0.3,)), stages=("sweep",), done_again_from="sweep"), storage
+    )
 
 
 SMALL = [

@@ -312,7 +312,9 @@ def test_the_chain_and_its_second_run(
         assert float(tags["ideal_speedup"]) == pytest.approx(member.ideal_speedup, rel=1e-4)
         assert registry.resolve("harmonica-fashion", registry.CHAMPION, uri) == "1"
         assert set(report["transfer"]) == {
-            f"{name} {arm}" for name in ("ddim", "dpm-solver++", "9 steps") for arm in ("full", "cached")
+            f"{name} {variant}"
+            for name in ("ddim", "dpm-solver++", "9 steps")
+            for variant in ("full", "cached")
         }
         transferred = report["transfer"]["dpm-solver++ cached"]["psnr_to_full"]
         assert transferred == pytest.approx(psnr_here(run, arguments, "dpm-solver++"), abs=_DECIBELS)

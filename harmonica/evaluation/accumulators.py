@@ -1,7 +1,7 @@
-"""What is kept of an arm's images as they stream by: numbers of each, sums over all, features of some.
+"""Accumulate metrics of a variant's images in one pass: values of each, sums over all, features of some.
 
-Everything lies where its row index says, so the order of arrival and the size of batches change nothing
-but the rounding of float64 sums.
+Values are stored by row index, so the order of arrival and the batch size change nothing but the rounding of
+float64 sums.
 Shapes: N rows of a batch, F features, K classes.
 """
 
@@ -15,7 +15,7 @@ from harmonica.evaluation.distribution_metrics import class_information, incepti
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 
 KEPT_ROWS = 10_000
-"""Images of an arm whose features are kept: 160 MB of Inception's two kinds."""
+"""Number of images whose features are kept: 160 MB for Inception's two kinds."""
 POOLED, SPATIAL, LOGITS = "pooled", "spatial", "logits"
 _SPLIT = 5_000  # images behind one Inception Score, as in ADM's evaluator
 
@@ -66,23 +66,23 @@ class _ScoreSums:
         return inception_score(self.p / self.count[:, None], self.p_log_p / self.count).mean().item()
 
 
-class ArmStatistics:
-    """Of one arm's `num_rows` images.
+class MetricAccumulator:
+    """Accumulates the metrics of one variant's `num_rows` images.
 
-    Memory: 8 bytes a number and image; for features (4 F) a kept image, and 8 F^2.
+    Memory: 8 bytes for each value of an image; for features 4 F bytes for each kept image, and 8 F^2.
     """
 
     def __init__(self, num_rows: int, kept_rows: int = KEPT_ROWS) -> None:
         self.num_rows, self.num_kept = num_rows, min(num_rows, kept_rows)
         self.numbers: dict[str, Tensor] = {}
-        """Of every image: PSNR, class, ..."""
+        """Values of every image by name: PSNR, class, ..."""
         self.kept: dict[str, Tensor] = {}
-        """Features of the first images."""
+        """Features of the first `num_kept` images."""
         self.sums: dict[str, FeatureSums] = {}
         self._scores: _ScoreSums | None = None
 
     def add(self, index_N: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
-        """One batch: numbers (N,), and `pooled`, `spatial` and `logits` (N, ...) where there are any."""
+        """Add a batch: values (N,), and `pooled`, `spatial` and `logits` (N, ...) if there are any."""
         index = torch.from_numpy(index_N.astype(np.int64))
         for name, column in columns.items():
             values = torch.tensor(column)
@@ -103,6 +103,6 @@ class ArmStatistics:
         table[name][index] = values
 
     def inception_score(self) -> float:
-        """Mean of the scores of every 5,000 images."""
+        """Return the mean of the scores of each 5,000 images."""
         assert self._scores is not None
         return self._scores.score()

@@ -11,9 +11,9 @@ COVERAGE = 0.95
 
 
 def resample_weights(count: int, resamples: int, seed: int = 0) -> Tensor:
-    """How often each image is in each resample, (R, N) float64; every row sums to N.
+    """Return how often each image is in each resample, (R, N) float64; every row sums to N.
 
-    A function of its arguments alone, so two arms that are resampled by it keep their pairs.
+    A function of its arguments alone, so two variants that are resampled by it keep their pairs.
     """
     generator = np.random.Generator(np.random.Philox(seed))
     return torch.from_numpy(generator.multinomial(count, np.full(count, 1 / count), resamples)).double()
@@ -28,7 +28,7 @@ def interval(
     low: float = -np.inf,
     high: float = np.inf,
 ) -> list[float]:
-    """The 95% interval [low, high] of a number, from its values on resamples.
+    """Return the 95% interval [low, high] of a number, from its values on resamples.
 
     These are centred upon the number: an image that is drawn twice makes a Frechet distance larger, which
     says nothing of its spread. So the interval says how far the number moves with other images, as many.
@@ -46,5 +46,5 @@ def interval(
 
 
 def weighted_means(values_N: Tensor, weights_RN: Tensor) -> Tensor:
-    """Mean (R,) of each resample."""
+    """Return the mean (R,) of each resample."""
     return weights_RN @ values_N.double() / weights_RN.sum(1)

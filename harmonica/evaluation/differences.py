@@ -1,4 +1,4 @@
-"""What the eye does not see: rows of a sample sheet that show how far images are from their reference.
+"""Rows of a sample sheet that show the amplified differences of images from their reference.
 
 Shapes: N images of a row, C channels, H W image.
 """
@@ -10,18 +10,18 @@ from torch import Tensor
 
 _FACTORS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _SHARE_WITHIN = 0.995
-"""Of the differences, how many are to stay within the grey levels there are."""
+"""Fraction of the differences that must stay within the range of grey levels."""
 
 
 def amplification(differences: Tensor) -> int:
-    """The largest of some round factors that leaves nearly all differences within [-1, 1]."""
+    """Return the largest of some round factors that leaves nearly all differences within [-1, 1]."""
     sizes = differences.abs().float().flatten()
     largest = float(sizes.kthvalue(max(1, int(_SHARE_WITHIN * len(sizes)))).values)
     return max((factor for factor in _FACTORS if factor * largest <= 1), default=1)
 
 
 def with_differences(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows, and under each but the first what it differs from that in, amplified; nothing is mid grey.
+    """Return the rows, each but the first followed by its amplified difference from it; zero is mid grey.
 
     One factor for all, said in their labels, so that they can be compared.
 

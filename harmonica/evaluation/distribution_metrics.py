@@ -1,4 +1,4 @@
-"""Distances between sets of images, by their features; each also on resamples, for its interval.
+"""Distances between sets of images in feature space, also on resamples for confidence intervals.
 
 A resample is a row of weights: how often each image is in it (`harmonica.evaluation.bootstrap`). All is
 float64. Shapes: N M images of two sets, F features, K classes, R resamples.
@@ -30,7 +30,7 @@ def _root(covariance_FF: Tensor) -> Tensor:
 
 
 def frechet_resampled(features_NF: Tensor, other: Tensor | FeatureStatistics, weights_RN: Tensor) -> Tensor:
-    """Frechet distances (R,) of resamples to the same rows of another set (N, F), or to fixed statistics.
+    """Return Frechet distances (R,) of resamples to the same rows of another set, or to statistics.
 
     As `metrics.frechet_distance`, by symmetric roots: tr sqrt(AB) = tr sqrt(sqrt(B) A sqrt(B)).
     """
@@ -54,7 +54,7 @@ def frechet_resampled(features_NF: Tensor, other: Tensor | FeatureStatistics, we
 def _kernel_means(
     x_NF: Tensor, y_MF: Tensor, x_weights_RN: Tensor, y_weights_RM: Tensor, *, skip_same: bool
 ) -> Tensor:
-    """Mean (R,) of the cubic kernel over pairs; `skip_same` leaves out those of a row with itself."""
+    """Return the mean (R,) of the cubic kernel over pairs; `skip_same` omits a row with itself."""
     sums = torch.zeros(len(x_weights_RN), dtype=torch.float64)
     for start in range(0, len(x_NF), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -69,7 +69,7 @@ def _kernel_means(
 
 
 def kernel_distances(x_NF: Tensor, y_MF: Tensor, weights_RN: Tensor, *, same_rows: bool) -> Tensor:
-    """KID (R,): the unbiased squared maximum mean discrepancy with the cubic kernel (Binkowski et al. 2018).
+    """Return KID (R,), the unbiased squared MMD with the cubic kernel (Binkowski et al. 2018).
 
     Of all images at once, not the mean over subsets: the same expectation with less noise. Slightly below 0
     where the sets are alike.
@@ -87,14 +87,14 @@ def kernel_distances(x_NF: Tensor, y_MF: Tensor, weights_RN: Tensor, *, same_row
 
 
 def _radii(features_NF: Tensor, neighbours: int) -> Tensor:
-    """Distance (N,) of each to its k-th nearest other."""
+    """Return the distance (N,) of each point to its k-th nearest neighbour."""
     blocks = features_NF.split(_ROWS)
     # The nearest of all is the image itself.
     return torch.cat([torch.cdist(b, features_NF).kthvalue(neighbours + 1).values for b in blocks])
 
 
 def in_manifold(points_NF: Tensor, of_MF: Tensor, neighbours: int = 3) -> Tensor:
-    """Whether each point (N,) lies in a ball around one of the other set that reaches its k-th neighbour.
+    """Return whether each point (N,) is within the k-th neighbour radius of a point of the other set.
 
     Kynkaanniemi et al. 2019, eq. 1 and 2: the mean is precision for generated points among real ones, recall
     for real points among generated ones.
@@ -111,13 +111,13 @@ def in_manifold(points_NF: Tensor, of_MF: Tensor, neighbours: int = 3) -> Tensor
 
 
 def class_information(logits_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each image: p(class) (N, K) and sum of p log p (N,)."""
+    """Return p(class) (N, K) and the sum of p log p (N,) of each image."""
     log_p = logits_NK.double().log_softmax(1)
     p = log_p.exp()
     return p, (p * log_p).sum(1)
 
 
 def inception_score(mean_p_RK: Tensor, mean_p_log_p_R: Tensor) -> Tensor:
-    """exp of the mean KL divergence of p(class | image) from p(class) (Salimans et al. 2016), (R,)."""
+    """Return exp of the mean KL divergence of p(class | image) from p(class) (R,) (Salimans et al. 2016)."""
     entropy = torch.special.entr(mean_p_RK).sum(-1)
     return (mean_p_log_p_R + entropy).exp()

@@ -50,11 +50,11 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURE_SIZE, NUM_CLASSES)
 
     def features(self, images_NCHW: Tensor) -> Tensor:
-        """Penultimate activations (N, F)."""
+        """Return the penultimate activations (N, F)."""
         return self.backbone(images_NCHW)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Logits (N, K)."""
+        """Return logits (N, K)."""
         return self.head(self.features(images_NCHW))
 
 
@@ -69,7 +69,7 @@ def save_classifier(classifier: Classifier, folder: Path) -> None:
 
 
 def load_classifier(folder: Path = BUILTIN_FOLDER) -> Classifier:
-    """The classifier of a folder: float32, in eval mode, frozen.
+    """Load the classifier of a folder: float32, in eval mode, frozen.
 
     Raises:
         FileNotFoundError: the folder holds no classifier.
@@ -88,6 +88,6 @@ def load_classifier(folder: Path = BUILTIN_FOLDER) -> Classifier:
 def features_and_logits(
     classifier: Classifier, images_NCHW: Tensor, batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, F) and logits (N, K) of any number of images, from one pass in batches."""
+    """Return features (N, F) and logits (N, K) of any number of images, computed in batches."""
     features = torch.cat([classifier.features(batch) for batch in images_NCHW.split(batch_size)])
     return features, classifier.head(features)

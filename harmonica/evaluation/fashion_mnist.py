@@ -25,7 +25,7 @@ _FILES = {"train": "train", "test": "t10k"}
 def load_fashion_mnist(
     split: Literal["train", "test"], folder: Path = DEFAULT_FOLDER
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images (rows, 1, 28, 28) uint8 and labels (rows,) int64.
+    """Return images (rows, 1, 28, 28) uint8 and labels (rows,) int64.
 
     Raises:
         FileNotFoundError: the folder does not hold the four IDX files.

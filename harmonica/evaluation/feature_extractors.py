@@ -1,4 +1,4 @@
-"""Networks that turn images into the features that distances between sets of images are taken of.
+"""Networks that extract the features between which distances of image sets are computed.
 
 Shapes: N batch, C channels, H W image, F pooled features, S spatial ones, K classes.
 """
@@ -21,23 +21,23 @@ _CLASSIFIER_CHANNELS = 2  # x 7 x 7: about as many values as it has pooled featu
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a network sees in a batch of images; float32, on the CPU."""
+    """The features of a batch of images; float32, on the CPU."""
 
     pooled_NF: Tensor
-    """Of the last layer before the classes, for Frechet distance, KID, precision and recall."""
+    """Output of the last layer before the classes, for Frechet distance, KID, precision and recall."""
     spatial_NS: Tensor
-    """Of a layer in the middle, where things still have places, for sFID (Nash et al. 2021)."""
+    """Output of a middle layer, which still has spatial positions, for sFID (Nash et al. 2021)."""
     logits_NK: Tensor
 
 
 class FeatureExtractor(Protocol):
-    """Images (N, C, H, W) in [-1, 1] to features."""
+    """A network that maps images (N, C, H, W) in [-1, 1] to features."""
 
     def __call__(self, images_NCHW: Tensor) -> Features: ...
 
 
 def _spatial(activations_NCHW: Tensor, channels: int) -> Tensor:
-    """The first channels, flattened in the order H, W, C, which is that of ADM's statistics."""
+    """Return the first channels, flattened in the order H, W, C of ADM's statistics."""
     return activations_NCHW[:, :channels].permute(0, 2, 3, 1).flatten(1).float().cpu()
 
 
@@ -95,7 +95,7 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def of_pixels(self, pixels_NCHW: Tensor) -> Features:
-        """Of uint8 pixels, grey or RGB, of any size: they are scaled to 299 x 299 as TensorFlow 1 did."""
+        """Return features of uint8 pixels, grey or RGB, scaled to 299 x 299 as TensorFlow 1 did."""
         pixels = pixels_NCHW.to(self.device).expand(-1, 3, -1, -1)
         middle: list[Tensor] = []
         hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: middle.append(call[2]))

@@ -1,4 +1,4 @@
-"""Networks that look at single images: LPIPS to another image, and the CLIP score to a prompt.
+"""Metrics of single images by a network: LPIPS to another image, and the CLIP score to a prompt.
 
 Shapes: N batch, C channels, H W image.
 """
@@ -52,7 +52,7 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
-        """Distance (N,) of images in [-1, 1], grey or RGB; those under 64 pixels are scaled up."""
+        """Return the distance (N,) of images in [-1, 1], grey or RGB; those under 64 pixels are enlarged."""
         pair = [self._prepared(images) for images in (images_NCHW, reference_NCHW)]
         return self.network(*pair).flatten().cpu()
 
@@ -93,7 +93,7 @@ class ClipScore:
 
     @torch.no_grad()
     def __call__(self, images_NCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score (N,) of images in [-1, 1]; prompts lose what is over CLIP's 77 tokens."""
+        """Return the score (N,) of images in [-1, 1]; prompts are truncated to CLIP's 77 tokens."""
         pixels = ((images_NCHW.float() + 1) * 127.5).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
         given = self.processor(
             text=list(prompts),

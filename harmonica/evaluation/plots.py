@@ -1,4 +1,4 @@
-"""Pictures for people: sample sheets and router heat maps, as Figures that need no display.
+"""Plots: sample sheets and router heat maps, as Figures that need no display.
 
 Shapes: N batch, C channels, H W image, T steps, N branches (of a router's table).
 """
@@ -25,7 +25,7 @@ _INK, _MUTED = "#222222", "#666666"
 
 
 def to_uint8(images_NCHW: Tensor) -> np.ndarray:
-    """Images in [-1, 1] as pixels (N, H, W, C); values outside are clipped.
+    """Convert images in [-1, 1] to pixels (N, H, W, C); values outside are clipped.
 
     Raises:
         NotFinite: an image is not finite, of which black pixels would be made.
@@ -36,13 +36,13 @@ def to_uint8(images_NCHW: Tensor) -> np.ndarray:
 
 
 def to_pil(image_CHW: Tensor) -> Image.Image:
-    """One image in [-1, 1] as a grey (C = 1) or RGB (C = 3) picture."""
+    """Convert an image in [-1, 1] to a grey (C = 1) or RGB (C = 3) PIL image."""
     pixels = to_uint8(image_CHW[None])[0]
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def encode_picture(image_CHW: Tensor, kind: PictureFormat = "png", quality: int = 100) -> bytes:
-    """One image in [-1, 1] as a picture file's bytes.
+    """Encode an image in [-1, 1] as the bytes of an image file.
 
     Args:
         quality: of jpeg and webp, 0 to 100, the best; png loses nothing.
@@ -53,14 +53,14 @@ def encode_picture(image_CHW: Tensor, kind: PictureFormat = "png", quality: int 
 
 
 def _figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
-    """Not pyplot's: its global list of figures would grow in a long-lived worker."""
+    """Create a figure without pyplot, whose global list would grow in a long-lived worker."""
     return Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout=layout)
 
 
 def sample_sheet(
     rows: dict[str, Tensor], column_names: Sequence[str], path: Path | None = None, *, title: str = ""
 ) -> Figure:
-    """Rows of images (columns, C, H, W) above each other, titled at left, columns named above.
+    """Draw rows of images (columns, C, H, W), each with its title at the left, with named columns.
 
     Long names, prompts for example, take up to three lines and lose the rest.
 
@@ -108,14 +108,14 @@ def sample_sheet(
 
 
 def cached_title(name: str, cur: float, method: str) -> str:
-    """Of a row of cached images, in short lines: its name, what is reused, how the plan came about."""
+    """Return the title of a row of cached images: name, share reused, and the plan's method."""
     return "\n".join([f"{name}, CUR {cur:.0%}", *textwrap.wrap(method, _TITLE_WIDTH)])
 
 
 def router_heat_map(
     scores_TN: Tensor, plan_TN: Tensor, branch_names: Sequence[str], path: Path | None = None
 ) -> Figure:
-    """The router's scores, first run step at the top; entries the plan reuses carry a dot.
+    """Draw the router's scores, first run step at the top; entries that the plan reuses have a dot.
 
     Args:
         scores_TN: sigmoid of the logits, in 0 to 1; row T-1 is the noisiest and runs first.

@@ -1,4 +1,4 @@
-"""The real images that samples are held against: the shipped test images, or ADM's reference batches.
+"""The real images that samples are compared with: the shipped test images, or ADM's reference batches.
 
 Shapes: M reference images, F pooled features, S spatial ones, H W image.
 """
@@ -21,7 +21,7 @@ from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.io.paths import local
 
 MAX_IMAGES = 10_000
-"""Reference images whose features are kept, for KID, precision and recall."""
+"""Number of reference images whose features are kept, for KID, precision and recall."""
 FEATURES_FILE, SPATIAL_FILE = "reference_features.safetensors", "spatial_statistics.safetensors"
 _BATCH = 50
 _LARGEST_SIDE = 4096
@@ -29,7 +29,7 @@ _LARGEST_SIDE = 4096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReferenceSet:
-    """What is known of the real images; None is not known, and what needs it is left out."""
+    """Statistics of real images; metrics that need one that is None are left out."""
 
     pooled: FeatureStatistics | None = None
     spatial: FeatureStatistics | None = None
@@ -38,7 +38,7 @@ class ReferenceSet:
 
 
 def builtin_reference(folder: Path = BUILTIN_FOLDER) -> ReferenceSet:
-    """Fashion-MNIST's 10,000 test images in the shipped classifier's eyes; single features of 2,000."""
+    """Return the classifier's statistics of the 10,000 test images, with the features of 2,000."""
     return ReferenceSet(
         FeatureStatistics.load(folder / STATISTICS_FILE),
         FeatureStatistics.load(folder / SPATIAL_FILE),
@@ -47,7 +47,7 @@ def builtin_reference(folder: Path = BUILTIN_FOLDER) -> ReferenceSet:
 
 
 def read_adm_reference(path: str | Path, extractor: InceptionFeatures | None = None) -> ReferenceSet:
-    """An `.npz` of ADM's evaluation suite, such as VIRTUAL_imagenet256_labeled.npz.
+    """Read an `.npz` of ADM's evaluation suite, such as VIRTUAL_imagenet256_labeled.npz.
 
     It may hold `mu` and `sigma` of pooled features, `mu_s` and `sigma_s` of spatial ones, and the images
     as `arr_0` (M, H, W, 3) uint8. Nothing is unpickled, and images are read some at a time.
@@ -81,7 +81,7 @@ def _refusal(path: str | Path, words: str) -> ValueError:
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of an array, before any of it is read."""
+    """Return the shape and type of an array before its data is read."""
     version = npy.read_magic(file)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, column_major, dtype = read(file)

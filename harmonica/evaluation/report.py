@@ -1,4 +1,4 @@
-"""An arm's quality in numbers, each with its 95% interval, from what was kept of its images.
+"""Compute a variant's metrics, each with its 95% interval, from its accumulator.
 
 `psnr_to_full` stands beside `psnr_to_full_interval`, [low, high]: `harmonica.evaluation.bootstrap` has how.
 """
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.evaluation.accumulators import LOGITS, POOLED, SPATIAL, ArmStatistics
+from harmonica.evaluation.accumulators import LOGITS, POOLED, SPATIAL, MetricAccumulator
 from harmonica.evaluation.bootstrap import interval, resample_weights, weighted_means
 from harmonica.evaluation.distribution_metrics import (
     class_information,
@@ -23,33 +23,33 @@ from harmonica.evaluation.image_metrics import frechet_distance
 from harmonica.evaluation.reference_sets import ReferenceSet
 
 _LARGE, _LARGE_RESAMPLES = 512, 20
-"""Above so many features a resample of a Frechet distance takes seconds, and so many must do."""
+"""Above 512 features, where one resample of a Frechet distance takes seconds, only 20 are used."""
 _KINDS = {"frechet": POOLED, "spatial_frechet": SPATIAL}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Resamples:
-    """The weights that every arm of a report is resampled by, so that pairs stay pairs."""
+    """The bootstrap weights shared by all variants of a report, so that pairs stay pairs."""
 
     all_RN: Tensor
-    """For numbers that every image has."""
+    """Weights for metrics of every image."""
     kept_RN: Tensor
-    """For features, of the first images alone."""
+    """Weights for features, which only the first images have."""
     reference_seed: int = 0
 
     @classmethod
-    def of(cls, arm: ArmStatistics, resamples: int, seed: int) -> "Resamples":
-        """None at all for 0."""
-        whole = resample_weights(arm.num_rows, resamples, seed)
-        same = arm.num_kept == arm.num_rows
-        return cls(whole, whole if same else resample_weights(arm.num_kept, resamples, seed), seed)
+    def of(cls, variant: MetricAccumulator, resamples: int, seed: int) -> "Resamples":
+        """Draw the weights; 0 resamples give none."""
+        whole = resample_weights(variant.num_rows, resamples, seed)
+        same = variant.num_kept == variant.num_rows
+        return cls(whole, whole if same else resample_weights(variant.num_kept, resamples, seed), seed)
 
     def __len__(self) -> int:
         return len(self.all_RN)
 
 
 class _Report:
-    """Numbers and their intervals, of one arm."""
+    """The metrics of one variant and their intervals."""
 
     def __init__(self, resamples: Resamples) -> None:
         self.resamples, self.numbers = resamples, dict[str, Any]()
@@ -64,19 +64,19 @@ class _Report:
         self.put(name, values_N.double().mean().item(), resampled, **limits)
 
 
-def arm_quality(
-    ours: ArmStatistics,
-    full: ArmStatistics | None,
+def variant_metrics(
+    ours: MetricAccumulator,
+    full: MetricAccumulator | None,
     real: ReferenceSet | None,
     resamples: Resamples,
     real_name: str = "test",
 ) -> dict[str, Any]:
-    """How good an arm's images are and how near to those of its reference, JSON-ready.
+    """Return the metrics of a variant's images, JSON-ready, also against those of its reference.
 
     Args:
-        full: the arm that it is held against; None where it is that arm.
-        real: of real images; None leaves out what wants them.
-        real_name: what they are called in names such as `frechet_to_test`.
+        full: the reference that it is compared with; None if the variant is the reference.
+        real: statistics of real images; None leaves out the metrics that need them.
+        real_name: suffix of their metrics, as in `frechet_to_test`.
     """
     report, every = _Report(resamples), resamples.all_RN
     if full is not None:
@@ -96,7 +96,7 @@ def arm_quality(
     return report.numbers
 
 
-def _put_labels(report: _Report, ours: ArmStatistics, full: ArmStatistics | None) -> None:
+def _put_labels(report: _Report, ours: MetricAccumulator, full: MetricAccumulator | None) -> None:
     asked, seen, every = ours.numbers["label"], ours.numbers["class"], report.resamples.all_RN
     known = asked >= 0
     if known.any():
@@ -110,13 +110,17 @@ def _put_labels(report: _Report, ours: ArmStatistics, full: ArmStatistics | None
 
 
 def _frechet(
-    report: _Report, name: str, kind: str, ours: ArmStatistics, other: ArmStatistics | FeatureStatistics
+    report: _Report,
+    name: str,
+    kind: str,
+    ours: MetricAccumulator,
+    other: MetricAccumulator | FeatureStatistics,
 ) -> None:
     features = ours.kept[kind]
     weights = report.resamples.kept_RN
     if features.shape[1] > _LARGE:
         weights = weights[:_LARGE_RESAMPLES]
-    if isinstance(other, ArmStatistics):
+    if isinstance(other, MetricAccumulator):
         value = frechet_distance(ours.sums[kind].statistics(), other.sums[kind].statistics())
         resampled = frechet_resampled(features, other.kept[kind], weights)
     else:
@@ -125,11 +129,11 @@ def _frechet(
     report.put(name, value, resampled, **_counts(ours), low=0)
 
 
-def _counts(arm: ArmStatistics) -> dict[str, int]:
-    return {"count": arm.num_rows, "resampled_count": arm.num_kept}
+def _counts(variant: MetricAccumulator) -> dict[str, int]:
+    return {"count": variant.num_rows, "resampled_count": variant.num_kept}
 
 
-def _kid(report: _Report, name: str, ours: ArmStatistics, other: Tensor, *, same_rows: bool) -> None:
+def _kid(report: _Report, name: str, ours: MetricAccumulator, other: Tensor, *, same_rows: bool) -> None:
     features, weights = ours.kept[POOLED], report.resamples.kept_RN
     once = torch.ones(1, len(features), dtype=torch.float64)
     values = kernel_distances(features, other, torch.cat([once, weights]), same_rows=same_rows)
@@ -137,8 +141,13 @@ def _kid(report: _Report, name: str, ours: ArmStatistics, other: Tensor, *, same
     report.put(name, values[0].item(), values[1:])
 
 
-def distances_to_full(ours: ArmStatistics, full: ArmStatistics, resamples: Resamples) -> dict[str, Any]:
-    """Distances between two arms' images as sets; from full to full of another seed, the noise floor."""
+def distances_to_full(
+    ours: MetricAccumulator, full: MetricAccumulator, resamples: Resamples
+) -> dict[str, Any]:
+    """Return distances between two variants' images as sets.
+
+    Between full sampling and full sampling from another seed they are the noise floor.
+    """
     report = _Report(resamples)
     for name, kind in _KINDS.items():
         _frechet(report, f"{name}_to_full", kind, ours, full)
@@ -146,7 +155,9 @@ def distances_to_full(ours: ArmStatistics, full: ArmStatistics, resamples: Resam
     return report.numbers
 
 
-def _put_distances_to_real(report: _Report, ours: ArmStatistics, real: ReferenceSet, real_name: str) -> None:
+def _put_distances_to_real(
+    report: _Report, ours: MetricAccumulator, real: ReferenceSet, real_name: str
+) -> None:
     for (name, kind), statistics in zip(_KINDS.items(), (real.pooled, real.spatial)):
         if statistics is not None:
             _frechet(report, f"{name}_to_{real_name}", kind, ours, statistics)
@@ -161,7 +172,7 @@ def _put_distances_to_real(report: _Report, ours: ArmStatistics, real: Reference
         report.put_mean(name, in_manifold(points, manifold).double(), weights, low=0, high=1)
 
 
-def _put_inception_score(report: _Report, ours: ArmStatistics) -> None:
+def _put_inception_score(report: _Report, ours: MetricAccumulator) -> None:
     p, p_log_p = class_information(ours.kept[LOGITS])
     weights = report.resamples.kept_RN
     resampled = None

@@ -1,1 +1,1 @@
-"""How the built-in models were made: data, captions and training. Caching and routers need none of it."""
+"""Training of the built-in models, their data and captions; caching and routers do not use it."""

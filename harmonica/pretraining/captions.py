@@ -1,6 +1,6 @@
-"""Captions made from Fashion-MNIST: its labels in words, and a tone that is read off the picture.
+"""Captions made from Fashion-MNIST: its labels as text, and a tone measured on the image.
 
-They are what the built-in text-to-image model was trained on, and how its pictures are judged: every
+They are what the built-in text-to-image model was trained on, and how its images are evaluated: every
 caption says which class it asks for, and about half of them whether the thing is dark or light.
 Shapes: N batch, H W image.
 """
@@ -26,7 +26,7 @@ NOUNS: tuple[tuple[str, ...], ...] = (
     ("bag", "handbag", "purse"),
     ("ankle boot", "boot", "bootie"),
 )
-"""Of each class, in the order of `harmonica.evaluation.fashion_mnist.CLASS_NAMES`; none is in two classes."""
+"""Nouns of each class, in the order of `harmonica.evaluation.fashion_mnist.CLASS_NAMES`; no two share one."""
 TONE_WORDS: Mapping[Tone, tuple[str, ...]] = {"dark": ("dark", "black"), "light": ("light", "white")}
 TEMPLATES = (
     "{}",
@@ -51,34 +51,36 @@ TONE_LIMITS: tuple[tuple[float, float], ...] = (
     (157.3, 184.2),
     (165.4, 186.2),
 )
-"""Of each class: a third of the training images is darker than the first, a third lighter than the
-second, by `brightness`. What lies between has no tone."""
+"""Limits of each class by `brightness`.
+
+A third of the training images is darker than the first, a third lighter than the second; those between have
+no tone."""
 _FOREGROUND = 16  # grey level: below it is the background
 
 
 def brightness(images: np.ndarray) -> np.ndarray:
-    """Mean grey level (N,), 0 to 255, of what is not background in uint8 images (N, 1, H, W)."""
+    """Return the mean grey level (N,), 0 to 255, of the foreground of uint8 images (N, 1, H, W)."""
     pixels = images.reshape(len(images), -1)
     is_thing = pixels >= _FOREGROUND
     return (pixels * is_thing).sum(axis=1) / np.maximum(is_thing.sum(axis=1), 1)
 
 
 def tone_limits(images: np.ndarray, labels: np.ndarray) -> tuple[tuple[float, float], ...]:
-    """What `TONE_LIMITS` records, from the training images."""
+    """Compute `TONE_LIMITS` from the training images."""
     light = brightness(images)
     thirds = [np.quantile(light[labels == label], (1 / 3, 2 / 3)) for label in range(len(NOUNS))]
     return tuple((round(float(low), 1), round(float(high), 1)) for low, high in thirds)
 
 
 def tones(images: np.ndarray, labels: np.ndarray) -> list[Tone | None]:
-    """Tone of each image among those of its class; None in the middle third."""
+    """Return the tone of each image within its class; None in the middle third."""
     low, high = np.array(TONE_LIMITS)[labels].T
     light = brightness(images)
     return ["dark" if x < a else "light" if x > b else None for x, a, b in zip(light, low, high)]
 
 
 def is_of_tone(images: np.ndarray, labels: np.ndarray, asked: list[Tone]) -> np.ndarray:
-    """Whether each image lies on the asked side of the middle of its class: chance is a half."""
+    """Return whether each image is on the requested side of its class's middle; chance is 1/2."""
     middle = np.array(TONE_LIMITS)[labels].mean(axis=1)
     return (brightness(images) > middle) == np.array([tone == "light" for tone in asked])
 
@@ -102,12 +104,12 @@ def _meanings() -> dict[str, tuple[int, Tone | None]]:
 
 
 def all_captions() -> list[str]:
-    """Every caption there is, each once."""
+    """Return every caption, each once."""
     return list(_meanings())
 
 
 def meaning(caption: str) -> tuple[int, Tone | None]:
-    """Class and tone that a caption asks for.
+    """Return the class and tone that a caption asks for.
 
     Raises:
         ValueError: it is none of `all_captions`.
@@ -117,17 +119,17 @@ def meaning(caption: str) -> tuple[int, Tone | None]:
     except KeyError:
         raise ValueError(
             f"caption {caption!r} is none of harmonica.pretraining.captions.all_captions(): "
-            "only those can be judged"
+            "only those can be evaluated"
         ) from None
 
 
 def plain_caption(label: int, tone: Tone | None = None) -> str:
-    """The class by its first name, as in `a photo of a dark coat`."""
+    """Return a caption with the first noun of the class, as in `a photo of a dark coat`."""
     return _phrase("a photo of {}", NOUNS[label][0], "" if tone is None else TONE_WORDS[tone][0])
 
 
 def caption(label: int, tone: Tone | None, rng: np.random.Generator) -> str:
-    """One of the class's captions, drawn; it names the tone where one is given."""
+    """Draw one of the class's captions; it names the tone if one is given."""
     nouns = NOUNS[label]
     word = "" if tone is None else TONE_WORDS[tone][rng.integers(len(TONE_WORDS[tone]))]
     noun, template = nouns[rng.integers(len(nouns))], TEMPLATES[rng.integers(len(TEMPLATES))]

@@ -1,6 +1,6 @@
-"""How good the built-in text-to-image model is: does a picture show what its caption asks for?
+"""Evaluate the built-in text-to-image model: does an image show what its caption asks for?
 
-Shapes: N pictures, C channels, H W image.
+Shapes: N images, C channels, H W image.
 """
 
 import itertools
@@ -36,8 +36,8 @@ NUM_STEPS = 20
 _BATCH = 100
 
 
-class Painter:
-    """A pipeline's folder without VAE, sampled by its own scheduler."""
+class TextToImageSampler:
+    """Samples images from a pipeline's folder without VAE, with the scheduler of that folder."""
 
     def __init__(self, folder: Path) -> None:
         transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer", local_files_only=True)
@@ -46,8 +46,8 @@ class Painter:
         self.encoder = TextEncoder.load(folder, dtype="float32")
         self.scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
 
-    def paint(self, prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
-        """Pictures (N, C, H, W) in [-1, 1] and a little beyond."""
+    def sample_images(self, prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
+        """Return images (N, C, H, W), about in [-1, 1]."""
         config = SamplerConfig(
             name="diffusers",
             scheduler=self.scheduler,
@@ -76,8 +76,8 @@ class Painter:
         )
 
 
-def draw_captions(count: int, seed: int) -> list[str]:
-    """Of all classes in turn; half of them ask for a tone."""
+def random_captions(count: int, seed: int) -> list[str]:
+    """Draw captions of all classes in turn; about half of them ask for a tone."""
     rng = np.random.default_rng(seed)
     asked: tuple[captions.Tone | None, ...] = (None, None, "dark", "light")
     return [
@@ -85,8 +85,8 @@ def draw_captions(count: int, seed: int) -> list[str]:
     ]
 
 
-def judge_images(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]:
-    """Shares of pictures of the class and of the tone asked for, and Frechet distance to test images."""
+def caption_metrics(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]:
+    """Return class accuracy, tone accuracy and the Frechet distance to the test images."""
     images_NCHW = images_NCHW.clamp(-1, 1)
     meant = [captions.meaning(prompt) for prompt in prompts]
     labels = np.array([label for label, _ in meant])
@@ -102,16 +102,18 @@ def judge_images(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]:
     }
 
 
-def judge(folder: Path, count: int, *, seed: int = 0) -> dict[str, Any]:
-    """Sample from a folder's model; `report.json` and `samples.png` are left in it."""
-    painter, prompts = Painter(folder), draw_captions(count, seed)
+def evaluate_text_model(folder: Path, count: int, *, seed: int = 0) -> dict[str, Any]:
+    """Evaluate a folder's model, and write `report.json` and `samples.png` into the folder."""
+    sampler, prompts = TextToImageSampler(folder), random_captions(count, seed)
     report: dict[str, Any] = {"samples": count, "steps": NUM_STEPS, "seed": seed, "guidance": {}}
     for scale in GUIDANCE_SCALES:
-        report["guidance"][f"{scale:g}"] = judge_images(painter.paint(prompts, scale, seed), prompts)
+        report["guidance"][f"{scale:g}"] = caption_metrics(
+            sampler.sample_images(prompts, scale, seed), prompts
+        )
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     rows = {}
     for scale, tone in itertools.product(GUIDANCE_SCALES, (None, *get_args(captions.Tone))):
         sheet = [captions.plain_caption(label, tone) for label in range(len(captions.NOUNS))]
-        rows[f"{tone or 'no tone'}\nguidance {scale:g}"] = painter.paint(sheet, scale, seed)
+        rows[f"{tone or 'no tone'}\nguidance {scale:g}"] = sampler.sample_images(sheet, scale, seed)
     sample_sheet(rows, fashion_mnist.CLASS_NAMES, folder / "samples.png")
     return report

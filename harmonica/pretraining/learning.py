@@ -1,4 +1,4 @@
-"""Training of a base denoiser itself: only the built-in models need it, the method does not.
+"""Training of a base denoiser, which only the built-in models need.
 
 The learning rate warms up, stays, and decays linearly to zero over the last steps, so a run can be
 lengthened from any checkpoint before the decay. Weight matrices of the blocks are updated by Muon
@@ -18,7 +18,7 @@ _MAX_WEIGHT = 20.0
 
 
 def learning_rate_factor(step: int, *, warmup: int, total: int, decay: int) -> float:
-    """Share of the peak learning rate at `step`: warm-up, plateau, linear decay to zero."""
+    """Return the fraction of the peak learning rate at `step`: warm-up, plateau, linear decay."""
     return min(1.0, (step + 1) / warmup, max(0.0, (total - step) / decay))
 
 
@@ -29,13 +29,13 @@ class LearningConfig:
     steps: int
     """Optimiser steps in all."""
     decay_steps: int
-    """The last of them, over which the learning rate falls to zero."""
+    """Number of last steps, over which the learning rate falls to zero."""
     warmup_steps: int
-    """The first of them, over which it rises."""
+    """Number of first steps, over which the learning rate rises."""
     learning_rate: float
     """Peak learning rate."""
     weight_decay: float
-    """Of the blocks' matrices."""
+    """Weight decay of the blocks' matrices."""
     ema_decay: float
     """Decay of the averaged weights, which are the ones kept."""
 
@@ -43,7 +43,7 @@ class LearningConfig:
 def make_optimizers(
     model: nn.Module, learning_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings, biases, head."""
+    """Return Muon for the blocks' matrices, and AdamW for embeddings, biases and head."""
     named = list(model.named_parameters())
     is_matrix = {name: p.ndim == 2 and "blocks." in name and "table" not in name for name, p in named}
     matrices = [p for name, p in named if is_matrix[name]]
@@ -57,7 +57,7 @@ def make_optimizers(
 
 
 def drop(n: int, share: float, generator: torch.Generator) -> Tensor:
-    """Which of n rows (N,) bool are trained without their condition, for classifier-free guidance."""
+    """Draw which of n rows (N,) bool train without their condition, for classifier-free guidance."""
     return torch.rand(n, generator=generator) < share
 
 
@@ -81,8 +81,8 @@ class NoisyBatch:
         return cls(add_noise(clean_NCHW, noise, timestep_N), timestep_N, noise)
 
 
-def following_loss(predicted_NCHW: Tensor, teacher_NCHW: Tensor, timestep_N: Tensor) -> Tensor:
-    """Mean squared distance from a teacher's noise, as an error of x_0 where that is not too large.
+def distillation_loss(predicted_NCHW: Tensor, teacher_NCHW: Tensor, timestep_N: Tensor) -> Tensor:
+    """Return the mean squared distance from a teacher's noise, limited as an error of x_0.
 
     What an image is of is settled at high noise, where predictions of the noise hardly differ: there
     the error counts up to `_MAX_WEIGHT` times.
@@ -93,7 +93,7 @@ def following_loss(predicted_NCHW: Tensor, teacher_NCHW: Tensor, timestep_N: Ten
 
 
 class Ema:
-    """Exponential moving average of a model's parameters, short-sighted while the run is young."""
+    """Exponential moving average of a model's parameters, with a shorter window in early steps."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -108,7 +108,7 @@ class Ema:
 
 
 class Learner:
-    """A model in training with all that a resumed run needs of it."""
+    """A model in training, with the state that a resumed run needs."""
 
     def __init__(self, model: nn.Module, config: LearningConfig) -> None:
         self.model, self.config = model, config
@@ -118,12 +118,12 @@ class Learner:
 
     @property
     def factor(self) -> float:
-        """Share of the peak learning rate in the coming step."""
+        """Return the fraction of the peak learning rate for the next step."""
         c = self.config
         return learning_rate_factor(self.step, warmup=c.warmup_steps, total=c.steps, decay=c.decay_steps)
 
     def learn(self, loss: Tensor) -> None:
-        """One step down the gradient of `loss`."""
+        """Take one optimiser step on `loss`."""
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         learning_rate = self.config.learning_rate * self.factor

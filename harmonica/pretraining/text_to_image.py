@@ -1,4 +1,4 @@
-"""The built-in text-to-image model: a small PixArt on pixels, and a T5 that knows its captions' words.
+"""The built-in text-to-image model: a small PixArt on pixels, and a T5 with its captions' vocabulary.
 
 It lies in `builtin/fashion-pixart` as a diffusers pipeline's folder without VAE;
 `pipelines.pretrain.text_to_image` made it. Shapes: N batch, C channels, H W image, S text tokens.
@@ -32,7 +32,7 @@ SPECIAL = ("<pad>", "</s>", UNKNOWN)  # ids 0, 1, 2, as T5 has them
 
 
 def make_tokenizer() -> "T5Tokenizer":
-    """One token for each word of the captions; the rest is unknown."""
+    """Make a tokenizer with one token for each word of the captions; other words are unknown."""
     from transformers import T5Tokenizer
 
     words = sorted({word for text in all_captions() for word in text.split()})
@@ -43,7 +43,7 @@ def make_tokenizer() -> "T5Tokenizer":
 
 
 def tokenize(tokenizer: "T5Tokenizer", texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask (N, S) as PixArt's pipeline has them."""
+    """Return token ids and attention mask (N, S) as PixArt's pipeline does."""
     tokens = tokenizer(
         texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
     )
@@ -51,14 +51,14 @@ def tokenize(tokenizer: "T5Tokenizer", texts: list[str]) -> tuple[Tensor, Tensor
 
 
 class TextToImage(nn.Module):
-    """Denoiser and text encoder, trained as one."""
+    """A denoiser and its text encoder, trained together."""
 
     def __init__(self, transformer: PixArtTransformer2DModel, text_encoder: "T5EncoderModel") -> None:
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
 
     def forward(self, noisy_NCHW: Tensor, timestep_N: Tensor, ids_NS: Tensor, mask_NS: Tensor) -> Tensor:
-        """Predicted noise (N, C, H, W)."""
+        """Return the predicted noise (N, C, H, W)."""
         text_NSC = self.text_encoder(input_ids=ids_NS, attention_mask=mask_NS).last_hidden_state
         return self.transformer(
             noisy_NCHW,
@@ -70,7 +70,7 @@ class TextToImage(nn.Module):
 
 
 def load_dit(start: str) -> DiT:
-    """The model to start from, frozen.
+    """Load the model to start from, frozen.
 
     Raises:
         ValueError: it is no DiT.
@@ -82,7 +82,7 @@ def load_dit(start: str) -> DiT:
 
 
 def make_model(start: str, seed: int) -> TextToImage:
-    """A PixArt of the shape of the DiT `start`, warm-started from it, with a new text encoder."""
+    """Make a PixArt of the DiT `start`'s shape, warm-started from it, with a new text encoder."""
     from transformers import T5Config, T5EncoderModel
 
     dit = load_dit(start)
@@ -120,7 +120,7 @@ def make_model(start: str, seed: int) -> TextToImage:
 
 
 def save_pipeline(model: TextToImage, folder: Path) -> None:
-    """As diffusers' `PixArtAlphaPipeline` lies on disk; the denoiser in half precision.
+    """Save the folder of a diffusers `PixArtAlphaPipeline`, the denoiser in half precision.
 
     The text encoder stays in float32: it is small, and transformers loads the precision it finds.
     """

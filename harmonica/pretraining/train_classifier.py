@@ -1,4 +1,4 @@
-"""Train the built-in classifier, and write what an evaluation reads beside its weights.
+"""Train the built-in classifier, and write its weights and the reference statistics.
 
     python -m harmonica.pretraining.train_classifier --out harmonica/builtin/classifier
 
@@ -43,7 +43,7 @@ _BATCH = 50
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassifierTraining:
-    """How the classifier is trained."""
+    """Settings of the classifier's training."""
 
     data_folder: Path = fashion_mnist.DEFAULT_FOLDER
     """Folder with the four IDX files of Fashion-MNIST."""
@@ -52,24 +52,24 @@ class ClassifierTraining:
     epochs: int = 8
     """Passes over the 60,000 images."""
     batch_size: int = 250
-    """Images a step."""
+    """Images in each step."""
     learning_rate: float = 5e-3
     """Peak of the one-cycle schedule."""
     weight_decay: float = 0.02
-    """AdamW's."""
+    """Weight decay of AdamW."""
     label_smoothing: float = 0.05
-    """Share of the target spread over all classes."""
+    """Fraction of the target spread over all classes."""
     seed: int = 0
     """Fixes initial weights, order and shifts; the last digits also depend on the thread count."""
 
 
 def _to_input(images_NCHW: Tensor) -> Tensor:
-    """uint8 pixels to [-1, 1], laid out as the CPU's convolutions like it."""
+    """Convert uint8 pixels to [-1, 1], in the memory layout that is fast on CPUs."""
     return (images_NCHW.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def _shifted(images_NCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to a pixel each way, black moving in."""
+    """Shift each image by up to one pixel in each direction, padding with black."""
     n = len(images_NCHW)
     height, width = images_NCHW.shape[2:]
     windows = F.pad(images_NCHW, (_MAX_SHIFT,) * 4).unfold(2, height, 1).unfold(3, width, 1)
@@ -77,8 +77,8 @@ def _shifted(images_NCHW: Tensor, generator: torch.Generator) -> Tensor:
     return windows[torch.arange(n), :, y_N, x_N]
 
 
-def train(config: ClassifierTraining) -> Classifier:
-    """The trained network, in eval mode."""
+def train_classifier(config: ClassifierTraining) -> Classifier:
+    """Train the classifier and return it in eval mode."""
     images, labels = map(torch.tensor, fashion_mnist.load_fashion_mnist("train", config.data_folder))
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -107,7 +107,7 @@ def train(config: ClassifierTraining) -> Classifier:
 
 
 def write_builtin_reference(folder: Path, data_folder: Path = fashion_mnist.DEFAULT_FOLDER) -> None:
-    """Write what `builtin_reference` reads beside the pooled statistics, by the classifier in the folder."""
+    """Write the files of `builtin_reference` other than the pooled statistics, with the classifier there."""
     images = torch.tensor(fashion_mnist.load_fashion_mnist("test", data_folder)[0]).float() / 127.5 - 1
     seen = [ClassifierFeatures(folder)(batch) for batch in images.split(_BATCH)]
     pooled = torch.cat([features.pooled_NF for features in seen])
@@ -122,8 +122,8 @@ def main() -> None:
     config = replace(
         config, out=local(config.out, "out"), data_folder=local(config.data_folder, "data_folder")
     )
-    save_classifier(train(config), config.out)
-    # Judged as it will be used: after the rounding to half precision.
+    save_classifier(train_classifier(config), config.out)
+    # Evaluated as it will be used: after the rounding to half precision.
     classifier = load_classifier(config.out)
     images, labels = map(torch.tensor, fashion_mnist.load_fashion_mnist("test", config.data_folder))
     features, logits = features_and_logits(classifier, _to_input(images))

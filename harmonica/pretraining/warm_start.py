@@ -49,7 +49,7 @@ def _blocks(dit: DiT) -> Iterable[DiTBlock]:
 
 
 def _copied(dit: DiT) -> dict[str, Tensor]:
-    """Parameters that are the same in both, by diffusers' names."""
+    """Return the parameters that are the same in both, by diffusers' names."""
     layers: dict[str, nn.Module] = {
         "pos_embed.proj": dit.x_embedder.proj,
         "adaln_single.emb.timestep_embedder.linear_1": dit.t_embedder.mlp[0],
@@ -72,7 +72,7 @@ def _copied(dit: DiT) -> dict[str, Tensor]:
 
 
 def _fitted_modulation(dit: DiT, ridge: float = 1e-3) -> dict[str, Tensor]:
-    """adaLN-single: one linear map of the timestep for all blocks, and a table for each.
+    """Fit adaLN-single: one linear map of the timestep for all blocks, and a table for each.
 
     The DiT's modulations, with classes averaged, are taken at every timestep. A block's table is its
     mean over time; the shared map is the least-squares fit of what is left, averaged over blocks.

@@ -119,5 +119,5 @@ def family_phases(config: TrainingConfig, num_steps: int) -> tuple[Phase, ...]:
 
 
 def member_name(target: float) -> str:
-    """Of a family's member: its folder, its arm, its part of a version's tags."""
+    """Of a family's member: its folder, its variant, its part of a version's tags."""
     return f"{target:g}x"

@@ -22,7 +22,7 @@ def check_finite(values_N: Tensor, what: str, cure: str = CURE) -> None:
     """
     Args:
         values_N: rows (N, ...).
-        what: what errors call them, with a verb: "the images of arm full are".
+        what: what errors call them, with a verb: "the images of variant full are".
 
     Raises:
         NotFinite: some of the rows are not finite; says how many.

@@ -1,6 +1,7 @@
-"""Speed and quality of one arm after another, on workers that keep the model and what references have drawn.
+"""Measure the variants of a comparison one by one, on workers that keep the model loaded.
 
-So an arm's result is there as soon as it is measured, and one that fails takes no other with it.
+The workers also keep the images of the reference variants. A result is complete as soon as its variant has
+been measured, and a variant that fails does not affect the others.
 """
 
 import math
@@ -14,91 +15,103 @@ import ray
 import torch
 
 from harmonica.data.batch import Batch, RowSpec, make_rows
-from harmonica.evaluation.accumulators import ArmStatistics
+from harmonica.evaluation.accumulators import MetricAccumulator
 from harmonica.evaluation.reference_sets import ReferenceSet
-from harmonica.evaluation.report import Resamples, arm_quality, distances_to_full
+from harmonica.evaluation.report import Resamples, distances_to_full, variant_metrics
 from pipelines.config.workflow import WorkflowConfig
-from pipelines.evaluation.latency import FULL, Arm, median_times
-from pipelines.evaluation.quality import NOISE_FLOOR, ArmSampler, few_threads, keep, real_images, real_name
+from pipelines.evaluation.latency import FULL, Variant, median_times
+from pipelines.evaluation.quality import (
+    NOISE_FLOOR,
+    VariantSampler,
+    accumulate,
+    few_threads,
+    real_images,
+    real_name,
+)
 from pipelines.runtime.ray_runtime import quiet_libraries
 
 _RETRIES = 2
-"""Of a task whose worker is lost; an arm that takes its worker down every time is not measured."""
+"""Retries of a task whose worker is lost; a variant that crashes its worker every time is not measured."""
 _PATIENCE_S = 60.0
 _LONGEST = 300
 Columns = dict[str, np.ndarray]
 
 
 class NotMeasuredError(Exception):
-    """An arm that cannot be measured; says why."""
+    """A variant cannot be measured; the message says why."""
 
 
-class ArmWorker:
-    """A Ray actor: one model and all that looks at images."""
+class VariantWorker:
+    """A Ray actor that holds one model and the metric networks."""
 
     def __init__(self, config: WorkflowConfig, spec: RowSpec) -> None:
         quiet_libraries()
         self.settings, self.spec = config.evaluate, spec
-        self.sampler = ArmSampler(config, spec, [])
-        self._arms: dict[str, Arm] = {}
+        self.sampler = VariantSampler(config, spec, [])
+        self._variants: dict[str, Variant] = {}
 
-    def begun(self) -> None:
-        """Answers once the worker has a place and its model."""
+    def started(self) -> None:
+        """Return once the worker has been placed and has loaded its model."""
 
-    def times(self, reference: Arm, arm: Arm) -> tuple[float, float]:
-        """How many times as fast as its reference, timed in turn with it; and the spread of the times."""
+    def times(self, reference: Variant, variant: Variant) -> tuple[float, float]:
+        """Return the speedup over the reference, timed in turn with it, and the spread of the times."""
         indices = np.arange(self.settings.timing_batch_size)
         batch = Batch.of(make_rows(indices, self.spec), self.spec, self.sampler.device)
-        pair, rounds = [self._kept(reference), self._kept(arm)], self.settings.timing_rounds
+        pair, rounds = [self._with_state(reference), self._with_state(variant)], self.settings.timing_rounds
         seconds, spread = median_times(pair, self.sampler.model, batch, rounds)
-        return seconds[reference.name] / seconds[arm.name], max(spread.values())
+        return seconds[reference.name] / seconds[variant.name], max(spread.values())
 
-    def look(self, arm: Arm, rows: range, reference: np.ndarray | None) -> tuple[Columns, np.ndarray | None]:
-        """The arm's columns on these rows, and, where it is a reference, what it has drawn.
+    def measure(
+        self, variant: Variant, rows: range, reference: np.ndarray | None
+    ) -> tuple[Columns, np.ndarray | None]:
+        """Return the variant's metric columns on these rows, and its samples if it is a reference.
 
         Args:
-            reference: what the arm's reference has drawn from them; None where it is that arm.
+            reference: samples of the variant's reference from the same rows; None if the variant is one.
 
         Raises:
-            NotFinite: it draws what is not finite.
+            NotFinite: the variant's images are not finite.
         """
-        arm, batch = self._kept(arm), make_rows(np.arange(rows.start, rows.stop), self.spec)
-        before = {} if reference is None else {arm.reference: torch.tensor(reference)}
-        columns, drawn = self.sampler.look(batch, [arm], before)
+        variant, batch = self._with_state(variant), make_rows(np.arange(rows.start, rows.stop), self.spec)
+        before = {} if reference is None else {variant.reference: torch.tensor(reference)}
+        columns, drawn = self.sampler.measure(batch, [variant], before)
         if reference is not None:
             return columns, None
-        if arm.name == FULL and self.sampler.has_noise_floor:
-            columns |= self.sampler.other_noise(batch["index"], arm)
-        return columns, drawn[arm.name].cpu().numpy()
+        if variant.name == FULL and self.sampler.has_noise_floor:
+            columns |= self.sampler.measure_other_noise(batch["index"], variant)
+        return columns, drawn[variant.name].cpu().numpy()
 
-    def _kept(self, arm: Arm) -> Arm:
-        """The arm as it was here before, with what it has built; of those beside references only the last."""
-        if arm.name not in self._arms:
-            self._arms = {name: one for name, one in self._arms.items() if name == one.reference}
-            self._arms[arm.name] = arm
-        return self._arms[arm.name]
+    def _with_state(self, variant: Variant) -> Variant:
+        """Return this worker's copy of the variant, with the modules that it has built.
+
+        References stay; of the others only the last one does, so that memory does not grow.
+        """
+        if variant.name not in self._variants:
+            self._variants = {name: one for name, one in self._variants.items() if name == one.reference}
+            self._variants[variant.name] = variant
+        return self._variants[variant.name]
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """Of a reference: what is kept of its images, and block by block the images themselves."""
+class _Samples:
+    """A variant's accumulated metrics by name, and its samples as one Ray object for each block of rows."""
 
-    kept: dict[str, ArmStatistics]
+    accumulators: dict[str, MetricAccumulator]
     blocks: list[Any]
 
 
 class Bench:
-    """The workers of a comparison; they start with the first arm that is measured."""
+    """The workers of a comparison, started when the first variant is measured."""
 
-    def __init__(self, config: WorkflowConfig, spec: RowSpec, references: list[Arm]) -> None:
+    def __init__(self, config: WorkflowConfig, spec: RowSpec, references: list[Variant]) -> None:
         """
         Args:
             config: its `evaluate.samples` is the number of images.
-            references: those that arms name, and are held against.
+            references: the variants that other variants are compared with.
         """
         self.config, self.spec = config, spec
-        self.references = {arm.name: arm for arm in references}
-        self._drawn: dict[str, _Drawn | Exception] = {}
+        self.references = {variant.name: variant for variant in references}
+        self._samples: dict[str, _Samples | Exception] = {}
 
     def __enter__(self) -> "Bench":
         return self
@@ -110,81 +123,86 @@ class Bench:
             ray.kill(worker)
 
     def quality_of(self, reference: str) -> dict[str, Any]:
-        """Of a reference, JSON-ready; with features also `noise_floor`, see `evaluation.quality.judge`."""
-        kept = self._draw(reference).kept
-        quality = self._quality(kept[reference], None)
-        if NOISE_FLOOR in kept:
+        """Return a reference's metrics, JSON-ready.
+
+        With features they include `noise_floor`: see `evaluation.quality.evaluate_images`.
+        """
+        accumulators = self._reference_samples(reference).accumulators
+        quality = self._quality(accumulators[reference], None)
+        if NOISE_FLOOR in accumulators:
             with few_threads(self.config):
-                quality[NOISE_FLOOR] = distances_to_full(kept[NOISE_FLOOR], kept[reference], self._resamples)
+                quality[NOISE_FLOOR] = distances_to_full(
+                    accumulators[NOISE_FLOOR], accumulators[reference], self._resamples
+                )
         return quality
 
-    def _quality(self, kept: ArmStatistics, full: ArmStatistics | None) -> dict[str, Any]:
+    def _quality(self, accumulators: MetricAccumulator, full: MetricAccumulator | None) -> dict[str, Any]:
         real, resamples = self._real, self._resamples
         with few_threads(self.config):
-            return arm_quality(kept, full, real, resamples, real_name(self.config))
+            return variant_metrics(accumulators, full, real, resamples, real_name(self.config))
 
-    def measure(self, arm: Arm) -> tuple[dict[str, Any], float]:
-        """Speed and quality of an arm, JSON-ready, and the spread of the times.
+    def measure(self, variant: Variant) -> tuple[dict[str, Any], float]:
+        """Return a variant's speedup and metrics, JSON-ready, and the spread of the times.
 
         Raises:
-            Exception: whatever the arm or its reference raises, or `NotMeasuredError`.
+            Exception: whatever the variant or its reference raises, or `NotMeasuredError`.
         """
-        reference = self._draw(arm.reference)
-        speed, spread = ray.get(self._workers[0].times.remote(self.references[arm.reference], arm))
-        kept = self._look(arm, reference.blocks).kept
-        quality = self._quality(kept[arm.name], reference.kept[arm.reference])
+        reference = self._reference_samples(variant.reference)
+        speed, spread = ray.get(self._workers[0].times.remote(self.references[variant.reference], variant))
+        accumulators = self._measure_images(variant, reference.blocks).accumulators
+        quality = self._quality(accumulators[variant.name], reference.accumulators[variant.reference])
         for name, value in quality.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise NotMeasuredError(f"its {name} is {value}")
         return {"speedup": speed} | quality, spread
 
-    def _draw(self, name: str) -> _Drawn:
-        """What a reference draws; one that fails is not tried for every arm that names it."""
-        if name not in self._drawn:
+    def _reference_samples(self, name: str) -> _Samples:
+        """Return a reference's samples; a reference that failed once is not sampled again."""
+        if name not in self._samples:
             try:
-                self._drawn[name] = self._look(self.references[name], None)
+                self._samples[name] = self._measure_images(self.references[name], None)
             except Exception as error:
-                self._drawn[name] = error
-        drawn = self._drawn[name]
+                self._samples[name] = error
+        drawn = self._samples[name]
         if isinstance(drawn, Exception):
             raise NotMeasuredError(f"its reference, {name}: {reason_of(drawn)}") from drawn
         return drawn
 
-    def _look(self, arm: Arm, blocks: list[Any] | None) -> _Drawn:
-        """All images of an arm; `blocks` are its reference's."""
+    def _measure_images(self, variant: Variant, blocks: list[Any] | None) -> _Samples:
+        """Sample and measure all images of a variant; `blocks` are its reference's samples."""
         samples, size = self.config.evaluate.samples, self.config.evaluate.batch_size
         ranges = [range(i, min(i + size, samples)) for i in range(0, samples, size)]
         workers, tasks = self._workers, []
         for i, rows in enumerate(ranges):
             worker = workers[i % len(workers)]
-            asked = (arm, rows, blocks[i] if blocks else None)
-            tasks.append(worker.look.options(num_returns=2).remote(*asked))
-        kept: dict[str, ArmStatistics] = {}
+            asked = (variant, rows, blocks[i] if blocks else None)
+            tasks.append(worker.measure.options(num_returns=2).remote(*asked))
+        accumulators: dict[str, MetricAccumulator] = {}
         try:
             for columns, _ in tasks:
-                keep(kept, [arm], ray.get(columns), samples)
+                accumulate(accumulators, [variant], ray.get(columns), samples)
         except Exception:
-            # So that the workers are idle when the next arm is timed.
+            # So that the workers are idle when the next variant is timed.
             ray.wait([columns for columns, _ in tasks], num_returns=len(tasks))
             raise
-        return _Drawn(kept, [drawn for _, drawn in tasks])
+        return _Samples(accumulators, [drawn for _, drawn in tasks])
 
     @cached_property
     def _workers(self) -> list[Any]:
-        """As many as there is room for; none waits for longer than `_PATIENCE_S` once the first has begun."""
+        """Start as many workers as fit; once the first one is up, wait `_PATIENCE_S` for the others."""
         _ = self._real  # before workers have the GPUs: it may take one
         settings = self.config.evaluate
         kind: Any = ray.remote(
             num_cpus=1, num_gpus=int(settings.use_gpu), max_restarts=-1, max_task_retries=_RETRIES
-        )(ArmWorker)
+        )(VariantWorker)
         workers: list[Any] = [kind.remote(self.config, self.spec) for _ in range(settings.num_actors)]
-        begun = {worker.begun.remote(): worker for worker in workers}
-        ray.wait([*begun], num_returns=1)
-        ready, waiting = ray.wait([*begun], num_returns=len(begun), timeout=_PATIENCE_S)
+        started = {worker.started.remote(): worker for worker in workers}
+        ray.wait([*started], num_returns=1)
+        ready, waiting = ray.wait([*started], num_returns=len(started), timeout=_PATIENCE_S)
         for answer in waiting:
-            ray.kill(begun[answer])
+            ray.kill(started[answer])
         ray.get(ready)
-        return [begun[answer] for answer in ready]
+        return [started[answer] for answer in ready]
 
     @cached_property
     def _real(self) -> ReferenceSet | None:
@@ -193,15 +211,19 @@ class Bench:
     @cached_property
     def _resamples(self) -> Resamples:
         first = next(iter(self.references))
-        return Resamples.of(self._draw(first).kept[first], self.config.evaluate.resamples, self.config.seed)
+        return Resamples.of(
+            self._reference_samples(first).accumulators[first],
+            self.config.evaluate.resamples,
+            self.config.seed,
+        )
 
 
 def reason_of(error: BaseException) -> str:
-    """Why an arm was not measured: the error that a worker raised, in one line."""
+    """Return in one line why a variant was not measured: the error that its worker raised."""
     cause = getattr(error, "cause", None) or error
-    words = " ".join(str(cause).split())
+    message = " ".join(str(cause).split())
     if isinstance(cause, NotMeasuredError):
-        return words
-    if len(words) > _LONGEST:
-        words = f"{words[:_LONGEST]} ..."
-    return f"{type(cause).__name__}: {words}" if words else type(cause).__name__
+        return message
+    if len(message) > _LONGEST:
+        message = f"{message[:_LONGEST]} ..."
+    return f"{type(cause).__name__}: {message}" if message else type(cause).__name__

@@ -1,5 +1,4 @@
-"""What is compared at a speed: this project's routers, what else learns a plan, and plans that nobody has to
-learn."""
+"""Define the methods compared at each speed: our routers, other learned plans and untrained plans."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,14 +16,14 @@ from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.builders import even_plan, threshold_for
 from pipelines.compare.names import FEWER_STEPS, OURS, PAPER, RELEASED
 from pipelines.config.workflow import TrainConfig
-from pipelines.evaluation.latency import FULL, Arm
+from pipelines.evaluation.latency import FULL, Variant
 
 _RANDOM_SEED = 7
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method at a speed."""
+    """A method at one target speed and seed."""
 
     method: str
     target: float
@@ -32,15 +31,15 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Of its arm; also a folder's, so without spaces."""
-        words = self.method.replace(" ", "-").replace("+", "and").replace("(", "").replace(")", "")
-        return f"{words}_{self.target:g}x_seed{self.seed}"
+        """Return the name of the variant and of its folder, which has no spaces."""
+        name = self.method.replace(" ", "-").replace("+", "and").replace("(", "").replace(")", "")
+        return f"{name}_{self.target:g}x_seed{self.seed}"
 
 
-def learners(train: TrainConfig, target: float, *, rivals: bool) -> dict[str, TrainConfig]:
-    """How each learning method is trained for a speed; all take as many trajectories."""
+def learned_methods(train: TrainConfig, target: float, *, with_baselines: bool) -> dict[str, TrainConfig]:
+    """Return the training settings of each learned method; all use the same number of trajectories."""
     ours = train.for_target(target_speedup=target)
-    if not rivals:
+    if not with_baselines:
         return {OURS: ours}
     paper = dataclasses.replace(
         ours,
@@ -65,12 +64,18 @@ def learners(train: TrainConfig, target: float, *, rivals: bool) -> dict[str, Tr
     }
 
 
-def learned_arm(entry: Entry, artifact: RouterArtifact) -> Arm:
-    return Arm(entry.name, artifact.sampler, artifact.plan, artifact.reuse)
+def learned_variant(entry: Entry, artifact: RouterArtifact) -> Variant:
+    return Variant(entry.name, artifact.sampler, artifact.plan, artifact.reuse)
 
 
-def unlearned(sampler: SamplerConfig, macs: Macs, target: float, seeds: int) -> list[tuple[Entry, Arm]]:
-    """Fewer steps of the same sampler, evenly spread whole steps, held or forecast, and random entries."""
+def untrained_methods(
+    sampler: SamplerConfig, macs: Macs, target: float, seeds: int
+) -> list[tuple[Entry, Variant]]:
+    """Return the baselines that need no training.
+
+    They are fewer steps of the same sampler, whole steps reused at even intervals (held or forecast), and
+    random plans, one for each seed.
+    """
     count = sampler.num_inference_steps
     even = even_plan(count, macs, target)
     plans: list[tuple[Entry, Plan, Reuse]] = [
@@ -83,8 +88,8 @@ def unlearned(sampler: SamplerConfig, macs: Macs, target: float, seeds: int) -> 
         plans.append((Entry("random plan", target, seed), random, "hold"))
     steps = max(1, round(count / target))
     fewer = Entry(FEWER_STEPS, target)
-    arms = [(entry, Arm(entry.name, sampler, plan, reuse)) for entry, plan, reuse in plans]
-    return [(fewer, Arm(fewer.name, dataclasses.replace(sampler, num_inference_steps=steps))), *arms]
+    variants = [(entry, Variant(entry.name, sampler, plan, reuse)) for entry, plan, reuse in plans]
+    return [(fewer, Variant(fewer.name, dataclasses.replace(sampler, num_inference_steps=steps))), *variants]
 
 
 def _random_scores(num_steps: int, num_branches: int, seed: int) -> Tensor:
@@ -92,5 +97,5 @@ def _random_scores(num_steps: int, num_branches: int, seed: int) -> Tensor:
     return torch.from_numpy(generator.uniform(0.01, 0.99, (num_steps, num_branches)))
 
 
-def full_arm(sampler: SamplerConfig) -> Arm:
-    return Arm(FULL, sampler)
+def full_variant(sampler: SamplerConfig) -> Variant:
+    return Variant(FULL, sampler)

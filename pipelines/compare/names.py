@@ -1,4 +1,4 @@
-"""What the methods of a comparison are called: by a key, which stays, and by what they are."""
+"""Keys and labels of the compared methods: keys are stored and stay, labels are shown to readers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,22 +9,22 @@ FEWER_STEPS = "fewer steps"
 PAPER = "SDT + IEPO as in the paper"
 RELEASED = "SDT + IEPO as released"
 OURS_LABEL = "step search + fitted forecast"
-"""Of what this project makes by default; no training of a router is left in it."""
+"""Label of this project's default method, which does not keep a trained router."""
 _LABELS = {OURS: OURS_LABEL, PAPER: "HarmoniCa (paper)", RELEASED: "HarmoniCa (released code)"}
 
 
 def label_of(method: str) -> str:
-    """What a method is called, as far as that is known before it has run."""
+    """Return a method's label, as far as it is known before the method has run."""
     return _LABELS.get(method, method)
 
 
 def label(point: Mapping[str, Any]) -> str:
-    """Of a point of `comparison.json`; those of versions before this one have none of their own."""
+    """Return the label of a point of `comparison.json`; older files store none."""
     return str(point.get("label") or label_of(point["method"]))
 
 
 def shown_name(point: Mapping[str, Any]) -> str:
-    """Of one point: its label, and what tells it from others of its method."""
+    """Return a point's label with what distinguishes it from other points of its method."""
     name = label(point)
     if point["method"] == FEWER_STEPS and "num_inference_steps" in point:
         return f"{point['num_inference_steps']} steps"

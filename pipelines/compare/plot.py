@@ -22,7 +22,7 @@ def comparison_picture(
     Every seed has its mark; the line goes through the means of a method's seeds at each speed.
 
     Args:
-        missing: arms that were not measured; the legend counts them.
+        missing: variants that were not measured; the legend says how many.
     """
     figure = Figure(figsize=(9, 5.5), dpi=150, facecolor="white", layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What a comparison has measured so far: a file an arm, written as it is done, so a kill costs one arm."""
+"""Store a comparison's results in one file for each variant, so an interruption loses one at most."""
 
 import dataclasses
 import json
@@ -13,13 +13,13 @@ from pipelines.run_state.storage import RunStorage
 
 
 class Results:
-    """The arms of one run; those that were measured on another number of images are not there."""
+    """The stored results of one run; those measured on another number of images are ignored."""
 
     def __init__(self, storage: RunStorage, folder: str, samples: int) -> None:
         self.storage, self.folder, self.samples = storage, folder, samples
 
     def get(self, name: str) -> Any:
-        """What is kept of an arm, None where there is nothing."""
+        """Return the stored result of a variant, None if there is none."""
         path = self._path(name)
         kept = self.storage.read_json(path) if self.storage.exists(path) else {}
         return kept["result"] if kept.get("samples") == self.samples else None
@@ -32,14 +32,14 @@ class Results:
 
 
 def compared(settings: CompareConfig) -> Any:
-    """What a comparison is of, as JSON has it."""
+    """Return the settings of a comparison as they are read back from JSON."""
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 def is_complete(config: WorkflowConfig, storage: RunStorage) -> bool:
-    """Whether `comparison.json` has every arm that the settings ask for now.
+    """Return whether `comparison.json` has every variant that the settings ask for.
 
-    One that lacks arms, or has some that failed, is gone on with; what is measured stays.
+    A comparison that lacks variants, or in which some failed, is continued; measured results are reused.
     """
     if not storage.exists(COMPARISON):
         return False
@@ -49,7 +49,7 @@ def is_complete(config: WorkflowConfig, storage: RunStorage) -> bool:
 
 
 def record(config: WorkflowConfig, storage: RunStorage) -> None:
-    """Keep what is compared now in the run's settings, which the next resume is held against."""
+    """Write the comparison's settings into the run's, which the next resume compares its own with."""
     settings = storage.read_json(CONFIG)
     if settings["compare"] != (now := compared(config.compare)):
         storage.write_json(CONFIG, settings | {"compare": now})

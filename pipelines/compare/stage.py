@@ -1,8 +1,7 @@
-"""This project's routers beside other methods: each trained where it learns, timed in turn with full
-sampling, judged on the same noise.
+"""Compare this project's routers with other methods, at equal noise and timed against full sampling.
 
-A router that has been trained and an arm that has been measured are kept, so a comparison that was
-interrupted goes on with the next; an arm that fails is reported as not measured, and the others count.
+Trained routers and measured results are stored, so an interrupted comparison continues with the next
+variant. A variant that fails is reported as not measured, and the others still count.
 """
 
 import dataclasses
@@ -20,15 +19,15 @@ from harmonica.data.batch import RowSpec, Share
 from harmonica.models.base import Macs
 from harmonica.models.loading import load_model
 from pipelines.compare.measuring import Bench, reason_of
-from pipelines.compare.methods import Entry, full_arm, learned_arm, learners, unlearned
+from pipelines.compare.methods import Entry, full_variant, learned_methods, learned_variant, untrained_methods
 from pipelines.compare.names import OURS, label_of, shown_name
 from pipelines.compare.plot import comparison_picture
-from pipelines.compare.ranking import ahead, missing_name, verdict
+from pipelines.compare.ranking import leaders, missing_name, ranking_summary
 from pipelines.compare.results import Results, compared
-from pipelines.compare.third_party_caches import LibraryArm, library_arms
+from pipelines.compare.third_party_caches import LibraryVariant, library_variants
 from pipelines.config.workflow import TrainConfig, WorkflowConfig
 from pipelines.data.stream import row_spec
-from pipelines.evaluation.latency import FULL, SEED_OFFSET, Arm, device_of
+from pipelines.evaluation.latency import FULL, SEED_OFFSET, Variant, device_of
 from pipelines.run_state.resume import work_folder
 from pipelines.run_state.routers import load_router
 from pipelines.run_state.storage import RunStorage
@@ -37,40 +36,40 @@ from pipelines.training.stage import start_run
 
 _SAY_EVERY_S = 20.0
 About = dict[str, Any]
-"""What is known of an arm before it is measured, as a point of `comparison.json` has it."""
+"""Fields of a variant's point in `comparison.json` that are known before it is measured."""
 
 
 @dataclass(frozen=True)
-class _Contender:
-    """An arm, and what its point says of it beside the measurements."""
+class _Method:
+    """A variant, and the fields of its point that are not measured."""
 
     about: About
-    arm: Arm
+    variant: Variant
 
 
 @plainly()
-def compare(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any], Figure]:
-    """All points, JSON-ready, what was not measured and why, and the picture: quality against measured speed.
+def compare_methods(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any], Figure]:
+    """Measure all methods; return the comparison, JSON-ready, and its plot of quality against speed.
 
     Raises:
-        Exception: full sampling itself fails, so that nothing can be held against it.
+        Exception: full sampling itself fails, so there is nothing to compare with.
     """
     config, folder = dataclasses.replace(config, storage_path=storage.root), work_folder("compare", storage)
     spec, macs = ray.get(ray.remote(_model_facts).remote(config))
-    contenders, missing = _learned(config, storage, folder, macs)
-    contenders += _unlearned(config, macs)
-    references: list[Arm] = [full_arm(config.sampler)]
+    methods, missing = _train_learned(config, storage, folder, macs)
+    methods += _untrained(config, macs)
+    references: list[Variant] = [full_variant(config.sampler)]
     if config.compare.libraries and spec.prompts is None and config.sampler.name == "ddim":
-        uncached, *cached = library_arms(config.model, config.sampler)
+        uncached, *cached = library_variants(config.model, config.sampler)
         references.append(uncached)
-        contenders += [_of_library(arm) for arm in cached]
+        methods += [_of_library(variant) for variant in cached]
     settings = dataclasses.replace(config.evaluate, samples=config.compare.samples)
     results = Results(storage, folder, config.compare.samples)
     with Bench(dataclasses.replace(config, evaluate=settings), spec, references) as bench:
         if (full := results.get(FULL)) is None:
             results.put(FULL, full := bench.quality_of(FULL))
-        points, spread, failed = _measured(contenders, bench, results)
-    speeds, missing = ahead(points, config.compare.targets), missing + failed
+        points, spread, failed = _measured(methods, bench, results)
+    speeds, missing = leaders(points, config.compare.targets), missing + failed
     return {
         "num_inference_steps": config.sampler.num_inference_steps,
         "sampler": config.sampler.name,
@@ -80,7 +79,7 @@ def compare(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any]
         "points": points,
         "not_measured": missing,
         "speeds": speeds,
-        "verdict": verdict(speeds, points, missing),
+        "verdict": ranking_summary(speeds, points, missing),
         "compared": compared(config.compare),
     }, comparison_picture(points, missing)
 
@@ -91,42 +90,44 @@ def _model_facts(config: WorkflowConfig) -> tuple[RowSpec, Macs]:
 
 
 def _measured(
-    contenders: list[_Contender], bench: Bench, results: Results
+    methods: list[_Method], bench: Bench, results: Results
 ) -> tuple[list[About], float, list[About]]:
-    """The points, the largest spread of times behind them, and what was not measured."""
+    """Return the points, the largest spread of their times, and the variants not measured."""
     points, missing, spreads, last_said = [], [], [0.0], time.monotonic()
-    for place, one in enumerate(contenders, start=1):
-        if (result := results.get(one.arm.name)) is None:
+    for place, one in enumerate(methods, start=1):
+        if (result := results.get(one.variant.name)) is None:
             try:
-                quality, spread = bench.measure(one.arm)
-            except Exception as error:  # of many libraries; the other arms count
+                quality, spread = bench.measure(one.variant)
+            except Exception as error:  # of many libraries; the other variants count
                 missing.append(one.about | {"reason": reason_of(error)})
                 say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
                 continue
             result = {"point": one.about | quality, "seconds_spread": spread}
-            results.put(one.arm.name, result)
+            results.put(one.variant.name, result)
         points.append(point := result["point"])
         spreads.append(result["seconds_spread"])
         if time.monotonic() - last_said > _SAY_EVERY_S:
             last_said = time.monotonic()
             near = f"{point['speedup']:.2f}x, {point['psnr_to_full']:.1f} dB"
-            say(f"[compare] {place} of {len(contenders)} arms, {shown_name(point)}: {near}")
+            say(f"[compare] {place} of {len(methods)} variants, {shown_name(point)}: {near}")
     return points, max(spreads), missing
 
 
-def _learned(
+def _train_learned(
     config: WorkflowConfig, storage: RunStorage, folder: str, macs: Macs
-) -> tuple[list[_Contender], list[About]]:
-    """A router of each learning method, speed and seed, as many at once as there are cores or GPUs; and those
-    that could not be trained.
+) -> tuple[list[_Method], list[About]]:
+    """Train a router for each learned method, speed and seed, in parallel on the cluster.
 
     Args:
-        folder: of the run, where routers are kept.
+        folder: the run's folder, in which routers are stored.
+
+    Returns:
+        The methods that have a router, and the points of those that could not be trained.
     """
     wanted: dict[Entry, TrainConfig] = {}
     for seed in range(config.compare.seeds):
         for target in config.compare.targets:
-            settings = learners(config.train, target, rivals=config.compare.learners)
+            settings = learned_methods(config.train, target, with_baselines=config.compare.learners)
             wanted |= {Entry(method, target, seed): train for method, train in settings.items()}
     task = ray.remote(num_cpus=1, num_gpus=int(config.evaluate.use_gpu), max_retries=3)(_train_one)
     places = {entry: f"{folder}/{entry.name}" for entry in wanted}
@@ -135,7 +136,7 @@ def _learned(
         for entry, train in wanted.items()
         if not storage.exists(f"{places[entry]}/config.json")
     }
-    contenders, missing = [], []
+    methods, missing = [], []
     for entry in wanted:
         about, doing = _about(entry), "its training failed"
         try:
@@ -143,14 +144,14 @@ def _learned(
                 ray.get(running[entry])
             doing = "its router cannot be read"
             artifact = load_router(storage, places[entry])
-        except Exception as error:  # of a worker, of a damaged file; the other arms count
+        except Exception as error:  # of a worker, of a damaged file; the other variants count
             missing.append(about | {"reason": f"{doing}: {reason_of(error)}"})
             say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
             continue
         if entry.method == OURS:
             about["label"] = artifact.method
-        contenders.append(_contender(about, learned_arm(entry, artifact), macs))
-    return sorted(contenders, key=lambda one: one.about["target_speedup"]), missing
+        methods.append(_method(about, learned_variant(entry, artifact), macs))
+    return sorted(methods, key=lambda one: one.about["target_speedup"]), missing
 
 
 def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig, place: str) -> None:
@@ -165,11 +166,11 @@ def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig, place: 
         storage.upload_folder(artifact.save(folder), place)
 
 
-def _unlearned(config: WorkflowConfig, macs: Macs) -> list[_Contender]:
+def _untrained(config: WorkflowConfig, macs: Macs) -> list[_Method]:
     return [
-        _contender(_about(entry), arm, macs)
+        _method(_about(entry), variant, macs)
         for target in config.compare.targets
-        for entry, arm in unlearned(config.sampler, macs, target, config.compare.seeds)
+        for entry, variant in untrained_methods(config.sampler, macs, target, config.compare.seeds)
     ]
 
 
@@ -178,13 +179,15 @@ def _about(entry: Entry) -> About:
     return {"method": entry.method, **label, "target_speedup": entry.target, "seed": entry.seed}
 
 
-def _contender(about: About, arm: Arm, macs: Macs) -> _Contender:
-    known: About = {"num_inference_steps": arm.num_inference_steps, **about}
-    if arm.plan is not None:
-        known["cur"], known["ideal_speedup"] = arm.plan.cur, arm.plan.ideal_speedup(macs)
-    return _Contender(known, arm)
+def _method(about: About, variant: Variant, macs: Macs) -> _Method:
+    known: About = {"num_inference_steps": variant.num_inference_steps, **about}
+    if variant.plan is not None:
+        known["cur"], known["ideal_speedup"] = variant.plan.cur, variant.plan.ideal_speedup(macs)
+    return _Method(known, variant)
 
 
-def _of_library(arm: LibraryArm) -> _Contender:
-    steps: About = {"num_inference_steps": arm.num_inference_steps}
-    return _Contender(steps | {"method": arm.library, "label": arm.library, "setting": arm.setting}, arm)
+def _of_library(variant: LibraryVariant) -> _Method:
+    steps: About = {"num_inference_steps": variant.num_inference_steps}
+    return _Method(
+        steps | {"method": variant.library, "label": variant.library, "setting": variant.setting}, variant
+    )

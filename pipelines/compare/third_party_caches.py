@@ -1,7 +1,7 @@
-"""Caches of other libraries on diffusers' own module, as arms beside ours: what a user would pick instead.
+"""Caches of other libraries on diffusers' own module, as baselines that a user could choose instead.
 
-Each module has our model's weights, in diffusers' convention, and is held against its own uncached images and
-its own uncached time. Optional: cache-dit is used where it is installed.
+Each module has our model's weights, in diffusers' convention, and is compared with its own uncached images
+and its own uncached time. Optional: cache-dit is used where it is installed.
 """
 
 import importlib.util
@@ -22,28 +22,28 @@ from harmonica.models.diffusers_folder import find_transformer, write_diffusers
 from harmonica.models.loading import ModelConfig, read_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.torchvision_ops import ensure_torchvision_imports
-from pipelines.evaluation.latency import Arm
+from pipelines.evaluation.latency import Variant
 
 UNCACHED = "diffusers, uncached"
 _WARMUP_STEPS = 2
 
 
 class _Switch(ABC):
-    """A library's cache on a module: on from the first trajectory, fresh at every one."""
+    """A library's cache on a module, enabled at the first trajectory and reset before each."""
 
     package = "diffusers"
     settings: tuple[float, ...] = ()
-    """To try, since none of them takes a speed to aim at."""
+    """Settings to measure, since none of the libraries accepts a target speed."""
 
     @abstractmethod
     def start(self, module: Any, setting: float, num_steps: int) -> None:
-        """Before a trajectory."""
+        """Enable or reset the cache; called before each trajectory."""
 
 
 class _Diffusers(_Switch):
     @abstractmethod
     def config(self, setting: float) -> Any:
-        """diffusers' own."""
+        """A cache of diffusers itself."""
 
     def start(self, module: Any, setting: float, num_steps: int) -> None:
         if module.is_cache_enabled:
@@ -142,13 +142,13 @@ def _module(config: ModelConfig, device: torch.device, is_cacheable: bool) -> An
 
 
 @dataclass(frozen=True)
-class LibraryArm(Arm):
+class LibraryVariant(Variant):
     """diffusers' module, sampled step by step as ours, with another library's cache on it or none."""
 
     weights: ModelConfig = field(default_factory=ModelConfig)
-    """Of the model whose weights the module has."""
+    """The model whose weights the module has."""
     library: str = ""
-    """Of `_LIBRARIES`; empty is uncached."""
+    """A key of `_LIBRARIES`; empty for the uncached module."""
     setting: float = 0.0
     _built: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -175,15 +175,17 @@ class LibraryArm(Arm):
         return sampler.finish(state)
 
 
-def library_arms(model: ModelConfig, sampler: SamplerConfig) -> list[LibraryArm]:
-    """The uncached module and every library that is installed, at each of its settings."""
-    arms = [LibraryArm(UNCACHED, sampler, reference=UNCACHED, weights=model)]
+def library_variants(model: ModelConfig, sampler: SamplerConfig) -> list[LibraryVariant]:
+    """Return the uncached module and each installed library at each of its settings."""
+    variants = [LibraryVariant(UNCACHED, sampler, reference=UNCACHED, weights=model)]
     for name, switch in _LIBRARIES.items():
         if importlib.util.find_spec(switch.package) is None:
             continue
         for setting in switch.settings:
             title = f"{name} {setting:g}"
-            arms.append(
-                LibraryArm(title, sampler, reference=UNCACHED, weights=model, library=name, setting=setting)
+            variants.append(
+                LibraryVariant(
+                    title, sampler, reference=UNCACHED, weights=model, library=name, setting=setting
+                )
             )
-    return arms
+    return variants

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from harmonica.validation.settings import Field, settings
 
-_ADD_OR_DROP_ARMS = ("targets", "seeds", "learners", "libraries")
+_ADD_OR_DROP_VARIANTS = ("targets", "seeds", "learners", "libraries")
 _MAY_GROW = "samples"
 
 
@@ -13,7 +13,7 @@ _MAY_GROW = "samples"
 class CompareConfig:
     """This project's routers beside what else one could do, on the same noise, at the same speeds.
 
-    All of it may change when a run is resumed, but for `samples`, which may only grow: arms are added or
+    All of it may change when a run is resumed, but for `samples`, which may only grow: variants are added or
     dropped, and judged anew on more images.
     """
 
@@ -27,7 +27,7 @@ class CompareConfig:
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
     """Routers that each learning method trains at each speed; their spread is the method's."""
     samples: Annotated[int, Field(ge=16, le=50_000)] = 256
-    """Images of each arm; a run that is resumed may have more, not fewer."""
+    """Images of each variant; a run that is resumed may have more, not fewer."""
     learners: bool = True
     """Train what else learns: HarmoniCa in the paper's setting and in the released code's, SDT without IEPO,
     Learning-to-Cache."""
@@ -43,7 +43,7 @@ def free_to_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str
         before: those of this section that the run has so far, as JSON has them.
         now: those that are given.
     """
-    free = {*_ADD_OR_DROP_ARMS}
+    free = {*_ADD_OR_DROP_VARIANTS}
     if now[_MAY_GROW] >= before.get(_MAY_GROW, 0):
         free.add(_MAY_GROW)
     return {f"compare.{name}" for name in free}

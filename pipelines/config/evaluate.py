@@ -14,7 +14,7 @@ class EvaluateConfig:
     """Sampling the same noise full, cached and with fewer steps, and judging the images."""
 
     samples: Annotated[int, Field(ge=16)] = 512
-    """Images of each arm; a cluster takes 50,000 by the same code."""
+    """Images of each variant; a cluster takes 50,000 by the same code."""
     batch_size: Count = 32
     """Images an actor samples at once."""
     num_actors: Count = 2
@@ -22,7 +22,7 @@ class EvaluateConfig:
     use_gpu: bool = False
     """One GPU an actor."""
     timing_rounds: Count = 5
-    """Times each arm is timed, in turn; the medians are compared."""
+    """Times each variant is timed, in turn; the medians are compared."""
     timing_batch_size: Count = 8
     """Images of one timed batch."""
     transfer: tuple[SamplerName, ...] = ()
@@ -46,7 +46,7 @@ class EvaluateConfig:
     """torchvision's AlexNet weights, a local file on every node: LPIPS to the uncached sample."""
     noise_floor: bool = True
     """Sample full once more from another seed: how far two sets of full images are apart anyway. Costs as
-    much as the full arm."""
+    much as the full variant."""
     resamples: Annotated[int, Field(ge=0, le=10_000)] = 200
     """Bootstrap resamples behind each 95% interval; 0 leaves the intervals out."""
 

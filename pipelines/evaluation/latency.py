@@ -1,4 +1,4 @@
-"""Speed, arm beside arm on one worker: full, cached, and the fewer steps that take as long as cached."""
+"""Measure latency on one worker: full sampling, cached, and the fewer steps that take as long as cached."""
 
 import math
 import statistics
@@ -25,13 +25,13 @@ from pipelines.data.stream import row_spec
 
 FULL, CACHED, FEWER = "full", "cached", "fewer_steps"
 SEED_OFFSET = 1
-"""Evaluation draws other rows than training."""
+"""Offset from the training seed, so that evaluation samples other rows than training."""
 _SHEET = 10
 _TRIES = 3
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One way to sample the same noise."""
 
     name: str
@@ -39,7 +39,7 @@ class Arm:
     plan: Plan | None = None
     reuse: Reuse = "hold"
     reference: str = FULL
-    """The arm whose images are the ones to be near to."""
+    """Name of the variant whose images these are compared with."""
 
     @property
     def num_inference_steps(self) -> int:
@@ -54,17 +54,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one worker measured, and ten images an arm of the same noise for people to look at."""
+    """Times that one worker measured, and ten images of each variant from the same noise."""
 
     rows: RowSpec
-    """The model's rows, so that nobody has to load it to know them."""
+    """The model's rows, kept so that the model need not be loaded again to know them."""
     seconds_per_image: dict[str, float]
     spread: dict[str, float]
     """(slowest - fastest) / median of the rounds."""
     fewer_steps: int
     sheet: dict[str, Tensor]
     sheet_names: list[str]
-    """What each of them was asked to show."""
+    """The class or prompt of each image of the sheet."""
     branch_names: tuple[str, ...]
 
 
@@ -72,47 +72,49 @@ def device_of(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def _seconds(arm: Arm, model: BranchedTransformer, batch: Batch) -> float:
+def _seconds(variant: Variant, model: BranchedTransformer, batch: Batch) -> float:
     started = time.perf_counter()
-    arm.sample(model, batch)
+    variant.sample(model, batch)
     if batch.noise_NCHW.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 def median_times(
-    arms: list[Arm], model: BranchedTransformer, batch: Batch, rounds: int
+    variants: list[Variant], model: BranchedTransformer, batch: Batch, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds per image and relative spread; arms alternate, each warmed up once."""
-    times: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    """Return median seconds per image and the relative spread; variants alternate after one warm-up each."""
+    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for turn in range(rounds + 1):
-        for arm in arms:
-            seconds = _seconds(arm, model, batch) / len(batch)
+        for variant in variants:
+            seconds = _seconds(variant, model, batch) / len(batch)
             if turn > 0:
-                times[arm.name].append(seconds)
+                times[variant.name].append(seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     spread = {name: (max(v) - min(v)) / medians[name] for name, v in times.items()}
     return medians, spread
 
 
-def make_arms(config: WorkflowConfig, artifact: RouterArtifact, fewer_steps: int = 2) -> list[Arm]:
-    """Full, cached and fewer steps, in this order."""
-    cached = Arm(CACHED, config.sampler, artifact.plan, artifact.reuse)
+def make_variants(config: WorkflowConfig, artifact: RouterArtifact, fewer_steps: int = 2) -> list[Variant]:
+    """Return the variants full, cached and fewer steps, in this order."""
+    cached = Variant(CACHED, config.sampler, artifact.plan, artifact.reuse)
     fewer = replace(config.sampler, num_inference_steps=fewer_steps)
-    return [Arm(FULL, config.sampler), cached, Arm(FEWER, fewer)]
+    return [Variant(FULL, config.sampler), cached, Variant(FEWER, fewer)]
 
 
-def make_family_arms(config: WorkflowConfig, family: Mapping[str, RouterArtifact]) -> list[Arm]:
-    """One a member, named by `family_arm`."""
-    return [Arm(family_arm(name), config.sampler, one.plan, one.reuse) for name, one in family.items()]
+def make_family_variants(config: WorkflowConfig, family: Mapping[str, RouterArtifact]) -> list[Variant]:
+    """Return one variant for each member, named by `family_variant`."""
+    return [
+        Variant(family_variant(name), config.sampler, one.plan, one.reuse) for name, one in family.items()
+    ]
 
 
-def family_arm(name: str) -> str:
+def family_variant(name: str) -> str:
     return f"{CACHED} {name}"
 
 
 def transfer_samplers(config: WorkflowConfig) -> dict[str, SamplerConfig]:
-    """By title: each other sampler, guidance and T of `evaluate`."""
+    """Return by title each other sampler, guidance scale and step count of `evaluate`."""
     others: dict[str, SamplerConfig] = {}
     for name in config.evaluate.transfer:
         others[name] = replace(config.sampler, name=name, scheduler=None)
@@ -123,28 +125,30 @@ def transfer_samplers(config: WorkflowConfig) -> dict[str, SamplerConfig]:
     return others
 
 
-def make_transfer_arms(config: WorkflowConfig, artifact: RouterArtifact) -> list[Arm]:
-    """Full and cached under each of `transfer_samplers`: the plan was made for none."""
-    arms = []
+def make_transfer_variants(config: WorkflowConfig, artifact: RouterArtifact) -> list[Variant]:
+    """Return full and cached under each of `transfer_samplers`, for which the plan was not made."""
+    variants = []
     for title, other in transfer_samplers(config).items():
         plan = artifact.plan.at_steps(other.num_inference_steps)
         full = f"{title} {FULL}"
-        arms.append(Arm(full, other, reference=full))
-        arms.append(Arm(f"{title} {CACHED}", other, plan, artifact.reuse, reference=full))
-    return arms
+        variants.append(Variant(full, other, reference=full))
+        variants.append(Variant(f"{title} {CACHED}", other, plan, artifact.reuse, reference=full))
+    return variants
 
 
 def steps_as_long(total: int, seconds: Mapping[str, float]) -> int:
-    """The least step count whose time is not below the cached arm's, to a tenth of a step."""
+    """Return the least step count whose time is not below the cached variant's, to a tenth of a step."""
     return min(total, max(2, math.ceil(total * seconds[CACHED] / seconds[FULL] - 0.1)))
 
 
 def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact]) -> Timing:
-    """Time the arms, those of the family too; the step count of `fewer_steps` fits the times that are
-    reported beside it, as far as a busy machine lets them be measured alike twice.
+    """Time all variants, those of the family too.
+
+    The step count of `fewer_steps` is derived again from the final times (up to 3 tries), so that the two are
+    consistent unless the machine is too noisy.
 
     Raises:
-        NotFinite: an arm draws what is not finite.
+        NotFinite: a variant's images are not finite.
     """
     settings, device = config.evaluate, device_of(config.evaluate.use_gpu)
     loaded = load_model(config.model, device)
@@ -152,27 +156,27 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
     spec = row_spec(config, model, config.seed + SEED_OFFSET)
     batch = Batch.of(make_rows(np.arange(settings.timing_batch_size), spec), spec, device)
     total = config.sampler.num_inference_steps
-    arms, steps = make_arms(config, artifact)[:2], total
-    seconds, spread = median_times(arms, model, batch, min(2, settings.timing_rounds))
+    variants, steps = make_variants(config, artifact)[:2], total
+    seconds, spread = median_times(variants, model, batch, min(2, settings.timing_rounds))
     for _ in range(_TRIES):
         steps = steps_as_long(total, seconds)
-        arms = make_arms(config, artifact, steps) + make_family_arms(config, family)
-        seconds, spread = median_times(arms, model, batch, settings.timing_rounds)
+        variants = make_variants(config, artifact, steps) + make_family_variants(config, family)
+        seconds, spread = median_times(variants, model, batch, settings.timing_rounds)
         if steps_as_long(total, seconds) == steps:
             break
     columns, names = _sheet_rows(spec, loaded.class_names)
     shown = Batch.of(columns, spec, device)
-    sheet = {arm.name: arm.sample(model, shown) for arm in arms}
+    sheet = {variant.name: variant.sample(model, shown) for variant in variants}
     if not draws_pixels(model) and (vae := loaded.load_vae(device)) is not None:
         sheet = {name: decode_latents(vae, latents) for name, latents in sheet.items()}
     sheet = {name: images.cpu() for name, images in sheet.items()}
     for name, images in sheet.items():
-        check_finite(images, f"images of arm {name!r} are")
+        check_finite(images, f"images of variant {name!r} are")
     return Timing(spec, seconds, spread, steps, sheet, names, tuple(b.name for b in model.branches))
 
 
 def _sheet_rows(spec: RowSpec, class_names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Rows to look at and their names: one of each class, or prompts as they come."""
+    """Return the rows of the sheet and their names: one of each class, or the first prompts."""
     columns = make_rows(np.arange(_SHEET), spec)
     if spec.prompts is not None:
         return columns, spec.prompts.rows(columns["label"]).prompts

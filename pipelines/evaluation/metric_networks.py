@@ -1,4 +1,4 @@
-"""What looks at an arm's images on the worker that sampled them, and hands back numbers and features."""
+"""Compute metrics and features of images on the worker that sampled them."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ _PSNR_OF_EQUALS = 100.0  # dB, for a mean that stays finite
 
 
 def feature_kind(settings: EvaluateConfig, model: ModelConfig) -> FeatureKind | None:
-    """Whose features are taken; the shipped classifier knows the built-in models' images alone."""
+    """Return which network extracts features; the shipped classifier fits the built-in models alone."""
     if settings.features != "auto":
         return settings.features
     return "classifier" if model.path in (BUILTIN, BUILTIN_TEXT) else None
@@ -35,8 +35,8 @@ def _extractor(
     return ClassifierFeatures() if kind else None
 
 
-class Judges:
-    """All that looks at images, loaded once an actor."""
+class MetricSuite:
+    """The metric networks, loaded once for each actor."""
 
     def __init__(self, config: WorkflowConfig, loaded: LoadedModel, device: torch.device) -> None:
         settings = config.evaluate
@@ -50,13 +50,13 @@ class Judges:
             self.vae = loaded.load_vae(device)
             self.shows_pixels = True
 
-    def shown(self, samples_NCHW: Tensor) -> Tensor:
-        """Pictures of samples, on the CPU; latents stay latents where nobody looks at pictures."""
+    def decode(self, samples_NCHW: Tensor) -> Tensor:
+        """Return samples as images on the CPU; latents are decoded only if a metric needs pixels."""
         return (decode_latents(self.vae, samples_NCHW) if self.vae else samples_NCHW).cpu()
 
-    def nearness(self, images_NCHW: Tensor, reference_NCHW: Tensor) -> dict[str, np.ndarray]:
-        """Numbers (N,) of each image beside its reference."""
-        from harmonica.evaluation.image_metrics import (  # seconds to import, so only where images are judged
+    def compare(self, images_NCHW: Tensor, reference_NCHW: Tensor) -> dict[str, np.ndarray]:
+        """Return metrics (N,) of each image against its reference."""
+        from harmonica.evaluation.image_metrics import (  # takes seconds to import, so not at the top
             psnr,
             ssim,
         )
@@ -69,7 +69,7 @@ class Judges:
         return {name: values.numpy() for name, values in columns.items()}
 
     def features(self, images_NCHW: Tensor) -> dict[str, np.ndarray]:
-        """What distances between sets are taken of: (N, F), (N, S) and (N, K)."""
+        """Return the features that distances between sets use: (N, F), (N, S) and (N, K)."""
         if self.extractor is None:
             return {}
         seen = self.extractor(images_NCHW)
@@ -78,8 +78,8 @@ class Judges:
             columns["class"] = seen.logits_NK.argmax(1)
         return {name: values.numpy() for name, values in columns.items()}
 
-    def fidelity(self, images_NCHW: Tensor, prompts: Sequence[str] | None) -> dict[str, np.ndarray]:
-        """CLIP score (N,), where there are prompts and a CLIP."""
+    def prompt_scores(self, images_NCHW: Tensor, prompts: Sequence[str] | None) -> dict[str, np.ndarray]:
+        """Return the CLIP score (N,) if there are prompts and a CLIP model."""
         if self.clip is None or prompts is None:
             return {}
         return {"clip_score": self.clip(images_NCHW, prompts).numpy()}
@@ -92,7 +92,7 @@ def _wants_pixels(config: WorkflowConfig) -> bool:
 
 
 def read_reference(config: WorkflowConfig, device: torch.device) -> ReferenceSet | None:
-    """The real images that the extractor's features are held against, if there are any."""
+    """Return the real images that the extractor's features are compared with, if there are any."""
     kind, path = feature_kind(config.evaluate, config.model), config.evaluate.reference_statistics
     if kind == "classifier":
         return builtin_reference()
@@ -101,8 +101,8 @@ def read_reference(config: WorkflowConfig, device: torch.device) -> ReferenceSet
     return read_adm_reference(path, InceptionFeatures(config.evaluate.inception_path, device))
 
 
-def check_judges(config: WorkflowConfig, loaded: LoadedModel) -> None:
-    """Everything that is needed to judge is there and fits the model.
+def check_metric_settings(config: WorkflowConfig, loaded: LoadedModel) -> None:
+    """Check that the files which metrics need exist and fit the model.
 
     Raises:
         ValueError: names field, value and cure.

@@ -1,6 +1,7 @@
-"""Quality of arms: each samples the same rows, and what judging needs comes back, not the images.
+"""Evaluate the images of variants that sample the same rows.
 
-A pool of actors samples over a Ray Data stream, so 50,000 samples are the same code.
+A pool of actors samples a Ray Data stream and returns metrics and features, not images, so that the same
+code serves 50,000 samples.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,47 +17,51 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from harmonica.data.batch import Batch, RowSpec, Share, make_rows
-from harmonica.evaluation.accumulators import ArmStatistics
+from harmonica.evaluation.accumulators import MetricAccumulator
 from harmonica.evaluation.reference_sets import ReferenceSet
-from harmonica.evaluation.report import Resamples, arm_quality, distances_to_full
+from harmonica.evaluation.report import Resamples, distances_to_full, variant_metrics
 from harmonica.models.loading import load_model
 from harmonica.pretraining import captions
 from harmonica.validation.finite import check_finite
 from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
 from pipelines.data.stream import stream_rows
-from pipelines.evaluation.latency import Arm, device_of
-from pipelines.evaluation.metric_networks import Judges, feature_kind, read_reference
+from pipelines.evaluation.latency import Variant, device_of
+from pipelines.evaluation.metric_networks import MetricSuite, feature_kind, read_reference
 from pipelines.runtime.ray_runtime import quiet_libraries
 
 NOISE_FLOOR = "noise_floor"
-_OTHER_SEED = 1  # from the evaluation's: rows that neither training nor any arm has seen
+_OTHER_SEED = 1  # from the evaluation's: rows that neither training nor any variant has seen
 
 
-def judge(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> dict[str, dict[str, Any]]:
-    """Quality of each arm by its name, JSON-ready; `config.evaluate.samples` images of each, same noise.
+def evaluate_images(
+    config: WorkflowConfig, spec: RowSpec, variants: list[Variant]
+) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each variant by name, JSON-ready, over `evaluate.samples` images.
 
-    The reference of the first arm also has `noise_floor`: the distances of its images to those that it
-    draws from another seed.
+    The reference of the first variant also has `noise_floor`: the distances of its images to its images from
+    another seed.
 
     Args:
-        arms: any number, each after the arm that it names as its reference.
+        variants: any number, each after its reference.
 
     Raises:
-        ValueError: an arm whose reference does not stand before it, or two of one name.
+        ValueError: a variant comes before its reference, or two have the same name.
     """
-    _check(arms)
-    # By a worker beside this process: who makes a stream's actors has Ray's remark on its own screen.
+    _check_variants(variants)
+    # On a worker of this node: Ray logs to the console of the process that creates a stream's actors.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    judged = ray.remote(num_cpus=0)(_judged_by_worker).options(scheduling_strategy=here)
-    kept = ray.get(judged.remote(config, spec, arms))
+    task = ray.remote(num_cpus=0)(_accumulate_on_worker).options(scheduling_strategy=here)
+    accumulators = ray.get(task.remote(config, spec, variants))
     with few_threads(config):
-        return _quality(config, arms, kept)
+        return _quality(config, variants, accumulators)
 
 
 @contextmanager
 def few_threads(config: WorkflowConfig) -> Iterator[None]:
-    """One thread for statistics of a classifier's features: more gain nothing on so few, and wait for each
-    other where cores are busy."""
+    """Use one thread for statistics of the classifier's features.
+
+    The features are so few that more threads gain nothing, and on busy cores they wait for each other.
+    """
     threads = torch.get_num_threads()
     if feature_kind(config.evaluate, config.model) == "classifier":
         torch.set_num_threads(1)
@@ -67,95 +72,103 @@ def few_threads(config: WorkflowConfig) -> Iterator[None]:
 
 
 def real_name(config: WorkflowConfig) -> str:
-    """What distances to the real images are called after."""
+    """Return the suffix of the names of distances to real images."""
     return "reference" if config.evaluate.features == "inception" else "test"
 
 
 def _quality(
-    config: WorkflowConfig, arms: list[Arm], kept: dict[str, ArmStatistics]
+    config: WorkflowConfig, variants: list[Variant], accumulators: dict[str, MetricAccumulator]
 ) -> dict[str, dict[str, Any]]:
     real = real_images(config)
-    resamples = Resamples.of(kept[arms[0].name], config.evaluate.resamples, config.seed)
+    resamples = Resamples.of(accumulators[variants[0].name], config.evaluate.resamples, config.seed)
     quality = {}
-    for arm in arms:
-        full = None if arm.name == arm.reference else kept[arm.reference]
-        quality[arm.name] = arm_quality(kept[arm.name], full, real, resamples, real_name(config))
-    if NOISE_FLOOR in kept:
-        first = arms[0].reference
-        quality[first][NOISE_FLOOR] = distances_to_full(kept[NOISE_FLOOR], kept[first], resamples)
+    for variant in variants:
+        full = None if variant.name == variant.reference else accumulators[variant.reference]
+        quality[variant.name] = variant_metrics(
+            accumulators[variant.name], full, real, resamples, real_name(config)
+        )
+    if NOISE_FLOOR in accumulators:
+        first = variants[0].reference
+        quality[first][NOISE_FLOOR] = distances_to_full(
+            accumulators[NOISE_FLOOR], accumulators[first], resamples
+        )
     return quality
 
 
-def _check(arms: list[Arm]) -> None:
+def _check_variants(variants: list[Variant]) -> None:
     names: list[str] = []
-    for arm in arms:
-        if arm.name in (*names, NOISE_FLOOR):
+    for variant in variants:
+        if variant.name in (*names, NOISE_FLOOR):
             raise ValueError(
-                f"two arms are named {arm.name!r}: give each its own name, and none {NOISE_FLOOR!r}"
+                f"two variants are named {variant.name!r}: give each its own name, and none {NOISE_FLOOR!r}"
             )
-        names.append(arm.name)
-        if arm.reference not in names:
-            raise ValueError(f"arm {arm.name!r} comes before its reference {arm.reference!r}: put it after")
+        names.append(variant.name)
+        if variant.reference not in names:
+            raise ValueError(
+                f"variant {variant.name!r} comes before its reference {variant.reference!r}: put it after"
+            )
 
 
-class ArmSampler:
-    """A Ray Data actor: samples every arm from the same rows and hands back what judging needs."""
+class VariantSampler:
+    """A Ray Data actor that samples every variant from the same rows and returns metric columns."""
 
-    def __init__(self, config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> None:
-        self.arms, self.spec = arms, spec
+    def __init__(self, config: WorkflowConfig, spec: RowSpec, variants: list[Variant]) -> None:
+        self.variants, self.spec = variants, spec
         self.device = device_of(config.evaluate.use_gpu)
         loaded = load_model(config.model, self.device)
         self.model = loaded.model
-        self.judges = Judges(config, loaded, self.device)
-        self.has_noise_floor = config.evaluate.noise_floor and self.judges.extractor is not None
+        self.metrics = MetricSuite(config, loaded, self.device)
+        self.has_noise_floor = config.evaluate.noise_floor and self.metrics.extractor is not None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        out, _ = self.look(batch, self.arms, {})
+        out, _ = self.measure(batch, self.variants, {})
         if self.has_noise_floor:
-            out |= self.other_noise(batch["index"], self.arms[0])  # the first one is its own reference
+            out |= self.measure_other_noise(
+                batch["index"], self.variants[0]
+            )  # the first one is its own reference
         return out
 
-    def look(
-        self, batch: dict[str, np.ndarray], arms: list[Arm], drawn: Mapping[str, Tensor]
+    def measure(
+        self, batch: dict[str, np.ndarray], variants: list[Variant], drawn: Mapping[str, Tensor]
     ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
-        """Columns of each arm on these rows, and what it has drawn.
+        """Return the metric columns of all variants on these rows, and the samples of each.
 
         Args:
-            drawn: what references that are not among the arms drew from the same rows.
+            drawn: samples of references that are not among the variants, from the same rows.
 
         Raises:
-            NotFinite: an arm draws what is not finite.
+            NotFinite: a variant's images are not finite.
         """
         rows, drawn = Batch.of(batch, self.spec, self.device), dict(drawn)
-        images = {name: self.judges.shown(samples) for name, samples in drawn.items()}
+        images = {name: self.metrics.decode(samples) for name, samples in drawn.items()}
         prompts = self._prompts(batch["label"])
         out = {"index": batch["index"], "label": self._classes(batch["label"], prompts)}
-        for arm in arms:
-            drawn[arm.name] = samples = arm.sample(self.model, rows)
-            images[arm.name] = ours = self.judges.shown(samples)
-            check_finite(ours, f"images of arm {arm.name!r} are")
-            columns = self.judges.features(ours) | self.judges.fidelity(ours, prompts)
-            if arm.name != arm.reference:
-                columns |= self.judges.nearness(ours, images[arm.reference])
-            out |= {f"{arm.name}.{name}": column for name, column in columns.items()}
-        return out, {arm.name: drawn[arm.name] for arm in arms}
+        for variant in variants:
+            drawn[variant.name] = samples = variant.sample(self.model, rows)
+            images[variant.name] = decoded = self.metrics.decode(samples)
+            check_finite(decoded, f"images of variant {variant.name!r} are")
+            columns = self.metrics.features(decoded) | self.metrics.prompt_scores(decoded, prompts)
+            if variant.name != variant.reference:
+                columns |= self.metrics.compare(decoded, images[variant.reference])
+            out |= {f"{variant.name}.{name}": column for name, column in columns.items()}
+        return out, {variant.name: drawn[variant.name] for variant in variants}
 
-    def other_noise(self, index: np.ndarray, reference: Arm) -> dict[str, np.ndarray]:
-        """Features of what a reference draws from the same rows of another seed."""
+    def measure_other_noise(self, index: np.ndarray, reference: Variant) -> dict[str, np.ndarray]:
+        """Return features of a reference's samples from the same rows under another seed."""
         other = replace(self.spec, seed=self.spec.seed + _OTHER_SEED)
         drawn = reference.sample(self.model, Batch.of(make_rows(index, other), other, self.device))
-        shown = self.judges.shown(drawn)
-        check_finite(shown, f"images of arm {reference.name!r} are")
-        columns = self.judges.features(shown)
+        shown = self.metrics.decode(drawn)
+        check_finite(shown, f"images of variant {reference.name!r} are")
+        columns = self.metrics.features(shown)
         return {f"{NOISE_FLOOR}.{name}": column for name, column in columns.items()}
 
     def _prompts(self, labels: np.ndarray) -> list[str] | None:
-        """What was asked for in words, where somebody reads it."""
-        read = self.judges.is_classifier or self.judges.clip is not None
+        """Return the text of the prompts if a metric uses it."""
+        read = self.metrics.is_classifier or self.metrics.clip is not None
         return self.spec.prompts.rows(labels).prompts if self.spec.prompts and read else None
 
     def _classes(self, labels: np.ndarray, prompts: list[str] | None) -> np.ndarray:
-        """What a classifier should see: of prompts, the class that they ask for, or -1 where nobody knows."""
+        """Return the class that each image should show; -1 for prompts whose class is not known."""
         if self.spec.prompts is None:
             return labels
         known, texts = set(captions.all_captions()), [prompt.lower() for prompt in prompts or []]
@@ -163,53 +176,62 @@ class ArmSampler:
         return np.array(meant or [-1] * len(labels))
 
 
-def _judged_by_worker(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> dict[str, ArmStatistics]:
+def _accumulate_on_worker(
+    config: WorkflowConfig, spec: RowSpec, variants: list[Variant]
+) -> dict[str, MetricAccumulator]:
     quiet_libraries()
     ray.data.DataContext.get_current().enable_progress_bars = False
-    return _collect(config, arms, _judged(config, spec, arms))
+    return _collect(config, variants, _metric_batches(config, spec, variants))
 
 
-def _judged(config: WorkflowConfig, spec: RowSpec, arms: list[Arm]) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of per-image numbers and features of every arm."""
+def _metric_batches(
+    config: WorkflowConfig, spec: RowSpec, variants: list[Variant]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield batches of per-image metrics and features of every variant."""
     settings: EvaluateConfig = config.evaluate
     # A block a batch: with fewer blocks than actors some would idle.
     rows = stream_rows(
         spec, Share(batch_size=1), trajectories=settings.samples, rows_per_block=settings.batch_size
     )
-    judged = rows.map_batches(
-        ArmSampler,
-        fn_constructor_kwargs={"config": config, "spec": spec, "arms": arms},
+    columns = rows.map_batches(
+        VariantSampler,
+        fn_constructor_kwargs={"config": config, "spec": spec, "variants": variants},
         compute=ActorPoolStrategy(size=settings.num_actors),
         batch_size=settings.batch_size,
         num_cpus=1,
         num_gpus=1 if settings.use_gpu else None,
     )
-    yield from judged.iter_batches(batch_size=None, batch_format="numpy")
+    yield from columns.iter_batches(batch_size=None, batch_format="numpy")
 
 
 def _collect(
-    config: WorkflowConfig, arms: list[Arm], batches: Iterator[dict[str, np.ndarray]]
-) -> dict[str, ArmStatistics]:
-    """What is kept of every arm, by its name; batches are let go one by one."""
-    kept: dict[str, ArmStatistics] = {}
+    config: WorkflowConfig, variants: list[Variant], batches: Iterator[dict[str, np.ndarray]]
+) -> dict[str, MetricAccumulator]:
+    """Return an accumulator for each variant by name; each batch is released once it is added."""
+    accumulators: dict[str, MetricAccumulator] = {}
     for batch in batches:
-        keep(kept, arms, batch, config.evaluate.samples)
-    return kept
+        accumulate(accumulators, variants, batch, config.evaluate.samples)
+    return accumulators
 
 
-def keep(kept: dict[str, ArmStatistics], arms: list[Arm], batch: dict[str, np.ndarray], count: int) -> None:
-    """Add a batch of columns to what is kept of each arm, of `count` images in all."""
+def accumulate(
+    accumulators: dict[str, MetricAccumulator],
+    variants: list[Variant],
+    batch: dict[str, np.ndarray],
+    count: int,
+) -> None:
+    """Add a batch of columns to the accumulators of the variants, each of `count` images in all."""
     index, label = batch.pop("index"), batch.pop("label")
-    columns = {arm.name: {"label": label} for arm in arms}
+    columns = {variant.name: {"label": label} for variant in variants}
     for name, column in batch.items():
-        arm_name, kind = name.rsplit(".", 1)
-        columns.setdefault(arm_name, {})[kind] = column
-    for arm_name, values in columns.items():
-        kept.setdefault(arm_name, ArmStatistics(count)).add(index, values)
+        variant_name, kind = name.rsplit(".", 1)
+        columns.setdefault(variant_name, {})[kind] = column
+    for variant_name, values in columns.items():
+        accumulators.setdefault(variant_name, MetricAccumulator(count)).add(index, values)
 
 
 def real_images(config: WorkflowConfig) -> ReferenceSet | None:
-    """Real images, seen on a worker where that takes a network."""
+    """Return the real images' statistics, computed on a worker if that takes a network."""
     if feature_kind(config.evaluate, config.model) != "inception":
         return read_reference(config, device_of(False))
     use_gpu = config.evaluate.use_gpu

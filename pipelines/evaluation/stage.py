@@ -1,6 +1,6 @@
-"""Judge a router: the same noise sampled full, cached, and with fewer steps at equal measured time.
+"""Evaluate a router: the same noise sampled full, cached, and with fewer steps at equal measured time.
 
-Speed is measured arm beside arm on one worker; quality by `pipelines.evaluation.quality`.
+Latency is measured on one worker, on which the variants alternate; quality by `pipelines.evaluation.quality`.
 """
 
 from collections.abc import Mapping
@@ -20,16 +20,16 @@ from pipelines.evaluation.latency import (
     CACHED,
     FEWER,
     FULL,
-    Arm,
     Timing,
+    Variant,
     device_of,
-    family_arm,
-    make_arms,
-    make_family_arms,
-    make_transfer_arms,
+    family_variant,
+    make_family_variants,
+    make_transfer_variants,
+    make_variants,
     measure,
 )
-from pipelines.evaluation.quality import NOISE_FLOOR, judge
+from pipelines.evaluation.quality import NOISE_FLOOR, evaluate_images
 from pipelines.runtime.ray_runtime import plainly
 
 
@@ -37,41 +37,41 @@ from pipelines.runtime.ray_runtime import plainly
 def evaluate(
     config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact] | None = None
 ) -> tuple[dict[str, Any], dict[str, Figure]]:
-    """The report of one router, JSON-ready, and its pictures by file name.
+    """Return the report of one router, JSON-ready, and its figures by file name.
 
     Args:
-        family: routers for other speeds, by name; each gets an arm on the same noise.
+        family: routers for other speeds, by name; each gets a variant on the same noise.
 
     Raises:
-        NotFinite: an arm draws what is not finite.
+        NotFinite: a variant's images are not finite.
     """
     family = family or {}
     settings = config.evaluate
     remote = ray.remote(num_cpus=1, num_gpus=int(settings.use_gpu))(measure)
     timing: Timing = ray.get(remote.remote(config, artifact, family))
-    arms = make_arms(config, artifact, timing.fewer_steps) + make_family_arms(config, family)
-    transfer = make_transfer_arms(config, artifact)
-    quality = judge(config, timing.rows, arms + transfer)
+    variants = make_variants(config, artifact, timing.fewer_steps) + make_family_variants(config, family)
+    transfer = make_transfer_variants(config, artifact)
+    quality = evaluate_images(config, timing.rows, variants + transfer)
     noise_floor = quality[FULL].pop(NOISE_FLOOR, None)
-    report_arms = {arm.name: _times(arm, timing) | quality[arm.name] for arm in arms}
+    report_variants = {variant.name: _times(variant, timing) | quality[variant.name] for variant in variants}
     for name, member in family.items():
-        arm = report_arms[family_arm(name)]
-        report_arms[family_arm(name)] = arm | _speeds(member, arm["speedup"])
+        variant = report_variants[family_variant(name)]
+        report_variants[family_variant(name)] = variant | _speeds(member, variant["speedup"])
     report = {
         "samples": settings.samples,
         "reuse": artifact.reuse,
-        **_speeds(artifact, report_arms[CACHED]["speedup"]),
-        "arms": report_arms,
+        **_speeds(artifact, report_variants[CACHED]["speedup"]),
+        "arms": report_variants,
     }
     if noise_floor:
         report[NOISE_FLOOR] = noise_floor
     if transfer:
-        report["transfer"] = {arm.name: quality[arm.name] for arm in transfer}
-    return report | verdict(report_arms, config.train), _pictures(config, artifact, family, timing)
+        report["transfer"] = {variant.name: quality[variant.name] for variant in transfer}
+    return report | worth_having(report_variants, config.train), _pictures(config, artifact, family, timing)
 
 
 def _speeds(artifact: RouterArtifact, measured: float) -> dict[str, Any]:
-    """Of a router: how much it reuses, and what that is worth in MACs and in time."""
+    """Return how much a router reuses, and its speedups in MACs and in measured time."""
     ideal = artifact.ideal_speedup
     return {
         "method": artifact.method,
@@ -82,20 +82,20 @@ def _speeds(artifact: RouterArtifact, measured: float) -> dict[str, Any]:
     }
 
 
-def report_of(report: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A member of the family, as if it had been evaluated alone."""
-    arm = report["arms"][family_arm(name)]
+def member_report(report: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the report of a family's member, as if it had been evaluated alone."""
+    variant = report["arms"][family_variant(name)]
     about = ("method", "cur", "ideal_speedup", "measured_speedup", "realised_share")
-    quality = {key: value for key, value in arm.items() if key not in about}
-    return {"samples": report["samples"]} | {key: arm[key] for key in about} | {"arms": {CACHED: quality}}
+    quality = {key: value for key, value in variant.items() if key not in about}
+    return {"samples": report["samples"]} | {key: variant[key] for key in about} | {"arms": {CACHED: quality}}
 
 
 @plainly()
 def with_sample(config: WorkflowConfig, artifact: RouterArtifact) -> RouterArtifact:
-    """The artifact with the sample that others hold it to, drawn on a worker.
+    """Return the artifact with its golden sample, drawn on a worker.
 
     Raises:
-        NotFinite: it is not finite.
+        NotFinite: the sample is not finite.
     """
 
     def record() -> RouterArtifact:
@@ -108,8 +108,8 @@ def with_sample(config: WorkflowConfig, artifact: RouterArtifact) -> RouterArtif
 def _pictures(
     config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact], timing: Timing
 ) -> dict[str, Figure]:
-    """Full above cached above fewer steps, same noise, and what they differ in; and the router."""
-    cached = {CACHED: artifact} | {family_arm(name): one for name, one in family.items()}
+    """Return the sheet of samples, with their differences, and the heat map of the router."""
+    cached = {CACHED: artifact} | {family_variant(name): one for name, one in family.items()}
     titles = {
         FULL: f"full, {config.sampler.num_inference_steps} steps",
         FEWER: f"{timing.fewer_steps} steps",
@@ -126,46 +126,48 @@ def _pictures(
     return pictures
 
 
-def _times(arm: Arm, timing: Timing) -> dict[str, Any]:
+def _times(variant: Variant, timing: Timing) -> dict[str, Any]:
     return {
-        "num_inference_steps": arm.num_inference_steps,
-        "seconds_per_image": timing.seconds_per_image[arm.name],
-        "seconds_spread": timing.spread[arm.name],
-        "speedup": timing.seconds_per_image[FULL] / timing.seconds_per_image[arm.name],
+        "num_inference_steps": variant.num_inference_steps,
+        "seconds_per_image": timing.seconds_per_image[variant.name],
+        "seconds_spread": timing.spread[variant.name],
+        "speedup": timing.seconds_per_image[FULL] / timing.seconds_per_image[variant.name],
     }
 
 
 def advice(train: TrainConfig) -> str:
-    """For a router that is not worth having: which of its settings to turn, and which way."""
+    """Return which setting to change, and which way, if a router is not worth having."""
     turned = {
         "target_speedup": "ask for less speed",
         "target_cur": "reuse less",
         "target_psnr": "ask for nearer images",
     }
     longer = "Train longer (train.trajectories)"
-    for name, words in turned.items():
+    for name, message in turned.items():
         if value := getattr(train, name):
-            return f"{longer}, or {words} (train.{name}, which is {value:g})."
+            return f"{longer}, or {message} (train.{name}, which is {value:g})."
     return f"{longer}, or weigh reuse less (train.sdt.beta, which is {train.sdt.beta:g})."
 
 
-def verdict(arms: dict[str, dict[str, Any]], train: TrainConfig) -> dict[str, Any]:
-    """Whether the router is worth having: nearer to the full images than fewer steps at equal time.
+def worth_having(variants: dict[str, dict[str, Any]], train: TrainConfig) -> dict[str, Any]:
+    """Return whether the router's images are nearer to full than those of fewer steps at equal time.
 
     Args:
         train: how it was trained.
     """
-    cached, fewer = arms[CACHED], arms[FEWER]
+    cached, fewer = variants[CACHED], variants[FEWER]
     nearer = {"PSNR": cached["psnr_to_full"] > fewer["psnr_to_full"]}
     if "frechet_to_full" in cached:
         nearer["Frechet distance"] = cached["frechet_to_full"] < fewer["frechet_to_full"]
-    rival = f"sampling in {fewer['num_inference_steps']} steps at the same measured time"
+    baseline = f"sampling in {fewer['num_inference_steps']} steps at the same measured time"
     won, lost = [n for n, ok in nearer.items() if ok], [n for n, ok in nearer.items() if not ok]
     if not lost:
-        words = f"Worth having: nearer to the full sampler's images than {rival}, by {' and '.join(won)}."
+        message = (
+            f"Worth having: nearer to the full sampler's images than {baseline}, by {' and '.join(won)}."
+        )
     else:
-        words = (
-            f"Not worth having as trained: {rival} is nearer to the full sampler's images by "
+        message = (
+            f"Not worth having as trained: {baseline} is nearer to the full sampler's images by "
             f"{' and '.join(lost)}. {advice(train)}"
         )
-    return {"worth_having": not lost, "verdict": words}
+    return {"worth_having": not lost, "verdict": message}

@@ -24,8 +24,8 @@ from torch import Tensor
 from harmonica.io.paths import local
 from harmonica.models.loading import BUILTIN
 from harmonica.pretraining.captions import caption, meaning, tones
-from harmonica.pretraining.evaluate_text_model import judge
-from harmonica.pretraining.learning import NoisyBatch, drop, following_loss
+from harmonica.pretraining.evaluate_text_model import evaluate_text_model
+from harmonica.pretraining.learning import NoisyBatch, distillation_loss, drop
 from harmonica.pretraining.text_to_image import (
     SPECIAL,
     UNKNOWN,
@@ -114,7 +114,7 @@ class CaptionTask(Task[TextPretrainConfig]):
         images, timesteps = batch.images[plain], batch.timesteps[plain]
         with torch.no_grad():
             taught = self.teacher.to(device)(images, timesteps, torch.tensor(labels, device=device))
-        following = following_loss(predicted[plain], taught, timesteps) * len(plain) / len(rows)
+        following = distillation_loss(predicted[plain], taught, timesteps) * len(plain) / len(rows)
         return loss + self.config.teacher_weight * following
 
     def _tokens(self, texts: list[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,7 @@ def main() -> None:
     if config.export:
         logger.info("wrote %s", export(config))
     elif config.judge:
-        report = judge(local(config.judge, "judge"), config.samples, seed=config.seed)
+        report = evaluate_text_model(local(config.judge, "judge"), config.samples, seed=config.seed)
         logger.info("%s", json.dumps(report, indent=1))
     else:
         logger.info("last checkpoint: %s", run(config, CaptionTask))

@@ -1,4 +1,4 @@
-"""Whether a registered version becomes the champion: the gate is asked, and its answers are kept."""
+"""Decide whether a registered version becomes the champion, and record the checks of the gate."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ from pipelines.promotion.gate import (
     FINITE,
     MEASURED_ON,
     Check,
-    against_champion,
+    compare_with_champion,
     finite_check,
     quality_checks,
 )
@@ -28,45 +28,45 @@ from pipelines.tracking.mlflow_runs import StageRun, numbers
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of a version, and why."""
+    """The outcome of a version, and the checks behind it."""
 
     mode: Promote
     model: str
     version: str
     checks: tuple[Check, ...] = ()
     champion: str = ""
-    """The version that was the champion before, "" for none."""
+    """The version that was the champion before, "" if there was none."""
     tags: dict[str, str] = field(default_factory=dict)
-    """What was measured."""
+    """The measurements, as tags of the version."""
 
     @property
     def failed(self) -> list[Check]:
         return [check for check in self.checks if check.passed is False]
 
     @property
-    def held_back_by(self) -> list[Check]:
-        """Of the failed ones, those that count: all before the gate, else that something is not finite."""
+    def blocking_checks(self) -> list[Check]:
+        """Return the failed checks that count: all of them with `gate`, else only `finite`."""
         return [check for check in self.failed if self.mode == "gate" or check.name == FINITE]
 
     @property
     def is_promoted(self) -> bool:
-        return self.mode != "never" and not self.held_back_by
+        return self.mode != "never" and not self.blocking_checks
 
     @property
-    def is_refused(self) -> bool:
-        return self.mode != "never" and bool(self.held_back_by)
+    def is_rejected(self) -> bool:
+        return self.mode != "never" and bool(self.blocking_checks)
 
     @property
     def outcome(self) -> str:
-        """As the registry has it."""
+        """Return the value of the registry's tag."""
         if self.mode == "never":
             return registry.NOT_ASKED
-        if self.is_refused:
+        if self.is_rejected:
             return registry.REFUSED
         return registry.PASSED if self.mode == "gate" else registry.FORCED
 
     @property
-    def words(self) -> str:
+    def message(self) -> str:
         name = f"version {self.version} of {self.model}"
         if self.is_promoted:
             return f"{name} is the champion" + ("" if self.mode == "gate" else " (promote is always)")
@@ -76,18 +76,20 @@ class Decision:
             stays = f"version {self.champion} stays the champion" if self.champion else "there is no champion"
         if self.mode == "never":
             return f"{name} is kept (promote is never), {stays}"
-        why = "; ".join(check.words for check in self.held_back_by)
+        why = "; ".join(check.message for check in self.blocking_checks)
         return f"{name} is kept and not promoted, {stays}: {why}"
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what `promotion.json` has; its key for a message is `words`, as in older runs."""
         known = {name: value for name, value in asdict(self).items() if name != "tags"}
-        return known | {"promoted": self.is_promoted, "outcome": self.outcome, "words": self.words}
+        known["checks"] = [{"name": c.name, "passed": c.passed, "words": c.message} for c in self.checks]
+        return known | {"promoted": self.is_promoted, "outcome": self.outcome, "words": self.message}
 
 
 def measurements(
     artifact: RouterArtifact, report: Mapping[str, Any] | None, *, use_gpu: bool
 ) -> dict[str, str]:
-    """Of a version, as its tags: what it is for, and every number of the report that is about it."""
+    """Return a version's tags: what it was made for, and each number of its report."""
     sampler = artifact.sampler
     tags = {
         "reuse": artifact.reuse,
@@ -103,8 +105,8 @@ def measurements(
     return tags | {name: f"{value:.6g}" for name, value in found.items()}
 
 
-def cannot_draw(config: WorkflowConfig, artifact: RouterArtifact) -> str:
-    """Why a router does not draw its recorded sample with the run's model and sampler, "" where it does."""
+def reproduction_error(config: WorkflowConfig, artifact: RouterArtifact) -> str:
+    """Return why a router does not reproduce its golden sample with this run's model, "" if it does."""
     if artifact.sample_CHW is None:
         return "the version has no recorded sample to hold it to"
     model = load_model(config.model, device_of(config.evaluate.use_gpu)).model
@@ -117,15 +119,15 @@ def cannot_draw(config: WorkflowConfig, artifact: RouterArtifact) -> str:
 
 
 def _reproduces(config: WorkflowConfig, version: str, uri: str) -> Check:
-    """The version as the registry has it, on a worker."""
+    """Check on a worker that the version, as loaded from the registry, reproduces its sample."""
     try:
         artifact = registry.load_version(config.registered_model, version, uri)
     except ValueError as error:
         return Check("reproduces", False, str(error))
-    remote = ray.remote(num_cpus=1, num_gpus=int(config.evaluate.use_gpu))(cannot_draw)
+    remote = ray.remote(num_cpus=1, num_gpus=int(config.evaluate.use_gpu))(reproduction_error)
     why: str = ray.get(remote.remote(config, artifact))
-    words = why or "it loads from the registry and draws its recorded sample"
-    return Check("reproduces", not why, words)
+    message = why or "it loads from the registry and draws its recorded sample"
+    return Check("reproduces", not why, message)
 
 
 def decide(
@@ -135,10 +137,10 @@ def decide(
     version: str,
     run: StageRun,
 ) -> Decision:
-    """Ask what `promote` and `promotion` want asked; changes nothing.
+    """Run the checks that `promote` and `promotion` ask for, without changing anything.
 
     Args:
-        report: of the evaluation; None only where `promote` is not gate.
+        report: the report of the evaluation; None only if `promote` is not `gate`.
     """
     settings, name = config.promotion, config.registered_model
     champion = registry.current(name, registry.CHAMPION, run.uri)
@@ -172,14 +174,14 @@ def _champion_check(
         theirs = registry.load_version(config.registered_model, str(champion.version), uri)
     except ValueError as error:
         return Check("champion", None, f"version {champion.version}, the champion, is damaged: {error}")
-    return against_champion(artifact, tags, theirs, champion, config.promotion)
+    return compare_with_champion(artifact, tags, theirs, champion, config.promotion)
 
 
-def carry_out(decision: Decision, run: StageRun) -> None:
-    """Write the decision and its numbers to the registry; then, and only where it says so, move the alias."""
+def apply_decision(decision: Decision, run: StageRun) -> None:
+    """Write the decision and its numbers to the registry, then move the alias if it is promoted."""
     answers = {True: "passed", False: "failed", None: "not asked or not comparable"}
-    tags = {f"{registry.GATE}.{c.name}": f"{answers[c.passed]}: {c.words}" for c in decision.checks}
-    tags |= decision.tags | {registry.GATE: decision.outcome, f"{registry.GATE}.decision": decision.words}
+    tags = {f"{registry.GATE}.{c.name}": f"{answers[c.passed]}: {c.message}" for c in decision.checks}
+    tags |= decision.tags | {registry.GATE: decision.outcome, f"{registry.GATE}.decision": decision.message}
     registry.set_tags(run.client, decision.model, decision.version, tags)
     if decision.is_promoted:
         registry.promote(run.client, decision.model, decision.version)

@@ -1,9 +1,9 @@
-"""The gate's questions that numbers alone answer: good enough, fast enough, better than the champion.
+"""Checks of the promotion gate on a version's measurements: quality, speed, and the current champion.
 
 A version's score is its PSNR to the full sampler's images plus `promotion.db_per_doubling` dB for every
-doubling of measured speed, so at equal speed the nearer images win, and at equal nearness the faster router.
-Only a champion for the same model weights and sampler settings (step count and guidance among them), measured
-on the same kind of device, can be compared; any other holds nothing up.
+doubling of measured speed: at equal speed the higher PSNR wins, and at equal PSNR the faster router.
+A champion is compared only if it was made for the same model weights and sampler settings (step count and
+guidance among them) and measured on the same kind of device; otherwise the comparison is skipped.
 """
 
 import math
@@ -21,41 +21,39 @@ from pipelines.evaluation.latency import CACHED
 
 MEASURED_ON = "measured_on"
 """Tag of a version: gpu or cpu."""
-
-
 FINITE = "finite"
-"""Name of the check that no way of promoting passes over."""
+"""Name of the check that applies whatever `promote` is."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question and its answer."""
+    """One check of the gate and its result."""
 
     name: str
     passed: bool | None
-    """None where it was not asked or cannot be answered; that holds nothing up."""
-    words: str
+    """None if the check was not asked for or cannot be made; that does not block promotion."""
+    message: str
 
 
 def finite_check(artifact: RouterArtifact, report: Mapping[str, Any] | None) -> Check:
-    """Whether everything known of a version is a number: asked whatever `promote` is."""
+    """Check that all numbers of a version are finite, whatever `promote` is."""
     found = {"ideal_speedup": artifact.ideal_speedup}
     if report is not None:
         found["measured_speedup"] = report["measured_speedup"]
         found |= {name: value for name, value in report["arms"][CACHED].items() if name.endswith("_to_full")}
-    words = not_finite(found)
-    if not words and artifact.sample_CHW is not None and not artifact.sample_CHW.isfinite().all():
-        words = "its recorded sample is not finite"
-    return Check(FINITE, not words, words or "its numbers and its sample are finite")
+    message = not_finite(found)
+    if not message and artifact.sample_CHW is not None and not artifact.sample_CHW.isfinite().all():
+        message = "its recorded sample is not finite"
+    return Check(FINITE, not message, message or "its numbers and its sample are finite")
 
 
 def score(psnr_db: float, speedup: float, db_per_doubling: float) -> float:
-    """In dB; higher is better."""
+    """Return the score in dB; higher is better."""
     return psnr_db + db_per_doubling * math.log2(speedup)
 
 
 def quality_checks(report: Mapping[str, Any], settings: PromoteConfig) -> list[Check]:
-    """What the report alone answers."""
+    """Return the checks that need the report alone."""
     cached, speedup = report["arms"][CACHED], report["measured_speedup"]
     psnr, least = cached["psnr_to_full"], settings.min_psnr_to_full
     checks = [
@@ -67,32 +65,32 @@ def quality_checks(report: Mapping[str, Any], settings: PromoteConfig) -> list[C
     ]
     if (most := settings.max_frechet_to_full) and "frechet_to_full" in cached:
         frechet = cached["frechet_to_full"]
-        words = f"Frechet distance to full is {frechet:.4f}, at most {most:g} is asked"
-        checks.append(Check("frechet_to_full", frechet <= most, words))
+        message = f"Frechet distance to full is {frechet:.4f}, at most {most:g} is asked"
+        checks.append(Check("frechet_to_full", frechet <= most, message))
     else:
-        words = (
+        message = (
             "Frechet distance to full is not measured" if most else "Frechet distance to full is not asked"
         )
-        checks.append(Check("frechet_to_full", None, words))
-    words = f"measured speedup is {speedup:.2f}x, at least {settings.min_speedup:g}x is asked"
-    checks.append(Check("speedup", speedup >= settings.min_speedup, words))
+        checks.append(Check("frechet_to_full", None, message))
+    message = f"measured speedup is {speedup:.2f}x, at least {settings.min_speedup:g}x is asked"
+    checks.append(Check("speedup", speedup >= settings.min_speedup, message))
     asked = settings.beat_fewer_steps
     worth = report["verdict"] if asked else "being better than fewer steps is not asked"
     checks.append(Check("fewer_steps", report["worth_having"] if asked else None, worth.rstrip(".")))
     return checks
 
 
-def against_champion(
+def compare_with_champion(
     ours: RouterArtifact,
     tags: Mapping[str, str],
     theirs: RouterArtifact,
     champion: ModelVersion,
     settings: PromoteConfig,
 ) -> Check:
-    """Whether a version is better than the champion.
+    """Check that a version has a higher score than the champion.
 
     Args:
-        tags: of the version, as `measurements` makes them; the champion carries its own.
+        tags: tags of the version, from `measurements`; the champion carries its own.
     """
     name, number = "champion", champion.version
     if why := _incomparable(ours, tags, theirs, champion.tags):
@@ -114,7 +112,7 @@ def against_champion(
 def _incomparable(
     ours: RouterArtifact, tags: Mapping[str, str], theirs: RouterArtifact, their_tags: Mapping[str, str]
 ) -> str:
-    """Why the two are not for the same thing, "" where they are."""
+    """Return why the two cannot be compared, "" if they can."""
     if theirs.model != ours.model:
         return "it is for another model"
     made_for, given = theirs.sampler.to_dict(), ours.sampler.to_dict()

@@ -1,4 +1,4 @@
-"""What becomes of a judged router: a registered version, the champion if it is let through, an endpoint."""
+"""Register an evaluated router, promote it if it passes the gate, and serve the champion."""
 
 import base64
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from harmonica.core.artifact import RouterArtifact
 from harmonica.training.multi_target import member_name
 from pipelines.config.workflow import WorkflowConfig
-from pipelines.promotion.decision import Decision, carry_out, decide, measurements
+from pipelines.promotion.decision import Decision, apply_decision, decide, measurements
 from pipelines.run_state.resume import FAMILY, PROMOTION, REPORT, ROUTER, SERVED, is_current
 from pipelines.run_state.routers import load_router
 from pipelines.run_state.storage import RunStorage
@@ -20,7 +20,7 @@ from pipelines.tracking import mlflow_runs, registry
 def _with_recorded_sample(
     config: WorkflowConfig, storage: RunStorage, path: str
 ) -> Iterator[tuple[Path, RouterArtifact]]:
-    """A router, fetched, and its folder; the sample that others hold it to is drawn where there is none."""
+    """Yield a router and its local folder, drawing its golden sample if it has none."""
     from pipelines.evaluation.stage import with_sample
 
     with storage.local_folder(path) as folder:
@@ -39,12 +39,14 @@ def register_beside(
     run: mlflow_runs.StageRun,
     tags: Mapping[str, str],
 ) -> str:
-    """A router that is not the run's own as a version with its numbers, promoted by nothing but an alias that
-    somebody moves; called again for the same MLflow run it makes no second one.
+    """Register a router other than the run's own as a version with its numbers.
+
+    It is never promoted automatically; move the MLflow alias to promote it. A second call for the same MLflow
+    run creates no second version.
 
     Args:
-        path: of its folder on the storage.
-        run: MLflow's, of this router.
+        path: the router's folder on the storage.
+        run: the MLflow run of this router.
     """
     name = config.registered_model
     with _with_recorded_sample(config, storage, path) as (folder, artifact):
@@ -56,36 +58,36 @@ def register_beside(
 
 
 class Publisher:
-    """The stages register and serve of one run."""
+    """The stages `register` and `serve` of one run."""
 
     def __init__(self, config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun) -> None:
         """
         Args:
-            run: MLflow's, of the whole workflow.
+            run: the MLflow run of the whole workflow.
         """
         self._config, self._storage, self._run = config, storage, run
         self.url = ""
-        """Of the endpoint, where one was started."""
+        """URL of the endpoint, "" if none was started."""
         self.decision: Decision | None = None
-        """About this run's version, once it is made and not promoted before."""
+        """Decision about this run's version; None before it is made, and if it was promoted before."""
 
     def register(self) -> str:
-        """Make the version, once, and decide about it until it has been the champion."""
-        words = self._register()
+        """Register the version once, and decide about it until it has been the champion."""
+        message = self._register()
         family = [self._register_member(name) for name in map(member_name, self._config.train.others)]
-        return words + (f"; beside it, as versions {', '.join(family)}" if family else "")
+        return message + (f"; beside it, as versions {', '.join(family)}" if family else "")
 
     def _report(self) -> Any:
-        """Of this run's router as it is now, None where it is not judged."""
+        """Return the report of this run's current router, None if it was not evaluated."""
         return self._storage.read_json(REPORT) if is_current(REPORT, self._storage) else None
 
     def _register_member(self, name: str) -> str:
-        """Of what training made for other speeds."""
-        from pipelines.evaluation.stage import report_of
+        """Register a router that training made for another speed."""
+        from pipelines.evaluation.stage import member_report
 
         config = self._config
         report = self._report()
-        about = report_of(report, name) if report else None
+        about = member_report(report, name) if report else None
         stage = f"{FAMILY} {name} of {self._run.mlflow_run_id[:8]}"
         with mlflow_runs.stage_run(stage, config.run_id, config.storage_path, {}, self._run) as run:
             if about is not None:
@@ -103,12 +105,12 @@ class Publisher:
             version = registry.register(folder, name=name, run=self._run, alias=None, tags=tags)
         report = self._report()
         self.decision = decide(config, artifact, report, version, self._run)
-        carry_out(self.decision, self._run)
+        apply_decision(self.decision, self._run)
         self._storage.write_json(PROMOTION, self.decision.to_dict())
-        return self.decision.words
+        return self.decision.message
 
     def serve(self, prompt: str) -> str:
-        """Serve the champion, whichever version that is by now, and ask it for an image."""
+        """Serve the current champion, whichever version that is, and request one image."""
         from pipelines import serve
 
         config = self._config
@@ -129,7 +131,7 @@ class Publisher:
         return f"{self.url} drew {prompt!r} in {answer['inference_time_s']:.2f} s{version}"
 
     def _champion(self) -> tuple[str, str]:
-        """Where this run's router is not the champion: which version is, and why it cannot be served."""
+        """Return which other version is the champion, if one is, and why it cannot be served."""
         decision = self.decision
         if decision is None or decision.is_promoted:
             return "", ""

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Curve = Sequence[tuple[int, float]]
-"""(trajectory, value)."""
+"""Points (trajectory, value)."""
 
 _INK, _MUTED, _LINE, _BEST = "#222222", "#666666", "#0b7a6f", "#b3401f"
 _DPI = 120
@@ -31,7 +31,7 @@ def _name(axes: Axes, title: str, x: str, y: str = "") -> None:
 
 
 def training_curves(loss: Curve, cur: Curve, target_cur: float = 0.0) -> Figure:
-    """Loss, on a logarithmic scale where it can be, and the share of reused entries, by trajectory.
+    """Plot the loss, on a logarithmic scale if it is positive, and the share of reused entries.
 
     Args:
         target_cur: drawn as a line where above 0.
@@ -50,7 +50,7 @@ def training_curves(loss: Curve, cur: Curve, target_cur: float = 0.0) -> Figure:
 
 
 def lambda_curves(curves: Mapping[int, Sequence[float]]) -> Figure:
-    """Lambda of every step after each refresh, the last one darkest.
+    """Plot lambda of every step after each refresh, the last one darkest.
 
     Args:
         curves: by trajectory, lambda of steps 0, 1, ...
@@ -67,7 +67,7 @@ def lambda_curves(curves: Mapping[int, Sequence[float]]) -> Figure:
 
 
 def png_of(figure: Figure) -> bytes:
-    """As a PNG file has it."""
+    """Return a figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""One page of a run for people: a single HTML file with no script and nothing to fetch."""
+"""The report page of a run: a single HTML file without scripts or external resources."""
 
 import base64
 import logging
@@ -34,13 +34,13 @@ _LAMBDA = "lambda.step_"
 logger = logging.getLogger(__name__)
 
 History = Mapping[str, list[tuple[int, float]]]
-"""(trajectory, value) of each of training's metrics."""
+"""Points (trajectory, value) of each metric of the training."""
 
 
 def write_page(
     config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun, versions: Mapping[str, str]
 ) -> None:
-    """Make the page of what the run's stages have left, and keep it in its folder and in MLflow.
+    """Write the page from the results of the run's stages, into its folder and MLflow.
 
     Args:
         run: the workflow's.
@@ -51,7 +51,7 @@ def write_page(
 
 
 def render(config: WorkflowConfig, storage: RunStorage, history: History, versions: Mapping[str, str]) -> str:
-    """The page, as text."""
+    """Return the page as HTML text."""
 
     numbers = (REPORT, PROMOTION, COMPARISON, SWEEP)
     there = current((*numbers, *_PICTURES), storage)
@@ -98,7 +98,7 @@ def _curves(history: History, config: WorkflowConfig) -> dict[str, Figure]:
 
 
 def _training_history(config: WorkflowConfig) -> History:
-    """Of the run's training, from MLflow; empty, with a warning, where it cannot be had."""
+    """Return the training's metrics from MLflow; empty, with a warning, if they cannot be read."""
     try:
         run = mlflow_runs.find("train", config.run_id, config.storage_path)
         if run is None:

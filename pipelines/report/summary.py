@@ -1,4 +1,4 @@
-"""What a workflow ends with: the report's page, the table, and where everything is."""
+"""The end of a workflow: write the report page, print the table, and say where the results are."""
 
 import importlib.metadata
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def git_revision() -> str:
-    """Of the code that runs; a job's unpacked folder, or a machine without git, has none."""
+    """Return the git revision, "unknown" in a job's unpacked folder or on a machine without git."""
     if shutil.which("git") is None:
         return "unknown"
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -37,7 +37,7 @@ def git_revision() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that decide what comes out."""
+    """Return the versions of the libraries on which results depend."""
     return {
         name: importlib.metadata.version(name) for name in ("ray", "torch", "mlflow", "timm", "diffusers")
     }
@@ -70,7 +70,7 @@ def summarise(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.Stag
 
 
 def _wait() -> None:
-    """On a private cluster the endpoint lives as long as this process; on a joined one, by itself."""
+    """Wait until interrupted on a private cluster, whose endpoint lives as long as this process."""
     if is_private():
         say("          until Ctrl-C")
         try:

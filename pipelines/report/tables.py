@@ -1,4 +1,4 @@
-"""The tables of a run's report page: plain strings, from what the stages have written as JSON.
+"""The tables of a run's report page: plain strings, from the JSON that the stages wrote.
 
 Numbers that nobody knew of when this was written are shown all the same, under their own names.
 """
@@ -52,7 +52,7 @@ def named(key: str) -> str:
 
 
 def shown(key: str, of: Mapping[str, Any]) -> str:
-    """A number with its 95% interval, "" where there is none."""
+    """Return a number with its 95% interval, "" if there is no such number."""
     value, form = of.get(key), _FORMS.get(key, "{:.4g}")
     if value is None:
         return ""
@@ -64,7 +64,7 @@ def shown(key: str, of: Mapping[str, Any]) -> str:
 
 
 def _keys(of: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of all that is a number, in the order in which they first come."""
+    """Return the keys of all numeric values, in the order of their first appearance."""
     keys = (
         key
         for one in of
@@ -75,18 +75,18 @@ def _keys(of: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def results(report: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
-    """Arms as columns, so that it fits a phone; and a row a number."""
-    arms = {**report["arms"], **report.get("transfer", {})}
+    """Return columns and rows of the results: a column for each variant, a row for each metric."""
+    variants = {**report["arms"], **report.get("transfer", {})}
     floor = report.get("noise_floor")
     if isinstance(floor, Mapping):
-        arms["two seeds of full"] = floor
-    keys = _keys(list(arms.values()))
-    rows = [(named(key), [shown(key, arm) for arm in arms.values()]) for key in keys]
-    return [name.replace("_", " ") for name in arms], rows
+        variants["two seeds of full"] = floor
+    keys = _keys(list(variants.values()))
+    rows = [(named(key), [shown(key, variant) for variant in variants.values()]) for key in keys]
+    return [name.replace("_", " ") for name in variants], rows
 
 
 def comparison(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], list[Row]]]:
-    """A table for each target: title, columns, and a row a method and seed."""
+    """Return a table for each target: title, columns, and a row for each method and seed."""
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for point in points:
         groups.setdefault(point.get("target_speedup"), []).append(point)
@@ -100,12 +100,12 @@ def comparison(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
 
 
 def not_compared(missing: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Arms of a comparison that were not measured, and why."""
+    """Return the variants of a comparison that were not measured, with the reasons."""
     return [(missing_name(one), [str(one["reason"])]) for one in missing]
 
 
 def sweep(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Row]]:
-    """A row a trial."""
+    """Return the columns and rows of the sweep, a row for each trial."""
     keys = _keys(points)
     columns = [*map(named, keys), "lambda", "on the front", "version"]
     rows = []
@@ -118,7 +118,7 @@ def sweep(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Row]]:
 def not_measured(
     settings: Mapping[str, Any], report: Mapping[str, Any] | None, done: Mapping[str, bool]
 ) -> list[str]:
-    """What a reader must not take from this run, in words.
+    """Return sentences that say what this run did not measure.
 
     Args:
         settings: the workflow's.
@@ -128,8 +128,8 @@ def not_measured(
     if report is None:
         missing.append("Nothing was evaluated: no speed, no quality.")
     else:
-        lacks = [words for key, words in _MEASURABLE.items() if key not in report["arms"][CACHED]]
-        missing += [words[0].upper() + words[1:] + "." for words in lacks]
+        lacks = [text for key, text in _MEASURABLE.items() if key not in report["arms"][CACHED]]
+        missing += [text[0].upper() + text[1:] + "." for text in lacks]
         if "seconds_per_image" in report["arms"][FULL] and not settings["evaluate"]["use_gpu"]:
             missing.append("Speed on a GPU: all times are of a CPU.")
         if not settings["evaluate"]["transfer"]:

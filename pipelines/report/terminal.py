@@ -1,4 +1,4 @@
-"""The table a workflow ends with."""
+"""Tables printed to the terminal at the end of a workflow."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,17 +35,17 @@ _COMPARED = (
 )
 
 
-def _cell(arm: Mapping[str, Any], key: str, form: str) -> str:
-    """The number, and half its 95% interval where it has one."""
-    if key not in arm:
+def _cell(variant: Mapping[str, Any], key: str, form: str) -> str:
+    """Return the number, with half the width of its 95% interval if it has one."""
+    if key not in variant:
         return ""
-    ends = arm.get(f"{key}_interval")
+    ends = variant.get(f"{key}_interval")
     spread = f" \u00b1{form.format((ends[1] - ends[0]) / 2)}" if ends and "%" not in form else ""
-    return form.format(arm[key]) + spread
+    return form.format(variant[key]) + spread
 
 
 def results_table(report: Mapping[str, Any]) -> None:
-    """Full, cached and fewer steps, side by side; under them the noise floor of the distances."""
+    """Print the results of all variants, and below them the noise floor of the distances."""
     share = report["realised_share"]
     title = (
         (f"cached by {report['method']}\n" if "method" in report else "")
@@ -55,13 +55,13 @@ def results_table(report: Mapping[str, Any]) -> None:
         + f"   {report['samples']} images"
     )
     table = Table(title=title, title_style="bold", title_justify="left")
-    arms = report["arms"]
-    shown = [column for column in _COLUMNS if any(column[1] in arm for arm in arms.values())]
-    table.add_column("arm")
+    variants = report["arms"]
+    shown = [column for column in _COLUMNS if any(column[1] in variant for variant in variants.values())]
+    table.add_column("variant")
     for heading, _, _ in shown:
         table.add_column(heading, justify="right")
-    for name, arm in {**arms, **report.get("transfer", {})}.items():
-        cells = [_cell(arm, key, form) for _, key, form in shown]
+    for name, variant in {**variants, **report.get("transfer", {})}.items():
+        cells = [_cell(variant, key, form) for _, key, form in shown]
         table.add_row(name.replace("_", " "), *cells)
     if noise_floor := report.get("noise_floor"):
         cells = [_cell(noise_floor, key, form) for _, key, form in shown]
@@ -71,7 +71,7 @@ def results_table(report: Mapping[str, Any]) -> None:
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> None:
-    """Every point of a comparison, by the speed it was made for; libraries, which have none, at the end.
+    """Print all points of a comparison by target speed; libraries, which have none, come last.
 
     Under the table: what was not measured, and why.
     """
@@ -94,6 +94,6 @@ def comparison_table(comparison: Mapping[str, Any]) -> None:
 
 
 def _console() -> Console:
-    """Where output goes to a file or a job's log, tables must not be folded to 80 columns."""
+    """Return a console that does not fold tables to 80 columns in a file or a job's log."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=140)

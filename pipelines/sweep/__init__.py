@@ -1,1 +1,1 @@
-"""The stage `sweep`: many settings trained, and the Pareto front of them."""
+"""The stage `sweep`: train many settings and find their Pareto front."""

@@ -1,4 +1,4 @@
-"""The Pareto front: the points that no other is both faster and nearer than."""
+"""The Pareto front: the points that no other point dominates in speed and PSNR."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ _FRONT, _REST = "#0b7a6f", "#b9bcc0"
 
 
 def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Of each point whether no other is at least as good in both coordinates and better in one.
+    """Return for each point whether no other is at least as good in both coordinates and better in one.
 
     Args:
         points: higher is better, in both.
@@ -17,11 +17,11 @@ def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def front_figure(points: Sequence[tuple[float, float]], names: Sequence[str]) -> Figure:
-    """PSNR to full against measured speedup; the front is joined and named.
+    """Plot PSNR to full against measured speedup; the front is joined and labelled.
 
     Args:
         points: (speedup, PSNR in dB).
-        names: one a point.
+        names: one label for each point.
     """
     figure = Figure(figsize=(6.4, 4.2), dpi=120, facecolor="white", layout="constrained")
     axes = figure.subplots()

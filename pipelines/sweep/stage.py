@@ -1,4 +1,4 @@
-"""Many targets, lambda kinds and seeds: trained on Ray Tune, measured, and the best of them registered.
+"""Train many targets, lambda kinds and seeds on Ray Tune, evaluate them, and register the Pareto front.
 
 Trials train side by side; they are measured after one another, so that none slows down another's times.
 """
@@ -31,7 +31,7 @@ from pipelines.sweep.trial import (
     SCORE,
     TRAJECTORY,
     Trial,
-    judging_seed,
+    evaluation_seed,
     place,
     reports_of,
     run_trial,
@@ -51,7 +51,7 @@ _TUNE = {
 
 
 class _Progress(tune.Callback):
-    """A line now and then."""
+    """Prints a progress line from time to time."""
 
     def __init__(self, total: int) -> None:
         self.total, self._ended, self._said = total, 0, 0.0
@@ -72,11 +72,11 @@ class _Progress(tune.Callback):
         say(f"[sweep] {self._ended} of {self.total} trials ended, {at}")
 
 
-def check(config: WorkflowConfig, storage: RunStorage) -> None:
-    """Before any work starts.
+def check_sweep(config: WorkflowConfig, storage: RunStorage) -> None:
+    """Check the settings before any work starts.
 
     Raises:
-        ValueError: a trial's settings are refused, or the run's sweep was begun with others.
+        ValueError: a trial's settings are invalid, or the run's sweep was started with others.
     """
     for trial in trials_of(config):
         trial.settings(config)
@@ -92,12 +92,12 @@ def check(config: WorkflowConfig, storage: RunStorage) -> None:
 
 @plainly()
 def sweep(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun) -> dict[str, Any]:
-    """Train, measure and register; returns what is written to `sweep.json`.
+    """Train, evaluate and register; return the contents of `sweep.json`.
 
-    A sweep that was stopped goes on: trials from their last report, measurements with the first that lacks.
+    A sweep that was interrupted resumes: trials from their last report, evaluation at the first missing one.
 
     Args:
-        run: MLflow's, of the stage.
+        run: the MLflow run of the stage.
 
     Raises:
         RuntimeError: a trial failed more often than train.max_failures.
@@ -119,7 +119,11 @@ def sweep(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun
         for trial in trials
         if trial not in whole
     ]
-    result: dict[str, Any] = {"verdict": _verdict(points, stopped), "points": points, "stopped": stopped}
+    result: dict[str, Any] = {
+        "verdict": _sweep_summary(points, stopped),
+        "points": points,
+        "stopped": stopped,
+    }
     figure = front_figure(places, [point["name"] for point in points])
     storage.write_bytes(PICTURE, png_of(figure))
     _log(run, result, figure)
@@ -128,7 +132,7 @@ def sweep(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun
 
 
 def _settings(config: WorkflowConfig) -> dict[str, Any]:
-    """What the results depend on; how many run at once is free."""
+    """Return the settings that results depend on; how many trials run at once does not matter."""
     found: dict[str, Any] = config.to_dict()["sweep"] | {"targets": config.sweep.all_targets}
     names = {name: value for name, value in found.items() if name != "max_concurrent"}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in names.items()}
@@ -186,26 +190,26 @@ def _scheduler(config: WorkflowConfig) -> TrialScheduler | None:
 def _measured(
     config: WorkflowConfig, storage: RunStorage, trial: Trial, run: mlflow_runs.StageRun
 ) -> dict[str, Any]:
-    """A trial's evaluation, as a point of the front; done before, it is read."""
+    """Return a trial's evaluation as a point, reading it if it was made before."""
     folder = place(storage, trial)
     path = f"{folder}/report.json"
     if storage.exists(path):
         report = storage.read_json(path)
     else:
         artifact = load_router(storage, f"{folder}/{ROUTER}")
-        judged = dataclasses.replace(
+        settings = dataclasses.replace(
             config,
-            seed=judging_seed(config),
+            seed=evaluation_seed(config),
             evaluate=dataclasses.replace(
                 config.evaluate, transfer=(), transfer_guidance=(), transfer_steps=(), noise_floor=False
             ),
         )
-        report, _ = evaluate(judged, artifact)
+        report, _ = evaluate(settings, artifact)
         with _tracked(config, trial, run) as ours:
             last = ours.last_step(SCORE)
-            for told in reports_of(storage, trial):
-                if told[TRAJECTORY] > last:
-                    ours.log(told, step=int(told[TRAJECTORY]))
+            for reported in reports_of(storage, trial):
+                if reported[TRAJECTORY] > last:
+                    ours.log(reported, step=int(reported[TRAJECTORY]))
             ours.log(mlflow_runs.numbers(report))
         storage.write_json(path, report)
         say(f"[sweep] {trial.name}: {report['verdict']}")
@@ -219,7 +223,7 @@ def _measured(
 
 
 def _tracked(config: WorkflowConfig, trial: Trial, run: mlflow_runs.StageRun) -> Any:
-    """A trial's own MLflow run, nested in the sweep's; of a sweep that is done again, another one."""
+    """Open a trial's MLflow run, nested in the sweep's; a repeated sweep has new ones."""
     stage = f"sweep {trial.name} of {run.mlflow_run_id[:8]}"
     return mlflow_runs.stage_run(stage, config.run_id, config.storage_path, dataclasses.asdict(trial), run)
 
@@ -239,13 +243,15 @@ def _register(
         )
 
 
-def _verdict(points: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> str:
+def _sweep_summary(points: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> str:
     front = sorted((p for p in points if p["on_front"]), key=lambda point: point["speedup"])
     ends = [f"{p['psnr_to_full']:.1f} dB at {p['speedup']:.2f}x" for p in (front[0], front[-1])]
-    words = f"{len(front)} of {len(points)} trained routers on the front: {' to '.join(dict.fromkeys(ends))}"
+    message = (
+        f"{len(front)} of {len(points)} trained routers on the front: {' to '.join(dict.fromkeys(ends))}"
+    )
     best = max(front, key=lambda point: point[SCORE])
     early = f"; trials stopped early: {len(stopped)}" if stopped else ""
-    return f"{words}; the best score, {best[SCORE]:.1f}, is that of {best['name']}{early}."
+    return f"{message}; the best score, {best[SCORE]:.1f}, is that of {best['name']}{early}."
 
 
 def _log(run: mlflow_runs.StageRun, result: dict[str, Any], figure: Figure) -> None:

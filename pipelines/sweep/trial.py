@@ -38,7 +38,7 @@ _REPORTS = "reports"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trial:
-    """What is particular about one training."""
+    """The settings in which one training differs from the others."""
 
     over: Target
     target: float
@@ -47,11 +47,11 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Names its folder."""
+        """Return the name of the trial and its folder."""
         return f"{self.over.removeprefix('target_')}-{self.target:g}-{self.iepo}-seed-{self.seed}"
 
     def settings(self, config: WorkflowConfig) -> WorkflowConfig:
-        """The run's, with this trial's in their place.
+        """Return the run's settings with this trial's in their place.
 
         Raises:
             ValueError: training refuses the target.
@@ -62,28 +62,28 @@ class Trial:
 
 
 def trials_of(config: WorkflowConfig) -> list[Trial]:
-    """Every combination."""
+    """Return a trial for every combination of the sweep's settings."""
     chosen = config.sweep
     kinds, seeds = chosen.iepo or (config.train.iepo,), chosen.seeds or (config.seed,)
     return [Trial(chosen.over, *rest) for rest in itertools.product(chosen.all_targets, kinds, seeds)]
 
 
 def place(storage: RunStorage, trial: Trial) -> str:
-    """The trial's folder."""
+    """Return the trial's folder."""
     return f"{work_folder('sweep', storage)}/{trial.name}"
 
 
-def judging_seed(config: WorkflowConfig) -> int:
-    """A seed such that neither its rows nor those of the seed after it are any trial's."""
+def evaluation_seed(config: WorkflowConfig) -> int:
+    """Return a seed for evaluation; its rows and those of the next seed are of no trial."""
     return max(trial.seed for trial in trials_of(config)) + 1
 
 
 class _Probe:
-    """The PSNR of a router on a few fixed rows, while it trains."""
+    """Measures the PSNR of a router on a few fixed rows while it trains."""
 
     def __init__(self, config: WorkflowConfig, run: FamilyRun, model: BranchedTransformer) -> None:
         self.config, self.run = config, run
-        spec = row_spec(config, model, judging_seed(config))
+        spec = row_spec(config, model, evaluation_seed(config))
         rows = make_rows(np.arange(config.sweep.report_samples), spec)
         self.batch = Batch.of(rows, spec, run.device)
         self.full_NCHW = self._sample(None)
@@ -97,20 +97,20 @@ class _Probe:
         return images
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
-        """What Tune is told: plain numbers, for a checkpoint too."""
+        """Return the metrics reported to Tune, as plain numbers."""
         from harmonica.evaluation.image_metrics import psnr
 
         artifact = self.run.artifact()
         near = float(psnr(self._sample(artifact).cpu(), self.full_NCHW.cpu()).clamp(max=100).mean())
         worth = score(near, artifact.ideal_speedup, self.config.promotion.db_per_doubling)
-        told = {TRAJECTORY: float(self.run.trajectory), "cur": artifact.plan.cur, "psnr_to_full": near}
+        reported = {TRAJECTORY: float(self.run.trajectory), "cur": artifact.plan.cur, "psnr_to_full": near}
         if "loss" in metrics:
-            told["loss"] = float(metrics["loss"])
-        return told | {"ideal_speedup": artifact.ideal_speedup, SCORE: worth}
+            reported["loss"] = float(metrics["loss"])
+        return reported | {"ideal_speedup": artifact.ideal_speedup, SCORE: worth}
 
 
 def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
-    """Ray Tune's trainable.
+    """Run one trial; this is Ray Tune's trainable.
 
     Args:
         chosen: a `Trial`, by field.
@@ -152,7 +152,7 @@ def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
 
 
 def reports_of(storage: RunStorage, trial: Trial) -> list[dict[str, float]]:
-    """What a trial has reported so far."""
+    """Return the reports of a trial so far."""
     checkpoints = Checkpoints(storage, f"{place(storage, trial)}/checkpoints")
     found = checkpoints.last()
     return checkpoints.load(found)[_REPORTS] if found else []

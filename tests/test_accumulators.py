@@ -10,7 +10,7 @@ from tolerances import close, rounding
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from harmonica.evaluation import accumulators
-from harmonica.evaluation.accumulators import LOGITS, POOLED, ArmStatistics, FeatureSums
+from harmonica.evaluation.accumulators import LOGITS, POOLED, FeatureSums, MetricAccumulator
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 
 ROWS = 37
@@ -25,12 +25,12 @@ def columns(rows: int = ROWS) -> dict[str, np.ndarray]:
     }
 
 
-def streamed(order: np.ndarray, batch_size: int, kept_rows: int, rows: int = ROWS) -> ArmStatistics:
-    arm, data = ArmStatistics(rows, kept_rows), columns(rows)
+def streamed(order: np.ndarray, batch_size: int, kept_rows: int, rows: int = ROWS) -> MetricAccumulator:
+    variant, data = MetricAccumulator(rows, kept_rows), columns(rows)
     for start in range(0, rows, batch_size):
         index = order[start : start + batch_size]
-        arm.add(index, {name: column[index] for name, column in data.items()})
-    return arm
+        variant.add(index, {name: column[index] for name, column in data.items()})
+    return variant
 
 
 @quick
@@ -73,6 +73,6 @@ def test_inception_score_is_the_mean_over_pieces(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_row_that_never_came_is_seen() -> None:
-    arm = ArmStatistics(4)
-    arm.add(np.arange(3), {"psnr": np.ones(3)})
-    assert arm.numbers["psnr"].isnan().tolist() == [False, False, False, True]
+    variant = MetricAccumulator(4)
+    variant.add(np.arange(3), {"psnr": np.ones(3)})
+    assert variant.numbers["psnr"].isnan().tolist() == [False, False, False, True]

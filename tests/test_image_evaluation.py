@@ -1,4 +1,4 @@
-"""Judging arms: settings that are refused, and numbers that no worker and no batch size changes."""
+"""Evaluating variants: settings that are refused, and numbers that no worker and no batch size changes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 import ray
 import tiny_text
 import torch
-from judging_networks import write_alexnet, write_clip, write_inception
 from tiny_dit import SHAPE, write_model
+from tiny_metric_networks import write_alexnet, write_clip, write_inception
 from tiny_pipeline import write_pipeline
 from tiny_text import write_store
 from tolerances import NOISIEST, rounding
@@ -23,9 +23,9 @@ from harmonica.io.resolve import local_path
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig, load_model
 from harmonica.samplers import SamplerConfig
 from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
-from pipelines.evaluation.latency import Arm
-from pipelines.evaluation.metric_networks import check_judges, feature_kind
-from pipelines.evaluation.quality import NOISE_FLOOR, ArmSampler, judge
+from pipelines.evaluation.latency import Variant
+from pipelines.evaluation.metric_networks import check_metric_settings, feature_kind
+from pipelines.evaluation.quality import NOISE_FLOOR, VariantSampler, evaluate_images
 from pipelines.runtime.ray_runtime import connect
 
 SAMPLER = SamplerConfig(num_inference_steps=3)
@@ -39,12 +39,12 @@ def workflow(**settings: Any) -> WorkflowConfig:
     return WorkflowConfig(sampler=SAMPLER, evaluate=EvaluateConfig(**given))
 
 
-def arms() -> list[Arm]:
+def variants() -> list[Variant]:
     branches = len(load_model(ModelConfig()).model.branches)
     every_second = tuple(bool(n % 2) for n in range(branches))
     plan = Plan(((True,) * branches, every_second, (True,) * branches))
     fewer = replace(SAMPLER, num_inference_steps=2)
-    return [Arm("full", SAMPLER), Arm("cached", SAMPLER, plan), Arm("fewer", fewer)]
+    return [Variant("full", SAMPLER), Variant("cached", SAMPLER, plan), Variant("fewer", fewer)]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_what_a_model_of_latents_cannot_give_is_refused(settings, words, tmp_pat
     )
     config = replace(workflow(**settings), model=model)
     with pytest.raises(ValueError, match=words):
-        check_judges(config, load_model(model))
+        check_metric_settings(config, load_model(model))
 
 
 @pytest.mark.parametrize(
@@ -93,37 +93,42 @@ def test_what_a_model_of_latents_cannot_give_is_refused(settings, words, tmp_pat
 def test_files_that_are_not_there_are_refused_before_any_work(settings, words) -> None:
     config = workflow(**settings)
     with pytest.raises(ValueError, match=words):
-        check_judges(config, load_model(config.model))
+        check_metric_settings(config, load_model(config.model))
 
 
 def test_auto_is_the_classifier_for_built_in_models_alone() -> None:
     assert feature_kind(EvaluateConfig(), ModelConfig()) == "classifier"
     assert feature_kind(EvaluateConfig(), ModelConfig(path="org/other")) is None
-    check_judges(workflow(), load_model(ModelConfig()))
+    check_metric_settings(workflow(), load_model(ModelConfig()))
 
 
 @pytest.mark.parametrize(
     ("order", "words"),
     [
-        (("cached", "full"), "^arm 'cached' comes before its reference 'full': put it after"),
-        (("full", "full"), "^two arms are named 'full': give each its own name"),
-        (("full", NOISE_FLOOR), f"^two arms are named '{NOISE_FLOOR}': give each its own name"),
+        (("cached", "full"), "^variant 'cached' comes before its reference 'full': put it after"),
+        (("full", "full"), "^two variants are named 'full': give each its own name"),
+        (("full", NOISE_FLOOR), f"^two variants are named '{NOISE_FLOOR}': give each its own name"),
     ],
 )
-def test_arms_out_of_order_or_of_one_name_are_refused(order: tuple[str, str], words: str) -> None:
+def test_variants_out_of_order_or_of_one_name_are_refused(order: tuple[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        judge(workflow(), SPEC, [Arm(name, SAMPLER) for name in order])
+        evaluate_images(workflow(), SPEC, [Variant(name, SAMPLER) for name in order])
 
 
 def test_an_actor_s_columns_do_not_depend_on_the_batch() -> None:
     rows = make_rows(np.arange(6), SPEC)
-    actor = ArmSampler(workflow(), SPEC, arms())
+    actor = VariantSampler(workflow(), SPEC, variants())
     whole = actor(rows)
     parts = [actor({name: column[i : i + 2] for name, column in rows.items()}) for i in (0, 2, 4)]
+    names = ("full", "cached", "fewer")
     assert set(whole) == {"index", "label"} | {
-        *(f"{arm}.{name}" for arm in ("full", "cached", "fewer") for name in ("pooled", "spatial", "logits")),
-        *(f"{arm}.{name}" for arm in ("cached", "fewer") for name in ("psnr", "ssim")),
-        *(f"{arm}.class" for arm in ("full", "cached", "fewer", NOISE_FLOOR)),
+        *(
+            f"{variant}.{name}"
+            for variant in ("full", "cached", "fewer")
+            for name in ("pooled", "spatial", "logits")
+        ),
+        *(f"{variant}.{name}" for variant in ("cached", "fewer") for name in ("psnr", "ssim")),
+        *(f"{variant}.class" for variant in (*names, NOISE_FLOOR)),
         *(f"{NOISE_FLOOR}.{name}" for name in ("pooled", "spatial", "logits")),
     }
     for name, column in whole.items():
@@ -139,8 +144,8 @@ def test_inception_and_lpips_look_at_images(tmp_path: Path) -> None:
         lpips_path=str(write_alexnet(tmp_path / "a.pth")),
         noise_floor=False,
     )
-    check_judges(config, load_model(config.model))
-    out = ArmSampler(config, SPEC, arms()[:2])(make_rows(np.arange(2), SPEC))
+    check_metric_settings(config, load_model(config.model))
+    out = VariantSampler(config, SPEC, variants()[:2])(make_rows(np.arange(2), SPEC))
     assert out["cached.pooled"].shape == (2, 2048) and out["cached.spatial"].shape == (2, 2023)
     assert (out["cached.lpips"] > 0).all() and "cached.class" not in out
     assert not any(name.startswith(NOISE_FLOOR) for name in out)
@@ -149,15 +154,15 @@ def test_inception_and_lpips_look_at_images(tmp_path: Path) -> None:
 def test_latents_are_decoded_where_somebody_looks_at_pictures(tmp_path: Path) -> None:
     model = ModelConfig(path=str(write_pipeline(tmp_path / "pipeline")))
     spec = RowSpec(seed=5, num_classes=1000, shape=(4, 8, 8))
-    rows, two = make_rows(np.arange(2), spec), [Arm("full", SAMPLER), Arm("full 2", SAMPLER)]
+    rows, two = make_rows(np.arange(2), spec), [Variant("full", SAMPLER), Variant("full 2", SAMPLER)]
     plain = replace(workflow(), model=model)
-    out = ArmSampler(plain, spec, two)(rows)
+    out = VariantSampler(plain, spec, two)(rows)
     assert set(out) == {"index", "label", "full 2.psnr"}, "latents: no windows over them, no features"
     assert (out["full 2.psnr"] == 100).all()
     looked_at = replace(workflow(lpips_path=str(write_alexnet(tmp_path / "a.pth"))), model=model)
-    check_judges(looked_at, load_model(model))
-    actor = ArmSampler(looked_at, spec, two)
-    assert actor.judges.shown(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
+    check_metric_settings(looked_at, load_model(model))
+    actor = VariantSampler(looked_at, spec, two)
+    assert actor.metrics.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
     out = actor(rows)
     assert (out["full 2.ssim"] == 1).all() and (out["full 2.lpips"] == 0).all()
 
@@ -174,10 +179,10 @@ def test_pictures_are_held_against_their_prompts(tmp_path: Path, monkeypatch: py
         sampler=replace(SAMPLER, name="dpm-solver++"),
     )
     loaded = load_model(config.model)
-    check_judges(config, loaded)
+    check_metric_settings(config, loaded)
     spec = RowSpec.of(loaded.model, 5, store)
     rows = make_rows(np.arange(6), spec)
-    out = ArmSampler(config, spec, [Arm("full", config.sampler)])(rows)
+    out = VariantSampler(config, spec, [Variant("full", config.sampler)])(rows)
     bag, dress = CLASS_NAMES.index("Bag"), CLASS_NAMES.index("Dress")
     np.testing.assert_array_equal(out["label"], np.array([bag, dress, -1])[rows["label"]])
     scores = out["full.clip_score"]
@@ -188,8 +193,8 @@ def test_pictures_are_held_against_their_prompts(tmp_path: Path, monkeypatch: py
 def test_the_number_of_workers_does_not_change_the_report(request: pytest.FixtureRequest) -> None:
     connect()
     request.addfinalizer(ray.shutdown)
-    plain = judge(workflow(), SPEC, arms())
-    workers = judge(workflow(num_actors=2), SPEC, arms())
+    plain = evaluate_images(workflow(), SPEC, variants())
+    workers = evaluate_images(workflow(num_actors=2), SPEC, variants())
     assert workers == plain, "bit for bit"
     assert set(plain) == {"full", "cached", "fewer"}
     assert set(plain["full"][NOISE_FLOOR]) >= {"frechet_to_full", "kid_to_full", "kid_to_full_interval"}
