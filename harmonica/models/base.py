@@ -193,6 +193,17 @@ class BranchedTransformer(nn.Module, ABC):
         return self.head(hidden_NLD, conditioning)
 
 
+def unpatchify(patches_NLP: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Put patches, each (patch_size, patch_size, C) in a row, together to images (N, C, H, W).
+
+    Args:
+        grid: patches along height and width; L in all, row by row.
+    """
+    (rows, columns), p = grid, patch_size
+    image = patches_NLP.unflatten(2, (p, p, -1)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
+    return image.reshape(len(patches_NLP), -1, rows * p, columns * p)
+
+
 def freeze(model: torch.nn.Module) -> None:
     """Put a model into evaluation mode, without gradients of its weights, as SDT expects the base model."""
     model.eval().requires_grad_(False)

@@ -23,10 +23,9 @@ from harmonica.models.dit.config import DiTConfig
 from harmonica.models.dit.public_layout import read_public
 from harmonica.models.dit.stored import StoredModel, default_class_names
 from harmonica.models.pixart import checkpoint as pixart_folder
-from harmonica.models.pixart.checkpoint import StoredPixArt
 from harmonica.models.sana import checkpoint as sana_folder
-from harmonica.models.sana.checkpoint import StoredSana
 from harmonica.models.text_blocks import Kind
+from harmonica.models.text_checkpoint import StoredTextTransformer
 from harmonica.models.vae import find_vae, load_vae
 from harmonica.validation.settings import Field, Natural, settings
 
@@ -43,7 +42,7 @@ __all__ = [
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Compile = Literal["auto", "always", "never"]
-_TEXT_TO_IMAGE: dict[str, Callable[..., StoredPixArt | StoredSana]] = {
+_TEXT_TO_IMAGE: dict[str, Callable[..., StoredTextTransformer]] = {
     pixart_folder.CLASS_NAME: pixart_folder.read_pixart,
     sana_folder.CLASS_NAME: sana_folder.read_sana,
 }
@@ -141,7 +140,7 @@ def _read_dit(local: Path, shape: DiTConfig | None) -> StoredModel:
     return read_public(local / (own_weights(names) or OWN_WEIGHTS[0]), config, class_names)
 
 
-def _read(config: ModelConfig) -> StoredModel | StoredPixArt | StoredSana:
+def _read(config: ModelConfig) -> StoredModel | StoredTextTransformer:
     local = local_path(config.path, config.revision)
     transformer = find_transformer(local) if local.is_dir() else None
     name = read_json(transformer / "config.json").get("_class_name") if transformer else None

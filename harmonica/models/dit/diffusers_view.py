@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harmonica.models.base import FINGERPRINT_VALUES, BranchedTransformer, Fingerprint, Macs
+from harmonica.models.base import FINGERPRINT_VALUES, BranchedTransformer, Fingerprint, Macs, unpatchify
 from harmonica.models.dit.diffusers_layout import config_from_diffusers, tensors_from_diffusers
 from harmonica.models.dit.model import DiTBranch, DiTConditioning, modulate
 from harmonica.models.dit.stored import skeleton
@@ -84,10 +84,8 @@ class DiffusersDiT(BranchedTransformer):
     def head(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
         model = self.transformer
         patches = model.proj_out_2(modulate(model.norm_out(hidden_NLD), *conditioning.final))
-        (n, tokens, _), p, c = patches.shape, self.config.patch_size, self.out_channels
-        side = math.isqrt(tokens)
-        grid = patches.reshape(n, side, side, p, p, c)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, c, side * p, side * p)
+        side = math.isqrt(patches.shape[1])
+        return unpatchify(patches, (side, side), self.config.patch_size)
 
     @property
     def value_shape(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harmonica.models.base import Branch, BranchedTransformer, Macs
+from harmonica.models.base import Branch, BranchedTransformer, Macs, unpatchify
 from harmonica.models.dit.conditioning import ROWS_AT_ONCE, DiTConditioning
 from harmonica.models.dit.config import DiTConfig
 from harmonica.models.step_conditionings import StepConditionings
@@ -192,10 +192,8 @@ class DiT(BranchedTransformer):
     def head(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
         normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=_NORM_EPS)
         patches = self.final_layer.linear(modulate(normed, *conditioning.final))
-        n, p, c = patches.shape[0], self.config.patch_size, self.out_channels
-        side = self.sample_size // p
-        grid = patches.reshape(n, side, side, p, p, c)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, c, side * p, side * p)
+        side = self.sample_size // self.config.patch_size
+        return unpatchify(patches, (side, side), self.config.patch_size)
 
     @property
     def value_shape(self) -> tuple[int, int]:
