@@ -38,7 +38,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class FoldedPlan:
+class AccumulationPlan:
     """Where every computed value goes."""
 
     plan: Plan
@@ -50,9 +50,9 @@ class FoldedPlan:
     """Alive at once."""
 
     @classmethod
-    def of(cls, plan: Plan, reuse: Reuse, model: BranchedTransformer) -> "FoldedPlan":
+    def of(cls, plan: Plan, reuse: Reuse, model: BranchedTransformer) -> "AccumulationPlan":
         """For a model's branches."""
-        return _fold(plan, reuse, tuple(branch.is_followed for branch in model.branches))
+        return _accumulation_plan(plan, reuse, tuple(branch.has_post_branch for branch in model.branches))
 
     def nbytes(self, model: BranchedTransformer, *, is_guided: bool) -> int:
         """Of one image's sums, which are as precise as the hidden state: at least float32."""
@@ -67,7 +67,7 @@ class FoldedPlan:
         )
 
 
-def _runs(row: Sequence[bool], followed: Sequence[bool]) -> dict[int, int]:
+def _runs(row: Sequence[bool], has_post_branch: Sequence[bool]) -> dict[int, int]:
     """First and last branch of each run of reused ones with nothing that always runs between them."""
     runs: dict[int, int] = {}
     first = None
@@ -77,7 +77,7 @@ def _runs(row: Sequence[bool], followed: Sequence[bool]) -> dict[int, int]:
             continue
         first = branch if first is None else first
         runs[first] = branch
-        if followed[branch]:
+        if has_post_branch[branch]:
             first = None
     return runs
 
@@ -93,11 +93,11 @@ def _most(terms: Mapping[Entry, Sequence[Term]]) -> int:
 
 
 @lru_cache(maxsize=16)
-def _fold(plan: Plan, reuse: Reuse, followed: tuple[bool, ...]) -> FoldedPlan:
+def _accumulation_plan(plan: Plan, reuse: Reuse, has_post_branch: tuple[bool, ...]) -> AccumulationPlan:
     """The sums of a plan: pure, so the last few are remembered.
 
     Args:
-        followed: `is_followed` of each branch.
+        has_post_branch: `has_post_branch` of each branch.
     """
     # A cache of unit vectors, one a step, hands out weights: what `BranchCache` says of forecasts holds here.
     unit_TT = torch.eye(plan.num_steps, dtype=torch.float64)
@@ -105,7 +105,7 @@ def _fold(plan: Plan, reuse: Reuse, followed: tuple[bool, ...]) -> FoldedPlan:
     terms: dict[Entry, list[Term]] = {}
     ends: dict[Entry, int] = {}
     for i in reversed(range(plan.num_steps)):
-        runs = _runs(plan.compute[i], followed)
+        runs = _runs(plan.compute[i], has_post_branch)
         ends |= {(i, first): last for first, last in runs.items()}
         for first, last in runs.items():
             for branch in range(first, last + 1):
@@ -115,23 +115,23 @@ def _fold(plan: Plan, reuse: Reuse, followed: tuple[bool, ...]) -> FoldedPlan:
         for branch, is_computed in enumerate(plan.compute[i]):
             if is_computed:
                 cache.write(branch, i, unit_TT[i])
-    return FoldedPlan(plan, {entry: tuple(each) for entry, each in terms.items()}, ends, _most(terms))
+    return AccumulationPlan(plan, {entry: tuple(each) for entry, each in terms.items()}, ends, _most(terms))
 
 
-def is_worth_folding(model: BranchedTransformer, plan: Plan, reuse: Reuse) -> bool:
+def is_worth_accumulating(model: BranchedTransformer, plan: Plan, reuse: Reuse) -> bool:
     """Where sums take half of what values take, or less.
 
     Not for a plan of single entries, which has nearly as many sums as values, and more additions. The batch
     does not count: an image's last bits must not depend on its company.
     """
     values = cache_bytes(model, reuse, is_guided=False, forecast_order=_order(plan))
-    return 2 * FoldedPlan.of(plan, reuse, model).nbytes(model, is_guided=False) <= values
+    return 2 * AccumulationPlan.of(plan, reuse, model).nbytes(model, is_guided=False) <= values
 
 
 def kept_bytes(model: BranchedTransformer, plan: Plan, reuse: Reuse, *, is_guided: bool) -> int:
     """What one image keeps from step to step under a plan, at most."""
-    if is_worth_folding(model, plan, reuse):
-        return FoldedPlan.of(plan, reuse, model).nbytes(model, is_guided=is_guided)
+    if is_worth_accumulating(model, plan, reuse):
+        return AccumulationPlan.of(plan, reuse, model).nbytes(model, is_guided=is_guided)
     return cache_bytes(model, reuse, is_guided=is_guided, forecast_order=_order(plan))
 
 
@@ -140,15 +140,15 @@ def _order(plan: Plan) -> int:
     return len(plan.forecast[0][0]) if plan.forecast else 1
 
 
-class FoldedSums:
-    """The sums of one batch on its way through a folded plan; one a trajectory."""
+class AccumulatedSums:
+    """The sums of one batch on its way through an accumulation plan; one a trajectory."""
 
-    def __init__(self, folded: FoldedPlan, conditionings_T: Sequence[Any]) -> None:
+    def __init__(self, plan: AccumulationPlan, conditionings_T: Sequence[Any]) -> None:
         """
         Args:
             conditionings_T: of every step, as `embed` gives them.
         """
-        self.folded, self._conditionings_T = folded, conditionings_T
+        self.plan, self._conditionings_T = plan, conditionings_T
         self._sums: dict[Entry, Tensor] = {}
 
     def planned_pass(
@@ -159,17 +159,17 @@ class FoldedSums:
         Returns:
             The model's output (N, out_channels, H, W).
         """
-        branches, row = model.branches, self.folded.plan.compute[step]
+        branches, row = model.branches, self.plan.plan.compute[step]
         for index, (branch, is_computed) in enumerate(zip(branches, row, strict=True)):
             if is_computed:
                 y_NLD = branch.compute(hidden_NLD, conditioning)
-                for term in self.folded.terms.get((step, index), ()):
+                for term in self.plan.terms.get((step, index), ()):
                     self._add(term, branch, y_NLD, hidden_NLD)
                 hidden_NLD = merge_of(branch, index)(hidden_NLD, y_NLD, conditioning)
-            elif (step, index) in self.folded.ends:
+            elif (step, index) in self.plan.ends:
                 hidden_NLD = self._sums.pop((step, index)).add_(hidden_NLD)
-                last = branches[self.folded.ends[step, index]]
-                hidden_NLD = last.follow(hidden_NLD, conditioning)
+                last = branches[self.plan.ends[step, index]]
+                hidden_NLD = last.post_branch(hidden_NLD, conditioning)
         return model.head(hidden_NLD, conditioning)
 
     def _add(self, term: Term, branch: Branch, y_NLD: Tensor, hidden_NLD: Tensor) -> None:

@@ -82,7 +82,7 @@ def _condition(model: BranchedTransformer, device: torch.device) -> Any:
     )
     mask = torch.ones(1, num_tokens, dtype=torch.bool, device=device)
     sizes: dict[str, Tensor] = {}
-    if (pixels := model.told_pixels()) is not None:
+    if (pixels := model.size_conditioning()) is not None:
         sizes["resolution"] = torch.tensor([pixels], device=device).float()
         sizes["aspect_ratio"] = torch.full((1, 1), pixels[0] / pixels[1], device=device)
     return TextCondition(

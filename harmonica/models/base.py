@@ -72,11 +72,11 @@ class Branch(ABC):
         return None
 
     @property
-    def is_followed(self) -> bool:
-        """Whether `merge` also runs what is no branch, and so always runs: `follow`."""
+    def has_post_branch(self) -> bool:
+        """Whether `merge` also runs what is no branch, and so always runs: `post_branch`."""
         return False
 
-    def follow(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
+    def post_branch(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         """What always runs behind the branch, on the hidden state that y has been added to."""
         return hidden_NLD
 
@@ -157,7 +157,7 @@ class BranchedTransformer(nn.Module, ABC):
         """Width of the embeddings it takes and the number of tokens they are padded to."""
         raise TypeError(f"{type(self).__name__} takes labels")
 
-    def told_pixels(self) -> tuple[int, int] | None:
+    def size_conditioning(self) -> tuple[int, int] | None:
         """Height and width that its condition has to say, where it was trained with them."""
         return None
 

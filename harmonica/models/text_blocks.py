@@ -129,28 +129,28 @@ def sub_layers(transformer: Any, tokens: int, text_tokens: int) -> Iterator[SubL
 class LeadingBranch(Branch):
     """A branch, and the sub-layers up to the next one: these run whenever it is merged, reused or not."""
 
-    def __init__(self, branch: Branch, following: Sequence[Branch]) -> None:
+    def __init__(self, branch: Branch, always: Sequence[Branch]) -> None:
         self.name, self.macs = branch.name, branch.macs
-        self.branch, self.following = branch, following
+        self.branch, self.always = branch, always
 
     def compute(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         return self.branch.compute(hidden_NLD, conditioning)
 
     def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
-        return self.follow(self.branch.merge(hidden_NLD, y_NLD, conditioning), conditioning)
+        return self.post_branch(self.branch.merge(hidden_NLD, y_NLD, conditioning), conditioning)
 
     def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
-        return self.follow(self.branch.merge_(hidden_NLD, y_NLD, conditioning), conditioning)
+        return self.post_branch(self.branch.merge_(hidden_NLD, y_NLD, conditioning), conditioning)
 
     def gate(self, conditioning: Any) -> Tensor | None:
         return self.branch.gate(conditioning)
 
     @property
-    def is_followed(self) -> bool:
+    def has_post_branch(self) -> bool:
         return True
 
-    def follow(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
-        return run_all(self.following, hidden_NLD, conditioning)
+    def post_branch(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
+        return run_all(self.always, hidden_NLD, conditioning)
 
 
 def arrange(

@@ -123,7 +123,7 @@ class PixArt(TextTransformer):
     def value_shape(self) -> tuple[int, int]:
         return self.num_tokens, self.transformer.inner_dim
 
-    def told_pixels(self) -> tuple[int, int] | None:
+    def size_conditioning(self) -> tuple[int, int] | None:
         side = _PIXELS_PER_LATENT * self.sample_size
         return (side, side) if self.transformer.use_additional_conditions else None
 
