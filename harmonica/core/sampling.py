@@ -1,4 +1,4 @@
-"""Sampling a batch: all T steps, full or under a plan. No host sync, no data-dependent branch."""
+"""Sampling of a batch, with every branch computed or under a plan."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,14 +23,14 @@ OnStep = Callable[[int, Callable[[], Tensor]], None]
 def planned_step(
     sampler: Sampler, i: int, state: State, compute_row: Sequence[bool], cache: BranchCache
 ) -> tuple[State, Tensor]:
-    """Step i under one row of a plan: the next state, and the guided output (M, C, H, W) that led there."""
+    """Run step i under a row of a plan; returns the next state and the guided output."""
     hidden, conditioning = sampler.embed(i, state)
     guided = sampler.guide(planned_pass(sampler.model, hidden, conditioning, compute_row, cache, i))
     return sampler.advance(i, state, guided), guided
 
 
 def accumulated_step(sampler: Sampler, i: int, state: State, sums: AccumulatedSums) -> tuple[State, Tensor]:
-    """As `planned_step`, with nothing cached but sums."""
+    """Run step i like `planned_step`, with sums in place of cached values."""
     hidden, conditioning = sampler.embed(i, state)
     guided = sampler.guide(sums.planned_pass(sampler.model, hidden, conditioning, i))
     return sampler.advance(i, state, guided), guided
@@ -48,7 +48,7 @@ def sample(
     on_step: OnStep | None = None,
     accumulate: bool | None = None,
 ) -> Tensor:
-    """Images or latents (N, C, H, W) from noise; every branch computed where `plan` is None.
+    """Sample images or latents (N, C, H, W); computes all branches without a plan.
 
     Args:
         rows: the rows' names, for samplers that draw noise.

@@ -1,8 +1,8 @@
-"""A model from wherever it lies: our own folder, a public checkpoint, or a diffusers folder.
+"""Loading of models: our own folders, public checkpoints, diffusers folders.
 
 Our folder holds `config.json` (shape under diffusers' names, class names) and `model.safetensors`; a
 public `.pt` or `.safetensors` file shows its shape itself; a diffusers folder is a whole pipeline's or
-its transformer's. Each is computed as its own code does: see `DiTConfig.downscale_freq_shift`.
+its transformer's. Results are those of the original code: see `DiTConfig.downscale_freq_shift`.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ _TEXT_TO_IMAGE: dict[str, Callable[..., StoredTextTransformer]] = {
 
 @settings("model")
 class ModelConfig:
-    """Which denoiser."""
+    """Settings of the denoiser."""
 
     path: str = BUILTIN
     """`builtin:fashion-dit`, `builtin:fashion-pixart`, a model folder (ours or diffusers'), a public DiT
@@ -79,7 +79,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen model and what lies beside it."""
+    """A frozen model with its class names, scheduler, VAE and text encoder."""
 
     model: BranchedTransformer
     class_names: tuple[str, ...]
@@ -92,12 +92,12 @@ class LoadedModel:
     """Folder with the text encoder and its tokenizer, for a model that takes prompts."""
 
     def load_vae(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """diffusers' AutoencoderKL for `harmonica.models.vae.decode_latents`, or None where there is none."""
+        """Load the autoencoder that `decode_latents` takes; None if there is none."""
         return None if self.vae_folder is None else load_vae(self.vae_folder, device, dtype)
 
 
 def read_folder_config(folder: Path) -> tuple[DiTConfig, tuple[str, ...]]:
-    """Shape and class names of a folder in our layout."""
+    """Read shape and class names from a folder in our layout."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -114,13 +114,13 @@ def read_folder_config(folder: Path) -> tuple[DiTConfig, tuple[str, ...]]:
 def write_folder_config(
     folder: Path, shape: DiTConfig, class_names: tuple[str, ...], **extra: object
 ) -> None:
-    """The `config.json` that `read_folder_config` reads."""
+    """Write the `config.json` that `read_folder_config` reads."""
     config = {"shape": dataclasses.asdict(shape), "class_names": list(class_names), **extra}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def read_model(path: str, revision: str = "", shape: DiTConfig | None = None) -> StoredModel:
-    """What a configured path holds, fetched if it is remote, checked, and mapped rather than read.
+    """Open the DiT at a path: fetched if it is remote, checked, and memory-mapped.
 
     Raises:
         ValueError: missing, truncated, or another shape than configured.
@@ -150,7 +150,7 @@ def _read(config: ModelConfig) -> StoredModel | StoredTextTransformer:
 
 
 def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> LoadedModel:
-    """The configured denoiser, frozen, in its precision, on the device.
+    """Load the configured denoiser, frozen, in its precision, on the device.
 
     Raises:
         ValueError: model or VAE is missing, truncated, or another shape than configured.

@@ -1,4 +1,4 @@
-"""A text-to-image transformer in a diffusers folder, checked and not yet in memory."""
+"""Text-to-image transformers in diffusers folders, and their loading."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -33,7 +33,7 @@ _PADDING_SCORE = -10000.0
 
 
 class TextTransformer(BranchedTransformer):
-    """A diffusers transformer of adaLN-single blocks; its condition is a `TextCondition`.
+    """A diffusers transformer of adaLN-single blocks that takes a `TextCondition`.
 
     In half precision, patches, positions, the residual stream and the output can stay in float32 as in
     `DiT`: whoever loads the module leaves `full_precision_parts` in it. A module that is all of one
@@ -99,10 +99,10 @@ class TextTransformer(BranchedTransformer):
 
     @abstractmethod
     def _embed_timestep(self, timestep_N: Tensor, text: ProjectedText) -> tuple[Tensor, Tensor]:
-        """Return the six modulations of a block (N, 6 D), and the embedded timestep (N, D)."""
+        """Return a block's six modulations (N, 6 D) and the embedded timestep (N, D)."""
 
     def _decided(self) -> dict[str, Any]:
-        """Settings that a configuration may leave open, as the module has them: part of `shape`."""
+        """Return the part of `shape` that a configuration may leave open."""
         return {"out_channels": self.out_channels}
 
     def _sizes(self, condition_N: TextCondition) -> dict[str, Tensor | None]:
@@ -117,7 +117,7 @@ class TextTransformer(BranchedTransformer):
         return step_conditionings(self.project(condition_N), timesteps, self._modulations)
 
     def project(self, condition_N: TextCondition) -> ProjectedText:
-        """Compute what no step changes of the prompts. `embed` takes this too: once a trajectory is enough.
+        """Project the prompts, once a trajectory: `embed` takes the result at every step.
 
         Raises:
             ValueError: prompts of another text encoder, or no sizes where the model was trained with them.
@@ -178,7 +178,7 @@ class TextTransformer(BranchedTransformer):
         return condition_N.guided()
 
     def fingerprint(self) -> Fingerprint:
-        """Under diffusers' names: a module from a pipeline is the one that was loaded from its folder."""
+        """Return the fingerprint under diffusers' names, as for a pipeline's own module."""
         return self.recorded_fingerprint or Fingerprint.of(dict(self.transformer.named_parameters()))
 
     def shape(self) -> dict[str, Any]:

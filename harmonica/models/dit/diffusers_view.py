@@ -1,4 +1,4 @@
-"""diffusers' `DiTTransformer2DModel` seen as branches: its own sub-layers and weights, nothing copied.
+"""diffusers' `DiTTransformer2DModel` seen as branches, with nothing copied.
 
 The same network as our `DiT` of a diffusers folder, and the same identity, so a router trained on one
 fits the other. Here the weights stay where a pipeline has them.
@@ -27,7 +27,7 @@ _FUSED_COPIES = ("to_qkv", "to_kv", "to_added_qkv")
 
 
 def base_parameters(module: nn.Module) -> Mapping[str, Tensor]:
-    """Parameters by the names they have without adapters: PEFT wraps a layer and calls it `base_layer`.
+    """Return parameters by their names without adapters, which PEFT changes.
 
     Without the copies either, in one layer, that `fuse_qkv_projections` makes of queries, keys and values.
     """

@@ -1,4 +1,4 @@
-"""PixArt-alpha and -Sigma from a diffusers folder, as of PixArt-alpha/PixArt-Sigma-XL-2-1024-MS."""
+"""Reading of PixArt-alpha and -Sigma from diffusers folders."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""PixArt-alpha and -Sigma (arXiv 2310.00426, 2403.04692): diffusers' own module seen as branches.
+"""PixArt-alpha and -Sigma (arXiv 2310.00426, 2403.04692) seen as branches.
 
 Shapes: N batch, L tokens, D width, S text tokens.
 """
@@ -128,7 +128,7 @@ class PixArt(TextTransformer):
         return (side, side) if self.transformer.use_additional_conditions else None
 
     def macs(self) -> Macs:
-        """For `sample_size` squared and `text_tokens`; the text is projected at every step."""
+        """Return MACs for `sample_size` and `text_tokens`; every step projects the text."""
         model = self.transformer
         embedders, attentions = model.adaln_single.emb, [block.attn2 for block in model.transformer_blocks]
         pixels = self.patch_size**2 * (self.in_channels + self.out_channels)

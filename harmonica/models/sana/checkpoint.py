@@ -1,4 +1,4 @@
-"""Sana's folders as diffusers saves them: a transformer with the pipeline around it."""
+"""Reading of Sana from diffusers folders."""
 
 from pathlib import Path
 

@@ -1,5 +1,6 @@
-"""Sana (arXiv 2410.10629): diffusers' own module seen as branches; flow matching, linear attention, Mix-FFN.
+"""Sana (arXiv 2410.10629): diffusers' own module seen as branches.
 
+Sana has flow matching, linear attention and Mix-FFN.
 The sub-layers are called where they lie, in the order of the module's own forward. A block differs from
 PixArt's in three things: its self-attention is linear, its MLP convolves, and both attentions may
 normalise queries and keys.
@@ -33,7 +34,7 @@ TEXT_TOKENS = 300
 
 
 class _MixFfn(ModulatedBranch):
-    """The MLP of one block, which convolves the tokens as a picture."""
+    """The MLP of one block, which convolves the tokens as an image."""
 
     def compute(self, hidden_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
         shift, scale = conditioning.blocks[self.index, :, 3:5].split(1, dim=1)
@@ -56,7 +57,7 @@ def _sub_layers(transformer: Any, tokens: int, text_tokens: int) -> Iterator[Sub
 
 
 def _weights(*modules: nn.Module) -> int:
-    """Of all linear layers and convolutions inside: their MACs for one token."""
+    """Return MACs of all linear layers and convolutions inside, for one token."""
     layers = [layer for module in modules for layer in module.modules()]
     return sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d))
 
@@ -157,7 +158,7 @@ class Sana(TextTransformer):
         return self.num_tokens, config.num_attention_heads * config.attention_head_dim
 
     def macs(self) -> Macs:
-        """For `sample_size` squared and `text_tokens`; the text is projected at every step."""
+        """Return MACs for `sample_size` and `text_tokens`; every step projects the text."""
         model = self.transformer
         texts = [
             layer for block in model.transformer_blocks for layer in (block.attn2.to_k, block.attn2.to_v)
