@@ -33,7 +33,7 @@ def test_training_ends_where_sampling_does(tiny_sampler, batch, reuse):
     config = SdtConfig(threshold=TAU, reuse=reuse, learning_rate=0.1, student="hard")
     _, images = SdtTrainer(tiny_sampler, router, config).train_trajectory(*batch, torch.ones(STEPS - 1))
     # A row moves when its step is done, so what was sampled is the plan from before.
-    torch.testing.assert_close(images, sample(tiny_sampler, *batch, plan, reuse=reuse, fold=False))
+    torch.testing.assert_close(images, sample(tiny_sampler, *batch, plan, reuse=reuse, accumulate=False))
     soft = dataclasses.replace(config, student="soft")
     _, other = SdtTrainer(tiny_sampler, make_router(), soft).train_trajectory(*batch, torch.ones(STEPS - 1))
     assert not torch.allclose(images, other)
@@ -84,7 +84,7 @@ def test_a_step_that_the_plan_computes_is_weighed_by_its_reuse(tiny_dit, batch):
     config = SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.0, clip_sample=False)
     sampler = Ddim(tiny_dit, config)
     steps, full = range(STEPS - 1), sample(sampler, *batch)
-    finals = [sample(sampler, *batch, stepwise_plan(STEPS, BRANCHES, [i]), fold=False) for i in steps]
+    finals = [sample(sampler, *batch, stepwise_plan(STEPS, BRANCHES, [i]), accumulate=False) for i in steps]
     lambda_T = image_error_proxy(
         sampler,
         Router(STEPS, BRANCHES).double(),

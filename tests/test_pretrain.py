@@ -54,7 +54,7 @@ def test_a_restored_learner_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert resumed.step == unbroken.step == 6
     for name, p in unbroken.model.named_parameters():
         assert torch.equal(p, dict(resumed.model.named_parameters())[name]), name
-        assert torch.equal(unbroken.ema.shadow[name], resumed.ema.shadow[name]), name
+        assert torch.equal(unbroken.averaged_parameters()[name], resumed.averaged_parameters()[name]), name
 
 
 def test_muon_takes_the_matrices_of_blocks_and_nothing_that_only_looks_like_one() -> None:

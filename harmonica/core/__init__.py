@@ -1,1 +1,1 @@
-"""The method when images are sampled: plan, router, branch cache, passes, sampling, artifact."""
+"""The method at sampling time: plan, router, cache, passes, artifact."""

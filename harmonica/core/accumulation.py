@@ -1,4 +1,4 @@
-"""Sampling without cached values: what a later step will reuse is added up while it is computed.
+"""Sampling without cached values: reused terms are summed when they are computed.
 
 Neighbouring branches reused at step i add the sum of `gate_b(i) * forecast_b` to the hidden state, and each
 forecast is a weighted sum of values computed at earlier steps. Plan, weights and gates are known before the
@@ -25,12 +25,12 @@ from harmonica.core.plan import Plan
 from harmonica.models.base import Branch, BranchedTransformer, merge_of
 
 Entry = tuple[int, int]
-"""Step and branch. A sum goes by its step and the first branch of its run."""
+"""Step and branch. The key of a sum is its step and the first branch of its run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """What a computed value gives to a later step."""
+    """The contribution of a computed value to a later step."""
 
     target: Entry
     """The sum."""
@@ -38,37 +38,40 @@ class Term:
 
 
 @dataclass(frozen=True)
-class FoldedPlan:
-    """Where every computed value goes."""
+class AccumulationPlan:
+    """For every computed value, the sums of later steps that it is added to."""
 
     plan: Plan
     terms: Mapping[Entry, tuple[Term, ...]]
-    """Of each computed entry that is used later."""
+    """Terms of each computed entry that is used later."""
     ends: Mapping[Entry, int]
     """For the first entry of each run of neighbouring reused branches, its last one."""
     most_sums: int
-    """Alive at once."""
+    """The largest number of sums that exist at once."""
 
     @classmethod
-    def of(cls, plan: Plan, reuse: Reuse, model: BranchedTransformer) -> "FoldedPlan":
-        """For a model's branches."""
-        return _fold(plan, reuse, tuple(branch.is_followed for branch in model.branches))
+    def of(cls, plan: Plan, reuse: Reuse, model: BranchedTransformer) -> "AccumulationPlan":
+        """Return the accumulation plan for a model's branches."""
+        return _accumulation_plan(plan, reuse, tuple(branch.has_post_branch for branch in model.branches))
 
     def nbytes(self, model: BranchedTransformer, *, is_guided: bool) -> int:
-        """Of one image's sums, which are as precise as the hidden state: at least float32."""
+        """Return the bytes of one image's sums, in the hidden state's precision."""
         itemsize = torch.promote_types(model.dtype, torch.float32).itemsize
         return self.most_sums * (1 + is_guided) * math.prod(model.value_shape) * itemsize
 
     @property
     def lookahead(self) -> int:
-        """Steps from a value to the furthest that uses it."""
+        """The largest number of steps between a value and a step that uses it."""
         return max(
             (step - term.target[0] for (step, _), each in self.terms.items() for term in each), default=0
         )
 
 
-def _runs(row: Sequence[bool], followed: Sequence[bool]) -> dict[int, int]:
-    """First and last branch of each run of reused ones with nothing that always runs between them."""
+def _runs(row: Sequence[bool], has_post_branch: Sequence[bool]) -> dict[int, int]:
+    """Return first and last branch of each run of reused branches.
+
+    Within a run, no uncached sub-layer lies between the branches.
+    """
     runs: dict[int, int] = {}
     first = None
     for branch, is_computed in enumerate(row):
@@ -77,13 +80,16 @@ def _runs(row: Sequence[bool], followed: Sequence[bool]) -> dict[int, int]:
             continue
         first = branch if first is None else first
         runs[first] = branch
-        if followed[branch]:
+        if has_post_branch[branch]:
             first = None
     return runs
 
 
 def _most(terms: Mapping[Entry, Sequence[Term]]) -> int:
-    """Sums alive at once: each from the first step that adds to it to the one that takes it."""
+    """Return the largest number of sums that exist at once.
+
+    A sum exists from the first step that adds to it to the step that uses it.
+    """
     begun: dict[Entry, int] = {}
     for (source, _), each in terms.items():
         for term in each:
@@ -93,11 +99,11 @@ def _most(terms: Mapping[Entry, Sequence[Term]]) -> int:
 
 
 @lru_cache(maxsize=16)
-def _fold(plan: Plan, reuse: Reuse, followed: tuple[bool, ...]) -> FoldedPlan:
-    """The sums of a plan: pure, so the last few are remembered.
+def _accumulation_plan(plan: Plan, reuse: Reuse, has_post_branch: tuple[bool, ...]) -> AccumulationPlan:
+    """Compute the sums of a plan; the last few plans are remembered.
 
     Args:
-        followed: `is_followed` of each branch.
+        has_post_branch: `has_post_branch` of each branch.
     """
     # A cache of unit vectors, one a step, hands out weights: what `BranchCache` says of forecasts holds here.
     unit_TT = torch.eye(plan.num_steps, dtype=torch.float64)
@@ -105,7 +111,7 @@ def _fold(plan: Plan, reuse: Reuse, followed: tuple[bool, ...]) -> FoldedPlan:
     terms: dict[Entry, list[Term]] = {}
     ends: dict[Entry, int] = {}
     for i in reversed(range(plan.num_steps)):
-        runs = _runs(plan.compute[i], followed)
+        runs = _runs(plan.compute[i], has_post_branch)
         ends |= {(i, first): last for first, last in runs.items()}
         for first, last in runs.items():
             for branch in range(first, last + 1):
@@ -115,65 +121,65 @@ def _fold(plan: Plan, reuse: Reuse, followed: tuple[bool, ...]) -> FoldedPlan:
         for branch, is_computed in enumerate(plan.compute[i]):
             if is_computed:
                 cache.write(branch, i, unit_TT[i])
-    return FoldedPlan(plan, {entry: tuple(each) for entry, each in terms.items()}, ends, _most(terms))
+    return AccumulationPlan(plan, {entry: tuple(each) for entry, each in terms.items()}, ends, _most(terms))
 
 
-def is_worth_folding(model: BranchedTransformer, plan: Plan, reuse: Reuse) -> bool:
-    """Where sums take half of what values take, or less.
+def is_worth_accumulating(model: BranchedTransformer, plan: Plan, reuse: Reuse) -> bool:
+    """Return whether sums take at most half of the memory that values take.
 
     Not for a plan of single entries, which has nearly as many sums as values, and more additions. The batch
-    does not count: an image's last bits must not depend on its company.
+    does not count: the last bits of an image must not depend on the batch size.
     """
     values = cache_bytes(model, reuse, is_guided=False, forecast_order=_order(plan))
-    return 2 * FoldedPlan.of(plan, reuse, model).nbytes(model, is_guided=False) <= values
+    return 2 * AccumulationPlan.of(plan, reuse, model).nbytes(model, is_guided=False) <= values
 
 
 def kept_bytes(model: BranchedTransformer, plan: Plan, reuse: Reuse, *, is_guided: bool) -> int:
-    """What one image keeps from step to step under a plan, at most."""
-    if is_worth_folding(model, plan, reuse):
-        return FoldedPlan.of(plan, reuse, model).nbytes(model, is_guided=is_guided)
+    """Return the most bytes that one image keeps between steps under a plan."""
+    if is_worth_accumulating(model, plan, reuse):
+        return AccumulationPlan.of(plan, reuse, model).nbytes(model, is_guided=is_guided)
     return cache_bytes(model, reuse, is_guided=is_guided, forecast_order=_order(plan))
 
 
 def _order(plan: Plan) -> int:
-    """Of its forecasts."""
+    """Return the order of a plan's forecasts."""
     return len(plan.forecast[0][0]) if plan.forecast else 1
 
 
-class FoldedSums:
-    """The sums of one batch on its way through a folded plan; one a trajectory."""
+class AccumulatedSums:
+    """The sums of one batch during one trajectory under an accumulation plan."""
 
-    def __init__(self, folded: FoldedPlan, conditionings_T: Sequence[Any]) -> None:
+    def __init__(self, plan: AccumulationPlan, conditionings_T: Sequence[Any]) -> None:
         """
         Args:
-            conditionings_T: of every step, as `embed` gives them.
+            conditionings_T: the conditioning of every step, as `embed` returns it.
         """
-        self.folded, self._conditionings_T = folded, conditionings_T
+        self.plan, self._conditionings_T = plan, conditionings_T
         self._sums: dict[Entry, Tensor] = {}
 
     def planned_pass(
         self, model: BranchedTransformer, hidden_NLD: Tensor, conditioning: Any, step: int
     ) -> Tensor:
-        """Inference: as `harmonica.core.passes.planned_pass` under the plan's row of this step.
+        """Run one step like `harmonica.core.passes.planned_pass`.
 
         Returns:
             The model's output (N, out_channels, H, W).
         """
-        branches, row = model.branches, self.folded.plan.compute[step]
+        branches, row = model.branches, self.plan.plan.compute[step]
         for index, (branch, is_computed) in enumerate(zip(branches, row, strict=True)):
             if is_computed:
                 y_NLD = branch.compute(hidden_NLD, conditioning)
-                for term in self.folded.terms.get((step, index), ()):
+                for term in self.plan.terms.get((step, index), ()):
                     self._add(term, branch, y_NLD, hidden_NLD)
                 hidden_NLD = merge_of(branch, index)(hidden_NLD, y_NLD, conditioning)
-            elif (step, index) in self.folded.ends:
+            elif (step, index) in self.plan.ends:
                 hidden_NLD = self._sums.pop((step, index)).add_(hidden_NLD)
-                last = branches[self.folded.ends[step, index]]
-                hidden_NLD = last.follow(hidden_NLD, conditioning)
+                last = branches[self.plan.ends[step, index]]
+                hidden_NLD = last.post_branch(hidden_NLD, conditioning)
         return model.head(hidden_NLD, conditioning)
 
     def _add(self, term: Term, branch: Branch, y_NLD: Tensor, hidden_NLD: Tensor) -> None:
-        """In the hidden state's precision."""
+        """Add a term to its sum, in the hidden state's precision."""
         gate = branch.gate(self._conditionings_T[term.target[0]])
         total_NLD = self._sums.get(term.target)
         if total_NLD is None:
@@ -185,5 +191,5 @@ class FoldedSums:
 
     @property
     def nbytes(self) -> int:
-        """Of the sums alive."""
+        """Bytes of the sums that exist now."""
         return sum(each.nbytes for each in self._sums.values())

@@ -1,6 +1,6 @@
-"""The product: a folder with `router.safetensors`, `config.json` and a sample that loads anywhere.
+"""The router artifact: a folder with weights, configuration and a sample.
 
-It says what it was made for and refuses everything else.
+It names the model and sampler that it was made for, and is refused for any other.
 """
 
 import json
@@ -30,7 +30,7 @@ _STARTS = {"measured": "step search", "even": "even steps"}
 
 @dataclass(frozen=True, kw_only=True)
 class RouterArtifact:
-    """A trained router with all that its use depends on."""
+    """A trained router with the settings that its use depends on."""
 
     logits_TB: Tensor
     threshold: float
@@ -41,17 +41,17 @@ class RouterArtifact:
     model: dict[str, Any]
     """The model's `identity()`."""
     rounded_weights: Mapping[str, str] = field(default_factory=dict)
-    """What `model["weights"]` is of the same weights in half precision, by its name."""
+    """`model["weights"]` of the same weights in half precision, by the precision's name."""
     ideal_speedup: float
     macs_full: int
-    """Of one trajectory of one model row."""
+    """MACs of one trajectory of one model row without caching."""
     cache_bytes: int = 0
-    """What one image keeps from step to step (`harmonica.core.accumulation`), in the precision that the
-    router was trained in."""
+    """Bytes that one image keeps between steps (`harmonica.core.accumulation`), in the precision of
+    training."""
     training: dict[str, Any] = field(default_factory=dict)
     """Settings and provenance, for people to read."""
     sample_CHW: Tensor | None = None
-    """What `golden_sample` drew with it, in the model's precision: others should draw the same."""
+    """The sample recorded by `golden_sample`, in the model's precision."""
 
     @property
     def plan(self) -> Plan:
@@ -59,10 +59,10 @@ class RouterArtifact:
 
     @property
     def method(self) -> str:
-        """How the plan came about: what of it was searched, what was trained and what was fitted.
+        """Describe how the plan was made: searched, trained or fitted.
 
-        A plan whose scores SDT trained is told from one whose trained scores were discarded for its start's
-        (`harmonica.training.plans.selection`).
+        A plan of trained scores is distinguished from one whose trained scores were discarded in favour of
+        its initial ones (`harmonica.training.plans.selection`).
         """
         chosen, initial = self.training.get("chosen", "trained"), self.training.get("initial", "")
         start = chosen if chosen in _STARTS else initial
@@ -85,7 +85,7 @@ class RouterArtifact:
         training: dict[str, Any],
         forecast_TBK: Tensor | None = None,
     ) -> "RouterArtifact":
-        """The artifact of a router trained on `sampler`'s model under `sampler`'s configuration."""
+        """Build the artifact of a router that was trained with `sampler`."""
         macs = sampler.model.macs()
         plan = Plan.from_scores(logits_TB.sigmoid(), threshold, forecast_TBK)
         return cls(
@@ -103,7 +103,7 @@ class RouterArtifact:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write the files; returns the folder."""
+        """Write the files and return the folder."""
         folder = local(folder, "router")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"logits": self.logits_TB}

@@ -1,4 +1,4 @@
-"""What a branch hands out when it is not computed: its last value, or a forecast from its last ones."""
+"""The branch cache: reuses the last value, or a forecast from the last values."""
 
 import math
 from collections.abc import Sequence
@@ -14,19 +14,21 @@ Reuse = Literal["hold", "forecast"]
 
 
 def values_kept(reuse: Reuse, forecast_order: int = 1) -> int:
-    """Of every branch: one to hold, one more for each difference that a forecast goes by."""
+    """Return the number of cached values a branch; a forecast adds its order."""
     return 1 if reuse == "hold" else 1 + forecast_order
 
 
 def cache_bytes(model: BranchedTransformer, reuse: Reuse, *, is_guided: bool, forecast_order: int = 1) -> int:
-    """Of one image's cache: every branch's last values, of both halves under guidance."""
+    """Return the bytes of one image's cache; guidance doubles them."""
     values = len(model.branches) * values_kept(reuse, forecast_order) * (1 + is_guided)
     return values * math.prod(model.value_shape) * model.dtype.itemsize
 
 
 def extrapolate(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """`v1 + w1 (v1 - v2) + w2 (v2 - v3) + ...` of values (N, L, D), newest first; weights beyond the
-    values that there are do not count."""
+    """Return `v1 + w1 (v1 - v2) + w2 (v2 - v3) + ...` of values, newest first.
+
+    Values are (N, L, D); weights without a value are ignored.
+    """
     if len(values) == 1 or not weights:
         return values[0]
     forecast = torch.lerp(values[1], values[0], 1.0 + weights[0])
@@ -36,12 +38,12 @@ def extrapolate(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 class BranchCache:
-    """Last computed values of every branch of one batch; one cache serves one trajectory.
+    """The last computed values of every branch, for one trajectory of one batch.
 
-    `hold` hands the last one out as it is (the paper). `forecast` extrapolates it linearly along the
-    steps, `v + (v - v') * k / g` with k the steps since v was computed and g those between v' and v; or
-    with weights of its own, where the plan has some. With one value known it holds. Values are detached:
-    no gradient crosses a step.
+    `hold` reuses the last value unchanged (the paper). `forecast` extrapolates it linearly along the
+    steps, `v + (v - v') * k / g` with k the steps since v was computed and g those between v' and v, or
+    with the plan's learned weights. With one cached value it is reused unchanged. Values are detached: no
+    gradient crosses a step.
     """
 
     def __init__(self, num_branches: int, reuse: Reuse = "hold", learned: Forecast | None = None) -> None:
@@ -51,7 +53,7 @@ class BranchCache:
         self._kept: list[tuple[tuple[int, Tensor], ...]] = [()] * num_branches
 
     def read(self, branch: int, step: int) -> Tensor:
-        """The branch's value (N, L, D) for a step at which it is reused."""
+        """Return the branch's value (N, L, D) for a step at which it is reused."""
         kept = self._kept[branch]
         assert len(kept) > 0, "step T-1 computes every branch, so the cache is never empty"
         if len(kept) == 1:
@@ -59,14 +61,14 @@ class BranchCache:
         return extrapolate([value for _, value in kept], self.weights(branch, step))
 
     def weights(self, branch: int, step: int) -> Sequence[float]:
-        """Of the differences between a branch's last values, newest first."""
+        """Return the weights of the differences between last values, newest first."""
         if self._learned is not None:
             return self._learned[step][branch]
         (last, _), (before, _) = self._kept[branch][:2]
         return ((last - step) / (before - last),)  # steps count down: before > last > step
 
     def write(self, branch: int, step: int, value: Tensor) -> None:
-        """Keep the value a branch had at `step`."""
+        """Cache the value of a branch at `step`."""
         self._keep(branch, step, value.detach())
 
     def _keep(self, branch: int, step: int, value: Tensor) -> None:
@@ -74,12 +76,12 @@ class BranchCache:
 
     @property
     def nbytes(self) -> int:
-        """Of the values it holds."""
+        """Bytes of the cached values."""
         values = (value for kept in self._kept for _, value in kept)
         return sum({value.data_ptr(): value.nbytes for value in values}.values())
 
     def copy(self) -> "BranchCache":
-        """A second cache with the same contents; values are shared, never written in place."""
+        """Return a second cache that shares the values, which are never overwritten."""
         twin = BranchCache(len(self._kept), self.reuse, self._learned)
         twin._kept = list(self._kept)
         return twin

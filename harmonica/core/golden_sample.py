@@ -1,4 +1,4 @@
-"""One small sample that tells whether a router draws here what it drew where it was registered.
+"""A recorded sample that shows whether a router draws the same images elsewhere.
 
 Shapes: N rows, S text tokens, C channels, H W image.
 """
@@ -25,7 +25,7 @@ _MAX_DIFFERENCE, _MAX_DIFFERENCE_HALF = 0.003, 0.2
 
 
 def draw_sample(artifact: RouterArtifact, sampler: Sampler) -> Tensor:
-    """The image or latent (C, H, W) that the router draws from fixed noise, in the model's precision."""
+    """Draw an image or latent (C, H, W) from fixed noise, in the model's precision."""
     model = sampler.model
     shape = (model.in_channels, model.sample_size, model.sample_size)
     device = next(iter(model.parameters())).device
@@ -36,7 +36,7 @@ def draw_sample(artifact: RouterArtifact, sampler: Sampler) -> Tensor:
 
 
 def record_sample(artifact: RouterArtifact, sampler: Sampler) -> RouterArtifact:
-    """The artifact with what `check_sample` compares with.
+    """Return the artifact with the sample that `check_sample` compares with.
 
     Raises:
         NotFinite: what it draws is not finite.
@@ -47,7 +47,7 @@ def record_sample(artifact: RouterArtifact, sampler: Sampler) -> RouterArtifact:
 
 
 def check_sample(artifact: RouterArtifact, sampler: Sampler) -> None:
-    """Draw the sample again, and compare where the artifact has it.
+    """Draw the sample again and compare it with the artifact's, if it has one.
 
     Raises:
         ValueError: what is drawn is not finite, or differs from what was recorded.
@@ -72,7 +72,7 @@ def check_sample(artifact: RouterArtifact, sampler: Sampler) -> None:
 
 
 def _condition(model: BranchedTransformer, device: torch.device) -> Any:
-    """The first class, or embeddings that no text encoder is needed for."""
+    """Return the first class, or random embeddings, which need no text encoder."""
     if model.num_classes:
         return torch.zeros(1, dtype=torch.long, device=device)
     width, num_tokens = model.text_shape()
@@ -82,7 +82,7 @@ def _condition(model: BranchedTransformer, device: torch.device) -> Any:
     )
     mask = torch.ones(1, num_tokens, dtype=torch.bool, device=device)
     sizes: dict[str, Tensor] = {}
-    if (pixels := model.told_pixels()) is not None:
+    if (pixels := model.size_conditioning()) is not None:
         sizes["resolution"] = torch.tensor([pixels], device=device).float()
         sizes["aspect_ratio"] = torch.full((1, 1), pixels[0] / pixels[1], device=device)
     return TextCondition(

@@ -1,7 +1,7 @@
-"""The soft and the planned pass over a model's branches; `BranchedTransformer.forward` is the full one.
+"""The soft and the planned pass over a model's branches.
 
-The three agree where they should: `planned_pass` with everything computed is bit-identical to the full
-pass, `soft_pass` at r = 1 equals it.
+`BranchedTransformer.forward` is the full pass. `planned_pass` with everything computed is bit-identical to
+it, `soft_pass` at r = 1 equals it.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from harmonica.models.base import BranchedTransformer, merge_of
 
 
 class _Mix(torch.autograd.Function):
-    """r * computed + (1 - r) * cached in half precision: weights and their gradient in float32.
+    """r * computed + (1 - r) * cached in half precision, with r in float32.
 
     In half precision 1 - r would be 16% off where r is near 1, and a sum over all elements is the
     router's gradient.
@@ -49,7 +49,7 @@ def planned_pass(
     cache: BranchCache,
     step: int,
 ) -> Tensor:
-    """Inference: branch b is computed and kept where `compute_row[b]`, else its kept value is merged.
+    """Run one step of inference: compute and cache the planned branches.
 
     A reused branch costs one fused multiply-add; its norm, modulation and sub-layer are not run.
 
@@ -67,10 +67,11 @@ def planned_pass(
 
 
 def branches_per_checkpoint(num_branches: int) -> int:
-    """Branches that a checkpointed soft pass recomputes at a time, where memory is about least.
+    """Return how many branches a checkpointed soft pass recomputes at a time.
 
-    Between groups it keeps the hidden state, 4 bytes a value, and within the one being recomputed some
-    14 bytes a value and branch: B / k * 4 + 14 * k is least near k = sqrt(B) / 2.
+    The number about minimises memory. Between groups the pass keeps the hidden state, 4 bytes a value, and
+    within the group being recomputed about 14 bytes a value and branch: B / k * 4 + 14 * k is least near
+    k = sqrt(B) / 2.
     """
     return max(1, round(num_branches**0.5 / 2))
 
@@ -85,7 +86,7 @@ def _soft_branches(
     hidden_NLD: Tensor,
     scores_B: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The hidden state behind these branches, and what the cache is to take, detached.
+    """Return the hidden state after these branches, and values for the cache.
 
     Changes nothing, so that a checkpoint can run it again: `cache` is one that nobody writes to.
     """
@@ -111,7 +112,7 @@ def soft_pass(
     *,
     recompute: bool = False,
 ) -> Tensor:
-    """Training: every branch gives `r * computed + (1 - r) * cached`, differentiable in r.
+    """Run one training step: y is `r * computed + (1 - r) * cached` in every branch.
 
     Args:
         scores_B: r of each branch (B,), the scores of this step's router row.

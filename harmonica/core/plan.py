@@ -1,4 +1,4 @@
-"""The plan: which branch is computed at which step. Static, known before sampling, same for all."""
+"""The plan: which branch is computed at which step, the same for all images."""
 
 from dataclasses import dataclass, field
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from harmonica.models.base import Macs
 
 Forecast = tuple[tuple[tuple[float, ...], ...], ...]
-"""T x B: what a reused entry adds of the differences between its branch's last values, newest first."""
+"""T x B weights of the differences between a branch's last values, newest first."""
 
 
 def forecast_of(weights_TBK: Tensor) -> Forecast:
-    """A table of weights as a plan keeps it."""
+    """Convert a table of weights to a plan's form."""
     return tuple(tuple(tuple(entry) for entry in row) for row in weights_TBK.tolist())
 
 
@@ -53,11 +53,11 @@ class Plan:
 
     @classmethod
     def full(cls, num_steps: int, num_branches: int) -> "Plan":
-        """Nothing reused."""
+        """Return the plan that computes everything."""
         return cls(((True,) * num_branches,) * num_steps)
 
     def at_steps(self, num_steps: int) -> "Plan":
-        """The same plan for another T: a step has the row of the one that lies as far along the trajectory.
+        """Return this plan stretched to another number of steps.
 
         Learned forecasts are left out, since they are for the distances between this plan's steps.
         """
@@ -86,11 +86,11 @@ class Plan:
         return torch.tensor(self.compute)
 
     def to_strings(self) -> list[str]:
-        """One string of 0 and 1 a step, step 0 first: readable and diffable in JSON."""
+        """Return one string of 0 and 1 a step, step 0 first."""
         return ["".join("1" if entry else "0" for entry in row) for row in self.compute]
 
     def macs(self, macs: Macs) -> int:
-        """Multiply-accumulates of a whole trajectory for one model row."""
+        """Return the multiply-accumulates of a trajectory for one model row."""
         branches = sum(
             cost
             for row in self.compute
@@ -100,5 +100,5 @@ class Plan:
         return branches + self.num_steps * macs.rest
 
     def ideal_speedup(self, macs: Macs) -> float:
-        """Full MACs / MACs left under the plan."""
+        """Return full MACs / MACs under the plan."""
         return self.num_steps * macs.full / self.macs(macs)

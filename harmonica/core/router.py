@@ -1,4 +1,4 @@
-"""The router: a T x B table of logits, learned; sigmoid(logit) > tau computes the branch."""
+"""The router: a learned T x B table of logits."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ ROUTER_ROW = 2**62
 
 
 class Router(nn.Module):
-    """One parameter a step, so that a step's update leaves the other rows' optimiser state alone."""
+    """A table of logits; a branch is computed if sigmoid(logit) > tau.
+
+    Each step is a parameter of its own, so that its update leaves other steps' optimiser state unchanged.
+    """
 
     def __init__(self, num_steps: int, num_branches: int, initial_logit: float = FIXED_LOGIT) -> None:
         super().__init__()
@@ -28,7 +31,7 @@ class Router(nn.Module):
 
     @classmethod
     def alternating(cls, num_steps: int, num_branches: int, logit: float) -> "Router":
-        """A start for few trajectories: every second step computes (+logit), the others reuse (-logit).
+        """Return a router that computes every second step and reuses at the others.
 
         What hurts is not reuse but runs of it. From equal logits all rows look alike, move together and
         cross tau together; from here training decides where to depart from the pattern.
@@ -40,14 +43,14 @@ class Router(nn.Module):
 
     @classmethod
     def normal(cls, num_steps: int, num_branches: int, seed: int) -> "Router":
-        """Standard normal logits, as the released code starts."""
+        """Return a router with standard normal logits, as in the released code."""
         logits_TB = torch.from_numpy(row_noise(seed, ROUTER_ROW, (num_steps, num_branches)))
         logits_TB[-1] = FIXED_LOGIT
         return cls.from_logits(logits_TB)
 
     @classmethod
     def from_logits(cls, logits_TB: Tensor) -> "Router":
-        """A router that starts from a given table."""
+        """Return a router with the given logits."""
         router = cls(*logits_TB.shape).to(logits_TB.dtype)
         with torch.no_grad():
             for row, values in zip(router.rows, logits_TB, strict=True):
@@ -71,12 +74,12 @@ class Router(nn.Module):
         return self.rows[i].sigmoid()
 
     def plan(self, threshold: float) -> Plan:
-        """What the router decides at threshold tau."""
+        """Return the plan at threshold tau."""
         return Plan.from_scores(self.logits().sigmoid(), threshold)
 
     @torch.no_grad()
     def clamp_(self, limit: float) -> None:
-        """Keep the trained logits in [-limit, limit]; row T-1 is fixed."""
+        """Clamp the trained logits to [-limit, limit]; row T-1 is fixed."""
         trained = list(self.rows)[:-1]
         torch._foreach_clamp_min_(trained, -limit)
         torch._foreach_clamp_max_(trained, limit)

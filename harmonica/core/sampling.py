@@ -1,4 +1,4 @@
-"""Sampling a batch: all T steps, full or under a plan. No host sync, no data-dependent branch."""
+"""Sampling of a batch, with every branch computed or under a plan."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.core.accumulation import FoldedPlan, FoldedSums, is_worth_folding
+from harmonica.core.accumulation import AccumulatedSums, AccumulationPlan, is_worth_accumulating
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan
@@ -23,14 +23,14 @@ OnStep = Callable[[int, Callable[[], Tensor]], None]
 def planned_step(
     sampler: Sampler, i: int, state: State, compute_row: Sequence[bool], cache: BranchCache
 ) -> tuple[State, Tensor]:
-    """Step i under one row of a plan: the next state, and the guided output (M, C, H, W) that led there."""
+    """Run step i under a row of a plan; returns the next state and the guided output."""
     hidden, conditioning = sampler.embed(i, state)
     guided = sampler.guide(planned_pass(sampler.model, hidden, conditioning, compute_row, cache, i))
     return sampler.advance(i, state, guided), guided
 
 
-def folded_step(sampler: Sampler, i: int, state: State, sums: FoldedSums) -> tuple[State, Tensor]:
-    """As `planned_step`, with nothing cached but sums."""
+def accumulated_step(sampler: Sampler, i: int, state: State, sums: AccumulatedSums) -> tuple[State, Tensor]:
+    """Run step i like `planned_step`, with sums in place of cached values."""
     hidden, conditioning = sampler.embed(i, state)
     guided = sampler.guide(sums.planned_pass(sampler.model, hidden, conditioning, i))
     return sampler.advance(i, state, guided), guided
@@ -46,14 +46,14 @@ def sample(
     reuse: Reuse = "hold",
     rows: RowKeys | None = None,
     on_step: OnStep | None = None,
-    fold: bool | None = None,
+    accumulate: bool | None = None,
 ) -> Tensor:
-    """Images or latents (N, C, H, W) from noise; every branch computed where `plan` is None.
+    """Sample images or latents (N, C, H, W); computes all branches without a plan.
 
     Args:
         rows: the rows' names, for samplers that draw noise.
-        fold: whether values to be reused are added up ahead (`harmonica.core.accumulation`) and not kept;
-            None does so where it saves half of the memory. Images differ by rounding.
+        accumulate: add up the values to be reused ahead of time (`harmonica.core.accumulation`) instead of
+            caching them. None does so if it halves the memory. Images differ by rounding.
 
     Raises:
         ValueError: the plan was made for another number of steps or branches, or a stochastic sampler
@@ -64,21 +64,21 @@ def sample(
     model = sampler.model
     state = sampler.start(noise_NCHW, condition_N, rows)
     cache = BranchCache(len(model.branches), reuse, plan.forecast if plan else None)
-    sums: FoldedSums | None = None
+    sums: AccumulatedSums | None = None
     if plan is not None and isinstance(state.conditions_T, StepConditionings):
-        if fold is None:
-            fold = is_worth_folding(model, plan, reuse)
-        if fold:
-            folded = FoldedPlan.of(plan, reuse, model)
-            ahead_T = state.conditions_T.looking_ahead(folded.lookahead)
-            state, sums = replace(state, conditions_T=ahead_T), FoldedSums(folded, ahead_T)
+        if accumulate is None:
+            accumulate = is_worth_accumulating(model, plan, reuse)
+        if accumulate:
+            ahead = AccumulationPlan.of(plan, reuse, model)
+            ahead_T = state.conditions_T.looking_ahead(ahead.lookahead)
+            state, sums = replace(state, conditions_T=ahead_T), AccumulatedSums(ahead, ahead_T)
     for i in reversed(range(sampler.num_steps)):
         row = plan.compute[i] if plan is not None else (True,) * len(model.branches)
         before = state
         if sums is None:
             state, guided = planned_step(sampler, i, before, row, cache)
         else:
-            state, guided = folded_step(sampler, i, before, sums)
+            state, guided = accumulated_step(sampler, i, before, sums)
         if on_step is not None:
             on_step(i, partial(sampler.predict_clean, i, before, guided))
     return sampler.finish(state)

@@ -45,7 +45,7 @@ class RowSpec:
         if prompts is None:
             raise ValueError("prompts.path is '' and the model takes prompts: give a file of prompts")
         prompts.check(*model.text_shape())
-        return cls(seed, len(prompts), shape, prompts, model.told_pixels())
+        return cls(seed, len(prompts), shape, prompts, model.size_conditioning())
 
     @property
     def row_bytes(self) -> int:

@@ -73,7 +73,7 @@ class Prompts:
     ) -> None:
         self._encoder, self._over_limit, self._cached = encoder, over_limit, cached
         self._width, self._max_tokens = model.text_shape()
-        self._pixels = model.told_pixels()
+        self._pixels = model.size_conditioning()
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         if encoder.width != self._width:

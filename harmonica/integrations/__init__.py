@@ -1,1 +1,1 @@
-"""Cached passes inside an unmodified diffusers pipeline: `harmonica.apply` and `harmonica.remove`."""
+"""Routers in unmodified diffusers pipelines: `harmonica.apply` and `remove`."""

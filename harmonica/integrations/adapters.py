@@ -1,6 +1,6 @@
-"""The transformers of diffusers' pipelines as branches, and how their pipelines call them.
+"""Adapters of the transformers in diffusers' pipelines.
 
-Here and nowhere else is what `harmonica.apply` knows of an architecture: another costs one class.
+An adapter has all that `harmonica.apply` needs to know of an architecture: another one is one more class.
 Shapes: N batch, C channels, H W image.
 """
 
@@ -50,7 +50,7 @@ class Call:
 
 
 class PipelineTransformer(ABC):
-    """One diffusers module: its view, and its calling convention in the view's terms."""
+    """A diffusers module, its view as branches and its calling convention."""
 
     view: BranchedTransformer
     processor_arguments = "cross_attention_kwargs"
@@ -62,7 +62,7 @@ class PipelineTransformer(ABC):
         self._blocks = list(blocks)
 
     def read(self, *args: Any, **kwargs: Any) -> Call:
-        """A forward's arguments.
+        """Read the arguments of a forward.
 
         Raises:
             ValueError: an argument that the branches do not take.
@@ -83,10 +83,10 @@ class PipelineTransformer(ABC):
 
     @abstractmethod
     def forget(self) -> None:
-        """The trajectory is over: drop what was kept of its condition."""
+        """Drop what is cached of the condition, at the end of a trajectory."""
 
     def check(self) -> None:
-        """Refuse other caches, and what hangs on modules that the walk over the branches does not call.
+        """Refuse other caches, and hooks on modules that a plan does not call.
 
         Raises:
             ValueError: names the module, what it has, and the cure.
@@ -119,11 +119,11 @@ class PipelineTransformer(ABC):
 
     @abstractmethod
     def fingerprint(self) -> Fingerprint:
-        """Of the weights without adapters, as a loader of the view takes it."""
+        """Return the fingerprint of the weights without adapters."""
 
     @abstractmethod
     def condition(self, arguments: dict[str, Any]) -> Any:
-        """What the view's `embed` takes, of a forward's arguments.
+        """Return the condition for the view's `embed` from a forward's arguments.
 
         Raises:
             ValueError: an argument that the branches do not take.
@@ -131,11 +131,11 @@ class PipelineTransformer(ABC):
 
     @abstractmethod
     def bypassed(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules that diffusers calls and the view does not, by name."""
+        """Yield modules that diffusers calls and the view does not, with their names."""
 
 
 def _diffusers_hooks(module: nn.Module) -> list[str]:
-    """Names of the hooks that diffusers' registry has for the module."""
+    """Return the names of a module's hooks in diffusers' registry."""
     registry = getattr(module, "_diffusers_hook", None)
     return [] if registry is None else list(registry.hooks)
 
@@ -175,7 +175,7 @@ class _PipelineDiT(PipelineTransformer):
 
 
 class _PipelinePixArt(PipelineTransformer):
-    """Keys and values of the text are made at the first step of a trajectory and kept for the others."""
+    """Projects the text at the first step of a trajectory and caches the result."""
 
     view: PixArt | Sana
     view_class: type[PixArt | Sana] = PixArt
@@ -264,7 +264,7 @@ _KNOWN: dict[str, Callable[[Any, dict[str, Any]], PipelineTransformer]] = {
 
 
 def pipeline_transformer(transformer: nn.Module, identity: dict[str, Any]) -> PipelineTransformer:
-    """`transformer` as branches.
+    """Return the adapter of `transformer`.
 
     Args:
         identity: of the model that the router was made for; it says what is a branch.

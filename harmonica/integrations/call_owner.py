@@ -1,7 +1,7 @@
-"""Whose call a trajectory belongs to: pipelines do not say, so it is read from the stack.
+"""The thread and pipeline call that a trajectory belongs to, read from the stack.
 
-A call that raised says nothing either, and its thread may live on, as a server's does. What tells a call
-that runs from one that was broken off is whether its frame is still on the stack of its thread.
+Pipelines do not pass it on. A call is running as long as its frame is on the stack of its thread; a call that
+raised leaves no other sign, and its thread may live on, as a server's does.
 """
 
 import sys
@@ -28,20 +28,20 @@ class CallOwner:
         return cls(threading.get_ident(), thread.name, None if call is None else id(call))
 
     def bars(self, other: "CallOwner", *, is_first_step: bool) -> bool:
-        """Whether a step of another call comes between those of this one."""
+        """Return whether a step of another call would interrupt this call."""
         if self == other:
             return False
         # A first step may follow a call that was broken off; a later one belongs to this one's thread.
         return self.is_running() if is_first_step else self.thread != other.thread
 
     def is_running(self) -> bool:
-        """Whether the pipeline's call has neither returned nor raised; False outside of one."""
+        """Return whether the pipeline's call has neither returned nor raised."""
         frames = _stack(sys._current_frames().get(self.thread))
         return any(id(frame) == self.pipeline_call and _is_pipeline_call(frame) for frame in frames)
 
 
 def current_pipeline() -> Any:
-    """The diffusers pipeline whose method is the innermost on the stack; None outside of one."""
+    """Return the innermost diffusers pipeline on the stack, or None."""
     pipes = (_pipeline(frame) for frame in _stack(sys._getframe()))
     return next((each for each in pipes if each is not None), None)
 
@@ -51,13 +51,13 @@ def _is_pipeline_call(frame: FrameType) -> bool:
 
 
 def _pipeline(frame: FrameType) -> Any:
-    """Whose method the frame is, or None."""
+    """Return the pipeline whose method the frame runs, or None."""
     owner = frame.f_locals.get("self")
     return owner if hasattr(type(owner), "maybe_free_model_hooks") else None
 
 
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:
-    """From a frame to the outermost."""
+    """Yield the frames from this one to the outermost."""
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""A trained plan inside an unmodified diffusers pipeline: `apply` puts it on, `remove` takes it off.
+"""Use of a router in an unmodified diffusers pipeline: `apply` and `remove`.
 
     pipe = PixArtSigmaPipeline.from_pretrained(...)
     harmonica.apply(pipe.transformer, "router/")
@@ -42,7 +42,7 @@ def apply(
     allow_other_sampler: bool = False,
     check_weights: bool = True,
 ) -> None:
-    """Let a pipeline's transformer follow a router's plan, until `remove`.
+    """Run a pipeline's transformer under a router's plan, until `remove`.
 
     Before or after `torch.compile` and `enable_model_cpu_offload`. Height, width, batch and guidance may
     change from call to call. `save_pretrained` saves the plain model; `copy.deepcopy`, pickle and
@@ -85,7 +85,7 @@ def apply(
 
 
 def remove(transformer: nn.Module) -> None:
-    """Take the plan off: the transformer is as before `apply`.
+    """Restore the transformer as it was before `apply`.
 
     Raises:
         ValueError: there is no plan, or something wraps it.
@@ -141,7 +141,7 @@ def _check_weights_and_shape(
 
 
 def _timesteps(view: BranchedTransformer, artifact: RouterArtifact) -> Sequence[float]:
-    """Those that a pipeline has to visit, ascending."""
+    """Return the timesteps that a pipeline has to visit, ascending."""
     config, cure = artifact.sampler, "apply with allow_other_sampler to measure what it is worth here"
     if config.name in ("ddim", "iddpm"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What stands in for the forward of a pipeline's transformer: one step of a plan a call."""
+"""The replacement of a transformer's forward: each call is a step of a plan."""
 
 import copy
 import logging
@@ -25,25 +25,25 @@ logger = logging.getLogger(__name__)
 def _step(
     view: BranchedTransformer, row: Sequence[bool], cache: BranchCache, step: int, inputs: tuple[Any, ...]
 ) -> Tensor:
-    """All that is compiled: the model's output under one row of the plan."""
+    """Compute the model's output under one row of the plan; this is compiled."""
     hidden, conditioning = view.embed(*inputs)
     return planned_pass(view, hidden, conditioning, row, cache, step)
 
 
 def _step_of_its_own(name: str) -> Any:
-    """`_step` under a code object of its own: Dynamo counts graphs by code, and gives up at eight."""
+    """Return `_step` with its own code object: Dynamo allows eight graphs for each."""
     step = cast(types.FunctionType, _step)
     return types.FunctionType(step.__code__.replace(co_name=name), step.__globals__, name)
 
 
 class PlannedForward:
-    """Follows a trajectory call by call; its tensors are let go of at the last step.
+    """Runs a trajectory call by call and frees its tensors at the last step.
 
     A trajectory belongs to the pipeline's call that began it. Copies and pickles begin with none.
     """
 
     def __get__(self, *_: Any) -> "PlannedForward":
-        """Itself: whoever puts a forward back may bind it to the transformer, as cache-dit does."""
+        """Return itself when bound to a transformer, as cache-dit does on removal."""
         return self
 
     def __init__(self, model: PipelineTransformer, plan: Plan, reuse: Reuse, steps: StepCounter) -> None:
@@ -70,13 +70,13 @@ class PlannedForward:
         self._set_up()
 
     def _graph(self, i: int) -> Hashable:
-        """Steps of one key share their compiled graph: a forecast's weights differ from step to step."""
+        """Return the key of a step's compiled graph: forecasts differ in each step."""
         return self._plan.compute[i] if self._reuse == "hold" else i
 
     # Not recursive: Dynamo skips this frame and its helpers, and compiles the step between them.
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the transformer's own.
+        """Run one step, with the arguments of the transformer's own forward.
 
         Raises:
             ValueError: the call is not the plan's next one, comes while another runs, or asks for what
@@ -118,7 +118,7 @@ class PlannedForward:
         return i, call, (call.sample_NCHW, call.timestep_N, self._model.condition(call.arguments))
 
     def _claim(self, timestep: float) -> None:
-        """Let a step be taken by the call that its trajectory belongs to, and by none that comes between."""
+        """Refuse a step of any call but the one that owns the trajectory."""
         caller = CallOwner.current()
         with self._lock:
             owner, begins = self._owner, self._steps.begins(timestep)
@@ -144,7 +144,7 @@ class PlannedForward:
         return Transformer2DModelOutput(sample=output_NCHW)
 
     def end_of_call(self, *_: Any, **__: Any) -> None:
-        """The pipeline has its images.
+        """End the trajectory; called when the pipeline has its images.
 
         Raises:
             ValueError: before the plan's last step, where steps are only counted and the pipeline was not
@@ -175,7 +175,7 @@ class PlannedForward:
 
     @torch.compiler.disable
     def reset(self) -> bool:
-        """Forget the trajectory, but for one of another thread, which may run: whether there is none now."""
+        """Drop the trajectory unless another thread owns it; returns whether it is gone."""
         with self._lock:
             if self._owner is not None and self._owner.thread != threading.get_ident():
                 return False

@@ -1,4 +1,4 @@
-"""Keeps a second call of a pipeline from setting the scheduler anew under the one that runs.
+"""Protection of a running call's scheduler against a second call.
 
 A diffusers pipeline sets its scheduler's timesteps before it calls its transformer. When the transformer
 refuses the call, a scheduler of several steps has lost what it knew of the first one, whose image would then
@@ -15,7 +15,7 @@ _METHOD = "set_timesteps"
 
 
 class SecondCallError(ValueError):
-    """A call that came while another runs, which it must not disturb."""
+    """Raised for a call that comes while another one runs."""
 
     def __init__(self, owner: CallOwner) -> None:
         super().__init__(
@@ -25,7 +25,7 @@ class SecondCallError(ValueError):
 
 
 class SchedulerGuard:
-    """Stands in for a scheduler's `set_timesteps` until its owner's call is over."""
+    """Replaces a scheduler's `set_timesteps` until its owner's call is over."""
 
     def __init__(self, scheduler: Any, owner: CallOwner) -> None:
         self._scheduler, self._owner = scheduler, owner
@@ -47,11 +47,11 @@ class SchedulerGuard:
         return self._scheduler.set_timesteps(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the scheduler has its own method."""
+        """Copy as the scheduler's own method."""
         return getattr, (self._scheduler, _METHOD)
 
     def take_off(self) -> None:
-        """Give the scheduler its own method back, unless another thread's call needs the guard."""
+        """Restore the scheduler's method unless another thread's call needs the guard."""
         if self._owner.thread == threading.get_ident() or not self._owner.is_running():
             self._give_back()
 

@@ -1,4 +1,4 @@
-"""Which step of the plan a call belongs to: pipelines do not say, they only give the timestep."""
+"""Tracking of a trajectory's steps by the timesteps that a pipeline passes."""
 
 import logging
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepCounter:
-    """Counts a trajectory's calls down from step T-1, against the timesteps that the router knows.
+    """Counts a trajectory's calls from step T-1 down and checks their timesteps.
 
     Where those are known, the noisiest one begins a trajectory and each call has to bring its own. Where
     another sampler is allowed, a timestep that rises begins one: that its steps are too few shows only when
@@ -25,7 +25,7 @@ class StepCounter:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the trajectory; the next call begins one."""
+        """Drop the trajectory; the next call begins a new one."""
         self._calls = 0
         self._last = float("inf")
 
@@ -40,14 +40,14 @@ class StepCounter:
         return self._timesteps is not None
 
     def begins(self, timestep: float) -> bool:
-        """Whether a call with that timestep is the first of a trajectory, as far as can be told."""
+        """Return whether a call with this timestep begins a trajectory."""
         if self._timesteps is None:
             return self._rises(timestep)
         wanted = self._timesteps[-1 - self.calls]
         return timestep == self._timesteps[-1] and (self.calls == 0 or timestep != wanted)
 
     def next_step(self, timestep: float) -> int:
-        """The step i of a call.
+        """Return the step i of a call.
 
         Raises:
             ValueError: the call is none of the plan's.

@@ -1,1 +1,1 @@
-"""One file an architecture, each behind `base.BranchedTransformer`; `loading` finds the right one."""
+"""Model architectures, each a `base.BranchedTransformer`, and their loading."""

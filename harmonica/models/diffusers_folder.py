@@ -1,4 +1,4 @@
-"""A diffusers folder, read and written: a whole pipeline's or its transformer's alone."""
+"""Reading and writing of diffusers folders, of a pipeline or of its transformer."""
 
 import json
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ SCHEDULER = {
 
 
 def find_transformer(folder: Path) -> Path | None:
-    """The transformer's folder: `folder` itself or one of that name in it."""
+    """Return the transformer's folder: `transformer` in it, `folder` itself, or None."""
     if (folder / "transformer" / "config.json").is_file():
         return folder / "transformer"
     config = folder / "config.json"
@@ -46,15 +46,15 @@ def find_transformer(folder: Path) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class PipelineParts:
-    """What lies beside the transformer in a pipeline's folder."""
+    """The contents of a pipeline's folder beside the transformer."""
 
     class_name: str
-    """Of the pipeline; empty for a transformer's folder alone."""
+    """Class of the pipeline; empty for the folder of a transformer alone."""
     id2label: object
     scheduler: dict[str, Any] | None
     vae_folder: Path | None
     has_text_encoder: bool
-    """Whether it should have one, whole or not."""
+    """Whether the pipeline has a text encoder, even if files of it are missing."""
 
     @classmethod
     def read(cls, folder: Path) -> "PipelineParts":
@@ -77,7 +77,7 @@ def _class_names(id2label: object, count: int) -> tuple[str, ...] | None:
 
 
 def read_diffusers(folder: Path) -> StoredModel:
-    """The model of a pipeline's folder (with what it says of classes, scheduler and VAE) or a transformer's.
+    """Read a DiT from the folder of a pipeline or of its transformer.
 
     Raises:
         ValueError: no transformer, or one that is no DiT.
@@ -102,7 +102,7 @@ def read_diffusers(folder: Path) -> StoredModel:
 
 
 def write_diffusers(folder: Path, stored: StoredModel) -> None:
-    """A pipeline's folder of `stored`, all but the VAE, which belongs into `vae/`."""
+    """Write a pipeline's folder, without the VAE, which belongs into `vae/`."""
     config = config_to_diffusers(stored.config)
     version = config["_diffusers_version"]
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": version}

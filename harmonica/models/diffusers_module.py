@@ -1,4 +1,4 @@
-"""A diffusers transformer's own module, its weights mapped and each put where it belongs once."""
+"""Loading of a diffusers transformer's own module from memory-mapped weights."""
 
 import re
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from harmonica.torchvision_ops import ensure_torchvision_imports
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredModule:
-    """A transformer's folder: its configuration read, its tensors memory-mapped."""
+    """A transformer's folder: its configuration and its memory-mapped tensors."""
 
     folder: Path
     config: dict[str, Any]
@@ -37,7 +37,7 @@ class StoredModule:
         dtype: torch.dtype,
         full_precision_parts: tuple[str, ...] = (),
     ) -> Any:
-        """The module in evaluation mode, without gradients; no weight is allocated before it is read.
+        """Build the frozen module; no weight is allocated before it is read.
 
         Args:
             full_precision_parts: prefixes of parameters that stay in float32.

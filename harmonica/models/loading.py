@@ -1,8 +1,8 @@
-"""A model from wherever it lies: our own folder, a public checkpoint, or a diffusers folder.
+"""Loading of models: our own folders, public checkpoints, diffusers folders.
 
 Our folder holds `config.json` (shape under diffusers' names, class names) and `model.safetensors`; a
 public `.pt` or `.safetensors` file shows its shape itself; a diffusers folder is a whole pipeline's or
-its transformer's. Each is computed as its own code does: see `DiTConfig.downscale_freq_shift`.
+its transformer's. Results are those of the original code: see `DiTConfig.downscale_freq_shift`.
 """
 
 import dataclasses
@@ -23,10 +23,9 @@ from harmonica.models.dit.config import DiTConfig
 from harmonica.models.dit.public_layout import read_public
 from harmonica.models.dit.stored import StoredModel, default_class_names
 from harmonica.models.pixart import checkpoint as pixart_folder
-from harmonica.models.pixart.checkpoint import StoredPixArt
 from harmonica.models.sana import checkpoint as sana_folder
-from harmonica.models.sana.checkpoint import StoredSana
 from harmonica.models.text_blocks import Kind
+from harmonica.models.text_checkpoint import StoredTextTransformer
 from harmonica.models.vae import find_vae, load_vae
 from harmonica.validation.settings import Field, Natural, settings
 
@@ -43,7 +42,7 @@ __all__ = [
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Compile = Literal["auto", "always", "never"]
-_TEXT_TO_IMAGE: dict[str, Callable[..., StoredPixArt | StoredSana]] = {
+_TEXT_TO_IMAGE: dict[str, Callable[..., StoredTextTransformer]] = {
     pixart_folder.CLASS_NAME: pixart_folder.read_pixart,
     sana_folder.CLASS_NAME: sana_folder.read_sana,
 }
@@ -52,7 +51,7 @@ _TEXT_TO_IMAGE: dict[str, Callable[..., StoredPixArt | StoredSana]] = {
 
 @settings("model")
 class ModelConfig:
-    """Which denoiser."""
+    """Settings of the denoiser."""
 
     path: str = BUILTIN
     """`builtin:fashion-dit`, `builtin:fashion-pixart`, a model folder (ours or diffusers'), a public DiT
@@ -80,7 +79,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen model and what lies beside it."""
+    """A frozen model with its class names, scheduler, VAE and text encoder."""
 
     model: BranchedTransformer
     class_names: tuple[str, ...]
@@ -93,12 +92,12 @@ class LoadedModel:
     """Folder with the text encoder and its tokenizer, for a model that takes prompts."""
 
     def load_vae(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """diffusers' AutoencoderKL for `harmonica.models.vae.decode_latents`, or None where there is none."""
+        """Load the autoencoder that `decode_latents` takes; None if there is none."""
         return None if self.vae_folder is None else load_vae(self.vae_folder, device, dtype)
 
 
 def read_folder_config(folder: Path) -> tuple[DiTConfig, tuple[str, ...]]:
-    """Shape and class names of a folder in our layout."""
+    """Read shape and class names from a folder in our layout."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -115,13 +114,13 @@ def read_folder_config(folder: Path) -> tuple[DiTConfig, tuple[str, ...]]:
 def write_folder_config(
     folder: Path, shape: DiTConfig, class_names: tuple[str, ...], **extra: object
 ) -> None:
-    """The `config.json` that `read_folder_config` reads."""
+    """Write the `config.json` that `read_folder_config` reads."""
     config = {"shape": dataclasses.asdict(shape), "class_names": list(class_names), **extra}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def read_model(path: str, revision: str = "", shape: DiTConfig | None = None) -> StoredModel:
-    """What a configured path holds, fetched if it is remote, checked, and mapped rather than read.
+    """Open the DiT at a path: fetched if it is remote, checked, and memory-mapped.
 
     Raises:
         ValueError: missing, truncated, or another shape than configured.
@@ -141,7 +140,7 @@ def _read_dit(local: Path, shape: DiTConfig | None) -> StoredModel:
     return read_public(local / (own_weights(names) or OWN_WEIGHTS[0]), config, class_names)
 
 
-def _read(config: ModelConfig) -> StoredModel | StoredPixArt | StoredSana:
+def _read(config: ModelConfig) -> StoredModel | StoredTextTransformer:
     local = local_path(config.path, config.revision)
     transformer = find_transformer(local) if local.is_dir() else None
     name = read_json(transformer / "config.json").get("_class_name") if transformer else None
@@ -151,7 +150,7 @@ def _read(config: ModelConfig) -> StoredModel | StoredPixArt | StoredSana:
 
 
 def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> LoadedModel:
-    """The configured denoiser, frozen, in its precision, on the device.
+    """Load the configured denoiser, frozen, in its precision, on the device.
 
     Raises:
         ValueError: model or VAE is missing, truncated, or another shape than configured.

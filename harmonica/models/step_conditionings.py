@@ -1,4 +1,4 @@
-"""What a model makes of its timesteps and condition, for all steps of a trajectory."""
+"""Conditioning of all steps of a trajectory, computed when it is needed."""
 
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar, overload
@@ -7,7 +7,7 @@ C = TypeVar("C")
 
 
 class StepConditionings(Sequence[C], Generic[C]):
-    """The conditioning of every step of a trajectory, made where it is asked for, from the last step down."""
+    """The conditioning of every step, computed on access from the last step down."""
 
     def __init__(
         self,
@@ -19,16 +19,16 @@ class StepConditionings(Sequence[C], Generic[C]):
     ) -> None:
         """
         Args:
-            make: of some timesteps.
-            at_once: for how many steps together.
-            lookahead: how many steps apart those asked for in turn may lie, and still be made once.
+            make: computes the conditionings of some timesteps.
+            at_once: number of steps that are computed together.
+            lookahead: number of steps around the current one whose conditioning stays cached.
         """
         self._make, self._timesteps = make, timesteps
         self._at_once, self._lookahead = at_once, lookahead
         self._made: dict[int, C] = {}
 
     def looking_ahead(self, steps: int) -> "StepConditionings[C]":
-        """The same, for a trajectory on which steps as far ahead are asked for too."""
+        """Return a copy that keeps conditionings of `steps` steps around the current."""
         return StepConditionings(self._make, self._timesteps, at_once=self._at_once, lookahead=steps)
 
     def __len__(self) -> int:

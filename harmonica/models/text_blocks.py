@@ -1,4 +1,4 @@
-"""The sub-layers of diffusers' PixArt blocks as branches, and what they need of the step and the text.
+"""The sub-layers of diffusers' PixArt blocks as branches.
 
 Shapes: N batch, L tokens, D width, S text tokens, G blocks.
 """
@@ -21,19 +21,19 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True, slots=True)
 class ProjectedText:
-    """All that a step needs of its prompts: the same at every step of a trajectory."""
+    """Keys, values and mask of the prompts: the same at every step."""
 
     keys_values: list[tuple[Tensor, Tensor]] = field(repr=False)
-    """Of each block's cross-attention, both (N, heads, S, D / heads)."""
+    """Keys and values of each block's cross-attention, both (N, heads, S, D / heads)."""
     bias: Tensor = field(repr=False)
-    """(N, 1, 1, S) added to attention scores: padding is not looked at."""
+    """(N, 1, 1, S) added to attention scores: masks the padding."""
     sizes: dict[str, Tensor | None] = field(repr=False)
     """`added_cond_kwargs` of PixArt-alpha at 1024; None in the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class PixArtConditioning:
-    """Modulations of one step, made once for every block, and the prompts."""
+    """Modulations of one step for all blocks, and the prompts."""
 
     blocks: Tensor = field(repr=False)
     """(G, N, 6, D): shift, 1 + scale, gate of self-attention, then of the MLP."""
@@ -49,7 +49,7 @@ def step_conditionings(
     timesteps: Sequence[float],
     make_one: Callable[[Tensor, ProjectedText], PixArtConditioning],
 ) -> StepConditionings[PixArtConditioning]:
-    """Of a trajectory's steps, from what makes them of timesteps (N,) and the prompts."""
+    """Return the conditioning of every step, each computed by `make_one`."""
 
     def make(some: Sequence[float]) -> list[PixArtConditioning]:
         return [make_one(torch.full((len(text.bias),), t, device=text.bias.device), text) for t in some]
@@ -58,7 +58,7 @@ def step_conditionings(
 
 
 class ModulatedBranch(Branch):
-    """Self-attention (offset 0) or MLP (offset 3) of one block; the offset is into the six modulations."""
+    """Self-attention or MLP of one block; `offset` is into the six modulations."""
 
     def __init__(self, index: int, kind: Literal["attn", "mlp"], block: Any, macs: int) -> None:
         self.name, self.macs = f"{kind} {index}", macs
@@ -83,7 +83,7 @@ class ModulatedBranch(Branch):
 
 
 class CrossAttention(Branch):
-    """Cross-attention of one block to the text: it has neither norm, modulation nor gate."""
+    """Cross-attention of one block, which has no norm, modulation or gate."""
 
     kind: Kind = "cross"
 
@@ -115,7 +115,7 @@ SubLayer = ModulatedBranch | CrossAttention
 
 
 def sub_layers(transformer: Any, tokens: int, text_tokens: int) -> Iterator[SubLayer]:
-    """All of them in order, with their MACs."""
+    """Yield all sub-layers in order, with their MACs."""
     width = transformer.inner_dim
     for i, block in enumerate(transformer.transformer_blocks):
         own, text = block.attn1, block.attn2
@@ -127,37 +127,40 @@ def sub_layers(transformer: Any, tokens: int, text_tokens: int) -> Iterator[SubL
 
 
 class LeadingBranch(Branch):
-    """A branch, and the sub-layers up to the next one: these run whenever it is merged, reused or not."""
+    """A branch with the uncached sub-layers after it, which run at every merge."""
 
-    def __init__(self, branch: Branch, following: Sequence[Branch]) -> None:
+    def __init__(self, branch: Branch, always: Sequence[Branch]) -> None:
         self.name, self.macs = branch.name, branch.macs
-        self.branch, self.following = branch, following
+        self.branch, self.always = branch, always
 
     def compute(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         return self.branch.compute(hidden_NLD, conditioning)
 
     def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
-        return self.follow(self.branch.merge(hidden_NLD, y_NLD, conditioning), conditioning)
+        return self.post_branch(self.branch.merge(hidden_NLD, y_NLD, conditioning), conditioning)
 
     def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
-        return self.follow(self.branch.merge_(hidden_NLD, y_NLD, conditioning), conditioning)
+        return self.post_branch(self.branch.merge_(hidden_NLD, y_NLD, conditioning), conditioning)
 
     def gate(self, conditioning: Any) -> Tensor | None:
         return self.branch.gate(conditioning)
 
     @property
-    def is_followed(self) -> bool:
+    def has_post_branch(self) -> bool:
         return True
 
-    def follow(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
-        return run_all(self.following, hidden_NLD, conditioning)
+    def post_branch(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
+        return run_all(self.always, hidden_NLD, conditioning)
 
 
 def arrange(
     layers: Iterable[SubLayer], cacheable: tuple[Kind, ...]
 ) -> tuple[list[Branch], list[Branch], int]:
-    """Sub-layers before the first branch, the branches with what always runs behind each, and MACs of all
-    that always runs.
+    """Divide sub-layers into branches and those that always run.
+
+    Returns:
+        Sub-layers before the first branch; the branches, each with the uncached sub-layers after it; and
+        the MACs of all uncached sub-layers.
 
     Raises:
         ValueError: no such kind.
@@ -177,7 +180,7 @@ def arrange(
 
 
 def run_all(layers: Sequence[Branch], hidden_NLD: Tensor, conditioning: Any) -> Tensor:
-    """The hidden state behind `layers`, each computed."""
+    """Compute and merge each of `layers`; returns the hidden state after them."""
     for index, layer in enumerate(layers):
         y_NLD = layer.compute(hidden_NLD, conditioning)
         hidden_NLD = merge_of(layer, index)(hidden_NLD, y_NLD, conditioning)
@@ -185,11 +188,11 @@ def run_all(layers: Sequence[Branch], hidden_NLD: Tensor, conditioning: Any) -> 
 
 
 def split_heads(x_NLD: Tensor, heads: int) -> Tensor:
-    """(N, heads, L, D / heads)."""
+    """Reshape to (N, heads, L, D / heads)."""
     return x_NLD.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def linear_macs(*modules: nn.Module) -> int:
-    """Of all linear layers inside, for one token."""
+    """Return the MACs of all linear layers inside, for one token."""
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)]
     return sum(layer.in_features * layer.out_features for layer in layers)

@@ -1,4 +1,4 @@
-"""What a text-to-image model is told: embedded prompts, padded and masked, and their unconditional twins.
+"""The condition of a text-to-image model: embedded prompts and negative prompts.
 
 Shapes: N batch, S text tokens, C width of the text encoder.
 """
@@ -16,18 +16,18 @@ _NEGATIVES = ("negative_embeddings", "negative_mask")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextCondition:
-    """One row a picture; takes slices and index tensors like a batch of labels."""
+    """Embedded prompts, one row an image; indexed like a batch of labels."""
 
     embeddings: Tensor
-    """(N, S, C) of the text encoder."""
+    """(N, S, C) output of the text encoder."""
     mask: Tensor
     """(N, S) bool, False at padding."""
     negative_embeddings: Tensor | None = None
-    """(N, S, C) of each row's negative prompt: its unconditional twin under guidance."""
+    """(N, S, C) of each row's negative prompt, used under classifier-free guidance."""
     negative_mask: Tensor | None = None
     """(N, S) bool."""
     resolution: Tensor | None = None
-    """(N, 2) height and width in pixels: what PixArt-alpha at 1024 is also told."""
+    """(N, 2) height and width in pixels: size conditioning of PixArt-alpha at 1024."""
     aspect_ratio: Tensor | None = None
     """(N, 1) height / width."""
 
@@ -62,13 +62,13 @@ class TextCondition:
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> "TextCondition":
-        """On a device, embeddings in a precision; sizes keep theirs: 1000 pixels are 1000 in any model."""
+        """Move to a device and convert the embeddings; sizes keep their precision."""
         return self._each(
             lambda name, value: value.to(device=device, dtype=dtype if name in _EMBEDDINGS else None)
         )
 
     def guided(self) -> "TextCondition":
-        """(2N rows) these prompts, then their negative ones: classifier-free guidance.
+        """Return the N prompts, then their N negative ones, for classifier-free guidance.
 
         Raises:
             ValueError: no negative prompts.
@@ -87,7 +87,7 @@ class TextCondition:
 
     @classmethod
     def concatenate(cls, conditions: Sequence["TextCondition"]) -> "TextCondition":
-        """All rows in order.
+        """Concatenate the rows of several conditions in order.
 
         Raises:
             ValueError: only some of them have a field, or their numbers of tokens differ.

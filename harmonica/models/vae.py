@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKL, and AutoencoderDC of Sana: from latents to images."""
+"""Decoding of latents to images by AutoencoderKL and Sana's AutoencoderDC."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ _CLASS_NAMES = ("AutoencoderKL", "AutoencoderDC")
 
 
 def find_vae(folder: Path) -> Path | None:
-    """The VAE's folder: `vae` in a pipeline's folder, or `folder` itself."""
+    """Return the VAE's folder: `vae` in `folder`, `folder` itself, or None."""
     for candidate in (folder / "vae", folder):
         try:
             config = json.loads((candidate / "config.json").read_text())
@@ -27,10 +27,10 @@ def find_vae(folder: Path) -> Path | None:
 
 
 def check_vae(folder: Path) -> None:
-    """Whether a folder that `find_vae` found has weights.
+    """Check that a folder found by `find_vae` has weights.
 
     Raises:
-        ValueError: it has not, or not all; says what lies there.
+        ValueError: weights are missing; the message lists the files there.
     """
     try:
         find_weights(folder)
@@ -39,7 +39,7 @@ def check_vae(folder: Path) -> None:
 
 
 def load_vae(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """The autoencoder of a folder that `find_vae` found, frozen.
+    """Load the frozen autoencoder of a folder found by `find_vae`.
 
     Raises:
         ValueError: its files cannot be read, or fit one another.
@@ -69,12 +69,12 @@ def load_vae(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtyp
 
 
 def draws_pixels(model: BranchedTransformer) -> bool:
-    """Whether a model's samples are pictures as they are: grey or RGB."""
+    """Return whether a model samples pixels (grey or RGB) rather than latents."""
     return model.in_channels in (1, 3)
 
 
 def pixels_per_latent(vae: Any) -> int:
-    """Pixels along one side of a latent."""
+    """Return the number of pixels along one side of a latent."""
     config = vae.config
     widths = config.get("block_out_channels") or config.encoder_block_out_channels
     return 2 ** (len(widths) - 1)
@@ -82,7 +82,7 @@ def pixels_per_latent(vae: Any) -> int:
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents_NCHW: Tensor) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1], float32, of latents in the model's scale; NaN where not finite."""
+    """Decode latents to float32 images (N, 3, H, W) in [-1, 1]; NaN where not finite."""
     latents = latents_NCHW.to(device=vae.device, dtype=vae.dtype) / vae.config.scaling_factor
     shift = getattr(vae.config, "shift_factor", None)
     if shift is not None:

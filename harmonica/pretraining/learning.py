@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 
 from harmonica.samplers.noise_schedule import NUM_TRAIN_TIMESTEPS, add_noise, alphas_cumprod
 
@@ -92,29 +93,24 @@ def distillation_loss(predicted_NCHW: Tensor, teacher_NCHW: Tensor, timestep_N: 
     return (weight_N[:, None, None, None] * (predicted_NCHW - teacher_NCHW).square()).mean()
 
 
-class Ema:
-    """Exponential moving average of a model's parameters, with a shorter window in early steps."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        parameters = dict(model.named_parameters())
-        shadow = list(self.shadow.values())
-        torch._foreach_lerp_(shadow, [parameters[name] for name in self.shadow], 1 - decay)
-
-
 class Learner:
     """A model in training, with the state that a resumed run needs."""
 
     def __init__(self, model: nn.Module, config: LearningConfig) -> None:
         self.model, self.config = model, config
-        self.ema = Ema(model, config.ema_decay)
+        self.ema = AveragedModel(model, multi_avg_fn=self._average)
+        self.ema.n_averaged += 1  # the initial weights, which the first update would otherwise replace
         self.optimizers = make_optimizers(model, config.learning_rate, config.weight_decay)
         self.step = 0
+
+    def _average(self, averaged: PARAM_LIST, current: PARAM_LIST, num_averaged: Tensor | int) -> None:
+        """Average with a decay that is smaller while the run is young."""
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        get_ema_multi_avg_fn(decay)(averaged, current, num_averaged)
+
+    def averaged_parameters(self) -> dict[str, Tensor]:
+        """The exponential moving averages by the parameters' names, without gradients."""
+        return {name: p.detach() for name, p in self.ema.module.named_parameters()}
 
     @property
     def factor(self) -> float:
@@ -132,20 +128,21 @@ class Learner:
                 group["lr"] = learning_rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.model, self.step)
+        self.ema.update_parameters(self.model)
         self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
-            "ema": self.ema.shadow,
+            "ema": self.averaged_parameters(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.ema.shadow = state["ema"]
+        for name, averaged in self.averaged_parameters().items():
+            averaged.copy_(state["ema"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step = state["step"]

@@ -1,4 +1,4 @@
-"""Shapes of DiTs: the configuration, and the public family (Peebles and Xie 2023, table 1)."""
+"""Shapes of DiTs, and the public family (Peebles and Xie 2023, table 1)."""
 
 from typing import Annotated, Literal
 
@@ -7,7 +7,7 @@ from harmonica.validation.settings import Count, Field, require, settings
 
 @settings("model.shape")
 class DiTConfig:
-    """Shape of a DiT and the two conventions its function depends on, under diffusers' names."""
+    """Shape of a DiT and two conventions of its function, under diffusers' names."""
 
     sample_size: Count = 32
     """Height and width of the (latent) image."""
@@ -61,7 +61,7 @@ _LATENT_SCALE = 8  # the VAE's
 
 
 def dit_shape(name: str, image_size: int = 256, num_classes: int = 1000) -> DiTConfig:
-    """Shape of a public model by name, such as `DiT-XL/2`, for images of `image_size` pixels.
+    """Return the shape of a public model, such as `DiT-XL/2`, for an image size.
 
     Raises:
         ValueError: no such model, or an image size that gives no whole number of patches.

@@ -1,4 +1,4 @@
-"""diffusers' `DiTTransformer2DModel` under our names: its configuration and its keys, both ways.
+"""Conversion between our names and those of diffusers' `DiTTransformer2DModel`.
 
 The weights are those of the public code, rearranged: q, k and v lie apart, every block carries a copy
 of the one timestep and label embedder, and the fixed positions are left out. The function is another:
@@ -59,7 +59,7 @@ _IGNORED = ("pos_embed.pos_embed",)
 
 
 def config_from_diffusers(config: Mapping[str, Any], source: str) -> DiTConfig:
-    """Our configuration of a transformer's `config.json`, in diffusers' convention.
+    """Convert a transformer's `config.json` to our configuration.
 
     Raises:
         ValueError: another class, or a setting that makes it no DiT; names the field.
@@ -84,7 +84,7 @@ def config_from_diffusers(config: Mapping[str, Any], source: str) -> DiTConfig:
 
 
 def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
-    """The transformer's `config.json`; diffusers computes under its own convention whatever ours is."""
+    """Return the transformer's `config.json`; diffusers applies its own convention."""
     return {
         "_class_name": CLASS_NAME,
         "_diffusers_version": metadata.version("diffusers"),
@@ -98,7 +98,7 @@ def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
 
 
 def _diffusers_keys(name: str, num_layers: int) -> list[tuple[str, ...]]:
-    """Where our tensor `name` lies: a list of equal copies, each the names of its rows in order."""
+    """Return the keys of our tensor `name`: equal copies, each the names of its rows."""
     module, _, leaf = name.rpartition(".")
     if module in _OUTER:
         return [(f"{_OUTER[module]}.{leaf}",)]
@@ -111,7 +111,7 @@ def _diffusers_keys(name: str, num_layers: int) -> list[tuple[str, ...]]:
 def tensors_from_diffusers(
     config: DiTConfig, state: Mapping[str, Tensor], source: str
 ) -> dict[str, tuple[Tensor, ...]]:
-    """A transformer's weights by our names; nothing is copied.
+    """Return a transformer's weights by our names; nothing is copied.
 
     Raises:
         ValueError: keys or shapes are not those of the configuration, in diffusers' names, or the blocks
@@ -138,7 +138,7 @@ def tensors_from_diffusers(
 
 
 def tensors_to_diffusers(stored: StoredModel) -> dict[str, Tensor]:
-    """The transformer's state dict, in the stored precision, ready for one safetensors file.
+    """Return the transformer's state dict in the stored precision.
 
     Raises:
         ValueError: the positions are not the fixed ones, which diffusers would put in their place.

@@ -1,4 +1,4 @@
-"""diffusers' `DiTTransformer2DModel` seen as branches: its own sub-layers and weights, nothing copied.
+"""diffusers' `DiTTransformer2DModel` seen as branches, with nothing copied.
 
 The same network as our `DiT` of a diffusers folder, and the same identity, so a router trained on one
 fits the other. Here the weights stay where a pipeline has them.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harmonica.models.base import FINGERPRINT_VALUES, BranchedTransformer, Fingerprint, Macs
+from harmonica.models.base import FINGERPRINT_VALUES, BranchedTransformer, Fingerprint, Macs, unpatchify
 from harmonica.models.dit.diffusers_layout import config_from_diffusers, tensors_from_diffusers
 from harmonica.models.dit.model import DiTBranch, DiTConditioning, modulate
 from harmonica.models.dit.stored import skeleton
@@ -27,7 +27,7 @@ _FUSED_COPIES = ("to_qkv", "to_kv", "to_added_qkv")
 
 
 def base_parameters(module: nn.Module) -> Mapping[str, Tensor]:
-    """Parameters by the names they have without adapters: PEFT wraps a layer and calls it `base_layer`.
+    """Return parameters by their names without adapters, which PEFT changes.
 
     Without the copies either, in one layer, that `fuse_qkv_projections` makes of queries, keys and values.
     """
@@ -84,10 +84,8 @@ class DiffusersDiT(BranchedTransformer):
     def head(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
         model = self.transformer
         patches = model.proj_out_2(modulate(model.norm_out(hidden_NLD), *conditioning.final))
-        (n, tokens, _), p, c = patches.shape, self.config.patch_size, self.out_channels
-        side = math.isqrt(tokens)
-        grid = patches.reshape(n, side, side, p, p, c)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, c, side * p, side * p)
+        side = math.isqrt(patches.shape[1])
+        return unpatchify(patches, (side, side), self.config.patch_size)
 
     @property
     def value_shape(self) -> tuple[int, int]:

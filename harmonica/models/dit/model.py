@@ -1,4 +1,4 @@
-"""DiT (Peebles and Xie 2023, arXiv 2212.09748) on timm's layers, behind the branch interface.
+"""DiT (Peebles and Xie 2023, arXiv 2212.09748) on timm's layers, as branches.
 
 Parameter names are those of the public `.pt` checkpoints, so these load as they are.
 Shapes: N batch, C channels, H W image, L tokens, D width, F frequencies.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harmonica.models.base import Branch, BranchedTransformer, Macs
+from harmonica.models.base import Branch, BranchedTransformer, Macs, unpatchify
 from harmonica.models.dit.conditioning import ROWS_AT_ONCE, DiTConditioning
 from harmonica.models.dit.config import DiTConfig
 from harmonica.models.step_conditionings import StepConditionings
@@ -29,7 +29,7 @@ _NORM_EPS = 1e-6  # of the norms before attention and in the final layer, in the
 
 
 def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions (1, L, D): the first half of D encodes x, the second y."""
+    """Return fixed 2-D sine-cosine positions (1, L, D): x in the first half of D."""
     frequency = 1.0 / 10000 ** (torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
     angle = torch.outer(torch.arange(grid_size, dtype=torch.float64), frequency)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, D/2)
@@ -70,7 +70,7 @@ class LabelEmbedder(nn.Module):
 
 
 def modulate(x_NLD: Tensor, shift_ND: Tensor, scale_ND: Tensor) -> Tensor:
-    """adaLN: x * (1 + scale) + shift."""
+    """Apply adaLN's modulation: x * (1 + scale) + shift."""
     return torch.addcmul(shift_ND[:, None], x_NLD, 1 + scale_ND[:, None])
 
 
@@ -88,7 +88,7 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def modulations(self, silu_c_ND: Tensor) -> tuple[Tensor, ...]:
-        """Six (N, D) from silu(c): every block begins with the same SiLU, so it is taken once for all."""
+        """Return six (N, D) from silu(c), which is computed once for all blocks."""
         return self.adaLN_modulation[1](silu_c_ND).chunk(6, dim=1)
 
 
@@ -101,12 +101,12 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def modulations(self, silu_c_ND: Tensor) -> tuple[Tensor, ...]:
-        """Shift and scale (N, D) from silu(c)."""
+        """Return shift and scale (N, D) from silu(c)."""
         return self.adaLN_modulation[1](silu_c_ND).chunk(2, dim=1)
 
 
 class DiTBranch(Branch):
-    """Attention (offset 0) or MLP (offset 3) of one block; the offset is into the six modulations."""
+    """Attention or MLP of one block; `offset` is into the six modulations."""
 
     def __init__(
         self, index: int, kind: Literal["attn", "mlp"], layer: nn.Module, macs: int, norm_eps: float
@@ -177,7 +177,7 @@ class DiT(BranchedTransformer):
         return hidden, self._modulations(timestep_N, condition_N)
 
     def conditionings(self, label_N: Tensor, timesteps: Sequence[float]) -> list[DiTConditioning]:
-        """Of the rows at each of some timesteps."""
+        """Compute the conditionings of the rows at each of some timesteps."""
         n = len(label_N)
         timestep_K = torch.tensor(timesteps, device=label_N.device).repeat_interleave(n)
         together = self._modulations(timestep_K, label_N.repeat(len(timesteps)))
@@ -192,10 +192,8 @@ class DiT(BranchedTransformer):
     def head(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
         normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=_NORM_EPS)
         patches = self.final_layer.linear(modulate(normed, *conditioning.final))
-        n, p, c = patches.shape[0], self.config.patch_size, self.out_channels
-        side = self.sample_size // p
-        grid = patches.reshape(n, side, side, p, p, c)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, c, side * p, side * p)
+        side = self.sample_size // self.config.patch_size
+        return unpatchify(patches, (side, side), self.config.patch_size)
 
     @property
     def value_shape(self) -> tuple[int, int]:
@@ -216,7 +214,7 @@ class DiT(BranchedTransformer):
         return {"architecture": "DiT", **asdict(self.config)}
 
     def initialize(self, generator: torch.Generator | None = None, *, zero: bool = True) -> None:
-        """DiT's initialisation; `zero=False` also randomises what it zeroes.
+        """Initialise as in the public code; `zero=False` randomises what that zeroes.
 
         At zero gates and outputs every branch is silent, so tests of caching on random weights
         would pass vacuously: they ask for `zero=False`.

@@ -1,4 +1,4 @@
-"""The public DiT checkpoints: a bare state dict whose keys are our own and whose shape must be inferred."""
+"""Public DiT checkpoints: bare state dicts, from which the shape is inferred."""
 
 import logging
 import math
@@ -21,15 +21,15 @@ _SHOWN = {
     "final_layer.linear.weight": 2,
 }  # what the shape is inferred from, with the number of dimensions
 _DEFAULT_SIZE = DiTConfig().sample_size
-"""Of the public code, where neither the file nor a setting says another: latents of 256 x 256 pixels."""
+"""Size of the public code's latents (256 x 256 pixels), if neither file nor setting gives one."""
 _NAMED = 3  # keys that an error names
 
 
 def infer_shape(state: dict[str, Tensor], source: str) -> DiTConfig:
-    """Shape of a state dict in the public layout; the number of heads is the family's at that width.
+    """Infer the shape of a state dict in the public layout.
 
-    The positions tell the image size. They are a formula, and some trainers leave them out: then it is
-    the public code's default, and a warning says so.
+    The number of heads is that of the public model of this width. The image size is inferred from the
+    positions; if a checkpoint lacks them, it is the public code's default, with a warning.
 
     Raises:
         ValueError: not of this layout, or not enough in it to tell.
@@ -74,7 +74,7 @@ def _sample_size(positions: Tensor | None, patch: int, source: str) -> int:
 
 
 def _what_it_is(state: dict[str, Tensor], missing: str) -> str:
-    """Why a state dict is none of the public layout, and what to do."""
+    """Return why a state dict is not in the public layout, and what to do."""
     if any(name.startswith("transformer_blocks.") for name in state):
         return (
             "has the names of a diffusers module, whose shape is in its config.json: give the folder of both"
@@ -89,7 +89,7 @@ def _what_it_is(state: dict[str, Tensor], missing: str) -> str:
 def read_public(
     path: Path, shape: DiTConfig | None, class_names: tuple[str, ...] | None = None
 ) -> StoredModel:
-    """A checkpoint file under our own names, of a given shape or of the one it shows.
+    """Read a checkpoint file, of a given shape or of the one inferred from it.
 
     Raises:
         ValueError: unreadable, or its tensors are not those of the shape.
@@ -107,7 +107,7 @@ def read_public(
 
 
 def write_public(path: Path, stored: StoredModel) -> None:
-    """One file in the public layout, in the stored precision: `.safetensors`, else `.pt`, without wrapper."""
+    """Write one file in the public layout, `.safetensors` or `.pt`, without wrapper."""
     state = {name: stored.tensor(name) for name in stored.tensors}
     precision = next(iter(state.values())).dtype
     state.setdefault(POSITIONS, stored.positions().to(precision))

@@ -1,4 +1,4 @@
-"""A model as it lies on disk, whatever the layout, and the one way from there into memory."""
+"""A DiT on disk, in any layout, and its loading into memory."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,38 +16,38 @@ POSITIONS = "pos_embed"
 
 
 def skeleton(config: DiTConfig) -> DiT:
-    """The model without storage: names and shapes, at no cost."""
+    """Build the model on the meta device: names and shapes without storage."""
     with torch.device("meta"):
         return DiT(config)
 
 
 def default_class_names(config: DiTConfig) -> tuple[str, ...]:
-    """Numbers, where nothing names the classes."""
+    """Return the class numbers as names, for models that name no classes."""
     return tuple(map(str, range(config.num_embeds_ada_norm)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredModel:
-    """Checked, still on disk: the tensors are memory-mapped."""
+    """A DiT whose files have been checked; the tensors are memory-mapped."""
 
     config: DiTConfig
     tensors: dict[str, tuple[Tensor, ...]] = field(repr=False)
-    """By the public code's names; several are the rows of one, in order: diffusers' q, k and v."""
+    """Tensors by the public code's names; several are concatenated by rows, as diffusers' q, k and v."""
     class_names: tuple[str, ...]
     source: str = "the model"
-    """What errors call it."""
+    """Name of the model in error messages."""
     scheduler: dict[str, Any] | None = None
     """Scheduler configuration of a diffusers folder."""
     vae_folder: Path | None = None
     """The VAE of a diffusers folder."""
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in its stored precision: mapped, or copied where it is stored in pieces."""
+        """Return a tensor in its stored precision, copied only if it is in pieces."""
         pieces = self.tensors[name]
         return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)
 
     def positions(self) -> Tensor:
-        """The stored position table, or the fixed one where the layout leaves it out."""
+        """Return the stored position table, or the fixed one if the layout has none."""
         if POSITIONS in self.tensors:
             return self.tensor(POSITIONS)
         return sincos_position_embedding(
@@ -55,10 +55,10 @@ class StoredModel:
         )
 
     def assemble(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DiT:
-        """The frozen model with each tensor put where it belongs once, in its final precision.
+        """Load the frozen model; each tensor is converted and moved once.
 
-        Nothing is allocated before: peak memory is the weights and one tensor. What is already of
-        this precision stays mapped on the CPU.
+        Peak memory is the weights and one tensor. On the CPU, tensors that already have this precision
+        stay memory-mapped.
 
         Raises:
             ValueError: weights that are zero or not finite; names them.

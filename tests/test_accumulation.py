@@ -12,10 +12,10 @@ from strategies import quick, reuses, trajectories
 from tolerances import CLOSE
 from torch import Tensor
 
-from harmonica.core.accumulation import FoldedPlan, FoldedSums, kept_bytes
+from harmonica.core.accumulation import AccumulatedSums, AccumulationPlan, kept_bytes
 from harmonica.core.cache import cache_bytes
 from harmonica.core.plan import Plan, forecast_of
-from harmonica.core.sampling import folded_step, sample
+from harmonica.core.sampling import accumulated_step, sample
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 
@@ -47,8 +47,8 @@ def test_images_are_those_of_kept_values(run, reuse, order):
         weights = torch.randn(plan.num_steps, plan.num_branches, order, generator=generator)
         plan = Plan(plan.compute, forecast_of(weights.double()))
     sampler, batch = ddim(run.model, plan.num_steps), (run.x[0], run.labels)
-    kept = sample(sampler, *batch, plan, reuse=reuse, fold=False)
-    torch.testing.assert_close(sample(sampler, *batch, plan, reuse=reuse, fold=True), kept, **CLOSE)
+    kept = sample(sampler, *batch, plan, reuse=reuse, accumulate=False)
+    torch.testing.assert_close(sample(sampler, *batch, plan, reuse=reuse, accumulate=True), kept, **CLOSE)
 
 
 def random_plan(num_steps: int, num_branches: int) -> Plan:
@@ -70,18 +70,18 @@ def test_what_always_runs_between_branches_still_does(kind, kinds, reuse):
         sampler = ddim(model, 6, 3.0)
     count = len(model.branches)
     for plan in (random_plan(6, count), even_plan(6, count), even_plan(6, count, every=3)):
-        kept = sample(sampler, *batch, plan, reuse=reuse, fold=False)
+        kept = sample(sampler, *batch, plan, reuse=reuse, accumulate=False)
         assert not torch.allclose(kept, sample(sampler, *batch)), "the plan reuses something"
-        torch.testing.assert_close(sample(sampler, *batch, plan, reuse=reuse, fold=True), kept, **CLOSE)
+        torch.testing.assert_close(sample(sampler, *batch, plan, reuse=reuse, accumulate=True), kept, **CLOSE)
 
 
 def bytes_on_the_way(sampler: Sampler, batch: tuple[Any, Any], plan: Plan, reuse: Any) -> list[int]:
     """Of the sums behind each step."""
-    folded = FoldedPlan.of(plan, reuse, sampler.model)
+    ahead = AccumulationPlan.of(plan, reuse, sampler.model)
     state = sampler.start(*batch)
-    sums, seen = FoldedSums(folded, state.conditions_T), []
+    sums, seen = AccumulatedSums(ahead, state.conditions_T), []
     for i in reversed(range(plan.num_steps)):
-        state, _ = folded_step(sampler, i, state, sums)
+        state, _ = accumulated_step(sampler, i, state, sums)
         seen.append(sums.nbytes)
     return seen
 
@@ -106,13 +106,13 @@ def test_single_entries_are_kept_as_values(tiny_dit):
 
 def test_it_is_done_where_it_saves_memory(tiny_dit, rows_of_dit, monkeypatch):
     passes = []
-    original = FoldedSums.planned_pass
-    monkeypatch.setattr(FoldedSums, "planned_pass", lambda *a: passes.append(a[-1]) or original(*a))
+    original = AccumulatedSums.planned_pass
+    monkeypatch.setattr(AccumulatedSums, "planned_pass", lambda *a: passes.append(a[-1]) or original(*a))
     sampler = ddim(tiny_dit, 4)
     sample(sampler, *rows_of_dit, even_plan(4))
     assert passes == [3, 2, 1, 0]
     sample(sampler, *rows_of_dit, random_plan(4, BRANCHES))
-    sample(sampler, *rows_of_dit, even_plan(4), fold=False)
+    sample(sampler, *rows_of_dit, even_plan(4), accumulate=False)
     sample(sampler, *rows_of_dit)
     assert len(passes) == 4
 
@@ -128,15 +128,15 @@ def test_looking_ahead_makes_no_conditioning_twice(tiny_dit, monkeypatch, images
     sampler = ddim(tiny_dit, 12)
     for every in (2, 6):
         made.clear()
-        sample(sampler, noise, labels, even_plan(12, every=every), reuse="forecast", fold=True)
+        sample(sampler, noise, labels, even_plan(12, every=every), reuse="forecast", accumulate=True)
         assert sorted(made) == sorted(sampler.timesteps)
 
 
 def test_rows_do_not_know_of_each_other(tiny_dit, rows_of_dit):
     sampler, (noise, labels) = ddim(tiny_dit, 8), rows_of_dit
-    together = sample(sampler, noise, labels, even_plan(8), reuse="forecast", fold=True)
+    together = sample(sampler, noise, labels, even_plan(8), reuse="forecast", accumulate=True)
     alone = [
-        sample(sampler, noise[n : n + 1], labels[n : n + 1], even_plan(8), reuse="forecast", fold=True)
+        sample(sampler, noise[n : n + 1], labels[n : n + 1], even_plan(8), reuse="forecast", accumulate=True)
         for n in range(3)
     ]
     torch.testing.assert_close(together, torch.cat(alone), **CLOSE)
