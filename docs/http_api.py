@@ -95,8 +95,8 @@ def describe() -> str:
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             lines += _operation(path, method, operation)
-    lines += ["# Schemas", ""]
+    lines += ["## Schemas", ""]
     for name, schema in sorted(document["components"]["schemas"].items(), key=lambda item: _anchor(item[0])):
-        lines += [f"## {name.strip('_')} {{#{_anchor(name)}}}", "", schema.get("description", ""), ""]
+        lines += [f"### {name.strip('_')} {{#{_anchor(name)}}}", "", schema.get("description", ""), ""]
         lines += _fields(schema)
     return "\n".join(lines) + "\n"
