@@ -18,9 +18,10 @@ from harmonica.data.batch import Batch, RowSpec, make_rows
 from harmonica.evaluation.accumulators import MetricAccumulator
 from harmonica.evaluation.reference_sets import ReferenceSet
 from harmonica.evaluation.report import Resamples, distances_to_full, variant_metrics
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.evaluation.latency import FULL, Variant, median_times
-from pipelines.evaluation.quality import (
+
+from ..config.workflow import WorkflowConfig
+from ..evaluation.latency import FULL, Variant, median_times
+from ..evaluation.quality import (
     NOISE_FLOOR,
     VariantSampler,
     accumulate,
@@ -28,7 +29,7 @@ from pipelines.evaluation.quality import (
     real_images,
     real_name,
 )
-from pipelines.runtime.ray_runtime import quiet_libraries
+from ..runtime.ray_runtime import quiet_libraries
 
 _RETRIES = 2
 """Retries of a task whose worker is lost; a variant that crashes its worker every time is not measured."""

@@ -17,7 +17,8 @@ from pyarrow import fs
 from harmonica.data import text_encoder
 from harmonica.io.file_systems import open_uri, shown
 from harmonica.io.resolve import local_path
-from pipelines.config.workflow import PromptsConfig
+
+from ..config.workflow import PromptsConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from ray.data import TaskPoolStrategy
 from harmonica.data.batch import RowSpec, Share, make_rows
 from harmonica.data.prompts import PromptStore
 from harmonica.models.base import BranchedTransformer
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.run_state.resume import work_folder
-from pipelines.run_state.storage import RunStorage
+
+from ..config.workflow import WorkflowConfig
+from ..run_state.resume import work_folder
+from ..run_state.storage import RunStorage
 
 _ROWS_PER_BLOCK, _BYTES_PER_BLOCK = 256, 32 * 2**20
 # A row costs microseconds, so its tasks claim no core: they would wait for ever where workers have them

@@ -20,8 +20,9 @@ from harmonica.models.loading import load_model
 from harmonica.models.vae import decode_latents, draws_pixels
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.validation.finite import check_finite
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.data.stream import row_spec
+
+from ..config.workflow import WorkflowConfig
+from ..data.stream import row_spec
 
 FULL, CACHED, FEWER = "full", "cached", "fewer_steps"
 SEED_OFFSET = 1

@@ -23,11 +23,12 @@ from harmonica.evaluation.report import Resamples, distances_to_full, variant_me
 from harmonica.models.loading import load_model
 from harmonica.pretraining import captions
 from harmonica.validation.finite import check_finite
-from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
-from pipelines.data.stream import stream_rows
-from pipelines.evaluation.latency import Variant, device_of
-from pipelines.evaluation.metric_networks import MetricSuite, feature_kind, read_reference
-from pipelines.runtime.ray_runtime import quiet_libraries
+
+from ..config.workflow import EvaluateConfig, WorkflowConfig
+from ..data.stream import stream_rows
+from ..runtime.ray_runtime import quiet_libraries
+from .latency import Variant, device_of
+from .metric_networks import MetricSuite, feature_kind, read_reference
 
 NOISE_FLOOR = "noise_floor"
 _OTHER_SEED = 1  # from the evaluation's: rows that neither training nor any variant has seen

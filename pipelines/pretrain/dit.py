@@ -23,7 +23,8 @@ from harmonica.io.tensor_files import write_tensors
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.loading import write_folder_config
 from harmonica.pretraining.learning import NoisyBatch, drop
-from pipelines.pretrain.loop import PretrainConfig, Task, last_state, provenance, run
+
+from .loop import PretrainConfig, Task, last_state, provenance, run
 
 logger = logging.getLogger(__name__)
 

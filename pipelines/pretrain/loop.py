@@ -25,8 +25,9 @@ from harmonica.evaluation import fashion_mnist
 from harmonica.io.paths import local
 from harmonica.pretraining.learning import Learner, LearningConfig
 from harmonica.validation.finite import NotFinite
-from pipelines.runtime.ray_runtime import connect
-from pipelines.tracking.mlflow_runs import StageRun, stage_run
+
+from ..runtime.ray_runtime import connect
+from ..tracking.mlflow_runs import StageRun, stage_run
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,8 @@ from harmonica.pretraining.text_to_image import (
     save_pipeline,
     tokenize,
 )
-from pipelines.pretrain.loop import PretrainConfig, Task, last_state, provenance, run
+
+from .loop import PretrainConfig, Task, last_state, provenance, run
 
 logger = logging.getLogger(__name__)
 

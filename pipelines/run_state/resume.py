@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from harmonica.data.prompt_files import MANIFEST
 from harmonica.validation.changed_settings import changed_settings
-from pipelines.config.compare import free_to_change
-from pipelines.config.workflow import STAGES, Stage, WorkflowConfig
-from pipelines.run_state.storage import RunStorage
+
+from ..config.compare import free_to_change
+from ..config.workflow import STAGES, Stage, WorkflowConfig
+from .storage import RunStorage
 
 ROUTER, FAMILY, REPORT, SHEET, HEAT_MAP, CONFIG = (
     "router",

@@ -6,8 +6,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from harmonica.evaluation.plots import PictureFormat
 from harmonica.samplers import MAX_GUIDANCE_SCALE
-from pipelines.serving.image_sampler import Quality
-from pipelines.serving.requests import MAX_PARTIAL_IMAGES
+
+from .image_sampler import Quality
+from .requests import MAX_PARTIAL_IMAGES
 
 MAX_PROMPT_LENGTH = 4096
 MAX_SEED = 2**62

@@ -7,7 +7,8 @@ import os
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from harmonica.io.paths import local
-from pipelines.serving.http_errors import ApiError
+
+from .http_errors import ApiError
 
 ENVIRONMENT = "HARMONICA_API_KEYS"
 OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/livez", "/readyz", "/docs", "/openapi.json"})

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from harmonica.evaluation.plots import encode_picture
 from harmonica.validation.finite import NotFinite
-from pipelines.config.serve import ServeConfig
-from pipelines.serving.batching import Batcher, Overloaded, TimedOut
-from pipelines.serving.image_sampler import ImageRequest, ImageSampler, Quality, ServedPlan
-from pipelines.serving.requests import (
+
+from ..config.serve import ServeConfig
+from .batching import Batcher, Overloaded, TimedOut
+from .image_sampler import ImageRequest, ImageSampler, Quality, ServedPlan
+from .requests import (
     EngineRequest,
     GeneratedImage,
     ModelCard,

@@ -18,11 +18,12 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, Response
 
 import harmonica
-from pipelines.serving import schemas as api
-from pipelines.serving.api_requests import GenerateRequest, LenientGenerateRequest
-from pipelines.serving.auth import RequireKey
-from pipelines.serving.batching import Overloaded
-from pipelines.serving.generation import (
+
+from . import schemas as api
+from .api_requests import GenerateRequest, LenientGenerateRequest
+from .auth import RequireKey
+from .batching import Overloaded
+from .generation import (
     as_image,
     check,
     generate_all,
@@ -30,12 +31,12 @@ from pipelines.serving.generation import (
     make_requests,
     stream_bodies,
 )
-from pipelines.serving.http_errors import ApiError, AssignRequestId, answer_errors
-from pipelines.serving.openapi import describe_fully, errors, events
-from pipelines.serving.paths import NormalizePath
-from pipelines.serving.request_bodies import ReadBody, StrictJsonRoute
-from pipelines.serving.requests import ImageSource, ModelCard
-from pipelines.serving.server_sent_events import stream_events
+from .http_errors import ApiError, AssignRequestId, answer_errors
+from .openapi import describe_fully, errors, events
+from .paths import NormalizePath
+from .request_bodies import ReadBody, StrictJsonRoute
+from .requests import ImageSource, ModelCard
+from .server_sent_events import stream_events
 
 MAX_BODY_BYTES = 64 * 1024
 # JavaScript reads integers above this inexactly, and then cannot ask for the same image again.
@@ -99,7 +100,7 @@ def create_app(
         app.add_middleware(AssignRequestId)
     answer_errors(app)
     describe_fully(app, has_keys=bool(keys))
-    page = resources.files("pipelines.serving").joinpath("page.html").read_text(encoding="utf-8")
+    page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
     def card() -> ModelCard:
         return app.state.card

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from pipelines.serving.schemas import CompletedEvent, ErrorBody, PartialImageEvent, ProgressEvent
+from .schemas import CompletedEvent, ErrorBody, PartialImageEvent, ProgressEvent
 
 _REASONS = {
     400: "A field is unknown or has a value that cannot be drawn.",

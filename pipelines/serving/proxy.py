@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
-from pipelines.serving.request_ids import HEADER, with_request_id
+from .request_ids import HEADER, with_request_id
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Environment variable of the proxies that names `middlewares`."""

@@ -16,12 +16,13 @@ from harmonica.core.golden_sample import check_sample
 from harmonica.io.paths import local
 from harmonica.models.loading import ModelConfig
 from harmonica.validation.settings import told
-from pipelines.config.serve import ServeConfig
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.serving.engine import GenerationEngine
-from pipelines.serving.image_sampler import UNCACHED, ServedPlan
-from pipelines.serving.requests import RejectedRouter
-from pipelines.tracking import registry
+
+from ..config.serve import ServeConfig
+from ..config.workflow import WorkflowConfig
+from ..tracking import registry
+from .engine import GenerationEngine
+from .image_sampler import UNCACHED, ServedPlan
+from .requests import RejectedRouter
 
 FOLLOW_S = 5.0
 _MOST_VERSIONS = 50

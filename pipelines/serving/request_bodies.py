@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipelines.serving.http_errors import ApiError
+from .http_errors import ApiError
 
 _CLOSE = {"connection": "close"}
 """What is still to come of such a body is not read."""

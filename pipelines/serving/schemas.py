@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from harmonica.evaluation.plots import PictureFormat
-from pipelines.serving.image_sampler import Quality
+
+from .image_sampler import Quality
 
 
 class Warned(BaseModel):

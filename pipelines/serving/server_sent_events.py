@@ -8,7 +8,7 @@ from typing import TypeVar
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from pipelines.serving.http_errors import as_api_error
+from .http_errors import as_api_error
 
 Item = TypeVar("Item")
 logger = logging.getLogger("ray.serve")

@@ -22,15 +22,16 @@ from harmonica.data.batch import Batch, Share, make_rows
 from harmonica.models.base import BranchedTransformer
 from harmonica.training.multi_target import FamilyRun
 from harmonica.validation.finite import check_finite
-from pipelines.config.sweep import LambdaKind, Target
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.data.stream import row_spec
-from pipelines.evaluation.latency import device_of
-from pipelines.promotion.gate import score
-from pipelines.run_state.resume import ROUTER, work_folder
-from pipelines.run_state.storage import RunStorage
-from pipelines.runtime.ray_runtime import quiet_libraries
-from pipelines.training.checkpoints import Checkpoints
+
+from ..config.sweep import LambdaKind, Target
+from ..config.workflow import WorkflowConfig
+from ..data.stream import row_spec
+from ..evaluation.latency import device_of
+from ..promotion.gate import score
+from ..run_state.resume import ROUTER, work_folder
+from ..run_state.storage import RunStorage
+from ..runtime.ray_runtime import quiet_libraries
+from ..training.checkpoints import Checkpoints
 
 SCORE, TRAJECTORY = "score", "trajectory"
 _REPORTS = "reports"
@@ -116,7 +117,7 @@ def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
         chosen: a `Trial`, by field.
         config: the run's, its storage path absolute.
     """
-    from pipelines.training.stage import start_run
+    from ..training.stage import start_run
 
     quiet_libraries()
     trial = Trial(**chosen["trial"])

@@ -25,17 +25,18 @@ from harmonica.training.multi_target import FamilyRun, family_phases
 from harmonica.training.phases import Progress
 from harmonica.training.sharding import shard
 from harmonica.validation.finite import NotFinite
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.data.stream import row_spec, stream_rows
-from pipelines.run_state.resume import work_folder
-from pipelines.run_state.storage import RunStorage
-from pipelines.runtime.log_filters import drop_remarks
-from pipelines.runtime.ray_runtime import quiet_libraries
-from pipelines.tracking.metric_log import MetricLog
-from pipelines.tracking.mlflow_runs import StageRun
-from pipelines.tracking.worker_times import WorkerTimes, worker_nodes
-from pipelines.training.checkpoints import Checkpoints
-from pipelines.training.watchdog import Reached, make_board, run_watched
+
+from ..config.workflow import WorkflowConfig
+from ..data.stream import row_spec, stream_rows
+from ..run_state.resume import work_folder
+from ..run_state.storage import RunStorage
+from ..runtime.log_filters import drop_remarks
+from ..runtime.ray_runtime import quiet_libraries
+from ..tracking.metric_log import MetricLog
+from ..tracking.mlflow_runs import StageRun
+from ..tracking.worker_times import WorkerTimes, worker_nodes
+from .checkpoints import Checkpoints
+from .watchdog import Reached, make_board, run_watched
 
 logger = logging.getLogger(__name__)
 
