@@ -17,11 +17,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from harmonica.data.batch import Batch, RowSpec, Share, make_rows
+from harmonica.evaluation import fashion_captions as captions
 from harmonica.evaluation.accumulators import MetricAccumulator
 from harmonica.evaluation.reference_sets import ReferenceSet
 from harmonica.evaluation.report import Resamples, distances_to_full, variant_metrics
 from harmonica.models.loading import load_model
-from harmonica.pretraining import captions
 from harmonica.validation.finite import check_finite
 
 from ..config.workflow import EvaluateConfig, WorkflowConfig

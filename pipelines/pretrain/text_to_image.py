@@ -21,9 +21,9 @@ import torch
 import tyro
 from torch import Tensor
 
+from harmonica.evaluation.fashion_captions import caption, meaning, tones
 from harmonica.io.paths import local
 from harmonica.models.loading import BUILTIN
-from harmonica.pretraining.captions import caption, meaning, tones
 from harmonica.pretraining.evaluate_text_model import evaluate_text_model
 from harmonica.pretraining.learning import NoisyBatch, distillation_loss, drop
 from harmonica.pretraining.text_to_image import (
