@@ -16,7 +16,7 @@ from harmonica.io.paths import resolved
 from harmonica.io.resolve import pinned
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler, with_scheduler
-from harmonica.training.multi_target import member_name
+from harmonica.training.multi_target import target_name
 
 from .compare.ranking import missing_name
 from .config.workflow import Stage, WorkflowConfig
@@ -195,7 +195,7 @@ class Workflow:
 
     def _family(self) -> dict[str, RouterArtifact]:
         """What training made beside the router, by name."""
-        names = map(member_name, self.config.train.others)
+        names = map(target_name, self.config.train.extra_targets)
         return {name: load_router(self.storage, f"{FAMILY}/{name}") for name in names}
 
     def _compare(self) -> str:

@@ -14,7 +14,7 @@ from harmonica.core.sampling import sample
 from harmonica.evaluation.plots import to_uint8
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from pipelines.serving.image_sampler import ImageRequest, ImageSampler, SettingRejected
 
 
@@ -82,7 +82,7 @@ def test_qualities_are_the_champion_the_fastest_and_no_router(model):
 
 def start(images, rows):
     """What `sample` takes: noise and labels."""
-    keys = RowKeys([row.seed for row in rows], [row.index for row in rows])
+    keys = SampleKeys([row.seed for row in rows], [row.index for row in rows])
     noise = torch.from_numpy(keys.start_noise((1, 28, 28)))
     return noise, images.conditions.of([row.subject for row in rows], ["" for _ in rows])
 

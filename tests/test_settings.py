@@ -19,11 +19,11 @@ from harmonica.models.base import Macs, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.multi_target import FamilyRun
+from harmonica.training.multi_target import MultiTargetTrainer
 from harmonica.training.plans.builders import even_plan, fastest_speedup, slowest_speedup
 from harmonica.training.plans.search import StepSearch
 from harmonica.training.sdt import SdtConfig
@@ -240,10 +240,10 @@ def test_a_start_for_a_share_of_reuse_has_that_share() -> None:
     settings = dataclasses.replace(
         settings, start_trajectories=1, trajectories=1, batch_size=2, num_workers=1
     )
-    run = FamilyRun(sampler, settings, seed=0)
+    run = MultiTargetTrainer(sampler, settings, seed=0)
     while run.trajectory < 1 + 1 + settings.choice_trajectories:
         train_one(run)
-    starts = {name: run.current.aim.plan_of(logits) for name, logits in run.current.starts.items()}
+    starts = {name: run.current.target.plan_of(logits) for name, logits in run.current.starts.items()}
     assert starts.keys() == {"even", "measured"}
     for plan in (*starts.values(), run.plan):
         assert abs(plan.cur - 0.4) <= 1 / 12, "to a step"
@@ -367,7 +367,7 @@ def test_settings_start_what_they_are_for_or_are_refused(changed: dict[tuple[str
     try:
         config = built(changed, base)
         for train in trainings(config):
-            FamilyRun(make_sampler(MODEL, config.sampler), train, seed=config.seed)
+            MultiTargetTrainer(make_sampler(MODEL, config.sampler), train, seed=config.seed)
         load_keys(config.serve.api_keys_file)
     except ValueError as error:
         assert_said_well(error, changed)
@@ -377,8 +377,8 @@ def test_settings_start_what_they_are_for_or_are_refused(changed: dict[tuple[str
     assert not any(isinstance(value, float) and not math.isfinite(value) for value in changed.values())
 
 
-def train_one(run: FamilyRun) -> None:
-    keys = RowKeys.of(0, range(run.config.batch_size))
+def train_one(run: MultiTargetTrainer) -> None:
+    keys = SampleKeys.of(0, range(run.config.batch_size))
     noise = torch.from_numpy(keys.start_noise((1, 16, 16)))
     run.train_one(noise, torch.arange(run.config.batch_size) % 3, keys)
 
@@ -409,7 +409,7 @@ def test_settings_that_pass_train_to_the_end(changed, steps, start, target) -> N
     changed.setdefault(("train", "choice_trajectories"), int(start in ("even", "measured")))
     try:
         train = built(changed, base).train
-        run = FamilyRun(sampler, train, seed=0)
+        run = MultiTargetTrainer(sampler, train, seed=0)
     except ValueError as error:
         assert_said_well(error, changed)
         return
@@ -418,6 +418,6 @@ def test_settings_that_pass_train_to_the_end(changed, steps, start, target) -> N
         reject()
     while run.trajectory < train.all_trajectories:
         train_one(run)
-    for artifact in (run.artifact(), *run.others().values()):
+    for artifact in (run.artifact(), *run.extra_artifacts().values()):
         assert artifact.logits_TB.isfinite().all()
         assert artifact.forecast_TBK is None or artifact.forecast_TBK.isfinite().all()

@@ -37,7 +37,7 @@ from harmonica.models.loading import BUILTIN, LoadedModel, ModelConfig, load_mod
 from harmonica.models.vae import decode_latents, draws_pixels
 from harmonica.samplers import Sampler, SamplerConfig, SamplerName, make_sampler, with_scheduler
 from harmonica.samplers.config import GuidanceChannels
-from harmonica.samplers.noise import MAX_SEED, RowKeys, row_label
+from harmonica.samplers.noise import MAX_SEED, SampleKeys, sample_label
 from harmonica.validation.finite import NotFinite, check_finite
 from harmonica.validation.settings import Count, Cure, Field, SettingError, settings
 
@@ -154,20 +154,20 @@ def _subjects(command: SampleCommand, loaded: LoadedModel) -> tuple[Sequence[int
             f"prompts is {command.prompts!r} and the model in {command.model.path} takes classes: give "
             "--classes instead"
         )
-    drawn = tuple(str(row_label(command.seed, i, loaded.model.num_classes)) for i in range(8))
+    drawn = tuple(str(sample_label(command.seed, i, loaded.model.num_classes)) for i in range(8))
     labels = [_label(name, loaded.class_names) for name in command.classes or drawn]
     return labels, [loaded.class_names[label] for label in labels]
 
 
 def _timed(
-    sampler: Sampler, batch: tuple[Tensor, Any], rows: RowKeys, router: RouterArtifact | None, rounds: int
+    sampler: Sampler, batch: tuple[Tensor, Any], keys: SampleKeys, router: RouterArtifact | None, rounds: int
 ) -> tuple[Tensor, list[float]]:
     """What is sampled (the same every time), and seconds of each round after the first."""
     plan, reuse = (router.plan, router.reuse) if router else (None, "hold")
     seconds = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        images = sample(sampler, *batch, plan, reuse=reuse, rows=rows)  # type: ignore[arg-type]
+        images = sample(sampler, *batch, plan, reuse=reuse, keys=keys)  # type: ignore[arg-type]
         if images.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
@@ -181,9 +181,9 @@ def run(command: SampleCommand) -> dict[str, Tensor]:
     model, router = loaded.model, _load_router(command, loaded)
     sampler = _make_sampler(command, loaded, router)
     subjects, titles = _subjects(command, loaded)
-    rows = RowKeys.of(command.seed, range(len(subjects)))
+    keys = SampleKeys.of(command.seed, range(len(subjects)))
     side = model.sample_size
-    noise = torch.from_numpy(rows.start_noise((model.in_channels, side, side))).to(device)
+    noise = torch.from_numpy(keys.start_noise((model.in_channels, side, side))).to(device)
     batch = noise, make_conditions(loaded, device).of(subjects, [""] * len(subjects))
     config = sampler.config
     say(f"{config.name}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {device}")
@@ -191,7 +191,7 @@ def run(command: SampleCommand) -> dict[str, Tensor]:
     for way, used in (("full", None), ("cached", router)):
         if way == "cached" and router is None:
             continue
-        sampled[way], seconds = _timed(sampler, batch, rows, used, command.rounds)
+        sampled[way], seconds = _timed(sampler, batch, keys, used, command.rounds)
         check_finite(sampled[way], f"the {way} samples are")
         medians[way] = statistics.median(seconds)
         spread = (max(seconds) - min(seconds)) / medians[way]

@@ -14,7 +14,7 @@ from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan
 from harmonica.models.step_conditionings import StepConditionings
 from harmonica.samplers import Sampler, State
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 
 OnStep = Callable[[int, Callable[[], Tensor]], None]
 """Called after step i with what makes the predicted x_0 (N, C, H, W): progress bars, previews."""
@@ -44,25 +44,25 @@ def sample(
     plan: Plan | None = None,
     *,
     reuse: Reuse = "hold",
-    rows: RowKeys | None = None,
+    keys: SampleKeys | None = None,
     on_step: OnStep | None = None,
     accumulate: bool | None = None,
 ) -> Tensor:
     """Sample images or latents (N, C, H, W); computes all branches without a plan.
 
     Args:
-        rows: the rows' names, for samplers that draw noise.
+        keys: the samples' keys, for samplers that draw noise.
         accumulate: add up the values to be reused ahead of time (`harmonica.core.accumulation`) instead of
             caching them. None does so if it halves the memory. Images differ by rounding.
 
     Raises:
         ValueError: the plan was made for another number of steps or branches, or a stochastic sampler
-            was not given its rows.
+            was not given its keys.
     """
     if plan is not None:
         check_plan(plan, sampler)
     model = sampler.model
-    state = sampler.start(noise_NCHW, condition_N, rows)
+    state = sampler.start(noise_NCHW, condition_N, keys)
     cache = BranchCache(len(model.branches), reuse, plan.forecast if plan else None)
     sums: AccumulatedSums | None = None
     if plan is not None and isinstance(state.conditions_T, StepConditionings):

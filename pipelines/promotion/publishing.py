@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.training.multi_target import member_name
+from harmonica.training.multi_target import target_name
 
 from ..config.workflow import WorkflowConfig
 from ..run_state.resume import FAMILY, PROMOTION, REPORT, ROUTER, SERVED, is_current
@@ -75,7 +75,7 @@ class Publisher:
     def register(self) -> str:
         """Register the version once, and decide about it until it has been the champion."""
         message = self._register()
-        family = [self._register_member(name) for name in map(member_name, self._config.train.others)]
+        family = [self._register_member(name) for name in map(target_name, self._config.train.extra_targets)]
         return message + (f"; beside it, as versions {', '.join(family)}" if family else "")
 
     def _report(self) -> Any:

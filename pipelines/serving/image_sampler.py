@@ -21,7 +21,7 @@ from harmonica.data.text_encoder import OverLimit
 from harmonica.models.loading import LoadedModel
 from harmonica.models.vae import check_vae, decode_latents, draws_pixels, pixels_per_latent
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.validation.settings import SettingError
 
 Quality = Literal["low", "medium", "high"]
@@ -270,7 +270,7 @@ class ImageSampler:
             assert num_asked <= self.fixed_batch_size, "the caller has been told how many"
             requests = [*requests, *[requests[0]] * (self.fixed_batch_size - num_asked)]
         shape = (self.model.in_channels, self.model.sample_size, self.model.sample_size)
-        keys = RowKeys([request.seed for request in requests], [request.index for request in requests])
+        keys = SampleKeys([request.seed for request in requests], [request.index for request in requests])
         noise = torch.from_numpy(keys.start_noise(shape))
         condition = self.conditions.of(
             [request.subject for request in requests], [request.negative_prompt for request in requests]
@@ -286,7 +286,7 @@ class ImageSampler:
             condition,
             served.plan,
             reuse=served.reuse,
-            rows=keys,
+            keys=keys,
             on_step=on_step,
         )
         return self._decode(samples_NCHW[:num_asked])
