@@ -23,7 +23,8 @@ from harmonica.evaluation.report import Resamples, distances_to_full, variant_me
 from harmonica.models.loading import load_model
 from harmonica.pretraining import captions
 from harmonica.validation.finite import check_finite
-from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
+from pipelines.config.evaluate import EvaluateConfig
+from pipelines.config.workflow import WorkflowConfig
 from pipelines.data.stream import stream_rows
 from pipelines.evaluation.latency import Variant, device_of
 from pipelines.evaluation.metric_networks import MetricSuite, feature_kind, read_reference

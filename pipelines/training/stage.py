@@ -141,7 +141,8 @@ def _resume(run: FamilyRun, checkpoints: Checkpoints, is_rank_0: bool) -> list[A
     state = checkpoints.load(name, run.device)
     run.load_state(state)
     logger.info("resumed after trajectory %d", run.trajectory)
-    return state[_METRICS]
+    metrics: list[Any] = state[_METRICS]
+    return metrics
 
 
 class _QuietController(ray.train.UserCallback):
