@@ -9,13 +9,13 @@ from harmonica.builtin import CAPTIONS
 from harmonica.training import presets
 from harmonica.training.presets import Recipe
 
+from .config.evaluate import EvaluateConfig
 from .config.promotion import PromoteConfig
+from .config.serve import ServeConfig
 from .config.workflow import (
     CLASS_STAGES,
     TEXT_STAGES,
-    EvaluateConfig,
     PromptsConfig,
-    ServeConfig,
     TrainConfig,
     WorkflowConfig,
 )

@@ -160,7 +160,8 @@ def first_image(url: str, prompt: str, seed: int, *, api_keys_file: str = "") ->
             reason = error
         else:
             if answer.is_success:
-                return answer.json()
+                answered: dict[str, Any] = answer.json()
+                return answered
             reason = answer.text
             if answer.status_code not in (404, 503):
                 break

@@ -191,7 +191,8 @@ class Workflow:
             for name, figure in pictures.items():
                 self.storage.write_bytes(name, png_of(figure))
             self.storage.write_json(REPORT, {"run_id": self.config.run_id} | report)
-        return report["verdict"]
+        verdict: str = report["verdict"]
+        return verdict
 
     def _family(self) -> dict[str, RouterArtifact]:
         """What training made beside the router, by name."""

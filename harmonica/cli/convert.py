@@ -92,7 +92,7 @@ def outputs_move_by(stored: StoredModel, target: DiTConfig) -> float:
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     inputs = noise, torch.tensor([500]), torch.tensor([0])
     output = model(*inputs)
-    return ((other(*inputs) - output).norm() / output.norm()).item()
+    return float((other(*inputs) - output).norm() / output.norm())
 
 
 @contextmanager

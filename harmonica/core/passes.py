@@ -38,7 +38,8 @@ class _Mix(torch.autograd.Function):
 def _mix(cached: Tensor, computed: Tensor, score: Tensor) -> Tensor:
     if computed.dtype == score.dtype:
         return torch.lerp(cached, computed, score)
-    return _Mix.apply(cached, computed, score)
+    mixed: Tensor = _Mix.apply(cached, computed, score)
+    return mixed
 
 
 def planned_pass(
@@ -73,7 +74,8 @@ def branches_per_checkpoint(num_branches: int) -> int:
     within the group being recomputed about 14 bytes a value and branch: B / k * 4 + 14 * k is least near
     k = sqrt(B) / 2.
     """
-    return max(1, round(num_branches**0.5 / 2))
+    nearest: int = round(num_branches**0.5 / 2)
+    return max(1, nearest)
 
 
 def _soft_branches(

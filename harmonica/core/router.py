@@ -63,7 +63,7 @@ class Router(nn.Module):
 
     @property
     def num_branches(self) -> int:
-        return self.rows[0].shape[0]
+        return len(self.rows[0])
 
     def logits(self) -> Tensor:
         """(T, B), detached."""
@@ -71,7 +71,8 @@ class Router(nn.Module):
 
     def scores(self, i: int) -> Tensor:
         """r = sigmoid(logit) of step i (B,), differentiable."""
-        return self.rows[i].sigmoid()
+        scores_B: Tensor = self.rows[i].sigmoid()
+        return scores_B
 
     def plan(self, threshold: float) -> Plan:
         """Return the plan at threshold tau."""

@@ -73,7 +73,8 @@ class Shard:
     def indices(self, positions: np.ndarray, first_trajectory: int) -> np.ndarray:
         """Row index of this worker's 0th, 1st, ... row counted from `first_trajectory`."""
         trajectory = first_trajectory + positions // self.size
-        return trajectory * self.batch_size + self.rank * self.size + positions % self.size
+        indices: np.ndarray = trajectory * self.batch_size + self.rank * self.size + positions % self.size
+        return indices
 
 
 def make_samples(indices: np.ndarray, spec: SampleSpec) -> dict[str, np.ndarray]:

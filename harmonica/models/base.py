@@ -205,7 +205,7 @@ def unpatchify(patches_NLP: Tensor, grid: tuple[int, int], patch_size: int) -> T
         grid: patches along height and width; L in all, row by row.
     """
     (rows, columns), p = grid, patch_size
-    image = patches_NLP.unflatten(2, (p, p, -1)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
+    image: Tensor = patches_NLP.unflatten(2, (p, p, -1)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
     return image.reshape(len(patches_NLP), -1, rows * p, columns * p)
 
 

@@ -69,7 +69,8 @@ class ModulatedBranch(Branch):
         block, o = self.block, self.offset
         norm, layer = (block.norm1, block.attn1) if self.kind == "attn" else (block.norm2, block.ff)
         shift, scale = conditioning.blocks[self.index, :, o : o + 2].split(1, dim=1)
-        return layer(torch.addcmul(shift, norm(hidden_NLD), scale).to(shift.dtype))
+        output_NLD: Tensor = layer(torch.addcmul(shift, norm(hidden_NLD), scale).to(shift.dtype))
+        return output_NLD
 
     def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
         return torch.addcmul(hidden_NLD, self.gate(conditioning), y_NLD)
@@ -189,7 +190,8 @@ def run_all(layers: Sequence[Branch], hidden_NLD: Tensor, conditioning: Any) -> 
 
 def split_heads(x_NLD: Tensor, heads: int) -> Tensor:
     """Reshape to (N, heads, L, D / heads)."""
-    return x_NLD.unflatten(2, (heads, -1)).transpose(1, 2)
+    x_NLHK: Tensor = x_NLD.unflatten(2, (heads, -1))
+    return x_NLHK.transpose(1, 2)
 
 
 def linear_macs(*modules: nn.Module) -> int:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor
 
 from harmonica.core.sampling import sample
@@ -28,7 +29,7 @@ from harmonica.evaluation.plots import sample_sheet, to_uint8
 from harmonica.models.base import freeze
 from harmonica.models.pixart.model import PixArt
 from harmonica.models.text_condition import TextCondition
-from harmonica.pretraining.text_to_image import TEXT_TOKENS, PixArtTransformer2DModel
+from harmonica.pretraining.text_to_image import TEXT_TOKENS
 from harmonica.samplers import SamplerConfig, make_sampler
 
 GUIDANCE_SCALES = (4.5, 2.0)  # PixArt's own, and that of the built-in DiT

@@ -157,4 +157,5 @@ class Scheduled(Sampler):
         if self.model.prediction == "flow":
             return x_NCHW - float(scheduler.sigmas[self.num_steps - 1 - i]) * predicted_NCHW
         share = float(scheduler.alphas_cumprod[int(self.timesteps[i])])
-        return (x_NCHW - (1 - share) ** 0.5 * predicted_NCHW) / share**0.5
+        clean_NCHW: Tensor = (x_NCHW - (1 - share) ** 0.5 * predicted_NCHW) / share**0.5
+        return clean_NCHW

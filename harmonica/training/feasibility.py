@@ -73,4 +73,5 @@ def _steps(count: int) -> str:
 
 
 def _down(number: float, digits: int) -> float:
-    return math.floor(number * 10**digits) / 10**digits
+    unit = 10.0**digits
+    return math.floor(number * unit) / unit

@@ -147,6 +147,7 @@ def image_error_proxy(
         measured_2T += len(part[0]) / len(noise_NCHW) * measure(main)  # mean over all rows
     if average is not None:
         average(measured_2T)  # before the division: a mean of ratios would depend on who has which rows
+    change_T: Tensor
     change_T, error_T = measured_2T
     return change_T / error_T.clamp_min(_SMALLEST_ERROR) if kind == "sensitivity" else change_T
 

@@ -201,7 +201,8 @@ class WorkflowConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, for records and logs: URIs without the credentials that may be in them."""
-        return _without_secrets(dataclasses.asdict(self))
+        plain: dict[str, Any] = _without_secrets(dataclasses.asdict(self))
+        return plain
 
 
 def _without_secrets(value: Any) -> Any:

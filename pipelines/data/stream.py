@@ -58,9 +58,10 @@ def stream_samples(
     # Not `ray.data.range`, whose own tasks each claim a core.
     firsts = range(0, count, samples_per_block)
     ids = [pa.table({"id": np.arange(i, min(i + samples_per_block, count))}) for i in firsts]
-    return ray.data.from_blocks(ids).map_batches(
+    stream: ray.data.Dataset = ray.data.from_blocks(ids).map_batches(
         make,
         batch_size=samples_per_block,
         num_cpus=_TASK_CPUS,
         compute=TaskPoolStrategy(size=min(_TASKS, len(ids))),
     )
+    return stream

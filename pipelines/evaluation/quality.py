@@ -24,7 +24,8 @@ from harmonica.evaluation.report import Resamples, distances_to_full, variant_me
 from harmonica.models.loading import load_model
 from harmonica.validation.finite import check_finite
 
-from ..config.workflow import EvaluateConfig, WorkflowConfig
+from ..config.evaluate import EvaluateConfig
+from ..config.workflow import WorkflowConfig
 from ..data.stream import stream_samples
 from ..runtime.ray_runtime import quiet_libraries
 from .latency import Variant, device_of

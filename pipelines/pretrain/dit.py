@@ -20,7 +20,8 @@ from torch import Tensor
 from harmonica.evaluation import fashion_mnist
 from harmonica.io.paths import local
 from harmonica.io.tensor_files import write_tensors
-from harmonica.models.dit.model import DiT, DiTConfig
+from harmonica.models.dit.config import DiTConfig
+from harmonica.models.dit.model import DiT
 from harmonica.models.loading import write_folder_config
 from harmonica.pretraining.learning import NoisyBatch, drop
 

@@ -142,7 +142,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     images, labels = fashion_mnist.load_fashion_mnist("train", local(config.data_folder, "data_folder"))
-    task: Task = job["task"](config, images, labels)
+    task: Task[Any] = job["task"](config, images, labels)
     device = ray.train.torch.get_device()
     model = task.make_model().to(device)
     learner = Learner(model, config)
@@ -175,7 +175,7 @@ def _train_loop(job: dict[str, Any]) -> None:
             _report(learner, rank == 0)
 
 
-def run(config: PretrainConfig, task: type[Task]) -> Checkpoint:
+def run(config: PretrainConfig, task: type[Task[Any]]) -> Checkpoint:
     """Train to `config.steps`, resuming what the run id already has; returns the last checkpoint."""
     storage = str(local(config.storage_path, "storage_path"))
     fashion_mnist.load_fashion_mnist(
@@ -197,7 +197,8 @@ def run(config: PretrainConfig, task: type[Task]) -> Checkpoint:
         result = trainer.fit()
     if result.checkpoint is None:
         raise RuntimeError(f"run {config.run_id} left no checkpoint under {storage}")
-    return result.checkpoint
+    checkpoint: Checkpoint = result.checkpoint
+    return checkpoint
 
 
 def last_state(config: PretrainConfig) -> dict[str, Any]:
@@ -210,7 +211,8 @@ def last_state(config: PretrainConfig) -> dict[str, Any]:
     checkpoints = sorted(folder.glob("checkpoint_*/state.pt"))
     if not checkpoints:
         raise ValueError(f"run_id {config.run_id} has no checkpoint under {folder.parent}: train it first")
-    return torch.load(checkpoints[-1], weights_only=True, map_location="cpu")
+    state: dict[str, Any] = torch.load(checkpoints[-1], weights_only=True, map_location="cpu")
+    return state
 
 
 def provenance(config: PretrainConfig, steps_done: int) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def _interface_of(address: str) -> str:
     """The network interface that has this IPv4 address, "" where there is none."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.family == socket.AF_INET and one.address == address for one in addresses):
-            return name
+            return str(name)
     return ""
 
 

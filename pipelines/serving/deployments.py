@@ -118,19 +118,24 @@ class RemoteEngine:
     Serve does not retry the calls of a lost replica. Here they are: the image is the same on any replica.
     """
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
     async def describe(self) -> ModelCard:
-        return await self._call("describe")
+        card: ModelCard = await self._call("describe")
+        return card
 
     async def generate(self, request: EngineRequest) -> GeneratedImage:
+        image: GeneratedImage
         for pause_s in _PAUSES_S:
             try:
-                return await self._call("generate", request)
+                image = await self._call("generate", request)
             except _LOST:
                 await asyncio.sleep(pause_s)
-        return await self._call("generate", request)
+            else:
+                return image
+        image = await self._call("generate", request)
+        return image
 
     async def generate_stream(
         self, request: EngineRequest

@@ -103,7 +103,8 @@ def create_app(
     page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
     def card() -> ModelCard:
-        return app.state.card
+        model_card: ModelCard = app.state.card
+        return model_card
 
     async def refreshed() -> bool:
         """Refresh the card; return whether the source has answered. If not, the last card stays."""

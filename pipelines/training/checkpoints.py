@@ -63,7 +63,10 @@ class Checkpoints:
 
     def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Any]:
         """The state of that name."""
-        return torch.load(io.BytesIO(self._read(name)), weights_only=True, map_location=device)
+        state: dict[str, Any] = torch.load(
+            io.BytesIO(self._read(name)), weights_only=True, map_location=device
+        )
+        return state
 
     def _read(self, name: str) -> bytes:
         return self.storage.read_bytes(f"{self.folder}/{name}")

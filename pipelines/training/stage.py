@@ -147,7 +147,8 @@ def _resume(run: MultiTargetTrainer, checkpoints: Checkpoints, is_rank_0: bool) 
     state = checkpoints.load(name, run.device)
     run.load_state(state)
     logger.info("resumed after trajectory %d", run.trajectory)
-    return state[_METRICS]
+    metrics: list[Any] = state[_METRICS]
+    return metrics
 
 
 class _QuietController(ray.train.UserCallback):

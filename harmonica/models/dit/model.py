@@ -55,7 +55,8 @@ class TimestepEmbedder(nn.Module):
         frequency_F = torch.exp(-math.log(10000) * exponent / (half - self.downscale_freq_shift))
         angle_NF = timestep_N[:, None].float() * frequency_F
         features = torch.cat([angle_NF.cos(), angle_NF.sin()], dim=1)
-        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        embedding_ND: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        return embedding_ND
 
 
 class LabelEmbedder(nn.Module):
@@ -66,7 +67,8 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def forward(self, label_N: Tensor) -> Tensor:
-        return self.embedding_table(label_N)
+        embedding_ND: Tensor = self.embedding_table(label_N)
+        return embedding_ND
 
 
 def modulate(x_NLD: Tensor, shift_ND: Tensor, scale_ND: Tensor) -> Tensor:
@@ -89,7 +91,8 @@ class DiTBlock(nn.Module):
 
     def modulations(self, silu_c_ND: Tensor) -> tuple[Tensor, ...]:
         """Return six (N, D) from silu(c), which is computed once for all blocks."""
-        return self.adaLN_modulation[1](silu_c_ND).chunk(6, dim=1)
+        six: tuple[Tensor, ...] = self.adaLN_modulation[1](silu_c_ND).chunk(6, dim=1)
+        return six
 
 
 class FinalLayer(nn.Module):
@@ -102,7 +105,8 @@ class FinalLayer(nn.Module):
 
     def modulations(self, silu_c_ND: Tensor) -> tuple[Tensor, ...]:
         """Return shift and scale (N, D) from silu(c)."""
-        return self.adaLN_modulation[1](silu_c_ND).chunk(2, dim=1)
+        both: tuple[Tensor, ...] = self.adaLN_modulation[1](silu_c_ND).chunk(2, dim=1)
+        return both
 
 
 class DiTBranch(Branch):
@@ -118,7 +122,8 @@ class DiTBranch(Branch):
     def compute(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
         shift, scale = conditioning.blocks[self.index][self.offset : self.offset + 2]
         normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=self.norm_eps)
-        return self.layer(modulate(normed, shift, scale).to(shift.dtype))
+        output_NLD: Tensor = self.layer(modulate(normed, shift, scale).to(shift.dtype))
+        return output_NLD
 
     def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
         return torch.addcmul(hidden_NLD, self.gate(conditioning), y_NLD)

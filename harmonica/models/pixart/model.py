@@ -97,7 +97,8 @@ class PixArt(TextTransformer):
     @property
     def _text_width(self) -> int:
         config = self.transformer.config
-        return config.caption_channels or config.cross_attention_dim
+        width: int = config.caption_channels or config.cross_attention_dim
+        return width
 
     def _sub_layers(self) -> Iterable[SubLayer]:
         return sub_layers(self.transformer, self.num_tokens, self.text_tokens)
@@ -107,9 +108,10 @@ class PixArt(TextTransformer):
         return embeddings_NSC if projection is None else projection(embeddings_NSC)
 
     def _embed_timestep(self, timestep_N: Tensor, text: ProjectedText) -> tuple[Tensor, Tensor]:
-        return self.transformer.adaln_single(
+        embedded: tuple[Tensor, Tensor] = self.transformer.adaln_single(
             timestep_N, text.sizes, batch_size=len(timestep_N), hidden_dtype=self.dtype
         )
+        return embedded
 
     def _sizes(self, condition_N: TextCondition) -> dict[str, Tensor | None]:
         if self.transformer.use_additional_conditions and condition_N.resolution is None:
