@@ -1,4 +1,4 @@
-"""Server-sent events: several images' streams as one, in the shape of OpenAI's image streaming."""
+"""Server-sent events: the streams of several images as one answer."""
 
 import asyncio
 import logging
@@ -15,7 +15,10 @@ logger = logging.getLogger("ray.serve")
 
 
 async def merge(streams: Sequence[AsyncIterator[Item]]) -> AsyncIterator[tuple[int, Item]]:
-    """What the streams give as it comes, with the stream's number. Closed, it closes them all."""
+    """Yield the items of all streams as they come, each with its stream's number.
+
+    Closing this closes all streams.
+    """
     ready: asyncio.Queue[tuple[int, Item] | BaseException | None] = asyncio.Queue()
 
     async def pump(number: int, stream: AsyncIterator[Item]) -> None:
@@ -44,7 +47,7 @@ async def merge(streams: Sequence[AsyncIterator[Item]]) -> AsyncIterator[tuple[i
 
 
 def encode(kind: str, body: BaseModel) -> bytes:
-    """One event. JSON has no line breaks, which would end it early."""
+    """Encode one event. JSON has no line breaks, which would end the event early."""
     return f"event: {kind}\ndata: {body.model_dump_json()}\n\n".encode()
 
 
@@ -61,10 +64,12 @@ async def _encoded(first: BaseModel, rest: AsyncIterator[BaseModel]) -> AsyncIte
 
 
 async def stream_events(events: AsyncIterator[BaseModel]) -> StreamingResponse:
-    """The answer, once there is a first event: what is refused is refused by a status.
+    """Wait for the first event, and return the answer that streams all of them.
+
+    What fails before the first event is thus answered by a status.
 
     Args:
-        events: models with a `type`.
+        events: models with a `type`, which names the event.
     """
     first = await anext(events)
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # no proxy holds events back
