@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import os
 
+from fastapi.security import HTTPBearer
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from harmonica.io.paths import local
@@ -12,6 +13,11 @@ from pipelines.serving.http_errors import ApiError
 ENVIRONMENT = "HARMONICA_API_KEYS"
 OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/livez", "/readyz", "/docs", "/openapi.json"})
 """Paths that need no key: the page, health and documentation."""
+BEARER = HTTPBearer(scheme_name="key", auto_error=False)
+"""Description of what `RequireKey` checks, for the OpenAPI document; it checks nothing itself.
+
+As a dependency it would be asked after the body is read, and for known paths alone.
+"""
 _HOW = "send Authorization: Bearer KEY with one of the server's keys"
 
 

@@ -1,4 +1,4 @@
-"""The endpoint's OpenAPI document, completed by errors, events and keys."""
+"""The endpoint's OpenAPI document, completed by errors and events."""
 
 from typing import Any
 
@@ -50,10 +50,10 @@ def events() -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {"text/event-stream": {"schema": {"oneOf": described}}}}}
 
 
-def describe_fully(app: FastAPI, *, has_keys: bool) -> None:
+def describe_fully(app: FastAPI) -> None:
     """Replace FastAPI's document by one that is complete.
 
-    FastAPI's own has 422 answers, which are never given, and lacks events and keys.
+    FastAPI's own has 422 answers, which are never given, and lacks events.
     """
 
     def document() -> dict[str, Any]:
@@ -72,10 +72,6 @@ def describe_fully(app: FastAPI, *, has_keys: bool) -> None:
             for operations in made["paths"].values():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
-                    if has_keys and "401" in operation["responses"]:
-                        operation["security"] = [{"key": []}]
-            if has_keys:
-                made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             app.openapi_schema = made
         return app.openapi_schema
 

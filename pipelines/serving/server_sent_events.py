@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import TypeVar
 
-from fastapi.responses import StreamingResponse
+from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
 
 from pipelines.serving.http_errors import as_api_error
@@ -46,24 +46,23 @@ async def merge(streams: Sequence[AsyncIterator[Item]]) -> AsyncIterator[tuple[i
             task.cancel()
 
 
-def encode(kind: str, body: BaseModel) -> bytes:
-    """Encode one event. JSON has no line breaks, which would end the event early."""
-    return f"event: {kind}\ndata: {body.model_dump_json()}\n\n".encode()
+def _encode(event: BaseModel) -> bytes:
+    return format_sse_event(event=event.type, data_str=event.model_dump_json())  # type: ignore[attr-defined]
 
 
 async def _encoded(first: BaseModel, rest: AsyncIterator[BaseModel]) -> AsyncIterator[bytes]:
-    yield encode(first.type, first)  # type: ignore[attr-defined]
+    yield _encode(first)
     try:
         async for event in rest:
-            yield encode(event.type, event)  # type: ignore[attr-defined]
+            yield _encode(event)
     except Exception as error:  # the status has been sent: OpenAI's client looks for `error` in the data
         told = as_api_error(error)
         if told.status == 500:
             logger.error("drawing failed", exc_info=error)
-        yield encode("error", told.body())
+        yield format_sse_event(event="error", data_str=told.body().model_dump_json())
 
 
-async def stream_events(events: AsyncIterator[BaseModel]) -> StreamingResponse:
+async def stream_events(events: AsyncIterator[BaseModel]) -> EventSourceResponse:
     """Wait for the first event, and return the answer that streams all of them.
 
     What fails before the first event is thus answered by a status.
@@ -73,4 +72,4 @@ async def stream_events(events: AsyncIterator[BaseModel]) -> StreamingResponse:
     """
     first = await anext(events)
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # no proxy holds events back
-    return StreamingResponse(_encoded(first, events), media_type="text/event-stream", headers=headers)
+    return EventSourceResponse(_encoded(first, events), headers=headers)
