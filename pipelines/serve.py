@@ -241,7 +241,7 @@ def main(arguments: list[str]) -> int:
     starting was interrupted.
     """
     try:
-        _serve(parse_settings(ServeCommand(), arguments, "python -m pipelines.serve"))
+        _serve(parse_settings(ServeCommand, arguments, "python -m pipelines.serve"))
     except ValueError as error:
         return fail(error, code=2)
     except RuntimeError as error:
