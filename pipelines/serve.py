@@ -243,7 +243,7 @@ def main(arguments: list[str]) -> int:
     starting was interrupted.
     """
     try:
-        _serve(parse_settings(ServeCommand(), arguments, f"python -m {__package__}.serve"))
+        _serve(parse_settings(ServeCommand, arguments, f"python -m {__package__}.serve"))
     except ValueError as error:
         return fail(error, code=2)
     except RuntimeError as error:

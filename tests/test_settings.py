@@ -18,6 +18,7 @@ from harmonica.cli.sample import SampleCommand
 from harmonica.models.base import Macs, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.loading import ModelConfig
+from harmonica.pretraining.train_classifier import ClassifierTraining
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
@@ -37,6 +38,8 @@ from pipelines.config.sweep import SweepConfig
 from pipelines.config.workflow import PromptsConfig, TrainConfig, WorkflowConfig
 from pipelines.preflight import check_comparison, check_trials
 from pipelines.presets import PRESETS, fashion
+from pipelines.pretrain.dit import DiTPretrainConfig
+from pipelines.pretrain.text_to_image import TextPretrainConfig
 from pipelines.serving.application import make_application
 from pipelines.serving.auth import load_keys
 from pipelines.serving.registry_watcher import ServeArgs
@@ -116,6 +119,9 @@ MODEL = tiny()
             {"stall_timeout_s": INF},
             "train.stall_timeout_s is inf: give a finite number of seconds",
         ),
+        (DiTPretrainConfig, {"batch_size": 0}, "batch_size is 0: give 1 or more"),
+        (TextPretrainConfig, {"tone_share": 2.0}, "tone_share is 2.0: give 0 to 1"),
+        (ClassifierTraining, {"learning_rate": NAN}, "learning_rate is nan: give a finite number above 0"),
         (SamplerConfig, {"guidance_scale": NAN}, "sampler.guidance_scale is nan: give 1 to 50"),
         (SamplerConfig, {"scheduler": 3}, "sampler.scheduler is 3: give a dict"),
         (ModelConfig, {"cacheable": ()}, "model.cacheable is (): give some of attn, cross, mlp"),

@@ -238,7 +238,7 @@ def _write(
 def main(arguments: list[str]) -> int:
     """Exit code 0 when sampled, 2 for unusable input, 1 where what is drawn is not finite."""
     try:
-        run(parse_settings(SampleCommand(), arguments, "python -m harmonica.cli.sample"))
+        run(parse_settings(SampleCommand, arguments, "python -m harmonica.cli.sample"))
     except ValueError as error:
         return fail(error, code=2)
     except NotFinite as error:
