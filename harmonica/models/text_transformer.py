@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harmonica.models.base import BranchedTransformer, Fingerprint, unpatchify
+from harmonica.models.base import BranchedTransformer, Fingerprint, run_all, unpatchify
 from harmonica.models.text_blocks import (
     KINDS,
     Kind,
@@ -22,7 +22,6 @@ from harmonica.models.text_blocks import (
     ProjectedText,
     SubLayer,
     arrange,
-    run_all,
     split_heads,
     step_conditionings,
 )

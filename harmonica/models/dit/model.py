@@ -111,20 +111,17 @@ class DiTBranch(Branch):
     def __init__(
         self, index: int, kind: Literal["attn", "mlp"], layer: nn.Module, macs: int, norm_eps: float
     ) -> None:
-        self.name, self.index, self.layer, self.macs = f"{kind} {index}", index, layer, macs
+        self.name, self.kind, self.index, self.layer, self.macs = f"{kind} {index}", kind, index, layer, macs
         self.offset = 0 if kind == "attn" else 3
         self.norm_eps = norm_eps
 
-    def compute(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
-        shift, scale = conditioning.blocks[self.index][self.offset : self.offset + 2]
+    def inputs(self, conditioning: DiTConditioning) -> tuple[Tensor, ...]:
+        return conditioning.blocks[self.index][self.offset : self.offset + 2]
+
+    def run(self, hidden_NLD: Tensor, *inputs: Tensor) -> Tensor:
+        shift, scale = inputs
         normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=self.norm_eps)
         return self.layer(modulate(normed, shift, scale).to(shift.dtype))
-
-    def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
-        return torch.addcmul(hidden_NLD, self.gate(conditioning), y_NLD)
-
-    def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
-        return hidden_NLD.addcmul_(self.gate(conditioning), y_NLD)
 
     def gate(self, conditioning: DiTConditioning) -> Tensor:
         return conditioning.blocks[self.index][self.offset + 2][:, None]
