@@ -141,6 +141,10 @@ class Macs:
         return sum(self.branches) + self.rest
 
 
+Execution = Literal["eager", "compiled", "graphed"]
+"""How branches are run (`harmonica.execution`)."""
+
+
 class BranchedTransformer(nn.Module, ABC):
     """A frozen denoiser split into `embed`, `branches` and `head`."""
 
@@ -154,6 +158,8 @@ class BranchedTransformer(nn.Module, ABC):
     """Prediction type: the noise, or the velocity of flow matching (noise minus image)."""
     full_precision_parts: tuple[str, ...] = ()
     """Prefixes of the parameters that a loader leaves in float32 when the model is in half precision."""
+    execution: Execution = "eager"
+    """How the branches are run; loaders set it."""
     recorded_fingerprint: Fingerprint | None = None
     """Fingerprint of the weights as stored. Loaders set it, so that a router trained in bfloat16 fits the
     same checkpoint in float32. Code that changes the weights later resets it to None."""
@@ -180,11 +186,6 @@ class BranchedTransformer(nn.Module, ABC):
     @abstractmethod
     def head(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         """Compute the model's output (N, out_channels, H, W)."""
-
-    @property
-    def repeated_layers(self) -> Sequence[nn.Module]:
-        """Sub-layers that repeat in every block, to be compiled once for all."""
-        return ()
 
     @property
     @abstractmethod

@@ -43,6 +43,9 @@ _FREE = {
     "preset",
     "done_again_from",
     "node_metrics_interval_s",
+    # How the model is run, which moves values by roundings.
+    "model.compile",
+    "model.execution",
 }
 # How training is placed and watched: after the loss of a node it may have to change.
 _FREE_IN_TRAIN = {

@@ -156,10 +156,6 @@ class DiT(BranchedTransformer):
             self.branches.append(DiTBranch(i, "attn", block.attn, attention_macs, _NORM_EPS))
             self.branches.append(DiTBranch(i, "mlp", block.mlp, 8 * tokens * width**2, config.norm_eps))
 
-    @property
-    def repeated_layers(self) -> Sequence[nn.Module]:
-        return [cast(DiTBranch, branch).layer for branch in self.branches]
-
     def prepare(self, condition_N: Tensor, timesteps: Sequence[float]) -> Sequence[DiTConditioning]:
         at_once = max(1, ROWS_AT_ONCE // len(condition_N))
         return StepConditionings(partial(self.conditionings, condition_N), timesteps, at_once=at_once)

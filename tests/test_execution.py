@@ -1,0 +1,206 @@
+"""Levels of execution: compiled branches draw what eager ones do, and their graphs are counted.
+
+Most tests leave code generation out (`aot_eager`): what Dynamo guards on, and so how many graphs there are,
+does not depend on it. On CUDA nothing of this was run.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import tiny_pixart
+import tiny_sana
+import torch
+from tiny_dit import write_model
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from harmonica.core.plan import Plan, forecast_of
+from harmonica.core.sampling import sample
+from harmonica.execution import compiled
+from harmonica.execution.compiled import RecompileLimitError
+from harmonica.execution.values import KeptValues, extrapolate
+from harmonica.models.base import BranchedTransformer, freeze
+from harmonica.models.dit.config import DiTConfig
+from harmonica.models.dit.model import DiT
+from harmonica.models.loading import ModelConfig, load_model
+from harmonica.samplers import Sampler, SamplerConfig, make_sampler
+
+STEPS = 6
+SHAPE = DiTConfig(
+    sample_size=8,
+    patch_size=2,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_embeds_ada_norm=10,
+)
+
+
+@pytest.fixture
+def no_codegen(monkeypatch) -> Iterator[None]:
+    """Graphs are counted from none, and run as they were traced."""
+    fresh()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    yield
+    fresh()
+
+
+def fresh() -> None:
+    compiled._compiled.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def make_dit(seed: int = 0, dtype: torch.dtype = torch.float32) -> DiT:
+    model = DiT(SHAPE)
+    model.initialize(torch.Generator().manual_seed(seed), zero=False)
+    freeze(model.to(dtype))
+    return model
+
+
+def make_batch(size: int) -> tuple[Tensor, Tensor]:
+    noise = torch.randn(size, 4, 8, 8, generator=torch.Generator().manual_seed(size))
+    return noise, torch.arange(size) % 10
+
+
+def even_plan(num_branches: int) -> Plan:
+    return Plan(tuple(((STEPS - 1 - i) % 2 == 0,) * num_branches for i in range(STEPS)))
+
+
+def random_plan(num_branches: int, *, order: int = 0) -> Plan:
+    """Runs of all lengths; an order is that of learned forecasts."""
+    generator = torch.Generator().manual_seed(7)
+    compute = torch.rand(STEPS, num_branches, generator=generator) > 0.375
+    compute[-1] = compute[-2] = compute[-3] = True
+    weights = 0.2 * torch.randn(STEPS, num_branches, max(1, order), generator=generator).double()
+    return Plan(tuple(map(tuple, compute.tolist())), forecast_of(weights) if order else None)
+
+
+def ways(num_branches: int) -> dict[str, dict[str, Any]]:
+    """Arguments of `sample`: every kind of pass."""
+    plan = random_plan(num_branches)
+    return {
+        "full": {},
+        "held": {"plan": plan, "accumulate": False},
+        "forecast": {"plan": plan, "reuse": "forecast", "accumulate": False},
+        "order 2": {
+            "plan": random_plan(num_branches, order=2),
+            "reuse": "forecast",
+            "accumulate": False,
+        },
+        "order 3": {
+            "plan": random_plan(num_branches, order=3),
+            "reuse": "forecast",
+            "accumulate": False,
+        },
+        "folded": {"plan": even_plan(num_branches)},
+        "folded forecast": {"plan": plan, "reuse": "forecast", "accumulate": True},
+    }
+
+
+def draw(sampler: Sampler, batch: tuple[Any, Any], execution: Any, **how: Any) -> Tensor:
+    sampler.model.execution = execution
+    return sample(sampler, *batch, **how)
+
+
+def check_all(sampler: Sampler, batch: tuple[Any, Any]) -> None:
+    for name, how in ways(len(sampler.model.branches)).items():
+        ours, wanted = draw(sampler, batch, "compiled", **how), draw(sampler, batch, "eager", **how)
+        torch.testing.assert_close(
+            ours, wanted, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def ddim(model: BranchedTransformer, guidance: float = 1.5) -> Sampler:
+    return make_sampler(model, SamplerConfig(num_inference_steps=STEPS, guidance_scale=guidance))
+
+
+def test_batches_guidance_and_plans_share_few_graphs(no_codegen):
+    """One set of graphs for the first shape, one for all other batch sizes, and none for other models."""
+    model, other = make_dit(), make_dit(seed=1)
+    check_all(ddim(model), make_batch(2))
+    first = graphs()
+    # Attention and MLP, each with 0, 1 and 2 sums, and the sums beyond: 1 or 2. Reused: 4, 2 or 1 held, 2 or
+    # 1 forecast of two values, 1 of three, 1 of four.
+    assert first <= 2 * 3 + 2 + 3 + 2 + 1 + 1
+    check_all(ddim(model), make_batch(3))
+    second = graphs()
+    # Where sizes are symbols, the one shift that lies at the beginning of its storage is a graph of its own:
+    # of attention, with 0, 1 and 2 sums.
+    assert second <= 2 * first + 3
+    for guidance, size in ((1.0, 3), (1.0, 2), (4.0, 5)):
+        check_all(ddim(model, guidance), make_batch(size))
+    check_all(ddim(other), make_batch(4))
+    assert graphs() == second
+
+
+@pytest.mark.parametrize("kinds", [("attn", "mlp"), ("attn", "cross", "mlp")])
+@pytest.mark.parametrize("kind", ["sigma", "sana"])
+def test_text_to_image_models_need_nothing_of_their_own(kind, kinds, no_codegen):
+    if kind == "sana":
+        model, batch = tiny_sana.make_sana("1.5", *kinds), tiny_sana.make_batch("1.5")
+        sampler = make_sampler(model, tiny_sana.config(num_inference_steps=STEPS, guidance_scale=3.0))
+    else:
+        model, batch = tiny_pixart.make_pixart(kind, *kinds), tiny_pixart.make_batch(kind)
+        sampler = ddim(model, 3.0)
+    check_all(sampler, batch)
+    assert 0 < graphs() <= 3 * 3 + 9
+
+
+def test_a_recompile_beyond_the_limit_is_an_error_that_names_the_cause(no_codegen, monkeypatch):
+    monkeypatch.setattr(compiled, "GRAPHS_PER_KIND", 1)
+    draw(ddim(make_dit()), make_batch(2), "compiled")
+    with pytest.raises(RecompileLimitError, match=r"DiTBranch attn have 1 graphs.*dtype mismatch"):
+        draw(ddim(make_dit(dtype=torch.float64)), make_batch(2), "compiled")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_coefficients_are_those_of_the_extrapolation(count, order):
+    generator = torch.Generator().manual_seed(count)
+    values = list(torch.randn(count, 2, 3, generator=generator).double())
+    weights = torch.randn(order, generator=generator).double().tolist()
+    kept = KeptValues.of(values, weights)
+    added = sum(c * v for c, v in zip(kept.coefficients, kept.values, strict=True))
+    torch.testing.assert_close(added, extrapolate(values, weights))
+
+
+@pytest.mark.slow
+def test_generated_code_draws_the_same(tmp_path):
+    fresh()
+    config = write_model(tmp_path / "model")
+    model = load_model(replace(config, execution="compiled")).model
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, model.in_channels, model.sample_size, model.sample_size, generator=generator)
+    check_all(ddim(model), (noise, torch.tensor([1, 2])))
+    assert graphs() > 0
+
+
+def test_a_loader_decides_the_level(tmp_path):
+    config = write_model(tmp_path / "model")
+    assert load_model(config).model.execution == "eager", "nothing faster was measured on a CPU"
+    assert load_model(replace(config, execution="compiled")).model.execution == "compiled"
+    assert config.execution_on("cuda") == "graphed"
+
+
+@pytest.mark.parametrize(("compile", "meant"), [("always", "compiled"), ("never", "eager")])
+def test_the_setting_before_it_still_counts_where_the_new_one_says_nothing(compile, meant):
+    with pytest.warns(FutureWarning, match=f"model.compile is {compile}.* give model.execution {meant}"):
+        config = ModelConfig(compile=compile)
+    assert config.execution_on("cpu") == config.execution_on("cuda") == meant
+    with pytest.warns(FutureWarning):
+        assert ModelConfig(compile=compile, execution="graphed").execution_on("cpu") == "graphed"
+
+
+def test_another_level_is_refused():
+    with pytest.raises(ValueError, match=r"model.execution is 'fast': give one of auto, eager, compiled"):
+        ModelConfig(execution="fast")  # type: ignore[arg-type]
