@@ -190,6 +190,9 @@ def test_a_loader_decides_the_level(tmp_path):
     assert load_model(config).model.execution == "eager", "nothing faster was measured on a CPU"
     assert load_model(replace(config, execution="compiled")).model.execution == "compiled"
     assert config.execution_on("cuda") == "graphed"
+    half = replace(config, dtype="bfloat16")
+    assert load_model(half).model.residual_dtype is None
+    assert load_model(replace(half, residual_dtype="weights")).model.residual_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("compile", "meant"), [("always", "compiled"), ("never", "eager")])
@@ -204,3 +207,46 @@ def test_the_setting_before_it_still_counts_where_the_new_one_says_nothing(compi
 def test_another_level_is_refused():
     with pytest.raises(ValueError, match=r"model.execution is 'fast': give one of auto, eager, compiled"):
         ModelConfig(execution="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["dit", "pixart", "sana"])
+def test_the_residual_stream_in_the_precision_of_the_weights(kind, tmp_path):
+    """Between all branches, while the output stays in float32; without it, nothing changes."""
+    if kind == "dit":
+        model, batch = make_dit().bfloat16(), make_batch(2)
+        for name, parameter in model.named_parameters():
+            if name.startswith(model.full_precision_parts):
+                parameter.data = parameter.data.float()
+        model.pos_embed = model.pos_embed.float()
+    elif kind == "sana":
+        model, batch = tiny_sana.make_sana("1.5").float(), tiny_sana.make_batch("1.5")
+        in_half(model)
+    else:
+        model, batch = tiny_pixart.make_pixart("sigma").float(), tiny_pixart.make_batch("sigma")
+        in_half(model)
+    noise = batch[0].float()
+    timestep = torch.full((len(noise),), 500.0)
+    hidden, conditioning = model.embed(noise, timestep, batch[1])
+    wanted = model.full_pass(hidden, conditioning)
+    assert hidden.dtype == wanted.dtype == torch.float32
+    model.residual_dtype = torch.bfloat16
+    seen = []
+    hidden, conditioning = model.embed(noise, timestep, batch[1])
+    for branch in model.branches:
+        seen.append(hidden.dtype)
+        hidden = branch.merge(hidden, branch.compute(hidden, conditioning), conditioning)
+    ours = model.head(hidden, conditioning)
+    assert set(seen) == {torch.bfloat16} and ours.dtype == torch.float32
+    # u of bfloat16 is 2^-8; each merge of some ten rounds once more, at random.
+    assert 0 < (ours - wanted).norm() / wanted.norm() < 10 * 2**-8
+
+
+def in_half(model: Any) -> None:
+    """Branches in bfloat16, the rest in float32, as `load_model` has them."""
+    parts = tuple(name.removeprefix("transformer.") for name in model.full_precision_parts)
+    for name, parameter in model.transformer.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if name.startswith(parts) else torch.bfloat16)
+
+
+def test_training_keeps_the_residual_stream_in_float32():
+    assert ModelConfig(residual_dtype="weights", dtype="bfloat16").for_training().residual_dtype == "float32"

@@ -59,7 +59,7 @@ class AccumulationPlan:
 
     def nbytes(self, model: BranchedTransformer, *, is_guided: bool) -> int:
         """Return the bytes of one image's sums, in the hidden state's precision."""
-        itemsize = torch.promote_types(model.dtype, torch.float32).itemsize
+        itemsize = (model.residual_dtype or torch.promote_types(model.dtype, torch.float32)).itemsize
         return self.most_sums * (1 + is_guided) * math.prod(model.value_shape) * itemsize
 
     @property

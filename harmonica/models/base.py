@@ -160,6 +160,8 @@ class BranchedTransformer(nn.Module, ABC):
     """Prefixes of the parameters that a loader leaves in float32 when the model is in half precision."""
     execution: Execution = "eager"
     """How the branches are run; loaders set it."""
+    residual_dtype: torch.dtype | None = None
+    """Precision of the residual stream; None is that of the first layer."""
     recorded_fingerprint: Fingerprint | None = None
     """Fingerprint of the weights as stored. Loaders set it, so that a router trained in bfloat16 fits the
     same checkpoint in float32. Code that changes the weights later resets it to None."""
@@ -182,6 +184,10 @@ class BranchedTransformer(nn.Module, ABC):
     @abstractmethod
     def embed(self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Any) -> tuple[Tensor, Any]:
         """Return tokens (N, L, D) and the conditioning of the branches and the head."""
+
+    def as_residual(self, hidden_NLD: Tensor) -> Tensor:
+        """Return tokens (N, L, D) in the precision of the residual stream."""
+        return hidden_NLD if self.residual_dtype is None else hidden_NLD.to(self.residual_dtype)
 
     @abstractmethod
     def head(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -66,8 +66,8 @@ class ModelConfig:
     """Decoder of the latents: like `path`, with a Hugging Face id as org/name@commit. Empty: that of the
     diffusers folder, if it has one."""
     dtype: Dtype = "float32"
-    """Precision of the branches; a model's first and last layers and what runs between branches stay in
-    float32."""
+    """Precision of the branches; a model's first and last layers stay in float32, and so does what runs
+    between branches, unless `residual_dtype` says otherwise."""
     text_tokens: Natural = 0
     """Padded length of a prompt. 0: that of the folder's pipeline: 120 for PixArt-alpha, else 300."""
     cacheable: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("attn", "mlp")
@@ -78,6 +78,9 @@ class ModelConfig:
     compiler; values move by roundings."""
     compile: Compile = "auto"
     """Deprecated: `always` is execution compiled, `never` eager, `auto` says nothing."""
+    residual_dtype: Literal["float32", "weights"] = "float32"
+    """Precision of what runs between branches: float32, or that of the branches, which saves memory traffic
+    and rounds more. Training always takes float32."""
     allow_tf32: bool = False
     """Let CUDA round float32 matrix products to TensorFloat-32; concerns the whole process."""
 
@@ -89,6 +92,13 @@ class ModelConfig:
                 FutureWarning,
                 stacklevel=2,
             )
+
+    def for_training(self) -> "ModelConfig":
+        """Return these settings with the residual stream in float32.
+
+        A student a few parts in a thousand away from its teacher would drown in coarser rounding.
+        """
+        return self if self.residual_dtype == "float32" else replace(self, residual_dtype="float32")
 
     def execution_on(self, device: str | torch.device) -> Execution:
         """Return the level of execution on a device, with `auto` decided."""
@@ -188,5 +198,7 @@ def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> Loade
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     model = stored.assemble(device, getattr(torch, config.dtype))
     model.execution = config.execution_on(device)
+    if config.residual_dtype == "weights":
+        model.residual_dtype = model.dtype
     text_folder = None if isinstance(stored, StoredModel) else stored.text_folder
     return LoadedModel(model, stored.class_names, stored.scheduler, vae_folder, text_folder)

@@ -164,7 +164,7 @@ class DiT(BranchedTransformer):
         self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor | DiTConditioning
     ) -> tuple[Tensor, DiTConditioning]:
         positions = cast(Tensor, self.pos_embed)
-        hidden = self.x_embedder(sample_NCHW.to(positions.dtype)) + positions
+        hidden = self.as_residual(self.x_embedder(sample_NCHW.to(positions.dtype)) + positions)
         if isinstance(condition_N, DiTConditioning):
             return hidden, condition_N
         return hidden, self._modulations(timestep_N, condition_N)
@@ -183,6 +183,7 @@ class DiT(BranchedTransformer):
         return DiTConditioning(blocks, final)
 
     def head(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
+        hidden_NLD = hidden_NLD.to(conditioning.final[0].dtype)
         normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=_NORM_EPS)
         patches = self.final_layer.linear(modulate(normed, *conditioning.final))
         side = self.sample_size // self.config.patch_size
