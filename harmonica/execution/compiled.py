@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from harmonica.execution.eager import Addition, EagerRunner
+from harmonica.execution.recorders import call_recorded
 from harmonica.execution.values import KeptValues, Scalars, ValueStore
 from harmonica.models.base import Branch, add_gated
 
@@ -111,7 +112,7 @@ def _call(function: Callable[..., Any], kind: str, *args: Any) -> Any:
     """
     compiled = _compiled(function, kind)
     try:
-        return compiled(*args)
+        return call_recorded(compiled, args)
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         reason = _why(compiled, args)
         raise RecompileLimitError(

@@ -160,6 +160,10 @@ class BranchedTransformer(nn.Module, ABC):
     """Prefixes of the parameters that a loader leaves in float32 when the model is in half precision."""
     execution: Execution = "eager"
     """How the branches are run; loaders set it."""
+    graph_bytes: int = 4 * 2**30
+    """Most memory of recorded trajectories where `execution` is graphed."""
+    graphs: Any = None
+    """The recorded trajectories (`harmonica.execution.graphs.GraphStore`), once there are some."""
     residual_dtype: torch.dtype | None = None
     """Precision of the residual stream; None is that of the first layer."""
     recorded_fingerprint: Fingerprint | None = None

@@ -76,6 +76,8 @@ class ModelConfig:
     """How branches are run: operation by operation, each as one graph of torch.compile, or each step as a
     CUDA graph of those. `auto`: graphed on CUDA, else eager. The first batch of each shape waits for the
     compiler; values move by roundings."""
+    graph_memory: Annotated[float, Field(gt=0, le=1e4)] = 4.0
+    """GiB that recorded steps may take where `execution` is graphed; the least recently used ones go."""
     compile: Compile = "auto"
     """Deprecated: `always` is execution compiled, `never` eager, `auto` says nothing."""
     residual_dtype: Literal["float32", "weights"] = "float32"
@@ -198,6 +200,7 @@ def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> Loade
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     model = stored.assemble(device, getattr(torch, config.dtype))
     model.execution = config.execution_on(device)
+    model.graph_bytes = round(config.graph_memory * 2**30)
     if config.residual_dtype == "weights":
         model.residual_dtype = model.dtype
     text_folder = None if isinstance(stored, StoredModel) else stored.text_folder

@@ -46,6 +46,7 @@ _FREE = {
     # How the model is run, which moves values by roundings.
     "model.compile",
     "model.execution",
+    "model.graph_memory",
 }
 # How training is placed and watched: after the loss of a node it may have to change.
 _FREE_IN_TRAIN = {

@@ -172,7 +172,8 @@ class DiT(BranchedTransformer):
     def conditionings(self, label_N: Tensor, timesteps: Sequence[float]) -> list[DiTConditioning]:
         """Compute the conditionings of the rows at each of some timesteps."""
         n = len(label_N)
-        timestep_K = torch.tensor(timesteps, device=label_N.device).repeat_interleave(n)
+        # Filled by the device itself: a list would be copied from the host, which no captured step may do.
+        timestep_K = torch.cat([torch.full((n,), each, device=label_N.device) for each in timesteps])
         together = self._modulations(timestep_K, label_N.repeat(len(timesteps)))
         return [together.rows(slice(first, first + n)) for first in range(0, len(timestep_K), n)]
 

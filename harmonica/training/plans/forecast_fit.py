@@ -22,7 +22,8 @@ from torch import Tensor
 
 from harmonica.core.cache import BranchCache
 from harmonica.core.plan import Plan, forecast_of
-from harmonica.core.sampling import planned_step, sample
+from harmonica.core.sampling import sample
+from harmonica.core.trajectory import planned_step
 from harmonica.execution.values import KeptValues, extrapolate
 from harmonica.samplers import Sampler
 from harmonica.samplers.noise import RowKeys
