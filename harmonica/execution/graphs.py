@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from harmonica.execution.compiled import RecompileLimitError
 from harmonica.execution.recorders import Recorder, Replay
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,11 @@ _REMEMBERED = 256
 def bucket_of(size: int) -> int | None:
     """Return the smallest bucket that holds a batch; None where there is none."""
     return next((each for each in BUCKETS if each >= size), None)
+
+
+def sizes_up_to(most: int) -> tuple[int, ...]:
+    """Return batch sizes of at most `most` that fill every bucket that such batches need."""
+    return (*(each for each in BUCKETS if each < most), most)
 
 
 @dataclass
@@ -80,6 +86,9 @@ class GraphStore:
 
         Returns:
             None where there is none yet, or where it cannot be recorded: the steps then run as they are.
+
+        Raises:
+            RecompileLimitError: the branches may have no more graphs of torch.compile.
         """
         if key in self._refused:
             return None
@@ -93,6 +102,8 @@ class GraphStore:
             return None
         try:
             made = make()
+        except RecompileLimitError:
+            raise
         except RuntimeError as error:
             self._refuse(key, str(error))
             return None
