@@ -30,6 +30,7 @@ from harmonica.core.sampling import check_plan, sample
 from harmonica.data.class_names import UnknownClass, find_class
 from harmonica.data.conditions import make_conditions
 from harmonica.evaluation.differences import with_differences
+from harmonica.execution.levels import warm_ups
 from harmonica.io.paths import local
 from harmonica.io.safe_load import read_released_router
 from harmonica.io.tensor_files import write_tensors
@@ -70,7 +71,7 @@ class SampleCommand:
     allow_other_sampler: bool = False
     """Use the router under a sampler or guidance it was not trained for; its step count stays."""
     rounds: Count = 3
-    """How often each way is timed, after one run to warm up; the median counts."""
+    """How often each way is timed, after warming up; the median counts."""
     output: Path = Path("samples.png")
     """Grid of pictures; without a VAE the latents go to a .safetensors file beside it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -162,16 +163,16 @@ def _subjects(command: SampleCommand, loaded: LoadedModel) -> tuple[Sequence[int
 def _timed(
     sampler: Sampler, batch: tuple[Tensor, Any], keys: SampleKeys, router: RouterArtifact | None, rounds: int
 ) -> tuple[Tensor, list[float]]:
-    """What is sampled (the same every time), and seconds of each round after the first."""
+    """What is sampled (the same every time), and seconds of each round after those to warm up."""
     plan, reuse = (router.plan, router.reuse) if router else (None, "hold")
-    seconds = []
-    for _ in range(rounds + 1):
+    seconds, first = [], warm_ups(sampler.model)
+    for _ in range(rounds + first):
         started = time.perf_counter()
         images = sample(sampler, *batch, plan, reuse=reuse, keys=keys)  # type: ignore[arg-type]
         if images.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return images, seconds[1:]
+    return images, seconds[first:]
 
 
 def run(command: SampleCommand) -> dict[str, Tensor]:
@@ -186,7 +187,8 @@ def run(command: SampleCommand) -> dict[str, Tensor]:
     noise = torch.from_numpy(keys.start_noise((model.in_channels, side, side))).to(device)
     batch = noise, make_conditions(loaded, device).of(subjects, [""] * len(subjects))
     config = sampler.config
-    say(f"{config.name}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {device}")
+    how = f"{device}, {model.execution}"
+    say(f"{config.name}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {how}")
     sampled, medians = {}, {}
     for way, used in (("full", None), ("cached", router)):
         if way == "cached" and router is None:

@@ -182,7 +182,7 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
     folder = _Folder(command.output, json.loads(json.dumps(dataclasses.asdict(command), default=str)))
     folder.check()
     with _process_group(device, command.train.batch_size) as shard:
-        loaded = load_model(command.model, "cpu" if command.train.shard_model else device)
+        loaded = load_model(command.model.for_training(), "cpu" if command.train.shard_model else device)
         if command.train.shard_model:
             shard_weights(loaded.model)
         sampler = make_sampler(loaded.model, with_scheduler(command.sampler, loaded.scheduler))

@@ -1,7 +1,7 @@
 """Samplers by diffusers' schedulers: DPM-Solver++, SA-Solver, and the one a model's folder brings."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,8 +133,14 @@ class Scheduled(Sampler):
         self._is_sde = str(self._scheduler.config.get("algorithm_type", "")).startswith("sde-")
         self.is_stochastic = self._is_sde or isinstance(self._scheduler, _SASolver)
 
-    def start(self, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys | None = None) -> State:
-        state = super().start(noise_NCHW, condition_N, keys)
+    def start(
+        self,
+        noise_NCHW: Tensor,
+        condition_N: Any,
+        keys: SampleKeys | None = None,
+        step_noise: Sequence[Tensor] = (),
+    ) -> State:
+        state = super().start(noise_NCHW, condition_N, keys, step_noise)
         scale = 1.0 if self.model.prediction == "flow" else float(self._scheduler.init_noise_sigma)
         return self._moved(state, state.x_MCHW * scale if scale != 1 else state.x_MCHW, self._scheduler)
 

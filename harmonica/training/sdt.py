@@ -19,7 +19,7 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
-from harmonica.core.sampling import planned_step
+from harmonica.core.trajectory import planned_step
 from harmonica.samplers import Sampler, State
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.timers import Stopwatch

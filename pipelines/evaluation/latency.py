@@ -15,6 +15,7 @@ from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
 from harmonica.data.batch import Batch, SampleSpec, make_samples
+from harmonica.execution.levels import warm_ups
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
 from harmonica.models.vae import decode_latents, draws_pixels
@@ -84,12 +85,13 @@ def _seconds(variant: Variant, model: BranchedTransformer, batch: Batch) -> floa
 def median_times(
     variants: list[Variant], model: BranchedTransformer, batch: Batch, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return median seconds per image and the relative spread; variants alternate after one warm-up each."""
+    """Return median seconds per image and the relative spread; variants alternate after warming up."""
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    for turn in range(rounds + 1):
+    first = warm_ups(model)
+    for turn in range(rounds + first):
         for variant in variants:
             seconds = _seconds(variant, model, batch) / len(batch)
-            if turn > 0:
+            if turn >= first:
                 times[variant.name].append(seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     spread = {name: (max(v) - min(v)) / medians[name] for name, v in times.items()}

@@ -18,6 +18,7 @@ from typing import Protocol
 from torch import Tensor
 
 from harmonica.evaluation.plots import encode_picture
+from harmonica.execution.graphs import sizes_up_to
 from harmonica.validation.finite import NotFinite
 
 from ..config.serve import ServeConfig
@@ -102,6 +103,11 @@ class GenerationEngine:
         if size < most:
             logger.warning("images depend on their place in a batch of %d: batches have one image", most)
         self.batcher.max_batch_size = size
+
+    async def warm_up(self, served: ServedPlan) -> None:
+        """Warm a plan up at every batch size that is recorded; batches of the others run in between."""
+        for size in sizes_up_to(self._config.max_batch_size):
+            await self.batcher.run_between_batches(partial(self.images.warm_up, served, size))
 
     async def describe(self) -> ModelCard:
         images = self.images

@@ -18,6 +18,7 @@ from harmonica.core.plan import Plan
 from harmonica.core.sampling import check_plan, sample
 from harmonica.data.conditions import check_conditions, make_conditions
 from harmonica.data.text_encoder import OverLimit
+from harmonica.execution.levels import warm_ups
 from harmonica.models.loading import LoadedModel
 from harmonica.models.vae import check_vae, decode_latents, draws_pixels, pixels_per_latent
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
@@ -172,6 +173,16 @@ class ImageSampler:
             is_same &= all(torch.equal(image_CHW, images_NCHW[0]) for image_CHW in images_NCHW)
         self.fixed_batch_size = most if is_same else 1
         return self.fixed_batch_size
+
+    def warm_up(self, served: ServedPlan, size: int) -> None:
+        """Compile, and record where steps are recorded, what batches of this size run under a plan.
+
+        Nothing where branches run eagerly. Call it from the thread that runs trajectories.
+        """
+        if self.model.execution != "eager":
+            request = ImageRequest(0 if self.class_names else "", 0, 0)
+            for _ in range(warm_ups(self.model)):
+                self.generate([request] * (min(size, self.fixed_batch_size or size)), served)
 
     def make_plan(self, artifact: RouterArtifact, version: str) -> ServedPlan:
         """Make the plan of a router artifact for this model.

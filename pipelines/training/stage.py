@@ -55,7 +55,7 @@ def start_run(
     config: WorkflowConfig, device: torch.device, *, shard_model: bool = False
 ) -> tuple[MultiTargetTrainer, SampleSpec]:
     """A run at its first trajectory, and what its rows look like."""
-    model = load_model(config.model, "cpu" if shard_model else device).model
+    model = load_model(config.model.for_training(), "cpu" if shard_model else device).model
     if shard_model:
         shard_weights(model)
     sampler = make_sampler(model, config.sampler)

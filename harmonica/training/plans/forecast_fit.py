@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.core.cache import BranchCache, extrapolate
+from harmonica.core.cache import BranchCache
 from harmonica.core.plan import Plan, forecast_of
-from harmonica.core.sampling import planned_step, sample
+from harmonica.core.sampling import sample
+from harmonica.core.trajectory import planned_step
+from harmonica.execution.values import KeptValues, extrapolate
 from harmonica.samplers import Sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.forecast_config import FOLDS, ForecastConfig
@@ -80,6 +82,9 @@ class _ProbedCache(BranchCache):
             forecast = forecast + (handle_M[:, None, None] * difference).to(forecast.dtype)
             self.handles[step, branch, k] = handle_M
         return forecast
+
+    def kept(self, branch: int, step: int) -> KeptValues:
+        return KeptValues.of([self.read(branch, step)], ())
 
 
 @dataclass(frozen=True, slots=True)

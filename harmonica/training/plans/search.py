@@ -17,7 +17,7 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
-from harmonica.core.sampling import planned_step
+from harmonica.core.trajectory import planned_step
 from harmonica.models.base import Macs
 from harmonica.samplers import Sampler, State
 from harmonica.training.config import TrainingConfig
