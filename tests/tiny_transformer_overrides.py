@@ -326,7 +326,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
         "time_scale": 1e-3,
     },
-    "QwenImageTransformer2DModel": _UNIT,
+    "QwenImageTransformer2DModel": {"config": {"out_channels": 1}, "time_scale": 1e-3},
     "SanaWMTransformer3DModel": {},
     "SkyReelsV2Transformer3DModel": {"config": _OF_WAN},
     "StableAudioDiTModel": {

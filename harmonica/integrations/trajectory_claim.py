@@ -19,11 +19,14 @@ class TrajectoryClaim:
         self._following: set[int] = set()  # threads with a step since their last end of a call
         self._lock = threading.Lock()
 
-    def take(self, begins: Callable[[CallOwner | None, CallOwner], bool]) -> None:
+    def take(self, begins: Callable[[bool], bool]) -> bool:
         """Claim a step for the call that is running in this thread.
 
         Args:
-            begins: whether the step is a trajectory's first; it is given the present owner and the caller.
+            begins: whether the step is a trajectory's first; it is told whether another call makes the step.
+
+        Returns:
+            Whether the step is the trajectory's first.
 
         Raises:
             SecondCallError: another call's trajectory is under way.
@@ -31,13 +34,15 @@ class TrajectoryClaim:
         caller = CallOwner.current()
         with self._lock:
             owner = self._owner
-            is_first_step = begins(owner, caller)
+            is_other = owner != caller or (self._guard is not None and not self._guard.is_on)
+            is_first_step = begins(is_other)
             if owner is not None and owner.bars(caller, is_first_step=is_first_step):
                 raise SecondCallError(owner)
             if owner is None or is_first_step:
                 self._owner = caller
                 self._guard_scheduler(caller)
         self._following.add(threading.get_ident())
+        return is_first_step
 
     def _guard_scheduler(self, owner: CallOwner) -> None:
         scheduler = getattr(current_pipeline(), "scheduler", None)

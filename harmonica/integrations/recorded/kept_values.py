@@ -25,6 +25,9 @@ class KeptValues:
         self._caches: dict[str, BranchCache] = {}
         self._layouts: dict[str, tuple[list[Any], Any]] = {}
 
+    def __len__(self) -> int:
+        return len(self._caches)
+
     def __contains__(self, unit: str) -> bool:
         return unit in self._caches
 

@@ -187,7 +187,16 @@ class RecordedTransformer:
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the weights without adapters."""
-        return self.recorded_fingerprint or Fingerprint.of(base_parameters(self.transformer))
+        return self.recorded_fingerprint or fingerprint_of([self.transformer])
+
+
+def fingerprint_of(transformers: Sequence[nn.Module]) -> Fingerprint:
+    """Return one fingerprint of all transformers of a pipeline, without adapters."""
+    first, *others = [base_parameters(each) for each in transformers]
+    both = dict(first)
+    for number, parameters in enumerate(others, 2):
+        both |= {f"{number}.{name}": each for name, each in parameters.items()}
+    return Fingerprint.of(both)
 
 
 @contextmanager
