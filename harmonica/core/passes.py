@@ -36,7 +36,7 @@ class _Mix(torch.autograd.Function):
         return None, (grad * score).to(grad.dtype), (grad.float() * (computed.float() - cached.float())).sum()
 
 
-def _mix(cached: Tensor, computed: Tensor, score: Tensor) -> Tensor:
+def mix(cached: Tensor, computed: Tensor, score: Tensor) -> Tensor:
     if computed.dtype == score.dtype:
         return torch.lerp(cached, computed, score)
     mixed: Tensor = _Mix.apply(cached, computed, score)
@@ -107,7 +107,7 @@ def _soft_branches(
     for index in indices:
         branch = model.branches[index]
         computed = branch.compute(hidden_NLD, conditioning)
-        y = _mix(cache.read(index, step), computed, scores_B[index])
+        y = mix(cache.read(index, step), computed, scores_B[index])
         hidden_NLD = branch.merge(hidden_NLD, y, conditioning)
         if refresh_row[index]:
             kept.append(y.detach())
