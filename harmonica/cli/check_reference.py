@@ -24,7 +24,8 @@ from harmonica.core.sampling import sample
 from harmonica.io.paths import local
 from harmonica.io.safe_load import load_weights, read_released_router, read_tensors
 from harmonica.models.base import freeze
-from harmonica.models.dit.model import DiT, DiTConfig
+from harmonica.models.dit.config import DiTConfig
+from harmonica.models.dit.model import DiT
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.training.iepo import IepoKind, image_error_proxy
 from harmonica.training.sdt import SdtConfig, SdtTrainer
@@ -119,7 +120,8 @@ class _Case:
     @torch.inference_mode()
     def _forward(self, t: int) -> Tensor:
         noise, labels = self.inputs
-        return self.model(noise, torch.full_like(labels, t), labels)
+        output_NCHW: Tensor = self.model(noise, torch.full_like(labels, t), labels)
+        return output_NCHW
 
     @torch.inference_mode()
     def _guided(self, t: int) -> Tensor:

@@ -54,7 +54,8 @@ class Lpips:
     def __call__(self, images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
         """Return the distance (N,) of images in [-1, 1], grey or RGB; those under 64 pixels are enlarged."""
         pair = [self._prepared(images) for images in (images_NCHW, reference_NCHW)]
-        return self.network(*pair).flatten().cpu()
+        distance_N: Tensor = self.network(*pair).flatten().cpu()
+        return distance_N
 
     def _prepared(self, images_NCHW: Tensor) -> Tensor:
         images = images_NCHW.to(self.device).float().clamp(-1, 1).expand(-1, 3, -1, -1)

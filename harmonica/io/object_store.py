@@ -100,7 +100,8 @@ def _folder_files(store: Any, root: str, source: str) -> dict[str, Any]:
 
     def read(name: str) -> bytes:
         with store.open_input_stream(f"{root}/{name}") as stream:
-            return stream.read()
+            content: bytes = stream.read()
+            return content
 
     found = store.get_file_info(fs.FileSelector(root, recursive=True))
     files = {file.path[len(root) + 1 :]: file for file in found if file.type == fs.FileType.File}

@@ -23,7 +23,7 @@ def check_training(
     macs = model.macs()
     if config.target_speedup:
         check_speedup(config.target_speedup, macs, num_steps, field=field or "train.target_speedup")
-    for speedup in config.others:
+    for speedup in config.extra_targets:
         check_speedup(speedup, macs, num_steps, field=field or "train.targets")
     if config.target_cur:
         _check_cur(config, macs, num_steps, field or "train.target_cur")
@@ -73,4 +73,5 @@ def _steps(count: int) -> str:
 
 
 def _down(number: float, digits: int) -> float:
-    return math.floor(number * 10**digits) / 10**digits
+    unit = 10.0**digits
+    return math.floor(number * unit) / unit

@@ -17,11 +17,12 @@ from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig
 from harmonica.training.config import TrainingConfig
 from harmonica.validation.settings import Count, Cure, Field, Natural, Positive, require, settings
-from pipelines.config.compare import CompareConfig
-from pipelines.config.evaluate import EvaluateConfig
-from pipelines.config.promotion import Promote, PromoteConfig
-from pipelines.config.serve import ServeConfig
-from pipelines.config.sweep import SweepConfig
+
+from .compare import CompareConfig
+from .evaluate import EvaluateConfig
+from .promotion import Promote, PromoteConfig
+from .serve import ServeConfig
+from .sweep import SweepConfig
 
 Stage = Literal["prompts", "train", "evaluate", "sweep", "register", "serve", "compare"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -200,7 +201,8 @@ class WorkflowConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, for records and logs: URIs without the credentials that may be in them."""
-        return _without_secrets(dataclasses.asdict(self))
+        plain: dict[str, Any] = _without_secrets(dataclasses.asdict(self))
+        return plain
 
 
 def _without_secrets(value: Any) -> Any:

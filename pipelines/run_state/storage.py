@@ -84,7 +84,8 @@ class RunStorage:
         info = self._fs.get_file_info(f"{self._run}/{name}")
         if info.type == fs.FileType.NotFound:
             raise FileNotFoundError(self.uri(name))
-        return info.mtime.timestamp()
+        seconds: float = info.mtime.timestamp()
+        return seconds
 
     def check_writable(self) -> None:
         """Fail before any work starts where the storage path cannot be written; leaves nothing behind.
@@ -108,7 +109,7 @@ class RunStorage:
                     folder.rmdir()
 
     def exists(self, name: str) -> bool:
-        return self._fs.get_file_info(f"{self._run}/{name}").type != fs.FileType.NotFound
+        return bool(self._fs.get_file_info(f"{self._run}/{name}").type != fs.FileType.NotFound)
 
     def names(self, folder: str) -> list[str]:
         """Files that lie in a folder of the run, sorted; without those still being written."""
@@ -117,7 +118,8 @@ class RunStorage:
 
     def read_bytes(self, name: str) -> bytes:
         with self._fs.open_input_stream(f"{self._run}/{name}") as stream:
-            return stream.read()
+            content: bytes = stream.read()
+            return content
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write so that a reader sees the old content or the new, never a part.

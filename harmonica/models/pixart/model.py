@@ -3,10 +3,10 @@
 Shapes: N batch, L tokens, D width, S text tokens.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from harmonica.models.base import Macs
 from harmonica.models.text_blocks import Kind, ProjectedText, SubLayer, linear_macs, sub_layers
@@ -83,10 +83,6 @@ class PixArt(TextTransformer):
         return PixArtTransformer2DModel
 
     @property
-    def repeated_layers(self) -> Sequence[nn.Module]:
-        return [layer for block in self.transformer.transformer_blocks for layer in (block.attn1, block.ff)]
-
-    @property
     def _patch_embed(self) -> Any:
         return self.transformer.pos_embed
 
@@ -97,7 +93,8 @@ class PixArt(TextTransformer):
     @property
     def _text_width(self) -> int:
         config = self.transformer.config
-        return config.caption_channels or config.cross_attention_dim
+        width: int = config.caption_channels or config.cross_attention_dim
+        return width
 
     def _sub_layers(self) -> Iterable[SubLayer]:
         return sub_layers(self.transformer, self.num_tokens, self.text_tokens)
@@ -107,9 +104,10 @@ class PixArt(TextTransformer):
         return embeddings_NSC if projection is None else projection(embeddings_NSC)
 
     def _embed_timestep(self, timestep_N: Tensor, text: ProjectedText) -> tuple[Tensor, Tensor]:
-        return self.transformer.adaln_single(
+        embedded: tuple[Tensor, Tensor] = self.transformer.adaln_single(
             timestep_N, text.sizes, batch_size=len(timestep_N), hidden_dtype=self.dtype
         )
+        return embedded
 
     def _sizes(self, condition_N: TextCondition) -> dict[str, Tensor | None]:
         if self.transformer.use_additional_conditions and condition_N.resolution is None:
