@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Files side by side, tests with Ray clusters after one another and first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
 
-.PHONY: help demo test test-slow test-cpus lint types bench docs serve ui clean
+.PHONY: help demo test test-slow test-cpus lint types bench serve ui clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,8 +44,14 @@ types: $(STAMP)-dev ## mypy
 bench: $(STAMP)-test ## measure, and compare with the numbers to beat
 	$(BIN)/python -m tests.benchmarks
 
+.PHONY: docs
 docs: $(STAMP)-docs ## the documentation, in build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/mkdocs.yml
+
+# On top of what the commands need, since the pages on the APIs are made from the code.
+$(STAMP)-docs: $(STAMP)-run
+	$(BIN)/python -m pip install -q -c cluster/constraints.txt -e '.[docs]'
+	@touch $@
 
 serve: $(STAMP)-run ## the HTTP endpoint
 	$(BIN)/python -m pipelines.serve
@@ -65,7 +71,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # pip's some 600 lines are cut down to the packages large enough to wait for.
-$(STAMP)-run $(STAMP)-test $(STAMP)-dev $(STAMP)-docs: $(STAMP)-%: pyproject.toml cluster/constraints.txt | $(BIN)/python
+$(STAMP)-run $(STAMP)-test $(STAMP)-dev: $(STAMP)-%: pyproject.toml cluster/constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV) (the first time: some minutes, 2 to 6 GB with torch) ..."
 	@$(BIN)/python -u -m pip install --progress-bar off -c cluster/constraints.txt \
 	  -e '.$(subst [run],,$(subst [dev],[test$(comma)dev],[$*]))' | awk \

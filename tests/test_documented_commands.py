@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 from live_app import running
 from tiny_engine import make_engine
 
@@ -28,12 +27,11 @@ from pipelines.serving.images_api import create_app
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "cluster/README.md", *sorted((ROOT / "docs/pages").rglob("*.md"))]
 TRAIN_PRESETS = {name: partial(train._preset, recipe) for name, recipe in RECIPES.items()}
-UNSET = ConvertCommand(source=tyro.MISSING, out=tyro.MISSING, to=tyro.MISSING)
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "workflow.py": lambda given: parse(given, PRESETS, "workflow.py"),
     "-m harmonica.cli.train": lambda given: parse(given, TRAIN_PRESETS, "train"),
-    "-m harmonica.cli.sample": lambda given: parse_settings(SampleCommand(), given, "sample"),
-    "-m harmonica.cli.convert": lambda given: parse_settings(UNSET, given, "convert"),
+    "-m harmonica.cli.sample": lambda given: parse_settings(SampleCommand, given, "sample"),
+    "-m harmonica.cli.convert": lambda given: parse_settings(ConvertCommand, given, "convert"),
 }
 """Programs of ours: what follows their name is read by their own parser."""
 RUN_BY = {
