@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import io
+import json
 import re
 import tokenize
 import typing
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from harmonica.builtin import CHAMPION
 from harmonica.cli.convert import ConvertCommand
 from harmonica.cli.sample import SampleCommand
 from harmonica.cli.train import TrainCommand
@@ -288,3 +290,24 @@ def test_every_setting_that_is_named_exists():
 def test_every_preset_is_in_a_page_or_follows_a_named_pattern(preset):
     text = "".join(page.read_text() for page in PAGES)
     assert preset in text or preset.startswith("pixart") or preset.rpartition("-")[2] in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/pages/benchmarks.md"])
+@pytest.mark.parametrize(
+    ("arm", "row"), [("full", "full"), ("cached", "**s"), ("fewer_steps", "fewer steps, ")]
+)
+def test_results_of_the_champion_are_those_of_its_report(page, arm, row):
+    measured = json.loads((Path(CHAMPION) / "report.json").read_text())["arms"][arm]
+    lines = (ROOT / page).read_text().splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("| | steps | s / image")) :]
+    (cells,) = [line.replace("*", "") for line in table[:5] if line.startswith(f"| {row}")]
+    expected = [
+        str(measured["num_inference_steps"]),
+        f"{measured['seconds_per_image']:.3f}",
+        f"{measured['speedup']:.2f}x",
+        f"{measured['label_accuracy']:.1%}",
+    ]
+    if arm != "full":
+        decimals = 4 if arm == "cached" else 3
+        expected += [f"{measured['psnr_to_full']:.1f}", f"{measured['frechet_to_full']:.{decimals}f}"]
+    assert not [number for number in expected if f" {number} " not in cells]
