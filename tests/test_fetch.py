@@ -24,7 +24,8 @@ from harmonica.builtin import FASHION_DIT
 from harmonica.data.conditions import check_conditions
 from harmonica.data.text_encoder import TextEncoder, encoder_identity
 from harmonica.io import object_store
-from harmonica.io.object_store import cache_folder, without_secrets
+from harmonica.io.object_store import cache_folder
+from harmonica.io.paths import without_secrets
 from harmonica.io.resolve import local_path, pinned
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.models.vae import decode_latents

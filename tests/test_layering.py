@@ -82,7 +82,7 @@ def test_work_at_import_is_found(tmp_path):
 NOT_NEEDED_FOR_DIT = (
     *FORBIDDEN,
     *("accelerate", "boto3", "diffusers", "fastapi", "matplotlib", "pandas", "pyarrow"),
-    *("pydantic", "rich", "s3fs", "sentencepiece", "tokenizers", "torchmetrics", "transformers", "tyro"),
+    *("pydantic", "rich", "sentencepiece", "tokenizers", "torchmetrics", "transformers", "tyro"),
 )
 DIT_ALONE = """
 import sys

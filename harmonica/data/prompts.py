@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from harmonica.data.prompt_files import MANIFEST, PromptRows, part_path, read_manifest
-from harmonica.io.file_systems import open_uri, shown
+from harmonica.io.file_systems import open_uri
+from harmonica.io.paths import shown
 from harmonica.models.text_condition import TextCondition
 
 _OPEN_PARTS = 16  # the footer of an open one takes some 170 bytes a row

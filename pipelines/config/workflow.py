@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from harmonica.data.text_encoder import EncoderDtype, OverLimit
-from harmonica.io.file_systems import shown
+from harmonica.io.paths import shown
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig
 from harmonica.training.config import TrainingConfig

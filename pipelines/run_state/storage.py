@@ -19,14 +19,14 @@ from harmonica.io.paths import is_remote, resolved, shown
 
 _PROBE = ".write-probe"
 ENDPOINT = "AWS_ENDPOINT_URL"
-"""What pyarrow, boto3 (and so MLflow) and s3fs all read."""
+"""Environment variable with the address of S3 that pyarrow and boto3, and so MLflow, read."""
 
 
 def settle_endpoint(endpoint: str = "") -> None:
-    """Say in this process's environment, once for all libraries, where S3 is.
+    """Set the address of S3 in this process's environment, once for all libraries.
 
-    boto3 and s3fs also read the address of a store from a profile in `~/.aws/config`, which pyarrow does
-    not: whatever boto3 would take, all take.
+    boto3 also reads the address of a store from a profile in `~/.aws/config`, which pyarrow does not:
+    whatever boto3 would take, both take.
 
     Args:
         endpoint: overrides what environment and files say.
