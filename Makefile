@@ -61,13 +61,16 @@ $(BIN)/python:
 	  { echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+EXTRAS_run := all
+EXTRAS_test := all,test
+EXTRAS_dev := all,test,dev
+
 # pip's some 600 lines are cut down to the packages large enough to wait for.
-$(STAMP)-run $(STAMP)-test $(STAMP)-dev: $(STAMP)-%: pyproject.toml cluster/constraints.txt | $(BIN)/python
+$(STAMP)-run $(STAMP)-test $(STAMP)-dev: $(STAMP)-%: pyproject.toml setup.py cluster/constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV) (the first time: some minutes, 2 to 6 GB with torch) ..."
 	@$(BIN)/python -u -m pip install --progress-bar off -c cluster/constraints.txt \
-	  -e '.$(subst [run],,$(subst [dev],[test$(comma)dev],[$*]))' | awk \
+	  -e '.[$(EXTRAS_$*)]' | awk \
 	  '/^ *(Downloading|Using cached) .*MB\)/ { sub(/.*\//, "", $$(NF-2)); print "  " $$(NF-2), $$(NF-1), $$NF; fflush() } \
 	   /^Installing collected/ { print "  Installing", NF - 3, "packages"; fflush() }'
 	@touch $@ $(STAMP)-run $(if $(filter dev,$*),$(STAMP)-test)
 
-comma := ,

@@ -13,7 +13,6 @@ import torch
 from tiny_dit import SHAPE, write_model
 from torch import Tensor
 
-import workflow
 from harmonica.data.batch import Batch, SampleSpec, make_samples
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.diffusers_folder import write_diffusers
@@ -21,6 +20,7 @@ from harmonica.models.dit.config import DiTConfig
 from harmonica.models.loading import ModelConfig, load_model, read_model
 from harmonica.samplers import SamplerConfig
 from harmonica.validation.finite import NotFinite
+from pipelines import workflow
 from pipelines.compare.measuring import VariantWorker, reason_of
 from pipelines.compare.methods import learned_methods, untrained_methods
 from pipelines.compare.names import OURS, OURS_LABEL, PAPER, shown_name
@@ -282,7 +282,7 @@ def test_a_small_comparison_with_a_variant_that_fails_and_its_resumes(
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('made for another diffusers')")
     monkeypatch.syspath_prepend(str(broken.parent))
-    monkeypatch.setenv("PYTHONPATH", f"{broken.parent}:{Path(workflow.__file__).parent}")
+    monkeypatch.setenv("PYTHONPATH", f"{broken.parent}:{Path(workflow.__file__).parents[1]}")
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     request.addfinalizer(ray.shutdown)

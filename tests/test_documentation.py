@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import harmonica
+from harmonica.cli.apply import ApplyCommand
 from harmonica.cli.convert import ConvertCommand
 from harmonica.cli.sample import SampleCommand
 from harmonica.cli.train import TrainCommand
@@ -35,6 +37,7 @@ COMMANDS = (
     WorkflowConfig,
     TrainCommand,
     SampleCommand,
+    ApplyCommand,
     ConvertCommand,
     ServeCommand,
     UiCommand,
@@ -171,6 +174,8 @@ def names_in(path: Path) -> frozenset[str]:
 def exists(dotted: str) -> bool:
     """Whether a dotted name is a module of ours, or something in one."""
     parts = dotted.split(".")
+    if parts[0] == "harmonica_ray":  # as the wheel calls it
+        parts[0] = "pipelines"
     for length in range(len(parts), 0, -1):
         place = ROOT.joinpath(*parts[:length])
         module = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
@@ -215,13 +220,15 @@ def test_every_module_and_name_that_is_mentioned_exists():
             mentioned = [
                 match[0].rstrip(".")
                 for span in code_spans(text)
-                for match in re.finditer(r"(?<![\w./-])(harmonica|pipelines|tests)(\.\w+)+", span)
+                for match in re.finditer(
+                    r"(?<![\w./-])(harmonica|harmonica_ray|pipelines|tests)(\.\w+)+", span
+                )
             ]
             mentioned += [
                 match[1] for match in re.finditer(r"-m ((?:harmonica|pipelines|tests)[\w.]*\w)", text)
             ]
             for name in mentioned:
-                known = name.startswith("harmonica.") and name.split(".")[1] in ("apply", "remove")
+                known = name.startswith("harmonica.") and name.split(".")[1] in harmonica.__all__
                 if not (known or name in TAGS or exists(name)):
                     missing.append(f"{where(path)}: {name}")
     assert not missing, "\n".join(sorted(set(missing)))

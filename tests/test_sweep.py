@@ -8,7 +8,7 @@ import ray
 from router_only import ROUTER_ONLY, ROUTER_ONLY_FLAGS
 from tiny_dit import write_model
 
-import workflow
+from pipelines import workflow
 from pipelines.config.sweep import SweepConfig
 from pipelines.presets import fashion
 from pipelines.report.html_report import render

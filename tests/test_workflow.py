@@ -24,7 +24,6 @@ from processes import free_port
 from s3_server import BUCKET, SECRET, s3_server
 from tiny_dit import make_artifact, write_model
 
-import workflow
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
 from harmonica.data.batch import Batch, make_samples
@@ -32,6 +31,7 @@ from harmonica.data.prompt_files import MANIFEST
 from harmonica.evaluation.image_metrics import psnr
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
+from pipelines import workflow
 from pipelines.data.stream import sample_spec
 from pipelines.evaluation.latency import SEED_OFFSET
 from pipelines.run_state import resume
@@ -39,7 +39,7 @@ from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import make_client
 from pipelines.tracking.mlflow_store import tracking_uri
 
-ROOT = Path(workflow.__file__).parent
+ROOT = Path(workflow.__file__).parents[1]
 SMALL = [
     "--sampler.num-inference-steps=6",
     "--train.trajectories=2",

@@ -13,6 +13,7 @@ from torch import Tensor
 from harmonica.io.paths import local
 from harmonica.io.safe_load import read_tensors
 from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.validation.extras import need
 
 _LPIPS_SIDE = 64  # AlexNet's layers leave nothing of much smaller images
 
@@ -29,6 +30,7 @@ class Lpips:
             ValueError: the file cannot be read, or holds another network.
         """
         ensure_torchvision_imports()
+        need("torchmetrics", extra="evaluate")
         from torchmetrics.functional.image.lpips import _NoTrainLpips  # the form that downloads nothing
 
         network: Any = _NoTrainLpips(net="alex", pnet_rand=True)
@@ -79,6 +81,7 @@ class ClipScore:
         if not (folder / "config.json").is_file():  # else transformers takes it for a hub's name
             raise ValueError(f"evaluate.clip_path {folder} has no config.json: give a folder of a CLIP model")
         ensure_torchvision_imports()
+        need("transformers", extra="evaluate")
         from transformers import CLIPModel, CLIPProcessor
 
         try:

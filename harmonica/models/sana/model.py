@@ -23,6 +23,7 @@ from harmonica.models.text_blocks import (
     SubLayer,
 )
 from harmonica.models.text_transformer import TextTransformer
+from harmonica.validation.extras import need
 
 if TYPE_CHECKING:  # seconds to import, and whoever has the module has imported it
     from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
@@ -127,6 +128,7 @@ class Sana(TextTransformer):
 
     @staticmethod
     def module_class() -> Any:
+        need("diffusers", extra="diffusers")
         from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 
         return SanaTransformer2DModel
