@@ -6,8 +6,8 @@ and the planned one of `core.passes`. A router says which branches may reuse the
 `core.plan`). It is trained by SDT with the IEPO objective (`training.sdt`, `training.iepo`), or its plan is
 searched (`training.plans.search`).
 
-`harmonica.apply(pipe.transformer, router)` and `harmonica.remove(pipe.transformer)` put a trained plan on
-a diffusers pipeline and take it off.
+`harmonica.apply(pipe, router)` and `harmonica.remove(pipe)` put a trained plan on a diffusers pipeline and
+take it off; `harmonica.train_pipeline(pipe, prompts)` trains one for any pipeline with a transformer.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,17 @@ from harmonica.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from harmonica.integrations.diffusers_pipeline import apply, remove
+    from harmonica.pipeline_training.train import train_pipeline
 
-__all__ = ["apply", "remove"]
+__all__ = ["apply", "remove", "train_pipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    """`apply` and `remove` when they are first asked for: they need torch, which takes seconds to import."""
+    """Import a function when it is first asked for: they need torch, which takes seconds to import."""
+    if name == "train_pipeline":
+        from harmonica.pipeline_training import train
+
+        return train.train_pipeline
     if name in __all__:
         from harmonica.integrations import diffusers_pipeline
 
