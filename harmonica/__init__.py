@@ -6,8 +6,9 @@ and the planned one of `core.passes`. A router says which branches may reuse the
 `core.plan`). It is trained by SDT with the IEPO objective (`training.sdt`, `training.iepo`), or its plan is
 searched (`training.plans.search`).
 
-`harmonica.apply(pipe.transformer, router)` and `harmonica.remove(pipe.transformer)` put a trained plan on
-a diffusers pipeline and take it off. The names in `__all__` are the public interface; modules may move.
+`harmonica.apply(pipe, router)` and `harmonica.remove(pipe)` put a trained plan on a diffusers pipeline and
+take it off; `harmonica.train_pipeline(pipe, prompts)` trains one for any pipeline with a transformer. The
+names in `__all__` are the public interface; modules may move.
 """
 
 import importlib
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from harmonica.core.sampling import sample
     from harmonica.integrations.diffusers_pipeline import apply, remove
     from harmonica.models.loading import ModelConfig, load_model
+    from harmonica.pipeline_training.train import train_pipeline
     from harmonica.samplers import SamplerConfig, make_sampler
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "make_sampler",
     "remove",
     "sample",
+    "train_pipeline",
 ]
 
 _HOMES = {
@@ -42,6 +45,7 @@ _HOMES = {
     "make_sampler": "harmonica.samplers",
     "remove": "harmonica.integrations.diffusers_pipeline",
     "sample": "harmonica.core.sampling",
+    "train_pipeline": "harmonica.pipeline_training.train",
 }
 
 

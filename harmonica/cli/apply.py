@@ -112,7 +112,7 @@ def _write(rows: list[list[Any]], output: Path) -> None:
 def main(arguments: list[str]) -> int:
     """Run the command; return 0 if it drew, and 2 for unusable input."""
     try:
-        run(parse_settings(ApplyCommand(), arguments, "harmonica apply"))
+        run(parse_settings(ApplyCommand, arguments, "harmonica apply"))
     except ValueError as error:
         return fail(error, code=2)
     return 0

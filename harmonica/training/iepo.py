@@ -25,7 +25,7 @@ from harmonica.training.sdt import Student, micro_batches
 
 IepoKind = Literal["leave_one_out", "cumulative", "sensitivity"]
 KINDS = get_args(IepoKind)
-_SMALLEST_ERROR = 1e-12  # of a step at which nothing is reused; keeps lambda finite
+SMALLEST_ERROR = 1e-12  # of a step at which nothing is reused; keeps lambda finite
 
 
 class _Generation:
@@ -149,7 +149,7 @@ def image_error_proxy(
         average(measured_2T)  # before the division: a mean of ratios would depend on who has which rows
     change_T: Tensor
     change_T, error_T = measured_2T
-    return change_T / error_T.clamp_min(_SMALLEST_ERROR) if kind == "sensitivity" else change_T
+    return change_T / error_T.clamp_min(SMALLEST_ERROR) if kind == "sensitivity" else change_T
 
 
 def _leave_one_out(main: _Generation) -> Tensor:

@@ -9,7 +9,7 @@ Memory is bounded in two ways that leave the update as it is, `activation_checkp
 micro-batches; `harmonica.cli.memory` says what each comes to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -137,35 +137,59 @@ class SdtTrainer:
         Returns:
             The records in the order run, and the student's final images or latents (N, C, H, W).
         """
-        sampler, config = self.sampler, self.config
-        beta = config.beta if beta is None else beta
+        sampler = self.sampler
+        beta = self.config.beta if beta is None else beta
         parts = [
             self._start(*part) for part in micro_batches(noise_NCHW, condition_N, keys, micro_batch_size)
         ]
         records = []
         for i in reversed(range(sampler.num_steps - 1)):
-            row = self.router.rows[i]
             if not self.trains(i):
                 for part in parts:
                     self._full_step(i, part)
                 continue
             scores_B = self.router.scores(i)
             measured = [self._step(i, part, scores_B) for part in parts]
-            error, error_B, count = (sum(values) for values in zip(*measured, strict=True))
-            mse, l1 = error / count, scores_B.sum()
-            scores_B.backward(lambda_T[i] / count * error_B + beta * self.costs_B)
-            assert row.grad is not None
-            if average is not None:
-                with self.stopwatch.measure("reduce"):
-                    average(row.grad)
-            if on_gradient is not None:
-                on_gradient(i, row.grad)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.router.clamp_(config.clamp)
-            loss = lambda_T[i] * mse + beta * (self.costs_B * scores_B).sum()
-            records.append(StepRecord(i, mse.item(), l1.item(), loss.item()))
+            record = self.update(
+                i, scores_B, measured, lambda_T[i], beta=beta, average=average, on_gradient=on_gradient
+            )
+            records.append(record)
         return records, torch.cat([sampler.finish(part.state) for part in parts])
+
+    def update(
+        self,
+        i: int,
+        scores_B: Tensor,
+        measured: Sequence[tuple[Tensor, Tensor, int]],
+        weight: Tensor,
+        *,
+        beta: float,
+        average: Callable[[Tensor], None] | None = None,
+        on_gradient: Callable[[int, Tensor], object] | None = None,
+    ) -> StepRecord:
+        """Update row i of the router.
+
+        Args:
+            scores_B: the row's scores, with their graph.
+            measured: of each part of the batch, the sum of squared errors, its gradient in the scores (B,),
+                and the number of elements.
+            weight: lambda_i.
+        """
+        row = self.router.rows[i]
+        error, error_B, count = (sum(values) for values in zip(*measured, strict=True))
+        mse, l1 = error / count, scores_B.sum()
+        scores_B.backward(weight / count * error_B + beta * self.costs_B)
+        assert row.grad is not None
+        if average is not None:
+            with self.stopwatch.measure("reduce"):
+                average(row.grad)
+        if on_gradient is not None:
+            on_gradient(i, row.grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.router.clamp_(self.config.clamp)
+        loss = weight * mse + beta * (self.costs_B * scores_B).sum()
+        return StepRecord(i, mse.item(), l1.item(), loss.item())
 
     def trains(self, i: int) -> bool:
         """Whether row i is learned; in pairs, the first step of each computes everything, as T-1 does."""
