@@ -28,8 +28,10 @@ def test_an_unknown_command_is_refused(capsys):
 
 
 def test_a_command_gets_its_options(tmp_path, capsys):
-    assert main(["memory", "nonsense"]) == 2
+    assert main(["memory", "nonsense", "--batch-size=2"]) == 2
     assert "nonsense" in capsys.readouterr().err
+    assert main(["memory", "dit-xl-2-256", "--batch-size=2"]) == 0
+    assert "| dit-xl-2-256 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def options() -> frozenset[str]:
         f"--{argument.arg.replace('_', '-')}"
         for path in SOURCES
         for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.FunctionDef) and node.name == "main"
+        if isinstance(node, ast.FunctionDef) and node.name in ("main", "print_table")
         for argument in (*node.args.args, *node.args.kwonlyargs)
     }
     return frozenset(spelt | {f"--{name}" for name in switches} | parsed | of_functions)
