@@ -8,6 +8,7 @@ from tiny_dit import write_model
 
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler
@@ -22,7 +23,9 @@ def drawn(model: BranchedTransformer) -> tuple[torch.Tensor, torch.Tensor]:
     noise, labels = torch.randn(shape, generator=generator), torch.tensor([1, 2])
     router = Router.alternating(4, len(model.branches), 1.0)
     images = sample(sampler, noise, labels, router.plan(0.5), reuse="forecast")
-    SdtTrainer(sampler, router, SdtConfig(learning_rate=0.1)).train_trajectory(noise, labels, torch.ones(3))
+    SdtTrainer(sampler, router, SdtConfig(learning_rate=0.1)).train_trajectory(
+        [Batch(noise, labels)], torch.ones(3)
+    )
     return images, router.logits()
 
 

@@ -14,7 +14,7 @@ from tiny_dit import write_model
 from harmonica.cli import train
 from harmonica.cli.train import TrainCommand
 from harmonica.core.artifact import RouterArtifact
-from harmonica.data.batch import SampleSpec, Shard
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.config import TrainingConfig

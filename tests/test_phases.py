@@ -7,6 +7,7 @@ import torch
 from all_phases import ALL_PHASES
 from tiny_dit import write_model
 
+from harmonica.data.batch import Batch
 from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.forecast_config import ForecastConfig
@@ -98,7 +99,7 @@ def sampler(tmp_path):
 def test_a_run_goes_through_the_phases_that_it_is_said_to(sampler) -> None:
     run, names = MultiTargetTrainer(sampler, SMALL, seed=0), []
     from harmonica.cli.train import trained
-    from harmonica.data.batch import SampleSpec, Shard
+    from harmonica.data.samples import SampleSpec, Shard
 
     for metrics in trained(run, SampleSpec.of(sampler.model, 0), Shard(SMALL.batch_size)):
         kinds = {name.removeprefix("seconds.") for name in metrics if name.startswith("seconds.")}
@@ -117,5 +118,5 @@ def test_the_start_costs_the_full_steps_that_it_takes(sampler, monkeypatch) -> N
     monkeypatch.setattr(search, "planned_step", counted)
     noise = torch.randn(2, sampler.model.in_channels, *[sampler.model.sample_size] * 2)
     with torch.no_grad():
-        search.step_effects(sampler, (noise, torch.tensor([0, 1]), None), "forecast")
+        search.step_effects(sampler, Batch(noise, torch.tensor([0, 1])), "forecast")
     assert phases_of(SMALL, 9)[0].costs[0] == pytest.approx(full / 9)

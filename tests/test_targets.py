@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
@@ -44,14 +45,14 @@ def sampler(tiny_dit: DiT) -> Sampler:
     return make_sampler(tiny_dit, config)
 
 
-def rows(first: int, count: int = 4) -> tuple[Tensor, Tensor, SampleKeys]:
+def rows(first: int, count: int = 4) -> Batch:
     keys = SampleKeys.of(5, range(first, first + count))
     noise = torch.from_numpy(keys.start_noise((4, 8, 8))).double()
-    return noise, torch.arange(first, first + count) % 10, keys
+    return Batch(noise, torch.arange(first, first + count) % 10, keys)
 
 
 def train(run: RouterTrainer, until: int) -> list[dict[str, float]]:
-    return [run.train_one(*rows(4 * k)) for k in range(run.trajectory, until)]
+    return [run.train_one(rows(4 * k)) for k in range(run.trajectory, until)]
 
 
 @given(num_steps=st.integers(8, 60), speedup=st.floats(1.05, 1.9))
@@ -102,7 +103,8 @@ def test_trained_plans_meet_their_speed(sampler):
 
 
 def test_effects_are_those_of_plans_with_the_step_reused(sampler):
-    noise, labels, keys = batch = rows(0, 2)
+    batch = rows(0, 2)
+    noise, labels, keys = batch.noise_NCHW, batch.condition_N, batch.keys
     full = sample(sampler, noise, labels, keys=keys)
 
     def change(*reused: int) -> Tensor:
@@ -189,7 +191,8 @@ def test_a_run_of_all_phases_resumes_bit_for_bit(sampler):
 def test_a_quality_is_met_by_the_fastest_start_that_has_it(sampler):
     settings = {"initial": "measured", "start_trajectories": 1, "target_speedup": 0.0, "trajectories": 2}
     search = StepSearch(STEPS)
-    noise, labels, keys = batch = rows(0)
+    batch = rows(0)
+    noise, labels, keys = batch.noise_NCHW, batch.condition_N, batch.keys
     search.observe(sampler, [batch], "forecast", lambda tensor: None)
     full = sample(sampler, noise, labels, keys=keys)
 

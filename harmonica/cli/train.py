@@ -28,8 +28,8 @@ import torch.distributed as dist
 
 from harmonica.cli.common import fail, parse, say
 from harmonica.core.artifact import RouterArtifact
-from harmonica.data.batch import Batch, SampleSpec, Shard, make_samples
 from harmonica.data.prompts import PromptStore
+from harmonica.data.samples import SampleSpec, Shard, make_samples
 from harmonica.io.paths import local
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
@@ -204,8 +204,7 @@ def trained(run: MultiTargetTrainer, spec: SampleSpec, shard: Shard) -> Iterator
     """Train the trajectories that are left, on rows made here; the metrics after each."""
     while run.next_rows:
         indices = shard.indices(np.arange(shard.size), run.next_rows.start)
-        rows = Batch.of(make_samples(indices, spec), spec, run.device)
-        yield run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+        yield run.train_one(spec.to_batch(make_samples(indices, spec), run.device))
 
 
 def _train(

@@ -9,19 +9,19 @@ Runs that differ only from step i on share everything before it: each branches o
 that gets to step i, so a refresh costs (T+1)/2T of T full generations, and only two caches at a time.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from harmonica.core.cache import BranchCache, Reuse
+from harmonica.core.cache import BranchCache
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
 from harmonica.core.sampling import planned_step
+from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler, State
-from harmonica.samplers.noise import SampleKeys
-from harmonica.training.sdt import Student, micro_batches
+from harmonica.training.sdt import SdtConfig, Student
 
 IepoKind = Literal["leave_one_out", "cumulative", "sensitivity"]
 KINDS = get_args(IepoKind)
@@ -111,18 +111,13 @@ class _Generation:
 def image_error_proxy(
     sampler: Sampler,
     router: Router,
-    noise_NCHW: Tensor,
-    condition_N: Any,
+    batches: Sequence[Batch],
     *,
     kind: IepoKind,
-    threshold: float,
-    reuse: Reuse = "hold",
-    student: Student = "soft",
-    keys: SampleKeys | None = None,
-    micro_batch_size: int = 0,
+    config: SdtConfig,
     average: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """lambda (T-1,) of the trajectories from `noise`: mean squared change of the final latents.
+    """Return lambda (T-1,): the mean squared change of the final latents (paper Section 4.3).
 
     `leave_one_out` (the paper's): against x_0 with soft weights at every step, the cache is switched
     off at step i alone. `cumulative` (released code): from no caching at all, soft weights are switched
@@ -130,21 +125,21 @@ def image_error_proxy(
     `sensitivity`: leave-one-out divided by the MSE between the soft and the full output of step i.
 
     Args:
-        student: `hard` takes the router's plan in place of its soft weights, and a step that this computes
-            in full is reused instead, by itself.
-        rows: the rows' names, for samplers that draw noise: every generation draws the same.
-        micro_batch_size: rows that are generated at a time; 0 is all.
-        average: averages a tensor over all workers in place, so that lambda is that of all their rows.
+        batches: what is generated at a time (`Batch.split`); lambda is that of all samples.
+        config: threshold, reuse and student. With a hard student the router's plan takes the place of its
+            soft weights, and a step that this computes in full is reused instead, by itself.
+        average: averages a tensor over all workers in place, so that lambda is that of all their samples.
     """
     if kind not in KINDS:
         raise ValueError(f"iepo.kind is {kind!r}: give one of {', '.join(KINDS)}")
     count = sampler.num_steps - 1
-    measured_2T = torch.zeros(2, count, dtype=noise_NCHW.dtype, device=noise_NCHW.device)
-    for part in micro_batches(noise_NCHW, condition_N, keys, micro_batch_size):
-        cache = BranchCache(router.num_branches, reuse)
-        main = _Generation(sampler, router, threshold, student, sampler.start(*part), cache)
+    measured_2T = batches[0].noise_NCHW.new_zeros(2, count)
+    num_samples = sum(map(len, batches))
+    for batch in batches:
+        cache = BranchCache(router.num_branches, config.reuse)
+        main = _Generation(sampler, router, config.threshold, config.student, batch.start(sampler), cache)
         measure = _cumulative if kind == "cumulative" else _leave_one_out
-        measured_2T += len(part[0]) / len(noise_NCHW) * measure(main)  # mean over all rows
+        measured_2T += len(batch) / num_samples * measure(main)  # mean over all samples
     if average is not None:
         average(measured_2T)  # before the division: a mean of ratios would depend on who has which rows
     change_T, error_T = measured_2T

@@ -1,14 +1,13 @@
 """Lambda, the weight of a step's error in SDT's loss: all ones, or measured anew every so often by IEPO."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from harmonica.core.router import Router
+from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler
-from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.iepo import image_error_proxy
 
@@ -30,9 +29,7 @@ class StepWeights:
         self,
         sampler: Sampler,
         router: Router,
-        noise_NCHW: Tensor,
-        condition_N: Any,
-        keys: SampleKeys,
+        batches: Sequence[Batch],
         average: Callable[[Tensor], None],
     ) -> dict[str, float]:
         """Measure it under the router as it stands; the metrics to log."""
@@ -41,14 +38,9 @@ class StepWeights:
         self.lambda_T = image_error_proxy(
             sampler,
             router,
-            noise_NCHW,
-            condition_N,
+            batches,
             kind=config.iepo,
-            threshold=config.sdt.threshold,
-            reuse=config.sdt.reuse,
-            student=config.sdt.student,
-            keys=keys,
-            micro_batch_size=config.micro_batch_size,
+            config=config.sdt,
             average=average,
         )
         measured = {f"lambda.step_{i:03d}": value for i, value in enumerate(self.lambda_T.tolist())}

@@ -14,8 +14,8 @@ from torch import Tensor
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
+from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler
-from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
 from harmonica.training.phases import Phase, phases_of
@@ -66,13 +66,11 @@ class MultiTargetTrainer:
 
     def train_one(
         self,
-        noise_NCHW: Tensor,
-        condition_N: Any,
-        keys: SampleKeys,
+        batch: Batch,
         average: Callable[[Tensor], None] = average,
     ) -> dict[str, float]:
         """One trajectory of the current member; the metrics to log."""
-        metrics = self.current.train_one(noise_NCHW, condition_N, keys, average)
+        metrics = self.current.train_one(batch, average)
         if len(self.members) > 1:
             metrics["target_speedup"] = self.current.target.speedup
         if not self.next_rows and self._place + 1 < len(self.members):

@@ -16,8 +16,8 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan
 from harmonica.core.router import FIXED_LOGIT, Router
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler
-from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.loss_weights import StepWeights
 from harmonica.training.phases import PHASES, PhaseName, phases_of
@@ -25,7 +25,7 @@ from harmonica.training.plans.builders import even_plan, logits_of, speedup_of
 from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.plans.search import StepSearch, fastest_plan, initial_router
 from harmonica.training.plans.selection import PlanSelector
-from harmonica.training.sdt import SdtTrainer, micro_batches
+from harmonica.training.sdt import SdtTrainer
 from harmonica.training.target import TargetController
 from harmonica.validation.finite import CURE, NotFinite, check_finite, not_finite
 
@@ -129,9 +129,7 @@ class RouterTrainer:
 
     def train_one(
         self,
-        noise_NCHW: Tensor,
-        condition_N: Any,
-        keys: SampleKeys,
+        batch: Batch,
         average: Callable[[Tensor], None] = average,
     ) -> dict[str, float]:
         """One trajectory of whatever phase it is; the metrics to log.
@@ -139,16 +137,16 @@ class RouterTrainer:
         Raises:
             NotFinite: the same on all workers; the state before, as the last checkpoint has it, is good.
         """
-        started, batch = time.monotonic(), (noise_NCHW, condition_N, keys)
+        started = time.monotonic()
         if self._left_of("start") > 0:
-            metrics = self._measure_start(*batch, average)
+            metrics = self._measure_start(batch, average)
         elif self._left_of("router") > 0:
-            metrics = self._train_router(*batch, average)
+            metrics = self._train_router(batch, average)
         elif self.choice:
-            metrics = self._compare(*batch, average)
+            metrics = self._compare(batch, average)
         else:
-            metrics = self._fit_forecasts(*batch, average)
-        self._check(metrics, *batch)
+            metrics = self._fit_forecasts(batch, average)
+        self._check(metrics, batch)
         self.trajectory += 1
         metrics["cur"] = self.plan.cur
         metrics |= {f"seconds.{name}": took for name, took in self.trainer.stopwatch.take().items()}
@@ -156,13 +154,11 @@ class RouterTrainer:
             metrics["updates_per_s"] = (self.sampler.num_steps - 1) / (time.monotonic() - started)
         return metrics
 
-    def _check(
-        self, metrics: dict[str, float], noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys
-    ) -> None:
+    def _check(self, metrics: dict[str, float], batch: Batch) -> None:
         """Stop where a number is not finite; metrics are averages over workers, so all of them do."""
         if not (found := not_finite(metrics)):
             return
-        images_NCHW = sample(self.sampler, noise_NCHW, condition_N, keys=keys)
+        images_NCHW = sample(self.sampler, batch.noise_NCHW, batch.condition_N, keys=batch.keys)
         check_finite(
             images_NCHW, f"trajectory {self.trajectory}: {found}, since the full sampler's images are"
         )
@@ -171,15 +167,13 @@ class RouterTrainer:
             "give a smaller train.sdt.learning_rate"
         )
 
-    def _measure_start(
-        self, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys, average: Callable[[Tensor], None]
-    ) -> dict[str, float]:
+    def _measure_start(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
         """One trajectory of the search; after the last one, the router starts from what it found."""
         assert self.search is not None
-        parts = micro_batches(noise_NCHW, condition_N, keys, self.config.micro_batch_size)
+        parts = batch.split(self.config.micro_batch_size)
         with self.trainer.stopwatch.measure("start"):
             metrics = self.search.observe(self.sampler, parts, self.config.sdt.reuse, average)
-        self._check(metrics, noise_NCHW, condition_N, keys)
+        self._check(metrics, batch)
         if self._left_of("start") == 1:
             if self.config.target_psnr:
                 reuse, psnr = self.config.sdt.reuse, self.config.target_psnr
@@ -209,22 +203,18 @@ class RouterTrainer:
             self.search.load_state(other.search.state())
             self._set_starts()
 
-    def _train_router(
-        self, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys, average: Callable[[Tensor], None]
-    ) -> dict[str, float]:
+    def _train_router(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
         """A refresh of lambda where it is due, and an update of every row."""
-        batch, since = (noise_NCHW, condition_N, keys), self.trajectory - self.config.start_trajectories
+        parts = batch.split(self.config.micro_batch_size)
+        since = self.trajectory - self.config.start_trajectories
         metrics: dict[str, float] = {}
         if self.weights.is_due(since):
             with self.trainer.stopwatch.measure("lambda"):
-                metrics = self.weights.refresh(self.sampler, self.router, *batch, average)
+                metrics = self.weights.refresh(self.sampler, self.router, parts, average)
         records, _ = self.trainer.train_trajectory(
-            noise_NCHW,
-            condition_N,
+            parts,
             self.weights.lambda_T,
-            keys=keys,
             beta=self.target.beta,
-            micro_batch_size=self.config.micro_batch_size,
             average=average,
             on_gradient=self.target.observe,
         )
@@ -234,13 +224,11 @@ class RouterTrainer:
         self.target.update()
         return metrics
 
-    def _compare(
-        self, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys, average: Callable[[Tensor], None]
-    ) -> dict[str, float]:
+    def _compare(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
         """One trajectory of the choice; after the last one, the router is that of the nearer plan."""
         choice = self.choice
         assert choice is not None
-        parts = micro_batches(noise_NCHW, condition_N, keys, self.config.micro_batch_size)
+        parts = batch.split(self.config.micro_batch_size)
         with self.trainer.stopwatch.measure("choice"):
             metrics = choice.observe(self.sampler, parts, average)
         if choice.trajectories == self.config.choice_trajectories:
@@ -254,14 +242,12 @@ class RouterTrainer:
         for row, logits_B in zip(self.router.rows, logits_TB, strict=True):
             row.copy_(logits_B)
 
-    def _fit_forecasts(
-        self, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys, average: Callable[[Tensor], None]
-    ) -> dict[str, float]:
+    def _fit_forecasts(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
         """One trajectory of the forecasts, its rows some at a time."""
         assert self.fit is not None, "there are forecast.trajectories left"
         size = self.config.micro_batch_size or self.config.forecast.rows_at_once
         with self.trainer.stopwatch.measure("forecast"):
-            return self.fit.observe(self.sampler, micro_batches(noise_NCHW, condition_N, keys, size), average)
+            return self.fit.observe(self.sampler, batch.split(size), average)
 
     def artifact(self, **provenance: Any) -> RouterArtifact:
         """The router as it stands, with what it was trained for."""

@@ -17,7 +17,8 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Wo
 from ray.train.torch import TorchTrainer
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.data.batch import Batch, SampleSpec, Shard
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.evaluation.plots import router_heat_map
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
@@ -74,7 +75,7 @@ def _trajectories(
         for _ in wanted:
             tell(f"rows of trajectory {run.trajectory}")
             with times.waiting_for_data():
-                batch = Batch.of(next(batches), spec, run.device)
+                batch = spec.to_batch(next(batches), run.device)
             tell(f"trajectory {run.trajectory}, its updates and the other workers' gradients")
             yield batch
 
@@ -180,9 +181,9 @@ def _train_loop(job: dict[str, Any]) -> None:
     if keeper is not None:
         keeper.say_where(nodes)
     times, last_checkpoint = WorkerTimes(), time.monotonic()
-    for rows in _trajectories(run, spec, times, tell):
+    for batch in _trajectories(run, spec, times, tell):
         try:
-            metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+            metrics = run.train_one(batch)
         except NotFinite as error:  # on all workers; raised, it would be tried again with the same outcome
             ray.get(job["board"].stop.remote(str(error)))
             return
