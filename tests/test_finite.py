@@ -115,11 +115,11 @@ def test_what_follows_the_router_s_training_stops_too(
     overflowing: ModelConfig, good: ModelConfig, settings: dict[str, Any]
 ) -> None:
     run, rows = one_trajectory(overflowing, settings)
-    run.trajectory = 1
+    run.load_state(run.state() | {"trajectory": 1})
     with pytest.raises(NotFinite, match=r"^trajectory 1: [\w.]+ is nan, since the full"):
         run.train_one(rows)
     run, rows = one_trajectory(good, settings)
-    run.trajectory = 1
+    run.load_state(run.state() | {"trajectory": 1})
     run.train_one(rows)
 
 

@@ -161,7 +161,7 @@ def test_no_more_rows_than_a_micro_batch_go_through_the_model(problem, monkeypat
     monkeypatch.setattr(sampler.model, "embed", lambda x, *rest: (rows.add(len(x)), embed(x, *rest))[1])
     config = TrainingConfig(batch_size=4, micro_batch_size=3, sdt=SdtConfig(threshold=0.4))
     run = RouterTrainer(sampler, config, seed=0)
-    run.trainer = SdtTrainer(sampler, make_router(sampler.model), config.sdt)
+    run.context.sdt = SdtTrainer(sampler, make_router(sampler.model), config.sdt)
     run.train_one(Batch(noise, condition, KEYS))
     assert rows == {6, 2}, "three rows and one, both halves of guidance"
 

@@ -244,7 +244,10 @@ def test_a_start_for_a_share_of_reuse_has_that_share() -> None:
     run = MultiTargetTrainer(sampler, settings, seed=0)
     while run.trajectory < 1 + 1 + settings.choice_trajectories:
         train_one(run)
-    starts = {name: run.current.target.plan_of(logits) for name, logits in run.current.starts.items()}
+    starts = {
+        name: run.current.context.target.plan_of(logits)
+        for name, logits in run.current.context.starts.items()
+    }
     assert starts.keys() == {"even", "measured"}
     for plan in (*starts.values(), run.plan):
         assert abs(plan.cur - 0.4) <= 1 / 12, "to a step"

@@ -57,7 +57,7 @@ def trained(model: BranchedTransformer, case: str, noise: Tensor, condition: Any
     sampler, config = make_sampler(model, STEPS), CASES[case]
     run = RouterTrainer(sampler, config, seed=0)
     if noise.dtype == torch.float64:
-        run.trainer = SdtTrainer(sampler, run.router.double(), config.sdt)
+        run.context.sdt = SdtTrainer(sampler, run.router.double(), config.sdt)
     batch = Batch(noise, condition, SampleKeys.of(0, range(len(noise))))
     run.train_one(batch)
     before = sample(sampler, noise, condition, run.router.plan(0.4))
@@ -67,7 +67,7 @@ def trained(model: BranchedTransformer, case: str, noise: Tensor, condition: Any
         alone = model(noise, torch.full((len(noise),), 500), condition)
     return {
         "logits": run.router.logits(),
-        "lambda": run.weights.lambda_T,
+        "lambda": run.state()["lambda"],
         "mse": torch.tensor(metrics["mse"]),
         "images": torch.cat([before, after]),
         "forward": alone,

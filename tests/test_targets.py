@@ -132,7 +132,7 @@ def test_a_measured_start_is_nearer_than_an_even_one(sampler):
     config = replace(SPEED, initial="measured", start_trajectories=2)
     run = RouterTrainer(sampler, config, seed=0)
     train(run, 2)
-    plans = {name: Plan.from_scores(logits.sigmoid(), 0.5) for name, logits in run.starts.items()}
+    plans = {name: Plan.from_scores(logits.sigmoid(), 0.5) for name, logits in run.context.starts.items()}
     choice = PlanSelector(plans, "forecast")
     choice.observe(sampler, [rows(100, 16)], lambda tensor: None)
     assert choice.best == "measured"
@@ -147,7 +147,7 @@ def test_the_nearest_plan_is_kept_and_says_whose_it_is(sampler):
     assert run.plan != start
     (metrics,) = train(run, 5)
     nearer = "start" if metrics["choice.start_db"] > metrics["choice.trained_db"] else "trained"
-    assert run.chosen == nearer == run.artifact().training["chosen"]
+    assert run.context.chosen == nearer == run.artifact().training["chosen"]
     assert (run.plan == start) == (nearer == "start")
 
 
@@ -159,9 +159,10 @@ def test_a_trained_plan_that_misses_the_speed_is_not_kept(sampler):
     with torch.no_grad():
         for row in run.router.rows:
             row.fill_(1.0)  # nothing to cut between
-    assert not run.target.is_met_by(run.plan) and run.target.is_met_by(start)
+    run.load_state(run.state() | {"choice": None})  # of that router
+    assert not run.context.target.is_met_by(run.plan) and run.context.target.is_met_by(start)
     train(run, 5)
-    assert (run.chosen, run.plan) == ("start", start)
+    assert (run.context.chosen, run.plan) == ("start", start)
 
 
 def test_a_run_of_all_phases_resumes_bit_for_bit(sampler):
@@ -219,7 +220,9 @@ def test_in_pairs_only_every_second_row_is_trained(sampler):
     config = replace(SPEED, initial="constant", trajectories=3, iepo="none", sdt=sdt)
     run = RouterTrainer(sampler, config, seed=0)
     train(run, 3)
-    moved = [bool((row != first).any()) for row, first in zip(run.router.logits(), run.starts["start"])]
+    moved = [
+        bool((row != first).any()) for row, first in zip(run.router.logits(), run.context.starts["start"])
+    ]
     assert [i for i, has_moved in enumerate(moved) if has_moved] == [1, 3, 5, 7]
     assert all(all(run.plan.compute[i]) for i in (0, 2, 4, 6, 8))
 

@@ -97,7 +97,7 @@ def test_a_resumed_run_is_bit_identical(config: WorkflowConfig, tmp_path: Path) 
     resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     trained_here(config, resumed)
     assert torch.equal(resumed.router.logits(), whole.router.logits())
-    assert resumed.current.target.beta == whole.current.target.beta
+    assert resumed.current.context.target.beta == whole.current.context.target.beta
 
 
 @pytest.mark.parametrize(

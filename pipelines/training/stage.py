@@ -22,8 +22,8 @@ from harmonica.data.samples import SampleSpec, Shard
 from harmonica.evaluation.plots import router_heat_map
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from harmonica.training.multi_target import MultiTargetTrainer, family_phases
-from harmonica.training.phases import Progress
+from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
+from harmonica.training.progress import Progress
 from harmonica.training.sharding import shard_weights
 from harmonica.validation.finite import NotFinite
 from pipelines.config.workflow import WorkflowConfig
@@ -69,7 +69,7 @@ def _trajectories(
     """This worker's rows of every trajectory still to train."""
     context = ray.train.get_context()
     shard = Shard(run.config.batch_size, context.get_world_rank(), context.get_world_size())
-    while wanted := run.next_rows:  # those of one member of the family after another
+    while wanted := run.next_trajectories:  # those of one target after another
         rows = stream_samples(spec, shard, first_trajectory=wanted.start, trajectories=len(wanted))
         batches = iter(rows.iter_batches(batch_size=shard.size, prefetch_batches=4, batch_format="numpy"))
         for _ in wanted:
@@ -241,7 +241,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
     )
     kind = "GPU" if settings.use_gpu else "CPU"
     wanted = f"{settings.counts[0]} workers of one {kind} each, {settings.placement_strategy}"
-    progress = Progress(family_phases(settings, config.sampler.num_inference_steps))
+    progress = Progress(all_phase_budgets(settings, config.sampler.num_inference_steps))
     try:
         run_watched(trainer.fit, board, settings.stall_timeout_s, wanted, progress)
     except WorkerGroupError as error:
