@@ -29,7 +29,7 @@ _SMALLEST_ERROR = 1e-12  # of a step at which nothing is reused; keeps lambda fi
 
 
 class _Generation:
-    """A generation under way: its state and its cache, which every step changes."""
+    """One sampling under way: its state and its cache, which every step changes."""
 
     def __init__(
         self,
@@ -48,12 +48,12 @@ class _Generation:
         return self.state.x_MCHW
 
     def fork(self) -> "_Generation":
-        """A generation that goes on from here by itself; what the two share is never written in place."""
+        """Return one that goes on from here by itself; what the two share is never written in place."""
         settings = (self.sampler, self.router, self.threshold, self.student)
         return _Generation(*settings, self.state, self.cache.copy())
 
     def full_step(self, i: int) -> Tensor:
-        """Step i with the cache switched off (weights 1); the cache takes what was computed.
+        """Run step i with the cache switched off (weights 1); the cache takes what was computed.
 
         Returns:
             The guided output (M, C, H, W).
@@ -63,7 +63,7 @@ class _Generation:
         return guided
 
     def other_step(self, i: int) -> Tensor:
-        """What `soft_step` is held against: step i with the cache off.
+        """Run the step that `soft_step` is compared with: step i with the cache off.
 
         Under a plan that computes all of step i that would be the same again, and say of the step that it is
         free: there it is reused, all of it.
@@ -78,7 +78,7 @@ class _Generation:
         return (self.router.scores(i) > self.threshold).tolist()
 
     def soft_step(self, i: int) -> Tensor:
-        """Step i under the router's soft weights, or its plan; the guided output (M, C, H, W)."""
+        """Run step i under the soft weights, or their plan; returns the guided output (M, C, H, W)."""
         sampler = self.sampler
         scores_B = self.router.scores(i)
         refresh_row = self._refresh_row(i)
@@ -93,13 +93,13 @@ class _Generation:
         return guided
 
     def finish_soft(self, first: int) -> Tensor:
-        """Final latents (M, C, H, W) after soft steps `first` ... 0."""
+        """Return the final latents (M, C, H, W) after soft steps `first` ... 0."""
         for i in range(first, -1, -1):
             self.soft_step(i)
         return self.x_MCHW
 
     def full_end(self, first: int) -> Tensor:
-        """Final latents (M, C, H, W) if steps `first` ... 0 were computed in full: they read no cache."""
+        """Return the final latents (M, C, H, W) with steps `first` ... 0 in full, without a cache."""
         sampler, state = self.sampler, self.state
         for i in range(first, -1, -1):
             guided = sampler.guide(sampler.model.full_pass(*sampler.embed(i, state)))
@@ -147,7 +147,7 @@ def image_error_proxy(
 
 
 def _leave_one_out(main: _Generation) -> Tensor:
-    """(2, T-1): change of the final latents with step i computed in full, and that step's own error."""
+    """Return (2, T-1): the latents' change with step i in full, and that step's own error."""
     last = main.sampler.num_steps - 1
     main.full_step(last)
     finals: list[Tensor] = []
@@ -161,7 +161,7 @@ def _leave_one_out(main: _Generation) -> Tensor:
 
 
 def _cumulative(main: _Generation) -> Tensor:
-    """(2, T-1): change of the final latents as step i turns soft too, and zeros."""
+    """Return (2, T-1): the final latents' change as step i turns soft too, and zeros."""
     last = main.sampler.num_steps - 1
     main.full_step(last)
     changes: list[Tensor] = []

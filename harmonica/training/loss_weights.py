@@ -1,4 +1,4 @@
-"""Lambda, the weight of a step's error in SDT's loss: all ones, or measured anew every so often by IEPO."""
+"""Lambda, the weight of a step's error in the loss: all ones, or measured every C trajectories by IEPO."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,14 +15,14 @@ _SMALLEST = 1e-30
 
 
 class StepWeights:
-    """Of rows 0 ... T-2 (paper Section 4.3)."""
+    """Lambda of steps 0 ... T-2 (paper Section 4.3), and when it is due."""
 
     def __init__(self, num_steps: int, config: TrainingConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.lambda_T = torch.ones(num_steps - 1, device=device)
 
     def is_due(self, trajectory: int) -> bool:
-        """Before this trajectory of the router's, counted from 0."""
+        """Return whether to refresh before this trajectory of the router phase, counted from 0."""
         return self.config.iepo != "none" and trajectory % self.config.iepo_every == 0
 
     def refresh(
@@ -32,7 +32,7 @@ class StepWeights:
         batches: Sequence[Batch],
         average: Callable[[Tensor], None],
     ) -> dict[str, float]:
-        """Measure it under the router as it stands; the metrics to log."""
+        """Measure lambda under the router as it stands and return the metrics to log."""
         config = self.config
         assert config.iepo != "none"
         self.lambda_T = image_error_proxy(

@@ -26,7 +26,7 @@ from harmonica.training.timers import Stopwatch
 from harmonica.validation.settings import Field, settings
 
 Student = Literal["soft", "hard"]
-"""Whom trajectories follow, in training and for lambda: the mix of soft scores (the paper), or their plan."""
+"""What trajectories follow, in training and for lambda: the soft scores (the paper), or their plan."""
 
 
 @settings("train.sdt")
@@ -74,7 +74,7 @@ class StepRecord:
 
 @dataclass(slots=True)
 class _MicroBatch:
-    """Rows on their way along the trajectory."""
+    """Samples on their way along the trajectory."""
 
     state: State
     cache: BranchCache
@@ -145,7 +145,7 @@ class SdtTrainer:
         return records, torch.cat([sampler.finish(part.state) for part in parts])
 
     def trains(self, i: int) -> bool:
-        """Whether row i is learned; in pairs, the first step of each computes everything, as T-1 does."""
+        """Return whether row i is learned; in pairs, the first step of each computes everything."""
         last = self.sampler.num_steps - 1
         return i < last and (self.config.objective == "stepwise" or (last - i) % 2 == 1)
 
@@ -163,7 +163,11 @@ class SdtTrainer:
         return part
 
     def _step(self, i: int, part: _MicroBatch, scores_B: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Take the rows past step i: sum of squared errors, its gradient in the scores (B,), elements."""
+        """Take the samples past step i.
+
+        Returns:
+            The sum of squared errors, its gradient in the scores (B,), and the number of elements.
+        """
         sampler, model, config = self.sampler, self.sampler.model, self.config
         row = (scores_B.detach() > config.threshold).tolist()
         is_hard = config.student == "hard" and config.objective == "stepwise"

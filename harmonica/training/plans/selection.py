@@ -1,4 +1,4 @@
-"""Which of several plans leaves images nearest to the full sampler's, measured on rows nobody trained on."""
+"""Selection of the plan whose images are nearest to the full sampler's, on samples of no training."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ _RANGE = 2.0
 
 
 class PlanSelector:
-    """By the mean logarithm of image errors, so that the few images that are far off do not decide."""
+    """Selects by the mean logarithm of image errors, so that a few images that are far off do not decide."""
 
     def __init__(self, plans: Mapping[str, Plan], reuse: Reuse) -> None:
         self.plans, self.reuse = dict(plans), reuse
@@ -28,7 +28,7 @@ class PlanSelector:
     def observe(
         self, sampler: Sampler, batches: Sequence[Batch], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """Measure one batch, given in parts; the metrics to log, errors in decibels below 1."""
+        """Measure some samples and return the metrics to log, errors in decibels below 1."""
         count = sum(map(len, batches))
         sums_P = torch.zeros(len(self.plans) + 1, dtype=torch.float64, device=batches[0].noise_NCHW.device)
         for batch in batches:
@@ -51,7 +51,7 @@ class PlanSelector:
         return list(self.plans)[int(self.total_P.argmin())]
 
     def psnr(self, name: str) -> float:
-        """Of a plan's images to the full ones in dB, of values in [-1, 1]; the mean over images."""
+        """Return the mean PSNR of a plan's images to the full ones in dB, of values in [-1, 1]."""
         mean_log = float(self.total_P[list(self.plans).index(name)]) / self.trajectories
         return 10 * (math.log10(_RANGE**2) - mean_log)
 
