@@ -20,7 +20,7 @@ from processes import Session
 from router_only import ROUTER_ONLY, ROUTER_ONLY_FLAGS
 from tolerances import of_training
 
-from harmonica.data.batch import Batch, Shard, make_samples
+from harmonica.data.samples import Shard, make_samples
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig
 from pipelines import workflow
@@ -249,8 +249,8 @@ def trained_alone(
     shard = Shard(4)
     curves: Curves = {}
     while run.trajectory < trajectories:
-        rows = Batch.of(make_samples(shard.indices(np.arange(4), run.trajectory), spec), spec, "cpu")
-        for name, value in run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys).items():
+        batch = spec.to_batch(make_samples(shard.indices(np.arange(4), run.trajectory), spec), "cpu")
+        for name, value in run.train_one(batch).items():
             if not name.startswith("seconds.") and name != "updates_per_s":
                 curves.setdefault(name, []).append((run.trajectory, value))
     return curves, run.router.logits()

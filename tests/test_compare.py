@@ -13,7 +13,8 @@ import torch
 from tiny_dit import SHAPE, write_model
 from torch import Tensor
 
-from harmonica.data.batch import Batch, SampleSpec, make_samples
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.diffusers_folder import write_diffusers
 from harmonica.models.dit.config import DiTConfig
@@ -131,7 +132,7 @@ def test_settings_of_the_model_reach_the_libraries_variants(tmp_path: Path, dtyp
     write_diffusers(tmp_path / "theirs", read_model(config.path, config.revision, config.shape))
     model = load_model(ModelConfig(path=str(tmp_path / "theirs"))).model  # in diffusers' convention too
     spec = SampleSpec.of(model, 0)
-    batch = Batch.of(make_samples(np.arange(2), spec), spec, "cpu")
+    batch = spec.to_batch(make_samples(np.arange(2), spec), "cpu")
     sampler = SamplerConfig(num_inference_steps=4)
     ours = Variant(FULL, sampler).sample(model, batch)
     uncached, *others = library_variants(config, sampler)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import SamplerConfig, make_sampler
@@ -56,17 +57,17 @@ def trained(model: BranchedTransformer, case: str, noise: Tensor, condition: Any
     sampler, config = make_sampler(model, STEPS), CASES[case]
     run = RouterTrainer(sampler, config, seed=0)
     if noise.dtype == torch.float64:
-        run.trainer = SdtTrainer(sampler, run.router.double(), config.sdt)
-    keys = SampleKeys.of(0, range(len(noise)))
-    run.train_one(noise, condition, keys)
+        run.context.sdt = SdtTrainer(sampler, run.router.double(), config.sdt)
+    batch = Batch(noise, condition, SampleKeys.of(0, range(len(noise))))
+    run.train_one(batch)
     before = sample(sampler, noise, condition, run.router.plan(0.4))
-    metrics = run.train_one(noise, condition, keys)
+    metrics = run.train_one(batch)
     after = sample(sampler, noise, condition)
     with torch.no_grad():
         alone = model(noise, torch.full((len(noise),), 500), condition)
     return {
         "logits": run.router.logits(),
-        "lambda": run.weights.lambda_T,
+        "lambda": run.state()["lambda"],
         "mse": torch.tensor(metrics["mse"]),
         "images": torch.cat([before, after]),
         "forward": alone,

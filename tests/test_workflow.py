@@ -26,8 +26,8 @@ from tiny_dit import make_artifact, write_model
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch, make_samples
 from harmonica.data.prompt_files import MANIFEST
+from harmonica.data.samples import make_samples
 from harmonica.evaluation.image_metrics import psnr
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
@@ -69,7 +69,7 @@ def psnr_here(run: Path, arguments: list[str], sampler_name: str = "") -> float:
     changes = {"name": sampler_name, "scheduler": None} if sampler_name else {}
     sampler = make_sampler(model, dataclasses.replace(artifact.sampler, **changes))
     spec = sample_spec(config, model, config.seed + SEED_OFFSET)
-    rows = Batch.of(make_samples(np.arange(config.evaluate.samples), spec), spec, "cpu")
+    rows = spec.to_batch(make_samples(np.arange(config.evaluate.samples), spec), "cpu")
     full, cached = (
         sample(sampler, rows.noise_NCHW, rows.condition_N, plan, reuse=artifact.reuse, keys=rows.keys)
         for plan in (None, artifact.plan)

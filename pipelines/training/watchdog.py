@@ -13,7 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harmonica.cli.common import say
-from harmonica.training.phases import Progress
+from harmonica.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
