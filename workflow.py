@@ -18,8 +18,11 @@ from pipelines.stages import Workflow
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when every stage is done, 3 when it is and the gate kept the new router from being the
-    champion, 2 for unusable input, 1 when a stage fails, else 128 + signal."""
+    """Run the stages that are asked for, and return the exit code.
+
+    It is 0 when every stage is done, 3 when it is and the gate kept the new router from being the champion,
+    2 for unusable input, 1 when a stage fails, else 128 + signal.
+    """
     try:
         config = parse(arguments, PRESETS, "workflow.py")
         workflow = Workflow(config)

@@ -23,8 +23,9 @@ from harmonica.training.trainer import RouterRun, average
 
 
 class FamilyRun:
-    """A `RouterRun` for `train.target_speedup`, or for what else is asked, and then one for each of
-    `train.targets`; a training with no targets is a family of one.
+    """A `RouterRun` for the main target, and then one for each of `train.targets`.
+
+    The main target is `train.target_speedup` or what else is asked; with no targets it is a family of one.
 
     Raises:
         SettingError: the model cannot be trained for one of them.

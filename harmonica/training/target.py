@@ -68,8 +68,10 @@ class Aim:
         return Plan.from_scores(logits_TB.sigmoid(), self.threshold_of(logits_TB))
 
     def is_met_by(self, plan: Plan) -> bool:
-        """Whether the speed is met within 2%, as it is not where too many scores are equal to cut between;
-        or the share of reuse within 2% of all entries."""
+        """Return whether the speed, or else the share of reuse, is met within 2%.
+
+        It is not where too many scores are equal to cut between. The share is of all entries.
+        """
         if not self.speedup:
             wanted = self._config.target_cur
             return not wanted or abs(plan.cur - wanted) < _MET

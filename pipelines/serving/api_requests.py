@@ -99,8 +99,10 @@ class GenerateRequest(BaseModel):
 
 
 class LenientGenerateRequest(GenerateRequest):
-    """The same where the server is lenient (`serve.lenient`): the answer's `warnings` names every field that
-    was not followed."""
+    """The same where the server is lenient (`serve.lenient`).
+
+    The answer's `warnings` names every field that was not followed.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True)
 

@@ -18,8 +18,10 @@ _CLOSE = {"connection": "close"}
 
 
 class ReadBody:
-    """ASGI middleware that reads the body before the application is asked: 413 where it is too large, 408
-    where it is not whole in time."""
+    """ASGI middleware that reads the body before the application is asked.
+
+    It answers 413 where the body is too large, and 408 where it is not whole in time.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s

@@ -113,6 +113,8 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
+    """The models that are served, as OpenAI's API lists them."""
+
     object: Literal["list"] = "list"
     data: list[Model]
 
@@ -133,6 +135,8 @@ class RouterEntry(BaseModel):
 
 
 class RouterList(BaseModel):
+    """The routers that are served."""
+
     object: Literal["list"] = "list"
     data: list[RouterEntry]
 
@@ -145,6 +149,8 @@ class RefusedRouter(BaseModel):
 
 
 class Health(BaseModel):
+    """What is served, and whether it answers."""
+
     status: Literal["ok", "busy"] = Field(description="busy: the sampler did not answer in time.")
     model: str
     router_version: str
@@ -154,14 +160,20 @@ class Health(BaseModel):
 
 
 class Ready(BaseModel):
+    """The endpoint takes requests."""
+
     status: Literal["ready"] = "ready"
 
 
 class Live(BaseModel):
+    """The process runs."""
+
     status: Literal["alive"] = "alive"
 
 
 class ErrorDetail(BaseModel):
+    """What was wrong with a request, as OpenAI's API says it."""
+
     message: str
     type: Literal["invalid_request_error", "server_error"]
     param: str | None
