@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from harmonica.validation.settings import Field, settings
-from pipelines.tracking.mlflow_store import artifacts_of, database_of, tracking_uri
+
+from .tracking.mlflow_store import artifacts_of, database_of, tracking_uri
 
 
 @settings()

@@ -21,7 +21,7 @@ from router_only import ROUTER_ONLY, ROUTER_ONLY_FLAGS
 from tolerances import of_training
 
 import workflow
-from harmonica.data.batch import Batch, Share, make_rows
+from harmonica.data.batch import Batch, Shard, make_samples
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig
 from pipelines.presets import fashion
@@ -246,10 +246,10 @@ def trained_alone(
     sampler = SamplerConfig(num_inference_steps=6)
     config = dataclasses.replace(base, model=model, sampler=sampler, train=train)
     run, spec = start_run(config, torch.device("cpu"))
-    share = Share(4)
+    shard = Shard(4)
     curves: Curves = {}
     while run.trajectory < trajectories:
-        rows = Batch.of(make_rows(share.indices(np.arange(4), run.trajectory), spec), spec, "cpu")
+        rows = Batch.of(make_samples(shard.indices(np.arange(4), run.trajectory), spec), spec, "cpu")
         for name, value in run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys).items():
             if not name.startswith("seconds.") and name != "updates_per_s":
                 curves.setdefault(name, []).append((run.trajectory, value))

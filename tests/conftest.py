@@ -8,7 +8,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import other_sums
 import pytest
 import torch
+from execution_cases import fresh
 from torch import Tensor
 from xdist.scheduler import LoadFileScheduling
 
@@ -158,3 +159,15 @@ def make_bomb(tmp_path: Path) -> tuple[Callable[[], Any], Path]:
     """An object maker, and the file that appears if a pickle of such an object is executed."""
     marker = tmp_path / "executed"
     return lambda: _Bomb(marker), marker
+
+
+@pytest.fixture
+def no_codegen(monkeypatch) -> Iterator[None]:
+    """Compiled branches run as they were traced, and their graphs are counted from none.
+
+    What Dynamo guards on, and so how many graphs there are, does not depend on the generated code.
+    """
+    fresh()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    fresh()

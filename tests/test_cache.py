@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harmonica.core.cache import BranchCache, cache_bytes
 from harmonica.core.router import Router
-from harmonica.core.sampling import planned_step
+from harmonica.core.trajectory import planned_step
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.sdt import SdtConfig, SdtTrainer

@@ -18,7 +18,7 @@ from harmonica.cli import train as train_command
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import check_sample, record_sample
 from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch, RowSpec, make_rows
+from harmonica.data.batch import Batch, SampleSpec, make_samples
 from harmonica.data.text_encoder import TextEncoder
 from harmonica.evaluation.plots import encode_picture, to_uint8
 from harmonica.models.loading import ModelConfig, load_model
@@ -27,7 +27,7 @@ from harmonica.samplers import make_sampler
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.sdt import SdtConfig
-from harmonica.training.trainer import RouterRun
+from harmonica.training.trainer import RouterTrainer
 from harmonica.validation.finite import NotFinite, check_finite, not_finite
 from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
 from pipelines.evaluation.latency import Variant, measure
@@ -77,12 +77,12 @@ PHASES: dict[str, dict[str, Any]] = {
 }
 
 
-def one_trajectory(model: ModelConfig, settings: dict[str, Any]) -> tuple[RouterRun, Batch]:
+def one_trajectory(model: ModelConfig, settings: dict[str, Any]) -> tuple[RouterTrainer, Batch]:
     plain = {"trajectories": 1, "start_trajectories": 0, "choice_trajectories": 0, "batch_size": 2}
     config = TrainingConfig(**plain | settings)
-    run = RouterRun(make_sampler(load_model(model).model, SAMPLER), config, seed=0)
-    spec = RowSpec.of(run.sampler.model, 0, None)
-    return run, Batch.of(make_rows(np.arange(2), spec), spec, "cpu")
+    run = RouterTrainer(make_sampler(load_model(model).model, SAMPLER), config, seed=0)
+    spec = SampleSpec.of(run.sampler.model, 0, None)
+    return run, Batch.of(make_samples(np.arange(2), spec), spec, "cpu")
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -148,7 +148,7 @@ def test_the_command_stops_with_one_line_and_keeps_no_state(
 # Evaluation, sweeps, samples
 
 
-SPEC = RowSpec(seed=5, num_classes=10, shape=(1, 28, 28))
+SPEC = SampleSpec(seed=5, num_classes=10, shape=(1, 28, 28))
 
 
 def workflow(model: ModelConfig) -> WorkflowConfig:
@@ -166,7 +166,7 @@ def arms_of(artifact: RouterArtifact) -> list[Variant]:
 def test_evaluation_stops_at_the_variant_that_is_not_finite(
     overflowing: ModelConfig, good: ModelConfig
 ) -> None:
-    batch = make_rows(np.arange(4), SPEC)
+    batch = make_samples(np.arange(4), SPEC)
     for model, artifact, variant in (
         (overflowing, make_artifact(overflowing), "full"),
         (good, broken_router(good), "cached"),
@@ -305,9 +305,9 @@ def test_no_value_is_looked_at_inside_a_trajectory(good: ModelConfig, monkeypatc
             return own(self, *args)
 
         monkeypatch.setattr(Tensor, name, counting)
-    rows = make_rows(np.arange(2), SPEC)
+    rows = make_samples(np.arange(2), SPEC)
     batch = Batch.of(rows, SPEC, "cpu")
     plan = make_artifact(good).plan
     looked.clear()
-    sample(sampler, batch.noise_NCHW, batch.condition_N, plan, rows=batch.keys)
+    sample(sampler, batch.noise_NCHW, batch.condition_N, plan, keys=batch.keys)
     assert looked == []

@@ -17,7 +17,7 @@ from harmonica.cli.memory import sampling_memory, training_memory
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
-from harmonica.core.sampling import planned_step
+from harmonica.core.trajectory import planned_step
 from harmonica.models.base import BranchedTransformer, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.text_condition import TextCondition

@@ -10,7 +10,7 @@ from tiny_dit import write_model
 from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.multi_target import FamilyRun, family_phases
+from harmonica.training.multi_target import MultiTargetTrainer, family_phases
 from harmonica.training.phases import Progress, phases_of
 from harmonica.training.plans import search
 from harmonica.training.presets import fashion
@@ -65,12 +65,12 @@ def test_a_resumed_training_goes_by_its_own_time() -> None:
 
 def test_lines_name_the_phase_and_what_follows() -> None:
     progress = Progress(phases_of(RECORDED, STEPS))
-    assert progress.words(2) == "measuring the start: 2 of 3 trajectories"
-    assert progress.words(3) == "training the router: 0 of 20 trajectories"
-    assert progress.words(42) == "fitting the forecasts: 16 of 16 trajectories"
-    assert progress.left_words(25, 0, 90.0).endswith(" in all; then fitting the forecasts")
-    assert progress.left_words(42, 0, 90.0) == "0:00:00 left"
-    left = progress.left_words(2, 0, 24.0)
+    assert progress.message(2) == "measuring the start: 2 of 3 trajectories"
+    assert progress.message(3) == "training the router: 0 of 20 trajectories"
+    assert progress.message(42) == "fitting the forecasts: 16 of 16 trajectories"
+    assert progress.time_left_message(25, 0, 90.0).endswith(" in all; then fitting the forecasts")
+    assert progress.time_left_message(42, 0, 90.0) == "0:00:00 left"
+    left = progress.time_left_message(2, 0, 24.0)
     assert left == (
         "0:00:12 left in this phase, 0:02:00 in all; then training the router, choosing the plan, "
         "fitting the forecasts"
@@ -81,8 +81,8 @@ def test_a_family_has_the_start_once_and_names_its_speeds() -> None:
     config = dataclasses.replace(RECORDED, targets=(1.5,))
     phases = family_phases(config, STEPS)
     assert sum(phase.trajectories for phase in phases) == config.all_trajectories
-    assert [phase.words for phase in phases[:2]] == ["measuring the start", "training the router for 1.8x"]
-    assert phases[-1].words == "fitting the forecasts for 1.5x"
+    assert [phase.message for phase in phases[:2]] == ["measuring the start", "training the router for 1.8x"]
+    assert phases[-1].message == "fitting the forecasts for 1.5x"
     assert sum(phase.name == "start" for phase in phases) == 1
 
 
@@ -96,11 +96,11 @@ def sampler(tmp_path):
 
 
 def test_a_run_goes_through_the_phases_that_it_is_said_to(sampler) -> None:
-    run, names = FamilyRun(sampler, SMALL, seed=0), []
+    run, names = MultiTargetTrainer(sampler, SMALL, seed=0), []
     from harmonica.cli.train import trained
-    from harmonica.data.batch import RowSpec, Share
+    from harmonica.data.batch import SampleSpec, Shard
 
-    for metrics in trained(run, RowSpec.of(sampler.model, 0), Share(SMALL.batch_size)):
+    for metrics in trained(run, SampleSpec.of(sampler.model, 0), Shard(SMALL.batch_size)):
         kinds = {name.removeprefix("seconds.") for name in metrics if name.startswith("seconds.")}
         names.append(next((one for one in ("start", "choice", "forecast") if one in kinds), "router"))
     assert names == [phase.name for phase in family_phases(SMALL, 9) for _ in phase.costs]

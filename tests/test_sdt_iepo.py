@@ -247,7 +247,7 @@ def test_impossible_settings_are_refused_by_name_and_value(name, value):
 
 
 def test_a_score_that_is_1_to_float32_leaves_beta_a_number():
-    controller = BetaController(3, torch.ones(2), share=0.5, threshold=0.5)
+    controller = BetaController(3, torch.ones(2), fraction=0.5, threshold=0.5)
     for i in range(2):
         controller.observe(i, torch.zeros(2), torch.tensor([30.0, 0.5]))
     assert math.isfinite(controller.update()) and controller.worth_TB.isfinite().all()
@@ -257,7 +257,7 @@ def test_a_score_that_is_1_to_float32_leaves_beta_a_number():
 def test_beta_brings_cur_to_its_target(tiny_sampler, batch: Batch, lambda_T, target):
     router = Router.alternating(6, 6, 0.5).double()
     trainer = SdtTrainer(tiny_sampler, router, SdtConfig(threshold=0.5, learning_rate=0.15))
-    beta = BetaController(6, torch.ones(6), share=target * 6 / 5, threshold=0.5)
+    beta = BetaController(6, torch.ones(6), fraction=target * 6 / 5, threshold=0.5)
     start = router.plan(0.5).cur
     noise, labels = batch
     for _ in range(12):
@@ -274,7 +274,7 @@ def test_beta_brings_cur_to_its_target(tiny_sampler, batch: Batch, lambda_T, tar
 
 
 def test_beta_is_the_quantile_of_what_entries_are_worth():
-    beta = BetaController(3, torch.ones(2), share=0.75, threshold=0.2)
+    beta = BetaController(3, torch.ones(2), fraction=0.75, threshold=0.2)
     logits = torch.zeros(2)
     # r = 1/2 and beta = 0: worth = -gradient / (r (1 - r)) / (1 - r) = -8 gradient.
     beta.observe(0, torch.tensor([-1.0, -4.0]) / 8, logits)
@@ -297,11 +297,11 @@ def test_a_resumed_beta_continues_bit_for_bit():
             values.append(beta.update())
         return values
 
-    whole = BetaController(4, torch.ones(4), share=2 / 3, threshold=0.1)
+    whole = BetaController(4, torch.ones(4), fraction=2 / 3, threshold=0.1)
     run(whole, range(3))
     state = whole.state_dict()
     expected = run(whole, range(3, 6))
-    resumed = BetaController(4, torch.ones(4), share=2 / 3, threshold=0.1)
+    resumed = BetaController(4, torch.ones(4), fraction=2 / 3, threshold=0.1)
     resumed.load_state_dict(state)
     assert run(resumed, range(3, 6)) == expected
     assert torch.equal(resumed.worth_TB, whole.worth_TB)

@@ -27,12 +27,12 @@ from tiny_dit import make_artifact, write_model
 import workflow
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch, make_rows
+from harmonica.data.batch import Batch, make_samples
 from harmonica.data.prompt_files import MANIFEST
 from harmonica.evaluation.image_metrics import psnr
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from pipelines.data.stream import row_spec
+from pipelines.data.stream import sample_spec
 from pipelines.evaluation.latency import SEED_OFFSET
 from pipelines.run_state import resume
 from pipelines.tracking import registry
@@ -68,10 +68,10 @@ def psnr_here(run: Path, arguments: list[str], sampler_name: str = "") -> float:
     model, artifact = load_model(config.model).model, RouterArtifact.load(run / "router")
     changes = {"name": sampler_name, "scheduler": None} if sampler_name else {}
     sampler = make_sampler(model, dataclasses.replace(artifact.sampler, **changes))
-    spec = row_spec(config, model, config.seed + SEED_OFFSET)
-    rows = Batch.of(make_rows(np.arange(config.evaluate.samples), spec), spec, "cpu")
+    spec = sample_spec(config, model, config.seed + SEED_OFFSET)
+    rows = Batch.of(make_samples(np.arange(config.evaluate.samples), spec), spec, "cpu")
     full, cached = (
-        sample(sampler, rows.noise_NCHW, rows.condition_N, plan, reuse=artifact.reuse, rows=rows.keys)
+        sample(sampler, rows.noise_NCHW, rows.condition_N, plan, reuse=artifact.reuse, keys=rows.keys)
         for plan in (None, artifact.plan)
     )
     return float(psnr(cached, full).clamp(max=100).mean())

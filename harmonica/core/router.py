@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.core.plan import Plan
-from harmonica.samplers.noise import row_noise
+from harmonica.samplers.noise import sample_noise
 
 FIXED_LOGIT = 5.0
 """Logits of row T-1, which always computes and is never trained."""
-ROUTER_ROW = 2**62
+ROUTER_INDEX = 2**62
 """Row index that initial logits are drawn at: no trajectory gets there."""
 
 
@@ -44,7 +44,7 @@ class Router(nn.Module):
     @classmethod
     def normal(cls, num_steps: int, num_branches: int, seed: int) -> "Router":
         """Return a router with standard normal logits, as in the released code."""
-        logits_TB = torch.from_numpy(row_noise(seed, ROUTER_ROW, (num_steps, num_branches)))
+        logits_TB = torch.from_numpy(sample_noise(seed, ROUTER_INDEX, (num_steps, num_branches)))
         logits_TB[-1] = FIXED_LOGIT
         return cls.from_logits(logits_TB)
 

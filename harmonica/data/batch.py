@@ -15,11 +15,11 @@ import torch
 
 from harmonica.data.prompts import PromptStore, text_condition
 from harmonica.models.base import BranchedTransformer
-from harmonica.samplers.noise import RowKeys, row_label, row_noise
+from harmonica.samplers.noise import SampleKeys, sample_label, sample_noise
 
 
 @dataclass(frozen=True, slots=True)
-class RowSpec:
+class SampleSpec:
     """What a row looks like; pickled, its prompts are an address."""
 
     seed: int
@@ -33,7 +33,7 @@ class RowSpec:
     """Height and width, where the model is told its size."""
 
     @classmethod
-    def of(cls, model: BranchedTransformer, seed: int, prompts: PromptStore | None = None) -> "RowSpec":
+    def of(cls, model: BranchedTransformer, seed: int, prompts: PromptStore | None = None) -> "SampleSpec":
         """Rows for a model.
 
         Raises:
@@ -48,13 +48,13 @@ class RowSpec:
         return cls(seed, len(prompts), shape, prompts, model.size_conditioning())
 
     @property
-    def row_bytes(self) -> int:
-        """Of a row in memory."""
+    def sample_bytes(self) -> int:
+        """Bytes of a sample in memory."""
         return 4 * math.prod(self.shape) + (self.prompts.row_bytes if self.prompts else 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Shard:
     """Which rows are one worker's: trajectory k is rows kB ... kB+B-1, split evenly by rank.
 
     A pure function of k and the global batch size B, so the number of workers changes who makes a row
@@ -77,13 +77,13 @@ class Share:
         return indices
 
 
-def make_rows(indices: np.ndarray, spec: RowSpec) -> dict[str, np.ndarray]:
+def make_samples(indices: np.ndarray, spec: SampleSpec) -> dict[str, np.ndarray]:
     """index (n,), label (n,) int64, noise (n, C, H, W) float32; for text `PromptStore.columns` too."""
-    labels = np.array([row_label(spec.seed, int(i), spec.num_classes) for i in indices], np.int64)
+    labels = np.array([sample_label(spec.seed, int(i), spec.num_classes) for i in indices], np.int64)
     rows = {
         "index": indices,
         "label": labels,
-        "noise": np.stack([row_noise(spec.seed, int(i), spec.shape) for i in indices]),
+        "noise": np.stack([sample_noise(spec.seed, int(i), spec.shape) for i in indices]),
     }
     return rows | spec.prompts.columns(labels) if spec.prompts else rows
 
@@ -95,13 +95,13 @@ class Batch:
     noise_NCHW: torch.Tensor
     condition_N: Any
     """Labels (N,), or a `TextCondition`."""
-    keys: RowKeys
+    keys: SampleKeys
 
     @classmethod
-    def of(cls, rows: Mapping[str, Any], spec: RowSpec, device: torch.device | str) -> "Batch":
-        """From `make_rows`' columns, numpy's or torch's; copied, because Ray's batches are read-only."""
+    def of(cls, rows: Mapping[str, Any], spec: SampleSpec, device: torch.device | str) -> "Batch":
+        """From `make_samples`' columns, numpy's or torch's; copied, because Ray's batches are read-only."""
         noise, label = (torch.as_tensor(np.array(rows[name])).to(device) for name in ("noise", "label"))
-        keys = RowKeys.of(spec.seed, [int(i) for i in rows["index"]])
+        keys = SampleKeys.of(spec.seed, [int(i) for i in rows["index"]])
         if spec.prompts is None:
             return cls(noise, label, keys)
         return cls(noise, text_condition(rows, spec.prompts, spec.pixels).to(device), keys)

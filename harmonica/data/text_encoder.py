@@ -98,7 +98,7 @@ class PromptTooLong(ValueError):
         return self.message
 
 
-def over_limit_words(prompt: str, tokens: int, many: int, total: int, max_tokens: int) -> str:
+def over_limit_message(prompt: str, tokens: int, many: int, total: int, max_tokens: int) -> str:
     """What warnings and errors say of prompts that are too long; `prompt` is the first of them."""
     shown = prompt if len(prompt) <= 60 else f"{prompt[:60]}..."
     return f"{many} of {total} prompts have more than {max_tokens} tokens, the first {tokens}: {shown!r}"
@@ -214,7 +214,7 @@ class TextEncoder:
         over = [pair for pair in zip(full, token_counts(self.tokenizer, full)) if pair[1] > max_tokens]
         if not over:
             return
-        words = over_limit_words(*over[0], len(over), total, max_tokens)
+        words = over_limit_message(*over[0], len(over), total, max_tokens)
         if over_limit == "refuse":
             raise PromptTooLong(f"{words}: shorten them, or set prompts.over_limit to truncate", over[0][1])
         logger.warning("%s; they lose their end", words)

@@ -97,14 +97,7 @@ class PipelineTransformer(ABC):
                 "transformer.transformer_blocks are not those that the plan was put on: something, such as "
                 "another cache (cache-dit), has replaced them. Take that off, or harmonica.remove first"
             )
-        for name, module in self.transformer.named_modules():
-            hooks = [hook for hook in _diffusers_hooks(module) if hook not in _HARMLESS_HOOKS]
-            if hooks:
-                raise ValueError(
-                    f"{f'transformer.{name}'.rstrip('.')} has the hook {', '.join(hooks)}, which changes "
-                    "what is computed, as diffusers' own caches do: use that or a plan, not both. Take it "
-                    "off, or harmonica.remove first"
-                )
+        refuse_other_caches(self.transformer)
         for name, module in self.bypassed():
             hooks = [type(module._hf_hook).__name__] if hasattr(module, "_hf_hook") else []
             hooks += _diffusers_hooks(module)
@@ -132,6 +125,22 @@ class PipelineTransformer(ABC):
     @abstractmethod
     def bypassed(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield modules that diffusers calls and the view does not, with their names."""
+
+
+def refuse_other_caches(transformer: nn.Module) -> None:
+    """Refuse diffusers' hooks that change what is computed.
+
+    Raises:
+        ValueError: names the module, its hook, and the cure.
+    """
+    for name, module in transformer.named_modules():
+        hooks = [hook for hook in _diffusers_hooks(module) if hook not in _HARMLESS_HOOKS]
+        if hooks:
+            raise ValueError(
+                f"{f'transformer.{name}'.rstrip('.')} has the hook {', '.join(hooks)}, which changes "
+                "what is computed, as diffusers' own caches do: use that or a plan, not both. Take it "
+                "off, or harmonica.remove first"
+            )
 
 
 def _diffusers_hooks(module: nn.Module) -> list[str]:

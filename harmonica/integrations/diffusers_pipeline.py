@@ -18,25 +18,29 @@ row of the plan (with forecasts, each step) is a graph of its own, compiled in t
 
 import types
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.adapters import PipelineTransformer, pipeline_transformer
 from harmonica.integrations.planned_forward import PlannedForward
+from harmonica.integrations.recorded.pipelines import is_recorded, planned_calls, transformers_of
+from harmonica.integrations.recorded.planned_trajectory import PlannedCall
 from harmonica.integrations.step_tracker import StepCounter
+from harmonica.integrations.weight_check import matched_fingerprint, other_weights
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers import make_sampler
 
 _STATE = "_harmonica"
 _END_OF_CALL = "_reset_stateful_cache"  # diffusers' pipelines call it when they have their images
+_CONTEXT = "cache_context"  # names a step's calls, where a class has it
 _HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they wrap
 
 
 def apply(
-    transformer: nn.Module,
+    transformer: Any,
     artifact: RouterArtifact | str | Path,
     *,
     allow_other_sampler: bool = False,
@@ -45,11 +49,12 @@ def apply(
     """Run a pipeline's transformer under a router's plan, until `remove`.
 
     Before or after `torch.compile` and `enable_model_cpu_offload`. Height, width, batch and guidance may
-    change from call to call. `save_pretrained` saves the plain model; `copy.deepcopy`, pickle and
-    `torch.save` take the plan along.
+    change from call to call. `save_pretrained` saves the plain model; `copy.deepcopy` takes the plan along,
+    and so do pickle and `torch.save` for a DiT, PixArt or Sana.
 
     Args:
-        transformer: `pipe.transformer`, changed in place.
+        transformer: a pipeline, or `pipe.transformer`, changed in place. A pipeline whose trajectories are
+            shared by two transformers (Wan 2.2) has to be given itself.
         artifact: or its folder.
         allow_other_sampler: count calls, whatever their timesteps. For routers of ddim and iddpm, whose
             steps are the public DiT code's and no diffusers scheduler's, and for measuring transfer.
@@ -61,48 +66,76 @@ def apply(
         ValueError: there is a plan already, or the router was not made for this model, or its sampler is
             none that a pipeline can follow.
     """
-    module = _unwrapped(transformer)
-    if hasattr(module, _STATE):
+    modules = [_unwrapped(each) for each in transformers_of(transformer)]
+    if any(hasattr(module, _STATE) for module in modules):
         raise ValueError("transformer has a plan already: harmonica.remove(transformer) first")
     if not isinstance(artifact, RouterArtifact):
         artifact = RouterArtifact.load(artifact)
+    if is_recorded(artifact):
+        calls = planned_calls(
+            modules,
+            [_own_forward(module) for module in modules],
+            artifact,
+            allow_other_sampler=allow_other_sampler,
+            check_weights=check_weights,
+        )
+        replaced: list[tuple[nn.Module, PlannedForward | PlannedCall]] = list(zip(modules, calls))
+    else:
+        replaced = [(modules[0], _planned_forward(modules[0], artifact, allow_other_sampler, check_weights))]
+    for module, _ in replaced:
+        if getattr(module, _slot(module)) != _own_forward(module):
+            raise ValueError(
+                "transformer.forward is not the class's own, something wraps it: take that off, or load the "
+                "transformer anew, apply, and put it on again"
+            )
+    for module, planned in replaced:
+        for name, value in ((_slot(module), planned), (_END_OF_CALL, planned.end_of_call), (_STATE, planned)):
+            setattr(module, name, value)
+        if isinstance(planned, PlannedCall) and hasattr(type(module), _CONTEXT):
+            setattr(module, _CONTEXT, planned.cache_context)
+
+
+def _planned_forward(
+    module: nn.Module, artifact: RouterArtifact, allow_other_sampler: bool, check_weights: bool
+) -> PlannedForward:
+    """Return the forward of a class that has branches of its own."""
     model = pipeline_transformer(module, artifact.model)
     model.check()
     _check_weights_and_shape(model, artifact, check_weights)
     config, plan = artifact.sampler, artifact.plan
     timesteps = None if allow_other_sampler else _timesteps(model.view, artifact)
     scheduler = (config.scheduler or {}).get("_class_name", config.name)
-    steps = StepCounter(plan.num_steps, timesteps, scheduler)
-    planned = PlannedForward(model, plan, artifact.reuse, steps)
-    slot = _HOOKED if _HOOKED in vars(module) else "forward"
-    if getattr(module, slot) != _own_forward(module):
-        raise ValueError(
-            "transformer.forward is not the class's own, something wraps it: take that off, or load the "
-            "transformer anew, apply, and put it on again"
-        )
-    for name, value in ((slot, planned), (_END_OF_CALL, planned.end_of_call), (_STATE, planned)):
-        setattr(module, name, value)
+    return PlannedForward(model, plan, artifact.reuse, StepCounter(plan.num_steps, timesteps, scheduler))
 
 
-def remove(transformer: nn.Module) -> None:
-    """Restore the transformer as it was before `apply`.
+def remove(transformer: Any) -> None:
+    """Restore the transformer, or those of a pipeline, as they were before `apply`.
 
     Raises:
         ValueError: there is no plan, or something wraps it.
     """
-    module = _unwrapped(transformer)
-    planned: PlannedForward | None = getattr(module, _STATE, None)
-    if planned is None:
-        raise ValueError("transformer has no plan: harmonica.apply puts one on")
-    if vars(module).get(_HOOKED) == planned:
-        setattr(module, _HOOKED, _own_forward(module))
-    elif vars(module).get("forward") == planned:
-        del module.forward
-    else:
-        raise ValueError("transformer.forward is not the plan's, something wraps it: take that off first")
-    planned.reset()
-    delattr(module, _END_OF_CALL)
-    delattr(module, _STATE)
+    modules = [_unwrapped(each) for each in transformers_of(transformer)]
+    plans: list[PlannedForward | PlannedCall | None] = [getattr(module, _STATE, None) for module in modules]
+    for module, planned in zip(modules, plans):
+        if planned is None:
+            raise ValueError("transformer has no plan: harmonica.apply puts one on")
+        if vars(module).get(_slot(module)) != planned:
+            raise ValueError("transformer.forward is not the plan's, something wraps it: take that off first")
+        planned.reset()
+        if isinstance(planned, PlannedCall):
+            planned.close()
+    for module in modules:
+        if _HOOKED in vars(module):
+            setattr(module, _HOOKED, _own_forward(module))
+        else:
+            del module.forward
+        for name in (_END_OF_CALL, _STATE, _CONTEXT):
+            if name in vars(module):
+                delattr(module, name)
+
+
+def _slot(module: nn.Module) -> str:
+    return _HOOKED if _HOOKED in vars(module) else "forward"
 
 
 def _unwrapped(transformer: nn.Module) -> nn.Module:
@@ -117,27 +150,14 @@ def _check_weights_and_shape(
     model: PipelineTransformer, artifact: RouterArtifact, check_weights: bool
 ) -> None:
     parameters = list(model.transformer.parameters())
-    if any(parameter.is_meta for parameter in parameters):
-        raise ValueError("transformer has its weights elsewhere (meta): apply first, then offload")
-    found = model.fingerprint()
-    if not check_weights:
-        found = replace(found, exact=artifact.model["weights"])
-    for each in {str(parameter.dtype).removeprefix("torch.") for parameter in parameters}:
-        # Parts may have stayed in full precision: what counts is what rounding makes of them.
-        if artifact.rounded_weights.get(each, "") == found.rounded.get(each):
-            found = replace(found, exact=found.rounded[each])
+    found = matched_fingerprint(parameters, model.fingerprint, artifact, check_weights=check_weights)
     model.view.recorded_fingerprint = found
     try:
         artifact.check(model.view, artifact.sampler)
     except ValueError as error:
         if not str(error).startswith("model.weights "):
             raise
-        raise ValueError(
-            f"model.weights is {found.exact} and the router was made for {artifact.model['weights']}: these "
-            "are other weights. Where you know them to be the same in another form, as they are after "
-            "quantising or with an adapter (LoRA) fused into them, apply with check_weights=False; for "
-            "another model, train a router"
-        ) from None
+        raise other_weights(found, artifact) from None
 
 
 def _timesteps(view: BranchedTransformer, artifact: RouterArtifact) -> Sequence[float]:

@@ -1,8 +1,6 @@
 """The replacement of a transformer's forward: each call is a step of a plan."""
 
 import copy
-import logging
-import threading
 import types
 from collections.abc import Hashable, Sequence
 from typing import Any, cast
@@ -14,12 +12,10 @@ from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan
 from harmonica.integrations.adapters import Call, PipelineTransformer
-from harmonica.integrations.call_owner import CallOwner, current_pipeline
-from harmonica.integrations.scheduler_guard import SchedulerGuard, SecondCallError
+from harmonica.integrations.scheduler_guard import SecondCallError
 from harmonica.integrations.step_tracker import StepCounter
+from harmonica.integrations.trajectory_claim import TrajectoryClaim
 from harmonica.models.base import BranchedTransformer
-
-logger = logging.getLogger(__name__)
 
 
 def _step(
@@ -55,10 +51,7 @@ class PlannedForward:
         self._graphs = {self._graph(i): _step_of_its_own(f"plan_step_{i}") for i in steps}
         self._cache: BranchCache | None = None
         self._shape: tuple[int, ...] = ()
-        self._owner: CallOwner | None = None
-        self._guard: SchedulerGuard | None = None
-        self._following: set[int] = set()  # threads with a step since their last end of a call
-        self._lock = threading.Lock()
+        self._claim = TrajectoryClaim()
 
     def __getstate__(self) -> dict[str, Any]:
         steps = copy.copy(self._steps)
@@ -102,8 +95,7 @@ class PlannedForward:
         if len(timesteps) != 1:
             raise ValueError(f"timestep is {sorted(timesteps)}: a plan has one step for the whole batch")
         (timestep,) = timesteps
-        self._claim(timestep)
-        self._following.add(threading.get_ident())
+        self._claim.take(lambda *_: self._steps.begins(timestep))
         i = self._steps.next_step(timestep)
         shape = tuple(call.sample_NCHW.shape)
         if i == self._plan.num_steps - 1:
@@ -117,26 +109,11 @@ class PlannedForward:
             )
         return i, call, (call.sample_NCHW, call.timestep_N, self._model.condition(call.arguments))
 
-    def _claim(self, timestep: float) -> None:
-        """Refuse a step of any call but the one that owns the trajectory."""
-        caller = CallOwner.current()
-        with self._lock:
-            owner, begins = self._owner, self._steps.begins(timestep)
-            if owner is not None and owner.bars(caller, is_first_step=begins):
-                raise SecondCallError(owner)
-            if owner is None or begins:
-                self._owner = caller
-                self._guard_scheduler(caller)
-
-    def _guard_scheduler(self, owner: CallOwner) -> None:
-        scheduler = getattr(current_pipeline(), "scheduler", None)
-        if owner.pipeline_call is not None and hasattr(scheduler, "set_timesteps"):
-            self._guard = SchedulerGuard(scheduler, owner)
-
     @torch.compiler.disable
     def _leave(self, i: int, call: Call, output_NCHW: Tensor) -> Any:
         if i == 0:
-            self._release()
+            self._forget()
+            self._claim.release()
         if not call.arguments["return_dict"]:
             return (output_NCHW,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -150,43 +127,20 @@ class PlannedForward:
             ValueError: before the plan's last step, where steps are only counted and the pipeline was not
                 interrupted: it has other steps than the router.
         """
-        calls, wanted = self._steps.calls, self._plan.num_steps
-        if not self.reset():
-            return
-        is_followed = threading.get_ident() in self._following
-        self._following.discard(threading.get_ident())
-        is_interrupted = getattr(current_pipeline(), "_interrupt", False) is True
-        if not is_followed and CallOwner.current().pipeline_call is not None and not is_interrupted:
-            logger.warning(
-                "the pipeline's images were made without the plan: something, such as another cache, has "
-                "replaced transformer.forward. Take that off, or load the transformer anew and apply"
-            )
-        elif calls and (self._steps.is_checked or is_interrupted):
-            logger.warning(
-                "the pipeline ended after %d of the router's %d steps: it was interrupted, or was given "
-                "fewer. The next call begins anew",
-                *(calls, wanted),
-            )
-        elif calls:
-            raise ValueError(
-                f"the pipeline ended after {calls} of the router's {wanted} steps: give it "
-                f"num_inference_steps {wanted}"
-            )
+        calls = self._steps.calls
+        if self.reset():
+            self._claim.check_end(calls, self._plan.num_steps, is_checked=self._steps.is_checked)
 
     @torch.compiler.disable
     def reset(self) -> bool:
         """Drop the trajectory unless another thread owns it; returns whether it is gone."""
-        with self._lock:
-            if self._owner is not None and self._owner.thread != threading.get_ident():
-                return False
-            if self._guard is not None:
-                self._guard.take_off()
-            self._guard = None
-            self._release()
-            self._steps.reset()
-            return True
 
-    def _release(self) -> None:
+        def forget() -> None:
+            self._forget()
+            self._steps.reset()
+
+        return self._claim.drop(forget)
+
+    def _forget(self) -> None:
         self._model.forget()
         self._cache, self._shape = None, ()
-        self._owner = None  # the last: from here on another thread may begin

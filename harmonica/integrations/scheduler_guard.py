@@ -51,13 +51,18 @@ class SchedulerGuard:
         """Copy as the scheduler's own method."""
         return getattr, (self._scheduler, _METHOD)
 
+    @property
+    def is_on(self) -> bool:
+        """Whether nobody has set the scheduler's timesteps since, as the start of every call does."""
+        return vars(self._scheduler).get(_METHOD) is self
+
     def take_off(self) -> None:
         """Restore the scheduler's method unless another thread's call needs the guard."""
         if self._owner.thread == threading.get_ident() or not self._owner.is_running():
             self._give_back()
 
     def _give_back(self) -> None:
-        if vars(self._scheduler).get(_METHOD) is not self:
+        if not self.is_on:
             return
         delattr(self._scheduler, _METHOD)
         if self._replaced is not None:

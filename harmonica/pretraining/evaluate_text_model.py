@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harmonica.core.sampling import sample
 from harmonica.data.text_encoder import TextEncoder
+from harmonica.evaluation import fashion_captions as captions
 from harmonica.evaluation import fashion_mnist
 from harmonica.evaluation.fashion_classifier import (
     BUILTIN_FOLDER,
@@ -28,7 +29,6 @@ from harmonica.evaluation.plots import sample_sheet, to_uint8
 from harmonica.models.base import freeze
 from harmonica.models.pixart.model import PixArt
 from harmonica.models.text_condition import TextCondition
-from harmonica.pretraining import captions
 from harmonica.pretraining.text_to_image import TEXT_TOKENS
 from harmonica.samplers import SamplerConfig, make_sampler
 

@@ -13,9 +13,9 @@ import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
+from harmonica.evaluation.fashion_captions import all_captions
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import BUILTIN, ModelConfig, load_model
-from harmonica.pretraining.captions import all_captions
 from harmonica.pretraining.warm_start import warm_start
 from harmonica.torchvision_ops import ensure_torchvision_imports
 

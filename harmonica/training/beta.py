@@ -1,4 +1,4 @@
-"""Beta from a target: the weight of reuse is set so that a given share of entries is not worth computing.
+"""Beta from a target: the weight of reuse is set so that a given fraction of entries is not worth computing.
 
 Nobody should have to guess beta: its scale is that of lambda times a squared error, which differs by
 orders of magnitude between models. Where the loss is at rest, an entry with score r satisfies
@@ -20,16 +20,16 @@ _STEEPEST = 1e-7
 
 
 class BetaController:
-    """Running estimate of what each entry is worth, and the beta at which the target share is reused."""
+    """Running estimate of what each entry is worth, and the beta at which the target fraction is reused."""
 
-    def __init__(self, num_steps: int, costs_B: Tensor, *, share: float, threshold: float) -> None:
+    def __init__(self, num_steps: int, costs_B: Tensor, *, fraction: float, threshold: float) -> None:
         """Start without any estimate.
 
         Args:
-            costs_B: what the penalty counts a branch as, 1 on average; the share is of these.
-            share: to be reused of rows 0 ... T-2; row T-1 never is.
+            costs_B: what the penalty counts a branch as, 1 on average; the fraction is of these.
+            fraction: to be reused of rows 0 ... T-2; row T-1 never is.
         """
-        self.share = min(1.0, share)
+        self.fraction = min(1.0, fraction)
         self.threshold = threshold
         self.costs_B = costs_B.cpu()
         self.beta = 0.0
@@ -56,11 +56,11 @@ class BetaController:
         return self.beta
 
     def _quantile(self) -> float:
-        """The worth below which `share` of the costs lie; of equal costs, the ordinary quantile."""
+        """The worth below which `fraction` of the costs lie; of equal costs, the ordinary quantile."""
         worth, order = self.worth_TB.flatten().sort()
         costs = self.costs_B.expand_as(self.worth_TB).flatten()[order]
         below = costs.cumsum(0) - costs
-        place = self.share * float(below[-1])
+        place = self.fraction * float(below[-1])
         upper = min(int(torch.searchsorted(below, place)), len(worth) - 1)
         lower = max(upper - 1, 0)
         gap = float(below[upper] - below[lower])

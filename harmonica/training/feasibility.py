@@ -24,7 +24,7 @@ def check_training(
     macs = model.macs()
     if config.target_speedup:
         check_speedup(config.target_speedup, macs, num_steps, field=field or "train.target_speedup")
-    for speedup in config.others:
+    for speedup in config.extra_targets:
         check_speedup(speedup, macs, num_steps, field=field or "train.targets")
     if config.target_cur:
         _check_cur(config, macs, num_steps, field or "train.target_cur")

@@ -18,9 +18,9 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
-from harmonica.core.sampling import planned_step
+from harmonica.core.trajectory import planned_step
 from harmonica.samplers import Sampler, State
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.sdt import Student, micro_batches
 
 IepoKind = Literal["leave_one_out", "cumulative", "sensitivity"]
@@ -118,7 +118,7 @@ def image_error_proxy(
     threshold: float,
     reuse: Reuse = "hold",
     student: Student = "soft",
-    rows: RowKeys | None = None,
+    keys: SampleKeys | None = None,
     micro_batch_size: int = 0,
     average: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -140,7 +140,7 @@ def image_error_proxy(
         raise ValueError(f"iepo.kind is {kind!r}: give one of {', '.join(KINDS)}")
     count = sampler.num_steps - 1
     measured_2T = torch.zeros(2, count, dtype=noise_NCHW.dtype, device=noise_NCHW.device)
-    for part in micro_batches(noise_NCHW, condition_N, rows, micro_batch_size):
+    for part in micro_batches(noise_NCHW, condition_N, keys, micro_batch_size):
         cache = BranchCache(router.num_branches, reuse)
         main = _Generation(sampler, router, threshold, student, sampler.start(*part), cache)
         measure = _cumulative if kind == "cumulative" else _leave_one_out

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harmonica.core.router import Router
 from harmonica.samplers import Sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.iepo import image_error_proxy
 
@@ -32,7 +32,7 @@ class StepWeights:
         router: Router,
         noise_NCHW: Tensor,
         condition_N: Any,
-        rows: RowKeys,
+        keys: SampleKeys,
         average: Callable[[Tensor], None],
     ) -> dict[str, float]:
         """Measure it under the router as it stands; the metrics to log."""
@@ -47,7 +47,7 @@ class StepWeights:
             threshold=config.sdt.threshold,
             reuse=config.sdt.reuse,
             student=config.sdt.student,
-            rows=rows,
+            keys=keys,
             micro_batch_size=config.micro_batch_size,
             average=average,
         )

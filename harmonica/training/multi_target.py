@@ -15,15 +15,15 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.samplers import Sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
 from harmonica.training.phases import Phase, phases_of
-from harmonica.training.trainer import RouterRun, average
+from harmonica.training.trainer import RouterTrainer, average
 
 
-class FamilyRun:
-    """A `RouterRun` for the main target, and then one for each of `train.targets`.
+class MultiTargetTrainer:
+    """A `RouterTrainer` for the main target, and then one for each of `train.targets`.
 
     The main target is `train.target_speedup` or what else is asked; with no targets it is a family of one.
 
@@ -36,11 +36,13 @@ class FamilyRun:
     ) -> None:
         self.sampler, self.config, self.device = sampler, config, device
         check_training(config, sampler.model, sampler.num_steps)
-        self.members = [RouterRun(sampler, one, seed=seed, device=device) for one in member_settings(config)]
+        self.members = [
+            RouterTrainer(sampler, one, seed=seed, device=device) for one in target_configs(config)
+        ]
         self._place = 0
 
     @property
-    def current(self) -> RouterRun:
+    def current(self) -> RouterTrainer:
         """The member that trains now; in the end the last one."""
         return self.members[self._place]
 
@@ -67,13 +69,13 @@ class FamilyRun:
         self,
         noise_NCHW: Tensor,
         condition_N: Any,
-        rows: RowKeys,
+        keys: SampleKeys,
         average: Callable[[Tensor], None] = average,
     ) -> dict[str, float]:
         """One trajectory of the current member; the metrics to log."""
-        metrics = self.current.train_one(noise_NCHW, condition_N, rows, average)
+        metrics = self.current.train_one(noise_NCHW, condition_N, keys, average)
         if len(self.members) > 1:
-            metrics["target_speedup"] = self.current.aim.speedup
+            metrics["target_speedup"] = self.current.target.speedup
         if not self.next_rows and self._place + 1 < len(self.members):
             self._go_on()
         return metrics
@@ -96,29 +98,29 @@ class FamilyRun:
         """The first member's: the router of `train.target_speedup`."""
         return self.members[0].artifact(**provenance)
 
-    def others(self, **provenance: Any) -> dict[str, RouterArtifact]:
+    def extra_artifacts(self, **provenance: Any) -> dict[str, RouterArtifact]:
         """The other members', by the speed that each was trained for, as in "1.5x"."""
         return {
-            member_name(target): member.artifact(**provenance | {"target_speedup": target})
-            for target, member in zip(self.config.others, self.members[1:], strict=True)
+            target_name(target): member.artifact(**provenance | {"target_speedup": target})
+            for target, member in zip(self.config.extra_targets, self.members[1:], strict=True)
         }
 
 
-def member_settings(config: TrainingConfig) -> list[TrainingConfig]:
+def target_configs(config: TrainingConfig) -> list[TrainingConfig]:
     """Of each member, the first one's first."""
     alone = dataclasses.replace(config, targets=())
-    return [alone] + [config.for_target(target_speedup=target) for target in config.others]
+    return [alone] + [config.for_target(target_speedup=target) for target in config.extra_targets]
 
 
 def family_phases(config: TrainingConfig, num_steps: int) -> tuple[Phase, ...]:
     """Those of a whole training: the start, which is shared, and then each member's own."""
     phases: list[Phase] = []
-    for place, one in enumerate(member_settings(config)):
-        own = phases_of(one, num_steps, target=one.target_speedup if config.others else 0.0)
+    for place, one in enumerate(target_configs(config)):
+        own = phases_of(one, num_steps, target=one.target_speedup if config.extra_targets else 0.0)
         phases += [phase for phase in own if place == 0 or phase.name != "start"]
     return tuple(phases)
 
 
-def member_name(target: float) -> str:
+def target_name(target: float) -> str:
     """Of a family's member: its folder, its variant, its part of a version's tags."""
     return f"{target:g}x"

@@ -41,7 +41,7 @@ class Phase:
         return len(self.costs)
 
     @property
-    def words(self) -> str:
+    def message(self) -> str:
         return _WORDS[self.name] + (f" for {self.target:g}x" if self.target else "")
 
 
@@ -124,18 +124,18 @@ class Progress:
         now, phase_end = self._spent[done], self._spent[self._ends[self.place(done)]]
         return pace * (phase_end - now), pace * (self._spent[-1] - now)
 
-    def words(self, done: int) -> str:
+    def message(self, done: int) -> str:
         """The current phase and how far it is, as in `training the router: 7 of 20 trajectories`."""
         place = self.place(done)
         phase, count = self.phases[place], self.phases[place].trajectories
-        return f"{phase.words}: {done - self._ends[place] + count} of {count} trajectories"
+        return f"{phase.message}: {done - self._ends[place] + count} of {count} trajectories"
 
-    def left_words(self, done: int, since: int, seconds: float) -> str:
+    def time_left_message(self, done: int, since: int, seconds: float) -> str:
         """The time left, as in `0:00:30 left in this phase, 0:01:40 in all`, and which phases follow."""
         phase_left, all_left = (
             timedelta(seconds=round(left)) for left in self.seconds_left(done, since, seconds)
         )
-        rest = ", ".join(phase.words for phase in self.phases[self.place(done) + 1 :])
+        rest = ", ".join(phase.message for phase in self.phases[self.place(done) + 1 :])
         return (
             f"{phase_left} left in this phase, {all_left} in all; then {rest}" if rest else f"{all_left} left"
         )

@@ -19,9 +19,9 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
-from harmonica.core.sampling import planned_step
+from harmonica.core.trajectory import planned_step
 from harmonica.samplers import Sampler, State
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.timers import Stopwatch
 from harmonica.validation.settings import Field, settings
 
@@ -72,12 +72,12 @@ class StepRecord:
     """lambda_i * mse + beta * l1; the scores times their costs where the penalty counts those."""
 
 
-Rows = tuple[Tensor, Any, RowKeys | None]
+Rows = tuple[Tensor, Any, SampleKeys | None]
 """Noise (N, C, H, W), condition and names of N rows."""
 
 
 def micro_batches(
-    noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None, micro_batch_size: int
+    noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys | None, micro_batch_size: int
 ) -> list[Rows]:
     """The rows in order, at most `micro_batch_size` at a time; 0 leaves them together.
 
@@ -86,7 +86,7 @@ def micro_batches(
     count = len(noise_NCHW)
     size = micro_batch_size or count
     parts = (slice(first, first + size) for first in range(0, count, size))
-    return [(noise_NCHW[part], condition_N[part], rows[part] if rows else None) for part in parts]
+    return [(noise_NCHW[part], condition_N[part], keys[part] if keys else None) for part in parts]
 
 
 @dataclass(slots=True)
@@ -118,7 +118,7 @@ class SdtTrainer:
         condition_N: Any,
         lambda_T: Tensor,
         *,
-        rows: RowKeys | None = None,
+        keys: SampleKeys | None = None,
         beta: float | None = None,
         micro_batch_size: int = 0,
         average: Callable[[Tensor], None] | None = None,
@@ -128,7 +128,7 @@ class SdtTrainer:
 
         Args:
             lambda_T: lambda_i of steps 0 ... T-2, (T-1,).
-            rows: the rows' names, for samplers that draw noise.
+            keys: the samples' keys, for samplers that draw noise.
             beta: replaces the configured one, for a beta that follows a target.
             micro_batch_size: rows that are computed at a time; 0 is all. Each update is that of all rows.
             average: averages a tensor over all workers in place; none on one worker.
@@ -140,7 +140,7 @@ class SdtTrainer:
         sampler, config = self.sampler, self.config
         beta = config.beta if beta is None else beta
         parts = [
-            self._start(*part) for part in micro_batches(noise_NCHW, condition_N, rows, micro_batch_size)
+            self._start(*part) for part in micro_batches(noise_NCHW, condition_N, keys, micro_batch_size)
         ]
         records = []
         for i in reversed(range(sampler.num_steps - 1)):
@@ -178,10 +178,10 @@ class SdtTrainer:
         part.state, _ = planned_step(self.sampler, i, part.state, everything, part.cache)
 
     @torch.no_grad()
-    def _start(self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None) -> _MicroBatch:
+    def _start(self, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys | None) -> _MicroBatch:
         """Step T-1 computes everything, fills the cache, trains nothing."""
         cache = BranchCache(self.router.num_branches, self.config.reuse)
-        part = _MicroBatch(self.sampler.start(noise_NCHW, condition_N, rows), cache)
+        part = _MicroBatch(self.sampler.start(noise_NCHW, condition_N, keys), cache)
         self._full_step(self.sampler.num_steps - 1, part)
         return part
 

@@ -7,13 +7,13 @@ from torch import Tensor
 from harmonica.core.plan import Plan
 from harmonica.training.beta import BetaController
 from harmonica.training.config import TrainingConfig
-from harmonica.training.plans.builders import reusable_share, threshold_for
+from harmonica.training.plans.builders import reusable_fraction, threshold_for
 from harmonica.training.sdt import SdtTrainer
 
 _MET = 0.02
 
 
-class Aim:
+class TargetController:
     """Of one run; its speed is configured, or found for a wanted quality while the start is measured."""
 
     def __init__(self, trainer: SdtTrainer, config: TrainingConfig) -> None:
@@ -31,12 +31,14 @@ class Aim:
         trainer, config = self._trainer, self._config
         num_steps = trainer.sampler.num_steps
         if self.speedup:
-            share = reusable_share(num_steps, trainer.sampler.model.macs(), self.speedup)
+            fraction = reusable_fraction(num_steps, trainer.sampler.model.macs(), self.speedup)
         elif config.target_cur:
-            share = config.target_cur * num_steps / (num_steps - 1)  # the target counts row T-1 too
+            fraction = config.target_cur * num_steps / (num_steps - 1)  # the target counts row T-1 too
         else:
             return None
-        controller = BetaController(num_steps, trainer.costs_B, share=share, threshold=config.sdt.threshold)
+        controller = BetaController(
+            num_steps, trainer.costs_B, fraction=fraction, threshold=config.sdt.threshold
+        )
         for i in range(num_steps - 1):
             if not trainer.trains(i):
                 controller.spare(i)

@@ -17,16 +17,16 @@ from harmonica.core.plan import Plan
 from harmonica.core.router import FIXED_LOGIT, Router
 from harmonica.core.sampling import sample
 from harmonica.samplers import Sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.loss_weights import StepWeights
 from harmonica.training.phases import PHASES, PhaseName, phases_of
 from harmonica.training.plans.builders import even_plan, logits_of, speedup_of
 from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.plans.search import StepSearch, fastest_plan, initial_router
-from harmonica.training.plans.selection import PlanChoice
+from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.sdt import SdtTrainer, micro_batches
-from harmonica.training.target import Aim
+from harmonica.training.target import TargetController
 from harmonica.validation.finite import CURE, NotFinite, check_finite, not_finite
 
 
@@ -37,7 +37,7 @@ def average(tensor: Tensor) -> None:
         tensor /= dist.get_world_size()
 
 
-class RouterRun:
+class RouterTrainer:
     """Trainer, lambda, beta, what comes before and after them, and position: all goes into a checkpoint.
 
     Four phases: a start is measured, the router is trained from it, its plan is held against those that need
@@ -56,26 +56,26 @@ class RouterRun:
                     row.fill_(FIXED_LOGIT)
         self.phases = phases_of(config, sampler.num_steps)
         self.weights = StepWeights(sampler.num_steps, config, device)
-        self.aim = Aim(self.trainer, config)
+        self.target = TargetController(self.trainer, config)
         self.trajectory = 0
         self.search = StepSearch(sampler.num_steps) if config.start_trajectories else None
         self.starts: dict[str, Tensor] = {"start": router.logits()}
         """Logits (T, B) of the plans that need no training."""
         self.chosen = ""
         """Whose images were nearest to the full sampler's, a start's or those of what was trained."""
-        self._choice: PlanChoice | None = None
+        self._choice: PlanSelector | None = None
         self._fit: ForecastFit | None = None
 
     @property
-    def choice(self) -> PlanChoice | None:
+    def choice(self) -> PlanSelector | None:
         """Between the trained plan and the starts, while it is made."""
         if self._left_of("router") > 0 or self._left_of("choice") <= 0:
             return None
         if self._choice is None:
-            plans = {name: self.aim.plan_of(logits_TB) for name, logits_TB in self.starts.items()}
-            if self.aim.is_met_by(self.plan) or not plans:
+            plans = {name: self.target.plan_of(logits_TB) for name, logits_TB in self.starts.items()}
+            if self.target.is_met_by(self.plan) or not plans:
                 plans["trained"] = self.plan
-            self._choice = PlanChoice(plans, self.config.sdt.reuse)
+            self._choice = PlanSelector(plans, self.config.sdt.reuse)
         return self._choice
 
     @property
@@ -97,14 +97,14 @@ class RouterRun:
     @property
     def plan(self) -> Plan:
         """Of the router as it stands, forecasts linear."""
-        return self.aim.plan_of(self.router.logits())
+        return self.target.plan_of(self.router.logits())
 
     def state(self) -> dict[str, Any]:
         return {
             "router": self.router.state_dict(),
             "optimizer": self.trainer.optimizer.state_dict(),
             "lambda": self.weights.lambda_T,
-            "aim": self.aim.state(),
+            "aim": self.target.state(),
             "trajectory": self.trajectory,
             "search": self.search.state() if self.search else None,
             "starts": self.starts,
@@ -121,7 +121,7 @@ class RouterRun:
         self.starts = {name: logits_TB.to(self.device) for name, logits_TB in state["starts"].items()}
         if self.search:
             self.search.load_state(state["search"])
-        self.aim.load_state(state["aim"])
+        self.target.load_state(state["aim"])
         if self.choice and state["choice"]:
             self.choice.load_state(state["choice"])
         if self.fit and state["forecast"]:
@@ -131,7 +131,7 @@ class RouterRun:
         self,
         noise_NCHW: Tensor,
         condition_N: Any,
-        rows: RowKeys,
+        keys: SampleKeys,
         average: Callable[[Tensor], None] = average,
     ) -> dict[str, float]:
         """One trajectory of whatever phase it is; the metrics to log.
@@ -139,7 +139,7 @@ class RouterRun:
         Raises:
             NotFinite: the same on all workers; the state before, as the last checkpoint has it, is good.
         """
-        started, batch = time.monotonic(), (noise_NCHW, condition_N, rows)
+        started, batch = time.monotonic(), (noise_NCHW, condition_N, keys)
         if self._left_of("start") > 0:
             metrics = self._measure_start(*batch, average)
         elif self._left_of("router") > 0:
@@ -156,11 +156,13 @@ class RouterRun:
             metrics["updates_per_s"] = (self.sampler.num_steps - 1) / (time.monotonic() - started)
         return metrics
 
-    def _check(self, metrics: dict[str, float], noise_NCHW: Tensor, condition_N: Any, rows: RowKeys) -> None:
+    def _check(
+        self, metrics: dict[str, float], noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys
+    ) -> None:
         """Stop where a number is not finite; metrics are averages over workers, so all of them do."""
         if not (found := not_finite(metrics)):
             return
-        images_NCHW = sample(self.sampler, noise_NCHW, condition_N, rows=rows)
+        images_NCHW = sample(self.sampler, noise_NCHW, condition_N, keys=keys)
         check_finite(
             images_NCHW, f"trajectory {self.trajectory}: {found}, since the full sampler's images are"
         )
@@ -170,20 +172,20 @@ class RouterRun:
         )
 
     def _measure_start(
-        self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
+        self, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys, average: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """One trajectory of the search; after the last one, the router starts from what it found."""
         assert self.search is not None
-        parts = micro_batches(noise_NCHW, condition_N, rows, self.config.micro_batch_size)
+        parts = micro_batches(noise_NCHW, condition_N, keys, self.config.micro_batch_size)
         with self.trainer.stopwatch.measure("start"):
-            metrics = self.search.train_one(self.sampler, parts, self.config.sdt.reuse, average)
-        self._check(metrics, noise_NCHW, condition_N, rows)
+            metrics = self.search.observe(self.sampler, parts, self.config.sdt.reuse, average)
+        self._check(metrics, noise_NCHW, condition_N, keys)
         if self._left_of("start") == 1:
             if self.config.target_psnr:
                 reuse, psnr = self.config.sdt.reuse, self.config.target_psnr
                 plan, found = fastest_plan(self.search, self.sampler, parts, psnr, reuse, average)
-                self.aim.set_speedup(plan.ideal_speedup(self.sampler.model.macs()))
-                metrics |= {"target_speedup": self.aim.speedup, "psnr": found}
+                self.target.set_speedup(plan.ideal_speedup(self.sampler.model.macs()))
+                metrics |= {"target_speedup": self.target.speedup, "psnr": found}
             self._set_starts()
         return metrics
 
@@ -191,7 +193,7 @@ class RouterRun:
         """The router begins with the best steps for its speed; where the start was measured, it is known."""
         assert self.search is not None
         num_steps, macs = self.sampler.num_steps, self.sampler.model.macs()
-        speedup = self.aim.speedup or speedup_of(self.config.target_cur, macs)
+        speedup = self.target.speedup or speedup_of(self.config.target_cur, macs)
         plans = {
             "even": even_plan(num_steps, macs, speedup),
             "measured": self.search.plan(macs, speedup),
@@ -200,7 +202,7 @@ class RouterRun:
         self.starts = {name: logits_of(plan, logit).to(like) for name, plan in plans.items()}
         self._set_router(self.starts["measured"])
 
-    def start_as(self, other: "RouterRun") -> None:
+    def start_as(self, other: "RouterTrainer") -> None:
         """Where another run, for another speed, has measured the start, take it over."""
         self.trajectory = self.config.start_trajectories
         if self.search is not None and other.search is not None:
@@ -208,10 +210,10 @@ class RouterRun:
             self._set_starts()
 
     def _train_router(
-        self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
+        self, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys, average: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """A refresh of lambda where it is due, and an update of every row."""
-        batch, since = (noise_NCHW, condition_N, rows), self.trajectory - self.config.start_trajectories
+        batch, since = (noise_NCHW, condition_N, keys), self.trajectory - self.config.start_trajectories
         metrics: dict[str, float] = {}
         if self.weights.is_due(since):
             with self.trainer.stopwatch.measure("lambda"):
@@ -220,27 +222,27 @@ class RouterRun:
             noise_NCHW,
             condition_N,
             self.weights.lambda_T,
-            rows=rows,
-            beta=self.aim.beta,
+            keys=keys,
+            beta=self.target.beta,
             micro_batch_size=self.config.micro_batch_size,
             average=average,
-            on_gradient=self.aim.observe,
+            on_gradient=self.target.observe,
         )
         means = torch.tensor([[r.loss, r.mse, r.l1] for r in records], device=self.device).mean(0)
         average(means)
-        metrics |= dict(zip(("loss", "mse", "l1"), means.tolist(), strict=True)) | {"beta": self.aim.beta}
-        self.aim.update()
+        metrics |= dict(zip(("loss", "mse", "l1"), means.tolist(), strict=True)) | {"beta": self.target.beta}
+        self.target.update()
         return metrics
 
     def _compare(
-        self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
+        self, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys, average: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """One trajectory of the choice; after the last one, the router is that of the nearer plan."""
         choice = self.choice
         assert choice is not None
-        parts = micro_batches(noise_NCHW, condition_N, rows, self.config.micro_batch_size)
+        parts = micro_batches(noise_NCHW, condition_N, keys, self.config.micro_batch_size)
         with self.trainer.stopwatch.measure("choice"):
-            metrics = choice.train_one(self.sampler, parts, average)
+            metrics = choice.observe(self.sampler, parts, average)
         if choice.trajectories == self.config.choice_trajectories:
             self.chosen = choice.best
             if self.chosen in self.starts:
@@ -253,25 +255,23 @@ class RouterRun:
             row.copy_(logits_B)
 
     def _fit_forecasts(
-        self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys, average: Callable[[Tensor], None]
+        self, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys, average: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """One trajectory of the forecasts, its rows some at a time."""
         assert self.fit is not None, "there are forecast.trajectories left"
         size = self.config.micro_batch_size or self.config.forecast.rows_at_once
         with self.trainer.stopwatch.measure("forecast"):
-            return self.fit.train_one(
-                self.sampler, micro_batches(noise_NCHW, condition_N, rows, size), average
-            )
+            return self.fit.observe(self.sampler, micro_batches(noise_NCHW, condition_N, keys, size), average)
 
     def artifact(self, **provenance: Any) -> RouterArtifact:
         """The router as it stands, with what it was trained for."""
-        settings = {"seed": self.seed, "final_beta": self.aim.beta, **provenance}
+        settings = {"seed": self.seed, "final_beta": self.target.beta, **provenance}
         if self.chosen:
             settings["chosen"] = self.chosen
         return RouterArtifact.build(
             self.router.logits(),
             self.sampler,
-            threshold=self.aim.threshold_of(self.router.logits()),
+            threshold=self.target.threshold_of(self.router.logits()),
             reuse=self.config.sdt.reuse,
             forecast_TBK=self.fit.weights_TBK if self.fit else None,
             training=settings | {"trajectories": self.trajectory},

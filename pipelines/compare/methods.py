@@ -14,9 +14,10 @@ from harmonica.models.base import Macs
 from harmonica.samplers import SamplerConfig
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.builders import even_plan, threshold_for
-from pipelines.compare.names import FEWER_STEPS, OURS, PAPER, RELEASED
-from pipelines.config.workflow import TrainConfig
-from pipelines.evaluation.latency import FULL, Variant
+
+from ..config.workflow import TrainConfig
+from ..evaluation.latency import FULL, Variant
+from .names import FEWER_STEPS, OURS, PAPER, RELEASED
 
 _RANDOM_SEED = 7
 

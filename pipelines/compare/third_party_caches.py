@@ -22,7 +22,8 @@ from harmonica.models.diffusers_folder import find_transformer, write_diffusers
 from harmonica.models.loading import ModelConfig, read_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.torchvision_ops import ensure_torchvision_imports
-from pipelines.evaluation.latency import Variant
+
+from ..evaluation.latency import Variant
 
 UNCACHED = "diffusers, uncached"
 _WARMUP_STEPS = 2

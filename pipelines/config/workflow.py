@@ -17,11 +17,12 @@ from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig
 from harmonica.training.config import TrainingConfig
 from harmonica.validation.settings import Count, Cure, Field, Natural, Positive, require, settings
-from pipelines.config.compare import CompareConfig
-from pipelines.config.evaluate import EvaluateConfig
-from pipelines.config.promotion import Promote, PromoteConfig
-from pipelines.config.serve import ServeConfig
-from pipelines.config.sweep import SweepConfig
+
+from .compare import CompareConfig
+from .evaluate import EvaluateConfig
+from .promotion import Promote, PromoteConfig
+from .serve import ServeConfig
+from .sweep import SweepConfig
 
 Stage = Literal["prompts", "train", "evaluate", "sweep", "register", "serve", "compare"]
 STAGES: tuple[Stage, ...] = get_args(Stage)

@@ -9,7 +9,7 @@ it stopped; the second writes the EMA weights of the last checkpoint as the buil
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,9 @@ from harmonica.models.dit.config import DiTConfig
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import write_folder_config
 from harmonica.pretraining.learning import NoisyBatch, drop
-from pipelines.pretrain.loop import PretrainConfig, Task, last_state, provenance, run
+from harmonica.validation.settings import settings
+
+from .loop import PretrainConfig, Task, last_state, provenance, run
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ FASHION_DIT = DiTConfig(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings()
 class DiTPretrainConfig(PretrainConfig):
     """How the built-in class-conditional model is trained."""
 

@@ -11,10 +11,13 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import check_sample
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from pipelines.config.promotion import Promote
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.evaluation.latency import CACHED, device_of
-from pipelines.promotion.gate import (
+
+from ..config.promotion import Promote
+from ..config.workflow import WorkflowConfig
+from ..evaluation.latency import CACHED, device_of
+from ..tracking import registry
+from ..tracking.mlflow_runs import StageRun, numbers
+from .gate import (
     FINITE,
     MEASURED_ON,
     Check,
@@ -22,8 +25,6 @@ from pipelines.promotion.gate import (
     finite_check,
     quality_checks,
 )
-from pipelines.tracking import registry
-from pipelines.tracking.mlflow_runs import StageRun, numbers
 
 
 @dataclass(frozen=True)

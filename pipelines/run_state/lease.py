@@ -20,8 +20,9 @@ from typing import Any, Self
 import psutil
 
 from harmonica.cli.common import say
-from pipelines.run_state.lease_cells import Cell, cell_of
-from pipelines.run_state.storage import RunStorage
+
+from .lease_cells import Cell, cell_of
+from .storage import RunStorage
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ import ray
 from ray._private import ray_constants
 
 from harmonica.validation.finite import NotFinite
-from pipelines.run_state.storage import ENDPOINT
-from pipelines.runtime.cluster_address import check_address, cluster_address
-from pipelines.runtime.log_filters import drop_remarks
+
+from ..run_state.storage import ENDPOINT
+from .cluster_address import check_address, cluster_address
+from .log_filters import drop_remarks
 
 logger = logging.getLogger(__name__)
 

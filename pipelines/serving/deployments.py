@@ -14,15 +14,16 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from harmonica.models.loading import load_model
-from pipelines.config.serve import ServeConfig
-from pipelines.serving.auth import ENVIRONMENT, load_keys
-from pipelines.serving.batching import Overloaded
-from pipelines.serving.engine import GenerationEngine
-from pipelines.serving.image_sampler import ImageSampler
-from pipelines.serving.images_api import create_app
-from pipelines.serving.metrics import ServeMetrics
-from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
-from pipelines.serving.requests import (
+
+from ..config.serve import ServeConfig
+from .auth import ENVIRONMENT, load_keys
+from .batching import Overloaded
+from .engine import GenerationEngine
+from .image_sampler import ImageSampler
+from .images_api import create_app
+from .metrics import ServeMetrics
+from .registry_watcher import RegistryWatcher, ServeArgs
+from .requests import (
     REJECTIONS,
     EngineRequest,
     GeneratedImage,

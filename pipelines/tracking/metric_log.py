@@ -12,7 +12,7 @@ from typing import Any
 import requests
 from mlflow.exceptions import MlflowException
 
-from pipelines.tracking.mlflow_runs import Point, StageRun
+from .mlflow_runs import Point, StageRun
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from pipelines.tracking.mlflow_store import (
+from .mlflow_store import (
     EXPERIMENT,
     artifacts_of,
     database_of,

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from pipelines.run_state.resume import work_folder
-from pipelines.run_state.storage import RunStorage
+from ..run_state.resume import work_folder
+from ..run_state.storage import RunStorage
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from tests.benchmarks.timing import Aim, Row, time_arms
 
 
 def _as_diffusers(model: DiT, hardware: Hardware) -> Callable[..., Tensor]:
-    """diffusers' module with the same weights, its blocks compiled where our sub-layers are."""
+    """diffusers' module with the same weights, its blocks compiled where our branches are."""
     ensure_torchvision_imports()
     from diffusers import DiTTransformer2DModel
 

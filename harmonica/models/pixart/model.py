@@ -3,10 +3,10 @@
 Shapes: N batch, L tokens, D width, S text tokens.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from harmonica.models.base import Macs
 from harmonica.models.text_blocks import Kind, ProjectedText, SubLayer, linear_macs, sub_layers
@@ -82,10 +82,6 @@ class PixArt(TextTransformer):
         from diffusers import PixArtTransformer2DModel
 
         return PixArtTransformer2DModel
-
-    @property
-    def repeated_layers(self) -> Sequence[nn.Module]:
-        return [layer for block in self.transformer.transformer_blocks for layer in (block.attn1, block.ff)]
 
     @property
     def _patch_embed(self) -> Any:

@@ -36,10 +36,13 @@ TEXT_TOKENS = 300
 class _MixFfn(ModulatedBranch):
     """The MLP of one block, which convolves the tokens as an image."""
 
-    def compute(self, hidden_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
-        shift, scale = conditioning.blocks[self.index, :, 3:5].split(1, dim=1)
+    def inputs(self, conditioning: PixArtConditioning) -> tuple[Any, ...]:
+        return (*super().inputs(conditioning), conditioning.grid)
+
+    def run(self, hidden_NLD: Tensor, *inputs: Any) -> Tensor:
+        shift, scale, grid = inputs
         x_NLD = torch.addcmul(shift, self.block.norm2(hidden_NLD), scale).to(shift.dtype)
-        output_NLD: Tensor = self.block.ff(x_NLD.mT.unflatten(2, conditioning.grid)).flatten(2).mT
+        output_NLD: Tensor = self.block.ff(x_NLD.mT.unflatten(2, grid)).flatten(2).mT
         return output_NLD
 
 

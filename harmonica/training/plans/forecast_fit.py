@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.core.cache import BranchCache, extrapolate
+from harmonica.core.cache import BranchCache
 from harmonica.core.plan import Plan, forecast_of
-from harmonica.core.sampling import planned_step, sample
+from harmonica.core.sampling import sample
+from harmonica.core.trajectory import planned_step
+from harmonica.execution.values import KeptValues, extrapolate
 from harmonica.samplers import Sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.forecast_config import FOLDS, ForecastConfig
 from harmonica.training.plans.least_squares import NormalEquations, choose_ridge, sum_of
 from harmonica.training.sdt import Rows
@@ -81,6 +83,9 @@ class _ProbedCache(BranchCache):
             self.handles[step, branch, k] = handle_M
         return forecast
 
+    def kept(self, branch: int, step: int) -> KeptValues:
+        return KeptValues.of([self.read(branch, step)], ())
+
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
@@ -99,7 +104,7 @@ def sketch_image_error(
     plan: Plan,
     noise_NCHW: Tensor,
     condition_N: Any,
-    rows: RowKeys | None,
+    keys: SampleKeys | None,
     *,
     order: int,
     probes: int,
@@ -108,14 +113,14 @@ def sketch_image_error(
 
     Args:
         plan: with weights; around these it is linear.
-        rows: they also name the probes, which are then the same whoever works on a row.
+        keys: they also name the probes, which are then the same whoever works on a row.
     """
-    assert rows is not None, "training names its rows"
-    full_NCHW = sample(sampler, noise_NCHW, condition_N, rows=rows).clone()
+    assert keys is not None, "training names its rows"
+    full_NCHW = sample(sampler, noise_NCHW, condition_N, keys=keys).clone()
     cache = _ProbedCache(plan.num_branches, "forecast", plan.forecast)
     cache.handles = {}
     with torch.enable_grad():
-        state = sampler.start(noise_NCHW, condition_N, rows)
+        state = sampler.start(noise_NCHW, condition_N, keys)
         for i in reversed(range(plan.num_steps)):
             state, _ = planned_step(sampler, i, state, plan.compute[i], cache)
         images_NCHW = sampler.finish(state)
@@ -126,7 +131,7 @@ def sketch_image_error(
     residuals, jacobians = [], []
     for probe in range(probes):
         # Steps from T on are nobody's noise.
-        drawn = torch.from_numpy(rows.step_noise(plan.num_steps + probe, tuple(change_NCHW.shape[1:])))
+        drawn = torch.from_numpy(keys.step_noise(plan.num_steps + probe, tuple(change_NCHW.shape[1:])))
         u_NCHW = drawn.to(change_NCHW) / size**0.5
         residuals.append((change_NCHW * u_NCHW).flatten(1).sum(1))
         if not handles:  # nothing is reused that has two values before it
@@ -157,7 +162,7 @@ class ForecastFit:
         """The plan with the weights as they stand."""
         return Plan(self.plan.compute, forecast_of(self.weights_TBK))
 
-    def train_one(
+    def observe(
         self, sampler: Sampler, parts: Sequence[Rows], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """Measure one batch, given in parts, and solve where a round ends; the metrics to log.

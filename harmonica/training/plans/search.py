@@ -17,7 +17,7 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
-from harmonica.core.sampling import planned_step
+from harmonica.core.trajectory import planned_step
 from harmonica.models.base import Macs
 from harmonica.samplers import Sampler, State
 from harmonica.training.config import TrainingConfig
@@ -30,7 +30,7 @@ from harmonica.training.plans.builders import (
     stepwise_plan,
     with_part,
 )
-from harmonica.training.plans.selection import PlanChoice
+from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.sdt import Rows
 
 _SMALLEST_EFFECT = 1e-12
@@ -96,7 +96,7 @@ class StepSearch:
         self.gram_EE = torch.zeros(count, count, dtype=torch.float64)
 
     @torch.no_grad()
-    def train_one(
+    def observe(
         self,
         sampler: Sampler,
         parts: Sequence[Rows],
@@ -128,13 +128,13 @@ class StepSearch:
 
     def plan(self, macs: Macs, speedup: float) -> Plan:
         """The best plan of whole steps for a speed, or nearly: the dearest step is reused in part."""
-        count, share = steps_for(self.num_steps, macs, speedup)
+        count, fraction = steps_for(self.num_steps, macs, speedup)
         steps = self.best(count)
         plan = stepwise_plan(self.num_steps, len(macs.branches), steps)
-        if share == 1:
+        if fraction == 1:
             return plan
         left_out = {step: self.cost([other for other in steps if other != step]) for step in steps}
-        return with_part(plan, min(left_out, key=lambda step: left_out[step]), share, macs)
+        return with_part(plan, min(left_out, key=lambda step: left_out[step]), fraction, macs)
 
     def best(self, count: int) -> list[int]:
         """So many steps, ascending; evenly spread ones where two running cannot be avoided."""
@@ -188,7 +188,7 @@ def fastest_plan(
         str(count): stepwise_plan(num_steps, num_branches, search.best(count))
         for count in range(1, num_steps // 2 + 1)
     }
-    measured = PlanChoice(plans, reuse)
-    measured.train_one(sampler, parts, average)
+    measured = PlanSelector(plans, reuse)
+    measured.observe(sampler, parts, average)
     near = [name for name in plans if measured.psnr(name) >= psnr] or ["1"]
     return plans[near[-1]], measured.psnr(near[-1])

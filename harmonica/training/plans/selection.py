@@ -16,7 +16,7 @@ _SMALLEST_ERROR = 1e-12
 _RANGE = 2.0
 
 
-class PlanChoice:
+class PlanSelector:
     """By the mean logarithm of image errors, so that the few images that are far off do not decide."""
 
     def __init__(self, plans: Mapping[str, Plan], reuse: Reuse) -> None:
@@ -25,16 +25,16 @@ class PlanChoice:
         self.trajectories = 0
 
     @torch.no_grad()
-    def train_one(
+    def observe(
         self, sampler: Sampler, parts: Sequence[Rows], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """Measure one batch, given in parts; the metrics to log, errors in decibels below 1."""
         count = sum(len(noise_NCHW) for noise_NCHW, _, _ in parts)
         sums_P = torch.zeros(len(self.plans) + 1, dtype=torch.float64, device=parts[0][0].device)
-        for noise_NCHW, condition_N, rows in parts:
-            full_NCHW = sample(sampler, noise_NCHW, condition_N, rows=rows)
+        for noise_NCHW, condition_N, keys in parts:
+            full_NCHW = sample(sampler, noise_NCHW, condition_N, keys=keys)
             for place, plan in enumerate(self.plans.values()):
-                images_NCHW = sample(sampler, noise_NCHW, condition_N, plan, reuse=self.reuse, rows=rows)
+                images_NCHW = sample(sampler, noise_NCHW, condition_N, plan, reuse=self.reuse, keys=keys)
                 error_N = (images_NCHW - full_NCHW).double().square().flatten(1).mean(1)
                 sums_P[place] += error_N.clamp_min(_SMALLEST_ERROR).log10().sum() / count
             sums_P[-1] += error_N.sum() / count  # of the last one, the plan as trained

@@ -120,7 +120,7 @@ def meaning(caption: str) -> tuple[int, Tone | None]:
         return _meanings()[caption.lower()]
     except KeyError:
         raise ValueError(
-            f"caption {caption!r} is none of harmonica.pretraining.captions.all_captions(): "
+            f"caption {caption!r} is none of harmonica.evaluation.fashion_captions.all_captions(): "
             "only those can be evaluated"
         ) from None
 

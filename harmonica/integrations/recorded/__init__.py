@@ -1,0 +1,1 @@
+"""Any diffusers transformer seen as branches: calls of sub-modules inside its unmodified forward."""

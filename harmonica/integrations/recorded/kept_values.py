@@ -1,0 +1,68 @@
+"""The kept outputs of a forward's units, in `BranchCache`s: one tensor or a tuple of them."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree
+
+from harmonica.core.cache import BranchCache, Reuse
+from harmonica.core.plan import Forecast
+
+_TENSOR = object()  # marks the place of a tensor in an output
+
+
+class KeptValues:
+    """The last outputs of every unit that is kept, for the calls of one trajectory."""
+
+    def __init__(
+        self, branch_of: dict[str, int], reuse: Reuse = "hold", learned: Forecast | None = None
+    ) -> None:
+        """Keep no value yet.
+
+        Args:
+            branch_of: the branch of each unit that is kept.
+        """
+        self.branch_of, self.reuse, self._learned = branch_of, reuse, learned
+        self._caches: dict[str, BranchCache] = {}
+        self._layouts: dict[str, tuple[list[Any], Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._caches)
+
+    def __contains__(self, unit: str) -> bool:
+        return unit in self._caches
+
+    def read(self, unit: str, step: int) -> Any:
+        """Return the unit's output for a step at which it is reused."""
+        cache, (leaves, layout) = self._caches[unit], self._layouts[unit]
+        places = iter(range(len(leaves)))
+        values = [cache.read(next(places), step) if leaf is _TENSOR else leaf for leaf in leaves]
+        return _pytree.tree_unflatten(values, layout)
+
+    def write(self, unit: str, step: int, output: Any) -> None:
+        """Keep a unit's output of `step`."""
+        leaves, layout = _pytree.tree_flatten(output)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if unit not in self._caches:
+            self._caches[unit] = BranchCache(len(tensors), self.reuse, self._forecast(unit, len(tensors)))
+        marks = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._layouts[unit] = marks, layout
+        for place, tensor in enumerate(tensors):
+            self._caches[unit].write(place, step, tensor)
+
+    def _forecast(self, unit: str, count: int) -> Forecast | None:
+        if self._learned is None:
+            return None
+        return tuple((row[self.branch_of[unit]],) * count for row in self._learned)
+
+    def copy(self) -> "KeptValues":
+        """Return a second one that shares the values, which are never overwritten."""
+        twin = KeptValues(self.branch_of, self.reuse, self._learned)
+        twin._caches = {unit: cache.copy() for unit, cache in self._caches.items()}
+        twin._layouts = dict(self._layouts)
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the kept values."""
+        return sum(cache.nbytes for cache in self._caches.values())

@@ -1,0 +1,65 @@
+"""The kind of a sub-module, by its name, and what single classes declare of their own.
+
+The names are those of diffusers' blocks: `attn`, `attn1`, `attention`, `self_attn`; `attn2`, `cross_attn`;
+`ff`, `ffn`, `mlp`, `feed_forward`, `img_mlp`, `ff_context`. A class that needs nothing else is in no table.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+RecordedKind = Literal["attn", "cross", "mlp", "single"]
+KINDS: tuple[RecordedKind, ...] = get_args(RecordedKind)
+"""Attention; cross-attention; feed-forward; attention and feed-forward that end in one projection."""
+
+_CROSS = re.compile(r"attn2|cross_?att|crossattn|_to_.*attn|text_?cross")
+_ATTENTION = re.compile(r"attn|attention")
+_FEED_FORWARD = re.compile(r"(^|_)(ff|ffn|mlp|feed_?forward|moe|experts?|conv_ff)(_|\d|$)")
+_OTHER = re.compile(r"norm|_ln$|mod|embed|gate|scale|drop|act")
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a class says of its branches beyond what their names say."""
+
+    kinds: Mapping[str, RecordedKind | None] = field(default_factory=dict)
+    """The kind of sub-modules by the last part of their name; None is no branch."""
+    refused: str = ""
+    """Why the class has no plan; the sentence that users read."""
+
+
+DECLARATIONS: dict[str, Declaration] = {
+    # attn2 of the first blocks of SD3.5-medium is a second self-attention, beside the joint one.
+    "SD3Transformer2DModel": Declaration({"attn2": "attn"}),
+    # The block computes its feed-forward itself, from three linear layers.
+    "PRXTransformer2DModel": Declaration({"down_proj": "mlp"}),
+    "Kandinsky6SRTransformer3DModel": Declaration(
+        refused="its attention is flex_attention, whose multiply-accumulates torch does not count"
+    ),
+    "MiniMaxMusic3RVQDepthDecoder": Declaration(
+        refused="it decodes codes and has no denoising steps, between which values could be reused"
+    ),
+}
+
+
+def declaration_of(transformer: object) -> Declaration:
+    """Return what the transformer's class declares; nothing for a class that is in no table."""
+    return DECLARATIONS.get(type(transformer).__name__, Declaration())
+
+
+def kind_of(name: str, declared: Declaration) -> RecordedKind | None:
+    """Return the kind of a sub-module, or None if it is no branch by its name.
+
+    Args:
+        name: the last part of the sub-module's path.
+    """
+    if name in declared.kinds:
+        return declared.kinds[name]
+    if _OTHER.search(name):
+        return None
+    if _CROSS.search(name):
+        return "cross"
+    if _ATTENTION.search(name):
+        return "attn"
+    return "mlp" if _FEED_FORWARD.search(name) else None

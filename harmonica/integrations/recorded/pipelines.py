@@ -1,0 +1,144 @@
+"""A recorded router's plan on the transformers of a pipeline, and its removal."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from harmonica.core.artifact import RouterArtifact
+from harmonica.integrations.adapters import refuse_other_caches
+from harmonica.integrations.recorded.branches import describe
+from harmonica.integrations.recorded.planned_trajectory import PlannedCall, PlannedTrajectory
+from harmonica.integrations.recorded.view import (
+    ARCHITECTURE_KEY,
+    RecordedTransformer,
+    fingerprint_of,
+)
+from harmonica.integrations.weight_check import matched_fingerprint, other_weights
+
+_MORE_TRANSFORMERS = ("transformer_2", "unconditional_transformer")
+
+
+def transformers_of(pipe: Any) -> list[nn.Module]:
+    """Return the transformers that share a pipeline's trajectories; the first one decides the branches.
+
+    Args:
+        pipe: a diffusers pipeline, or its transformer.
+
+    Raises:
+        ValueError: a pipeline without a transformer, or with a second one of another shape.
+    """
+    if isinstance(pipe, nn.Module):
+        return [pipe]
+    first = getattr(pipe, "transformer", None)
+    if first is None:
+        second = getattr(pipe, "transformer_2", None)
+        has_unet = getattr(pipe, "unet", None) is not None
+        if second is None:
+            raise ValueError(
+                f"pipe is a {type(pipe).__name__}, which has no transformer"
+                f"{': its denoiser is a UNet' if has_unet else ''}; give a pipeline with pipe.transformer"
+            )
+        return [second]
+    found = [first]
+    for name in _MORE_TRANSFORMERS:
+        other = getattr(pipe, name, None)
+        if other is None:
+            continue
+        if type(other) is not type(first) or len(list(other.modules())) != len(list(first.modules())):
+            raise ValueError(
+                f"pipe.{name} has other blocks than pipe.transformer: one router has one row of branches for "
+                "both, so they have to be of one class and depth"
+            )
+        found.append(other)
+    return found
+
+
+def is_recorded(artifact: RouterArtifact) -> bool:
+    """Return whether the router's branches were found by recording."""
+    return ARCHITECTURE_KEY in artifact.model
+
+
+def planned_calls(
+    transformers: Sequence[nn.Module],
+    forwards: Sequence[Any],
+    artifact: RouterArtifact,
+    *,
+    allow_other_sampler: bool,
+    check_weights: bool,
+) -> Iterator[PlannedCall]:
+    """Yield what takes the place of each transformer's forward.
+
+    Raises:
+        ValueError: another cache is on, or the router was made for another class or other weights.
+    """
+    model = artifact.model
+    if (count := model.get("transformers", 1)) != len(transformers):
+        raise ValueError(
+            f"the router was made for {count} transformers that share a pipeline's trajectories and is given "
+            f"{len(transformers)}: apply it to the pipeline that it was trained in"
+        )
+    for transformer in transformers:
+        name = type(transformer).__name__
+        if name != model[ARCHITECTURE_KEY]:
+            raise ValueError(
+                f"transformer is a {name} and the router was made for a {model[ARCHITECTURE_KEY]}: train a "
+                "router for this class"
+            )
+        refuse_other_caches(transformer)
+    parameters = [each for transformer in transformers for each in transformer.parameters()]
+    found = matched_fingerprint(
+        parameters, lambda: fingerprint_of(transformers), artifact, check_weights=check_weights
+    )
+    if found.exact not in (model["weights"], *artifact.rounded_weights.values()):
+        raise other_weights(found, artifact)
+
+    views = [
+        RecordedTransformer(transformer, forward, cacheable=model["cacheable"])
+        for transformer, forward in zip(transformers, forwards, strict=True)
+    ]
+    trajectory = PlannedTrajectory(
+        views,
+        artifact.plan,
+        artifact.reuse,
+        check_view=_BranchCheck(model),
+        check_pipeline=_SchedulerCheck(artifact, allow_other_sampler),
+    )
+    return (PlannedCall(trajectory, number) for number in range(len(views)))
+
+
+class _BranchCheck:
+    """Refuses branches that are not those that a router was trained for."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        self._model = model
+
+    def __call__(self, view: RecordedTransformer) -> None:
+        found, wanted = describe(view.branches), self._model["branches"]
+        if found == wanted:
+            return
+        other = next(
+            (str(one["name"]) for one in found if one not in wanted),
+            next((str(one["name"]) for one in wanted if one not in found), "the order"),
+        )
+        raise ValueError(
+            f"transformer has {len(found)} branches under diffusers {view.shape()['diffusers']} and the "
+            f"router was made for {len(wanted)} under {self._model['diffusers']}; they differ in {other}: "
+            "use that version and the model's own configuration, or train a router anew"
+        )
+
+
+class _SchedulerCheck:
+    """Refuses a pipeline whose scheduler is of another class than the router's."""
+
+    def __init__(self, artifact: RouterArtifact, allow_other: bool) -> None:
+        self._wanted = (artifact.sampler.scheduler or {}).get("_class_name", "")
+        self._allow_other = allow_other
+
+    def __call__(self, pipe: Any) -> None:
+        found = type(getattr(pipe, "scheduler", None)).__name__
+        if self._wanted and found != self._wanted and not self._allow_other:
+            raise ValueError(
+                f"pipe.scheduler is a {found} and the router was made for a {self._wanted}: give the "
+                "pipeline that, or apply with allow_other_sampler to measure what it is worth here"
+            )

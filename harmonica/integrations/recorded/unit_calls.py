@@ -1,0 +1,110 @@
+"""Replaced forwards of a transformer's units: what they do is up to the pass that runs.
+
+Outside of a pass they are the module's own forward.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+_HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they wrap
+
+
+class UnitPass(Protocol):
+    """One forward of the transformer under a plan, or in training."""
+
+    def run(self, unit: str, forward: Callable[[], Any]) -> Any:
+        """Return a unit's output; `forward` computes it."""
+        ...
+
+
+class Switchboard:
+    """The pass that runs now, and how often each module has been called in it."""
+
+    def __init__(self) -> None:
+        self.running: UnitPass | None = None
+        self._counts = Counter[str]()
+
+    @contextmanager
+    def during(self, unit_pass: UnitPass) -> Iterator[None]:
+        """Let units follow a pass."""
+        self.running, before = unit_pass, self.running
+        self._counts.clear()
+        try:
+            yield
+        finally:
+            self.running = before
+            self._counts.clear()
+
+    def name_of_call(self, path: str) -> str:
+        """Return the unit that a call of the module at `path` is."""
+        count = self._counts[path]
+        self._counts[path] += 1
+        return f"{path}#{count}" if count else path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"running": None, "_counts": Counter[str]()}
+
+
+class UnitCall:
+    """Takes the place of one module's forward."""
+
+    def __init__(self, path: str, forward: Callable[..., Any], board: Switchboard) -> None:
+        self.path, self.forward, self.board = path, forward, board
+
+    def __get__(self, *_: Any) -> "UnitCall":
+        """Return itself when something binds it, as diffusers' hooks do."""
+        return self
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        running = self.board.running
+        if running is None:
+            return self.forward(*args, **kwargs)
+        return running.run(self.board.name_of_call(self.path), lambda: self.forward(*args, **kwargs))
+
+
+def install(transformer: nn.Module, paths: Iterable[str], board: Switchboard) -> None:
+    """Replace the forwards of the modules at `paths`."""
+    for path in dict.fromkeys(paths):
+        module = transformer.get_submodule(path)
+        slot = _slot(module)
+        setattr(module, slot, UnitCall(path, getattr(module, slot), board))
+
+
+def uninstall(transformer: nn.Module) -> None:
+    """Restore the forwards that `install` replaced.
+
+    Raises:
+        ValueError: something wraps one of them.
+    """
+    found = []
+    for name, module in transformer.named_modules():
+        slot = next((s for s in (_HOOKED, "forward") if isinstance(vars(module).get(s), UnitCall)), None)
+        if slot is None and _hides_unit_call(module):
+            raise ValueError(
+                f"transformer.{name}.forward is wrapped since the plan came: take that off first, then "
+                "harmonica.remove"
+            )
+        if slot is not None:
+            found.append((module, slot))
+    for module, slot in found:
+        own = vars(module)[slot].forward
+        if slot == "forward" and getattr(own, "__func__", None) is type(module).forward:
+            del module.forward
+        else:
+            setattr(module, slot, own)
+
+
+def _slot(module: nn.Module) -> str:
+    return _HOOKED if _HOOKED in vars(module) else "forward"
+
+
+def _hides_unit_call(module: nn.Module) -> bool:
+    """Return whether a wrapper of the module's forward has the plan's inside."""
+    wrapped = vars(module).get("forward")
+    return isinstance(getattr(wrapped, "__wrapped__", None), UnitCall)

@@ -1,0 +1,105 @@
+"""The passes of a recorded transformer: under a plan, and with the scores of a router.
+
+They are the counterparts of `harmonica.core.passes`, with the transformer's own forward for the walk.
+"""
+
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from harmonica.core.passes import mix
+from harmonica.integrations.recorded.kept_values import KeptValues
+from harmonica.integrations.recorded.skipped import skipped_like
+
+
+class PlannedPass:
+    """One forward under a row of a plan: units are computed and kept, handed out, or skipped."""
+
+    def __init__(
+        self,
+        compute_row: Sequence[bool],
+        kept: KeptValues,
+        step: int,
+        *,
+        skipped: Container[str] = (),
+        shapes: dict[str, Any],
+        overwritten: Container[str] = (),
+    ) -> None:
+        """Compute or reuse in one step what its row says.
+
+        Args:
+            skipped: units whose output nothing reads under this row.
+            shapes: what such units returned, as stand-ins; computed units are added.
+            overwritten: units whose output the block changes in place, so that it gets a copy.
+        """
+        self._row, self._kept, self._step = compute_row, kept, step
+        self._skipped, self._shapes, self._overwritten = skipped, shapes, overwritten
+
+    def run(self, unit: str, forward: Callable[[], Any]) -> Any:
+        branch = self._kept.branch_of.get(unit)
+        if branch is None:
+            return self._run_other(unit, forward)
+        if self._row[branch] or unit not in self._kept:
+            output = forward()
+            kept = _copied(output) if unit in self._overwritten else output
+            self._kept.write(unit, self._step, kept)
+            return output
+        output = self._kept.read(unit, self._step)
+        return _copied(output) if unit in self._overwritten else output
+
+    def _run_other(self, unit: str, forward: Callable[[], Any]) -> Any:
+        if unit in self._skipped and unit in self._shapes:
+            return self._shapes[unit]
+        output = forward()
+        if unit not in self._shapes:
+            self._shapes[unit] = skipped_like(output)
+        return output
+
+
+class MixedPass:
+    """One forward of training: each branch gives `r * computed + (1 - r) * kept`."""
+
+    def __init__(
+        self,
+        scores_B: Tensor,
+        refresh_row: Sequence[bool],
+        kept: KeptValues,
+        step: int,
+        *,
+        overwritten: Container[str] = (),
+    ) -> None:
+        """Mix in one step what is kept and what is computed.
+
+        Args:
+            scores_B: r of each branch (B,).
+            refresh_row: the branches whose kept value becomes the mixed one.
+        """
+        self._scores_B, self._row, self._kept, self._step = scores_B, refresh_row, kept, step
+        self._overwritten = overwritten
+        self._before = kept.copy()
+
+    def run(self, unit: str, forward: Callable[[], Any]) -> Any:
+        branch = self._kept.branch_of.get(unit)
+        if branch is None:
+            return forward()
+        computed = forward()
+        cached = self._before.read(unit, self._step)
+        score = self._scores_B[branch]
+
+        def mix_one(old: Any, new: Any) -> Any:
+            if not isinstance(new, Tensor) or not new.is_floating_point():
+                return new
+            return mix(old, new, score)
+
+        output = _pytree.tree_map(mix_one, cached, computed)
+        if self._row[branch]:
+            kept = _copied(output) if unit in self._overwritten else output
+            self._kept.write(unit, self._step, kept)
+        return output
+
+
+def _copied(output: Any) -> Any:
+    return _pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)

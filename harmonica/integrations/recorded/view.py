@@ -1,0 +1,213 @@
+"""A diffusers transformer with the branches that a recording of its forward found."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harmonica.core.cache import Reuse
+from harmonica.core.plan import Forecast
+from harmonica.integrations.recorded.branches import BlockGraph, RecordedBranch, describe
+from harmonica.integrations.recorded.kept_values import KeptValues
+from harmonica.integrations.recorded.kinds import KINDS, declaration_of
+from harmonica.integrations.recorded.recording import record
+from harmonica.integrations.recorded.skipped import has_skipped
+from harmonica.integrations.recorded.tensor_tags import tensors_of
+from harmonica.integrations.recorded.unit_calls import Switchboard, install, uninstall
+from harmonica.integrations.recorded.unit_passes import MixedPass, PlannedPass
+from harmonica.models.base import Fingerprint, Macs
+from harmonica.models.dit.diffusers_view import base_parameters
+
+ARCHITECTURE_KEY = "diffusers_class"
+"""Key of an artifact's model that says that its branches were found by recording."""
+
+
+class RefusedTransformer(ValueError):
+    """Raised for a class that no plan can be put on; says why."""
+
+
+class RecordedTransformer:
+    """A transformer's branches, and its forward under a plan or with the scores of a router.
+
+    Its modules' forwards are replaced while it is in use; outside of a pass they are their own.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, forward: Callable[..., Any], *, cacheable: Sequence[str] = KINDS
+    ) -> None:
+        """Record nothing yet: branches are known after the first call.
+
+        Args:
+            forward: the transformer's own.
+            cacheable: kinds of sub-modules that are branches.
+        """
+        self.transformer, self.forward, self.cacheable = transformer, forward, tuple(cacheable)
+        self.recorded_fingerprint: Fingerprint | None = None
+        self.branches: tuple[RecordedBranch, ...] = ()
+        self._graph: BlockGraph | None = None
+        self._board = Switchboard()
+        self._overwritten: frozenset[str] = frozenset()
+        self._can_skip = True
+        self._skipped_for = lru_cache(maxsize=64)(self._find_skipped)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_skipped_for"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._skipped_for = lru_cache(maxsize=64)(self._find_skipped)
+
+    @property
+    def is_recorded(self) -> bool:
+        return self._graph is not None
+
+    def record(self, *args: Any, **kwargs: Any) -> Any:
+        """Find the branches in one forward with a pipeline's arguments; returns what the forward gives.
+
+        Raises:
+            RefusedTransformer: the class has no branches that a plan can reuse.
+        """
+        name = type(self.transformer).__name__
+        if refused := declaration_of(self.transformer).refused:
+            raise RefusedTransformer(f"transformer is a {name}, which has no plan: {refused}")
+        recording = record(self.transformer, self.forward, *args, **kwargs)
+        graph = BlockGraph(recording)
+        branches = graph.chosen(self.cacheable)
+        if not branches:
+            raise RefusedTransformer(
+                f"transformer is a {name}, which has no plan: in its forward no block of a ModuleList calls "
+                "attention or feed-forward modules"
+            )
+        self._graph, self.branches = graph, branches
+        self._overwritten = frozenset(unit.name for unit in recording.units if unit.is_overwritten)
+        self._install()
+        self._can_skip = self._probe(recording.output, *args, **kwargs)
+        return recording.output
+
+    def _install(self) -> None:
+        assert self._graph is not None
+        kept = self._branch_of
+        feeders = self._graph.skippable(kept, kept)
+        install(self.transformer, (name.partition("#")[0] for name in (*kept, *feeders)), self._board)
+
+    def close(self) -> None:
+        """Restore the transformer's modules."""
+        uninstall(self.transformer)
+        self._graph = None
+
+    @torch.no_grad()
+    def _probe(self, output: Any, *args: Any, **kwargs: Any) -> bool:
+        """Return whether a step of reuse can leave out what only branches read.
+
+        It cannot where a block looks at values of what it gives its sub-modules.
+        """
+        kept, shapes = self.new_kept(), dict[str, Any]()
+        nothing = (False,) * len(self.branches)
+        self.planned(((True,) * len(self.branches)), kept, 1, shapes, args, kwargs)
+        try:
+            reused = self.planned(nothing, kept, 0, shapes, args, kwargs)
+        except Exception:
+            return False
+        if has_skipped(reused):
+            return False
+        pairs = zip(tensors_of(output), tensors_of(reused), strict=True)
+        return all(torch.allclose(one, other, equal_nan=True, rtol=1e-2) for one, other in pairs)
+
+    @property
+    def _branch_of(self) -> dict[str, int]:
+        return {unit: place for place, branch in enumerate(self.branches) for unit in branch.units}
+
+    def new_kept(self, reuse: Reuse = "hold", learned: Forecast | None = None) -> KeptValues:
+        """Return the empty values of one trajectory of one batch."""
+        return KeptValues(self._branch_of, reuse, learned)
+
+    def planned(
+        self,
+        compute_row: Sequence[bool],
+        kept: KeptValues,
+        step: int,
+        shapes: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run one forward under a row of a plan.
+
+        Args:
+            shapes: what units of this trajectory returned, as stand-ins; filled as they are computed.
+        """
+        skipped = self._skipped_for(tuple(compute_row)) if self._can_skip else frozenset[str]()
+        unit_pass = PlannedPass(
+            compute_row, kept, step, skipped=skipped, shapes=shapes, overwritten=self._overwritten
+        )
+        with self._board.during(unit_pass):
+            return self.forward(*args, **kwargs)
+
+    def _find_skipped(self, compute_row: tuple[bool, ...]) -> frozenset[str]:
+        assert self._graph is not None
+        branch_of = self._branch_of
+        reused = {unit for unit, branch in branch_of.items() if not compute_row[branch]}
+        return frozenset(self._graph.skippable(reused, branch_of))
+
+    def mixed(
+        self,
+        scores_B: Tensor,
+        refresh_row: Sequence[bool],
+        kept: KeptValues,
+        step: int,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run one forward of training, differentiable in the scores."""
+        unit_pass = MixedPass(scores_B, refresh_row, kept, step, overwritten=self._overwritten)
+        with self._board.during(unit_pass):
+            return self.forward(*args, **kwargs)
+
+    def macs(self) -> Macs:
+        """Return the multiply-accumulates of the recorded forward for one row."""
+        assert self._graph is not None, "recorded by the first forward"
+        return self._graph.macs_of(self.branches)
+
+    def shape(self) -> dict[str, Any]:
+        """Return class and branches as JSON values."""
+        import diffusers
+
+        return {
+            "architecture": type(self.transformer).__name__,
+            ARCHITECTURE_KEY: type(self.transformer).__name__,
+            "diffusers": diffusers.__version__,
+            "cacheable": list(self.cacheable),
+            "branches": describe(self.branches),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return class, branches and weights, which a router's must equal."""
+        return {**self.shape(), "weights": self.fingerprint().exact}
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the fingerprint of the weights without adapters."""
+        return self.recorded_fingerprint or fingerprint_of([self.transformer])
+
+
+def fingerprint_of(transformers: Sequence[nn.Module]) -> Fingerprint:
+    """Return one fingerprint of all transformers of a pipeline, without adapters."""
+    first, *others = [base_parameters(each) for each in transformers]
+    both = dict(first)
+    for number, parameters in enumerate(others, 2):
+        both |= {f"{number}.{name}": each for name, each in parameters.items()}
+    return Fingerprint.of(both)
+
+
+@contextmanager
+def recorded(
+    transformer: nn.Module, *args: Any, cacheable: Sequence[str] = KINDS, **kwargs: Any
+) -> Iterator[RecordedTransformer]:
+    """Yield the view of a transformer after one recorded forward, and restore the transformer."""
+    view = RecordedTransformer(transformer, transformer.forward, cacheable=cacheable)
+    view.record(*args, **kwargs)
+    try:
+        yield view
+    finally:
+        view.close()
