@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 import harmonica
 from harmonica.cli.apply import ApplyCommand
@@ -18,6 +19,7 @@ from harmonica.cli.convert import ConvertCommand
 from harmonica.cli.sample import SampleCommand
 from harmonica.cli.train import TrainCommand
 from harmonica.models.dit.model import DiTConfig
+from harmonica.version import __version__
 from pipelines.config.workflow import WorkflowConfig
 from pipelines.presets import PRESETS
 from pipelines.pretrain.dit import DiTPretrainConfig
@@ -29,7 +31,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("harmonica", "pipelines", "cluster", "tests")
 PAGES = sorted(
     path
-    for path in (*ROOT.glob("*.md"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.md")))
+    for folder in (ROOT, ROOT / ".github", *(ROOT / name for name in PACKAGES))
+    for path in (folder.glob("*.md") if folder == ROOT else folder.rglob("*.md"))
     if path.is_file()
 )
 SOURCES = [ROOT / "workflow.py", *(path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py")))]
@@ -197,11 +200,11 @@ def pages_and_sources() -> list[Path]:
 def test_every_file_that_is_named_exists():
     missing = []
     names = {path.name for name in PACKAGES for path in (ROOT / name).rglob("*")}
-    names |= {path.name for path in ROOT.iterdir()}
+    names |= {path.name for path in (*ROOT.iterdir(), *(ROOT / ".github").iterdir())}
     for path in pages_and_sources():
         for text in prose_of(path):
             for span in code_spans(text):
-                is_ours = re.fullmatch(rf"({'|'.join(PACKAGES)})(/[\w.-]+)+/?", span)
+                is_ours = re.fullmatch(rf"({'|'.join(PACKAGES)}|\.github|\.ci)(/[\w.-]+)+/?", span)
                 if is_ours and not (ROOT / span).exists():
                     missing.append(f"{where(path)}: {span}")
                 bare = re.fullmatch(r"[\w-]+\.(py|md|yaml|toml)", span)
@@ -290,3 +293,24 @@ def test_every_setting_that_is_named_exists():
 def test_every_preset_is_in_the_readme_or_follows_a_named_pattern(preset):
     text = "".join(page.read_text() for page in PAGES)
     assert preset in text or preset.startswith("pixart") or preset.rpartition("-")[2] in text
+
+
+def test_every_target_and_stage_that_is_named_exists():
+    makefile, ci = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    stages = set(re.findall(r"^    ([a-z]+)\) stage ", ci, re.MULTILINE))
+    asked = set(re.findall(r"\bmake ([a-z-]+) ;;", ci))
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert set(jobs["stage"]["strategy"]["matrix"]["stage"]) == stages
+    for page in PAGES:
+        code = [*code_spans(page.read_text()), *re.findall(r"^```\n(.*?)^```", page.read_text(), re.M | re.S)]
+        asked |= {name for span in code for name in re.findall(r"(?:^|\n)make ([a-z-]+)", span)}
+    assert asked and asked <= targets, asked - targets
+
+
+def test_the_citation_has_this_version_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    paper = citation["preferred-citation"]
+    assert paper["year"] == 2025 and "2410.01723" in paper["url"] and len(paper["authors"]) == 8
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -202,7 +202,7 @@ def test_credentials_are_never_shown(s3, uri, caplog, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, words",
+    ("path", "words"),
     [
         ("/none", r"model.path /none does not exist: give builtin:fashion-dit, a model folder"),
         ("a/b/c", r"model.path a/b/c does not exist"),

@@ -375,6 +375,7 @@ RUNS = """select coalesce(parent.value, ''), stage.value, runs.status from runs
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_the_chain_with_everything_on_s3_and_runs_in_postgresql(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +438,7 @@ def test_the_chain_with_everything_on_s3_and_runs_in_postgresql(
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_the_chain_on_prompts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,6 +511,7 @@ def _wait_for_port(port: int, timeout_s: float = 90) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_submitted_as_a_job(tmp_path: Path, cluster_environment: dict[str, str]) -> None:
     model = write_model(tmp_path / "model")
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "workflow.py", "fashion"]

@@ -29,7 +29,8 @@ class PromptStore:
     """A finished store. Pickled, it is its address, and opens again where it arrives."""
 
     def __init__(self, uri: str | Path, digest: str = "") -> None:
-        """
+        """Open a finished store.
+
         Args:
             uri: a local folder or an s3:// URI.
             digest: refuse the store if it is not this one.

@@ -64,7 +64,8 @@ class InceptionFeatures:
     """
 
     def __init__(self, weights: str | Path, device: torch.device | str = "cpu") -> None:
-        """
+        """Load the network.
+
         Args:
             weights: torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, or the same tensors as
                 safetensors.

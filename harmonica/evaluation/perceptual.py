@@ -22,7 +22,8 @@ class Lpips:
     """Learned perceptual distance (Zhang et al. 2018) with AlexNet, by torchmetrics."""
 
     def __init__(self, weights: str | Path, device: torch.device | str = "cpu") -> None:
-        """
+        """Load AlexNet's weights and LPIPS's own layers.
+
         Args:
             weights: torchvision's `alexnet-owt-7be5be79.pth`; LPIPS's own layers come with torchmetrics.
 
@@ -70,7 +71,8 @@ class ClipScore:
     """100 max(cos, 0) of a picture's and its prompt's CLIP embeddings (Hessel et al. 2021, without 2.5)."""
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
-        """
+        """Load a CLIP model.
+
         Args:
             folder: a CLIP model's as transformers saves it, with its tokenizer and its image processor.
 

@@ -138,6 +138,7 @@ class Macs:
 
     @property
     def full(self) -> int:
+        """Return the MACs of a step that reuses nothing."""
         return sum(self.branches) + self.rest
 
 

@@ -23,7 +23,8 @@ class BetaController:
     """Running estimate of what each entry is worth, and the beta at which the target fraction is reused."""
 
     def __init__(self, num_steps: int, costs_B: Tensor, *, fraction: float, threshold: float) -> None:
-        """
+        """Start without any estimate.
+
         Args:
             costs_B: what the penalty counts a branch as, 1 on average; the fraction is of these.
             fraction: to be reused of rows 0 ... T-2; row T-1 never is.

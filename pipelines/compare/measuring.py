@@ -105,7 +105,8 @@ class Bench:
     """The workers of a comparison, started when the first variant is measured."""
 
     def __init__(self, config: WorkflowConfig, spec: SampleSpec, references: list[Variant]) -> None:
-        """
+        """Start no worker yet.
+
         Args:
             config: its `evaluate.samples` is the number of images.
             references: the variants that other variants are compared with.

@@ -72,6 +72,7 @@ class Timing:
 
 
 def device_of(use_gpu: bool) -> torch.device:
+    """Return the device of a worker."""
     return torch.device("cuda" if use_gpu else "cpu")
 
 
@@ -114,6 +115,7 @@ def make_family_variants(config: WorkflowConfig, family: Mapping[str, RouterArti
 
 
 def family_variant(name: str) -> str:
+    """Return the name in reports of a family's member."""
     return f"{CACHED} {name}"
 
 

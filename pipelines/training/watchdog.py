@@ -1,6 +1,4 @@
-"""What each training worker does at the moment: a line of progress at intervals, and when a run stands still,
-what it waits for.
-"""
+"""Report what each training worker does: its progress, and what a run that stands still waits for."""
 
 import logging
 import queue

@@ -46,7 +46,8 @@ class Trajectory(ABC):
         check_view: Callable[[RecordedTransformer], None] | None = None,
         check_pipeline: Callable[[Any], None] | None = None,
     ) -> None:
-        """
+        """Wait for the first call of a trajectory.
+
         Args:
             check_view: refuses a transformer that has just been recorded.
             check_pipeline: refuses a pipeline, at the first step of a trajectory.
@@ -182,7 +183,7 @@ class TransformerCall:
         """Return itself when something binds it, as diffusers' hooks do."""
         return self
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.trajectory.forward(self.number, args, kwargs)
 

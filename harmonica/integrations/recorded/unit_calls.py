@@ -60,7 +60,7 @@ class UnitCall:
         """Return itself when something binds it, as diffusers' hooks do."""
         return self
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running = self.board.running
         if running is None:

@@ -46,10 +46,12 @@ class DiTConfig:
 
     @property
     def hidden_size(self) -> int:
+        """Return D, the width of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def num_tokens(self) -> int:
+        """Return L, the number of patches of a latent."""
         return (self.sample_size // self.patch_size) ** 2
 
 

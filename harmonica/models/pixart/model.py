@@ -54,7 +54,8 @@ class PixArt(TextTransformer):
         text_tokens: int,
         cacheable: tuple[Kind, ...] = ("attn", "mlp"),
     ) -> None:
-        """
+        """Wrap diffusers' module, whose weights are shared.
+
         Args:
             text_tokens: S of the prompts that MACs are counted for; alpha's pipeline pads to 120, Sigma's
                 to 300.

@@ -104,7 +104,8 @@ class Sana(TextTransformer):
         text_tokens: int = TEXT_TOKENS,
         cacheable: tuple[Kind, ...] = ("attn", "mlp"),
     ) -> None:
-        """
+        """Wrap diffusers' module, whose weights are shared.
+
         Args:
             text_tokens: S of the prompts that MACs are counted for.
             cacheable: kinds of sub-layer that are branches. The others always run; their MACs are in
