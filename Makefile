@@ -54,6 +54,15 @@ hooks: $(STAMP)-dev ## check what is committed and pushed, from now on (pre-comm
 bench: $(STAMP)-test ## measure, and compare with the numbers to beat
 	$(BIN)/python -m tests.benchmarks
 
+.PHONY: docs
+docs: $(STAMP)-docs ## the documentation, in build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/mkdocs.yml
+
+# On top of what the commands need, since the pages on the APIs are made from the code.
+$(STAMP)-docs: $(STAMP)-run
+	$(BIN)/python -m pip install -q -c cluster/constraints.txt -e '.[docs]'
+	@touch $@
+
 serve: $(STAMP)-run ## the HTTP endpoint
 	$(BIN)/python -m pipelines.serve
 

@@ -28,7 +28,7 @@ from pipelines.serve import ServeCommand
 from pipelines.ui import UiCommand
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("harmonica", "pipelines", "cluster", "tests")
+PACKAGES = ("harmonica", "pipelines", "cluster", "tests", "docs")
 PAGES = sorted(
     path
     for folder in (ROOT, ROOT / ".github", *(ROOT / name for name in PACKAGES))
@@ -213,6 +213,10 @@ def test_every_file_that_is_named_exists():
             if path.suffix == ".md":
                 links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
                 missing += [f"{where(path)}: {link}" for link in links if not (path.parent / link).exists()]
+                for name, section in re.findall(r'^--8<-- "([^":]+):(\S+)"$', text, re.MULTILINE):
+                    source = ROOT / name
+                    if not source.is_file() or f"--8<-- [start:{section}]" not in source.read_text():
+                        missing.append(f"{where(path)}: {name}:{section}")
     assert not missing, "\n".join(sorted(set(missing)))
 
 
@@ -230,6 +234,7 @@ def test_every_module_and_name_that_is_mentioned_exists():
             mentioned += [
                 match[1] for match in re.finditer(r"-m ((?:harmonica|pipelines|tests)[\w.]*\w)", text)
             ]
+            mentioned += re.findall(r"^::: (\S+)", text, re.MULTILINE)  # a page of the Python API
             for name in mentioned:
                 known = name.startswith("harmonica.") and name.split(".")[1] in harmonica.__all__
                 if not (known or name in TAGS or exists(name)):
@@ -290,7 +295,7 @@ def test_every_setting_that_is_named_exists():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_in_the_readme_or_follows_a_named_pattern(preset):
+def test_every_preset_is_in_a_page_or_follows_a_named_pattern(preset):
     text = "".join(page.read_text() for page in PAGES)
     assert preset in text or preset.startswith("pixart") or preset.rpartition("-")[2] in text
 

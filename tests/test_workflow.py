@@ -268,7 +268,7 @@ def test_the_chain_and_its_second_run(
         with listeners() as found:
             assert workflow.main([*arguments, "--promotion.min-psnr-to-full=99"]) == 3
         # torch's store, by which ranks find each other, takes no address: it is there while training runs.
-        assert {name for name, _ in found[False]} <= {"ray::RayTrainWorker", "ray::execute"}, "see README"
+        assert {name for name, _ in found[False]} <= {"ray::RayTrainWorker", "ray::execute"}, "see docs"
         assert {address for _, address in found[False]} <= {"::", "0.0.0.0"}, "gloo names one"
         servers = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
         assert servers <= {name for name, _ in found[True]}, "they were looked at"
