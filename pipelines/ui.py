@@ -51,6 +51,7 @@ def server_command(command: UiCommand) -> list[str]:
 
 
 def main() -> None:
+    """Serve MLflow's UI until Ctrl-C."""
     command = tyro.cli(UiCommand, description=__doc__)
     try:
         arguments = server_command(command)

@@ -24,12 +24,18 @@ from harmonica.models.base import freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import Ddim, SamplerConfig
 
+ROOT = Path(__file__).parents[1]
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread: more than there are free cores make models this small slower by a hundred times.
+    """Set the path of child processes, and one thread.
+
+    More than there are free cores make models this small slower by a hundred times.
 
     `make test-cpus` alone sets another number, and other orders of summation (tests/cpus.py).
     """
+    # Installed, the folder `pipelines` has another name: processes that tests start find it in the clone.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     torch.set_num_threads(int(os.environ.get("HARMONICA_TEST_THREADS", "1")))
     if os.environ.get("HARMONICA_TEST_SUMS") == "other":
         config.stash[pytest.StashKey[torch.library.Library]()] = other_sums.install()

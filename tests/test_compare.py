@@ -13,14 +13,15 @@ import torch
 from tiny_dit import SHAPE, write_model
 from torch import Tensor
 
-import workflow
-from harmonica.data.batch import Batch, SampleSpec, make_samples
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.diffusers_folder import write_diffusers
 from harmonica.models.dit.config import DiTConfig
 from harmonica.models.loading import ModelConfig, load_model, read_model
 from harmonica.samplers import SamplerConfig
 from harmonica.validation.finite import NotFinite
+from pipelines import workflow
 from pipelines.compare.measuring import VariantWorker, reason_of
 from pipelines.compare.methods import learned_methods, untrained_methods
 from pipelines.compare.names import OURS, OURS_LABEL, PAPER, shown_name
@@ -131,7 +132,7 @@ def test_settings_of_the_model_reach_the_libraries_variants(tmp_path: Path, dtyp
     write_diffusers(tmp_path / "theirs", read_model(config.path, config.revision, config.shape))
     model = load_model(ModelConfig(path=str(tmp_path / "theirs"))).model  # in diffusers' convention too
     spec = SampleSpec.of(model, 0)
-    batch = Batch.of(make_samples(np.arange(2), spec), spec, "cpu")
+    batch = spec.to_batch(make_samples(np.arange(2), spec), "cpu")
     sampler = SamplerConfig(num_inference_steps=4)
     ours = Variant(FULL, sampler).sample(model, batch)
     uncached, *others = library_variants(config, sampler)
@@ -282,7 +283,7 @@ def test_a_small_comparison_with_a_variant_that_fails_and_its_resumes(
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('made for another diffusers')")
     monkeypatch.syspath_prepend(str(broken.parent))
-    monkeypatch.setenv("PYTHONPATH", f"{broken.parent}:{Path(workflow.__file__).parent}")
+    monkeypatch.setenv("PYTHONPATH", f"{broken.parent}:{Path(workflow.__file__).parents[1]}")
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     request.addfinalizer(ray.shutdown)

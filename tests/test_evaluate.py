@@ -10,7 +10,7 @@ import torch
 from harmonica.builtin import CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
-from harmonica.data.batch import SampleSpec, make_samples
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.evaluation.fashion_classifier import features_and_logits, load_classifier
 from harmonica.evaluation.image_metrics import label_accuracy, psnr
 from harmonica.models.loading import ModelConfig, load_model

@@ -10,7 +10,7 @@ import pytest
 from tiny_dit import write_model
 
 from harmonica.cli.train import _Folder, _train
-from harmonica.data.batch import SampleSpec, Shard
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler

@@ -18,7 +18,8 @@ from harmonica.cli import train as train_command
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import check_sample, record_sample
 from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch, SampleSpec, make_samples
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.data.text_encoder import TextEncoder
 from harmonica.evaluation.plots import encode_picture, to_uint8
 from harmonica.models.loading import ModelConfig, load_model
@@ -82,7 +83,7 @@ def one_trajectory(model: ModelConfig, settings: dict[str, Any]) -> tuple[Router
     config = TrainingConfig(**plain | settings)
     run = RouterTrainer(make_sampler(load_model(model).model, SAMPLER), config, seed=0)
     spec = SampleSpec.of(run.sampler.model, 0, None)
-    return run, Batch.of(make_samples(np.arange(2), spec), spec, "cpu")
+    return run, spec.to_batch(make_samples(np.arange(2), spec), "cpu")
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -90,10 +91,10 @@ def test_every_phase_of_training_stops(overflowing: ModelConfig, good: ModelConf
     run, rows = one_trajectory(overflowing, PHASES[phase])
     words = r"^trajectory 0: [\w.]+ is (nan|inf), since the full sampler's images are not finite \(2 of 2\)"
     with pytest.raises(NotFinite, match=words):
-        run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+        run.train_one(rows)
     assert run.trajectory == 0
     run, rows = one_trajectory(good, PHASES[phase])
-    run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+    run.train_one(rows)
     assert run.trajectory == 1
 
 
@@ -114,12 +115,12 @@ def test_what_follows_the_router_s_training_stops_too(
     overflowing: ModelConfig, good: ModelConfig, settings: dict[str, Any]
 ) -> None:
     run, rows = one_trajectory(overflowing, settings)
-    run.trajectory = 1
+    run.load_state(run.state() | {"trajectory": 1})
     with pytest.raises(NotFinite, match=r"^trajectory 1: [\w.]+ is nan, since the full"):
-        run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+        run.train_one(rows)
     run, rows = one_trajectory(good, settings)
-    run.trajectory = 1
-    run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+    run.load_state(run.state() | {"trajectory": 1})
+    run.train_one(rows)
 
 
 def test_a_router_that_diverges_by_itself_is_told_apart(good: ModelConfig) -> None:
@@ -127,7 +128,7 @@ def test_a_router_that_diverges_by_itself_is_told_apart(good: ModelConfig) -> No
     with torch.no_grad():
         run.router.rows[3].fill_(torch.nan)
     with pytest.raises(NotFinite, match=r"though the full sampler's images are finite: .*learning_rate"):
-        run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+        run.train_one(rows)
 
 
 def test_the_command_stops_with_one_line_and_keeps_no_state(
@@ -306,7 +307,7 @@ def test_no_value_is_looked_at_inside_a_trajectory(good: ModelConfig, monkeypatc
 
         monkeypatch.setattr(Tensor, name, counting)
     rows = make_samples(np.arange(2), SPEC)
-    batch = Batch.of(rows, SPEC, "cpu")
+    batch = SPEC.to_batch(rows, "cpu")
     plan = make_artifact(good).plan
     looked.clear()
     sample(sampler, batch.noise_NCHW, batch.condition_N, plan, keys=batch.keys)

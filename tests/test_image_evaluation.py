@@ -16,7 +16,7 @@ from tiny_text import write_store
 from tolerances import NOISIEST, rounding
 
 from harmonica.core.plan import Plan
-from harmonica.data.batch import SampleSpec, make_samples
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.data.text_encoder import TextEncoder
 from harmonica.evaluation.fashion_mnist import CLASS_NAMES
 from harmonica.io.resolve import local_path

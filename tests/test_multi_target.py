@@ -14,7 +14,7 @@ from tiny_dit import write_model
 from harmonica.cli import train
 from harmonica.cli.train import TrainCommand
 from harmonica.core.artifact import RouterArtifact
-from harmonica.data.batch import SampleSpec, Shard
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.config import TrainingConfig
@@ -57,7 +57,7 @@ def states(fresh) -> dict[int, tuple[Any, Any]]:
     found: dict[int, tuple[Any, Any]] = {}
     for _ in train.trained(run, spec, Shard(FAMILY.batch_size)):
         if run.trajectory in STOPS:
-            found[run.trajectory] = copy.deepcopy(run.state()), run.next_rows
+            found[run.trajectory] = copy.deepcopy(run.state()), run.next_trajectories
     return found | {0: (run, None)}
 
 
@@ -88,10 +88,10 @@ def test_a_start_that_is_not_measured_is_none_to_share(fresh):
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_it_resumes_bit_for_bit_within_any_member(fresh, whole, states, stop):
-    state, next_rows = states[stop]
+    state, next_trajectories = states[stop]
     resumed, spec = fresh(FAMILY)
     resumed.load_state(copy.deepcopy(state))
-    assert resumed.trajectory == stop and resumed.next_rows == next_rows
+    assert resumed.trajectory == stop and resumed.next_trajectories == next_trajectories
     list(train.trained(resumed, spec, Shard(2)))
     assert same(resumed.artifact(), whole.artifact())
     for name, artifact in whole.extra_artifacts().items():

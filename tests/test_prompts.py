@@ -31,9 +31,9 @@ from tiny_text import (
 from tolerances import of_pass, rounding, roundoff
 
 from harmonica.data import prompts as prompts_module
-from harmonica.data.batch import SampleSpec, make_samples
 from harmonica.data.prompt_files import MANIFEST, part_path, stored_parts
 from harmonica.data.prompts import PromptStore, text_condition
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.data.text_encoder import TextEncoder, encoder_identity, preprocess
 from harmonica.models.text_condition import TextCondition
 from pipelines.data import embed_prompts as pipeline

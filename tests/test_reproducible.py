@@ -164,7 +164,7 @@ def test_what_fills_a_batch_up_is_not_answered(tiny):
 
 
 @pytest.mark.parametrize(
-    "order, use_gpu, rows_at_once", [(by_batch, True, 4), (by_slot, True, 1), (by_slot, False, 1)]
+    ("order", "use_gpu", "rows_at_once"), [(by_batch, True, 4), (by_slot, True, 1), (by_slot, False, 1)]
 )
 def test_a_reproducible_endpoint_answers_the_same_file_alone_and_in_company(
     tiny, order, use_gpu, rows_at_once

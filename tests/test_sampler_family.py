@@ -16,6 +16,7 @@ from tolerances import CLOSE, PASS, close, rounding
 
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.models.vae import decode_latents
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
@@ -99,19 +100,19 @@ def test_every_sampler_trains_a_router(tiny_dit, batch, name):
     sampler = make_sampler(tiny_dit, config(name))
     generator = torch.Generator().manual_seed(4)
     logits = 2 * torch.randn(6, 6, generator=generator, dtype=torch.float64)
-    ended = {}
+    ended, batches = {}, [Batch(*batch, KEYS)]
     for still in (True, False):
         settings = SdtConfig(threshold=0.3, learning_rate=1e-300 if still else 0.05)
         router = Router.from_logits(logits.clamp(-4, 4))
-        lambda_T = image_error_proxy(sampler, router, *batch, kind="leave_one_out", threshold=0.3, keys=KEYS)
-        again = image_error_proxy(sampler, router, *batch, kind="leave_one_out", threshold=0.3, keys=KEYS)
+        lambda_T = image_error_proxy(sampler, router, batches, kind="leave_one_out", config=settings)
+        again = image_error_proxy(sampler, router, batches, kind="leave_one_out", config=settings)
         assert torch.equal(lambda_T, again) and (lambda_T > 0).all()
-        _, ended[still] = SdtTrainer(sampler, router, settings).train_trajectory(*batch, lambda_T, keys=KEYS)
+        _, ended[still] = SdtTrainer(sampler, router, settings).train_trajectory(batches, lambda_T)
         moved = (router.logits() != logits.clamp(-4, 4)).any(dim=1)
         assert still or moved[:-1].all()
     everything = Router(6, 6, 40.0).double()
     _, final = SdtTrainer(sampler, everything, SdtConfig(clamp=50.0)).train_trajectory(
-        *batch, torch.ones(5, dtype=torch.float64), keys=KEYS
+        batches, torch.ones(5, dtype=torch.float64)
     )
     torch.testing.assert_close(final, sample(sampler, *batch, keys=KEYS), **CLOSE)
 
@@ -121,7 +122,11 @@ def test_every_sampler_trains_a_router(tiny_dit, batch, name):
 def test_a_router_that_computes_everything_has_no_lambda(tiny_dit, batch, name, kind):
     everything = Router(6, 6, 40.0).double()
     lambda_T = image_error_proxy(
-        make_sampler(tiny_dit, config(name)), everything, *batch, kind=kind, threshold=0.3, keys=KEYS
+        make_sampler(tiny_dit, config(name)),
+        everything,
+        [Batch(*batch, KEYS)],
+        kind=kind,
+        config=SdtConfig(threshold=0.3),
     )
     assert lambda_T.abs().max() < 1e-12
 

@@ -15,6 +15,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from harmonica.cli.sample import SampleCommand
+from harmonica.data.batch import Batch
 from harmonica.models.base import Macs, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.loading import ModelConfig
@@ -249,7 +250,10 @@ def test_a_start_for_a_share_of_reuse_has_that_share() -> None:
     run = MultiTargetTrainer(sampler, settings, seed=0)
     while run.trajectory < 1 + 1 + settings.choice_trajectories:
         train_one(run)
-    starts = {name: run.current.target.plan_of(logits) for name, logits in run.current.starts.items()}
+    starts = {
+        name: run.current.context.target.plan_of(logits)
+        for name, logits in run.current.context.starts.items()
+    }
     assert starts.keys() == {"even", "measured"}
     for plan in (*starts.values(), run.plan):
         assert abs(plan.cur - 0.4) <= 1 / 12, "to a step"
@@ -386,7 +390,7 @@ def test_settings_start_what_they_are_for_or_are_refused(changed: dict[tuple[str
 def train_one(run: MultiTargetTrainer) -> None:
     keys = SampleKeys.of(0, range(run.config.batch_size))
     noise = torch.from_numpy(keys.start_noise((1, 16, 16)))
-    run.train_one(noise, torch.arange(run.config.batch_size) % 3, keys)
+    run.train_one(Batch(noise, torch.arange(run.config.batch_size) % 3, keys))
 
 
 TRAINED = dataclasses.replace(

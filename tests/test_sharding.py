@@ -1,7 +1,6 @@
 """A model spread over two processes trains the router of a whole one."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import SamplerConfig, make_sampler
@@ -56,17 +56,17 @@ def trained(model: BranchedTransformer, case: str, noise: Tensor, condition: Any
     sampler, config = make_sampler(model, STEPS), CASES[case]
     run = RouterTrainer(sampler, config, seed=0)
     if noise.dtype == torch.float64:
-        run.trainer = SdtTrainer(sampler, run.router.double(), config.sdt)
-    keys = SampleKeys.of(0, range(len(noise)))
-    run.train_one(noise, condition, keys)
+        run.context.sdt = SdtTrainer(sampler, run.router.double(), config.sdt)
+    batch = Batch(noise, condition, SampleKeys.of(0, range(len(noise))))
+    run.train_one(batch)
     before = sample(sampler, noise, condition, run.router.plan(0.4))
-    metrics = run.train_one(noise, condition, keys)
+    metrics = run.train_one(batch)
     after = sample(sampler, noise, condition)
     with torch.no_grad():
         alone = model(noise, torch.full((len(noise),), 500), condition)
     return {
         "logits": run.router.logits(),
-        "lambda": run.weights.lambda_T,
+        "lambda": run.state()["lambda"],
         "mse": torch.tensor(metrics["mse"]),
         "images": torch.cat([before, after]),
         "forward": alone,
@@ -119,10 +119,10 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, dict[str, Any]]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=2)
-    yield [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("case", CASES)

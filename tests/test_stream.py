@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import quick
 
-from harmonica.data.batch import SampleSpec, Shard, make_samples
+from harmonica.data.samples import SampleSpec, Shard, make_samples
 from harmonica.samplers.noise import sample_label, sample_noise
 from pipelines.data.stream import stream_samples
 from pipelines.runtime.ray_runtime import connect

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
@@ -44,14 +45,14 @@ def sampler(tiny_dit: DiT) -> Sampler:
     return make_sampler(tiny_dit, config)
 
 
-def rows(first: int, count: int = 4) -> tuple[Tensor, Tensor, SampleKeys]:
+def rows(first: int, count: int = 4) -> Batch:
     keys = SampleKeys.of(5, range(first, first + count))
     noise = torch.from_numpy(keys.start_noise((4, 8, 8))).double()
-    return noise, torch.arange(first, first + count) % 10, keys
+    return Batch(noise, torch.arange(first, first + count) % 10, keys)
 
 
 def train(run: RouterTrainer, until: int) -> list[dict[str, float]]:
-    return [run.train_one(*rows(4 * k)) for k in range(run.trajectory, until)]
+    return [run.train_one(rows(4 * k)) for k in range(run.trajectory, until)]
 
 
 @given(num_steps=st.integers(8, 60), speedup=st.floats(1.05, 1.9))
@@ -102,7 +103,8 @@ def test_trained_plans_meet_their_speed(sampler):
 
 
 def test_effects_are_those_of_plans_with_the_step_reused(sampler):
-    noise, labels, keys = batch = rows(0, 2)
+    batch = rows(0, 2)
+    noise, labels, keys = batch.noise_NCHW, batch.condition_N, batch.keys
     full = sample(sampler, noise, labels, keys=keys)
 
     def change(*reused: int) -> Tensor:
@@ -130,7 +132,7 @@ def test_a_measured_start_is_nearer_than_an_even_one(sampler):
     config = replace(SPEED, initial="measured", start_trajectories=2)
     run = RouterTrainer(sampler, config, seed=0)
     train(run, 2)
-    plans = {name: Plan.from_scores(logits.sigmoid(), 0.5) for name, logits in run.starts.items()}
+    plans = {name: Plan.from_scores(logits.sigmoid(), 0.5) for name, logits in run.context.starts.items()}
     choice = PlanSelector(plans, "forecast")
     choice.observe(sampler, [rows(100, 16)], lambda tensor: None)
     assert choice.best == "measured"
@@ -145,7 +147,7 @@ def test_the_nearest_plan_is_kept_and_says_whose_it_is(sampler):
     assert run.plan != start
     (metrics,) = train(run, 5)
     nearer = "start" if metrics["choice.start_db"] > metrics["choice.trained_db"] else "trained"
-    assert run.chosen == nearer == run.artifact().training["chosen"]
+    assert run.context.chosen == nearer == run.artifact().training["chosen"]
     assert (run.plan == start) == (nearer == "start")
 
 
@@ -157,9 +159,10 @@ def test_a_trained_plan_that_misses_the_speed_is_not_kept(sampler):
     with torch.no_grad():
         for row in run.router.rows:
             row.fill_(1.0)  # nothing to cut between
-    assert not run.target.is_met_by(run.plan) and run.target.is_met_by(start)
+    run.load_state(run.state() | {"choice": None})  # of that router
+    assert not run.context.target.is_met_by(run.plan) and run.context.target.is_met_by(start)
     train(run, 5)
-    assert (run.chosen, run.plan) == ("start", start)
+    assert (run.context.chosen, run.plan) == ("start", start)
 
 
 def test_a_run_of_all_phases_resumes_bit_for_bit(sampler):
@@ -189,7 +192,8 @@ def test_a_run_of_all_phases_resumes_bit_for_bit(sampler):
 def test_a_quality_is_met_by_the_fastest_start_that_has_it(sampler):
     settings = {"initial": "measured", "start_trajectories": 1, "target_speedup": 0.0, "trajectories": 2}
     search = StepSearch(STEPS)
-    noise, labels, keys = batch = rows(0)
+    batch = rows(0)
+    noise, labels, keys = batch.noise_NCHW, batch.condition_N, batch.keys
     search.observe(sampler, [batch], "forecast", lambda tensor: None)
     full = sample(sampler, noise, labels, keys=keys)
 
@@ -216,7 +220,9 @@ def test_in_pairs_only_every_second_row_is_trained(sampler):
     config = replace(SPEED, initial="constant", trajectories=3, iepo="none", sdt=sdt)
     run = RouterTrainer(sampler, config, seed=0)
     train(run, 3)
-    moved = [bool((row != first).any()) for row, first in zip(run.router.logits(), run.starts["start"])]
+    moved = [
+        bool((row != first).any()) for row, first in zip(run.router.logits(), run.context.starts["start"])
+    ]
     assert [i for i, has_moved in enumerate(moved) if has_moved] == [1, 3, 5, 7]
     assert all(all(run.plan.compute[i]) for i in (0, 2, 4, 6, 8))
 

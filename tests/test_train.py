@@ -12,8 +12,7 @@ from router_only import ROUTER_ONLY
 from tiny_dit import write_model, write_overflowing
 from tolerances import of_training
 
-from harmonica.data.batch import Batch, make_samples
-from harmonica.samplers.noise import SampleKeys
+from harmonica.data.samples import make_samples
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.trainer import RouterTrainer
 from harmonica.validation.finite import NotFinite
@@ -54,9 +53,7 @@ def trained_here(
     run, size = run or fresh, config.train.batch_size
     while run.trajectory < until:
         indices = torch.arange(run.trajectory * size, (run.trajectory + 1) * size).numpy()
-        rows = make_samples(indices, spec)
-        keys = SampleKeys.of(spec.seed, indices.tolist())
-        run.train_one(torch.from_numpy(rows["noise"]), torch.from_numpy(rows["label"]), keys)
+        run.train_one(spec.to_batch(make_samples(indices, spec), "cpu"))
     return run
 
 
@@ -69,10 +66,10 @@ def test_training_moves_the_router(config: WorkflowConfig) -> None:
 
 def test_a_trajectory_says_what_its_time_went_into(config: WorkflowConfig) -> None:
     run, spec = start_run(config, torch.device("cpu"))
-    rows = Batch.of(make_samples(np.arange(4), spec), spec, "cpu")
+    batch = spec.to_batch(make_samples(np.arange(4), spec), "cpu")
     started = time.perf_counter()
-    first = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
-    second = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+    first = run.train_one(batch)
+    second = run.train_one(batch)
     took = time.perf_counter() - started
     kinds = {f"seconds.{name}" for name in ("teacher", "student", "backward", "reduce")}
     assert {name for name in first if name.startswith("seconds.")} == kinds | {"seconds.lambda"}
@@ -100,7 +97,7 @@ def test_a_resumed_run_is_bit_identical(config: WorkflowConfig, tmp_path: Path) 
     resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     trained_here(config, resumed)
     assert torch.equal(resumed.router.logits(), whole.router.logits())
-    assert resumed.current.target.beta == whole.current.target.beta
+    assert resumed.current.context.target.beta == whole.current.context.target.beta
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,14 @@ from processes import free_port
 from s3_server import BUCKET, SECRET, s3_server
 from tiny_dit import make_artifact, write_model
 
-import workflow
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch, make_samples
 from harmonica.data.prompt_files import MANIFEST
+from harmonica.data.samples import make_samples
 from harmonica.evaluation.image_metrics import psnr
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
+from pipelines import workflow
 from pipelines.data.stream import sample_spec
 from pipelines.evaluation.latency import SEED_OFFSET
 from pipelines.run_state import resume
@@ -39,7 +39,7 @@ from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import make_client
 from pipelines.tracking.mlflow_store import tracking_uri
 
-ROOT = Path(workflow.__file__).parent
+ROOT = Path(workflow.__file__).parents[1]
 SMALL = [
     "--sampler.num-inference-steps=6",
     "--train.trajectories=2",
@@ -69,7 +69,7 @@ def psnr_here(run: Path, arguments: list[str], sampler_name: str = "") -> float:
     changes = {"name": sampler_name, "scheduler": None} if sampler_name else {}
     sampler = make_sampler(model, dataclasses.replace(artifact.sampler, **changes))
     spec = sample_spec(config, model, config.seed + SEED_OFFSET)
-    rows = Batch.of(make_samples(np.arange(config.evaluate.samples), spec), spec, "cpu")
+    rows = spec.to_batch(make_samples(np.arange(config.evaluate.samples), spec), "cpu")
     full, cached = (
         sample(sampler, rows.noise_NCHW, rows.condition_N, plan, reuse=artifact.reuse, keys=rows.keys)
         for plan in (None, artifact.plan)
@@ -375,6 +375,7 @@ RUNS = """select coalesce(parent.value, ''), stage.value, runs.status from runs
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_the_chain_with_everything_on_s3_and_runs_in_postgresql(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +438,7 @@ def test_the_chain_with_everything_on_s3_and_runs_in_postgresql(
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_the_chain_on_prompts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,6 +511,7 @@ def _wait_for_port(port: int, timeout_s: float = 90) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_submitted_as_a_job(tmp_path: Path, cluster_environment: dict[str, str]) -> None:
     model = write_model(tmp_path / "model")
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "workflow.py", "fashion"]

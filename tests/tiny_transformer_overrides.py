@@ -169,7 +169,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "config": {"rope_axes_dim": (4, 6, 6), "has_image_proj": True, "image_proj_dim": WIDTH},
         "inputs": lambda module, time: {
             "image_embeds": torch.randn(ROWS, 3, WIDTH),
-            "indices_latents": torch.arange(3).repeat(ROWS, 1),
+            "indices_latents": torch.arange(3),
         },
     },
     "Ideogram4Transformer2DModel": {
@@ -251,6 +251,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "video_length": 3,
             "activation_fn": "gelu-approximate",
         },
+        "inputs": lambda module, time: {"encoder_attention_mask": None},
     },
     "LongCatAudioDiTTransformer": {
         "config": {"latent_dim": 4, "dit_text_dim": WIDTH},
@@ -264,6 +265,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "config": {"num_kv_heads": 2, "multiple_of": 16},
         "inputs": lambda module, time: {
             "image_rotary_emb": torch.polar(torch.ones(IMAGE, 8), torch.randn(IMAGE, 8))[None],
+            "cross_attention_kwargs": {},
         },
         "time_scale": 1e-3,
     },
@@ -273,7 +275,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "hidden_states": torch.randn(1, IMAGE, 16),
             "audio_hidden_states": torch.randn(1, 6, 4),
             "encoder_hidden_states": torch.randn(1, TEXT, WIDTH),
-            "timestep": torch.tensor([time, time / 2]),
+            "timestep": torch.tensor([time, time]),
             "timestep_indices": torch.tensor([0] * (IMAGE + 6) + [1] * TEXT),
             "token_tags": torch.tensor([0] * IMAGE + [2] * 6 + [1] * TEXT),
             "position_ids": torch.arange(IMAGE + 6 + TEXT)[:, None].repeat(1, 3),
@@ -327,7 +329,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "time_scale": 1e-3,
     },
     "QwenImageTransformer2DModel": {"config": {"out_channels": 1}, "time_scale": 1e-3},
-    "SanaWMTransformer3DModel": {},
     "SkyReelsV2Transformer3DModel": {"config": _OF_WAN},
     "StableAudioDiTModel": {
         "config": {

@@ -1,7 +1,7 @@
-"""Sample with and without a router, on the same noise, timed; no Ray.
+r"""Sample with and without a router, on the same noise, timed; no Ray.
 
     python -m harmonica.cli.sample                                    # the built-in model and its champion
-    python -m harmonica.cli.sample --model.path DiT-XL-2-256x256.pt --model.vae VAE --router ROUTER \\
+    python -m harmonica.cli.sample --model.path DiT-XL-2-256x256.pt --model.vae VAE --router ROUTER \
         --classes 207 360 --guidance-scale 4 --allow-other-sampler
     python -m harmonica.cli.sample --model.path builtin:fashion-pixart --prompts "a coat" "a dark sneaker"
     python -m harmonica.cli.sample --help

@@ -28,16 +28,16 @@ import torch.distributed as dist
 
 from harmonica.cli.common import fail, parse, say
 from harmonica.core.artifact import RouterArtifact
-from harmonica.data.batch import Batch, SampleSpec, Shard, make_samples
 from harmonica.data.prompts import PromptStore
+from harmonica.data.samples import SampleSpec, Shard, make_samples
 from harmonica.io.paths import local
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.samplers.noise import MAX_SEED
 from harmonica.training.config import TrainingConfig
-from harmonica.training.multi_target import MultiTargetTrainer, family_phases
-from harmonica.training.phases import Progress
+from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
 from harmonica.training.presets import RECIPES, Recipe
+from harmonica.training.progress import Progress
 from harmonica.training.sharding import shard_weights
 from harmonica.validation.changed_settings import changed_settings
 from harmonica.validation.finite import NotFinite
@@ -202,17 +202,16 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
 
 def trained(run: MultiTargetTrainer, spec: SampleSpec, shard: Shard) -> Iterator[dict[str, float]]:
     """Train the trajectories that are left, on rows made here; the metrics after each."""
-    while run.next_rows:
-        indices = shard.indices(np.arange(shard.size), run.next_rows.start)
-        rows = Batch.of(make_samples(indices, spec), spec, run.device)
-        yield run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+    while run.next_trajectories:
+        indices = shard.indices(np.arange(shard.size), run.next_trajectories.start)
+        yield run.train_one(spec.to_batch(make_samples(indices, spec), run.device))
 
 
 def _train(
     run: MultiTargetTrainer, spec: SampleSpec, shard: Shard, folder: _Folder, tell: Callable[[str], None]
 ) -> None:
     config, last_said, last_saved = run.config, 0.0, time.monotonic()
-    progress = Progress(family_phases(config, run.sampler.num_steps))
+    progress = Progress(all_phase_budgets(config, run.sampler.num_steps))
     since, began = run.trajectory, time.monotonic()
     for metrics in trained(run, spec, shard):
         is_last, now = run.trajectory == config.all_trajectories, time.monotonic()

@@ -153,7 +153,8 @@ class AccumulatedSums:
     """The sums of one batch during one trajectory under an accumulation plan."""
 
     def __init__(self, plan: AccumulationPlan, conditionings_T: Sequence[Any]) -> None:
-        """
+        """Start with no sums.
+
         Args:
             conditionings_T: the conditioning of every step, as `embed` returns it.
         """

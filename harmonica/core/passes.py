@@ -37,6 +37,7 @@ class _Mix(torch.autograd.Function):
 
 
 def mix(cached: Tensor, computed: Tensor, score: Tensor) -> Tensor:
+    """Return (1 - r) cached + r computed, for a score r of no dimensions."""
     if computed.dtype == score.dtype:
         return torch.lerp(cached, computed, score)
     mixed: Tensor = _Mix.apply(cached, computed, score)

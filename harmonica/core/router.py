@@ -59,10 +59,12 @@ class Router(nn.Module):
 
     @property
     def num_steps(self) -> int:
+        """Return T, the number of sampling steps."""
         return len(self.rows)
 
     @property
     def num_branches(self) -> int:
+        """Return B, the number of branches."""
         return len(self.rows[0])
 
     def logits(self) -> Tensor:
@@ -86,4 +88,5 @@ class Router(nn.Module):
         torch._foreach_clamp_max_(trained, limit)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows of it."""
         return f"num_steps={self.num_steps}, num_branches={self.num_branches}"

@@ -38,7 +38,8 @@ class Trajectory:
     state: State
 
     def __init__(self, sampler: Sampler, plan: Plan | None, reuse: Reuse, accumulate: bool | None) -> None:
-        """
+        """Start nothing yet.
+
         Args:
             plan: None computes all branches.
             accumulate: as for `harmonica.core.sampling.sample`.

@@ -19,6 +19,7 @@ from harmonica.io.safe_load import read_tensors
 from harmonica.io.weight_files import contents, find_weights
 from harmonica.models.base import FINGERPRINT_VALUES, weights_fingerprint
 from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.validation.extras import need
 from harmonica.validation.finite import check_finite
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def load_tokenizer(folder: Path) -> Any:
             f"model.path {folder} has no tokenizer/{' or '.join(_WORDS)}; tokenizer/ holds {contents(part)}: "
             "fetch the tokenizer again"
         )
+    need("transformers", extra="diffusers")
     from transformers import T5Tokenizer
 
     return T5Tokenizer.from_pretrained(part, local_files_only=True)
@@ -237,6 +239,7 @@ def _config(folder: Path) -> Any:
     if kind != "t5":
         raise ValueError(f"model.path {folder} has a text_encoder of type {kind}: give a PixArt's, a T5")
     ensure_torchvision_imports()  # transformers imports torchvision wherever it is installed
+    need("transformers", extra="diffusers")
     from transformers import T5Config
 
     return T5Config.from_pretrained(part, local_files_only=True)

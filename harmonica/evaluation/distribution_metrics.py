@@ -9,7 +9,9 @@ from torch import Tensor
 
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.validation.extras import need
 
+need("torchmetrics", extra="evaluate")
 ensure_torchvision_imports()
 
 from torchmetrics.image.kid import poly_kernel  # noqa: E402  (the schemas first)

@@ -12,6 +12,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from harmonica.execution.recorders import call_recorded
 from harmonica.execution.values import KeptValues, Scalars, ValueStore
 from harmonica.models.base import Branch, add_gated
 
-GRAPHS_PER_KIND = 32
+GRAPHS_PER_KIND = 64
 """Graphs of one function and kind of branch: shapes, precisions, grad modes. More are an error."""
 _VALUES_AT_ONCE = 4
 """Values that one kernel adds to the hidden state; each number of them is a graph of its own."""
@@ -112,7 +113,8 @@ def _call(function: Callable[..., Any], kind: str, *args: Any) -> Any:
     """
     compiled = _compiled(function, kind)
     try:
-        return call_recorded(compiled, args)
+        with nullcontext() if _HAS_LIMIT else torch._dynamo.config.patch(recompile_limit=GRAPHS_PER_KIND):
+            return call_recorded(compiled, args)
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         reason = _why(compiled, args)
         raise RecompileLimitError(

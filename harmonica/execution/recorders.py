@@ -118,7 +118,8 @@ class HostRecorder(Recorder):
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        """
+        """Keep nothing but what stays where it is.
+
         Args:
             known: tensors that stay where they are: weights and input buffers.
         """

@@ -27,7 +27,7 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.adapters import PipelineTransformer, pipeline_transformer
 from harmonica.integrations.planned_forward import PlannedForward
 from harmonica.integrations.recorded.pipelines import is_recorded, planned_calls, transformers_of
-from harmonica.integrations.recorded.planned_trajectory import PlannedCall
+from harmonica.integrations.recorded.trajectory import TransformerCall
 from harmonica.integrations.step_tracker import StepCounter
 from harmonica.integrations.weight_check import matched_fingerprint, other_weights
 from harmonica.models.base import BranchedTransformer
@@ -79,7 +79,7 @@ def apply(
             allow_other_sampler=allow_other_sampler,
             check_weights=check_weights,
         )
-        replaced: list[tuple[nn.Module, PlannedForward | PlannedCall]] = list(zip(modules, calls))
+        replaced: list[tuple[nn.Module, PlannedForward | TransformerCall]] = list(zip(modules, calls))
     else:
         replaced = [(modules[0], _planned_forward(modules[0], artifact, allow_other_sampler, check_weights))]
     for module, _ in replaced:
@@ -91,7 +91,7 @@ def apply(
     for module, planned in replaced:
         for name, value in ((_slot(module), planned), (_END_OF_CALL, planned.end_of_call), (_STATE, planned)):
             setattr(module, name, value)
-        if isinstance(planned, PlannedCall) and hasattr(type(module), _CONTEXT):
+        if isinstance(planned, TransformerCall) and hasattr(type(module), _CONTEXT):
             setattr(module, _CONTEXT, planned.cache_context)
 
 
@@ -115,14 +115,16 @@ def remove(transformer: Any) -> None:
         ValueError: there is no plan, or something wraps it.
     """
     modules = [_unwrapped(each) for each in transformers_of(transformer)]
-    plans: list[PlannedForward | PlannedCall | None] = [getattr(module, _STATE, None) for module in modules]
+    plans: list[PlannedForward | TransformerCall | None] = [
+        getattr(module, _STATE, None) for module in modules
+    ]
     for module, planned in zip(modules, plans):
         if planned is None:
             raise ValueError("transformer has no plan: harmonica.apply puts one on")
         if vars(module).get(_slot(module)) != planned:
             raise ValueError("transformer.forward is not the plan's, something wraps it: take that off first")
         planned.reset()
-        if isinstance(planned, PlannedCall):
+        if isinstance(planned, TransformerCall):
             planned.close()
     for module in modules:
         if _HOOKED in vars(module):

@@ -138,6 +138,7 @@ class Macs:
 
     @property
     def full(self) -> int:
+        """Return the MACs of a step that reuses nothing."""
         return sum(self.branches) + self.rest
 
 
@@ -160,7 +161,7 @@ class BranchedTransformer(nn.Module, ABC):
     """Prefixes of the parameters that a loader leaves in float32 when the model is in half precision."""
     execution: Execution = "eager"
     """How the branches are run; loaders set it."""
-    graph_bytes: int = 4 * 2**30
+    graph_bytes: int = 8 * 2**30
     """Most memory of recorded trajectories where `execution` is graphed."""
     graphs: Any = None
     """The recorded trajectories (`harmonica.execution.graphs.GraphStore`), once there are some."""

@@ -76,7 +76,7 @@ class ModelConfig:
     """How branches are run: operation by operation, each as one graph of torch.compile, or each step as a
     CUDA graph of those. `auto`: graphed on CUDA, else eager. The first batch of each shape waits for the
     compiler; values move by roundings."""
-    graph_memory: Annotated[float, Field(gt=0, le=1e4)] = 4.0
+    graph_memory: Annotated[float, Field(gt=0, le=1e4)] = 8.0
     """GiB that recorded steps may take where `execution` is graphed; the least recently used ones go."""
     compile: Compile = "auto"
     """Deprecated: `always` is execution compiled, `never` eager, `auto` says nothing."""

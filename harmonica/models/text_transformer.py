@@ -47,7 +47,8 @@ class TextTransformer(BranchedTransformer):
     def __init__(
         self, transformer: Any, *, out_channels: int, text_tokens: int, cacheable: tuple[Kind, ...]
     ) -> None:
-        """
+        """Find the module's branches and count their MACs.
+
         Args:
             text_tokens: S of the prompts that MACs are counted for.
             cacheable: kinds of sub-layer that are branches. The others always run; their MACs are in

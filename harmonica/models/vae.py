@@ -10,6 +10,7 @@ from torch import Tensor
 from harmonica.io.weight_files import find_weights
 from harmonica.models.base import BranchedTransformer
 from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.validation.extras import need
 
 _CLASS_NAMES = ("AutoencoderKL", "AutoencoderDC")
 
@@ -45,6 +46,7 @@ def load_vae(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         ValueError: its files cannot be read, or fit one another.
     """
     ensure_torchvision_imports()
+    need("diffusers", extra="diffusers")
     import diffusers
 
     try:

@@ -119,6 +119,7 @@ def write_builtin_reference(folder: Path, data_folder: Path = fashion_mnist.DEFA
 
 
 def main() -> None:
+    """Train the classifier and save it, by the command line's settings."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(ClassifierTraining, description=__doc__)
     config = replace(

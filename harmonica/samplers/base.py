@@ -70,6 +70,7 @@ class Sampler(ABC):
 
     @property
     def num_steps(self) -> int:
+        """Return T, the number of sampling steps."""
         return self.config.num_inference_steps
 
     def with_guidance(self, scales: Sequence[float], *, always: bool = False) -> "Sampler":

@@ -12,7 +12,8 @@ from harmonica.validation.settings import SettingError, require
 def check_training(
     config: TrainingConfig, model: BranchedTransformer, num_steps: int, *, field: str = ""
 ) -> None:
-    """
+    """Check that the model can be trained for the target of these settings.
+
     Args:
         field: the setting that the target came from, where it is none of `train`.
 
@@ -37,7 +38,8 @@ def check_training(
 
 
 def check_speedup(speedup: float, macs: Macs, num_steps: int, *, field: str) -> None:
-    """
+    """Check that there is a plan of this speed.
+
     Raises:
         SettingError: no plan of T steps has this speed, or it asks for less reuse than there can be.
     """

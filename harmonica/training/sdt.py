@@ -9,9 +9,9 @@ Memory is bounded in two ways that leave the update as it is, `activation_checkp
 micro-batches; `harmonica.cli.memory` says what each comes to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -20,13 +20,13 @@ from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
 from harmonica.core.trajectory import planned_step
+from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler, State
-from harmonica.samplers.noise import SampleKeys
 from harmonica.training.timers import Stopwatch
 from harmonica.validation.settings import Field, settings
 
 Student = Literal["soft", "hard"]
-"""Whom trajectories follow, in training and for lambda: the mix of soft scores (the paper), or their plan."""
+"""What trajectories follow, in training and for lambda: the soft scores (the paper), or their plan."""
 
 
 @settings("train.sdt")
@@ -72,26 +72,9 @@ class StepRecord:
     """lambda_i * mse + beta * l1; the scores times their costs where the penalty counts those."""
 
 
-Rows = tuple[Tensor, Any, SampleKeys | None]
-"""Noise (N, C, H, W), condition and names of N rows."""
-
-
-def micro_batches(
-    noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys | None, micro_batch_size: int
-) -> list[Rows]:
-    """The rows in order, at most `micro_batch_size` at a time; 0 leaves them together.
-
-    Before a sampler starts, since guidance doubles rows: [conditional; unconditional].
-    """
-    count = len(noise_NCHW)
-    size = micro_batch_size or count
-    parts = (slice(first, first + size) for first in range(0, count, size))
-    return [(noise_NCHW[part], condition_N[part], keys[part] if keys else None) for part in parts]
-
-
 @dataclass(slots=True)
 class _MicroBatch:
-    """Rows on their way along the trajectory."""
+    """Samples on their way along the trajectory."""
 
     state: State
     cache: BranchCache
@@ -114,61 +97,79 @@ class SdtTrainer:
 
     def train_trajectory(
         self,
-        noise_NCHW: Tensor,
-        condition_N: Any,
+        batches: Sequence[Batch],
         lambda_T: Tensor,
         *,
-        keys: SampleKeys | None = None,
         beta: float | None = None,
-        micro_batch_size: int = 0,
         average: Callable[[Tensor], None] | None = None,
         on_gradient: Callable[[int, Tensor], object] | None = None,
     ) -> tuple[list[StepRecord], Tensor]:
-        """T-1 updates, noisiest step first.
+        """Update every trained row once, noisiest step first.
 
         Args:
+            batches: what is computed at a time (`Batch.split`); each update is that of all samples.
             lambda_T: lambda_i of steps 0 ... T-2, (T-1,).
-            keys: the samples' keys, for samplers that draw noise.
             beta: replaces the configured one, for a beta that follows a target.
-            micro_batch_size: rows that are computed at a time; 0 is all. Each update is that of all rows.
             average: averages a tensor over all workers in place; none on one worker.
             on_gradient: sees (i, gradient of row i (B,)) before the update.
 
         Returns:
             The records in the order run, and the student's final images or latents (N, C, H, W).
         """
-        sampler, config = self.sampler, self.config
-        beta = config.beta if beta is None else beta
-        parts = [
-            self._start(*part) for part in micro_batches(noise_NCHW, condition_N, keys, micro_batch_size)
-        ]
+        sampler = self.sampler
+        beta = self.config.beta if beta is None else beta
+        parts = [self._start(batch) for batch in batches]
         records = []
         for i in reversed(range(sampler.num_steps - 1)):
-            row = self.router.rows[i]
             if not self.trains(i):
                 for part in parts:
                     self._full_step(i, part)
                 continue
             scores_B = self.router.scores(i)
             measured = [self._step(i, part, scores_B) for part in parts]
-            error, error_B, count = (sum(values) for values in zip(*measured, strict=True))
-            mse, l1 = error / count, scores_B.sum()
-            scores_B.backward(lambda_T[i] / count * error_B + beta * self.costs_B)
-            assert row.grad is not None
-            if average is not None:
-                with self.stopwatch.measure("reduce"):
-                    average(row.grad)
-            if on_gradient is not None:
-                on_gradient(i, row.grad)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.router.clamp_(config.clamp)
-            loss = lambda_T[i] * mse + beta * (self.costs_B * scores_B).sum()
-            records.append(StepRecord(i, mse.item(), l1.item(), loss.item()))
+            record = self.update(
+                i, scores_B, measured, lambda_T[i], beta=beta, average=average, on_gradient=on_gradient
+            )
+            records.append(record)
         return records, torch.cat([sampler.finish(part.state) for part in parts])
 
+    def update(
+        self,
+        i: int,
+        scores_B: Tensor,
+        measured: Sequence[tuple[Tensor, Tensor, int]],
+        weight: Tensor,
+        *,
+        beta: float,
+        average: Callable[[Tensor], None] | None = None,
+        on_gradient: Callable[[int, Tensor], object] | None = None,
+    ) -> StepRecord:
+        """Update row i of the router.
+
+        Args:
+            scores_B: the row's scores, with their graph.
+            measured: of each part of the batch, the sum of squared errors, its gradient in the scores (B,),
+                and the number of elements.
+            weight: lambda_i.
+        """
+        row = self.router.rows[i]
+        error, error_B, count = (sum(values) for values in zip(*measured, strict=True))
+        mse, l1 = error / count, scores_B.sum()
+        scores_B.backward(weight / count * error_B + beta * self.costs_B)
+        assert row.grad is not None
+        if average is not None:
+            with self.stopwatch.measure("reduce"):
+                average(row.grad)
+        if on_gradient is not None:
+            on_gradient(i, row.grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.router.clamp_(self.config.clamp)
+        loss = weight * mse + beta * (self.costs_B * scores_B).sum()
+        return StepRecord(i, mse.item(), l1.item(), loss.item())
+
     def trains(self, i: int) -> bool:
-        """Whether row i is learned; in pairs, the first step of each computes everything, as T-1 does."""
+        """Return whether row i is learned; in pairs, the first step of each computes everything."""
         last = self.sampler.num_steps - 1
         return i < last and (self.config.objective == "stepwise" or (last - i) % 2 == 1)
 
@@ -178,15 +179,19 @@ class SdtTrainer:
         part.state, _ = planned_step(self.sampler, i, part.state, everything, part.cache)
 
     @torch.no_grad()
-    def _start(self, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys | None) -> _MicroBatch:
-        """Step T-1 computes everything, fills the cache, trains nothing."""
+    def _start(self, batch: Batch) -> _MicroBatch:
+        """Run step T-1: it computes everything, fills the cache and trains nothing."""
         cache = BranchCache(self.router.num_branches, self.config.reuse)
-        part = _MicroBatch(self.sampler.start(noise_NCHW, condition_N, keys), cache)
+        part = _MicroBatch(batch.start(self.sampler), cache)
         self._full_step(self.sampler.num_steps - 1, part)
         return part
 
     def _step(self, i: int, part: _MicroBatch, scores_B: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Take the rows past step i: sum of squared errors, its gradient in the scores (B,), elements."""
+        """Take the samples past step i.
+
+        Returns:
+            The sum of squared errors, its gradient in the scores (B,), and the number of elements.
+        """
         sampler, model, config = self.sampler, self.sampler.model, self.config
         row = (scores_B.detach() > config.threshold).tolist()
         is_hard = config.student == "hard" and config.objective == "stepwise"

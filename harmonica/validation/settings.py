@@ -52,7 +52,8 @@ class SettingError(ValueError):
 
 
 def require(condition: bool, field_name: str, value: object, cure: str) -> None:
-    """
+    """Refuse the value of a setting unless the condition holds.
+
     Raises:
         SettingError: the condition does not hold.
     """

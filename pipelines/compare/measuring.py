@@ -14,7 +14,7 @@ import numpy as np
 import ray
 import torch
 
-from harmonica.data.batch import Batch, SampleSpec, make_samples
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.evaluation.accumulators import MetricAccumulator
 from harmonica.evaluation.reference_sets import ReferenceSet
 from harmonica.evaluation.report import Resamples, distances_to_full, variant_metrics
@@ -57,7 +57,7 @@ class VariantWorker:
     def times(self, reference: Variant, variant: Variant) -> tuple[float, float]:
         """Return the speedup over the reference, timed in turn with it, and the spread of the times."""
         indices = np.arange(self.settings.timing_batch_size)
-        batch = Batch.of(make_samples(indices, self.spec), self.spec, self.sampler.device)
+        batch = self.spec.to_batch(make_samples(indices, self.spec), self.sampler.device)
         pair, rounds = [self._with_state(reference), self._with_state(variant)], self.settings.timing_rounds
         seconds, spread = median_times(pair, self.sampler.model, batch, rounds)
         return seconds[reference.name] / seconds[variant.name], max(spread.values())
@@ -105,7 +105,8 @@ class Bench:
     """The workers of a comparison, started when the first variant is measured."""
 
     def __init__(self, config: WorkflowConfig, spec: SampleSpec, references: list[Variant]) -> None:
-        """
+        """Start no worker yet.
+
         Args:
             config: its `evaluate.samples` is the number of images.
             references: the variants that other variants are compared with.

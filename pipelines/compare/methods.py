@@ -66,6 +66,7 @@ def learned_methods(train: TrainConfig, target: float, *, with_baselines: bool) 
 
 
 def learned_variant(entry: Entry, artifact: RouterArtifact) -> Variant:
+    """Return the variant that samples by a trained router."""
     return Variant(entry.name, artifact.sampler, artifact.plan, artifact.reuse)
 
 
@@ -99,4 +100,5 @@ def _random_scores(num_steps: int, num_branches: int, seed: int) -> Tensor:
 
 
 def full_variant(sampler: SamplerConfig) -> Variant:
+    """Return the variant that computes everything."""
     return Variant(FULL, sampler)

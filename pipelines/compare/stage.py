@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from harmonica.cli.common import say
 from harmonica.cli.train import trained
-from harmonica.data.batch import SampleSpec, Shard
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.base import Macs
 from harmonica.models.loading import load_model
 

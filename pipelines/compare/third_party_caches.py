@@ -118,8 +118,9 @@ _LIBRARIES: dict[str, _Switch] = {
 
 
 def _module(config: ModelConfig, device: torch.device, is_cacheable: bool) -> Any:
-    """diffusers' DiT with the configured model's weights, all of it in the configured precision, as users of
-    diffusers have it; cacheable, one that takes diffusers' own caches.
+    """Load diffusers' DiT with the configured model's weights, all of it in the configured precision.
+
+    Users of diffusers have it so; cacheable, it takes diffusers' own caches.
 
     Raises:
         ValueError: as of `read_model`; or no DiT.

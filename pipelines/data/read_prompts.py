@@ -15,7 +15,8 @@ import ray.data
 from pyarrow import fs
 
 from harmonica.data import text_encoder
-from harmonica.io.file_systems import open_uri, shown
+from harmonica.io.file_systems import open_uri
+from harmonica.io.paths import shown
 from harmonica.io.resolve import local_path
 
 from ..config.workflow import PromptsConfig

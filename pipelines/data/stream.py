@@ -8,8 +8,8 @@ import pyarrow as pa
 import ray.data
 from ray.data import TaskPoolStrategy
 
-from harmonica.data.batch import SampleSpec, Shard, make_samples
 from harmonica.data.prompts import PromptStore
+from harmonica.data.samples import SampleSpec, Shard, make_samples
 from harmonica.models.base import BranchedTransformer
 
 from ..config.workflow import WorkflowConfig

@@ -14,7 +14,8 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch, SampleSpec, make_samples
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.execution.levels import warm_ups
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
@@ -71,6 +72,7 @@ class Timing:
 
 
 def device_of(use_gpu: bool) -> torch.device:
+    """Return the device of a worker."""
     return torch.device("cuda" if use_gpu else "cpu")
 
 
@@ -113,6 +115,7 @@ def make_family_variants(config: WorkflowConfig, family: Mapping[str, RouterArti
 
 
 def family_variant(name: str) -> str:
+    """Return the name in reports of a family's member."""
     return f"{CACHED} {name}"
 
 
@@ -157,7 +160,7 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
     loaded = load_model(config.model, device)
     model = loaded.model
     spec = sample_spec(config, model, config.seed + SEED_OFFSET)
-    batch = Batch.of(make_samples(np.arange(settings.timing_batch_size), spec), spec, device)
+    batch = spec.to_batch(make_samples(np.arange(settings.timing_batch_size), spec), device)
     total = config.sampler.num_inference_steps
     variants, steps = make_variants(config, artifact)[:2], total
     seconds, spread = median_times(variants, model, batch, min(2, settings.timing_rounds))
@@ -168,7 +171,7 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
         if steps_as_long(total, seconds) == steps:
             break
     columns, names = _sheet_rows(spec, loaded.class_names)
-    shown = Batch.of(columns, spec, device)
+    shown = spec.to_batch(columns, device)
     sheet = {variant.name: variant.sample(model, shown) for variant in variants}
     if not draws_pixels(model) and (vae := loaded.load_vae(device)) is not None:
         sheet = {name: decode_latents(vae, latents) for name, latents in sheet.items()}

@@ -16,7 +16,7 @@ from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from harmonica.data.batch import Batch, SampleSpec, Shard, make_samples
+from harmonica.data.samples import SampleSpec, Shard, make_samples
 from harmonica.evaluation import fashion_captions as captions
 from harmonica.evaluation.accumulators import MetricAccumulator
 from harmonica.evaluation.reference_sets import ReferenceSet
@@ -141,7 +141,7 @@ class VariantSampler:
         Raises:
             NotFinite: a variant's images are not finite.
         """
-        rows, drawn = Batch.of(batch, self.spec, self.device), dict(drawn)
+        rows, drawn = self.spec.to_batch(batch, self.device), dict(drawn)
         images = {name: self.metrics.decode(samples) for name, samples in drawn.items()}
         prompts = self._prompts(batch["label"])
         out = {"index": batch["index"], "label": self._classes(batch["label"], prompts)}
@@ -158,7 +158,7 @@ class VariantSampler:
     def measure_other_noise(self, index: np.ndarray, reference: Variant) -> dict[str, np.ndarray]:
         """Return features of a reference's samples from the same rows under another seed."""
         other = replace(self.spec, seed=self.spec.seed + _OTHER_SEED)
-        drawn = reference.sample(self.model, Batch.of(make_samples(index, other), other, self.device))
+        drawn = reference.sample(self.model, other.to_batch(make_samples(index, other), self.device))
         shown = self.metrics.decode(drawn)
         check_finite(shown, f"images of variant {reference.name!r} are")
         columns = self.metrics.features(shown)

@@ -91,6 +91,7 @@ def export(config: DiTPretrainConfig) -> Path:
 
 
 def main() -> None:
+    """Train the built-in DiT, or export its last checkpoint."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(DiTPretrainConfig, description=__doc__)
     if config.export:

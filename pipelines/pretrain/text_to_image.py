@@ -146,6 +146,7 @@ def export(config: TextPretrainConfig) -> Path:
 
 
 def main() -> None:
+    """Train the built-in PixArt, export its last checkpoint, or evaluate an exported one."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(TextPretrainConfig, description=__doc__)
     if config.export:

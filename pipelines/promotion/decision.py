@@ -42,6 +42,7 @@ class Decision:
 
     @property
     def failed(self) -> list[Check]:
+        """Return the checks that did not pass."""
         return [check for check in self.checks if check.passed is False]
 
     @property
@@ -51,10 +52,12 @@ class Decision:
 
     @property
     def is_promoted(self) -> bool:
+        """Return whether the version becomes the champion."""
         return self.mode != "never" and not self.blocking_checks
 
     @property
     def is_rejected(self) -> bool:
+        """Return whether a check keeps the version from being the champion."""
         return self.mode != "never" and bool(self.blocking_checks)
 
     @property
@@ -68,6 +71,7 @@ class Decision:
 
     @property
     def message(self) -> str:
+        """Return the decision in a sentence, with its reasons."""
         name = f"version {self.version} of {self.model}"
         if self.is_promoted:
             return f"{name} is the champion" + ("" if self.mode == "gate" else " (promote is always)")

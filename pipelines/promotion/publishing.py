@@ -62,7 +62,8 @@ class Publisher:
     """The stages `register` and `serve` of one run."""
 
     def __init__(self, config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun) -> None:
-        """
+        """Publish nothing yet.
+
         Args:
             run: the MLflow run of the whole workflow.
         """

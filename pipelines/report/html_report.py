@@ -52,7 +52,6 @@ def write_page(
 
 def render(config: WorkflowConfig, storage: RunStorage, history: History, versions: Mapping[str, str]) -> str:
     """Return the page as HTML text."""
-
     numbers = (REPORT, PROMOTION, COMPARISON, SWEEP)
     there = current((*numbers, *_PICTURES), storage)
     report, decision, compared, swept = (

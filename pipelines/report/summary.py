@@ -45,7 +45,8 @@ def versions() -> dict[str, str]:
 
 
 def summarise(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun, url: str) -> None:
-    """
+    """Write the run's page, and say on the terminal how the run went.
+
     Args:
         run: MLflow's, of the whole workflow.
         url: of the endpoint, "" where none was started.

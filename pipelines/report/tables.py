@@ -48,6 +48,7 @@ Row = tuple[str, list[str]]
 
 
 def named(key: str) -> str:
+    """Return what a metric is called in tables: its name, else its key in words."""
     return _NAMES.get(key, key.replace("_", " "))
 
 

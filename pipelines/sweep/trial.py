@@ -18,7 +18,7 @@ from harmonica.cli.train import trained
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.cache import Reuse
 from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch, Shard, make_samples
+from harmonica.data.samples import Shard, make_samples
 from harmonica.models.base import BranchedTransformer
 from harmonica.training.multi_target import MultiTargetTrainer
 from harmonica.validation.finite import check_finite
@@ -86,7 +86,7 @@ class _Probe:
         self.config, self.run = config, run
         spec = sample_spec(config, model, evaluation_seed(config))
         rows = make_samples(np.arange(config.sweep.report_samples), spec)
-        self.batch = Batch.of(rows, spec, run.device)
+        self.batch = spec.to_batch(rows, run.device)
         self.full_NCHW = self._sample(None)
 
     def _sample(self, artifact: RouterArtifact | None) -> torch.Tensor:

@@ -47,6 +47,7 @@ class StageRun:
 
     @property
     def client(self) -> MlflowClient:
+        """Return a client of the run's MLflow."""
         return make_client(self.uri)
 
     @property

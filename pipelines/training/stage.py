@@ -17,12 +17,13 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Wo
 from ray.train.torch import TorchTrainer
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.data.batch import Batch, SampleSpec, Shard
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.evaluation.plots import router_heat_map
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from harmonica.training.multi_target import MultiTargetTrainer, family_phases
-from harmonica.training.phases import Progress
+from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
+from harmonica.training.progress import Progress
 from harmonica.training.sharding import shard_weights
 from harmonica.validation.finite import NotFinite
 
@@ -69,13 +70,13 @@ def _trajectories(
     """This worker's rows of every trajectory still to train."""
     context = ray.train.get_context()
     shard = Shard(run.config.batch_size, context.get_world_rank(), context.get_world_size())
-    while wanted := run.next_rows:  # those of one member of the family after another
+    while wanted := run.next_trajectories:  # those of one target after another
         rows = stream_samples(spec, shard, first_trajectory=wanted.start, trajectories=len(wanted))
         batches = iter(rows.iter_batches(batch_size=shard.size, prefetch_batches=4, batch_format="numpy"))
         for _ in wanted:
             tell(f"rows of trajectory {run.trajectory}")
             with times.waiting_for_data():
-                batch = Batch.of(next(batches), spec, run.device)
+                batch = spec.to_batch(next(batches), run.device)
             tell(f"trajectory {run.trajectory}, its updates and the other workers' gradients")
             yield batch
 
@@ -182,9 +183,9 @@ def _train_loop(job: dict[str, Any]) -> None:
     if keeper is not None:
         keeper.say_where(nodes)
     times, last_checkpoint = WorkerTimes(), time.monotonic()
-    for rows in _trajectories(run, spec, times, tell):
+    for batch in _trajectories(run, spec, times, tell):
         try:
-            metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+            metrics = run.train_one(batch)
         except NotFinite as error:  # on all workers; raised, it would be tried again with the same outcome
             ray.get(job["board"].stop.remote(str(error)))
             return
@@ -242,7 +243,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
     )
     kind = "GPU" if settings.use_gpu else "CPU"
     wanted = f"{settings.counts[0]} workers of one {kind} each, {settings.placement_strategy}"
-    progress = Progress(family_phases(settings, config.sampler.num_inference_steps))
+    progress = Progress(all_phase_budgets(settings, config.sampler.num_inference_steps))
     try:
         run_watched(trainer.fit, board, settings.stall_timeout_s, wanted, progress)
     except WorkerGroupError as error:

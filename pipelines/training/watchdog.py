@@ -1,6 +1,4 @@
-"""What each training worker does at the moment: a line of progress at intervals, and when a run stands still,
-what it waits for.
-"""
+"""Report what each training worker does: its progress, and what a run that stands still waits for."""
 
 import logging
 import queue
@@ -13,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harmonica.cli.common import say
-from harmonica.training.phases import Progress
+from harmonica.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from harmonica.builtin import CAPTIONS
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.data.conditions import Conditions, make_conditions
 from harmonica.evaluation.image_metrics import psnr
 from harmonica.models.base import BranchedTransformer, Macs
@@ -63,7 +64,8 @@ def trained_scores(sampler: Sampler, conditions: Conditions, trajectories: int) 
     config = dataclasses.replace(fashion_text().train, batch_size=TRAINING_ROWS, trajectories=trajectories)
     run = RouterTrainer(sampler, config, seed=0)
     for trajectory in range(config.start_trajectories + trajectories):
-        run.train_one(*rows(sampler.model, conditions, 0, trajectory * TRAINING_ROWS, TRAINING_ROWS))
+        batch = rows(sampler.model, conditions, 0, trajectory * TRAINING_ROWS, TRAINING_ROWS)
+        run.train_one(Batch(*batch))
     return run.router.logits().sigmoid(), config.sdt.reuse
 
 

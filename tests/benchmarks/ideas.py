@@ -21,6 +21,7 @@ from torch import Tensor
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
+from harmonica.data.batch import Batch
 from harmonica.models.loading import load_model
 from harmonica.samplers import Sampler, make_sampler
 from harmonica.samplers.noise import SampleKeys, sample_label
@@ -85,12 +86,12 @@ IDEAS = {
 }
 
 
-def rows(sampler: Sampler, seed: int, first: int, count: int) -> tuple[Tensor, Tensor, SampleKeys]:
-    """Noise, labels and names of some of a seed's rows."""
+def rows(sampler: Sampler, seed: int, first: int, count: int) -> Batch:
+    """Some of a seed's samples."""
     keys = SampleKeys.of(seed, range(first, first + count))
     shape = (sampler.model.in_channels, sampler.model.sample_size, sampler.model.sample_size)
     labels = torch.tensor([sample_label(seed, index, 10) for index in range(first, first + count)])
-    return torch.from_numpy(keys.start_noise(shape)), labels, keys
+    return Batch(torch.from_numpy(keys.start_noise(shape)), labels, keys)
 
 
 def on_one_worker(tensor: Tensor) -> None:
@@ -125,12 +126,10 @@ def trained_plan(
         if isinstance(router, SharpeningRouter):
             router.sharpness = SHARPEST ** (trajectory / max(1, config.trajectories - 1))
         first = (config.start_trajectories + trajectory) * config.batch_size
-        noise, labels, keys = rows(sampler, seed, first, config.batch_size)
+        batches = [rows(sampler, seed, first, config.batch_size)]
         if weights.is_due(trajectory):
-            weights.refresh(sampler, router, noise, labels, keys, on_one_worker)
-        trainer.train_trajectory(
-            noise, labels, weights.lambda_T, keys=keys, beta=target.beta, on_gradient=target.observe
-        )
+            weights.refresh(sampler, router, batches, on_one_worker)
+        trainer.train_trajectory(batches, weights.lambda_T, beta=target.beta, on_gradient=target.observe)
         target.update()
     return target.plan_of(router.logits())
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from harmonica.core.sampling import sample
-from harmonica.data.batch import SampleSpec, Shard
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.trainer import RouterTrainer
@@ -32,15 +33,16 @@ def _work(rank: int, processes: int, together: bool, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=group[0], world_size=group[1])
     sampler = make_sampler(make_dit(builtin_shape()), _STEPS)
     run = RouterTrainer(sampler, TrainingConfig(batch_size=_ROWS, iepo="none"), seed=0)
-    batch, keys = make_batch(sampler.model, _ROWS), SampleKeys.of(1, range(_ROWS))
+    inputs = make_batch(sampler.model, _ROWS)
+    batch = Batch(*inputs, SampleKeys.of(1, range(_ROWS)))
     plan = random_plan(_STEPS, len(sampler.model.branches), 0.4)
 
     def train() -> None:
-        run.train_one(*batch, keys)
+        run.train_one(batch)
         dist.barrier()
 
     def draw() -> None:
-        sample(sampler, *batch, plan)
+        sample(sampler, *inputs, plan)
         dist.barrier()
 
     timings = time_arms({"train": train, "sample": draw}, rounds=_ROUNDS)

@@ -19,6 +19,7 @@ import tyro
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.dit.config import dit_shape
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import ModelConfig, load_model
@@ -78,7 +79,7 @@ def run(path: Path, dtype: str) -> list[Phase]:
     keys, side = SampleKeys.of(0, [0]), loaded.model.sample_size
     noise, label = torch.from_numpy(keys.start_noise((4, side, side))), torch.tensor([207])
     for _ in range(TRAJECTORIES):
-        metrics = training.train_one(noise, label, keys)
+        metrics = training.train_one(Batch(noise, label, keys))
     assert all(map(torch.isfinite, map(torch.tensor, metrics.values())))
     done(f"train {TRAJECTORIES} trajectories, one lambda refresh")
     full = sample(sampler, noise, label)

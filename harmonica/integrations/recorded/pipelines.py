@@ -8,7 +8,8 @@ from torch import nn
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.adapters import refuse_other_caches
 from harmonica.integrations.recorded.branches import describe
-from harmonica.integrations.recorded.planned_trajectory import PlannedCall, PlannedTrajectory
+from harmonica.integrations.recorded.planned_trajectory import PlannedTrajectory
+from harmonica.integrations.recorded.trajectory import TransformerCall
 from harmonica.integrations.recorded.view import (
     ARCHITECTURE_KEY,
     RecordedTransformer,
@@ -66,7 +67,7 @@ def planned_calls(
     *,
     allow_other_sampler: bool,
     check_weights: bool,
-) -> Iterator[PlannedCall]:
+) -> Iterator[TransformerCall]:
     """Yield what takes the place of each transformer's forward.
 
     Raises:
@@ -104,7 +105,7 @@ def planned_calls(
         check_view=_BranchCheck(model),
         check_pipeline=_SchedulerCheck(artifact, allow_other_sampler),
     )
-    return (PlannedCall(trajectory, number) for number in range(len(views)))
+    return (TransformerCall(trajectory, number) for number in range(len(views)))
 
 
 class _BranchCheck:

@@ -1,37 +1,20 @@
-"""The forwards of a pipeline's transformers under one plan: each call is a step, or a part of one."""
+"""The trajectory of a pipeline's transformers under a plan."""
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils import _pytree
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
-from harmonica.integrations.call_owner import current_pipeline
-from harmonica.integrations.recorded.call_tracker import (
-    CallKey,
-    CallTracker,
-    place_in_pipeline,
-    steps_of,
-)
 from harmonica.integrations.recorded.kept_values import KeptValues
+from harmonica.integrations.recorded.trajectory import Trajectory
 from harmonica.integrations.recorded.view import RecordedTransformer
-from harmonica.integrations.scheduler_guard import SecondCallError
-from harmonica.integrations.trajectory_claim import TrajectoryClaim
-
-_TIMESTEPS = ("timestep", "timesteps", "t")  # the arguments' names in diffusers
 
 
-class PlannedTrajectory:
-    """The state of one trajectory under a plan, shared by all transformers of a pipeline.
+class PlannedTrajectory(Trajectory):
+    """Each call computes, reuses or leaves out units as the plan's row of its step says.
 
-    Each call of a step has values of its own: the conditional and the unconditional one, and those of each
-    transformer. A call whose values are not there, or had another shape, computes everything: a second
-    transformer's first call, and a batch that shrinks on the way.
+    A call whose values are not there computes everything: a second transformer's first call, and one of a
+    batch that has shrunk.
     """
 
     def __init__(
@@ -43,168 +26,23 @@ class PlannedTrajectory:
         check_view: Callable[[RecordedTransformer], None],
         check_pipeline: Callable[[Any], None],
     ) -> None:
-        """
+        """Wait for the first step.
+
         Args:
             check_view: refuses branches that are not the plan's, when they have been recorded.
             check_pipeline: refuses a pipeline whose scheduler is not the plan's.
         """
-        self.views, self.plan, self.reuse = list(views), plan, reuse
-        self._check_view, self._check_pipeline = check_view, check_pipeline
-        self._tracker = CallTracker(plan.num_steps)
-        self._set_up()
+        super().__init__(views, plan.num_steps, check_view=check_view, check_pipeline=check_pipeline)
+        self.plan, self.reuse, self.learned = plan, reuse, plan.forecast
 
-    def _set_up(self) -> None:
-        self._claim = TrajectoryClaim()
-        self._contexts = [""] * len(self.views)
-        self._forget()
-
-    def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_claim", "_contexts", "_kept", "_shapes", "_inputs")
-        state = {name: value for name, value in vars(self).items() if name not in left_out}
-        state["_tracker"] = CallTracker(self.plan.num_steps)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._set_up()
-
-    def _forget(self) -> None:
-        self._kept: dict[CallKey, KeptValues] = {}
-        self._shapes: dict[CallKey, dict[str, Any]] = {}
-        self._inputs: dict[CallKey, list[torch.Size]] = {}
-
-    def forward(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one call of a transformer's forward.
-
-        Raises:
-            ValueError: the pipeline has other steps than the plan, or a second call comes meanwhile.
-        """
-        try:
-            return self._forward(number, args, kwargs)
-        except SecondCallError:
-            raise
-        except BaseException:
-            self.reset()
-            raise
-
-    def _forward(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        view = self.views[number]
-        place = place_in_pipeline(lambda: _timestep(view, args, kwargs))
-
-        if self._claim.take(lambda is_other: is_other or self._tracker.begins(place)):
-            self._begin()
-        i, key = self._tracker.locate(place, number, self._contexts[number])
-        if not view.is_recorded:
-            view.record(*args, **kwargs)
-            self._check_view(view)
-        shapes = [each.shape for each in _pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        if self._inputs.get(key) != shapes:
-            self._kept[key] = view.new_kept(self.reuse, self.plan.forecast)
-            self._shapes[key], self._inputs[key] = {}, shapes
-        kept = self._kept[key]
+    def compute(
+        self,
+        view: RecordedTransformer,
+        i: int,
+        kept: KeptValues,
+        shapes: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         row = self.plan.compute[i] if len(kept) else (True,) * len(view.branches)
-        return view.planned(row, kept, i, self._shapes[key], args, kwargs)
-
-    def _begin(self) -> None:
-        """Begin a trajectory.
-
-        Raises:
-            ValueError: the pipeline that runs has another scheduler or number of steps than the plan.
-        """
-        self._tracker.reset()
-        self._forget()
-        pipe, wanted = current_pipeline(), self.plan.num_steps
-        if pipe is None:
-            return
-        self._check_pipeline(pipe)
-        steps = steps_of(pipe)
-        if steps is not None and steps != wanted:
-            raise ValueError(
-                f"the pipeline is to make {steps} steps and the router was made for {wanted}: give it "
-                f"num_inference_steps {wanted}, and a scheduler with one call a step"
-            )
-
-    @contextmanager
-    def context(self, number: int, name: str, entered: Any) -> Iterator[None]:
-        """Name the calls of a transformer while a pipeline's `cache_context` is open."""
-        self._contexts[number] = name
-        try:
-            with entered:
-                yield
-        finally:
-            self._contexts[number] = ""
-
-    def end_of_call(self, *_: Any, **__: Any) -> None:
-        """End the trajectory; called when the pipeline has its images.
-
-        Raises:
-            ValueError: before the plan's last step, where the pipeline was not interrupted.
-        """
-        steps = self._tracker.unfinished
-        if self.reset():
-            self._claim.check_end(steps, self.plan.num_steps, is_checked=False)
-
-    def reset(self) -> bool:
-        """Drop the trajectory unless another thread owns it; returns whether it is gone."""
-
-        def forget() -> None:
-            self._forget()
-            self._tracker.reset()
-
-        return self._claim.drop(forget)
-
-
-class PlannedCall:
-    """Takes the place of a transformer's forward."""
-
-    def __init__(self, trajectory: PlannedTrajectory, number: int) -> None:
-        self.trajectory, self.number = trajectory, number
-
-    def __get__(self, *_: Any) -> "PlannedCall":
-        """Return itself when something binds it, as diffusers' hooks do."""
-        return self
-
-    @torch.compiler.disable
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.trajectory.forward(self.number, args, kwargs)
-
-    def reset(self) -> bool:
-        """Drop the trajectory unless another thread owns it; returns whether it is gone."""
-        return self.trajectory.reset()
-
-    def close(self) -> None:
-        """Restore the forwards of the transformer's modules.
-
-        Raises:
-            ValueError: something wraps one of them.
-        """
-        self.trajectory.views[self.number].close()
-
-    def end_of_call(self, *args: Any, **kwargs: Any) -> None:
-        """End the trajectory, once for all transformers."""
-        if self.number == 0:
-            self.trajectory.end_of_call(*args, **kwargs)
-
-    def cache_context(self, name: str, **kwargs: Any) -> Any:
-        """Open the transformer's own cache context, and name the calls inside."""
-        transformer: Any = self.trajectory.views[self.number].transformer
-        own = type(transformer).cache_context(transformer, name, **kwargs)
-        return self.trajectory.context(self.number, name, own)
-
-
-def _timestep(view: RecordedTransformer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    signature = inspect.signature(type(view.transformer).forward)
-    given = signature.bind(view.transformer, *args, **kwargs).arguments
-    timestep = next((given[name] for name in _TIMESTEPS if given.get(name) is not None), None)
-    if timestep is None:
-        raise ValueError(
-            f"the call of {type(view.transformer).__name__} has no timestep and the pipeline's scheduler "
-            "does not count its steps: a plan cannot tell which step it is; use a scheduler with a step_index"
-        )
-    values = set(torch.as_tensor(timestep).flatten().tolist())
-    if len(values) != 1:
-        raise ValueError(
-            f"timestep is {sorted(values)}: a plan has one step for the whole batch, and the pipeline's "
-            "scheduler does not count its steps; use a scheduler with a step_index"
-        )
-    return values.pop()
+        return view.planned(row, kept, i, shapes, args, kwargs)

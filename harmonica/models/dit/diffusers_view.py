@@ -54,7 +54,8 @@ class DiffusersDiT(BranchedTransformer):
     """
 
     def __init__(self, transformer: "DiTTransformer2DModel") -> None:
-        """
+        """Make a view of diffusers' module, whose weights it shares.
+
         Raises:
             ValueError: a configuration that makes it no DiT.
         """

@@ -49,6 +49,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, timestep_N: Tensor) -> Tensor:
+        """Return embeddings (N, D) of timesteps (N,)."""
         half = NUM_FREQUENCIES // 2
         # float32 whatever the model's precision: this is where checkpoints were trained and recorded.
         exponent = torch.arange(half, dtype=torch.float32, device=timestep_N.device)
@@ -67,6 +68,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def forward(self, label_N: Tensor) -> Tensor:
+        """Return embeddings (N, D) of labels (N,)."""
         embedding_ND: Tensor = self.embedding_table(label_N)
         return embedding_ND
 

@@ -12,6 +12,7 @@ from harmonica.models.base import Macs
 from harmonica.models.text_blocks import Kind, ProjectedText, SubLayer, linear_macs, sub_layers
 from harmonica.models.text_condition import TextCondition
 from harmonica.models.text_transformer import TextTransformer
+from harmonica.validation.extras import need
 
 if TYPE_CHECKING:  # seconds to import, and whoever has the module has imported it
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
@@ -53,7 +54,8 @@ class PixArt(TextTransformer):
         text_tokens: int,
         cacheable: tuple[Kind, ...] = ("attn", "mlp"),
     ) -> None:
-        """
+        """Wrap diffusers' module, whose weights are shared.
+
         Args:
             text_tokens: S of the prompts that MACs are counted for; alpha's pipeline pads to 120, Sigma's
                 to 300.
@@ -78,6 +80,7 @@ class PixArt(TextTransformer):
 
     @staticmethod
     def module_class() -> Any:
+        need("diffusers", extra="diffusers")
         from diffusers import PixArtTransformer2DModel
 
         return PixArtTransformer2DModel

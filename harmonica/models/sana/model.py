@@ -23,6 +23,7 @@ from harmonica.models.text_blocks import (
     SubLayer,
 )
 from harmonica.models.text_transformer import TextTransformer
+from harmonica.validation.extras import need
 
 if TYPE_CHECKING:  # seconds to import, and whoever has the module has imported it
     from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
@@ -103,7 +104,8 @@ class Sana(TextTransformer):
         text_tokens: int = TEXT_TOKENS,
         cacheable: tuple[Kind, ...] = ("attn", "mlp"),
     ) -> None:
-        """
+        """Wrap diffusers' module, whose weights are shared.
+
         Args:
             text_tokens: S of the prompts that MACs are counted for.
             cacheable: kinds of sub-layer that are branches. The others always run; their MACs are in
@@ -127,6 +129,7 @@ class Sana(TextTransformer):
 
     @staticmethod
     def module_class() -> Any:
+        need("diffusers", extra="diffusers")
         from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 
         return SanaTransformer2DModel

@@ -26,8 +26,10 @@ def fastest_speedup(num_steps: int, macs: Macs) -> float:
 
 
 def slowest_speedup(num_steps: int, macs: Macs) -> float:
-    """The lowest for which `even_plan` reuses anything: half of a step, or, where no whole step comes near
-    enough, half of its last branch."""
+    """Return the lowest speed for which `even_plan` reuses anything.
+
+    That is half of a step, or, where no whole step comes near enough, half of its last branch.
+    """
     whole, of_step = num_steps * macs.full, sum(macs.branches)
     part = max(1 / (1 - _NEAR), whole / (whole - macs.branches[-1] / 2))
     return min(part, whole / (whole - of_step / 2))

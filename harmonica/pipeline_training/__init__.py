@@ -1,0 +1,1 @@
+"""Training of a router inside a diffusers pipeline's own loop: `harmonica.train_pipeline`."""

@@ -1,0 +1,186 @@
+"""Calls of a pipeline for rows of prompts, with its transformers' forwards replaced."""
+
+import json
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harmonica.integrations.call_owner import current_pipeline
+from harmonica.integrations.recorded.call_tracker import steps_of
+from harmonica.integrations.recorded.pipelines import transformers_of
+from harmonica.integrations.recorded.trajectory import TransformerCall
+from harmonica.integrations.recorded.view import RecordedTransformer, RefusedTransformer
+from harmonica.pipeline_training.policies import Policy, PolicyTrajectory
+from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig
+
+Prompt = str | Mapping[str, Any]
+"""A prompt, or the tensors of one prompt that the pipeline's `encode_prompt` gave, by the names of the
+pipeline's arguments, as in `prompt_embeds`: each (1, ...), or a list of one."""
+
+
+class _RecordedEnough(BaseException):
+    """Ends a call of a pipeline when its first step has been recorded."""
+
+
+def batched(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return a pipeline's arguments for several prompts.
+
+    Raises:
+        ValueError: texts among embeddings, or embeddings of different names or lengths.
+    """
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return {"prompt": list(prompts)}
+    if any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("prompts are texts and embeddings: give the one or the other")
+    rows: list[Mapping[str, Any]] = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise ValueError("prompts are embedded under different names: give all the same arguments")
+    arguments: dict[str, Any] = {}
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
+        if isinstance(first, Tensor):
+            if len({value.shape[1:] for value in values}) > 1:
+                raise ValueError(
+                    f"prompts have {name} of different shapes: embed all with one max_sequence_length"
+                )
+            arguments[name] = torch.cat(values)
+        else:
+            arguments[name] = [each for value in values for each in value]
+    return arguments
+
+
+class PipelineCalls:
+    """A pipeline whose transformers are recorded, and runs of it under a policy."""
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any], *, seed: int, cacheable: Sequence[str]) -> None:
+        """Record the transformers of the pipeline.
+
+        Args:
+            call: arguments of every call of the pipeline: steps, guidance, height, width.
+        """
+        self.pipe, self.call, self.seed = pipe, dict(call), seed
+        self.transformers: list[nn.Module] = [
+            getattr(each, "_orig_mod", each) for each in transformers_of(pipe)
+        ]
+        for each in self.transformers:
+            if "forward" in vars(each):
+                raise ValueError(
+                    "transformer.forward is not the class's own: harmonica.remove first, and load the "
+                    "pipeline without offloading"
+                )
+        self._views = [
+            RecordedTransformer(each, _own_forward(each), cacheable=cacheable) for each in self.transformers
+        ]
+        self.num_steps = 0
+        self._trajectory: PolicyTrajectory | None = None
+
+    @property
+    def view(self) -> RecordedTransformer:
+        """The first transformer's: all have the same branches."""
+        return self._views[0]
+
+    @contextmanager
+    def opened(self, prompts: Sequence[Prompt]) -> Iterator[None]:
+        """Record the pipeline's first step, and leave the pipeline as it was in the end.
+
+        Raises:
+            ValueError: the pipeline refuses the call, or its transformer has no plan.
+        """
+        training = [(each, each.training) for each in self.transformers]
+        learned = [p for each in self.transformers for p in each.parameters() if p.requires_grad]
+        progress = getattr(self.pipe, "_progress_bar_config", None)
+        try:
+            for each in self.transformers:
+                each.eval()
+            for parameter in learned:
+                parameter.requires_grad_(False)
+            self.pipe.set_progress_bar_config(disable=True)
+            self._record(prompts)
+            self._trajectory = PolicyTrajectory(self._views, self.num_steps, check_view=self._check_view)
+            yield
+        finally:
+            for view in self._views:
+                view.close()
+            for each, was in training:
+                each.train(was)
+            for parameter in learned:
+                parameter.requires_grad_(True)
+            if progress is None:
+                vars(self.pipe).pop("_progress_bar_config", None)
+            else:
+                self.pipe._progress_bar_config = progress
+
+    def _check_view(self, view: RecordedTransformer) -> None:
+        if [b.units for b in view.branches] != [b.units for b in self.view.branches]:
+            raise RefusedTransformer("the pipeline's transformers have different branches: no plan fits both")
+
+    def _record(self, prompts: Sequence[Prompt]) -> None:
+        def first(*args: Any, **kwargs: Any) -> Any:
+            self.num_steps = steps_of(current_pipeline()) or 0
+            self.view.record(*args, **kwargs)
+            raise _RecordedEnough
+
+        # Which transformer comes first is up to the pipeline: with two, the first of them.
+        self.transformers[0].forward = first
+        try:
+            self._call(prompts, range(len(prompts)))
+        except _RecordedEnough:
+            pass
+        finally:
+            del self.transformers[0].forward
+            self.pipe.maybe_free_model_hooks()
+        if not self.view.is_recorded:
+            raise RefusedTransformer("the pipeline did not call its transformer: nothing can be recorded")
+        if self.num_steps < 2:
+            raise ValueError(f"the pipeline makes {self.num_steps} steps: give num_inference_steps 2 or more")
+
+    def run(self, policy: Policy, prompts: Sequence[Prompt], rows: Sequence[int]) -> Tensor:
+        """Call the pipeline under a policy; returns the latents (N, ...).
+
+        Args:
+            rows: the rows' names: the noise of each is the same in every call.
+        """
+        trajectory = self._trajectory
+        assert trajectory is not None, "only while opened"
+        trajectory.begin(policy)
+        replaced: list[tuple[nn.Module, str]] = []
+        try:
+            for number, transformer in enumerate(self.transformers):
+                call = TransformerCall(trajectory, number)
+                transformer.forward = call
+                replaced.append((transformer, "forward"))
+                if hasattr(type(transformer), "cache_context"):
+                    transformer.cache_context = call.cache_context  # type: ignore[assignment]
+                    replaced.append((transformer, "cache_context"))
+            latents = self._call(prompts, rows)
+            trajectory.finish()
+        finally:
+            trajectory.reset()
+            for transformer, name in replaced:
+                delattr(transformer, name)
+        return latents
+
+    def _call(self, prompts: Sequence[Prompt], rows: Sequence[int]) -> Tensor:
+        device = getattr(self.pipe, "_execution_device", "cpu")
+        generators = [torch.Generator(device).manual_seed((self.seed << 32) + row) for row in rows]
+        settings = {"output_type": "latent", "return_dict": False}
+        output = self.pipe(**settings | self.call | batched(prompts), generator=generators)[0]
+        return output if isinstance(output, Tensor) else torch.stack(list(output))
+
+    def sampler_config(self) -> SamplerConfig:
+        """Return how the pipeline samples, for an artifact."""
+        scale = float(self.call.get("guidance_scale") or self.call.get("true_cfg_scale") or 1.0)
+        return SamplerConfig(
+            name="diffusers",
+            num_inference_steps=self.num_steps,
+            guidance_scale=min(max(scale, 1.0), MAX_GUIDANCE_SCALE),
+            scheduler=json.loads(self.pipe.scheduler.to_json_string()),
+        )
+
+
+def _own_forward(module: nn.Module) -> types.MethodType:
+    return types.MethodType(type(module).forward, module)

@@ -1,0 +1,206 @@
+"""What the calls of a transformer do while a router is trained in a pipeline: SDT, or a generation.
+
+A trajectory is one call of the pipeline. SDT (arXiv 2410.01723) needs of each step the teacher's output and
+the student's on the same input; the pipeline's scheduler goes on from the student's. Where guidance takes two
+calls, the step's update is made of both.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from harmonica.core.router import FIXED_LOGIT, Router
+from harmonica.integrations.recorded.kept_values import KeptValues
+from harmonica.integrations.recorded.tensor_tags import tensors_of
+from harmonica.integrations.recorded.trajectory import Trajectory
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.training.sdt import SdtTrainer, StepRecord
+
+
+@dataclass(frozen=True)
+class TransformerStep:
+    """A call of a transformer at one step."""
+
+    view: RecordedTransformer
+    i: int
+    kept: KeptValues
+    shapes: dict[str, Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def planned(self, row: Any) -> Any:
+        """Run the call under a row of a plan."""
+        return self.view.planned(row, self.kept, self.i, self.shapes, self.args, self.kwargs)
+
+    def full(self) -> Any:
+        """Run the call with every branch computed and kept."""
+        return self.planned((True,) * len(self.view.branches))
+
+    def plain(self) -> Any:
+        """Run the transformer's own forward; nothing is kept."""
+        return self.view.forward(*self.args, **self.kwargs)
+
+    def mixed(self, scores_B: Tensor, refresh_row: Any) -> Any:
+        """Run the call with the scores of a router."""
+        return self.view.mixed(scores_B, refresh_row, self.kept, self.i, self.args, self.kwargs)
+
+
+class Policy(Protocol):
+    """What each call of a trajectory gives."""
+
+    def compute(self, step: TransformerStep) -> Any:
+        """Return what the call gives the pipeline."""
+        ...
+
+    def finish_step(self, i: int) -> None:
+        """See the end of step i, when all its calls have been made."""
+        ...
+
+
+class PolicyTrajectory(Trajectory):
+    """A trajectory whose calls follow a policy."""
+
+    policy: Policy
+
+    def begin(self, policy: Policy) -> None:
+        """Follow a policy in the next call of the pipeline."""
+        self.reset()
+        self.policy = policy
+        self._last: int | None = None
+
+    def finish(self) -> None:
+        """End the trajectory of a call of the pipeline that has returned."""
+        if self._last is not None:
+            self.policy.finish_step(self._last)
+        self.reset()
+
+    def compute(
+        self,
+        view: RecordedTransformer,
+        i: int,
+        kept: KeptValues,
+        shapes: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self._last is not None and self._last != i:
+            self.policy.finish_step(self._last)
+        self._last = i
+        return self.policy.compute(TransformerStep(view, i, kept, shapes, args, kwargs))
+
+
+@dataclass
+class Generation:
+    """A generation under the router's soft weights, or its plan.
+
+    Steps in `full` compute everything. Under a plan that does so anyway, they are reused instead: else the
+    step would look as if it were free.
+    """
+
+    router: Router
+    threshold: float
+    is_hard: bool
+    full: Collection[int] = ()
+    errors: dict[int, list[float]] | None = None
+    """Where given, the mean squared error of each step's calls against the full output is added."""
+
+    @torch.no_grad()
+    def compute(self, step: TransformerStep) -> Any:
+        if not len(step.kept):
+            return step.full()
+        scores_B = self.router.scores(step.i)
+        row = (scores_B > self.threshold).tolist()
+        if step.i in self.full:
+            return step.planned([False] * len(row)) if self.is_hard and all(row) else step.full()
+        target = step.plain() if self.errors is not None else None
+        output = step.planned(row) if self.is_hard else step.mixed(scores_B, row)
+        if self.errors is not None:
+            error, count = squared_error(output, target)
+            self.errors.setdefault(step.i, []).append(float(error) / count)
+        return output
+
+    def finish_step(self, i: int) -> None:
+        pass
+
+
+@dataclass
+class SdtPolicy:
+    """SDT of one trajectory: an update of the router at every step but the first one run.
+
+    Rows of steps at which a call has nothing to reuse are fixed: they always compute.
+    """
+
+    trainer: SdtTrainer
+    lambda_T: Tensor
+    beta: float
+    on_gradient: Callable[[int, Tensor], object] | None = None
+    records: list[StepRecord] = field(default_factory=list)
+    _scores_B: Tensor | None = None
+    _measured: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    _is_fixed: bool = False
+
+    @torch.no_grad()
+    def compute(self, step: TransformerStep) -> Any:
+        trainer = self.trainer
+        if not len(step.kept):
+            self._is_fixed = True
+            return step.full()
+        if not trainer.trains(step.i):
+            return step.full()
+        if self._scores_B is None:
+            with torch.enable_grad():
+                self._scores_B = trainer.router.scores(step.i)
+        scores_B = self._scores_B
+        row = (scores_B.detach() > trainer.config.threshold).tolist()
+        is_hard = trainer.config.student == "hard"
+        with trainer.stopwatch.measure("teacher"):
+            target = step.plain()
+        with torch.enable_grad():
+            with trainer.stopwatch.measure("student"):
+                output = step.mixed(scores_B, [False] * len(row) if is_hard else row)
+            error, count = squared_error(output, target)
+            with trainer.stopwatch.measure("backward"):
+                (error_B,) = torch.autograd.grad(error, scores_B)
+        self._measured.append((error.detach(), error_B, count))
+        return step.planned(row) if is_hard else _detached(output)
+
+    def finish_step(self, i: int) -> None:
+        if self._is_fixed and i < self.trainer.router.num_steps - 1:
+            with torch.no_grad():
+                self.trainer.router.rows[i].fill_(FIXED_LOGIT)
+        elif self._measured:
+            assert self._scores_B is not None
+            record = self.trainer.update(
+                i,
+                self._scores_B,
+                self._measured,
+                self.lambda_T[i],
+                beta=self.beta,
+                on_gradient=self.on_gradient,
+            )
+            self.records.append(record)
+        self._scores_B, self._measured, self._is_fixed = None, [], False
+
+
+def squared_error(output: Any, target: Any) -> tuple[Tensor, int]:
+    """Return the sum of squared differences of all tensors, in float32 or better, and their number."""
+    pairs = list(zip(tensors_of(_values(output)), tensors_of(_values(target)), strict=True))
+    errors = [(_precise(ours) - _precise(theirs)).square().sum() for ours, theirs in pairs]
+    return torch.stack(errors).sum(), sum(ours.numel() for ours, _ in pairs)
+
+
+def _values(output: Any) -> Any:
+    """Return an output's tensors: diffusers' classes of outputs are dictionaries."""
+    return output.to_tuple() if hasattr(output, "to_tuple") else output
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _detached(output: Any) -> Any:
+    return _pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
