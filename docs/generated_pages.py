@@ -21,10 +21,9 @@ PUBLISHED = {
     "experiments.md": "tests/benchmarks/RESULTS.md",
     "operations/cluster-files.md": "cluster/README.md",
     "reference/settings.md": "pipelines/config/SETTINGS.md",
+    "reference/transformers.md": "harmonica/integrations/recorded/TRANSFORMERS.md",
 }
-"""Page of the site -> the file in the repository that is its only source.
-
-While that is missing, a page of the same name among the pages stands in."""
+"""Page of the site -> the file in the repository that is its only source."""
 HTTP_API = "reference/http-api.md"
 """Generated from the endpoint; the page of that name among the pages only says so."""
 _LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(?=(?:#[^)\s]*)?\))")
@@ -50,24 +49,18 @@ def uri_of(path: Path) -> str:
 
 def source_of(uri: str) -> Path:
     """Return the file that a page is made from."""
-    published = ROOT / PUBLISHED[uri] if uri in PUBLISHED else None
-    return published if published and published.is_file() else PAGES / uri
-
-
-def _replace(files: Files, file: File) -> None:
-    if (stand_in := files.get_file_from_path(file.src_uri)) is not None:
-        files.remove(stand_in)
-    files.append(file)
+    return ROOT / PUBLISHED[uri] if uri in PUBLISHED else PAGES / uri
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add published files, the HTTP API, and whatever else the pages link to."""
     texts = {file.src_uri: file.content_string for file in files.documentation_pages()}
     for uri in PUBLISHED:
-        if source_of(uri) != PAGES / uri:
-            texts[uri] = source_of(uri).read_text()
-            _replace(files, File.generated(config, uri, content=texts[uri]))
-    _replace(files, File.generated(config, HTTP_API, content=describe()))
+        texts[uri] = source_of(uri).read_text()
+        files.append(File.generated(config, uri, content=texts[uri]))
+    if (stand_in := files.get_file_from_path(HTTP_API)) is not None:
+        files.remove(stand_in)
+    files.append(File.generated(config, HTTP_API, content=describe()))
     linked = {
         target
         for uri, text in texts.items()

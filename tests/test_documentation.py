@@ -296,6 +296,12 @@ def test_every_setting_that_is_named_exists():
     assert not missing, "\n".join(sorted(set(missing)))
 
 
+def test_the_page_of_the_python_api_has_every_public_name_and_no_other():
+    page = (ROOT / "docs/pages/reference/python-api.md").read_text()
+    shown = [name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)", page, re.MULTILINE)]
+    assert sorted(shown) == sorted(harmonica.__all__)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_in_a_page_or_follows_a_named_pattern(preset):
     text = "".join(page.read_text() for page in PAGES)
