@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from live_app import running
+from test_pipeline_training import prompts_of
 from tiny_engine import make_engine
+from tiny_recorded_pipelines import make_case
 
+import harmonica
 from harmonica.builtin import CHAMPION
 from harmonica.cli import train
 from harmonica.cli.common import parse, parse_settings
@@ -121,7 +124,7 @@ def test_what_is_listed_is_in_a_page():
 
 def test_every_example_is_run_by_a_test():
     """`harmonica.apply` by test_attach_readme.py, the others below."""
-    keys = ("harmonica.apply(", "CHAMPION", "OpenAI(")
+    keys = ("harmonica.apply(", "harmonica.train_pipeline(", "CHAMPION", "OpenAI(")
     for page in PAGES:
         for block in blocks_of(str(page.relative_to(ROOT))):
             assert any(key in block for key in keys), f"{page}:\n{block}"
@@ -133,6 +136,28 @@ def test_the_example_without_a_pipeline_runs():
     exec(example, names)
     images = names["images"]
     assert isinstance(images, torch.Tensor) and images.shape == (4, 1, 28, 28) and images.isfinite().all()
+
+
+def test_the_training_in_a_pipeline_runs(tmp_path):
+    """On a tiny FLUX, with its own prompts and arguments, and few trajectories."""
+    (example,) = [
+        block for block in blocks_of("docs/pages/guides/diffusers.md") if "train_pipeline(" in block
+    ]
+    case = make_case("flux")
+    prompts, call = prompts_of(case)
+    changes = {
+        r'\["a harmonica on a table".*\]': "prompts",
+        r"call=\{.*\}": "call=call",
+        "trajectories=60": "trajectories=2",
+        "target_speedup=1.8": "target_speedup=1.3",
+        r'"router"': "folder",
+    }
+    for pattern, replacement in changes.items():
+        example, count = re.subn(pattern, replacement, example)
+        assert count == 1, pattern
+    names = {"harmonica": harmonica, "pipe": case.pipe, "prompts": prompts, "call": call}
+    exec(example, names | {"folder": tmp_path / "router"})
+    harmonica.apply(case.pipe, tmp_path / "router")
 
 
 def test_the_endpoint_answers_the_examples(capsys):
