@@ -55,6 +55,21 @@ def test_a_router_is_trained_and_the_pipeline_left_as_it_was(kind):
     assert torch.equal(case.run(), before), "nothing is below tau yet"
 
 
+@pytest.mark.parametrize(("kind", "calls"), [("flux", 1), ("flux guided", 2), ("krea2", 2), ("sd3", 1)])
+def test_an_update_is_made_of_all_calls_of_its_step(kind, calls, monkeypatch):
+    case, seen = make_case(kind), []
+    update = SdtTrainer.update
+
+    def counting(self: SdtTrainer, i: int, scores_B: Tensor, measured: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((i, len(measured)))
+        return update(self, i, scores_B, measured, *args, **kwargs)
+
+    monkeypatch.setattr(SdtTrainer, "update", counting)
+    prompts, call = prompts_of(case)
+    harmonica.train_pipeline(case.pipe, prompts, settings(trajectories=1), call=call)
+    assert seen == [(i, calls) for i in reversed(range(STEPS - 1))]
+
+
 def test_a_target_of_speed_is_met_and_the_artifact_travels(tmp_path):
     case = make_case("flux")
     prompts, call = prompts_of(case)
