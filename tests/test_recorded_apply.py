@@ -251,6 +251,36 @@ def test_accelerates_hooks_go_with_a_plan(flux, is_hooked_first):
     assert torch.equal(flux.run(), before)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("is_compiled_first", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "blocks"),
+    [("flux", ("FluxTransformerBlock", "FluxSingleTransformerBlock")), ("sd3", ("JointTransformerBlock",))],
+)
+def test_compiled_blocks_make_the_same_latents(kind, blocks, is_compiled_first):
+    plain, case, graphs = make_case(kind), make_case(kind), []
+    harmonica.apply(plain.pipe, plain.artifact())
+
+    def backend(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    def compile_blocks() -> None:
+        for each in case.pipe.transformer.modules():
+            if type(each).__name__ in blocks:
+                each.compile(backend=backend)
+
+    torch.compiler.reset()
+    if is_compiled_first:
+        compile_blocks()
+    harmonica.apply(case.pipe, case.artifact())
+    if not is_compiled_first:
+        compile_blocks()
+    for seed in (1, 2):
+        assert apart(case.run(seed=seed), plain.run(seed=seed)) < 1e-5
+    assert graphs
+
+
 # Refusals
 
 
