@@ -23,8 +23,8 @@ def test_each_command_has_a_module_and_a_purpose(capsys):
 
 
 def test_an_unknown_command_is_refused(capsys):
-    assert main(["sampel"]) == 2
-    assert "command is 'sampel': give one of train, sample, apply" in capsys.readouterr().err
+    assert main(["paint"]) == 2
+    assert "command is 'paint': give one of train, sample, apply" in capsys.readouterr().err
 
 
 def test_a_command_gets_its_options(tmp_path, capsys):

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import tiny_attached
 import torch
+from diffusers import PixArtSigmaPipeline
 from tiny_recorded_pipelines import KINDS, STEPS, Case, make_case
+from tiny_text_pipeline import write_text_pipeline
 from torch import Tensor
 
 import harmonica
@@ -55,6 +57,21 @@ def test_a_router_is_trained_and_the_pipeline_left_as_it_was(kind):
     assert torch.equal(case.run(), before), "nothing is below tau yet"
 
 
+@pytest.mark.parametrize(("kind", "calls"), [("flux", 1), ("flux guided", 2), ("krea2", 2), ("sd3", 1)])
+def test_an_update_is_made_of_all_calls_of_its_step(kind, calls, monkeypatch):
+    case, seen = make_case(kind), []
+    update = SdtTrainer.update
+
+    def counting(self: SdtTrainer, i: int, scores_B: Tensor, measured: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((i, len(measured)))
+        return update(self, i, scores_B, measured, *args, **kwargs)
+
+    monkeypatch.setattr(SdtTrainer, "update", counting)
+    prompts, call = prompts_of(case)
+    harmonica.train_pipeline(case.pipe, prompts, settings(trajectories=1), call=call)
+    assert seen == [(i, calls) for i in reversed(range(STEPS - 1))]
+
+
 def test_a_target_of_speed_is_met_and_the_artifact_travels(tmp_path):
     case = make_case("flux")
     prompts, call = prompts_of(case)
@@ -65,6 +82,23 @@ def test_a_target_of_speed_is_met_and_the_artifact_travels(tmp_path):
     before = case.run()
     harmonica.apply(case.pipe, artifact.save(tmp_path / "router"))
     assert 1e-5 < float((case.run() - before).norm() / before.norm()) < 0.2
+
+
+def test_prompts_may_be_texts(tmp_path):
+    """Through a PixArt's own tokenizer and text encoder, from a folder."""
+    pipe = PixArtSigmaPipeline.from_pretrained(write_text_pipeline(tmp_path / "pipeline"))
+    call = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "height": 16, "width": 16}
+    artifact = harmonica.train_pipeline(
+        pipe,
+        ["a red cat", "the moon", "a dog"],
+        settings(target_speedup=1.4, initial="even"),
+        call=call | {"use_resolution_binning": False},
+    )
+    assert artifact.training["prompts"] == 3 and artifact.ideal_speedup == pytest.approx(1.4, rel=0.03)
+    harmonica.apply(pipe, artifact)
+    pipe("a red dog", **call, use_resolution_binning=False, output_type="latent")
+    with pytest.raises(ValueError, match=r"is to make 6 steps and the router was made for 4"):
+        pipe("a red dog", **call | {"num_inference_steps": 6}, use_resolution_binning=False)
 
 
 def test_hard_students_and_forecasts_are_trained():

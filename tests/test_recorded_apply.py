@@ -8,6 +8,7 @@ import pytest
 import tiny_attached
 import tiny_text
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from tiny_recorded_pipelines import KINDS, STEPS, Case, make_case
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import harmonica
 from harmonica.core.plan import Plan
+from harmonica.integrations.recorded.call_tracker import CallTracker
 from harmonica.integrations.recorded.view import RecordedTransformer
 
 ONE, TWO_CALLS = ("flux", "sd3", "wan 2.1", "z-image truncated"), ("flux guided", "wan 2.1", "krea2", "qwen")
@@ -77,7 +79,7 @@ def _calls_of(case: Case) -> list[tuple[dict[str, Any], Tensor]]:
     return calls
 
 
-@pytest.mark.parametrize("kind", ["flux guided", "wan 2.1", "qwen"])
+@pytest.mark.parametrize("kind", TWO_CALLS)
 def test_each_of_two_calls_reuses_what_it_computed_itself(kind):
     case = make_case(kind)
     artifact = case.artifact()
@@ -95,6 +97,25 @@ def test_each_of_two_calls_reuses_what_it_computed_itself(kind):
                 found = view.planned(artifact.plan.compute[i], kept, i, shapes, (), arguments)
             assert torch.equal(found[0], output)
     view.close()
+
+
+def test_calls_are_told_apart_by_context_order_and_transformer():
+    tracker = CallTracker(3)
+    keys = [tracker.locate(0, 0, context) for context in ("cond", "uncond", "uncond")]
+    assert keys == [(2, (0, "cond", 0)), (2, (0, "uncond", 0)), (2, (0, "uncond", 1))]
+    assert tracker.locate(1, 0, "uncond") == (1, (0, "uncond", 0)), "guidance need not come first, or at all"
+    assert tracker.locate(1, 1, "cond") == (1, (1, "cond", 0))
+    assert [tracker.locate(2, 0, "")[1] for _ in range(2)] == [(0, "", 0), (0, "", 1)]
+    assert tracker.unfinished == 0 and tracker.begins(0) and tracker.begins(3) and not tracker.begins(2)
+
+
+@pytest.mark.parametrize("places", [(900.0, 500.0, 100.0), (0.1, 0.5, 0.9), (None, 1, 2)])
+def test_steps_may_fall_and_rise_and_break_off(places):
+    tracker = CallTracker(3)
+    assert [tracker.locate(place, 0, "")[0] for place in places] == [2, 1, 0]
+    assert [tracker.locate(place, 0, "")[0] for place in places[:2]] == [2, 1]
+    assert tracker.unfinished == 2
+    assert [tracker.locate(place, 0, "")[0] for place in places] == [2, 1, 0]
 
 
 def test_a_second_transformer_computes_everything_at_its_first_step():
@@ -209,6 +230,55 @@ def test_a_second_call_meanwhile_is_refused_and_the_first_one_unharmed(flux):
     assert torch.equal(flux.run(callback_on_step_end=start_another), wanted)
     assert len(errors) == 1 and "a second call came while one runs" in errors[0]
     assert torch.equal(flux.run(), wanted)
+
+
+@pytest.mark.parametrize("is_hooked_first", [True, False])
+def test_accelerates_hooks_go_with_a_plan(flux, is_hooked_first):
+    transformer = flux.pipe.transformer
+    before = flux.run()
+    harmonica.apply(flux.pipe, flux.artifact())
+    wanted = flux.run()
+    if is_hooked_first:
+        harmonica.remove(flux.pipe)
+        add_hook_to_module(transformer, ModelHook())
+        harmonica.apply(flux.pipe, flux.artifact())
+    else:
+        add_hook_to_module(transformer, ModelHook())
+    assert torch.equal(flux.run(), wanted)
+    harmonica.remove(flux.pipe)
+    assert torch.equal(flux.run(), before)
+    remove_hook_from_module(transformer)
+    assert torch.equal(flux.run(), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_compiled_first", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "blocks"),
+    [("flux", ("FluxTransformerBlock", "FluxSingleTransformerBlock")), ("sd3", ("JointTransformerBlock",))],
+)
+def test_compiled_blocks_make_the_same_latents(kind, blocks, is_compiled_first):
+    plain, case, graphs = make_case(kind), make_case(kind), []
+    harmonica.apply(plain.pipe, plain.artifact())
+
+    def backend(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    def compile_blocks() -> None:
+        for each in case.pipe.transformer.modules():
+            if type(each).__name__ in blocks:
+                each.compile(backend=backend)
+
+    torch.compiler.reset()
+    if is_compiled_first:
+        compile_blocks()
+    harmonica.apply(case.pipe, case.artifact())
+    if not is_compiled_first:
+        compile_blocks()
+    for seed in (1, 2):
+        assert apart(case.run(seed=seed), plain.run(seed=seed)) < 1e-5
+    assert graphs
 
 
 # Refusals

@@ -166,10 +166,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "HunyuanVideoTransformer3DModel": {"config": {"rope_axes_dim": (4, 6, 6)}},
     "HunyuanVideoFramepackTransformer3DModel": {
-        "config": {"rope_axes_dim": (4, 6, 6), "has_image_proj": True, "image_proj_dim": WIDTH},
+        "config": {
+            "rope_axes_dim": (4, 6, 6),
+            "has_image_proj": True,
+            "image_proj_dim": WIDTH,
+            "has_clean_x_embedder": True,
+        },
         "inputs": lambda module, time: {
             "image_embeds": torch.randn(ROWS, 3, WIDTH),
             "indices_latents": torch.arange(3),
+            "latents_clean": torch.randn(ROWS, 4, 1, 8, 8),
+            "indices_latents_clean": torch.arange(1),
+            "latents_history_2x": torch.randn(ROWS, 4, 2, 8, 8),
+            "indices_latents_history_2x": torch.arange(2),
+            "latents_history_4x": torch.randn(ROWS, 4, 4, 8, 8),
+            "indices_latents_history_4x": torch.arange(4),
         },
     },
     "Ideogram4Transformer2DModel": {
@@ -264,7 +275,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "LuminaNextDiT2DModel": {
         "config": {"num_kv_heads": 2, "multiple_of": 16},
         "inputs": lambda module, time: {
-            "image_rotary_emb": torch.polar(torch.ones(IMAGE, 8), torch.randn(IMAGE, 8))[None],
+            "image_rotary_emb": torch.polar(torch.ones(SIDE, SIDE, 8), torch.randn(SIDE, SIDE, 8)),
             "cross_attention_kwargs": {},
         },
         "time_scale": 1e-3,

@@ -1,5 +1,6 @@
 """`train_pipeline`: a router for any diffusers pipeline, trained in the pipeline's own loop, without Ray."""
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from harmonica.training.sdt import SdtTrainer
 from harmonica.training.target import TargetController
 from harmonica.validation.finite import NotFinite, not_finite
 from harmonica.validation.settings import SettingError
+
+logger = logging.getLogger(__name__)
 
 OnTrajectory = Callable[[int, dict[str, float]], object]
 """Called after each trajectory with its number and metrics."""
@@ -172,6 +175,13 @@ class _Training:
         """Return the router as it stands, with what it was trained for."""
         calls, view, logits_TB = self.calls, self.calls.view, self.router.logits().cpu()
         plan, macs = self.target.plan_of(logits_TB), view.macs()
+        if self.config.has_target and not self.target.is_met_by(plan):
+            logger.warning(
+                "the router's plan is %.2fx and reuses %.0f%%, which is not what it was trained for: give "
+                "more trajectories; steps at which a second transformer or a smaller batch begins are "
+                "always computed",
+                *(plan.ideal_speedup(macs), 100 * plan.cur),
+            )
         weights = fingerprint_of(transformers_of(calls.pipe))
         shared = {"transformers": len(calls.transformers)}
         return RouterArtifact(
