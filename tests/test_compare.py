@@ -166,7 +166,7 @@ def test_a_variant_worker_measures_one_variant_after_another(tmp_path: Path) -> 
     whole = worker.sampler.measure(make_samples(np.arange(2, 5), worker.spec), [full, fewer], {})[0]
     np.testing.assert_array_equal(columns["fewer.psnr"], whole["fewer.psnr"])
     speed, spread = worker.times(full, fewer)
-    assert speed > 1 and spread == 0, "one round"
+    assert speed > 0 and spread == 0, "one round"
     with pytest.raises(NotFinite, match="images of variant 'wild' are not finite") as raised:
         worker.measure(WildVariant("wild", fewer.sampler), range(2), drawn[:2])
     assert reason_of(raised.value).startswith("NotFinite: images of variant 'wild' are not finite (2 of 2)")

@@ -137,7 +137,30 @@ def test_of_many_at_once_one_gets_it(storage):
     assert len(taken) == 1
 
 
-def test_who_has_lost_it_is_interrupted(storage):
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a shell's foreground, also where the tests themselves run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def in_background():
+    """SIGINT ignored, as in a shell's background, and SIGTERM raised in the main thread."""
+
+    def terminate(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, terminate)
+    yield
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])
+
+
+@pytest.mark.parametrize("place", ["interruptible", "in_background"])
+def test_who_has_lost_it_is_interrupted(storage, place, request):
+    request.getfixturevalue(place)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), claim(storage, renewed_every_s=0.2) as held:
         elsewhere(storage)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import harmonica
 from harmonica.core.router import Router
+from harmonica.data.batch import Batch
 from harmonica.pipeline_training.pipeline_calls import batched
 from harmonica.samplers import make_sampler
 from harmonica.training.config import TrainingConfig
@@ -155,7 +156,8 @@ def test_an_update_is_that_of_the_trainer_of_branch_files(student):
     pixart, sdt = _Pixart(), SdtConfig(beta=0.01, student=student, learning_rate=0.5)
     router = Router(STEPS, len(pixart.case.model.branches), 1.0)
     trainer = SdtTrainer(pixart.sampler, router, sdt)
-    records, _ = trainer.train_trajectory(pixart.case.noise, pixart.case.condition, torch.ones(STEPS - 1))
+    batch = Batch(pixart.case.noise, pixart.case.condition)
+    records, _ = trainer.train_trajectory([batch], torch.ones(STEPS - 1))
     config = settings(trajectories=1, initial_logit=1.0, sdt=sdt)
     artifact, metrics = pixart.train(config)
     assert torch.allclose(artifact.logits_TB, router.logits(), atol=1e-4)
@@ -166,9 +168,8 @@ def test_an_update_is_that_of_the_trainer_of_branch_files(student):
 def test_lambda_is_that_of_the_branch_files(kind):
     pixart = _Pixart()
     router = Router(STEPS, len(pixart.case.model.branches), 0.5)
-    wanted_T = image_error_proxy(
-        pixart.sampler, router, pixart.case.noise, pixart.case.condition, kind=kind, threshold=0.1
-    )
+    batches = [Batch(pixart.case.noise, pixart.case.condition)]
+    wanted_T = image_error_proxy(pixart.sampler, router, batches, kind=kind, config=SdtConfig(threshold=0.1))
     _, metrics = pixart.train(settings(trajectories=1, initial_logit=0.5, iepo=kind))
     found_T = [metrics[f"lambda.step_{i:03d}"] for i in range(STEPS - 1)]
     assert found_T == pytest.approx(wanted_T.tolist(), rel=1e-3)

@@ -44,7 +44,8 @@ from harmonica.validation.finite import NotFinite
 from harmonica.validation.settings import Cure, Field, settings
 
 _SAY_EVERY_S = 5.0
-_FREE_TO_CHANGE = ("output", "device")
+# How the model is run moves values by roundings.
+_FREE_TO_CHANGE = ("output", "device", "model.compile", "model.execution", "model.graph_memory")
 _METRICS = "metrics"
 
 
@@ -103,6 +104,11 @@ def _process_group(device: torch.device, batch_size: int) -> Iterator[Shard]:
         dist.destroy_process_group()
 
 
+def _as_json(command: TrainCommand) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(command), default=str))
+    return found
+
+
 class _Folder:
     """The output folder: what a run leaves, and what it resumes from. Only rank 0 writes.
 
@@ -120,7 +126,8 @@ class _Folder:
         path = self.path / "settings.json"
         if not self._state.is_file() or not path.is_file():
             return
-        if others := changed_settings(json.loads(path.read_text()), self.settings, free=_FREE_TO_CHANGE):
+        before, defaults = json.loads(path.read_text()), _as_json(TrainCommand())
+        if others := changed_settings(before, self.settings, _FREE_TO_CHANGE, defaults):
             raise ValueError(
                 f"{others}: resume the run in {self.path} with its own settings, or give another output"
             )
@@ -179,7 +186,7 @@ class _Folder:
 def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArtifact:
     """Train, or go on training; every process returns the router."""
     device = pick_device(command.device)
-    folder = _Folder(command.output, json.loads(json.dumps(dataclasses.asdict(command), default=str)))
+    folder = _Folder(command.output, _as_json(command))
     folder.check()
     with _process_group(device, command.train.batch_size) as shard:
         loaded = load_model(command.model.for_training(), "cpu" if command.train.shard_model else device)

@@ -6,28 +6,39 @@ from typing import Any
 _SHOWN = 3
 
 
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
-    """What differs, such as `compare.samples was 64 and is 32`; "" where nothing does.
+def changed_settings(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    free: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> str:
+    """Return what differs, such as `compare.samples was 64 and is 32`; "" if nothing does.
 
     Args:
         before: as JSON has it, nested by section.
         now: the same of the settings that are given now.
         free: names that may differ, sections or single settings, such as `serve` and `train.num_workers`.
+        defaults: the same of a run that changes nothing. A single setting that `before` does not have had its
+            default, since the run is older than the setting.
     """
-    others = list(_walk(before, now, "", free))
+    others = list(_walk(before, now, "", free, defaults or {}))
     left_out = len(others) - _SHOWN
     more = f" and {left_out} more setting{'s differ' if left_out > 1 else ' differs'}" if left_out > 0 else ""
     return ", ".join(others[:_SHOWN]) + more
 
 
-def _walk(before: Any, now: Mapping[str, Any], prefix: str, free: Collection[str]) -> Iterator[str]:
+def _walk(
+    before: Any, now: Mapping[str, Any], prefix: str, free: Collection[str], defaults: Mapping[str, Any]
+) -> Iterator[str]:
     for key, value in now.items():
         name = f"{prefix}{key}"
         if name in free:
             continue
-        old = before.get(key)
+        default = defaults.get(key)
+        old = before.get(key, None if isinstance(value, Mapping) else default)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            yield from _walk(old, value, f"{name}.", free)
+            below = default if isinstance(default, Mapping) else {}
+            yield from _walk(old, value, f"{name}.", free, below)
         elif old != value:
             yield f"{name} was {_shown(old)} and is {_shown(value)}"
 

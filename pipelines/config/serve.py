@@ -80,6 +80,12 @@ class ServeConfig:
             self.num_cpus,
             "give a whole number, or a part of one core: Ray has no others",
         )
+        require(
+            self.num_cpus == round(self.num_cpus, 4),
+            "serve.num_cpus",
+            self.num_cpus,
+            "give a multiple of 0.0001: Ray has no smaller parts of a core",
+        )
         cure = f"give serve.min_replicas ({self.min_replicas}) or more"
         require(self.max_replicas >= self.min_replicas, "serve.max_replicas", self.max_replicas, cure)
         require(

@@ -116,7 +116,10 @@ class Lease:
             except Exception as failed:  # of boto3 and disks: where this one cannot write, nobody else can
                 logger.info("the lease of %s waits for its storage (%s)", self._run_id, type(failed).__name__)
             if self.lost:
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it, too
+                # A shell's background job ignores SIGINT.
+                is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+                number = signal.SIGTERM if is_ignored else signal.SIGINT
+                signal.pthread_kill(threading.main_thread().ident or 0, number)  # wakes it, too
                 return
 
     def _renew(self) -> None:

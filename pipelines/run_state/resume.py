@@ -226,7 +226,5 @@ def _as_json(config: WorkflowConfig) -> dict[str, Any]:
 def _differing(config: WorkflowConfig, before: dict[str, Any], free: set[str]) -> str:
     """Settings that are others than before, in words."""
     now = _as_json(config)
-    if isinstance(model := before.get("model"), dict):
-        model.setdefault("residual_dtype", "float32")  # before there was a choice
     free = free | _FREE_IN_TRAIN | free_to_change(before.get("compare", {}), now["compare"])
-    return changed_settings(before, now, free)
+    return changed_settings(before, now, free, _as_json(WorkflowConfig()))
