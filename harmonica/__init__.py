@@ -7,28 +7,54 @@ and the planned one of `core.passes`. A router says which branches may reuse the
 searched (`training.plans.search`).
 
 `harmonica.apply(pipe, router)` and `harmonica.remove(pipe)` put a trained plan on a diffusers pipeline and
-take it off; `harmonica.train_pipeline(pipe, prompts)` trains one for any pipeline with a transformer.
+take it off; `harmonica.train_pipeline(pipe, prompts)` trains one for any pipeline with a transformer. The
+names in `__all__` are the public interface; modules may move.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from harmonica.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from harmonica.core.artifact import RouterArtifact
+    from harmonica.core.sampling import sample
     from harmonica.integrations.diffusers_pipeline import apply, remove
+    from harmonica.models.loading import ModelConfig, load_model
     from harmonica.pipeline_training.train import train_pipeline
+    from harmonica.samplers import SamplerConfig, make_sampler
 
-__all__ = ["apply", "remove", "train_pipeline"]
+__all__ = [
+    "ModelConfig",
+    "RouterArtifact",
+    "SamplerConfig",
+    "apply",
+    "load_model",
+    "make_sampler",
+    "remove",
+    "sample",
+    "train_pipeline",
+]
+
+_HOMES = {
+    "ModelConfig": "harmonica.models.loading",
+    "RouterArtifact": "harmonica.core.artifact",
+    "SamplerConfig": "harmonica.samplers",
+    "apply": "harmonica.integrations.diffusers_pipeline",
+    "load_model": "harmonica.models.loading",
+    "make_sampler": "harmonica.samplers",
+    "remove": "harmonica.integrations.diffusers_pipeline",
+    "sample": "harmonica.core.sampling",
+    "train_pipeline": "harmonica.pipeline_training.train",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a function when it is first asked for: they need torch, which takes seconds to import."""
-    if name == "train_pipeline":
-        from harmonica.pipeline_training import train
-
-        return train.train_pipeline
-    if name in __all__:
-        from harmonica.integrations import diffusers_pipeline
-
-        return getattr(diffusers_pipeline, name)
+    """Import a public name on first access: all of them need torch, which takes seconds to import."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -8,15 +8,16 @@ from harmonica.models.loading import LoadedModel
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.feasibility import check_training
 from harmonica.validation.settings import require
-from pipelines.config.workflow import Stage, WorkflowConfig
-from pipelines.evaluation.latency import transfer_samplers
-from pipelines.evaluation.metric_networks import check_metric_settings
-from pipelines.run_state import resume
-from pipelines.run_state.resume import ROUTER
-from pipelines.run_state.routers import load_router
-from pipelines.run_state.storage import RunStorage
-from pipelines.serving.auth import load_keys
-from pipelines.serving.image_sampler import check_is_whole
+
+from .config.workflow import Stage, WorkflowConfig
+from .evaluation.latency import transfer_samplers
+from .evaluation.metric_networks import check_metric_settings
+from .run_state import resume
+from .run_state.resume import ROUTER
+from .run_state.routers import load_router
+from .run_state.storage import RunStorage
+from .serving.auth import load_keys
+from .serving.image_sampler import check_is_whole
 
 
 def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedModel) -> None:
@@ -48,7 +49,7 @@ def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMode
         check_metric_settings(config, loaded)
         _check_samplers(transfer_samplers(config), "evaluate.transfer", model)
     if "sweep" in to_do:
-        from pipelines.sweep.stage import check_sweep
+        from .sweep.stage import check_sweep
 
         check_sweep(config, storage)
         check_trials(config, model)
@@ -62,7 +63,7 @@ def check_trials(config: WorkflowConfig, model: BranchedTransformer) -> None:
     Raises:
         ValueError: names field, value and cure.
     """
-    from pipelines.sweep.trial import trials_of
+    from .sweep.trial import trials_of
 
     for trial in trials_of(config):
         train = trial.settings(config).train
@@ -75,7 +76,7 @@ def check_comparison(config: WorkflowConfig, model: BranchedTransformer) -> None
     Raises:
         ValueError: names field, value and cure.
     """
-    from pipelines.compare.methods import learned_methods, untrained_methods
+    from .compare.methods import learned_methods, untrained_methods
 
     num_steps = config.sampler.num_inference_steps
     for target in config.compare.targets:

@@ -8,13 +8,14 @@ from typing import Any
 from harmonica.builtin import CAPTIONS
 from harmonica.training import presets
 from harmonica.training.presets import Recipe
-from pipelines.config.promotion import PromoteConfig
-from pipelines.config.workflow import (
+
+from .config.evaluate import EvaluateConfig
+from .config.promotion import PromoteConfig
+from .config.serve import ServeConfig
+from .config.workflow import (
     CLASS_STAGES,
     TEXT_STAGES,
-    EvaluateConfig,
     PromptsConfig,
-    ServeConfig,
     TrainConfig,
     WorkflowConfig,
 )

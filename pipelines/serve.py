@@ -24,16 +24,17 @@ from ray import serve
 from harmonica.cli.common import fail, parse_settings, say
 from harmonica.models.loading import ModelConfig
 from harmonica.validation.settings import settings
-from pipelines.config.serve import ServeConfig
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.runtime.cluster_address import check_address
-from pipelines.runtime.ray_runtime import Terminated, connect, is_private
-from pipelines.serving import proxy
-from pipelines.serving.application import JSON_LOGS, make_application
-from pipelines.serving.application import build as build
-from pipelines.serving.auth import key_headers
-from pipelines.serving.registry_watcher import FOLLOW_S, ServeArgs
-from pipelines.serving.router_choice import choose_router
+
+from .config.serve import ServeConfig
+from .config.workflow import WorkflowConfig
+from .runtime.cluster_address import check_address
+from .runtime.ray_runtime import Terminated, connect, is_private
+from .serving import proxy
+from .serving.application import JSON_LOGS, make_application
+from .serving.application import build as build
+from .serving.auth import key_headers
+from .serving.registry_watcher import FOLLOW_S, ServeArgs
+from .serving.router_choice import choose_router
 
 APP_NAME = "harmonica"
 _READY_TIMEOUT_S = 60.0
@@ -159,7 +160,8 @@ def first_image(url: str, prompt: str, seed: int, *, api_keys_file: str = "") ->
             reason = error
         else:
             if answer.is_success:
-                return answer.json()
+                answered: dict[str, Any] = answer.json()
+                return answered
             reason = answer.text
             if answer.status_code not in (404, 503):
                 break
@@ -241,7 +243,7 @@ def main(arguments: list[str]) -> int:
     starting was interrupted.
     """
     try:
-        _serve(parse_settings(ServeCommand(), arguments, "python -m pipelines.serve"))
+        _serve(parse_settings(ServeCommand, arguments, f"python -m {__package__}.serve"))
     except ValueError as error:
         return fail(error, code=2)
     except RuntimeError as error:

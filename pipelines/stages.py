@@ -16,16 +16,17 @@ from harmonica.io.paths import resolved
 from harmonica.io.resolve import pinned
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler, with_scheduler
-from harmonica.training.multi_target import member_name
-from pipelines.compare.ranking import missing_name
-from pipelines.config.workflow import Stage, WorkflowConfig
-from pipelines.preflight import check_stages
-from pipelines.promotion.publishing import Publisher
-from pipelines.report.charts import png_of
-from pipelines.report.summary import git_revision, summarise, versions
-from pipelines.report.terminal import comparison_table
-from pipelines.run_state import lease, resume
-from pipelines.run_state.resume import (
+from harmonica.training.multi_target import target_name
+
+from .compare.ranking import missing_name
+from .config.workflow import Stage, WorkflowConfig
+from .preflight import check_stages
+from .promotion.publishing import Publisher
+from .report.charts import png_of
+from .report.summary import git_revision, summarise, versions
+from .report.terminal import comparison_table
+from .run_state import lease, resume
+from .run_state.resume import (
     COMPARISON,
     COMPARISON_PICTURE,
     FAMILY,
@@ -34,12 +35,12 @@ from pipelines.run_state.resume import (
     WORKFLOW,
     work_folder,
 )
-from pipelines.run_state.routers import load_router
-from pipelines.run_state.storage import RunStorage, settle_endpoint
-from pipelines.runtime.cluster_address import check_address
-from pipelines.runtime.ray_runtime import connect, is_private
-from pipelines.tracking import mlflow_runs, mlflow_store
-from pipelines.tracking.node_metrics import node_metrics
+from .run_state.routers import load_router
+from .run_state.storage import RunStorage, settle_endpoint
+from .runtime.cluster_address import check_address
+from .runtime.ray_runtime import connect, is_private
+from .tracking import mlflow_runs, mlflow_store
+from .tracking.node_metrics import node_metrics
 
 
 class Workflow:
@@ -78,7 +79,7 @@ class Workflow:
         if not self.storage.is_local:  # without patience, or a wrong address would take a minute to be told
             RunStorage(self.storage.root, self.storage.run_id).check_writable()
         if "serve" in self.config.stages and is_private():
-            from pipelines.serve import check_port
+            from .serve import check_port
 
             check_port(self.config.serve)
         loaded = load_model(self.config.model)
@@ -148,7 +149,7 @@ class Workflow:
         return resume.is_finished(stage, self.config, self.storage)
 
     def _prompts(self) -> str:
-        from pipelines.data.embed_prompts import embed_prompts
+        from .data.embed_prompts import embed_prompts
 
         model, uri = self.config.model, self.storage.uri(work_folder("prompts", self.storage))
         if self._is_finished("prompts"):
@@ -159,7 +160,7 @@ class Workflow:
         return f"{len(store)} prompts, {store.mean_stored_bytes:,.0f} bytes each"
 
     def _train(self) -> str:
-        from pipelines.training.stage import train
+        from .training.stage import train
 
         if self._is_finished("train"):
             return "done before"
@@ -174,7 +175,7 @@ class Workflow:
         return f"CUR {artifact.plan.cur:.1%}, ideal speedup {', '.join(speeds)}"
 
     def _evaluate(self) -> str:
-        from pipelines.evaluation.stage import evaluate
+        from .evaluation.stage import evaluate
 
         if self._is_finished("evaluate"):
             return "done before"
@@ -190,16 +191,17 @@ class Workflow:
             for name, figure in pictures.items():
                 self.storage.write_bytes(name, png_of(figure))
             self.storage.write_json(REPORT, {"run_id": self.config.run_id} | report)
-        return report["verdict"]
+        verdict: str = report["verdict"]
+        return verdict
 
     def _family(self) -> dict[str, RouterArtifact]:
         """What training made beside the router, by name."""
-        names = map(member_name, self.config.train.others)
+        names = map(target_name, self.config.train.extra_targets)
         return {name: load_router(self.storage, f"{FAMILY}/{name}") for name in names}
 
     def _compare(self) -> str:
-        from pipelines.compare import results
-        from pipelines.compare.stage import compare_methods
+        from .compare import results
+        from .compare.stage import compare_methods
 
         if self._is_finished("compare") and results.is_complete(self.config, self.storage):
             return "done before"
@@ -217,7 +219,7 @@ class Workflow:
         return verdict
 
     def _sweep(self) -> str:
-        from pipelines.sweep.stage import sweep
+        from .sweep.stage import sweep
 
         if self._is_finished("sweep"):
             return "done before"

@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from harmonica.validation.settings import Field, settings
-from pipelines.tracking.mlflow_store import artifacts_of, database_of, tracking_uri
+
+from .tracking.mlflow_store import artifacts_of, database_of, tracking_uri
 
 
 @settings()
@@ -50,6 +51,7 @@ def server_command(command: UiCommand) -> list[str]:
 
 
 def main() -> None:
+    """Serve MLflow's UI until Ctrl-C."""
     command = tyro.cli(UiCommand, description=__doc__)
     try:
         arguments = server_command(command)

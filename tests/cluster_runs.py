@@ -20,10 +20,10 @@ from processes import Session
 from router_only import ROUTER_ONLY, ROUTER_ONLY_FLAGS
 from tolerances import of_training
 
-import workflow
-from harmonica.data.batch import Batch, Share, make_rows
+from harmonica.data.samples import Shard, make_samples
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig
+from pipelines import workflow
 from pipelines.presets import fashion
 from pipelines.run_state.routers import load_router
 from pipelines.run_state.storage import RunStorage
@@ -32,7 +32,7 @@ from pipelines.training.stage import start_run
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(workflow.__file__).parent
+ROOT = Path(workflow.__file__).parents[1]
 TRAJECTORIES = 14
 LEARNING_RATE = 0.01
 """The paper's; the preset's is 15 times that, and multiplies roundings as much."""
@@ -246,11 +246,11 @@ def trained_alone(
     sampler = SamplerConfig(num_inference_steps=6)
     config = dataclasses.replace(base, model=model, sampler=sampler, train=train)
     run, spec = start_run(config, torch.device("cpu"))
-    share = Share(4)
+    shard = Shard(4)
     curves: Curves = {}
     while run.trajectory < trajectories:
-        rows = Batch.of(make_rows(share.indices(np.arange(4), run.trajectory), spec), spec, "cpu")
-        for name, value in run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys).items():
+        batch = spec.to_batch(make_samples(shard.indices(np.arange(4), run.trajectory), spec), "cpu")
+        for name, value in run.train_one(batch).items():
             if not name.startswith("seconds.") and name != "updates_per_s":
                 curves.setdefault(name, []).append((run.trajectory, value))
     return curves, run.router.logits()

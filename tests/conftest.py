@@ -8,7 +8,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import other_sums
 import pytest
 import torch
+from execution_cases import fresh
 from torch import Tensor
 from xdist.scheduler import LoadFileScheduling
 
@@ -23,12 +24,18 @@ from harmonica.models.base import freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import Ddim, SamplerConfig
 
+ROOT = Path(__file__).parents[1]
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread: more than there are free cores make models this small slower by a hundred times.
+    """Set the path of child processes, and one thread.
+
+    More than there are free cores make models this small slower by a hundred times.
 
     `make test-cpus` alone sets another number, and other orders of summation (tests/cpus.py).
     """
+    # Installed, the folder `pipelines` has another name: processes that tests start find it in the clone.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     torch.set_num_threads(int(os.environ.get("HARMONICA_TEST_THREADS", "1")))
     if os.environ.get("HARMONICA_TEST_SUMS") == "other":
         config.stash[pytest.StashKey[torch.library.Library]()] = other_sums.install()
@@ -85,10 +92,15 @@ def _with_clusters(path: Path) -> frozenset[str]:
 
 
 class _FilesAside(LoadFileScheduling):
-    """Files side by side, but tests with Ray clusters after one another, in one process."""
+    """Files side by side, but tests with Ray clusters in two processes, after one another in each.
+
+    Two, since such tests wait much; those of tests/nodes, about half of the time, share one cluster.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         path: str = super()._split_scope(nodeid)
+        if path.startswith("tests/nodes/"):
+            return "nodes"
         clusters = _with_clusters(Path(self.config.rootpath, path))
         name = nodeid.rpartition("::")[2].partition("[")[0]
         return "clusters" if clusters & {"*", name} else path
@@ -153,3 +165,15 @@ def make_bomb(tmp_path: Path) -> tuple[Callable[[], Any], Path]:
     """An object maker, and the file that appears if a pickle of such an object is executed."""
     marker = tmp_path / "executed"
     return lambda: _Bomb(marker), marker
+
+
+@pytest.fixture
+def no_codegen(monkeypatch) -> Iterator[None]:
+    """Compiled branches run as they were traced, and their graphs are counted from none.
+
+    What Dynamo guards on, and so how many graphs there are, does not depend on the generated code.
+    """
+    fresh()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    fresh()

@@ -15,7 +15,8 @@ from torch import Tensor
 from harmonica.core.accumulation import AccumulatedSums, AccumulationPlan, kept_bytes
 from harmonica.core.cache import cache_bytes
 from harmonica.core.plan import Plan, forecast_of
-from harmonica.core.sampling import accumulated_step, sample
+from harmonica.core.sampling import sample
+from harmonica.core.trajectory import accumulated_step
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 

@@ -11,7 +11,7 @@ import pytest
 import ray
 from processes import free_port
 
-import workflow
+from pipelines import workflow
 from pipelines.runtime.cluster_address import check_address, cluster_address
 from pipelines.tracking.mlflow_runs import find_or_create, make_client
 from pipelines.tracking.mlflow_store import check_store, sqlite_uri, tracking_uri

@@ -4,13 +4,14 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_dit import SHAPE
 
-from tests.benchmarks import __main__ as bench
-from tests.benchmarks import training
+from tests.benchmarks import comparisons as bench
+from tests.benchmarks import gpu, training
 from tests.benchmarks.arms import make_dit
 from tests.benchmarks.hardware import Hardware
 from tests.benchmarks.timing import Aim, Row, Timing, time_arms
@@ -79,3 +80,32 @@ def test_the_command_in_half_precision_and_compiled(tmp_path, monkeypatch):
     assert len(rows) == 2 and all(len(row["arms"]) == 2 for row in rows)
     assert {"what", "arms", "value", "unit", "aim", "holds", "machine"} == set(rows[0])
     assert rows[0]["what"].endswith("[CPU, bfloat16, compiled]")
+
+
+def test_the_script_for_a_gpu_runs_on_something_small(tmp_path, monkeypatch, no_codegen, capsys):
+    output = tmp_path / "gpu.json"
+    written: list[int] = []
+    write = Path.write_text
+
+    def watched(path: Path, text: str) -> int:
+        written.append(len(json.loads(text)["arms"]))
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", watched)
+    gpu.main(["--device", "cpu", "--tiny", "--rounds", "1", "--batches", "2", f"--output={output}"])
+    arms = json.loads(output.read_text())["arms"]
+    # diffusers' own; full, and three plans held and forecast, by graphs of two residual streams, then eagerly
+    # and compiled.
+    assert len(arms) == 1 + (2 + 2) * (1 + 3 * 2)
+    assert written == list(range(1, len(arms) + 1)), "a cut loses nothing"
+    names = {(arm["name"], batch) for arm in arms for batch in (1, 8)}
+    assert set(gpu.REFERENCE_MS) <= names, "each number of the card stands beside an arm"
+    assert all(arm["of_diffusers"] > 0 for arm in arms[1:])
+    assert {arm["realised_share"] is None for arm in arms if arm["ideal"] > 1} == {False}
+    assert capsys.readouterr().out.count("| graphed weights") == 7
+
+
+def test_the_script_for_a_gpu_begins_nothing_when_its_time_is_up(tmp_path, capsys):
+    output = f"--output={tmp_path / 'gpu.json'}"
+    gpu.main(["--device", "cpu", "--tiny", "--batches", "1", "--seconds", "-1", "--levels", "eager", output])
+    assert capsys.readouterr().err.count("no time left") == 8

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from harmonica.core.cache import BranchCache, cache_bytes
 from harmonica.core.router import Router
-from harmonica.core.sampling import planned_step
+from harmonica.core.trajectory import planned_step
+from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.sdt import SdtConfig, SdtTrainer
@@ -44,6 +45,6 @@ def test_memory_of_training_does_not_grow_with_the_number_of_steps(tiny_dit):
         sampler = make_sampler(tiny_dit, SamplerConfig(num_inference_steps=steps, guidance_scale=1.5))
         trainer = SdtTrainer(sampler, Router(steps, 6), SdtConfig())
         batch = torch.randn(16, 4, 8, 8).double(), torch.arange(16) % 10
-        return peak_of(tiny_dit, lambda: trainer.train_trajectory(*batch, torch.ones(steps - 1)))
+        return peak_of(tiny_dit, lambda: trainer.train_trajectory([Batch(*batch)], torch.ones(steps - 1)))
 
     assert peak(40) < 1.03 * peak(5), "but for the router itself"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from harmonica.evaluation import fashion_mnist
-from harmonica.pretraining.captions import (
+from harmonica.evaluation.fashion_captions import (
     NOUNS,
     TONE_LIMITS,
     all_captions,

@@ -128,7 +128,7 @@ def misname_container_field(spec: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil, named",
+    ("spoil", "named"),
     [
         (misspell_start_params, "raystartparams"),
         (spell_out_replicas, "replicas"),

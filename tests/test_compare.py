@@ -13,14 +13,15 @@ import torch
 from tiny_dit import SHAPE, write_model
 from torch import Tensor
 
-import workflow
-from harmonica.data.batch import Batch, RowSpec, make_rows
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.diffusers_folder import write_diffusers
 from harmonica.models.dit.config import DiTConfig
 from harmonica.models.loading import ModelConfig, load_model, read_model
 from harmonica.samplers import SamplerConfig
 from harmonica.validation.finite import NotFinite
+from pipelines import workflow
 from pipelines.compare.measuring import VariantWorker, reason_of
 from pipelines.compare.methods import learned_methods, untrained_methods
 from pipelines.compare.names import OURS, OURS_LABEL, PAPER, shown_name
@@ -130,8 +131,8 @@ def test_settings_of_the_model_reach_the_libraries_variants(tmp_path: Path, dtyp
     config = other_widths(tmp_path, dtype=dtype)
     write_diffusers(tmp_path / "theirs", read_model(config.path, config.revision, config.shape))
     model = load_model(ModelConfig(path=str(tmp_path / "theirs"))).model  # in diffusers' convention too
-    spec = RowSpec.of(model, 0)
-    batch = Batch.of(make_rows(np.arange(2), spec), spec, "cpu")
+    spec = SampleSpec.of(model, 0)
+    batch = spec.to_batch(make_samples(np.arange(2), spec), "cpu")
     sampler = SamplerConfig(num_inference_steps=4)
     ours = Variant(FULL, sampler).sample(model, batch)
     uncached, *others = library_variants(config, sampler)
@@ -153,7 +154,7 @@ def test_a_variant_worker_measures_one_variant_after_another(tmp_path: Path) -> 
     settings = dataclasses.replace(
         config.evaluate, timing_rounds=1, timing_batch_size=1, features="classifier"
     )
-    worker = VariantWorker(dataclasses.replace(config, evaluate=settings), RowSpec(0, 10, (1, 28, 28)))
+    worker = VariantWorker(dataclasses.replace(config, evaluate=settings), SampleSpec(0, 10, (1, 28, 28)))
     full, fewer = (
         Variant(name, SamplerConfig(num_inference_steps=n)) for name, n in ((FULL, 6), ("fewer", 2))
     )
@@ -162,7 +163,7 @@ def test_a_variant_worker_measures_one_variant_after_another(tmp_path: Path) -> 
     assert f"{NOISE_FLOOR}.pooled" in columns
     columns, kept = worker.measure(fewer, range(2, 5), drawn)
     assert kept is None and "fewer.psnr" in columns and not any(name.startswith(FULL) for name in columns)
-    whole = worker.sampler.measure(make_rows(np.arange(2, 5), worker.spec), [full, fewer], {})[0]
+    whole = worker.sampler.measure(make_samples(np.arange(2, 5), worker.spec), [full, fewer], {})[0]
     np.testing.assert_array_equal(columns["fewer.psnr"], whole["fewer.psnr"])
     speed, spread = worker.times(full, fewer)
     assert speed > 1 and spread == 0, "one round"
@@ -282,7 +283,7 @@ def test_a_small_comparison_with_a_variant_that_fails_and_its_resumes(
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('made for another diffusers')")
     monkeypatch.syspath_prepend(str(broken.parent))
-    monkeypatch.setenv("PYTHONPATH", f"{broken.parent}:{Path(workflow.__file__).parent}")
+    monkeypatch.setenv("PYTHONPATH", f"{broken.parent}:{Path(workflow.__file__).parents[1]}")
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     request.addfinalizer(ray.shutdown)

@@ -12,7 +12,7 @@ from harmonica.models.dit import model as dit
 from harmonica.models.dit.model import DiT
 from harmonica.models.step_conditionings import StepConditionings
 from harmonica.samplers import Ddim, SamplerConfig
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 
 
 class Counted(nn.Module):
@@ -39,7 +39,7 @@ def counted(tiny_shape) -> tuple[DiT, Counted]:
 
 def noise_of(model: DiT, count: int) -> torch.Tensor:
     shape = (model.in_channels, model.sample_size, model.sample_size)
-    return torch.from_numpy(RowKeys.of(0, range(count)).start_noise(shape)).double()
+    return torch.from_numpy(SampleKeys.of(0, range(count)).start_noise(shape)).double()
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_what_is_there_is_replaced_only_on_request(folder, public, tmp_path, con
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    ("arguments", "words"),
     [
         (("{public}", "out", "--to", "public"), "/out is no checkpoint file: give a name in .pt or"),
         (("{public}", "a.pt", "--to", "public", "--vae", "x"), "vae x has no place in a public checkpoint"),

@@ -135,7 +135,7 @@ def test_a_pickle_that_would_execute_code_is_refused(folder, make_bomb):
 
 
 @pytest.mark.parametrize(
-    "name, value, words",
+    ("name", "value", "words"),
     [
         ("activation_fn", "geglu", "activation_fn is 'geglu': give a transformer with 'gelu-approximate'"),
         ("norm_elementwise_affine", True, "norm_elementwise_affine is True: .* with False"),

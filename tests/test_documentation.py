@@ -11,11 +11,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
+import harmonica
+from harmonica.cli.apply import ApplyCommand
 from harmonica.cli.convert import ConvertCommand
 from harmonica.cli.sample import SampleCommand
 from harmonica.cli.train import TrainCommand
 from harmonica.models.dit.model import DiTConfig
+from harmonica.version import __version__
 from pipelines.config.workflow import WorkflowConfig
 from pipelines.presets import PRESETS
 from pipelines.pretrain.dit import DiTPretrainConfig
@@ -24,10 +28,11 @@ from pipelines.serve import ServeCommand
 from pipelines.ui import UiCommand
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("harmonica", "pipelines", "cluster", "tests")
+PACKAGES = ("harmonica", "pipelines", "cluster", "tests", "docs")
 PAGES = sorted(
     path
-    for path in (*ROOT.glob("*.md"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.md")))
+    for folder in (ROOT, ROOT / ".github", *(ROOT / name for name in PACKAGES))
+    for path in (folder.glob("*.md") if folder == ROOT else folder.rglob("*.md"))
     if path.is_file()
 )
 SOURCES = [ROOT / "workflow.py", *(path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py")))]
@@ -35,6 +40,7 @@ COMMANDS = (
     WorkflowConfig,
     TrainCommand,
     SampleCommand,
+    ApplyCommand,
     ConvertCommand,
     ServeCommand,
     UiCommand,
@@ -123,7 +129,7 @@ def options() -> frozenset[str]:
         f"--{argument.arg.replace('_', '-')}"
         for path in SOURCES
         for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.FunctionDef) and node.name == "main"
+        if isinstance(node, ast.FunctionDef) and node.name in ("main", "print_table")
         for argument in (*node.args.args, *node.args.kwonlyargs)
     }
     return frozenset(spelt | {f"--{name}" for name in switches} | parsed | of_functions)
@@ -171,6 +177,8 @@ def names_in(path: Path) -> frozenset[str]:
 def exists(dotted: str) -> bool:
     """Whether a dotted name is a module of ours, or something in one."""
     parts = dotted.split(".")
+    if parts[0] == "harmonica_ray":  # as the wheel calls it
+        parts[0] = "pipelines"
     for length in range(len(parts), 0, -1):
         place = ROOT.joinpath(*parts[:length])
         module = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
@@ -192,11 +200,11 @@ def pages_and_sources() -> list[Path]:
 def test_every_file_that_is_named_exists():
     missing = []
     names = {path.name for name in PACKAGES for path in (ROOT / name).rglob("*")}
-    names |= {path.name for path in ROOT.iterdir()}
+    names |= {path.name for path in (*ROOT.iterdir(), *(ROOT / ".github").iterdir())}
     for path in pages_and_sources():
         for text in prose_of(path):
             for span in code_spans(text):
-                is_ours = re.fullmatch(rf"({'|'.join(PACKAGES)})(/[\w.-]+)+/?", span)
+                is_ours = re.fullmatch(rf"({'|'.join(PACKAGES)}|\.github|\.ci)(/[\w.-]+)+/?", span)
                 if is_ours and not (ROOT / span).exists():
                     missing.append(f"{where(path)}: {span}")
                 bare = re.fullmatch(r"[\w-]+\.(py|md|yaml|toml)", span)
@@ -205,6 +213,10 @@ def test_every_file_that_is_named_exists():
             if path.suffix == ".md":
                 links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
                 missing += [f"{where(path)}: {link}" for link in links if not (path.parent / link).exists()]
+                for name, section in re.findall(r'^--8<-- "([^":]+):(\S+)"$', text, re.MULTILINE):
+                    source = ROOT / name
+                    if not source.is_file() or f"--8<-- [start:{section}]" not in source.read_text():
+                        missing.append(f"{where(path)}: {name}:{section}")
     assert not missing, "\n".join(sorted(set(missing)))
 
 
@@ -215,13 +227,16 @@ def test_every_module_and_name_that_is_mentioned_exists():
             mentioned = [
                 match[0].rstrip(".")
                 for span in code_spans(text)
-                for match in re.finditer(r"(?<![\w./-])(harmonica|pipelines|tests)(\.\w+)+", span)
+                for match in re.finditer(
+                    r"(?<![\w./-])(harmonica|harmonica_ray|pipelines|tests)(\.\w+)+", span
+                )
             ]
             mentioned += [
                 match[1] for match in re.finditer(r"-m ((?:harmonica|pipelines|tests)[\w.]*\w)", text)
             ]
+            mentioned += re.findall(r"^::: (\S+)", text, re.MULTILINE)  # a page of the Python API
             for name in mentioned:
-                known = name.startswith("harmonica.") and name.split(".")[1] in ("apply", "remove")
+                known = name.startswith("harmonica.") and name.split(".")[1] in harmonica.__all__
                 if not (known or name in TAGS or exists(name)):
                     missing.append(f"{where(path)}: {name}")
     assert not missing, "\n".join(sorted(set(missing)))
@@ -280,6 +295,27 @@ def test_every_setting_that_is_named_exists():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_in_the_readme_or_follows_a_named_pattern(preset):
+def test_every_preset_is_in_a_page_or_follows_a_named_pattern(preset):
     text = "".join(page.read_text() for page in PAGES)
     assert preset in text or preset.startswith("pixart") or preset.rpartition("-")[2] in text
+
+
+def test_every_target_and_stage_that_is_named_exists():
+    makefile, ci = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    stages = set(re.findall(r"^    ([a-z]+)\) stage ", ci, re.MULTILINE))
+    asked = set(re.findall(r"\bmake ([a-z-]+) ;;", ci))
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert set(jobs["stage"]["strategy"]["matrix"]["stage"]) == stages
+    for page in PAGES:
+        code = [*code_spans(page.read_text()), *re.findall(r"^```\n(.*?)^```", page.read_text(), re.M | re.S)]
+        asked |= {name for span in code for name in re.findall(r"(?:^|\n)make ([a-z-]+)", span)}
+    assert asked and asked <= targets, asked - targets
+
+
+def test_the_citation_has_this_version_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    paper = citation["preferred-citation"]
+    assert paper["year"] == 2025 and "2410.01723" in paper["url"] and len(paper["authors"]) == 8
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()

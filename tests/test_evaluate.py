@@ -10,7 +10,7 @@ import torch
 from harmonica.builtin import CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
-from harmonica.data.batch import RowSpec, make_rows
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.evaluation.fashion_classifier import features_and_logits, load_classifier
 from harmonica.evaluation.image_metrics import label_accuracy, psnr
 from harmonica.models.loading import ModelConfig, load_model
@@ -88,7 +88,7 @@ def test_fewer_steps_take_no_less_time_than_cached(cached, steps) -> None:
 
 @pytest.fixture(scope="module")
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
-    rows = make_rows(np.arange(40), RowSpec(seed=11, num_classes=10, shape=(1, 28, 28)))
+    rows = make_samples(np.arange(40), SampleSpec(seed=11, num_classes=10, shape=(1, 28, 28)))
     return torch.from_numpy(rows["noise"]), torch.from_numpy(rows["label"])
 
 

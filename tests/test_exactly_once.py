@@ -10,12 +10,12 @@ import pytest
 from tiny_dit import write_model
 
 from harmonica.cli.train import _Folder, _train
-from harmonica.data.batch import RowSpec, Share
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.config import TrainingConfig
-from harmonica.training.multi_target import FamilyRun
+from harmonica.training.multi_target import MultiTargetTrainer
 
 _CHANGES = ("open", "os.rename", "os.remove", "os.truncate", "os.mkdir")
 """What Python reports before it touches a file, see `sys.addaudithook`."""
@@ -64,10 +64,10 @@ def go_on(model: BranchedTransformer, output: Path) -> None:
     """Train in that folder as the command does, from its last state to the end; a state a trajectory."""
     settings = TrainingConfig(trajectories=2, batch_size=2, initial="normal", checkpoint_interval_s=0.0)
     sampler = make_sampler(model, SamplerConfig(num_inference_steps=3))
-    run, folder = FamilyRun(sampler, settings, seed=0), _Folder(output, {"seed": 0})
+    run, folder = MultiTargetTrainer(sampler, settings, seed=0), _Folder(output, {"seed": 0})
     folder.load(run)
     folder.mend(run.device)
-    _train(run, RowSpec.of(model, 0), Share(settings.batch_size), folder, lambda _: None)
+    _train(run, SampleSpec.of(model, 0), Shard(settings.batch_size), folder, lambda _: None)
 
 
 def lines_of(folder: Path) -> list[int]:

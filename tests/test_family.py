@@ -16,7 +16,7 @@ def path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, millions", [("DiT-S/2", 33), ("DiT-B/4", 130), ("DiT-L/8", 459), ("DiT-XL/2", 675)]
+    ("name", "millions"), [("DiT-S/2", 33), ("DiT-B/4", 130), ("DiT-L/8", 459), ("DiT-XL/2", 675)]
 )
 def test_the_family_has_the_published_sizes(name, millions):
     sizes = [value.numel() for value in skeleton(dit_shape(name)).state_dict().values()]

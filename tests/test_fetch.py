@@ -24,7 +24,8 @@ from harmonica.builtin import FASHION_DIT
 from harmonica.data.conditions import check_conditions
 from harmonica.data.text_encoder import TextEncoder, encoder_identity
 from harmonica.io import object_store
-from harmonica.io.object_store import cache_folder, without_secrets
+from harmonica.io.object_store import cache_folder
+from harmonica.io.paths import without_secrets
 from harmonica.io.resolve import local_path, pinned
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.models.vae import decode_latents
@@ -201,7 +202,7 @@ def test_credentials_are_never_shown(s3, uri, caplog, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, words",
+    ("path", "words"),
     [
         ("/none", r"model.path /none does not exist: give builtin:fashion-dit, a model folder"),
         ("a/b/c", r"model.path a/b/c does not exist"),

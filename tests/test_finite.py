@@ -18,7 +18,8 @@ from harmonica.cli import train as train_command
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import check_sample, record_sample
 from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch, RowSpec, make_rows
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.data.text_encoder import TextEncoder
 from harmonica.evaluation.plots import encode_picture, to_uint8
 from harmonica.models.loading import ModelConfig, load_model
@@ -27,7 +28,7 @@ from harmonica.samplers import make_sampler
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.sdt import SdtConfig
-from harmonica.training.trainer import RouterRun
+from harmonica.training.trainer import RouterTrainer
 from harmonica.validation.finite import NotFinite, check_finite, not_finite
 from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
 from pipelines.evaluation.latency import Variant, measure
@@ -77,12 +78,12 @@ PHASES: dict[str, dict[str, Any]] = {
 }
 
 
-def one_trajectory(model: ModelConfig, settings: dict[str, Any]) -> tuple[RouterRun, Batch]:
+def one_trajectory(model: ModelConfig, settings: dict[str, Any]) -> tuple[RouterTrainer, Batch]:
     plain = {"trajectories": 1, "start_trajectories": 0, "choice_trajectories": 0, "batch_size": 2}
     config = TrainingConfig(**plain | settings)
-    run = RouterRun(make_sampler(load_model(model).model, SAMPLER), config, seed=0)
-    spec = RowSpec.of(run.sampler.model, 0, None)
-    return run, Batch.of(make_rows(np.arange(2), spec), spec, "cpu")
+    run = RouterTrainer(make_sampler(load_model(model).model, SAMPLER), config, seed=0)
+    spec = SampleSpec.of(run.sampler.model, 0, None)
+    return run, spec.to_batch(make_samples(np.arange(2), spec), "cpu")
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -90,10 +91,10 @@ def test_every_phase_of_training_stops(overflowing: ModelConfig, good: ModelConf
     run, rows = one_trajectory(overflowing, PHASES[phase])
     words = r"^trajectory 0: [\w.]+ is (nan|inf), since the full sampler's images are not finite \(2 of 2\)"
     with pytest.raises(NotFinite, match=words):
-        run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+        run.train_one(rows)
     assert run.trajectory == 0
     run, rows = one_trajectory(good, PHASES[phase])
-    run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+    run.train_one(rows)
     assert run.trajectory == 1
 
 
@@ -114,12 +115,12 @@ def test_what_follows_the_router_s_training_stops_too(
     overflowing: ModelConfig, good: ModelConfig, settings: dict[str, Any]
 ) -> None:
     run, rows = one_trajectory(overflowing, settings)
-    run.trajectory = 1
+    run.load_state(run.state() | {"trajectory": 1})
     with pytest.raises(NotFinite, match=r"^trajectory 1: [\w.]+ is nan, since the full"):
-        run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+        run.train_one(rows)
     run, rows = one_trajectory(good, settings)
-    run.trajectory = 1
-    run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+    run.load_state(run.state() | {"trajectory": 1})
+    run.train_one(rows)
 
 
 def test_a_router_that_diverges_by_itself_is_told_apart(good: ModelConfig) -> None:
@@ -127,7 +128,7 @@ def test_a_router_that_diverges_by_itself_is_told_apart(good: ModelConfig) -> No
     with torch.no_grad():
         run.router.rows[3].fill_(torch.nan)
     with pytest.raises(NotFinite, match=r"though the full sampler's images are finite: .*learning_rate"):
-        run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+        run.train_one(rows)
 
 
 def test_the_command_stops_with_one_line_and_keeps_no_state(
@@ -148,7 +149,7 @@ def test_the_command_stops_with_one_line_and_keeps_no_state(
 # Evaluation, sweeps, samples
 
 
-SPEC = RowSpec(seed=5, num_classes=10, shape=(1, 28, 28))
+SPEC = SampleSpec(seed=5, num_classes=10, shape=(1, 28, 28))
 
 
 def workflow(model: ModelConfig) -> WorkflowConfig:
@@ -166,7 +167,7 @@ def arms_of(artifact: RouterArtifact) -> list[Variant]:
 def test_evaluation_stops_at_the_variant_that_is_not_finite(
     overflowing: ModelConfig, good: ModelConfig
 ) -> None:
-    batch = make_rows(np.arange(4), SPEC)
+    batch = make_samples(np.arange(4), SPEC)
     for model, artifact, variant in (
         (overflowing, make_artifact(overflowing), "full"),
         (good, broken_router(good), "cached"),
@@ -305,9 +306,9 @@ def test_no_value_is_looked_at_inside_a_trajectory(good: ModelConfig, monkeypatc
             return own(self, *args)
 
         monkeypatch.setattr(Tensor, name, counting)
-    rows = make_rows(np.arange(2), SPEC)
-    batch = Batch.of(rows, SPEC, "cpu")
+    rows = make_samples(np.arange(2), SPEC)
+    batch = SPEC.to_batch(rows, "cpu")
     plan = make_artifact(good).plan
     looked.clear()
-    sample(sampler, batch.noise_NCHW, batch.condition_N, plan, rows=batch.keys)
+    sample(sampler, batch.noise_NCHW, batch.condition_N, plan, keys=batch.keys)
     assert looked == []

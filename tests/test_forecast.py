@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from tolerances import CLOSE
-from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan, forecast_of
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.forecast_fit import ForecastFit, linear_weights, sketch_image_error, unknowns
-from harmonica.training.sdt import SdtConfig, micro_batches
-from harmonica.training.trainer import RouterRun
+from harmonica.training.sdt import SdtConfig
+from harmonica.training.trainer import RouterTrainer
 
 STEPS = 9
 FIT = ForecastConfig(trajectories=8, rounds=2, probes=2)
@@ -38,25 +38,26 @@ def sampler(tiny_dit: DiT) -> Sampler:
     return make_sampler(tiny_dit, config)
 
 
-def rows(first: int, count: int = 4) -> tuple[Tensor, Tensor, RowKeys]:
-    keys = RowKeys.of(5, range(first, first + count))
+def rows(first: int, count: int = 4) -> Batch:
+    keys = SampleKeys.of(5, range(first, first + count))
     labels = torch.arange(first, first + count) % 10
-    return torch.from_numpy(keys.start_noise((4, 8, 8))).double(), labels, keys
+    return Batch(torch.from_numpy(keys.start_noise((4, 8, 8))).double(), labels, keys)
 
 
 def error(sampler: Sampler, plan: Plan, first: int, count: int) -> float:
-    noise, labels, keys = rows(first, count)
-    full = sample(sampler, noise, labels, rows=keys)
-    return (sample(sampler, noise, labels, plan, reuse="forecast", rows=keys) - full).square().mean().item()
+    batch = rows(first, count)
+    noise, labels, keys = batch.noise_NCHW, batch.condition_N, batch.keys
+    full = sample(sampler, noise, labels, keys=keys)
+    return (sample(sampler, noise, labels, plan, reuse="forecast", keys=keys) - full).square().mean().item()
 
 
 def test_linear_weights_are_the_linear_forecast(sampler):
-    plan, batch = alternating(), rows(0)
+    plan, inputs = alternating(), (rows(0).noise_NCHW, rows(0).condition_N)
     weighted = Plan(plan.compute, forecast_of(linear_weights(plan, 2)))
-    linear, same = (sample(sampler, *batch[:2], p, reuse="forecast") for p in (plan, weighted))
+    linear, same = (sample(sampler, *inputs, p, reuse="forecast") for p in (plan, weighted))
     torch.testing.assert_close(linear, same, **CLOSE)
-    held = sample(sampler, *batch[:2], weighted, reuse="hold")
-    assert torch.equal(held, sample(sampler, *batch[:2], plan, reuse="hold")), "to hold asks for no weights"
+    held = sample(sampler, *inputs, weighted, reuse="hold")
+    assert torch.equal(held, sample(sampler, *inputs, plan, reuse="hold")), "to hold asks for no weights"
 
 
 def test_derivatives_are_those_of_moved_weights(sampler):
@@ -64,14 +65,14 @@ def test_derivatives_are_those_of_moved_weights(sampler):
     weights = linear_weights(plan, 2)
     names = unknowns(plan, 2)
     at = lambda w: Plan(plan.compute, forecast_of(w))  # noqa: E731
-    seen = sketch_image_error(sampler, at(weights), *batch, order=2, probes=2)
+    seen = sketch_image_error(sampler, at(weights), batch, order=2, probes=2)
     assert seen.jacobian_RP.shape == (4, len(names))
     for column in (0, len(names) // 2, len(names) - 1):
         moved = []
         for sign in (1, -1):
             w = weights.clone()
             w[names[column]] += sign * small
-            other = sketch_image_error(sampler, at(w), *batch, order=2, probes=2)
+            other = sketch_image_error(sampler, at(w), batch, order=2, probes=2)
             moved.append(other.residual_R)
         slope = (moved[0] - moved[1]) / (2 * small)
         assert slope.abs().max() > 1e-9
@@ -82,7 +83,7 @@ def test_a_fit_holds_for_images_it_has_not_seen(sampler):
     fit = ForecastFit(alternating(), replace(FIT, trajectories=16, probes=4))
     before = error(sampler, fit.planned(), 100, 16)
     for k in range(16):
-        metrics = fit.train_one(sampler, [rows(4 * k)], lambda sums: None)
+        metrics = fit.observe(sampler, [rows(4 * k)], lambda sums: None)
         assert ("forecast.ridge" in metrics) == (k in (7, 15)), "a round ends after half of the trajectories"
     assert error(sampler, fit.planned(), 100, 16) < 0.8 * before
 
@@ -92,7 +93,7 @@ def test_rows_at_once_change_nothing(sampler):
     for size in (1, 4):
         fit = ForecastFit(alternating(), FIT)
         for k in range(4):
-            fit.train_one(sampler, micro_batches(*rows(4 * k), size), lambda sums: None)
+            fit.observe(sampler, rows(4 * k).split(size), lambda sums: None)
         fits.append(fit.weights_TBK)
     torch.testing.assert_close(*fits, rtol=1e-5, atol=1e-6)
 
@@ -109,15 +110,15 @@ def test_a_run_resumes_bit_for_bit_within_its_forecasts(tiny_dit):
         forecast=FIT,
     )
 
-    def go_on(run: RouterRun) -> Iterator[int]:
+    def go_on(run: RouterTrainer) -> Iterator[int]:
         while run.trajectory < config.all_trajectories:
-            run.train_one(*rows(4 * run.trajectory))
+            run.train_one(rows(4 * run.trajectory))
             yield run.trajectory
 
-    whole = RouterRun(sampler, config, seed=0)
+    whole = RouterTrainer(sampler, config, seed=0)
     states = {k: copy.deepcopy(whole.state()) for k in go_on(whole)}
     for stop in (1, 2, 5, 6, 10):
-        resumed = RouterRun(sampler, config, seed=0)
+        resumed = RouterTrainer(sampler, config, seed=0)
         resumed.load_state(states[stop])
         assert list(go_on(resumed)) == list(range(stop + 1, config.all_trajectories + 1))
         weights = resumed.artifact().forecast_TBK
@@ -137,8 +138,9 @@ def test_an_artifact_keeps_its_forecast(sampler, tmp_path: Path):
     assert made.cache_bytes == 1.5 * plain.cache_bytes, "three sums, not two"
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["format_version"] == 2, "what reads version 1 alone would draw something else"
-    drawn = sample(sampler, *rows(0)[:2], read.plan, reuse=read.reuse)
-    assert not torch.allclose(drawn, sample(sampler, *rows(0)[:2], plain.plan, reuse="forecast"))
+    inputs = (rows(0).noise_NCHW, rows(0).condition_N)
+    drawn = sample(sampler, *inputs, read.plan, reuse=read.reuse)
+    assert not torch.allclose(drawn, sample(sampler, *inputs, plain.plan, reuse="forecast"))
 
 
 @pytest.mark.parametrize(
@@ -159,8 +161,8 @@ def test_a_plan_that_reuses_nothing_has_nothing_to_fit(tiny_sampler, batch):
     fit = ForecastFit(Plan.full(tiny_sampler.num_steps, 6), ForecastConfig(trajectories=4, probes=2))
     noise, labels = batch
     for k in range(4):
-        parts = [(noise, labels, RowKeys.of(0, range(4 * k, 4 * k + 4)))]
-        assert fit.train_one(tiny_sampler, parts, lambda tensor: None)["loss"] < 1e-20
+        parts = [Batch(noise, labels, SampleKeys.of(0, range(4 * k, 4 * k + 4)))]
+        assert fit.observe(tiny_sampler, parts, lambda tensor: None)["loss"] < 1e-20
     assert not fit.weights_TBK.any()
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.training.iepo import KINDS, image_error_proxy
 from harmonica.training.plans.builders import stepwise_plan
@@ -31,11 +32,15 @@ def test_training_ends_where_sampling_does(tiny_sampler, batch, reuse):
     plan = router.plan(TAU)
     assert 0.2 < plan.cur < 0.8
     config = SdtConfig(threshold=TAU, reuse=reuse, learning_rate=0.1, student="hard")
-    _, images = SdtTrainer(tiny_sampler, router, config).train_trajectory(*batch, torch.ones(STEPS - 1))
+    _, images = SdtTrainer(tiny_sampler, router, config).train_trajectory(
+        [Batch(*batch)], torch.ones(STEPS - 1)
+    )
     # A row moves when its step is done, so what was sampled is the plan from before.
     torch.testing.assert_close(images, sample(tiny_sampler, *batch, plan, reuse=reuse, accumulate=False))
     soft = dataclasses.replace(config, student="soft")
-    _, other = SdtTrainer(tiny_sampler, make_router(), soft).train_trajectory(*batch, torch.ones(STEPS - 1))
+    _, other = SdtTrainer(tiny_sampler, make_router(), soft).train_trajectory(
+        [Batch(*batch)], torch.ones(STEPS - 1)
+    )
     assert not torch.allclose(images, other)
 
 
@@ -44,7 +49,7 @@ def trained(sampler, batch, router: Router) -> tuple[dict[int, float], dict[int,
     gradients: dict[int, Tensor] = {}
     config = SdtConfig(threshold=TAU, learning_rate=1e-300, student="hard", beta=0.0)
     records, _ = SdtTrainer(sampler, router, config).train_trajectory(
-        *batch,
+        [Batch(*batch)],
         torch.ones(STEPS - 1, dtype=torch.float64),
         on_gradient=lambda i, gradient_B: gradients.update({i: gradient_B.clone()}),
     )
@@ -68,14 +73,14 @@ def test_gradients_are_those_of_the_soft_pass_along_the_plan(tiny_sampler, batch
 def test_lambda_is_that_of_scores_which_are_0_and_1(tiny_sampler, batch, kind):
     router = make_router()
     sure = Router.from_logits(torch.where(router.plan(TAU).to_tensor(), 60.0, -60.0).double())
-    settings = {"kind": kind, "threshold": TAU}
-    hard_T = image_error_proxy(tiny_sampler, router, *batch, student="hard", **settings)
-    sure_T = image_error_proxy(tiny_sampler, sure, *batch, **settings)
+    batches, soft, hard = [Batch(*batch)], SdtConfig(threshold=TAU), SdtConfig(threshold=TAU, student="hard")
+    hard_T = image_error_proxy(tiny_sampler, router, batches, kind=kind, config=hard)
+    sure_T = image_error_proxy(tiny_sampler, sure, batches, kind=kind, config=soft)
     rows = router.plan(TAU).compute[:-1]  # a row that computes everything is weighed otherwise, see below
     here = [i for i, row in enumerate(rows) if kind == "cumulative" or not all(row)]
     assert len(here) > 1
     torch.testing.assert_close(hard_T[here], sure_T[here])
-    soft_T = image_error_proxy(tiny_sampler, router, *batch, **settings)
+    soft_T = image_error_proxy(tiny_sampler, router, batches, kind=kind, config=soft)
     assert not torch.allclose(hard_T, soft_T, rtol=1e-3)
 
 
@@ -88,10 +93,9 @@ def test_a_step_that_the_plan_computes_is_weighed_by_its_reuse(tiny_dit, batch):
     lambda_T = image_error_proxy(
         sampler,
         Router(STEPS, BRANCHES).double(),
-        *batch,
+        [Batch(*batch)],
         kind="leave_one_out",
-        threshold=TAU,
-        student="hard",
+        config=SdtConfig(threshold=TAU, student="hard"),
     )
     expected_T = torch.stack([(final - full).square().mean() for final in finals])
     torch.testing.assert_close(lambda_T, expected_T, rtol=1e-6, atol=0)

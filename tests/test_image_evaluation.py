@@ -16,7 +16,7 @@ from tiny_text import write_store
 from tolerances import NOISIEST, rounding
 
 from harmonica.core.plan import Plan
-from harmonica.data.batch import RowSpec, make_rows
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.data.text_encoder import TextEncoder
 from harmonica.evaluation.fashion_mnist import CLASS_NAMES
 from harmonica.io.resolve import local_path
@@ -29,7 +29,7 @@ from pipelines.evaluation.quality import NOISE_FLOOR, VariantSampler, evaluate_i
 from pipelines.runtime.ray_runtime import connect
 
 SAMPLER = SamplerConfig(num_inference_steps=3)
-SPEC = RowSpec(seed=5, num_classes=10, shape=(1, 28, 28))
+SPEC = SampleSpec(seed=5, num_classes=10, shape=(1, 28, 28))
 NEAR = rounding(torch.float32, 3 * 2 * 12 * 1000, amplification=NOISIEST, is_random=True)
 """Three guided steps through twelve blocks, 1000 roundings in a row each: 128 wide, 49 tokens, MLP of 512."""
 
@@ -116,7 +116,7 @@ def test_variants_out_of_order_or_of_one_name_are_refused(order: tuple[str, str]
 
 
 def test_an_actor_s_columns_do_not_depend_on_the_batch() -> None:
-    rows = make_rows(np.arange(6), SPEC)
+    rows = make_samples(np.arange(6), SPEC)
     actor = VariantSampler(workflow(), SPEC, variants())
     whole = actor(rows)
     parts = [actor({name: column[i : i + 2] for name, column in rows.items()}) for i in (0, 2, 4)]
@@ -145,7 +145,7 @@ def test_inception_and_lpips_look_at_images(tmp_path: Path) -> None:
         noise_floor=False,
     )
     check_metric_settings(config, load_model(config.model))
-    out = VariantSampler(config, SPEC, variants()[:2])(make_rows(np.arange(2), SPEC))
+    out = VariantSampler(config, SPEC, variants()[:2])(make_samples(np.arange(2), SPEC))
     assert out["cached.pooled"].shape == (2, 2048) and out["cached.spatial"].shape == (2, 2023)
     assert (out["cached.lpips"] > 0).all() and "cached.class" not in out
     assert not any(name.startswith(NOISE_FLOOR) for name in out)
@@ -153,8 +153,8 @@ def test_inception_and_lpips_look_at_images(tmp_path: Path) -> None:
 
 def test_latents_are_decoded_where_somebody_looks_at_pictures(tmp_path: Path) -> None:
     model = ModelConfig(path=str(write_pipeline(tmp_path / "pipeline")))
-    spec = RowSpec(seed=5, num_classes=1000, shape=(4, 8, 8))
-    rows, two = make_rows(np.arange(2), spec), [Variant("full", SAMPLER), Variant("full 2", SAMPLER)]
+    spec = SampleSpec(seed=5, num_classes=1000, shape=(4, 8, 8))
+    rows, two = make_samples(np.arange(2), spec), [Variant("full", SAMPLER), Variant("full 2", SAMPLER)]
     plain = replace(workflow(), model=model)
     out = VariantSampler(plain, spec, two)(rows)
     assert set(out) == {"index", "label", "full 2.psnr"}, "latents: no windows over them, no features"
@@ -180,8 +180,8 @@ def test_pictures_are_held_against_their_prompts(tmp_path: Path, monkeypatch: py
     )
     loaded = load_model(config.model)
     check_metric_settings(config, loaded)
-    spec = RowSpec.of(loaded.model, 5, store)
-    rows = make_rows(np.arange(6), spec)
+    spec = SampleSpec.of(loaded.model, 5, store)
+    rows = make_samples(np.arange(6), spec)
     out = VariantSampler(config, spec, [Variant("full", config.sampler)])(rows)
     bag, dress = CLASS_NAMES.index("Bag"), CLASS_NAMES.index("Dress")
     np.testing.assert_array_equal(out["label"], np.array([bag, dress, -1])[rows["label"]])

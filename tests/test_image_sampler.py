@@ -12,9 +12,10 @@ from tolerances import NOISIEST, PASS, close
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
 from harmonica.evaluation.plots import to_uint8
+from harmonica.execution.graphs import sizes_up_to
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from pipelines.serving.image_sampler import ImageRequest, ImageSampler, SettingRejected
 
 
@@ -82,7 +83,7 @@ def test_qualities_are_the_champion_the_fastest_and_no_router(model):
 
 def start(images, rows):
     """What `sample` takes: noise and labels."""
-    keys = RowKeys([row.seed for row in rows], [row.index for row in rows])
+    keys = SampleKeys([row.seed for row in rows], [row.index for row in rows])
     noise = torch.from_numpy(keys.start_noise((1, 28, 28)))
     return noise, images.conditions.of([row.subject for row in rows], ["" for _ in rows])
 
@@ -169,3 +170,26 @@ def test_a_row_s_own_guidance_is_that_of_a_sampler_of_its_scale(sampler):
         config = dataclasses.replace(router.sampler.config, guidance_scale=row.guidance_scale)
         expected = sample(make_sampler(sampler.model, config), *start(sampler, [row]))[0]
         torch.testing.assert_close(drawn, expected, **near)
+
+
+@pytest.mark.parametrize("execution", ["compiled", "graphed"])
+def test_a_replica_at_another_level_of_execution_serves_the_same_pictures(execution, model, no_codegen):
+    artifact = make_artifact(model)
+    plain = ImageSampler(load_model(model))
+    other = ImageSampler(load_model(replace(model, execution=execution)))
+    for images in (plain, other):
+        use(images, artifact, "1")
+    for size in sizes_up_to(3):
+        other.warm_up(other.champion, size)
+    recorded = other.model.graphs
+    assert (recorded and len(recorded)) == (3 if execution == "graphed" else None), "of 1, 2 and 4 rows"
+    for size in (1, 2, 3):
+        requests = [ImageRequest(i, 7, i) for i in range(size)]
+        for ours, wanted in zip(other.generate(requests), plain.generate(requests)):
+            assert not far(ours, wanted)
+    assert not recorded or len(recorded) == 3, "nothing is recorded once it is warm"
+
+
+def test_warming_up_costs_nothing_where_branches_run_eagerly(model, sampler, monkeypatch):
+    monkeypatch.setattr(sampler, "generate", None)
+    sampler.warm_up(sampler.champion, 2)

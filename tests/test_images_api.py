@@ -107,7 +107,7 @@ def test_its_own_size_and_name_are_accepted(client, size):
 
 
 @pytest.mark.parametrize(
-    "change, status, param, code, said",
+    ("change", "status", "param", "code", "said"),
     [
         ({"prompt": "cat"}, 400, "prompt", "unknown_class", "'cat': give a class name (T-shirt/top, Trouser"),
         ({"prompt": "10"}, 400, "prompt", "unknown_class", "a number from 0 to 9"),

@@ -10,9 +10,9 @@ from tiny_pipeline import make_vae
 from tiny_text import TOKENS, make_encoder
 from tiny_text_pipeline import Form, sharded, variant, without, write_text_pipeline
 
-import workflow
 from harmonica.data.conditions import check_conditions, make_conditions
 from harmonica.models.loading import ModelConfig, load_model
+from pipelines import workflow
 from pipelines.stages import Workflow
 
 ENCODER, VAE, TRANSFORMER = (

@@ -82,7 +82,7 @@ def test_work_at_import_is_found(tmp_path):
 NOT_NEEDED_FOR_DIT = (
     *FORBIDDEN,
     *("accelerate", "boto3", "diffusers", "fastapi", "matplotlib", "pandas", "pyarrow"),
-    *("pydantic", "rich", "s3fs", "sentencepiece", "tokenizers", "torchmetrics", "transformers", "tyro"),
+    *("pydantic", "rich", "sentencepiece", "tokenizers", "torchmetrics", "transformers", "tyro"),
 )
 DIT_ALONE = """
 import sys
@@ -90,18 +90,19 @@ sys.modules.update(dict.fromkeys(sys.argv[1].split()))
 import torch
 from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.samplers.noise import RowKeys
+from harmonica.data.batch import Batch
+from harmonica.samplers.noise import SampleKeys
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.core.sampling import sample
-from harmonica.training.trainer import RouterRun
+from harmonica.training.trainer import RouterTrainer
 from harmonica.training.config import TrainingConfig
 torch.set_num_threads(1)
 model = load_model(ModelConfig()).model
 sampler = make_sampler(model, SamplerConfig(num_inference_steps=3))
-run = RouterRun(sampler, TrainingConfig(trajectories=1, batch_size=2), seed=0)
-keys, labels = RowKeys.of(0, range(2)), torch.arange(2)
+run = RouterTrainer(sampler, TrainingConfig(trajectories=1, batch_size=2), seed=0)
+keys, labels = SampleKeys.of(0, range(2)), torch.arange(2)
 noise = torch.from_numpy(keys.start_noise((1, 28, 28)))
-run.train_one(noise, labels, keys)
+run.train_one(Batch(noise, labels, keys))
 artifact = RouterArtifact.load(run.artifact().save(sys.argv[2]))
 print(sample(sampler, noise, labels, artifact.plan).isfinite().all().item())
 """

@@ -13,17 +13,18 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import planned_pass, soft_pass
 from harmonica.core.router import Router
+from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.iepo import KINDS, image_error_proxy
 from harmonica.training.sdt import SdtConfig, SdtTrainer
-from harmonica.training.trainer import RouterRun
+from harmonica.training.trainer import RouterTrainer
 
 STEPS = SamplerConfig(num_inference_steps=5, guidance_scale=1.5, clip_sample=False)
-KEYS = RowKeys.of(3, range(4))
+KEYS = SampleKeys.of(3, range(4))
 LAMBDA = torch.tensor([3.0, 1.0, 0.5, 2.0], dtype=torch.float64)
 REUSES = ("hold", "forecast")
 NEAR = rounding(torch.float64, 10 * PASS, amplification=1000)
@@ -51,11 +52,8 @@ def trained(problem: tuple[Sampler, Tensor, Any], reuse: str = "hold", size: int
     # Without beta, beside which the error's gradient would be too small to be looked at.
     config = SdtConfig(threshold=0.4, beta=0.0, reuse=reuse, **settings)  # type: ignore[arg-type]
     records, final = SdtTrainer(sampler, router, config).train_trajectory(
-        noise,
-        condition,
+        Batch(noise, condition, KEYS).split(size),
         LAMBDA,
-        rows=KEYS,
-        micro_batch_size=size,
         on_gradient=lambda i, grad: gradients.append(grad.clone()),
     )
     numbers = torch.tensor([[r.step, r.mse, r.l1, r.loss] for r in records], dtype=torch.float64)
@@ -134,10 +132,12 @@ def test_micro_batches_make_the_update_of_the_whole_batch(
 @pytest.mark.parametrize("size", [1, 3])
 def test_lambda_of_micro_batches_is_that_of_the_whole_batch(problem, kind, size: int) -> None:
     sampler, noise, condition = problem
-    measure = functools.partial(
-        image_error_proxy, sampler, make_router(sampler.model), noise, condition, kind=kind, threshold=0.4
+    router, batch = make_router(sampler.model), Batch(noise, condition)
+    parts, whole = (
+        image_error_proxy(sampler, router, batches, kind=kind, config=SdtConfig(threshold=0.4))
+        for batches in (batch.split(size), [batch])
     )
-    assert is_near(measure(micro_batch_size=size), measure())
+    assert is_near(parts, whole)
 
 
 @pytest.mark.parametrize("name", ["iddpm", "sa-solver"])
@@ -147,10 +147,12 @@ def test_rows_of_a_micro_batch_keep_their_own_noise_at_every_step(tiny_dit: DiT,
     problem = sampler, noise, torch.arange(4)
     assert all(map(is_near, trained(problem, size=3), trained(problem)))
     router = make_router(tiny_dit)
-    measure = functools.partial(
-        image_error_proxy, *(sampler, router, noise, problem[2]), kind="sensitivity", threshold=0.4, rows=KEYS
+    batch = Batch(noise, problem[2], KEYS)
+    parts, whole = (
+        image_error_proxy(sampler, router, batches, kind="sensitivity", config=SdtConfig(threshold=0.4))
+        for batches in (batch.split(1), [batch])
     )
-    assert is_near(measure(micro_batch_size=1), measure())
+    assert is_near(parts, whole)
 
 
 def test_no_more_rows_than_a_micro_batch_go_through_the_model(problem, monkeypatch) -> None:
@@ -158,9 +160,9 @@ def test_no_more_rows_than_a_micro_batch_go_through_the_model(problem, monkeypat
     rows, embed = set(), sampler.model.embed
     monkeypatch.setattr(sampler.model, "embed", lambda x, *rest: (rows.add(len(x)), embed(x, *rest))[1])
     config = TrainingConfig(batch_size=4, micro_batch_size=3, sdt=SdtConfig(threshold=0.4))
-    run = RouterRun(sampler, config, seed=0)
-    run.trainer = SdtTrainer(sampler, make_router(sampler.model), config.sdt)
-    run.train_one(noise, condition, KEYS)
+    run = RouterTrainer(sampler, config, seed=0)
+    run.context.sdt = SdtTrainer(sampler, make_router(sampler.model), config.sdt)
+    run.train_one(Batch(noise, condition, KEYS))
     assert rows == {6, 2}, "three rows and one, both halves of guidance"
 
 
@@ -171,17 +173,17 @@ def test_a_lean_training_is_resumed_bit_for_bit(tiny_dit: DiT, tmp_path) -> None
     sampler = make_sampler(tiny_dit, STEPS)
     noise = torch.from_numpy(KEYS.start_noise((4, 8, 8))).double()
 
-    def train(run: RouterRun, until: int) -> RouterRun:
+    def train(run: RouterTrainer, until: int) -> RouterTrainer:
         while run.trajectory < until:
-            run.train_one((1 + run.trajectory) * noise, torch.arange(4), KEYS)
+            run.train_one(Batch((1 + run.trajectory) * noise, torch.arange(4), KEYS))
         return run
 
-    fresh = functools.partial(RouterRun, sampler, config, seed=0)
+    fresh = functools.partial(RouterTrainer, sampler, config, seed=0)
     torch.save(train(fresh(), 3).state(), tmp_path / "state.pt")
     resumed = fresh()
     resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(train(resumed, 4).router.logits(), train(fresh(), 4).router.logits())
-    plain = train(RouterRun(sampler, TrainingConfig(batch_size=4, iepo_every=2), seed=0), 4)
+    plain = train(RouterTrainer(sampler, TrainingConfig(batch_size=4, iepo_every=2), seed=0), 4)
     near = close(torch.float32, 4 * 20)  # of the optimiser, whose state is in float32
     torch.testing.assert_close(resumed.router.logits(), plain.router.logits(), **near)
 

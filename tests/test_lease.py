@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from s3_server import BUCKET, s3_server
 
-import workflow
+from pipelines import workflow
 from pipelines.run_state import lease, lease_cells
 from pipelines.run_state.lease import Lease, claim
 from pipelines.run_state.lease_cells import NAME, PlainCell, cell_of

@@ -57,7 +57,7 @@ def test_a_data_url_says_what_it_holds(clients, kind):
     assert head == f"data:image/{kind};base64" and base64.b64decode(data, validate=True)
 
 
-@pytest.mark.parametrize("name, value", [*ALWAYS.items(), ("input_fidelity", "high")])
+@pytest.mark.parametrize(("name", "value"), [*ALWAYS.items(), ("input_fidelity", "high")])
 def test_without_it_each_is_refused_by_name(clients, name, value):
     answer = ask(clients[False], **{name: value})
     assert answer.status_code in (400, 404) and answer.json()["error"]["param"] == name

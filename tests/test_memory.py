@@ -17,7 +17,8 @@ from harmonica.cli.memory import sampling_memory, training_memory
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
-from harmonica.core.sampling import planned_step
+from harmonica.core.trajectory import planned_step
+from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.text_condition import TextCondition
@@ -130,7 +131,7 @@ def test_activations_and_caches_are_within_a_tenth_of_the_formula(kind: str, dty
 def test_peak_of_training_is_within_a_tenth_of_the_formula(reuse, recompute, rows, size) -> None:
     model = in_precision(small_dit()[0], torch.float32)
     sampler, router = make_sampler(model, STEPS), Router(5, 12)
-    batch = torch.randn(rows, 4, 16, 16), torch.arange(rows)
+    batch = Batch(torch.randn(rows, 4, 16, 16), torch.arange(rows))
     measured, of_hard_plans = (
         peak_of(
             model,
@@ -138,7 +139,7 @@ def test_peak_of_training_is_within_a_tenth_of_the_formula(reuse, recompute, row
                 sampler,
                 router,
                 SdtConfig(reuse=reuse, activation_checkpointing=recompute, student=student),
-            ).train_trajectory(*batch, torch.ones(4), micro_batch_size=size),
+            ).train_trajectory(batch.split(size), torch.ones(4)),
         )
         for student in ("soft", "hard")
     )
@@ -186,7 +187,7 @@ def test_peaks_of_public_models_are_within_a_twentieth_of_the_formula(name, reus
         config = SdtConfig(reuse=reuse, activation_checkpointing=recompute)
         measured = peak(
             lambda noise, config=config: SdtTrainer(sampler, Router(5, count), config).train_trajectory(
-                noise, condition, torch.ones(4)
+                [Batch(noise, condition)], torch.ones(4)
             )
         )
         expected = training_memory(
@@ -196,7 +197,11 @@ def test_peaks_of_public_models_are_within_a_twentieth_of_the_formula(name, reus
 
     def measure_lambda(noise: Tensor) -> None:
         image_error_proxy(
-            sampler, Router(5, count), noise, condition, kind="leave_one_out", threshold=0.1, reuse=reuse
+            sampler,
+            Router(5, count),
+            [Batch(noise, condition)],
+            kind="leave_one_out",
+            config=SdtConfig(threshold=0.1, reuse=reuse),
         )
 
     # Two caches, whatever the number of steps.

@@ -16,9 +16,10 @@ from harmonica.core.cache import BranchCache
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.iepo import image_error_proxy
 from harmonica.training.sdt import SdtConfig, SdtTrainer
 
@@ -30,14 +31,14 @@ MODEL = ModelConfig()
 
 
 @functools.cache
-def make_rows() -> tuple[torch.Tensor, torch.Tensor]:
-    keys = RowKeys.of(0, range(2))
+def make_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    keys = SampleKeys.of(0, range(2))
     return torch.from_numpy(keys.start_noise((1, 28, 28))), torch.arange(2)
 
 
 @pytest.fixture
 def batch():
-    return make_rows()
+    return make_inputs()
 
 
 def load(dtype: str):
@@ -62,7 +63,7 @@ def gradients(dtype: str, scale: float) -> torch.Tensor:
     trainer = SdtTrainer(make_sampler(load(dtype), CONFIG), router(), still)
     lambda_T = torch.full((STEPS - 1,), scale)
     trainer.train_trajectory(
-        *make_rows(), lambda_T, on_gradient=lambda i, grad: rows.setdefault(i, grad.clone())
+        [Batch(*make_inputs())], lambda_T, on_gradient=lambda i, grad: rows.setdefault(i, grad.clone())
     )
     return torch.stack([rows[i] for i in range(STEPS - 1)])
 
@@ -82,8 +83,10 @@ def test_gradients_of_a_half_precision_model_point_the_same_way(dtype, scale):
 def lambda_and_samples(dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     sampler = make_sampler(load(dtype), CONFIG)
     assert sampler.model.dtype == getattr(torch, dtype)
-    lambda_T = image_error_proxy(sampler, router(), *make_rows(), kind="leave_one_out", threshold=0.3)
-    return lambda_T, sample(sampler, *make_rows(), router().plan(0.3))
+    lambda_T = image_error_proxy(
+        sampler, router(), [Batch(*make_inputs())], kind="leave_one_out", config=SdtConfig(threshold=0.3)
+    )
+    return lambda_T, sample(sampler, *make_inputs(), router().plan(0.3))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -142,7 +145,7 @@ def test_training_is_bit_identical_from_the_same_seed(batch):
     for _ in range(2):
         one = router()
         trainer = SdtTrainer(make_sampler(load("bfloat16"), CONFIG), one, SdtConfig(threshold=0.3))
-        trainer.train_trajectory(*batch, torch.ones(STEPS - 1))
+        trainer.train_trajectory([Batch(*batch)], torch.ones(STEPS - 1))
         ends.append(one.logits())
     assert torch.equal(*ends)
 

@@ -13,7 +13,7 @@ from tiny_dit import make_artifact, write_model
 from harmonica.cli.train import _Folder
 from harmonica.core.artifact import RouterArtifact
 from harmonica.io.file_systems import open_uri
-from harmonica.io.paths import is_remote, local, resolved, shown
+from harmonica.io.paths import is_remote, local, resolved, scrubbed, shown
 from harmonica.io.resolve import local_path
 from pipelines.data.embed_prompts import _storage
 from pipelines.run_state.storage import RunStorage
@@ -99,6 +99,21 @@ def test_where_only_this_machine_will_do():
     with pytest.raises(ValueError, match="router s3://b/p is in an object store: give a local path"):
         local("s3://id:hush@b/p", "router")
     assert shown("/a?b://c") == "/a?b://c"
+
+
+@pytest.mark.parametrize("form", ["{uri}", "{user} may not", "{user} and {secret}", "query {query}"])
+def test_a_library_s_words_lose_what_may_be_a_secret(form):
+    uri = "s3://name:hush%2Fhush@b/p?region=r&token=silence"
+    words = form.format(uri=uri, user="name:hush/hush", secret="hush/hush", query="token=silence")
+    assert not re.search("name|hush|silence", scrubbed(f"Cannot read {words}", uri))
+
+
+def test_a_uri_that_cannot_be_opened_says_why_without_credentials():
+    with pytest.raises(
+        ValueError, match=r"it s3://b/p cannot be opened \(ArrowInvalid: .*'bogus'\)"
+    ) as caught:
+        open_uri("s3://name:hush@b/p?bogus=silence", "it")
+    assert caught.value.__suppress_context__ and not re.search("name|hush|silence", str(caught.value))
 
 
 @pytest.mark.parametrize("name", AWKWARD)

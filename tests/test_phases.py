@@ -7,13 +7,15 @@ import torch
 from all_phases import ALL_PHASES
 from tiny_dit import write_model
 
+from harmonica.data.batch import Batch
 from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.multi_target import FamilyRun, family_phases
-from harmonica.training.phases import Progress, phases_of
+from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
+from harmonica.training.phases import phase_budgets
 from harmonica.training.plans import search
 from harmonica.training.presets import fashion
+from harmonica.training.progress import Progress
 
 STEPS = 20
 RECORDED = dataclasses.replace(
@@ -37,14 +39,14 @@ FULL_SAMPLING_S = 0.62
 
 
 def test_a_trajectory_takes_what_its_arithmetic_says() -> None:
-    costs = [cost for phase in phases_of(RECORDED, STEPS) for cost in phase.costs]
+    costs = [cost for phase in phase_budgets(RECORDED, STEPS) for cost in phase.costs]
     assert len(costs) == len(SECONDS) == RECORDED.all_trajectories
     for cost, seconds in zip(costs, SECONDS, strict=True):
         assert seconds / FULL_SAMPLING_S == pytest.approx(cost, rel=0.2)
 
 
 def test_the_time_left_is_right_within_a_quarter_from_the_first_trajectory_to_the_last() -> None:
-    progress = Progress(phases_of(RECORDED, STEPS))
+    progress = Progress(phase_budgets(RECORDED, STEPS))
     before = None
     for done in range(1, len(SECONDS)):
         passed, truth = sum(SECONDS[:done]), sum(SECONDS[done:])
@@ -58,19 +60,19 @@ def test_the_time_left_is_right_within_a_quarter_from_the_first_trajectory_to_th
 
 
 def test_a_resumed_training_goes_by_its_own_time() -> None:
-    progress = Progress(phases_of(RECORDED, STEPS))
+    progress = Progress(phase_budgets(RECORDED, STEPS))
     _, left = progress.seconds_left(30, 26, 2 * sum(SECONDS[26:30]))
     assert left == pytest.approx(2 * sum(SECONDS[30:]), rel=0.1)
 
 
 def test_lines_name_the_phase_and_what_follows() -> None:
-    progress = Progress(phases_of(RECORDED, STEPS))
-    assert progress.words(2) == "measuring the start: 2 of 3 trajectories"
-    assert progress.words(3) == "training the router: 0 of 20 trajectories"
-    assert progress.words(42) == "fitting the forecasts: 16 of 16 trajectories"
-    assert progress.left_words(25, 0, 90.0).endswith(" in all; then fitting the forecasts")
-    assert progress.left_words(42, 0, 90.0) == "0:00:00 left"
-    left = progress.left_words(2, 0, 24.0)
+    progress = Progress(phase_budgets(RECORDED, STEPS))
+    assert progress.message(2) == "measuring the start: 2 of 3 trajectories"
+    assert progress.message(3) == "training the router: 0 of 20 trajectories"
+    assert progress.message(42) == "fitting the forecasts: 16 of 16 trajectories"
+    assert progress.time_left_message(25, 0, 90.0).endswith(" in all; then fitting the forecasts")
+    assert progress.time_left_message(42, 0, 90.0) == "0:00:00 left"
+    left = progress.time_left_message(2, 0, 24.0)
     assert left == (
         "0:00:12 left in this phase, 0:02:00 in all; then training the router, choosing the plan, "
         "fitting the forecasts"
@@ -79,10 +81,10 @@ def test_lines_name_the_phase_and_what_follows() -> None:
 
 def test_a_family_has_the_start_once_and_names_its_speeds() -> None:
     config = dataclasses.replace(RECORDED, targets=(1.5,))
-    phases = family_phases(config, STEPS)
+    phases = all_phase_budgets(config, STEPS)
     assert sum(phase.trajectories for phase in phases) == config.all_trajectories
-    assert [phase.words for phase in phases[:2]] == ["measuring the start", "training the router for 1.8x"]
-    assert phases[-1].words == "fitting the forecasts for 1.5x"
+    assert [phase.message for phase in phases[:2]] == ["measuring the start", "training the router for 1.8x"]
+    assert phases[-1].message == "fitting the forecasts for 1.5x"
     assert sum(phase.name == "start" for phase in phases) == 1
 
 
@@ -96,14 +98,14 @@ def sampler(tmp_path):
 
 
 def test_a_run_goes_through_the_phases_that_it_is_said_to(sampler) -> None:
-    run, names = FamilyRun(sampler, SMALL, seed=0), []
+    run, names = MultiTargetTrainer(sampler, SMALL, seed=0), []
     from harmonica.cli.train import trained
-    from harmonica.data.batch import RowSpec, Share
+    from harmonica.data.samples import SampleSpec, Shard
 
-    for metrics in trained(run, RowSpec.of(sampler.model, 0), Share(SMALL.batch_size)):
+    for metrics in trained(run, SampleSpec.of(sampler.model, 0), Shard(SMALL.batch_size)):
         kinds = {name.removeprefix("seconds.") for name in metrics if name.startswith("seconds.")}
         names.append(next((one for one in ("start", "choice", "forecast") if one in kinds), "router"))
-    assert names == [phase.name for phase in family_phases(SMALL, 9) for _ in phase.costs]
+    assert names == [phase.name for phase in all_phase_budgets(SMALL, 9) for _ in phase.costs]
 
 
 def test_the_start_costs_the_full_steps_that_it_takes(sampler, monkeypatch) -> None:
@@ -117,5 +119,5 @@ def test_the_start_costs_the_full_steps_that_it_takes(sampler, monkeypatch) -> N
     monkeypatch.setattr(search, "planned_step", counted)
     noise = torch.randn(2, sampler.model.in_channels, *[sampler.model.sample_size] * 2)
     with torch.no_grad():
-        search.step_effects(sampler, (noise, torch.tensor([0, 1]), None), "forecast")
-    assert phases_of(SMALL, 9)[0].costs[0] == pytest.approx(full / 9)
+        search.step_effects(sampler, Batch(noise, torch.tensor([0, 1])), "forecast")
+    assert phase_budgets(SMALL, 9)[0].costs[0] == pytest.approx(full / 9)

@@ -6,15 +6,15 @@ from tolerances import close
 
 from harmonica.core.sampling import sample
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 
-KEYS = RowKeys.of(3, range(4))
+KEYS = SampleKeys.of(3, range(4))
 
 
 def previews(sampler, batch):
     """The finished rows, and the x_0 after each step by the step's number."""
     seen = {}
-    images = sample(sampler, *batch, rows=KEYS, on_step=lambda i, predict: seen.update({i: predict()}))
+    images = sample(sampler, *batch, keys=KEYS, on_step=lambda i, predict: seen.update({i: predict()}))
     return images, seen
 
 

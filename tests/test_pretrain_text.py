@@ -13,10 +13,10 @@ pytest.importorskip("transformers", reason="wants transformers: the text encoder
 
 from tiny_pixart import pipeline_class
 
+from harmonica.evaluation import fashion_captions as captions
 from harmonica.evaluation import fashion_mnist
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.pretraining import captions
 from harmonica.pretraining.evaluate_text_model import TextToImageSampler, caption_metrics, random_captions
 from harmonica.pretraining.learning import Learner, distillation_loss
 from harmonica.pretraining.text_to_image import (

@@ -7,12 +7,12 @@ import pytest
 import ray
 from ray.util.state import list_nodes
 
-from harmonica.training.phases import Phase, Progress
+from harmonica.training.progress import PhaseBudget, Progress
 from pipelines.runtime.ray_runtime import connect
 from pipelines.training import watchdog
 from pipelines.training.watchdog import Reached, make_board, run_watched
 
-PROGRESS = Progress([Phase("start", (10.0, 10.0)), Phase("router", (1.0,) * 10)])
+PROGRESS = Progress([PhaseBudget("start", (10.0, 10.0)), PhaseBudget("router", (1.0,) * 10)])
 
 
 def assert_workers_ask_this_cluster() -> None:

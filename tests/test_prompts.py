@@ -31,9 +31,9 @@ from tiny_text import (
 from tolerances import of_pass, rounding, roundoff
 
 from harmonica.data import prompts as prompts_module
-from harmonica.data.batch import RowSpec, make_rows
 from harmonica.data.prompt_files import MANIFEST, part_path, stored_parts
 from harmonica.data.prompts import PromptStore, text_condition
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.data.text_encoder import TextEncoder, encoder_identity, preprocess
 from harmonica.models.text_condition import TextCondition
 from pipelines.data import embed_prompts as pipeline
@@ -263,7 +263,7 @@ def test_a_damaged_part_is_said(store, tmp_path):
 def test_the_model_cannot_tell_stored_prompts_from_fresh_ones(store, encoder):
     """Padding comes back as zeros; the encoder has something else there, but nobody looks."""
     model, (noise, _) = make_pixart("alpha"), make_batch("alpha")
-    columns = make_rows(np.arange(3), RowSpec(0, len(store), (4, 8, 8)))
+    columns = make_samples(np.arange(3), SampleSpec(0, len(store), (4, 8, 8)))
     columns |= store.columns(columns["label"])
     ours = text_condition(columns, store).to(dtype=torch.float64)
     prompts = [store.row(label)[2] for label in columns["label"]]

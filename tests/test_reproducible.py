@@ -16,7 +16,7 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
 from harmonica.evaluation.plots import to_uint8
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from pipelines.serving.image_sampler import ImageRequest, ImageSampler
 from pipelines.serving.images_api import create_app
 from pipelines.serving.requests import EngineRequest
@@ -57,12 +57,12 @@ def growth(images, router, row):
     sampler, model = router.sampler, images.model
     if row.guidance_scale is not None:
         sampler = sampler.with_guidance([row.guidance_scale])
-    keys = RowKeys([row.seed], [row.index])
+    keys = SampleKeys([row.seed], [row.index])
     noise = torch.from_numpy(keys.start_noise((model.in_channels, model.sample_size, model.sample_size)))
     change = 1e-3 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(0))
     condition = images.conditions.of([row.subject], [row.negative_prompt])
     first, second = (
-        sample(sampler, x, condition, router.plan, reuse=router.reuse, rows=keys)
+        sample(sampler, x, condition, router.plan, reuse=router.reuse, keys=keys)
         for x in (noise, noise + change)
     )
     return max(1.0, float((second - first).abs().max() / change.abs().max()))
@@ -164,7 +164,7 @@ def test_what_fills_a_batch_up_is_not_answered(tiny):
 
 
 @pytest.mark.parametrize(
-    "order, use_gpu, rows_at_once", [(by_batch, True, 4), (by_slot, True, 1), (by_slot, False, 1)]
+    ("order", "use_gpu", "rows_at_once"), [(by_batch, True, 4), (by_slot, True, 1), (by_slot, False, 1)]
 )
 def test_a_reproducible_endpoint_answers_the_same_file_alone_and_in_company(
     tiny, order, use_gpu, rows_at_once

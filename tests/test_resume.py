@@ -7,7 +7,7 @@ import pytest
 from processes import free_port
 from tiny_dit import make_artifact, write_model
 
-import workflow
+from pipelines import workflow
 from pipelines.run_state import resume
 from pipelines.run_state.resume import (
     CONFIG,

@@ -97,7 +97,7 @@ def test_an_mlflow_that_does_not_answer_is_named_without_its_password(folder, mo
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    ("arguments", "words"),
     [
         (["--model.path=nowhere"], "model.path nowhere does not exist"),
         (["--router=nowhere"], "nowhere has no readable config.json"),

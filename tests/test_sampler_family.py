@@ -16,15 +16,16 @@ from tolerances import CLOSE, PASS, close, rounding
 
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.models.vae import decode_latents
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.iepo import KINDS, image_error_proxy
 from harmonica.training.sdt import SdtConfig, SdtTrainer
 
 NAMES = ("ddim", "iddpm", "dpm-solver++", "sa-solver")
-KEYS = RowKeys((7, 7, 8, 2**40), (0, 1, 0, 3))
+KEYS = SampleKeys((7, 7, 8, 2**40), (0, 1, 0, 3))
 
 
 def config(name: str, **settings) -> SamplerConfig:
@@ -53,7 +54,7 @@ def test_iddpm_is_the_learned_variance_step_of_diffusers(tiny_dit, batch, clip_s
 def test_iddpms_last_step_is_the_mean(tiny_dit, batch):
     sampler = make_sampler(tiny_dit, config("iddpm", guidance_scale=1.0))
     output = torch.cat([batch[0], batch[0]], dim=1)
-    states = [sampler.start(*batch, RowKeys.of(seed, range(4))) for seed in (1, 2)]
+    states = [sampler.start(*batch, SampleKeys.of(seed, range(4))) for seed in (1, 2)]
     one, other = (sampler.advance(0, state, output).x_MCHW for state in states)
     assert torch.equal(one, other)
     clean = (batch[0] - 1e-4**0.5 * batch[0]) / (1 - 1e-4) ** 0.5
@@ -75,11 +76,11 @@ def test_iddpm_without_a_learned_variance_takes_the_posteriors(tmp_path):
 def test_a_row_is_the_same_in_any_batch(tiny_dit, batch, name):
     sampler = make_sampler(tiny_dit, config(name))
     noise, labels = batch
-    whole = sample(sampler, noise, labels, rows=KEYS)
+    whole = sample(sampler, noise, labels, keys=KEYS)
     order = [2, 0]
-    keys = RowKeys([KEYS.seeds[i] for i in order], [KEYS.indices[i] for i in order])
-    torch.testing.assert_close(sample(sampler, noise[order], labels[order], rows=keys), whole[order])
-    other = sample(sampler, noise, labels, rows=RowKeys.of(99, range(4)))
+    keys = SampleKeys([KEYS.seeds[i] for i in order], [KEYS.indices[i] for i in order])
+    torch.testing.assert_close(sample(sampler, noise[order], labels[order], keys=keys), whole[order])
+    other = sample(sampler, noise, labels, keys=SampleKeys.of(99, range(4)))
     assert torch.equal(other, whole) != sampler.is_stochastic, "another seed matters where noise is drawn"
 
 
@@ -87,9 +88,9 @@ def test_a_row_is_the_same_in_any_batch(tiny_dit, batch, name):
 def test_a_stochastic_sampler_wants_to_know_its_rows(tiny_dit, batch, name):
     before = torch.get_rng_state()
     sampler = make_sampler(tiny_dit, config(name))
-    with pytest.raises(ValueError, match=f"sampler.name is {name}, which draws noise .* give `rows`"):
+    with pytest.raises(ValueError, match=f"sampler.name is {name}, which draws noise .* give `keys`"):
         sample(sampler, *batch)
-    sample(sampler, *batch, rows=KEYS)
+    sample(sampler, *batch, keys=KEYS)
     assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
 
 
@@ -99,21 +100,21 @@ def test_every_sampler_trains_a_router(tiny_dit, batch, name):
     sampler = make_sampler(tiny_dit, config(name))
     generator = torch.Generator().manual_seed(4)
     logits = 2 * torch.randn(6, 6, generator=generator, dtype=torch.float64)
-    ended = {}
+    ended, batches = {}, [Batch(*batch, KEYS)]
     for still in (True, False):
         settings = SdtConfig(threshold=0.3, learning_rate=1e-300 if still else 0.05)
         router = Router.from_logits(logits.clamp(-4, 4))
-        lambda_T = image_error_proxy(sampler, router, *batch, kind="leave_one_out", threshold=0.3, rows=KEYS)
-        again = image_error_proxy(sampler, router, *batch, kind="leave_one_out", threshold=0.3, rows=KEYS)
+        lambda_T = image_error_proxy(sampler, router, batches, kind="leave_one_out", config=settings)
+        again = image_error_proxy(sampler, router, batches, kind="leave_one_out", config=settings)
         assert torch.equal(lambda_T, again) and (lambda_T > 0).all()
-        _, ended[still] = SdtTrainer(sampler, router, settings).train_trajectory(*batch, lambda_T, rows=KEYS)
+        _, ended[still] = SdtTrainer(sampler, router, settings).train_trajectory(batches, lambda_T)
         moved = (router.logits() != logits.clamp(-4, 4)).any(dim=1)
         assert still or moved[:-1].all()
     everything = Router(6, 6, 40.0).double()
     _, final = SdtTrainer(sampler, everything, SdtConfig(clamp=50.0)).train_trajectory(
-        *batch, torch.ones(5, dtype=torch.float64), rows=KEYS
+        batches, torch.ones(5, dtype=torch.float64)
     )
-    torch.testing.assert_close(final, sample(sampler, *batch, rows=KEYS), **CLOSE)
+    torch.testing.assert_close(final, sample(sampler, *batch, keys=KEYS), **CLOSE)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,7 +122,11 @@ def test_every_sampler_trains_a_router(tiny_dit, batch, name):
 def test_a_router_that_computes_everything_has_no_lambda(tiny_dit, batch, name, kind):
     everything = Router(6, 6, 40.0).double()
     lambda_T = image_error_proxy(
-        make_sampler(tiny_dit, config(name)), everything, *batch, kind=kind, threshold=0.3, rows=KEYS
+        make_sampler(tiny_dit, config(name)),
+        everything,
+        [Batch(*batch, KEYS)],
+        kind=kind,
+        config=SdtConfig(threshold=0.3),
     )
     assert lambda_T.abs().max() < 1e-12
 
@@ -154,7 +159,7 @@ def test_a_folder_samples_as_its_pipeline(pipeline_folder, scheduler, guidance_s
     pipe.scheduler.save_pretrained(pipeline_folder / "scheduler")
     pipe.set_progress_bar_config(disable=True)
     labels, steps, drawn = [207, 360, 0], 7, iter(range(6, -1, -1))
-    keys = RowKeys.of(5, range(3))
+    keys = SampleKeys.of(5, range(3))
 
     def draw(shape, **_):
         noise = torch.from_numpy(keys.step_noise(next(drawn), (4, 8, 8)))
@@ -175,7 +180,7 @@ def test_a_folder_samples_as_its_pipeline(pipeline_folder, scheduler, guidance_s
     wanted = SamplerConfig(name="diffusers", num_inference_steps=steps, guidance_scale=guidance_scale)
     sampler = make_sampler(loaded.model, with_scheduler(wanted, loaded.scheduler))
     monkeypatch.undo()
-    latents = sample(sampler, noise, torch.tensor(labels), rows=keys)
+    latents = sample(sampler, noise, torch.tensor(labels), keys=keys)
     images = decode_latents(loaded.load_vae(), latents) / 2 + 0.5
     ours = images.permute(0, 2, 3, 1).numpy()
     assert theirs.std() > 0.05, "not a flat picture"

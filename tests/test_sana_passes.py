@@ -16,6 +16,7 @@ from harmonica.core.passes import planned_pass, soft_pass
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.sana.model import Sana
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import make_sampler
@@ -109,13 +110,14 @@ def test_sdt_and_lambda_reach_every_branch(scheduler, cacheable):
     model, (noise, condition) = make_sana("1.5", *cacheable), make_batch("1.5", 2)
     sampler = make_sampler(model, config(scheduler))
     router = Router.normal(STEPS, len(model.branches), seed=0).double()
+    settings, batches = SdtConfig(beta=0.0, threshold=0.3), [Batch(noise, condition)]
     for how in KINDS:
-        lambda_T = image_error_proxy(sampler, router, noise, condition, kind=how, threshold=0.3)
+        lambda_T = image_error_proxy(sampler, router, batches, kind=how, config=settings)
         assert lambda_T.shape == (STEPS - 1,) and lambda_T.isfinite().all() and (lambda_T > 0).all()
     rows: dict[int, Tensor] = {}
-    trainer = SdtTrainer(sampler, router, SdtConfig(beta=0.0, threshold=0.3))
+    trainer = SdtTrainer(sampler, router, settings)
     records, final = trainer.train_trajectory(
-        noise, condition, lambda_T, on_gradient=lambda i, grad: rows.setdefault(i, grad.clone())
+        batches, lambda_T, on_gradient=lambda i, grad: rows.setdefault(i, grad.clone())
     )
     gradients = torch.stack([rows[i] for i in range(STEPS - 1)])
     assert gradients.isfinite().all() and (gradients != 0).all()

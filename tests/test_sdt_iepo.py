@@ -12,12 +12,13 @@ from torch import Tensor
 
 from harmonica.core.cache import Reuse
 from harmonica.core.router import Router
+from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler
 from harmonica.training.beta import BetaController
 from harmonica.training.iepo import IepoKind, image_error_proxy
 from harmonica.training.sdt import SdtConfig, SdtTrainer
 
-Batch = tuple[Tensor, Tensor]
+Inputs = tuple[Tensor, Tensor]
 """Noise and labels."""
 TAU = 0.3
 STILL = SdtConfig(threshold=TAU, learning_rate=1e-300)
@@ -60,7 +61,7 @@ def reused(kept: list[tuple[int, Tensor]], i: int, reuse: str) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    sampler: Sampler, router: Router, batch: Batch, soft: set[int], reuse: str = "hold"
+    sampler: Sampler, router: Router, batch: Inputs, soft: set[int], reuse: str = "hold"
 ) -> Generation:
     """Weights of the router at the steps in `soft`, 1 at the others."""
     run = Generation()
@@ -87,8 +88,10 @@ def mean_squared(a: Tensor, b: Tensor) -> float:
     return (a - b).square().mean().item()
 
 
-def measure(sampler: Sampler, router: Router, batch: Batch, kind: IepoKind, reuse: Reuse = "hold") -> Tensor:
-    return image_error_proxy(sampler, router, *batch, kind=kind, threshold=TAU, reuse=reuse)
+def measure(sampler: Sampler, router: Router, batch: Inputs, kind: IepoKind, reuse: Reuse = "hold") -> Tensor:
+    return image_error_proxy(
+        sampler, router, [Batch(*batch)], kind=kind, config=SdtConfig(threshold=TAU, reuse=reuse)
+    )
 
 
 def close(ours: Tensor, expected: list[float]) -> bool:
@@ -96,7 +99,7 @@ def close(ours: Tensor, expected: list[float]) -> bool:
     return bool((ours - wanted).norm() / wanted.norm() < NEAR)
 
 
-def test_a_step_updates_its_row_alone_and_never_the_last(tiny_sampler, batch: Batch, router, lambda_T):
+def test_a_step_updates_its_row_alone_and_never_the_last(tiny_sampler, batch: Inputs, router, lambda_T):
     trainer = SdtTrainer(tiny_sampler, router, SdtConfig(threshold=TAU))
     before, seen = router.logits(), []
     snapshots = [before]
@@ -105,7 +108,7 @@ def test_a_step_updates_its_row_alone_and_never_the_last(tiny_sampler, batch: Ba
         seen.append(i)
         snapshots.append(router.logits())
 
-    records, _ = trainer.train_trajectory(*batch, lambda_T, on_gradient=observe)
+    records, _ = trainer.train_trajectory([Batch(*batch)], lambda_T, on_gradient=observe)
     snapshots.append(router.logits())
     assert seen == [record.step for record in records] == [4, 3, 2, 1, 0]
     # What changed between one gradient and the next is the row of the former, all of it.
@@ -117,16 +120,16 @@ def test_a_step_updates_its_row_alone_and_never_the_last(tiny_sampler, batch: Ba
     assert torch.equal(router.logits()[-1], before[-1])
 
 
-def test_the_base_model_stays_as_it_is(tiny_sampler, batch: Batch, router, lambda_T):
+def test_the_base_model_stays_as_it_is(tiny_sampler, batch: Inputs, router, lambda_T):
     model = tiny_sampler.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    SdtTrainer(tiny_sampler, router, SdtConfig()).train_trajectory(*batch, lambda_T)
+    SdtTrainer(tiny_sampler, router, SdtConfig()).train_trajectory([Batch(*batch)], lambda_T)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_teacher_and_student_see_the_students_x(tiny_sampler, batch: Batch, router, lambda_T):
-    records, final = SdtTrainer(tiny_sampler, router, STILL).train_trajectory(*batch, lambda_T)
+def test_teacher_and_student_see_the_students_x(tiny_sampler, batch: Inputs, router, lambda_T):
+    records, final = SdtTrainer(tiny_sampler, router, STILL).train_trajectory([Batch(*batch)], lambda_T)
     student = generate(tiny_sampler, router, batch, soft=set(range(5)))
     torch.testing.assert_close(final, student.final.chunk(2)[0])
     for record in records:
@@ -140,24 +143,24 @@ def test_teacher_and_student_see_the_students_x(tiny_sampler, batch: Batch, rout
         assert record.loss == pytest.approx(lambda_T[i].item() * record.mse + STILL.beta * record.l1)
 
 
-def test_a_given_beta_replaces_the_configured_one(tiny_sampler, batch: Batch, router, lambda_T):
-    records, _ = SdtTrainer(tiny_sampler, router, STILL).train_trajectory(*batch, lambda_T, beta=0.0)
+def test_a_given_beta_replaces_the_configured_one(tiny_sampler, batch: Inputs, router, lambda_T):
+    records, _ = SdtTrainer(tiny_sampler, router, STILL).train_trajectory([Batch(*batch)], lambda_T, beta=0.0)
     assert all(record.loss == lambda_T[record.step].item() * record.mse for record in records)
 
 
-def test_logits_are_clamped_after_each_update(tiny_sampler, batch: Batch, router, lambda_T):
+def test_logits_are_clamped_after_each_update(tiny_sampler, batch: Inputs, router, lambda_T):
     config = SdtConfig(learning_rate=2.0, clamp=1.5)
-    SdtTrainer(tiny_sampler, router, config).train_trajectory(*batch, lambda_T)
+    SdtTrainer(tiny_sampler, router, config).train_trajectory([Batch(*batch)], lambda_T)
     assert router.logits()[:-1].abs().max() == 1.5
 
 
-def test_two_halves_on_two_workers_train_as_the_whole_batch(tiny_sampler, batch: Batch, router, lambda_T):
+def test_two_halves_on_two_workers_train_as_the_whole_batch(tiny_sampler, batch: Inputs, router, lambda_T):
     config = SdtConfig(threshold=TAU)
     halves = [Router.from_logits(router.logits()) for _ in range(2)]
     whole: dict[int, Tensor] = {}
     averaged: list[dict[int, Tensor]] = [{}, {}]
     SdtTrainer(tiny_sampler, router, config).train_trajectory(
-        *batch, lambda_T, on_gradient=lambda i, grad: whole.setdefault(i, grad.clone())
+        [Batch(*batch)], lambda_T, on_gradient=lambda i, grad: whole.setdefault(i, grad.clone())
     )
     barrier, slots = threading.Barrier(2, timeout=60), [torch.zeros(6)] * 2
 
@@ -170,8 +173,7 @@ def test_two_halves_on_two_workers_train_as_the_whole_batch(tiny_sampler, batch:
 
         noise, labels = (part[2 * rank : 2 * rank + 2] for part in batch)
         SdtTrainer(tiny_sampler, halves[rank], config).train_trajectory(
-            noise,
-            labels,
+            [Batch(noise, labels)],
             lambda_T,
             average=average,
             on_gradient=lambda i, grad: averaged[rank].setdefault(i, grad.clone()),
@@ -191,7 +193,7 @@ def test_two_halves_on_two_workers_train_as_the_whole_batch(tiny_sampler, batch:
 
 
 @pytest.mark.parametrize("reuse", ["hold", "forecast"])
-def test_leave_one_out_is_t_whole_generations(tiny_sampler, batch: Batch, router, reuse):
+def test_leave_one_out_is_t_whole_generations(tiny_sampler, batch: Inputs, router, reuse):
     steps = set(range(5))
     main = generate(tiny_sampler, router, batch, steps, reuse)
     expected = [
@@ -201,13 +203,13 @@ def test_leave_one_out_is_t_whole_generations(tiny_sampler, batch: Batch, router
     assert close(measure(tiny_sampler, router, batch, "leave_one_out", reuse), expected)
 
 
-def test_cumulative_switches_steps_on_noisiest_first(tiny_sampler, batch: Batch, router):
+def test_cumulative_switches_steps_on_noisiest_first(tiny_sampler, batch: Inputs, router):
     runs = [generate(tiny_sampler, router, batch, soft=set(range(i, 5))) for i in range(6)]
     expected = [mean_squared(runs[i].final, runs[i + 1].final) for i in range(5)]
     assert close(measure(tiny_sampler, router, batch, "cumulative"), expected)
 
 
-def test_sensitivity_is_leave_one_out_by_the_steps_own_error(tiny_sampler, batch: Batch, router):
+def test_sensitivity_is_leave_one_out_by_the_steps_own_error(tiny_sampler, batch: Inputs, router):
     steps = set(range(5))
     main = generate(tiny_sampler, router, batch, soft=steps)
     # Up to step i the two runs are one, so their outputs at i are of the same x_t.
@@ -220,12 +222,12 @@ def test_sensitivity_is_leave_one_out_by_the_steps_own_error(tiny_sampler, batch
 
 
 @pytest.mark.parametrize("kind", ["leave_one_out", "cumulative", "sensitivity"])
-def test_a_router_that_computes_everything_does_no_harm(tiny_sampler, batch: Batch, kind):
+def test_a_router_that_computes_everything_does_no_harm(tiny_sampler, batch: Inputs, kind):
     router = Router.from_logits(torch.full((6, 6), 60.0, dtype=torch.float64))
     assert torch.equal(measure(tiny_sampler, router, batch, kind), torch.zeros(5, dtype=torch.float64))
 
 
-def test_an_unknown_kind_lists_the_known(tiny_sampler, batch: Batch, router):
+def test_an_unknown_kind_lists_the_known(tiny_sampler, batch: Inputs, router):
     with pytest.raises(ValueError, match=r"iepo.kind is 'paper': give one of leave_one_out, cumulative"):
         measure(tiny_sampler, router, batch, "paper")  # type: ignore[arg-type]
 
@@ -247,23 +249,22 @@ def test_impossible_settings_are_refused_by_name_and_value(name, value):
 
 
 def test_a_score_that_is_1_to_float32_leaves_beta_a_number():
-    controller = BetaController(3, torch.ones(2), share=0.5, threshold=0.5)
+    controller = BetaController(3, torch.ones(2), fraction=0.5, threshold=0.5)
     for i in range(2):
         controller.observe(i, torch.zeros(2), torch.tensor([30.0, 0.5]))
     assert math.isfinite(controller.update()) and controller.worth_TB.isfinite().all()
 
 
 @pytest.mark.parametrize("target", [0.25, 0.7])
-def test_beta_brings_cur_to_its_target(tiny_sampler, batch: Batch, lambda_T, target):
+def test_beta_brings_cur_to_its_target(tiny_sampler, batch: Inputs, lambda_T, target):
     router = Router.alternating(6, 6, 0.5).double()
     trainer = SdtTrainer(tiny_sampler, router, SdtConfig(threshold=0.5, learning_rate=0.15))
-    beta = BetaController(6, torch.ones(6), share=target * 6 / 5, threshold=0.5)
+    beta = BetaController(6, torch.ones(6), fraction=target * 6 / 5, threshold=0.5)
     start = router.plan(0.5).cur
     noise, labels = batch
     for _ in range(12):
         trainer.train_trajectory(
-            noise[:2],
-            labels[:2],
+            [Batch(noise[:2], labels[:2])],
             lambda_T,
             beta=beta.beta,
             on_gradient=lambda i, grad: beta.observe(i, grad, router.rows[i]),
@@ -274,7 +275,7 @@ def test_beta_brings_cur_to_its_target(tiny_sampler, batch: Batch, lambda_T, tar
 
 
 def test_beta_is_the_quantile_of_what_entries_are_worth():
-    beta = BetaController(3, torch.ones(2), share=0.75, threshold=0.2)
+    beta = BetaController(3, torch.ones(2), fraction=0.75, threshold=0.2)
     logits = torch.zeros(2)
     # r = 1/2 and beta = 0: worth = -gradient / (r (1 - r)) / (1 - r) = -8 gradient.
     beta.observe(0, torch.tensor([-1.0, -4.0]) / 8, logits)
@@ -297,11 +298,11 @@ def test_a_resumed_beta_continues_bit_for_bit():
             values.append(beta.update())
         return values
 
-    whole = BetaController(4, torch.ones(4), share=2 / 3, threshold=0.1)
+    whole = BetaController(4, torch.ones(4), fraction=2 / 3, threshold=0.1)
     run(whole, range(3))
     state = whole.state_dict()
     expected = run(whole, range(3, 6))
-    resumed = BetaController(4, torch.ones(4), share=2 / 3, threshold=0.1)
+    resumed = BetaController(4, torch.ones(4), fraction=2 / 3, threshold=0.1)
     resumed.load_state_dict(state)
     assert run(resumed, range(3, 6)) == expected
     assert torch.equal(resumed.worth_TB, whole.worth_TB)

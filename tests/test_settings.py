@@ -15,15 +15,17 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from harmonica.cli.sample import SampleCommand
+from harmonica.data.batch import Batch
 from harmonica.models.base import Macs, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.loading import ModelConfig
+from harmonica.pretraining.train_classifier import ClassifierTraining
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.multi_target import FamilyRun
+from harmonica.training.multi_target import MultiTargetTrainer
 from harmonica.training.plans.builders import even_plan, fastest_speedup, slowest_speedup
 from harmonica.training.plans.search import StepSearch
 from harmonica.training.sdt import SdtConfig
@@ -37,6 +39,8 @@ from pipelines.config.sweep import SweepConfig
 from pipelines.config.workflow import PromptsConfig, TrainConfig, WorkflowConfig
 from pipelines.preflight import check_comparison, check_trials
 from pipelines.presets import PRESETS, fashion
+from pipelines.pretrain.dit import DiTPretrainConfig
+from pipelines.pretrain.text_to_image import TextPretrainConfig
 from pipelines.serving.application import make_application
 from pipelines.serving.auth import load_keys
 from pipelines.serving.registry_watcher import ServeArgs
@@ -116,6 +120,9 @@ MODEL = tiny()
             {"stall_timeout_s": INF},
             "train.stall_timeout_s is inf: give a finite number of seconds",
         ),
+        (DiTPretrainConfig, {"batch_size": 0}, "batch_size is 0: give 1 or more"),
+        (TextPretrainConfig, {"tone_share": 2.0}, "tone_share is 2.0: give 0 to 1"),
+        (ClassifierTraining, {"learning_rate": NAN}, "learning_rate is nan: give a finite number above 0"),
         (SamplerConfig, {"guidance_scale": NAN}, "sampler.guidance_scale is nan: give 1 to 50"),
         (SamplerConfig, {"scheduler": 3}, "sampler.scheduler is 3: give a dict"),
         (ModelConfig, {"cacheable": ()}, "model.cacheable is (): give some of attn, cross, mlp"),
@@ -240,10 +247,13 @@ def test_a_start_for_a_share_of_reuse_has_that_share() -> None:
     settings = dataclasses.replace(
         settings, start_trajectories=1, trajectories=1, batch_size=2, num_workers=1
     )
-    run = FamilyRun(sampler, settings, seed=0)
+    run = MultiTargetTrainer(sampler, settings, seed=0)
     while run.trajectory < 1 + 1 + settings.choice_trajectories:
         train_one(run)
-    starts = {name: run.current.aim.plan_of(logits) for name, logits in run.current.starts.items()}
+    starts = {
+        name: run.current.context.target.plan_of(logits)
+        for name, logits in run.current.context.starts.items()
+    }
     assert starts.keys() == {"even", "measured"}
     for plan in (*starts.values(), run.plan):
         assert abs(plan.cur - 0.4) <= 1 / 12, "to a step"
@@ -367,7 +377,7 @@ def test_settings_start_what_they_are_for_or_are_refused(changed: dict[tuple[str
     try:
         config = built(changed, base)
         for train in trainings(config):
-            FamilyRun(make_sampler(MODEL, config.sampler), train, seed=config.seed)
+            MultiTargetTrainer(make_sampler(MODEL, config.sampler), train, seed=config.seed)
         load_keys(config.serve.api_keys_file)
     except ValueError as error:
         assert_said_well(error, changed)
@@ -377,10 +387,10 @@ def test_settings_start_what_they_are_for_or_are_refused(changed: dict[tuple[str
     assert not any(isinstance(value, float) and not math.isfinite(value) for value in changed.values())
 
 
-def train_one(run: FamilyRun) -> None:
-    keys = RowKeys.of(0, range(run.config.batch_size))
+def train_one(run: MultiTargetTrainer) -> None:
+    keys = SampleKeys.of(0, range(run.config.batch_size))
     noise = torch.from_numpy(keys.start_noise((1, 16, 16)))
-    run.train_one(noise, torch.arange(run.config.batch_size) % 3, keys)
+    run.train_one(Batch(noise, torch.arange(run.config.batch_size) % 3, keys))
 
 
 TRAINED = dataclasses.replace(
@@ -409,7 +419,7 @@ def test_settings_that_pass_train_to_the_end(changed, steps, start, target) -> N
     changed.setdefault(("train", "choice_trajectories"), int(start in ("even", "measured")))
     try:
         train = built(changed, base).train
-        run = FamilyRun(sampler, train, seed=0)
+        run = MultiTargetTrainer(sampler, train, seed=0)
     except ValueError as error:
         assert_said_well(error, changed)
         return
@@ -418,6 +428,6 @@ def test_settings_that_pass_train_to_the_end(changed, steps, start, target) -> N
         reject()
     while run.trajectory < train.all_trajectories:
         train_one(run)
-    for artifact in (run.artifact(), *run.others().values()):
+    for artifact in (run.artifact(), *run.extra_artifacts().values()):
         assert artifact.logits_TB.isfinite().all()
         assert artifact.forecast_TBK is None or artifact.forecast_TBK.isfinite().all()

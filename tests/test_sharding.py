@@ -1,7 +1,6 @@
 """A model spread over two processes trains the router of a whole one."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.memory_model import Shape
 from harmonica.training.sdt import SdtConfig, SdtTrainer
-from harmonica.training.sharding import shard, shared_layers
-from harmonica.training.trainer import RouterRun
+from harmonica.training.sharding import shard_weights, sharded_layers
+from harmonica.training.trainer import RouterTrainer
 
 STEPS = SamplerConfig(num_inference_steps=3, guidance_scale=1.5, clip_sample=False)
 PLAIN = TrainingConfig(
@@ -42,7 +42,7 @@ def make(case: str) -> tuple[BranchedTransformer, Tensor, Any]:
     model = DiT(shape)
     model.initialize(torch.Generator().manual_seed(0), zero=False)
     freeze(model)
-    noise = torch.from_numpy(RowKeys.of(0, range(4)).start_noise((4, 8, 8)))
+    noise = torch.from_numpy(SampleKeys.of(0, range(4)).start_noise((4, 8, 8)))
     if "float64" in case:
         return model.double(), noise.double(), torch.arange(4)
     for name, parameter in model.named_parameters():
@@ -54,19 +54,19 @@ def make(case: str) -> tuple[BranchedTransformer, Tensor, Any]:
 def trained(model: BranchedTransformer, case: str, noise: Tensor, condition: Any) -> dict[str, Any]:
     """Two trajectories, the first after a refresh of lambda, and samples before and after the last."""
     sampler, config = make_sampler(model, STEPS), CASES[case]
-    run = RouterRun(sampler, config, seed=0)
+    run = RouterTrainer(sampler, config, seed=0)
     if noise.dtype == torch.float64:
-        run.trainer = SdtTrainer(sampler, run.router.double(), config.sdt)
-    keys = RowKeys.of(0, range(len(noise)))
-    run.train_one(noise, condition, keys)
+        run.context.sdt = SdtTrainer(sampler, run.router.double(), config.sdt)
+    batch = Batch(noise, condition, SampleKeys.of(0, range(len(noise))))
+    run.train_one(batch)
     before = sample(sampler, noise, condition, run.router.plan(0.4))
-    metrics = run.train_one(noise, condition, keys)
+    metrics = run.train_one(batch)
     after = sample(sampler, noise, condition)
     with torch.no_grad():
         alone = model(noise, torch.full((len(noise),), 500), condition)
     return {
         "logits": run.router.logits(),
-        "lambda": run.weights.lambda_T,
+        "lambda": run.state()["lambda"],
         "mse": torch.tensor(metrics["mse"]),
         "images": torch.cat([before, after]),
         "forward": alone,
@@ -75,7 +75,7 @@ def trained(model: BranchedTransformer, case: str, noise: Tensor, condition: Any
 
 def gathered(model: nn.Module) -> int:
     """Layers whose weights are all here now."""
-    weights = [next(layer.parameters()) for layer in shared_layers(model)]
+    weights = [next(layer.parameters()) for layer in sharded_layers(model)]
     return sum(not isinstance(weight.data, DTensor) for weight in weights)
 
 
@@ -107,7 +107,7 @@ def work(rank: int, folder: str) -> None:
             model, noise, condition = make(case)
             if how == "shared":
                 fingerprint = model.fingerprint()
-                shard(model)
+                shard_weights(model)
                 assert model.fingerprint() == fingerprint
                 seen = watch(model)
             mine = slice(2 * rank, 2 * rank + 2)
@@ -119,10 +119,10 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, dict[str, Any]]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=2)
-    yield [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -157,4 +157,4 @@ def test_a_process_keeps_its_share_and_gathers_a_layer_at_a_time(ranks, case: st
 
 def test_a_single_process_has_nobody_to_share_with() -> None:
     with pytest.raises(ValueError, match=r"train.shard_model is True and there is one process .* torchrun"):
-        shard(make("dit float64")[0])
+        shard_weights(make("dit float64")[0])

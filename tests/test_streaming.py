@@ -147,7 +147,7 @@ def test_who_stops_watching_gives_up_the_place(model):
 
 
 @pytest.mark.parametrize(
-    "num_steps, count, steps",
+    ("num_steps", "count", "steps"),
     [(20, 3, (5, 10, 15)), (20, 1, (10,)), (8, 0, ()), (2, 3, (1,)), (3, 3, (1, 2)), (20, 2, (7, 13))],
 )
 def test_previews_are_evenly_spread(num_steps, count, steps):

@@ -8,7 +8,7 @@ import ray
 from router_only import ROUTER_ONLY, ROUTER_ONLY_FLAGS
 from tiny_dit import write_model
 
-import workflow
+from pipelines import workflow
 from pipelines.config.sweep import SweepConfig
 from pipelines.presets import fashion
 from pipelines.report.html_report import render
@@ -120,6 +120,7 @@ def arguments(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_a_sweep_and_its_second_half(arguments, tmp_path, capsys):
     arguments += ["--train.trajectories=4", "--sweep.targets", "0.25", "0.5"]
     storage = RunStorage(str(tmp_path / "runs"), "r1")
@@ -165,6 +166,7 @@ def test_a_sweep_and_its_second_half(arguments, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_asha_stops_what_falls_behind(arguments, tmp_path, capsys):
     arguments += ["--train.trajectories=8", "--sweep.search=asha", "--sweep.max-concurrent=1"]
     # Nothing is gained by reuse at this rate: the earlier trials are the better ones.

@@ -11,24 +11,25 @@ from torch import Tensor
 
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.builders import (
     even_plan,
     even_steps,
-    reusable_share,
+    reusable_fraction,
     steps_for,
     stepwise_plan,
     threshold_for,
 )
 from harmonica.training.plans.search import StepSearch, step_effects
-from harmonica.training.plans.selection import PlanChoice
+from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.sdt import SdtConfig
-from harmonica.training.trainer import RouterRun
+from harmonica.training.trainer import RouterTrainer
 
 STEPS = 9
 MACS = Macs(branches=(30, 60) * 6, rest=12)
@@ -44,14 +45,14 @@ def sampler(tiny_dit: DiT) -> Sampler:
     return make_sampler(tiny_dit, config)
 
 
-def rows(first: int, count: int = 4) -> tuple[Tensor, Tensor, RowKeys]:
-    keys = RowKeys.of(5, range(first, first + count))
+def rows(first: int, count: int = 4) -> Batch:
+    keys = SampleKeys.of(5, range(first, first + count))
     noise = torch.from_numpy(keys.start_noise((4, 8, 8))).double()
-    return noise, torch.arange(first, first + count) % 10, keys
+    return Batch(noise, torch.arange(first, first + count) % 10, keys)
 
 
-def train(run: RouterRun, until: int) -> list[dict[str, float]]:
-    return [run.train_one(*rows(4 * k)) for k in range(run.trajectory, until)]
+def train(run: RouterTrainer, until: int) -> list[dict[str, float]]:
+    return [run.train_one(rows(4 * k)) for k in range(run.trajectory, until)]
 
 
 @given(num_steps=st.integers(8, 60), speedup=st.floats(1.05, 1.9))
@@ -90,11 +91,11 @@ def test_scores_that_only_rounding_tells_apart_fall_on_one_side():
 
 def test_a_speed_beyond_reach_is_refused_with_the_highest():
     with pytest.raises(ValueError, match=r"train.target_speedup is 30.* reach \d+\.\d\d at most"):
-        reusable_share(20, MACS, 30.0)
+        reusable_fraction(20, MACS, 30.0)
 
 
 def test_trained_plans_meet_their_speed(sampler):
-    run = RouterRun(sampler, SPEED, seed=0)
+    run = RouterTrainer(sampler, SPEED, seed=0)
     train(run, 2)
     macs = sampler.model.macs()
     assert abs(run.artifact().ideal_speedup / 1.4 - 1) < 0.02
@@ -102,12 +103,13 @@ def test_trained_plans_meet_their_speed(sampler):
 
 
 def test_effects_are_those_of_plans_with_the_step_reused(sampler):
-    noise, labels, keys = batch = rows(0, 2)
-    full = sample(sampler, noise, labels, rows=keys)
+    batch = rows(0, 2)
+    noise, labels, keys = batch.noise_NCHW, batch.condition_N, batch.keys
+    full = sample(sampler, noise, labels, keys=keys)
 
     def change(*reused: int) -> Tensor:
         plan = stepwise_plan(STEPS, 6, reused)
-        return (sample(sampler, noise, labels, plan, reuse="forecast", rows=keys) - full).flatten(1)
+        return (sample(sampler, noise, labels, plan, reuse="forecast", keys=keys) - full).flatten(1)
 
     with torch.no_grad():
         effects = step_effects(sampler, batch, "forecast")
@@ -128,38 +130,39 @@ def test_the_search_finds_the_best_set_of_a_small_form():
 
 def test_a_measured_start_is_nearer_than_an_even_one(sampler):
     config = replace(SPEED, initial="measured", start_trajectories=2)
-    run = RouterRun(sampler, config, seed=0)
+    run = RouterTrainer(sampler, config, seed=0)
     train(run, 2)
-    plans = {name: Plan.from_scores(logits.sigmoid(), 0.5) for name, logits in run.starts.items()}
-    choice = PlanChoice(plans, "forecast")
-    choice.train_one(sampler, [rows(100, 16)], lambda tensor: None)
+    plans = {name: Plan.from_scores(logits.sigmoid(), 0.5) for name, logits in run.context.starts.items()}
+    choice = PlanSelector(plans, "forecast")
+    choice.observe(sampler, [rows(100, 16)], lambda tensor: None)
     assert choice.best == "measured"
 
 
 def test_the_nearest_plan_is_kept_and_says_whose_it_is(sampler):
     sdt = replace(FORECAST, learning_rate=0.5)
     config = replace(SPEED, initial_logit=0.5, trajectories=4, choice_trajectories=1, sdt=sdt)
-    run = RouterRun(sampler, config, seed=0)
+    run = RouterTrainer(sampler, config, seed=0)
     start = run.plan
     train(run, 4)
     assert run.plan != start
     (metrics,) = train(run, 5)
     nearer = "start" if metrics["choice.start_db"] > metrics["choice.trained_db"] else "trained"
-    assert run.chosen == nearer == run.artifact().training["chosen"]
+    assert run.context.chosen == nearer == run.artifact().training["chosen"]
     assert (run.plan == start) == (nearer == "start")
 
 
 def test_a_trained_plan_that_misses_the_speed_is_not_kept(sampler):
     config = replace(SPEED, trajectories=4, choice_trajectories=1, sdt=FORECAST)
-    run = RouterRun(sampler, config, seed=0)
+    run = RouterTrainer(sampler, config, seed=0)
     start = run.plan
     train(run, 4)
     with torch.no_grad():
         for row in run.router.rows:
             row.fill_(1.0)  # nothing to cut between
-    assert not run.aim.is_met_by(run.plan) and run.aim.is_met_by(start)
+    run.load_state(run.state() | {"choice": None})  # of that router
+    assert not run.context.target.is_met_by(run.plan) and run.context.target.is_met_by(start)
     train(run, 5)
-    assert (run.chosen, run.plan) == ("start", start)
+    assert (run.context.chosen, run.plan) == ("start", start)
 
 
 def test_a_run_of_all_phases_resumes_bit_for_bit(sampler):
@@ -170,12 +173,12 @@ def test_a_run_of_all_phases_resumes_bit_for_bit(sampler):
         choice_trajectories=2,
         forecast=ForecastConfig(trajectories=4, probes=1),
     )
-    whole = RouterRun(sampler, config, seed=0)
+    whole = RouterTrainer(sampler, config, seed=0)
     expected = train(whole, config.all_trajectories)
-    run, found = RouterRun(sampler, config, seed=0), []
+    run, found = RouterTrainer(sampler, config, seed=0), []
     for k in range(config.all_trajectories):
         state = run.state()
-        run = RouterRun(sampler, config, seed=0)
+        run = RouterTrainer(sampler, config, seed=0)
         run.load_state(state)
         found += train(run, k + 1)
     for before, now in zip(expected, found, strict=True):
@@ -189,24 +192,25 @@ def test_a_run_of_all_phases_resumes_bit_for_bit(sampler):
 def test_a_quality_is_met_by_the_fastest_start_that_has_it(sampler):
     settings = {"initial": "measured", "start_trajectories": 1, "target_speedup": 0.0, "trajectories": 2}
     search = StepSearch(STEPS)
-    noise, labels, keys = batch = rows(0)
-    search.train_one(sampler, [batch], "forecast", lambda tensor: None)
-    full = sample(sampler, noise, labels, rows=keys)
+    batch = rows(0)
+    noise, labels, keys = batch.noise_NCHW, batch.condition_N, batch.keys
+    search.observe(sampler, [batch], "forecast", lambda tensor: None)
+    full = sample(sampler, noise, labels, keys=keys)
 
     def psnr(count: int) -> float:
         plan = stepwise_plan(STEPS, 6, search.best(count))
-        images = sample(sampler, noise, labels, plan, reuse="forecast", rows=keys)
+        images = sample(sampler, noise, labels, plan, reuse="forecast", keys=keys)
         return float(10 * torch.log10(4 / (images - full).square().flatten(1).mean(1)).mean())
 
     found = [psnr(count) for count in (1, 2, 3, 4)]
-    run = RouterRun(sampler, replace(SPEED, **settings, target_psnr=(found[1] + found[2]) / 2), seed=0)
+    run = RouterTrainer(sampler, replace(SPEED, **settings, target_psnr=(found[1] + found[2]) / 2), seed=0)
     metrics = train(run, 2)
     assert metrics[0]["psnr"] == pytest.approx(found[1], abs=1e-3)
     assert run.plan.cur == pytest.approx(2 / STEPS, abs=0.01)
-    again = RouterRun(sampler, run.config, seed=0)
+    again = RouterTrainer(sampler, run.config, seed=0)
     again.load_state(run.state())
     assert train(again, 3)[0]["beta"] == train(run, 3)[0]["beta"] > 0
-    unmet = RouterRun(sampler, replace(SPEED, **settings, target_psnr=500.0), seed=0)
+    unmet = RouterTrainer(sampler, replace(SPEED, **settings, target_psnr=500.0), seed=0)
     train(unmet, 1)
     assert unmet.plan.cur == pytest.approx(1 / STEPS, abs=0.01), "the nearest there is"
 
@@ -214,9 +218,11 @@ def test_a_quality_is_met_by_the_fastest_start_that_has_it(sampler):
 def test_in_pairs_only_every_second_row_is_trained(sampler):
     sdt = SdtConfig(objective="pairwise", learning_rate=0.3, threshold=0.5)
     config = replace(SPEED, initial="constant", trajectories=3, iepo="none", sdt=sdt)
-    run = RouterRun(sampler, config, seed=0)
+    run = RouterTrainer(sampler, config, seed=0)
     train(run, 3)
-    moved = [bool((row != first).any()) for row, first in zip(run.router.logits(), run.starts["start"])]
+    moved = [
+        bool((row != first).any()) for row, first in zip(run.router.logits(), run.context.starts["start"])
+    ]
     assert [i for i, has_moved in enumerate(moved) if has_moved] == [1, 3, 5, 7]
     assert all(all(run.plan.compute[i]) for i in (0, 2, 4, 6, 8))
 

@@ -12,10 +12,9 @@ from router_only import ROUTER_ONLY
 from tiny_dit import write_model, write_overflowing
 from tolerances import of_training
 
-from harmonica.data.batch import Batch, make_rows
-from harmonica.samplers.noise import RowKeys
+from harmonica.data.samples import make_samples
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.trainer import RouterRun
+from harmonica.training.trainer import RouterTrainer
 from harmonica.validation.finite import NotFinite
 from pipelines.config.workflow import TrainConfig, WorkflowConfig
 from pipelines.presets import fashion
@@ -47,16 +46,14 @@ def config(tmp_path: Path) -> WorkflowConfig:
 
 
 def trained_here(
-    config: WorkflowConfig, run: RouterRun | None = None, until: int = TRAJECTORIES
-) -> RouterRun:
+    config: WorkflowConfig, run: RouterTrainer | None = None, until: int = TRAJECTORIES
+) -> RouterTrainer:
     """The same training without Ray, all rows on one worker."""
     fresh, spec = start_run(config, torch.device("cpu"))
     run, size = run or fresh, config.train.batch_size
     while run.trajectory < until:
         indices = torch.arange(run.trajectory * size, (run.trajectory + 1) * size).numpy()
-        rows = make_rows(indices, spec)
-        keys = RowKeys.of(spec.seed, indices.tolist())
-        run.train_one(torch.from_numpy(rows["noise"]), torch.from_numpy(rows["label"]), keys)
+        run.train_one(spec.to_batch(make_samples(indices, spec), "cpu"))
     return run
 
 
@@ -69,10 +66,10 @@ def test_training_moves_the_router(config: WorkflowConfig) -> None:
 
 def test_a_trajectory_says_what_its_time_went_into(config: WorkflowConfig) -> None:
     run, spec = start_run(config, torch.device("cpu"))
-    rows = Batch.of(make_rows(np.arange(4), spec), spec, "cpu")
+    batch = spec.to_batch(make_samples(np.arange(4), spec), "cpu")
     started = time.perf_counter()
-    first = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
-    second = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+    first = run.train_one(batch)
+    second = run.train_one(batch)
     took = time.perf_counter() - started
     kinds = {f"seconds.{name}" for name in ("teacher", "student", "backward", "reduce")}
     assert {name for name in first if name.startswith("seconds.")} == kinds | {"seconds.lambda"}
@@ -100,7 +97,7 @@ def test_a_resumed_run_is_bit_identical(config: WorkflowConfig, tmp_path: Path) 
     resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     trained_here(config, resumed)
     assert torch.equal(resumed.router.logits(), whole.router.logits())
-    assert resumed.current.aim.beta == whole.current.aim.beta
+    assert resumed.current.context.target.beta == whole.current.context.target.beta
 
 
 @pytest.mark.parametrize(

@@ -24,22 +24,22 @@ from processes import free_port
 from s3_server import BUCKET, SECRET, s3_server
 from tiny_dit import make_artifact, write_model
 
-import workflow
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch, make_rows
 from harmonica.data.prompt_files import MANIFEST
+from harmonica.data.samples import make_samples
 from harmonica.evaluation.image_metrics import psnr
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from pipelines.data.stream import row_spec
+from pipelines import workflow
+from pipelines.data.stream import sample_spec
 from pipelines.evaluation.latency import SEED_OFFSET
 from pipelines.run_state import resume
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import make_client
 from pipelines.tracking.mlflow_store import tracking_uri
 
-ROOT = Path(workflow.__file__).parent
+ROOT = Path(workflow.__file__).parents[1]
 SMALL = [
     "--sampler.num-inference-steps=6",
     "--train.trajectories=2",
@@ -68,10 +68,10 @@ def psnr_here(run: Path, arguments: list[str], sampler_name: str = "") -> float:
     model, artifact = load_model(config.model).model, RouterArtifact.load(run / "router")
     changes = {"name": sampler_name, "scheduler": None} if sampler_name else {}
     sampler = make_sampler(model, dataclasses.replace(artifact.sampler, **changes))
-    spec = row_spec(config, model, config.seed + SEED_OFFSET)
-    rows = Batch.of(make_rows(np.arange(config.evaluate.samples), spec), spec, "cpu")
+    spec = sample_spec(config, model, config.seed + SEED_OFFSET)
+    rows = spec.to_batch(make_samples(np.arange(config.evaluate.samples), spec), "cpu")
     full, cached = (
-        sample(sampler, rows.noise_NCHW, rows.condition_N, plan, reuse=artifact.reuse, rows=rows.keys)
+        sample(sampler, rows.noise_NCHW, rows.condition_N, plan, reuse=artifact.reuse, keys=rows.keys)
         for plan in (None, artifact.plan)
     )
     return float(psnr(cached, full).clamp(max=100).mean())
@@ -268,7 +268,7 @@ def test_the_chain_and_its_second_run(
         with listeners() as found:
             assert workflow.main([*arguments, "--promotion.min-psnr-to-full=99"]) == 3
         # torch's store, by which ranks find each other, takes no address: it is there while training runs.
-        assert {name for name, _ in found[False]} <= {"ray::RayTrainWorker", "ray::execute"}, "see README"
+        assert {name for name, _ in found[False]} <= {"ray::RayTrainWorker", "ray::execute"}, "see docs"
         assert {address for _, address in found[False]} <= {"::", "0.0.0.0"}, "gloo names one"
         servers = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
         assert servers <= {name for name, _ in found[True]}, "they were looked at"
@@ -375,6 +375,7 @@ RUNS = """select coalesce(parent.value, ''), stage.value, runs.status from runs
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_the_chain_with_everything_on_s3_and_runs_in_postgresql(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +438,7 @@ def test_the_chain_with_everything_on_s3_and_runs_in_postgresql(
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_the_chain_on_prompts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,6 +511,7 @@ def _wait_for_port(port: int, timeout_s: float = 90) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_submitted_as_a_job(tmp_path: Path, cluster_environment: dict[str, str]) -> None:
     model = write_model(tmp_path / "model")
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "workflow.py", "fashion"]

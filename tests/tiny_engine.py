@@ -34,12 +34,13 @@ def make_engine(
     *,
     config: ServeConfig = CONFIG,
     fastest: RouterArtifact | None = None,
+    name: str = "tiny",
 ) -> FailingEngine:
     """Make an engine with a champion, and maybe a faster router of version `fast`."""
     images = ImageSampler(loaded, over_limit=config.over_limit, max_steps=config.max_steps)
     champion = images.make_plan(artifact, version)
     images.use(champion, images.make_plan(fastest, "fast") if fastest else None)
-    return FailingEngine(images, "tiny", config)
+    return FailingEngine(images, name, config)
 
 
 def slow_steps(engine: GenerationEngine, seconds: float) -> None:

@@ -6,7 +6,7 @@ FOLDER = Path(__file__).parent
 FASHION_DIT = FOLDER / "fashion-dit"
 FASHION_PIXART = FOLDER / "fashion-pixart"
 CAPTIONS = FOLDER / "captions.txt"
-"""Prompts for it: half of `harmonica.pretraining.captions.all_captions`."""
+"""Prompts for it: half of `harmonica.evaluation.fashion_captions.all_captions`."""
 CLASSIFIER = FOLDER / "classifier"
 CHAMPION = FOLDER / "champion"
 """A router for the built-in DiT, which `make serve` starts from on a fresh clone. Its plan was found by a

@@ -1,1 +1,6 @@
-"""The commands: `python -m harmonica.cli.train`, `sample`, `convert`, `memory` and `check_reference`."""
+"""The commands `harmonica train`, `sample`, `apply`, `convert` and `memory`, and `check_reference`."""
+
+from harmonica.validation.extras import need
+
+for module in ("tyro", "matplotlib", "pyarrow"):
+    need(module, extra="cli")

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.io.paths import local
 from harmonica.io.safe_load import load_weights, read_released_router, read_tensors
 from harmonica.models.base import freeze
-from harmonica.models.dit.model import DiT, DiTConfig
+from harmonica.models.dit.config import DiTConfig
+from harmonica.models.dit.model import DiT
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.training.iepo import IepoKind, image_error_proxy
 from harmonica.training.sdt import SdtConfig, SdtTrainer
@@ -119,7 +121,8 @@ class _Case:
     @torch.inference_mode()
     def _forward(self, t: int) -> Tensor:
         noise, labels = self.inputs
-        return self.model(noise, torch.full_like(labels, t), labels)
+        output_NCHW: Tensor = self.model(noise, torch.full_like(labels, t), labels)
+        return output_NCHW
 
     @torch.inference_mode()
     def _guided(self, t: int) -> Tensor:
@@ -128,8 +131,8 @@ class _Case:
         return self.sampler.guide(self.model(state.x_MCHW, torch.full_like(labels_M, t), labels_M))
 
     def _lambda(self, kind: IepoKind) -> Tensor:
-        threshold = self.sdt_config.threshold
-        return image_error_proxy(self.sampler, self.router, *self.inputs, kind=kind, threshold=threshold)
+        batches = [Batch(*self.inputs)]
+        return image_error_proxy(self.sampler, self.router, batches, kind=kind, config=self.sdt_config)
 
     def _sdt(self) -> Iterator[tuple[str, Tensor]]:
         router = Router.from_logits(self.logits)
@@ -139,8 +142,7 @@ class _Case:
         records, latents = [], []
         for noise, labels in zip(self.recorded("sdt.noise"), self.recorded("sdt.labels")):
             epoch_records, final = trainer.train_trajectory(
-                noise,
-                labels,
+                [Batch(noise, labels)],
                 lambda_T,
                 on_gradient=lambda i, grad: gradients.setdefault(i, grad.clone()),
             )

@@ -29,14 +29,21 @@ def parse(arguments: list[str], presets: Mapping[str, Callable[[], Settings]], p
         say(f"presets: {', '.join(presets)} (default {name}); settings of {name}:")
     if name not in presets:
         raise ValueError(f"preset is {name!r}: give one of {', '.join(presets)}")
-    return parse_settings(presets[name](), rest, f"{prog} {name}")
+    preset = presets[name]()
+    return parse_settings(type(preset), rest, f"{prog} {name}", preset)
 
 
-def parse_settings(default: Settings, arguments: list[str], prog: str) -> Settings:
-    """tyro's parser, but a value that its settings refuse comes out as their error.
+def parse_settings(
+    kind: type[Settings], arguments: list[str], prog: str, default: Settings | None = None
+) -> Settings:
+    """Parse options with tyro, but raise the settings' own error for a value that they refuse.
 
     tyro prints such an error in a box, folded to the terminal's width, and exits; its own messages
     (unknown option, not a number) stay as they are.
+
+    Args:
+        kind: the class of the settings.
+        default: the values of options that are not given; by itself what the class has.
 
     Raises:
         SettingError: a value is refused.
@@ -44,7 +51,9 @@ def parse_settings(default: Settings, arguments: list[str], prog: str) -> Settin
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(type(default), default=default, args=arguments, prog=prog)
+            if default is None:
+                return tyro.cli(kind, args=arguments, prog=prog)
+            return tyro.cli(kind, args=arguments, prog=prog, default=default)
     except SystemExit as exit_:
         refused = exit_.__context__
         while refused is not None:

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,12 +29,13 @@ from harmonica.models.dit.public_layout import write_public
 from harmonica.models.dit.stored import StoredModel, skeleton
 from harmonica.models.loading import read_model
 from harmonica.models.vae import find_vae
+from harmonica.validation.settings import settings
 
 _SPACING = {0: "half (the public code)", 1: "half - 1 (diffusers)"}
 _PIPELINE_NULL_CLASS = 1000  # written into DiTPipeline
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings()
 class ConvertCommand:
     """What to convert."""
 
@@ -92,7 +93,7 @@ def outputs_move_by(stored: StoredModel, target: DiTConfig) -> float:
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     inputs = noise, torch.tensor([500]), torch.tensor([0])
     output = model(*inputs)
-    return ((other(*inputs) - output).norm() / output.norm()).item()
+    return float((other(*inputs) - output).norm() / output.norm())
 
 
 @contextmanager
@@ -190,9 +191,8 @@ def _say_convention(stored: StoredModel, target: DiTConfig) -> None:
 
 def main(arguments: list[str]) -> int:
     """Exit code 0 when written, 2 for unusable input."""
-    unset = ConvertCommand(source=tyro.MISSING, out=tyro.MISSING, to=tyro.MISSING)
     try:
-        run(parse_settings(unset, arguments, "python -m harmonica.cli.convert"))
+        run(parse_settings(ConvertCommand, arguments, "python -m harmonica.cli.convert"))
     except ValueError as error:
         return fail(error, code=2)
     return 0

@@ -21,7 +21,7 @@ Shapes: M model rows (two a picture under guidance), L tokens, D width, S text t
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, get_args
 
@@ -151,7 +151,7 @@ def _line(name: str, shape: Shape, batch_size: int, micro_batch_size: int, proce
     return f"| {name} | {' | '.join(f'{size / 2**30:.2f}' for size in sizes)} |"
 
 
-def main(
+def print_table(
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = tuple(MODELS),
     *,
     batch_size: int = 1,
@@ -174,5 +174,10 @@ def main(
     return 0
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return 0 if it printed the table, and 2 for an unknown model."""
+    return tyro.cli(print_table, args=arguments, prog="harmonica memory")
+
+
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
-"""Sample with and without a router, on the same noise, timed; no Ray.
+r"""Sample with and without a router, on the same noise, timed; no Ray.
 
     python -m harmonica.cli.sample                                    # the built-in model and its champion
-    python -m harmonica.cli.sample --model.path DiT-XL-2-256x256.pt --model.vae VAE --router ROUTER \\
+    python -m harmonica.cli.sample --model.path DiT-XL-2-256x256.pt --model.vae VAE --router ROUTER \
         --classes 207 360 --guidance-scale 4 --allow-other-sampler
     python -m harmonica.cli.sample --model.path builtin:fashion-pixart --prompts "a coat" "a dark sneaker"
     python -m harmonica.cli.sample --help
@@ -30,6 +30,7 @@ from harmonica.core.sampling import check_plan, sample
 from harmonica.data.class_names import UnknownClass, find_class
 from harmonica.data.conditions import make_conditions
 from harmonica.evaluation.differences import with_differences
+from harmonica.execution.levels import warm_ups
 from harmonica.io.paths import local
 from harmonica.io.safe_load import read_released_router
 from harmonica.io.tensor_files import write_tensors
@@ -37,7 +38,7 @@ from harmonica.models.loading import BUILTIN, LoadedModel, ModelConfig, load_mod
 from harmonica.models.vae import decode_latents, draws_pixels
 from harmonica.samplers import Sampler, SamplerConfig, SamplerName, make_sampler, with_scheduler
 from harmonica.samplers.config import GuidanceChannels
-from harmonica.samplers.noise import MAX_SEED, RowKeys, row_label
+from harmonica.samplers.noise import MAX_SEED, SampleKeys, sample_label
 from harmonica.validation.finite import NotFinite, check_finite
 from harmonica.validation.settings import Count, Cure, Field, SettingError, settings
 
@@ -70,7 +71,7 @@ class SampleCommand:
     allow_other_sampler: bool = False
     """Use the router under a sampler or guidance it was not trained for; its step count stays."""
     rounds: Count = 3
-    """How often each way is timed, after one run to warm up; the median counts."""
+    """How often each way is timed, after warming up; the median counts."""
     output: Path = Path("samples.png")
     """Grid of pictures; without a VAE the latents go to a .safetensors file beside it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -154,24 +155,24 @@ def _subjects(command: SampleCommand, loaded: LoadedModel) -> tuple[Sequence[int
             f"prompts is {command.prompts!r} and the model in {command.model.path} takes classes: give "
             "--classes instead"
         )
-    drawn = tuple(str(row_label(command.seed, i, loaded.model.num_classes)) for i in range(8))
+    drawn = tuple(str(sample_label(command.seed, i, loaded.model.num_classes)) for i in range(8))
     labels = [_label(name, loaded.class_names) for name in command.classes or drawn]
     return labels, [loaded.class_names[label] for label in labels]
 
 
 def _timed(
-    sampler: Sampler, batch: tuple[Tensor, Any], rows: RowKeys, router: RouterArtifact | None, rounds: int
+    sampler: Sampler, batch: tuple[Tensor, Any], keys: SampleKeys, router: RouterArtifact | None, rounds: int
 ) -> tuple[Tensor, list[float]]:
-    """What is sampled (the same every time), and seconds of each round after the first."""
+    """What is sampled (the same every time), and seconds of each round after those to warm up."""
     plan, reuse = (router.plan, router.reuse) if router else (None, "hold")
-    seconds = []
-    for _ in range(rounds + 1):
+    seconds, first = [], warm_ups(sampler.model)
+    for _ in range(rounds + first):
         started = time.perf_counter()
-        images = sample(sampler, *batch, plan, reuse=reuse, rows=rows)  # type: ignore[arg-type]
+        images = sample(sampler, *batch, plan, reuse=reuse, keys=keys)  # type: ignore[arg-type]
         if images.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return images, seconds[1:]
+    return images, seconds[first:]
 
 
 def run(command: SampleCommand) -> dict[str, Tensor]:
@@ -181,17 +182,18 @@ def run(command: SampleCommand) -> dict[str, Tensor]:
     model, router = loaded.model, _load_router(command, loaded)
     sampler = _make_sampler(command, loaded, router)
     subjects, titles = _subjects(command, loaded)
-    rows = RowKeys.of(command.seed, range(len(subjects)))
+    keys = SampleKeys.of(command.seed, range(len(subjects)))
     side = model.sample_size
-    noise = torch.from_numpy(rows.start_noise((model.in_channels, side, side))).to(device)
+    noise = torch.from_numpy(keys.start_noise((model.in_channels, side, side))).to(device)
     batch = noise, make_conditions(loaded, device).of(subjects, [""] * len(subjects))
     config = sampler.config
-    say(f"{config.name}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {device}")
+    how = f"{device}, {model.execution}"
+    say(f"{config.name}, {config.num_inference_steps} steps, guidance {config.guidance_scale:g}, {how}")
     sampled, medians = {}, {}
     for way, used in (("full", None), ("cached", router)):
         if way == "cached" and router is None:
             continue
-        sampled[way], seconds = _timed(sampler, batch, rows, used, command.rounds)
+        sampled[way], seconds = _timed(sampler, batch, keys, used, command.rounds)
         check_finite(sampled[way], f"the {way} samples are")
         medians[way] = statistics.median(seconds)
         spread = (max(seconds) - min(seconds)) / medians[way]
@@ -238,7 +240,7 @@ def _write(
 def main(arguments: list[str]) -> int:
     """Exit code 0 when sampled, 2 for unusable input, 1 where what is drawn is not finite."""
     try:
-        run(parse_settings(SampleCommand(), arguments, "python -m harmonica.cli.sample"))
+        run(parse_settings(SampleCommand, arguments, "python -m harmonica.cli.sample"))
     except ValueError as error:
         return fail(error, code=2)
     except NotFinite as error:

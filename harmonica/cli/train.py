@@ -28,17 +28,17 @@ import torch.distributed as dist
 
 from harmonica.cli.common import fail, parse, say
 from harmonica.core.artifact import RouterArtifact
-from harmonica.data.batch import Batch, RowSpec, Share, make_rows
 from harmonica.data.prompts import PromptStore
+from harmonica.data.samples import SampleSpec, Shard, make_samples
 from harmonica.io.paths import local
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.samplers.noise import MAX_SEED
 from harmonica.training.config import TrainingConfig
-from harmonica.training.multi_target import FamilyRun, family_phases
-from harmonica.training.phases import Progress
+from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
 from harmonica.training.presets import RECIPES, Recipe
-from harmonica.training.sharding import shard
+from harmonica.training.progress import Progress
+from harmonica.training.sharding import shard_weights
 from harmonica.validation.changed_settings import changed_settings
 from harmonica.validation.finite import NotFinite
 from harmonica.validation.settings import Cure, Field, settings
@@ -85,19 +85,19 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _process_group(device: torch.device, batch_size: int) -> Iterator[Share]:
-    """torchrun's process group where there is one, and this process's share of the rows."""
+def _process_group(device: torch.device, batch_size: int) -> Iterator[Shard]:
+    """torchrun's process group where there is one, and this process's shard of the rows."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if batch_size % world_size:
         raise ValueError(f"train.batch_size is {batch_size}: give a multiple of the {world_size} processes")
     if "RANK" not in os.environ:
-        yield Share(batch_size)
+        yield Shard(batch_size)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Share(batch_size, rank, world_size)
+        yield Shard(batch_size, rank, world_size)
         dist.barrier()  # a process that leaves while another still speaks to it brings that one down
     finally:
         dist.destroy_process_group()
@@ -125,7 +125,7 @@ class _Folder:
                 f"{others}: resume the run in {self.path} with its own settings, or give another output"
             )
 
-    def load(self, run: FamilyRun) -> None:
+    def load(self, run: MultiTargetTrainer) -> None:
         """Go on from the last state, if there is one; all ranks call it."""
         if self._state.is_file():
             run.load_state(self._read_state(run.device))
@@ -145,7 +145,7 @@ class _Folder:
         """Keep a line until the next state, so that a replayed trajectory is logged once."""
         self._pending.append(json.dumps({"trajectory": trajectory} | metrics) + "\n")
 
-    def save(self, run: FamilyRun) -> None:
+    def save(self, run: MultiTargetTrainer) -> None:
         """The state first, since it says what the file of metrics is to hold."""
         self.path.mkdir(parents=True, exist_ok=True)
         _replace(self.path / "settings.json", (json.dumps(self.settings, indent=1) + "\n").encode())
@@ -163,12 +163,12 @@ class _Folder:
             file.truncate(min(start, file.tell()))
             file.write(text.encode())
 
-    def finish(self, run: FamilyRun) -> RouterArtifact:
+    def finish(self, run: MultiTargetTrainer) -> RouterArtifact:
         from harmonica.evaluation.plots import router_heat_map
 
         artifact = run.artifact(**self.settings["train"])
         artifact.save(self.path / "router")
-        for name, other in run.others(**self.settings["train"]).items():
+        for name, other in run.extra_artifacts(**self.settings["train"]).items():
             other.save(self.path / "family" / name)
         names = [branch.name for branch in run.sampler.model.branches]
         scores_TB = artifact.logits_TB.sigmoid()
@@ -181,46 +181,47 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
     device = pick_device(command.device)
     folder = _Folder(command.output, json.loads(json.dumps(dataclasses.asdict(command), default=str)))
     folder.check()
-    with _process_group(device, command.train.batch_size) as share:
-        loaded = load_model(command.model, "cpu" if command.train.shard_model else device)
+    with _process_group(device, command.train.batch_size) as shard:
+        loaded = load_model(command.model.for_training(), "cpu" if command.train.shard_model else device)
         if command.train.shard_model:
-            shard(loaded.model)
+            shard_weights(loaded.model)
         sampler = make_sampler(loaded.model, with_scheduler(command.sampler, loaded.scheduler))
-        run = FamilyRun(sampler, command.train, seed=command.seed, device=device)
+        run = MultiTargetTrainer(sampler, command.train, seed=command.seed, device=device)
         folder.load(run)
-        if share.rank == 0:
+        if shard.rank == 0:
             folder.mend(device)
         prompts = PromptStore(command.prompts) if command.prompts else None
-        spec = RowSpec.of(loaded.model, command.seed, prompts)
-        _train(run, spec, share, folder, tell if share.rank == 0 else lambda _: None)
-        if share.rank != 0:
+        spec = SampleSpec.of(loaded.model, command.seed, prompts)
+        _train(run, spec, shard, folder, tell if shard.rank == 0 else lambda _: None)
+        if shard.rank != 0:
             return run.artifact()
         artifact = folder.finish(run)
     tell(f"router in {folder.path}: CUR {artifact.plan.cur:.1%}, ideal {artifact.ideal_speedup:.2f}x")
     return artifact
 
 
-def trained(run: FamilyRun, spec: RowSpec, share: Share) -> Iterator[dict[str, float]]:
+def trained(run: MultiTargetTrainer, spec: SampleSpec, shard: Shard) -> Iterator[dict[str, float]]:
     """Train the trajectories that are left, on rows made here; the metrics after each."""
-    while run.next_rows:
-        indices = share.indices(np.arange(share.size), run.next_rows.start)
-        rows = Batch.of(make_rows(indices, spec), spec, run.device)
-        yield run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+    while run.next_trajectories:
+        indices = shard.indices(np.arange(shard.size), run.next_trajectories.start)
+        yield run.train_one(spec.to_batch(make_samples(indices, spec), run.device))
 
 
-def _train(run: FamilyRun, spec: RowSpec, share: Share, folder: _Folder, tell: Callable[[str], None]) -> None:
+def _train(
+    run: MultiTargetTrainer, spec: SampleSpec, shard: Shard, folder: _Folder, tell: Callable[[str], None]
+) -> None:
     config, last_said, last_saved = run.config, 0.0, time.monotonic()
-    progress = Progress(family_phases(config, run.sampler.num_steps))
+    progress = Progress(all_phase_budgets(config, run.sampler.num_steps))
     since, began = run.trajectory, time.monotonic()
-    for metrics in trained(run, spec, share):
+    for metrics in trained(run, spec, shard):
         is_last, now = run.trajectory == config.all_trajectories, time.monotonic()
         if is_last or now - last_said > _SAY_EVERY_S:
             shown = ("loss", "mse", "beta", "updates_per_s")
             told = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown if name in metrics)
-            left = progress.left_words(run.trajectory, since, now - began)
-            tell(f"{progress.words(run.trajectory)}  CUR {metrics['cur']:.1%}  {told}  {left}")
+            left = progress.time_left_message(run.trajectory, since, now - began)
+            tell(f"{progress.message(run.trajectory)}  CUR {metrics['cur']:.1%}  {told}  {left}")
             last_said = now
-        if share.rank == 0:  # the state is the same on every rank
+        if shard.rank == 0:  # the state is the same on every rank
             folder.log(run.trajectory, metrics)
             if is_last or now - last_saved > config.checkpoint_interval_s:
                 folder.save(run)

@@ -22,7 +22,10 @@ from torch import Tensor
 
 from harmonica.core.cache import BranchCache, Reuse, cache_bytes
 from harmonica.core.plan import Plan
-from harmonica.models.base import Branch, BranchedTransformer, merge_of
+from harmonica.execution.eager import Addition
+from harmonica.execution.levels import runner_of
+from harmonica.execution.values import Scalars
+from harmonica.models.base import Branch, BranchedTransformer
 
 Entry = tuple[int, int]
 """Step and branch. The key of a sum is its step and the first branch of its run."""
@@ -56,7 +59,7 @@ class AccumulationPlan:
 
     def nbytes(self, model: BranchedTransformer, *, is_guided: bool) -> int:
         """Return the bytes of one image's sums, in the hidden state's precision."""
-        itemsize = torch.promote_types(model.dtype, torch.float32).itemsize
+        itemsize = (model.residual_dtype or torch.promote_types(model.dtype, torch.float32)).itemsize
         return self.most_sums * (1 + is_guided) * math.prod(model.value_shape) * itemsize
 
     @property
@@ -150,12 +153,14 @@ class AccumulatedSums:
     """The sums of one batch during one trajectory under an accumulation plan."""
 
     def __init__(self, plan: AccumulationPlan, conditionings_T: Sequence[Any]) -> None:
-        """
+        """Start with no sums.
+
         Args:
             conditionings_T: the conditioning of every step, as `embed` returns it.
         """
         self.plan, self._conditionings_T = plan, conditionings_T
         self._sums: dict[Entry, Tensor] = {}
+        self._scalars = Scalars()
 
     def planned_pass(
         self, model: BranchedTransformer, hidden_NLD: Tensor, conditioning: Any, step: int
@@ -165,29 +170,26 @@ class AccumulatedSums:
         Returns:
             The model's output (N, out_channels, H, W).
         """
-        branches, row = model.branches, self.plan.plan.compute[step]
+        branches, row, runner = model.branches, self.plan.plan.compute[step], runner_of(model)
         for index, (branch, is_computed) in enumerate(zip(branches, row, strict=True)):
             if is_computed:
-                y_NLD = branch.compute(hidden_NLD, conditioning)
-                for term in self.plan.terms.get((step, index), ()):
-                    self._add(term, branch, y_NLD, hidden_NLD)
-                hidden_NLD = merge_of(branch, index)(hidden_NLD, y_NLD, conditioning)
+                terms = self.plan.terms.get((step, index), ())
+                additions = [self._addition(term, branch, hidden_NLD) for term in terms]
+                hidden_NLD = runner.compute_and_add(
+                    branch, index, hidden_NLD, conditioning, additions, self._scalars
+                )
             elif (step, index) in self.plan.ends:
                 hidden_NLD = self._sums.pop((step, index)).add_(hidden_NLD)
                 last = branches[self.plan.ends[step, index]]
-                hidden_NLD = last.post_branch(hidden_NLD, conditioning)
+                hidden_NLD = runner.run_all(last.always, hidden_NLD, conditioning)
         return model.head(hidden_NLD, conditioning)
 
-    def _add(self, term: Term, branch: Branch, y_NLD: Tensor, hidden_NLD: Tensor) -> None:
-        """Add a term to its sum, in the hidden state's precision."""
-        gate = branch.gate(self._conditionings_T[term.target[0]])
+    def _addition(self, term: Term, branch: Branch, hidden_NLD: Tensor) -> Addition:
+        """Return a term as what is added to its sum, in the hidden state's precision."""
         total_NLD = self._sums.get(term.target)
         if total_NLD is None:
             total_NLD = self._sums[term.target] = torch.zeros_like(hidden_NLD)
-        if gate is None:
-            total_NLD.add_(y_NLD, alpha=term.weight)
-        else:
-            total_NLD.addcmul_(gate, y_NLD, value=term.weight)
+        return Addition(total_NLD, branch.gate(self._conditionings_T[term.target[0]]), term.weight)
 
     @property
     def nbytes(self) -> int:

@@ -55,6 +55,7 @@ class RouterArtifact:
 
     @property
     def plan(self) -> Plan:
+        """Return the plan of these scores at the recorded threshold."""
         return Plan.from_scores(self.logits_TB.sigmoid(), self.threshold, self.forecast_TBK)
 
     @property

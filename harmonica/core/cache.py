@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from harmonica.core.plan import Forecast
+from harmonica.execution.values import KeptValues, Scalars, extrapolate
 from harmonica.models.base import BranchedTransformer
 
 Reuse = Literal["hold", "forecast"]
@@ -24,19 +24,6 @@ def cache_bytes(model: BranchedTransformer, reuse: Reuse, *, is_guided: bool, fo
     return values * math.prod(model.value_shape) * model.dtype.itemsize
 
 
-def extrapolate(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return `v1 + w1 (v1 - v2) + w2 (v2 - v3) + ...` of values, newest first.
-
-    Values are (N, L, D); weights without a value are ignored.
-    """
-    if len(values) == 1 or not weights:
-        return values[0]
-    forecast = torch.lerp(values[1], values[0], 1.0 + weights[0])
-    for newer, older, weight in zip(values[1:], values[2:], weights[1:]):
-        forecast = torch.add(forecast, newer - older, alpha=weight)
-    return forecast
-
-
 class BranchCache:
     """The last computed values of every branch, for one trajectory of one batch.
 
@@ -51,6 +38,8 @@ class BranchCache:
         order = len(learned[0][0]) if learned else 1
         self._depth = values_kept(reuse, order)
         self._kept: list[tuple[tuple[int, Tensor], ...]] = [()] * num_branches
+        self.scalars = Scalars()
+        """Coefficients of forecasts on the device."""
 
     def read(self, branch: int, step: int) -> Tensor:
         """Return the branch's value (N, L, D) for a step at which it is reused."""
@@ -59,6 +48,11 @@ class BranchCache:
         if len(kept) == 1:
             return kept[0][1]
         return extrapolate([value for _, value in kept], self.weights(branch, step))
+
+    def kept(self, branch: int, step: int) -> KeptValues:
+        """Return the values that `read` adds up, without adding."""
+        values = [value for _, value in self._kept[branch]]
+        return KeptValues.of(values, self.weights(branch, step) if len(values) > 1 else ())
 
     def weights(self, branch: int, step: int) -> Sequence[float]:
         """Return the weights of the differences between last values, newest first."""
@@ -83,5 +77,5 @@ class BranchCache:
     def copy(self) -> "BranchCache":
         """Return a second cache that shares the values, which are never overwritten."""
         twin = BranchCache(len(self._kept), self.reuse, self._learned)
-        twin._kept = list(self._kept)
+        twin._kept, twin.scalars = list(self._kept), self.scalars
         return twin

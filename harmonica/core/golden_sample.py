@@ -14,10 +14,10 @@ from harmonica.core.sampling import sample
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import Sampler
-from harmonica.samplers.noise import RowKeys, row_noise
+from harmonica.samplers.noise import SampleKeys, sample_noise
 from harmonica.validation.finite import check_finite
 
-_KEYS = RowKeys.of(0, (0,))
+_KEYS = SampleKeys.of(0, (0,))
 _TEXT_ROW, _NEGATIVE_ROW = 1, 2
 # Of a sample, relative to its size: what rounding on other devices may change. Another plan of the built-in
 # model changes 2%, float64 5e-7 and bfloat16 1.2%, here or where the sample was recorded.
@@ -31,7 +31,7 @@ def draw_sample(artifact: RouterArtifact, sampler: Sampler) -> Tensor:
     device = next(iter(model.parameters())).device
     noise = torch.from_numpy(_KEYS.start_noise(shape)).to(device)
     condition = _condition(model, device)
-    drawn = sample(sampler, noise, condition, artifact.plan, reuse=artifact.reuse, rows=_KEYS)
+    drawn = sample(sampler, noise, condition, artifact.plan, reuse=artifact.reuse, keys=_KEYS)
     return drawn[0].to("cpu", model.dtype)
 
 
@@ -77,7 +77,7 @@ def _condition(model: BranchedTransformer, device: torch.device) -> Any:
         return torch.zeros(1, dtype=torch.long, device=device)
     width, num_tokens = model.text_shape()
     positive, negative = (
-        torch.from_numpy(row_noise(0, row, (1, num_tokens, width))).to(device)
+        torch.from_numpy(sample_noise(0, row, (1, num_tokens, width))).to(device)
         for row in (_TEXT_ROW, _NEGATIVE_ROW)
     )
     mask = torch.ones(1, num_tokens, dtype=torch.bool, device=device)

@@ -4,7 +4,7 @@
 it, `soft_pass` at r = 1 equals it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from harmonica.core.cache import BranchCache
-from harmonica.models.base import BranchedTransformer, merge_of
+from harmonica.execution.levels import runner_of
+from harmonica.models.base import BranchedTransformer
 
 
 class _Mix(torch.autograd.Function):
@@ -36,9 +37,11 @@ class _Mix(torch.autograd.Function):
 
 
 def mix(cached: Tensor, computed: Tensor, score: Tensor) -> Tensor:
+    """Return (1 - r) cached + r computed, for a score r of no dimensions."""
     if computed.dtype == score.dtype:
         return torch.lerp(cached, computed, score)
-    return _Mix.apply(cached, computed, score)
+    mixed: Tensor = _Mix.apply(cached, computed, score)
+    return mixed
 
 
 def planned_pass(
@@ -56,14 +59,24 @@ def planned_pass(
     Returns:
         The model's output (N, out_channels, H, W).
     """
-    for index, (branch, is_computed) in enumerate(zip(model.branches, compute_row, strict=True)):
-        if is_computed:
-            y = branch.compute(hidden_NLD, conditioning)
+    runner = runner_of(model)
+    for indices, is_computed in runs_of(compute_row):
+        if not is_computed:
+            hidden_NLD = runner.reuse(model.branches, indices, hidden_NLD, conditioning, cache, step)
+            continue
+        for index in indices:
+            hidden_NLD, y = runner.compute(model.branches[index], index, hidden_NLD, conditioning)
             cache.write(index, step, y)
-        else:
-            y = cache.read(index, step)
-        hidden_NLD = merge_of(branch, index)(hidden_NLD, y, conditioning)
     return model.head(hidden_NLD, conditioning)
+
+
+def runs_of(compute_row: Sequence[bool]) -> Iterator[tuple[range, bool]]:
+    """Yield the runs of neighbouring branches that are all computed or all reused, in order."""
+    first = 0
+    for last in range(1, len(compute_row) + 1):
+        if last == len(compute_row) or compute_row[last] != compute_row[first]:
+            yield range(first, last), compute_row[first]
+            first = last
 
 
 def branches_per_checkpoint(num_branches: int) -> int:
@@ -73,7 +86,8 @@ def branches_per_checkpoint(num_branches: int) -> int:
     within the group being recomputed about 14 bytes a value and branch: B / k * 4 + 14 * k is least near
     k = sqrt(B) / 2.
     """
-    return max(1, round(num_branches**0.5 / 2))
+    nearest: int = round(num_branches**0.5 / 2)
+    return max(1, nearest)
 
 
 def _soft_branches(

@@ -69,10 +69,12 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
+        """Return T, the number of sampling steps."""
         return len(self.compute)
 
     @property
     def num_branches(self) -> int:
+        """Return B, the number of branches."""
         return len(self.compute[0])
 
     @property

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.core.plan import Plan
-from harmonica.samplers.noise import row_noise
+from harmonica.samplers.noise import sample_noise
 
 FIXED_LOGIT = 5.0
 """Logits of row T-1, which always computes and is never trained."""
-ROUTER_ROW = 2**62
+ROUTER_INDEX = 2**62
 """Row index that initial logits are drawn at: no trajectory gets there."""
 
 
@@ -44,7 +44,7 @@ class Router(nn.Module):
     @classmethod
     def normal(cls, num_steps: int, num_branches: int, seed: int) -> "Router":
         """Return a router with standard normal logits, as in the released code."""
-        logits_TB = torch.from_numpy(row_noise(seed, ROUTER_ROW, (num_steps, num_branches)))
+        logits_TB = torch.from_numpy(sample_noise(seed, ROUTER_INDEX, (num_steps, num_branches)))
         logits_TB[-1] = FIXED_LOGIT
         return cls.from_logits(logits_TB)
 
@@ -59,11 +59,13 @@ class Router(nn.Module):
 
     @property
     def num_steps(self) -> int:
+        """Return T, the number of sampling steps."""
         return len(self.rows)
 
     @property
     def num_branches(self) -> int:
-        return self.rows[0].shape[0]
+        """Return B, the number of branches."""
+        return len(self.rows[0])
 
     def logits(self) -> Tensor:
         """(T, B), detached."""
@@ -71,7 +73,8 @@ class Router(nn.Module):
 
     def scores(self, i: int) -> Tensor:
         """r = sigmoid(logit) of step i (B,), differentiable."""
-        return self.rows[i].sigmoid()
+        scores_B: Tensor = self.rows[i].sigmoid()
+        return scores_B
 
     def plan(self, threshold: float) -> Plan:
         """Return the plan at threshold tau."""
@@ -85,4 +88,5 @@ class Router(nn.Module):
         torch._foreach_clamp_max_(trained, limit)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows of it."""
         return f"num_steps={self.num_steps}, num_branches={self.num_branches}"

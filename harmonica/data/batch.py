@@ -1,109 +1,39 @@
-"""Rows (index, label, noise, for text also the embedded prompt): what is trained and judged on.
+"""A batch of samples: noise, what the images are to show, and the keys of further noise."""
 
-Each is a pure function of (seed, index); no images. The label is a class, or the number of a prompt in its
-store. Which rows form trajectory k is a function of k and the global batch size, never of the number of
-workers.
-"""
-
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
+from torch import Tensor
 
-from harmonica.data.prompts import PromptStore, text_condition
-from harmonica.models.base import BranchedTransformer
-from harmonica.samplers.noise import RowKeys, row_label, row_noise
-
-
-@dataclass(frozen=True, slots=True)
-class RowSpec:
-    """What a row looks like; pickled, its prompts are an address."""
-
-    seed: int
-    num_classes: int
-    """Labels to draw from: the model's classes, or the prompts of the store."""
-    shape: tuple[int, int, int]
-    """Of the noise: C, H, W."""
-    prompts: PromptStore | None = None
-    """Where the model takes prompts."""
-    pixels: tuple[int, int] | None = None
-    """Height and width, where the model is told its size."""
-
-    @classmethod
-    def of(cls, model: BranchedTransformer, seed: int, prompts: PromptStore | None = None) -> "RowSpec":
-        """Rows for a model.
-
-        Raises:
-            ValueError: a model that takes prompts without any, or with another encoder's.
-        """
-        shape = (model.in_channels, model.sample_size, model.sample_size)
-        if model.num_classes:
-            return cls(seed, model.num_classes, shape)
-        if prompts is None:
-            raise ValueError("prompts.path is '' and the model takes prompts: give a file of prompts")
-        prompts.check(*model.text_shape())
-        return cls(seed, len(prompts), shape, prompts, model.size_conditioning())
-
-    @property
-    def row_bytes(self) -> int:
-        """Of a row in memory."""
-        return 4 * math.prod(self.shape) + (self.prompts.row_bytes if self.prompts else 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Which rows are one worker's: trajectory k is rows kB ... kB+B-1, split evenly by rank.
-
-    A pure function of k and the global batch size B, so the number of workers changes who makes a row
-    and never which rows make a trajectory.
-    """
-
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def size(self) -> int:
-        """Rows of one trajectory on this worker."""
-        return self.batch_size // self.world_size
-
-    def indices(self, positions: np.ndarray, first_trajectory: int) -> np.ndarray:
-        """Row index of this worker's 0th, 1st, ... row counted from `first_trajectory`."""
-        trajectory = first_trajectory + positions // self.size
-        return trajectory * self.batch_size + self.rank * self.size + positions % self.size
-
-
-def make_rows(indices: np.ndarray, spec: RowSpec) -> dict[str, np.ndarray]:
-    """index (n,), label (n,) int64, noise (n, C, H, W) float32; for text `PromptStore.columns` too."""
-    labels = np.array([row_label(spec.seed, int(i), spec.num_classes) for i in indices], np.int64)
-    rows = {
-        "index": indices,
-        "label": labels,
-        "noise": np.stack([row_noise(spec.seed, int(i), spec.shape) for i in indices]),
-    }
-    return rows | spec.prompts.columns(labels) if spec.prompts else rows
+from harmonica.samplers.base import Sampler, State
+from harmonica.samplers.noise import SampleKeys
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows on the device that samples them."""
+    """N samples on the device that draws their images."""
 
-    noise_NCHW: torch.Tensor
+    noise_NCHW: Tensor
     condition_N: Any
     """Labels (N,), or a `TextCondition`."""
-    keys: RowKeys
-
-    @classmethod
-    def of(cls, rows: Mapping[str, Any], spec: RowSpec, device: torch.device | str) -> "Batch":
-        """From `make_rows`' columns, numpy's or torch's; copied, because Ray's batches are read-only."""
-        noise, label = (torch.as_tensor(np.array(rows[name])).to(device) for name in ("noise", "label"))
-        keys = RowKeys.of(spec.seed, [int(i) for i in rows["index"]])
-        if spec.prompts is None:
-            return cls(noise, label, keys)
-        return cls(noise, text_condition(rows, spec.prompts, spec.pixels).to(device), keys)
+    keys: SampleKeys | None = None
+    """The samples' keys, which a stochastic sampler needs."""
 
     def __len__(self) -> int:
         return len(self.noise_NCHW)
+
+    def split(self, size: int) -> list["Batch"]:
+        """Return the samples in order, at most `size` at a time; 0 leaves them together.
+
+        Split before a sampler starts, since guidance doubles rows: [conditional; unconditional].
+        """
+        size = size or len(self)
+        parts = (slice(first, first + size) for first in range(0, len(self), size))
+        return [
+            Batch(self.noise_NCHW[part], self.condition_N[part], self.keys[part] if self.keys else None)
+            for part in parts
+        ]
+
+    def start(self, sampler: Sampler) -> State:
+        """Return the state from which a sampler begins with these samples."""
+        return sampler.start(self.noise_NCHW, self.condition_N, self.keys)

@@ -16,7 +16,8 @@ import torch
 from pyarrow import fs
 from torch import Tensor
 
-from harmonica.io.file_systems import open_uri, shown
+from harmonica.io.file_systems import open_uri
+from harmonica.io.paths import shown
 
 MANIFEST = "store.json"
 _PARTS, _SUFFIX = "parts", ".parquet"

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from harmonica.data.prompt_files import MANIFEST, PromptRows, part_path, read_manifest
-from harmonica.io.file_systems import open_uri, shown
+from harmonica.io.file_systems import open_uri
+from harmonica.io.paths import shown
 from harmonica.models.text_condition import TextCondition
 
 _OPEN_PARTS = 16  # the footer of an open one takes some 170 bytes a row
@@ -28,7 +29,8 @@ class PromptStore:
     """A finished store. Pickled, it is its address, and opens again where it arrives."""
 
     def __init__(self, uri: str | Path, digest: str = "") -> None:
-        """
+        """Open a finished store.
+
         Args:
             uri: a local folder or an s3:// URI.
             digest: refuse the store if it is not this one.

@@ -19,6 +19,7 @@ from harmonica.io.safe_load import read_tensors
 from harmonica.io.weight_files import contents, find_weights
 from harmonica.models.base import FINGERPRINT_VALUES, weights_fingerprint
 from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.validation.extras import need
 from harmonica.validation.finite import check_finite
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def load_tokenizer(folder: Path) -> Any:
             f"model.path {folder} has no tokenizer/{' or '.join(_WORDS)}; tokenizer/ holds {contents(part)}: "
             "fetch the tokenizer again"
         )
+    need("transformers", extra="diffusers")
     from transformers import T5Tokenizer
 
     return T5Tokenizer.from_pretrained(part, local_files_only=True)
@@ -98,7 +100,7 @@ class PromptTooLong(ValueError):
         return self.message
 
 
-def over_limit_words(prompt: str, tokens: int, many: int, total: int, max_tokens: int) -> str:
+def over_limit_message(prompt: str, tokens: int, many: int, total: int, max_tokens: int) -> str:
     """What warnings and errors say of prompts that are too long; `prompt` is the first of them."""
     shown = prompt if len(prompt) <= 60 else f"{prompt[:60]}..."
     return f"{many} of {total} prompts have more than {max_tokens} tokens, the first {tokens}: {shown!r}"
@@ -214,7 +216,7 @@ class TextEncoder:
         over = [pair for pair in zip(full, token_counts(self.tokenizer, full)) if pair[1] > max_tokens]
         if not over:
             return
-        words = over_limit_words(*over[0], len(over), total, max_tokens)
+        words = over_limit_message(*over[0], len(over), total, max_tokens)
         if over_limit == "refuse":
             raise PromptTooLong(f"{words}: shorten them, or set prompts.over_limit to truncate", over[0][1])
         logger.warning("%s; they lose their end", words)
@@ -237,6 +239,7 @@ def _config(folder: Path) -> Any:
     if kind != "t5":
         raise ValueError(f"model.path {folder} has a text_encoder of type {kind}: give a PixArt's, a T5")
     ensure_torchvision_imports()  # transformers imports torchvision wherever it is installed
+    need("transformers", extra="diffusers")
     from transformers import T5Config
 
     return T5Config.from_pretrained(part, local_files_only=True)

@@ -35,7 +35,8 @@ class FeatureSums:
         self.products_FF.addmm_(features.T, features)
 
     def statistics(self) -> FeatureStatistics:
-        """
+        """Return mean and covariance of all rows so far.
+
         Raises:
             ValueError: fewer than two rows.
         """

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.validation.extras import need
 
+need("torchmetrics", extra="evaluate")
 ensure_torchvision_imports()
 
 from torchmetrics.image.kid import poly_kernel  # noqa: E402  (the schemas first)
@@ -26,7 +28,8 @@ def _weighted_moments(features_NF: Tensor, weight_N: Tensor) -> tuple[Tensor, Te
 
 def _root(covariance_FF: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance_FF)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root_FF: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root_FF
 
 
 def frechet_resampled(features_NF: Tensor, other: Tensor | FeatureStatistics, weights_RN: Tensor) -> Tensor:
@@ -120,4 +123,5 @@ def class_information(logits_NK: Tensor) -> tuple[Tensor, Tensor]:
 def inception_score(mean_p_RK: Tensor, mean_p_log_p_R: Tensor) -> Tensor:
     """Return exp of the mean KL divergence of p(class | image) from p(class) (R,) (Salimans et al. 2016)."""
     entropy = torch.special.entr(mean_p_RK).sum(-1)
-    return (mean_p_log_p_R + entropy).exp()
+    score_R: Tensor = (mean_p_log_p_R + entropy).exp()
+    return score_R

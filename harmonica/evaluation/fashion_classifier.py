@@ -51,11 +51,13 @@ class Classifier(nn.Module):
 
     def features(self, images_NCHW: Tensor) -> Tensor:
         """Return the penultimate activations (N, F)."""
-        return self.backbone(images_NCHW)
+        features_NF: Tensor = self.backbone(images_NCHW)
+        return features_NF
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Return logits (N, K)."""
-        return self.head(self.features(images_NCHW))
+        logits_NK: Tensor = self.head(self.features(images_NCHW))
+        return logits_NK
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:

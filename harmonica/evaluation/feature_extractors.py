@@ -14,6 +14,7 @@ from torch import Tensor
 from harmonica.evaluation.fashion_classifier import BUILTIN_FOLDER, load_classifier
 from harmonica.io.safe_load import read_tensors
 from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.validation.extras import need
 
 _INCEPTION_CHANNELS = 7  # of ADM's evaluator
 _CLASSIFIER_CHANNELS = 2  # x 7 x 7: about as many values as it has pooled features, as in Inception
@@ -63,7 +64,8 @@ class InceptionFeatures:
     """
 
     def __init__(self, weights: str | Path, device: torch.device | str = "cpu") -> None:
-        """
+        """Load the network.
+
         Args:
             weights: torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, or the same tensors as
                 safetensors.
@@ -72,6 +74,7 @@ class InceptionFeatures:
             ValueError: the file cannot be read, would have to be executed, or holds another network.
         """
         ensure_torchvision_imports()
+        need("torch_fidelity", extra="evaluate")
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         # torch-fidelity would unpickle the file: it is given a copy that we have made of its tensors.

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.validation.extras import need
 
+need("torchmetrics", extra="evaluate")
 ensure_torchvision_imports()
 
 from torchmetrics.functional.image import (  # noqa: E402  (the schemas first)

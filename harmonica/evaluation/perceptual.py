@@ -13,6 +13,7 @@ from torch import Tensor
 from harmonica.io.paths import local
 from harmonica.io.safe_load import read_tensors
 from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.validation.extras import need
 
 _LPIPS_SIDE = 64  # AlexNet's layers leave nothing of much smaller images
 
@@ -21,7 +22,8 @@ class Lpips:
     """Learned perceptual distance (Zhang et al. 2018) with AlexNet, by torchmetrics."""
 
     def __init__(self, weights: str | Path, device: torch.device | str = "cpu") -> None:
-        """
+        """Load AlexNet's weights and LPIPS's own layers.
+
         Args:
             weights: torchvision's `alexnet-owt-7be5be79.pth`; LPIPS's own layers come with torchmetrics.
 
@@ -29,6 +31,7 @@ class Lpips:
             ValueError: the file cannot be read, or holds another network.
         """
         ensure_torchvision_imports()
+        need("torchmetrics", extra="evaluate")
         from torchmetrics.functional.image.lpips import _NoTrainLpips  # the form that downloads nothing
 
         network: Any = _NoTrainLpips(net="alex", pnet_rand=True)
@@ -54,7 +57,8 @@ class Lpips:
     def __call__(self, images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
         """Return the distance (N,) of images in [-1, 1], grey or RGB; those under 64 pixels are enlarged."""
         pair = [self._prepared(images) for images in (images_NCHW, reference_NCHW)]
-        return self.network(*pair).flatten().cpu()
+        distance_N: Tensor = self.network(*pair).flatten().cpu()
+        return distance_N
 
     def _prepared(self, images_NCHW: Tensor) -> Tensor:
         images = images_NCHW.to(self.device).float().clamp(-1, 1).expand(-1, 3, -1, -1)
@@ -67,7 +71,8 @@ class ClipScore:
     """100 max(cos, 0) of a picture's and its prompt's CLIP embeddings (Hessel et al. 2021, without 2.5)."""
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
-        """
+        """Load a CLIP model.
+
         Args:
             folder: a CLIP model's as transformers saves it, with its tokenizer and its image processor.
 
@@ -78,6 +83,7 @@ class ClipScore:
         if not (folder / "config.json").is_file():  # else transformers takes it for a hub's name
             raise ValueError(f"evaluate.clip_path {folder} has no config.json: give a folder of a CLIP model")
         ensure_torchvision_imports()
+        need("transformers", extra="evaluate")
         from transformers import CLIPModel, CLIPProcessor
 
         try:

@@ -157,7 +157,8 @@ class _PipelineDiT(PipelineTransformer):
         self.view = DiffusersDiT(transformer)
 
     def condition(self, arguments: dict[str, Any]) -> Tensor:
-        return arguments["class_labels"]
+        labels_N: Tensor = arguments["class_labels"]
+        return labels_N
 
     def forget(self) -> None:
         pass

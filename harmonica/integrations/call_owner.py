@@ -23,6 +23,7 @@ class CallOwner:
 
     @classmethod
     def current(cls) -> "CallOwner":
+        """Return who runs the present call: its thread, and the pipeline's call that it is part of."""
         thread = threading.current_thread()
         call = next((frame for frame in _stack(sys._getframe()) if _is_pipeline_call(frame)), None)
         return cls(threading.get_ident(), thread.name, None if call is None else id(call))

@@ -37,7 +37,8 @@ class SchedulerGuard:
         setattr(scheduler, _METHOD, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """
+        """Give `set_timesteps` back to the scheduler, and call it.
+
         Raises:
             SecondCallError: the owner's call runs and this is another.
         """

@@ -15,7 +15,8 @@ class StepCounter:
     """
 
     def __init__(self, num_steps: int, timesteps: Sequence[float] | None, sampler: str) -> None:
-        """
+        """Wait for the first step of a trajectory.
+
         Args:
             timesteps: of each step, ascending: entry i is step i; None counts calls alone.
             sampler: what errors tell users to go back to.

@@ -1,44 +1,43 @@
-"""Files by path or URI, opened in one way by all that read or write them.
+"""Opening of paths and URIs, in one way for all that read or write files.
 
-S3 is set up as Amazon's own tools are, by environment and `~/.aws`, so that pyarrow, s3fs, boto3 and MLflow
-agree; `pipelines.run_state.storage.settle_endpoint` tells those that read less than others.
+S3 is set up as Amazon's own tools are, by environment and `~/.aws`, so that pyarrow, boto3 and MLflow agree;
+`pipelines.run_state.storage.settle_endpoint` tells those that read less than others.
 """
 
 from pyarrow import fs
 
-from harmonica.io.paths import is_remote, resolved, shown
-
-__all__ = ["open_uri", "shown"]
+from harmonica.io.paths import is_remote, resolved, scrubbed, shown
 
 # Waits of 50 ms, doubled each time: 10 tries outlast a store that is gone for some 25 s; by itself 6 s.
 _PATIENT_TRIES = 10
 
 
 def open_uri(uri: str, field: str, *, patient: bool = False) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URI, and the path in it, without a slash at its end.
+    """Return the file system of a path or URI, and the path in it, which ends in no slash.
 
     Args:
         field: what errors call `uri`.
         patient: go on trying where an S3 store does not answer, some 50 s in all.
 
     Raises:
-        ValueError: no such kind of URI; pyarrow's own words would quote the secrets in it.
+        ValueError: the URI cannot be used; never shows credentials.
     """
     path = resolved(uri, field)
     if not is_remote(path):
         return fs.LocalFileSystem(), path.rstrip("/")
     try:
-        filesystem, root = fs.FileSystem.from_uri(path)
+        filesystem, root = fs.FileSystem.from_uri(path)  # noqa: TID251
         if patient and isinstance(filesystem, fs.S3FileSystem):
             filesystem = _patient(filesystem)
     except (ValueError, OSError) as error:
+        said = scrubbed(f"{type(error).__name__}: {error}", path)
         raise ValueError(
-            f"{field} {shown(path)} cannot be opened ({type(error).__name__}): give a path or an s3:// URI"
-        ) from None
+            f"{field} {shown(path)} cannot be opened ({said}): give a path, or an s3:// or gs:// URI"
+        ) from None  # pyarrow quotes the URI with all its secrets
     return filesystem, root.rstrip("/")
 
 
 def _patient(filesystem: fs.S3FileSystem) -> fs.S3FileSystem:
-    """Made again as unpickling makes it, since a URI cannot say how often to try."""
+    """Make the file system again as unpickling does, since a URI cannot say how often to try."""
     _, (settings,) = filesystem.__reduce__()
     return fs.S3FileSystem(**settings, retry_strategy=fs.AwsDefaultS3RetryStrategy(_PATIENT_TRIES))

@@ -13,94 +13,77 @@ import shutil
 import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
+from harmonica.io.paths import scrubbed, shown
 from harmonica.io.repository_files import wanted
 
 logger = logging.getLogger(__name__)
 
-_PUBLIC_QUERY = ("endpoint_override", "region", "scheme")  # the rest of a query may hold keys
 _CHUNK = 16 * 2**20  # each read is a request to the store
 
 
 def from_store(uri: str, field: str) -> Path:
-    """The local copy of a file or of a model folder.
+    """Return the local copy of a file or of a model folder, fetched if it is not there.
 
     Args:
         uri: as `harmonica.io.paths.resolved` gives it.
+        field: what errors call `uri`.
 
     Raises:
-        ValueError: not there, no model, or not to be had; never shows credentials.
+        ValueError: it is not there, holds no model, or cannot be fetched; never shows credentials.
     """
-    shown = without_secrets(uri)
     from pyarrow import ArrowException
 
     try:
-        found = _fetch(uri, shown, field)
+        found = _fetch(uri, field)
     except (ArrowException, OSError) as error:
-        said = _scrubbed(f"{type(error).__name__}: {error}", uri)
+        said = scrubbed(f"{type(error).__name__}: {error}", uri)
         raise ValueError(
-            f"{field} {shown} cannot be fetched ({said}): check the URI and the credentials"
+            f"{field} {shown(uri)} cannot be fetched ({said}): check the URI and the credentials"
         ) from None  # pyarrow quotes the URI with all its secrets
     if found is None:
-        raise ValueError(f"{field} {shown} holds no model: give a model folder or a checkpoint file")
+        raise ValueError(f"{field} {shown(uri)} holds no model: give a model folder or a checkpoint file")
     return found
 
 
 def cache_folder() -> Path:
-    """Where copies are kept."""
+    """Return the folder in which copies are kept."""
     if chosen := os.environ.get("HARMONICA_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "harmonica"
 
 
-def without_secrets(uri: str) -> str:
-    """The URI without user, password and whatever else may be one: for messages and cache keys."""
-    parts = urlsplit(uri)
-    query = urlencode([pair for pair in parse_qsl(parts.query) if pair[0] in _PUBLIC_QUERY], safe=":/")
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}" + (f"?{query}" if query else "")
-
-
-def _scrubbed(text: str, uri: str) -> str:
-    parts = urlsplit(uri)
-    secrets = [value for name, value in parse_qsl(parts.query) if name not in _PUBLIC_QUERY]
-    user = parts.netloc.rpartition("@")[0]
-    for secret in (user, *user.split(":"), parts.query, *secrets):
-        for form in filter(None, (secret, unquote(secret))):
-            text = text.replace(form, "...")
-    return text
-
-
-def _fetch(uri: str, shown: str, field: str) -> Path | None:
+def _fetch(uri: str, field: str) -> Path | None:
     from filelock import FileLock
     from pyarrow import fs
 
-    store, root = fs.FileSystem.from_uri(uri)
-    root = root.rstrip("/")
+    from harmonica.io.file_systems import open_uri
+
+    store, root = open_uri(uri, field)
     info = store.get_file_info(root)
     is_file = info.type == fs.FileType.File
-    files = {info.base_name: info} if is_file else _folder_files(store, root, f"{field} {shown}")
+    files = {info.base_name: info} if is_file else _folder_files(store, root, f"{field} {shown(uri)}")
     if not files:
         return None
-    key = json.dumps([shown, [(name, found.size, found.mtime_ns) for name, found in files.items()]])
+    key = json.dumps([shown(uri), [(name, found.size, found.mtime_ns) for name, found in files.items()]])
     label = re.sub(r"[^\w.-]", "_", PurePosixPath(root).stem)
     target = cache_folder() / f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # the first replica of a node copies, the others wait for it
         if not target.exists():
-            logger.info("fetching %s into %s, %d files", shown, target, len(files))
+            logger.info("fetching %s into %s, %d files", shown(uri), target, len(files))
             _copy(store, files, target)
     return target / info.base_name if is_file else target
 
 
 def _folder_files(store: Any, root: str, source: str) -> dict[str, Any]:
-    """Those that loading may need, by their paths in the folder."""
+    """Return the files that loading may need, by their paths in the folder."""
     from pyarrow import fs
 
     def read(name: str) -> bytes:
         with store.open_input_stream(f"{root}/{name}") as stream:
-            return stream.read()
+            content: bytes = stream.read()
+            return content
 
     found = store.get_file_info(fs.FileSelector(root, recursive=True))
     files = {file.path[len(root) + 1 :]: file for file in found if file.type == fs.FileType.File}
@@ -108,7 +91,7 @@ def _folder_files(store: Any, root: str, source: str) -> dict[str, Any]:
 
 
 def _copy(store: Any, files: dict[str, Any], target: Path) -> None:
-    """All files or none: a reader sees the folder once it is whole."""
+    """Copy all files or none: a reader sees the folder once it is complete."""
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
         for name, info in files.items():

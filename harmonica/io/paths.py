@@ -1,4 +1,4 @@
-"""What a path that somebody gives stands for: one answer for every setting, command and function.
+"""Resolving of paths and URIs, in one way for every setting, command and function.
 
 A path is local (absolute, relative, with `~`, or a file:// URI) or lies in an object store (s3://, gs://).
 """
@@ -6,10 +6,9 @@ A path is local (absolute, relative, with `~`, or a file:// URI) or lies in an o
 import os
 import re
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-from harmonica.io.object_store import without_secrets
-
+_PUBLIC_QUERY = ("endpoint_override", "region", "scheme")  # the rest of a query may hold keys
 _STORES = ("s3", "gs")
 # One slash too: what has gone through `Path` has lost the other. One letter is a drive's.
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -19,17 +18,36 @@ _IN_A_URI, _BARE_PERCENT = "%/:@+;,!$&'()*=~", re.compile("%(?![0-9A-Fa-f]{2})")
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path that `resolved` has returned, or a URI, lies in an object store."""
+    """Return whether a URI, or a path that `resolved` has returned, lies in an object store."""
     return "://" in path and _URI.match(path) is not None
 
 
 def shown(path: str) -> str:
-    """A path or URI as messages show it."""
+    """Return a path or URI as messages and cache keys show it, without secrets."""
     return without_secrets(path) if is_remote(path) else path
 
 
+def without_secrets(uri: str) -> str:
+    """Return the URI without user, password and whatever else in it may be a secret."""
+    parts = urlsplit(uri)
+    query = urlencode([pair for pair in parse_qsl(parts.query) if pair[0] in _PUBLIC_QUERY], safe=":/")
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}" + (f"?{query}" if query else "")
+
+
+def scrubbed(text: str, uri: str) -> str:
+    """Return a library's message about a URI, with `...` for whatever in it may be a secret."""
+    parts = urlsplit(uri)
+    secrets = [value for name, value in parse_qsl(parts.query) if name not in _PUBLIC_QUERY]
+    user = parts.netloc.rpartition("@")[0]
+    for secret in (user, *user.split(":"), parts.query, *secrets):
+        for form in filter(None, (secret, unquote(secret))):
+            text = text.replace(form, "...")
+    return text
+
+
 def resolved(path: str | Path, field: str) -> str:
-    """What a path stands for, wherever the process that uses it runs.
+    """Return what a path stands for, wherever the process that uses it runs.
 
     Args:
         path: absolute, relative, with `~` or `~user`, a file:// URI, or an s3:// or gs:// URI.
@@ -67,10 +85,10 @@ def resolved(path: str | Path, field: str) -> str:
 
 
 def local(path: str | Path, field: str) -> Path:
-    """`resolved`, where only this machine will do.
+    """Return what a path stands for, which has to be on this machine.
 
     Raises:
-        ValueError: as of `resolved`, and where it is in an object store.
+        ValueError: as `resolved`, and if the path is in an object store.
     """
     found = resolved(path, field)
     if is_remote(found):

@@ -92,7 +92,8 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} does not exist: {cure}")
     found = _format_of(path)
     if found != "safetensors":
-        return _read_pt(path, found)
+        tensors: dict[str, Any] = _read_pt(path, found)
+        return tensors
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -52,36 +52,62 @@ class Branch(ABC):
 
     name: str
     """Name in tables and plots: `attn 0`, `mlp 0`, `attn 1`, ..."""
+    kind: str
+    """`attn`, `cross` or `mlp`: branches of one class and kind do the same arithmetic."""
     macs: int
     """Multiply-accumulates of `compute` for one sample, without its modulation."""
 
     @abstractmethod
-    def compute(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
-        """Run norm, modulation and sub-layer; returns y (N, L, D)."""
+    def inputs(self, conditioning: Any) -> tuple[Any, ...]:
+        """Return what `run` takes of the conditioning: views of this branch's own part."""
 
     @abstractmethod
-    def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
-        """Gate y and add it; returns the next hidden state (N, L, D).
+    def run(self, hidden_NLD: Tensor, *inputs: Any) -> Tensor:
+        """Run norm, modulation and sub-layer; returns y (N, L, D).
 
-        A reused branch costs only this.
+        Looks at nothing that differs between branches of a kind except their weights, so that one compiled
+        graph serves all of them.
         """
-
-    def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
-        """Merge and possibly overwrite `hidden_NLD`: a third less memory traffic."""
-        return self.merge(hidden_NLD, y_NLD, conditioning)
 
     def gate(self, conditioning: Any) -> Tensor | None:
         """Return the factor (N, 1, D) of y in `merge`; None if y is added unscaled."""
         return None
 
+    def compute(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
+        """Run the branch with its part of the conditioning; returns y (N, L, D)."""
+        return self.run(hidden_NLD, *self.inputs(conditioning))
+
+    def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
+        """Gate y and add it; returns the next hidden state (N, L, D).
+
+        A reused branch costs only this.
+        """
+        return self.post_branch(add_gated(hidden_NLD, self.gate(conditioning), y_NLD), conditioning)
+
+    def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
+        """Merge and overwrite `hidden_NLD`: a third less memory traffic."""
+        gate = self.gate(conditioning)
+        merged = hidden_NLD.add_(y_NLD) if gate is None else hidden_NLD.addcmul_(gate, y_NLD)
+        return self.post_branch(merged, conditioning)
+
+    @property
+    def always(self) -> "Sequence[Branch]":
+        """The uncached sub-layers after the branch, which run at every merge."""
+        return ()
+
     @property
     def has_post_branch(self) -> bool:
         """Whether `post_branch` runs sub-layers, which are never cached."""
-        return False
+        return bool(self.always)
 
     def post_branch(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         """Run the uncached sub-layers after the branch, on the merged hidden state."""
-        return hidden_NLD
+        return run_all(self.always, hidden_NLD, conditioning)
+
+
+def add_gated(hidden_NLD: Tensor, gate_N1D: Tensor | None, y_NLD: Tensor) -> Tensor:
+    """Return `hidden + gate * y`, or `hidden + y` without a gate."""
+    return hidden_NLD + y_NLD if gate_N1D is None else torch.addcmul(hidden_NLD, gate_N1D, y_NLD)
 
 
 def merge_of(branch: Branch, index: int) -> Callable[[Tensor, Tensor, Any], Tensor]:
@@ -91,6 +117,14 @@ def merge_of(branch: Branch, index: int) -> Callable[[Tensor, Tensor, Any], Tens
     which keeps all hidden states.
     """
     return branch.merge_ if index and not torch.is_grad_enabled() else branch.merge
+
+
+def run_all(branches: Sequence[Branch], hidden_NLD: Tensor, conditioning: Any) -> Tensor:
+    """Compute and merge each of `branches`; returns the hidden state after them."""
+    for index, branch in enumerate(branches):
+        y_NLD = branch.compute(hidden_NLD, conditioning)
+        hidden_NLD = merge_of(branch, index)(hidden_NLD, y_NLD, conditioning)
+    return hidden_NLD
 
 
 @dataclass(frozen=True)
@@ -104,7 +138,12 @@ class Macs:
 
     @property
     def full(self) -> int:
+        """Return the MACs of a step that reuses nothing."""
         return sum(self.branches) + self.rest
+
+
+Execution = Literal["eager", "compiled", "graphed"]
+"""How branches are run (`harmonica.execution`)."""
 
 
 class BranchedTransformer(nn.Module, ABC):
@@ -120,6 +159,14 @@ class BranchedTransformer(nn.Module, ABC):
     """Prediction type: the noise, or the velocity of flow matching (noise minus image)."""
     full_precision_parts: tuple[str, ...] = ()
     """Prefixes of the parameters that a loader leaves in float32 when the model is in half precision."""
+    execution: Execution = "eager"
+    """How the branches are run; loaders set it."""
+    graph_bytes: int = 8 * 2**30
+    """Most memory of recorded trajectories where `execution` is graphed."""
+    graphs: Any = None
+    """The recorded trajectories (`harmonica.execution.graphs.GraphStore`), once there are some."""
+    residual_dtype: torch.dtype | None = None
+    """Precision of the residual stream; None is that of the first layer."""
     recorded_fingerprint: Fingerprint | None = None
     """Fingerprint of the weights as stored. Loaders set it, so that a router trained in bfloat16 fits the
     same checkpoint in float32. Code that changes the weights later resets it to None."""
@@ -143,14 +190,13 @@ class BranchedTransformer(nn.Module, ABC):
     def embed(self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Any) -> tuple[Tensor, Any]:
         """Return tokens (N, L, D) and the conditioning of the branches and the head."""
 
+    def as_residual(self, hidden_NLD: Tensor) -> Tensor:
+        """Return tokens (N, L, D) in the precision of the residual stream."""
+        return hidden_NLD if self.residual_dtype is None else hidden_NLD.to(self.residual_dtype)
+
     @abstractmethod
     def head(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         """Compute the model's output (N, out_channels, H, W)."""
-
-    @property
-    def repeated_layers(self) -> Sequence[nn.Module]:
-        """Sub-layers that repeat in every block, to be compiled once for all."""
-        return ()
 
     @property
     @abstractmethod
@@ -191,10 +237,7 @@ class BranchedTransformer(nn.Module, ABC):
 
     def full_pass(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         """Compute every branch and the head; returns (N, out_channels, H, W)."""
-        for index, branch in enumerate(self.branches):
-            y_NLD = branch.compute(hidden_NLD, conditioning)
-            hidden_NLD = merge_of(branch, index)(hidden_NLD, y_NLD, conditioning)
-        return self.head(hidden_NLD, conditioning)
+        return self.head(run_all(self.branches, hidden_NLD, conditioning), conditioning)
 
 
 def unpatchify(patches_NLP: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
@@ -205,7 +248,7 @@ def unpatchify(patches_NLP: Tensor, grid: tuple[int, int], patch_size: int) -> T
         grid: patches along height and width; L in all, row by row.
     """
     (rows, columns), p = grid, patch_size
-    image = patches_NLP.unflatten(2, (p, p, -1)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
+    image: Tensor = patches_NLP.unflatten(2, (p, p, -1)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
     return image.reshape(len(patches_NLP), -1, rows * p, columns * p)
 
 

@@ -58,6 +58,7 @@ class PipelineParts:
 
     @classmethod
     def read(cls, folder: Path) -> "PipelineParts":
+        """Read what a pipeline's folder says of its parts."""
         index, scheduler = folder / INDEX, folder / "scheduler" / "scheduler_config.json"
         described = read_json(index) if index.is_file() else {}
         parts = listed_parts(index.read_bytes(), str(index)) if index.is_file() else ()

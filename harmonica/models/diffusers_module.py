@@ -24,7 +24,8 @@ class StoredModule:
 
     @classmethod
     def read(cls, folder: Path) -> "StoredModule":
-        """
+        """Read a module's folder.
+
         Raises:
             ValueError: no usable config.json or weights.
         """

@@ -7,17 +7,18 @@ its transformer's. Results are those of the original code: see `DiTConfig.downsc
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 
 from harmonica.io.repository_files import INDEX, OWN_WEIGHTS, bare_checkpoint, own_weights
 from harmonica.io.resolve import BUILTIN, BUILTIN_TEXT, local_path
 from harmonica.io.weight_files import contents, read_json
-from harmonica.models.base import BranchedTransformer
+from harmonica.models.base import BranchedTransformer, Execution
 from harmonica.models.diffusers_folder import find_transformer, read_diffusers
 from harmonica.models.dit.config import DiTConfig
 from harmonica.models.dit.public_layout import read_public
@@ -42,6 +43,7 @@ __all__ = [
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Compile = Literal["auto", "always", "never"]
+_COMPILE = {"auto": "auto", "always": "compiled", "never": "eager"}
 _TEXT_TO_IMAGE: dict[str, Callable[..., StoredTextTransformer]] = {
     pixart_folder.CLASS_NAME: pixart_folder.read_pixart,
     sana_folder.CLASS_NAME: sana_folder.read_sana,
@@ -64,17 +66,48 @@ class ModelConfig:
     """Decoder of the latents: like `path`, with a Hugging Face id as org/name@commit. Empty: that of the
     diffusers folder, if it has one."""
     dtype: Dtype = "float32"
-    """Precision of the branches; a model's first and last layers and what runs between branches stay in
-    float32."""
+    """Precision of the branches; a model's first and last layers stay in float32, and so does what runs
+    between branches, unless `residual_dtype` says otherwise."""
     text_tokens: Natural = 0
     """Padded length of a prompt. 0: that of the folder's pipeline: 120 for PixArt-alpha, else 300."""
     cacheable: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("attn", "mlp")
     """Sub-layers of a text-to-image model that a router may reuse: attn, cross, mlp."""
+    execution: Literal["auto", "eager", "compiled", "graphed"] = "auto"
+    """How branches are run: operation by operation, each as one graph of torch.compile, or each step as a
+    CUDA graph of those. `auto`: graphed on CUDA, else eager. The first batch of each shape waits for the
+    compiler; values move by roundings."""
+    graph_memory: Annotated[float, Field(gt=0, le=1e4)] = 8.0
+    """GiB that recorded steps may take where `execution` is graphed; the least recently used ones go."""
     compile: Compile = "auto"
-    """Compile the sub-layers, once for all blocks (torch.compile): `auto` does so on CUDA. The first batch of
-    each shape waits for it; values move by roundings."""
+    """Deprecated: `always` is execution compiled, `never` eager, `auto` says nothing."""
+    residual_dtype: Literal["float32", "weights"] = "float32"
+    """Precision of what runs between branches: float32, or that of the branches, which saves memory traffic
+    and rounds more. Training always takes float32."""
     allow_tf32: bool = False
     """Let CUDA round float32 matrix products to TensorFloat-32; concerns the whole process."""
+
+    def __post_init__(self) -> None:
+        if self.compile != "auto":
+            meant = _COMPILE[self.compile]
+            warnings.warn(
+                f"model.compile is {self.compile}, which is deprecated: give model.execution {meant}",
+                FutureWarning,
+                stacklevel=2,
+            )
+
+    def for_training(self) -> "ModelConfig":
+        """Return these settings with the residual stream in float32.
+
+        A student a few parts in a thousand away from its teacher would drown in coarser rounding.
+        """
+        return self if self.residual_dtype == "float32" else replace(self, residual_dtype="float32")
+
+    def execution_on(self, device: str | torch.device) -> Execution:
+        """Return the level of execution on a device, with `auto` decided."""
+        asked = _COMPILE[self.compile] if self.execution == "auto" else self.execution
+        if asked == "auto":
+            return "graphed" if torch.device(device).type == "cuda" else "eager"
+        return cast(Execution, asked)
 
 
 @dataclass(frozen=True)
@@ -166,8 +199,9 @@ def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> Loade
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     model = stored.assemble(device, getattr(torch, config.dtype))
-    if config.compile == "always" or (config.compile == "auto" and torch.device(device).type == "cuda"):
-        for layer in model.repeated_layers:
-            layer.compile()  # happens when it first runs
+    model.execution = config.execution_on(device)
+    model.graph_bytes = round(config.graph_memory * 2**30)
+    if config.residual_dtype == "weights":
+        model.residual_dtype = model.dtype
     text_folder = None if isinstance(stored, StoredModel) else stored.text_folder
     return LoadedModel(model, stored.class_names, stored.scheduler, vae_folder, text_folder)

@@ -17,7 +17,8 @@ class StepConditionings(Sequence[C], Generic[C]):
         at_once: int = 1,
         lookahead: int = 0,
     ) -> None:
-        """
+        """Compute nothing yet: conditionings are made when they are asked for.
+
         Args:
             make: computes the conditionings of some timesteps.
             at_once: number of steps that are computed together.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harmonica.models.base import Branch, merge_of
+from harmonica.models.base import Branch
 from harmonica.models.step_conditionings import StepConditionings
 
 Kind = Literal["attn", "cross", "mlp"]
@@ -65,17 +65,15 @@ class ModulatedBranch(Branch):
         self.index, self.kind, self.block = index, kind, block
         self.offset = 0 if kind == "attn" else 3
 
-    def compute(self, hidden_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
-        block, o = self.block, self.offset
+    def inputs(self, conditioning: PixArtConditioning) -> tuple[Any, ...]:
+        o = self.offset
+        return tuple(conditioning.blocks[self.index, :, o : o + 2].split(1, dim=1))
+
+    def run(self, hidden_NLD: Tensor, *inputs: Any) -> Tensor:
+        block, (shift, scale) = self.block, inputs
         norm, layer = (block.norm1, block.attn1) if self.kind == "attn" else (block.norm2, block.ff)
-        shift, scale = conditioning.blocks[self.index, :, o : o + 2].split(1, dim=1)
-        return layer(torch.addcmul(shift, norm(hidden_NLD), scale).to(shift.dtype))
-
-    def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
-        return torch.addcmul(hidden_NLD, self.gate(conditioning), y_NLD)
-
-    def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
-        return hidden_NLD.addcmul_(self.gate(conditioning), y_NLD)
+        output_NLD: Tensor = layer(torch.addcmul(shift, norm(hidden_NLD), scale).to(shift.dtype))
+        return output_NLD
 
     def gate(self, conditioning: PixArtConditioning) -> Tensor:
         o = self.offset + 2
@@ -91,24 +89,20 @@ class CrossAttention(Branch):
         self.name, self.macs = f"cross {index}", macs
         self.index, self.block = index, block
 
-    def compute(self, hidden_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
-        attention, text = self.block.attn2, conditioning.text
-        key, value = text.keys_values[self.index]
+    def inputs(self, conditioning: PixArtConditioning) -> tuple[Tensor, ...]:
+        return (*conditioning.text.keys_values[self.index], conditioning.text.bias)
+
+    def run(self, hidden_NLD: Tensor, *inputs: Tensor) -> Tensor:
+        attention, (key, value, bias) = self.block.attn2, inputs
         query_NLD = attention.to_q(hidden_NLD.to(key.dtype))
         if attention.norm_q is not None:  # Sana's; no PixArt has one
             query_NLD = attention.norm_q(query_NLD)
         query = split_heads(query_NLD, attention.heads)
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=text.bias)
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         y_NLD = found.transpose(1, 2).flatten(2)
         for layer in attention.to_out:
             y_NLD = layer(y_NLD)
         return y_NLD
-
-    def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
-        return hidden_NLD + y_NLD
-
-    def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
-        return hidden_NLD.add_(y_NLD)
 
 
 SubLayer = ModulatedBranch | CrossAttention
@@ -130,27 +124,21 @@ class LeadingBranch(Branch):
     """A branch with the uncached sub-layers after it, which run at every merge."""
 
     def __init__(self, branch: Branch, always: Sequence[Branch]) -> None:
-        self.name, self.macs = branch.name, branch.macs
-        self.branch, self.always = branch, always
+        self.name, self.kind, self.macs = branch.name, branch.kind, branch.macs
+        self.branch, self._always = branch, always
 
-    def compute(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
-        return self.branch.compute(hidden_NLD, conditioning)
+    def inputs(self, conditioning: Any) -> tuple[Any, ...]:
+        return self.branch.inputs(conditioning)
 
-    def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
-        return self.post_branch(self.branch.merge(hidden_NLD, y_NLD, conditioning), conditioning)
-
-    def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: Any) -> Tensor:
-        return self.post_branch(self.branch.merge_(hidden_NLD, y_NLD, conditioning), conditioning)
+    def run(self, hidden_NLD: Tensor, *inputs: Any) -> Tensor:
+        return self.branch.run(hidden_NLD, *inputs)
 
     def gate(self, conditioning: Any) -> Tensor | None:
         return self.branch.gate(conditioning)
 
     @property
-    def has_post_branch(self) -> bool:
-        return True
-
-    def post_branch(self, hidden_NLD: Tensor, conditioning: Any) -> Tensor:
-        return run_all(self.always, hidden_NLD, conditioning)
+    def always(self) -> Sequence[Branch]:
+        return self._always
 
 
 def arrange(
@@ -179,17 +167,10 @@ def arrange(
     return before, [LeadingBranch(first, rest) if rest else first for first, *rest in groups], uncached_macs
 
 
-def run_all(layers: Sequence[Branch], hidden_NLD: Tensor, conditioning: Any) -> Tensor:
-    """Compute and merge each of `layers`; returns the hidden state after them."""
-    for index, layer in enumerate(layers):
-        y_NLD = layer.compute(hidden_NLD, conditioning)
-        hidden_NLD = merge_of(layer, index)(hidden_NLD, y_NLD, conditioning)
-    return hidden_NLD
-
-
 def split_heads(x_NLD: Tensor, heads: int) -> Tensor:
     """Reshape to (N, heads, L, D / heads)."""
-    return x_NLD.unflatten(2, (heads, -1)).transpose(1, 2)
+    x_NLHK: Tensor = x_NLD.unflatten(2, (heads, -1))
+    return x_NLHK.transpose(1, 2)
 
 
 def linear_macs(*modules: nn.Module) -> int:

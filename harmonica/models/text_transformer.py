@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harmonica.models.base import BranchedTransformer, Fingerprint, unpatchify
+from harmonica.models.base import BranchedTransformer, Fingerprint, run_all, unpatchify
 from harmonica.models.text_blocks import (
     KINDS,
     Kind,
@@ -22,7 +22,6 @@ from harmonica.models.text_blocks import (
     ProjectedText,
     SubLayer,
     arrange,
-    run_all,
     split_heads,
     step_conditionings,
 )
@@ -48,7 +47,8 @@ class TextTransformer(BranchedTransformer):
     def __init__(
         self, transformer: Any, *, out_channels: int, text_tokens: int, cacheable: tuple[Kind, ...]
     ) -> None:
-        """
+        """Find the module's branches and count their MACs.
+
         Args:
             text_tokens: S of the prompts that MACs are counted for.
             cacheable: kinds of sub-layer that are branches. The others always run; their MACs are in
@@ -148,7 +148,7 @@ class TextTransformer(BranchedTransformer):
         condition_N: TextCondition | ProjectedText | PixArtConditioning,
     ) -> tuple[Tensor, PixArtConditioning]:
         height, width = sample_NCHW.shape[-2:]
-        hidden = self._patch_embed(sample_NCHW.to(self._patch_embed.proj.weight.dtype))
+        hidden = self.as_residual(self._patch_embed(sample_NCHW.to(self._patch_embed.proj.weight.dtype)))
         if isinstance(condition_N, TextCondition):
             condition_N = self.project(condition_N)
         if isinstance(condition_N, ProjectedText):
@@ -168,7 +168,8 @@ class TextTransformer(BranchedTransformer):
 
     def head(self, hidden_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
         shift, scale = conditioning.final
-        patches = self.transformer.proj_out(torch.addcmul(shift, self._final_norm(hidden_NLD), scale))
+        normed = self._final_norm(hidden_NLD.to(shift.dtype))
+        patches = self.transformer.proj_out(torch.addcmul(shift, normed, scale))
         return unpatchify(patches, conditioning.grid, self.patch_size)
 
     def text_shape(self) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from harmonica.io.weight_files import find_weights
 from harmonica.models.base import BranchedTransformer
 from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.validation.extras import need
 
 _CLASS_NAMES = ("AutoencoderKL", "AutoencoderDC")
 
@@ -45,6 +46,7 @@ def load_vae(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         ValueError: its files cannot be read, or fit one another.
     """
     ensure_torchvision_imports()
+    need("diffusers", extra="diffusers")
     import diffusers
 
     try:
@@ -77,7 +79,7 @@ def pixels_per_latent(vae: Any) -> int:
     """Return the number of pixels along one side of a latent."""
     config = vae.config
     widths = config.get("block_out_channels") or config.encoder_block_out_channels
-    return 2 ** (len(widths) - 1)
+    return 1 << (len(widths) - 1)
 
 
 @torch.no_grad()
@@ -87,5 +89,5 @@ def decode_latents(vae: Any, latents_NCHW: Tensor) -> Tensor:
     shift = getattr(vae.config, "shift_factor", None)
     if shift is not None:
         latents = latents + shift
-    images = vae.decode(latents).sample.float()
+    images: Tensor = vae.decode(latents).sample.float()
     return images.clamp(-1, 1).where(images.isfinite(), torch.nan)  # an overflow would be clamped to black

@@ -57,7 +57,8 @@ class PipelineCalls:
     """A pipeline whose transformers are recorded, and runs of it under a policy."""
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], *, seed: int, cacheable: Sequence[str]) -> None:
-        """
+        """Record the transformers of the pipeline.
+
         Args:
             call: arguments of every call of the pipeline: steps, guidance, height, width.
         """

@@ -20,7 +20,7 @@ from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
 from harmonica.training.plans.search import initial_router
 from harmonica.training.sdt import SdtTrainer
-from harmonica.training.target import Aim
+from harmonica.training.target import TargetController
 from harmonica.validation.finite import NotFinite, not_finite
 from harmonica.validation.settings import SettingError
 
@@ -117,7 +117,7 @@ class _Training:
         router = initial_router(steps, config, calls.seed)
         device = next(calls.transformers[0].parameters()).device
         self.trainer = SdtTrainer(steps, router.to(device), config.sdt)
-        self.aim = Aim(self.trainer, config)
+        self.target = TargetController(self.trainer, config)
         self.lambda_T = torch.ones(calls.num_steps - 1, device=device)
         self.trajectories = 0
 
@@ -139,17 +139,17 @@ class _Training:
         metrics: dict[str, float] = {}
         if config.iepo != "none" and trajectory % config.iepo_every == 0:
             metrics |= self._refresh(*batch)
-        policy = SdtPolicy(self.trainer, self.lambda_T, self.aim.beta, self.aim.observe)
+        policy = SdtPolicy(self.trainer, self.lambda_T, self.target.beta, self.target.observe)
         self.calls.run(policy, *batch)
         if not policy.records:
             raise ValueError("no step of the pipeline reuses anything of another: there is nothing to train")
         for name in ("loss", "mse", "l1"):
             values = [getattr(record, name) for record in policy.records]
             metrics[name] = sum(values) / len(values)
-        metrics["beta"] = self.aim.beta
-        self.aim.update()
+        metrics["beta"] = self.target.beta
+        self.target.update()
         self.trajectories += 1
-        metrics["cur"] = self.aim.plan_of(self.router.logits()).cur
+        metrics["cur"] = self.target.plan_of(self.router.logits()).cur
         if found := not_finite(metrics):
             raise NotFinite(f"trajectory {trajectory}: {found}: give a smaller train.sdt.learning_rate")
         return metrics
@@ -174,8 +174,8 @@ class _Training:
     def artifact(self) -> RouterArtifact:
         """Return the router as it stands, with what it was trained for."""
         calls, view, logits_TB = self.calls, self.calls.view, self.router.logits().cpu()
-        plan, macs = self.aim.plan_of(logits_TB), view.macs()
-        if self.config.has_target and not self.aim.is_met_by(plan):
+        plan, macs = self.target.plan_of(logits_TB), view.macs()
+        if self.config.has_target and not self.target.is_met_by(plan):
             logger.warning(
                 "the router's plan is %.2fx and reuses %.0f%%, which is not what it was trained for: give "
                 "more trajectories; steps at which a second transformer or a smaller batch begins are "
@@ -186,7 +186,7 @@ class _Training:
         shared = {"transformers": len(calls.transformers)}
         return RouterArtifact(
             logits_TB=logits_TB.float(),
-            threshold=self.aim.threshold_of(logits_TB),
+            threshold=self.target.threshold_of(logits_TB),
             sampler=calls.sampler_config(),
             reuse=self.config.sdt.reuse,
             model={**view.shape(), **shared, "weights": weights.exact},
@@ -198,7 +198,7 @@ class _Training:
                 "trajectories": self.trajectories,
                 "initial": self.config.initial,
                 "seed": calls.seed,
-                "final_beta": self.aim.beta,
+                "final_beta": self.target.beta,
                 "prompts": len(self.prompts),
             },
         )

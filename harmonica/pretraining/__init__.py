@@ -1,1 +1,1 @@
-"""Training of the built-in models, their data and captions; caching and routers do not use it."""
+"""Training of the built-in models: an example that needs a clone, not part of the installed package."""

@@ -10,10 +10,12 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor
 
 from harmonica.core.sampling import sample
 from harmonica.data.text_encoder import TextEncoder
+from harmonica.evaluation import fashion_captions as captions
 from harmonica.evaluation import fashion_mnist
 from harmonica.evaluation.fashion_classifier import (
     BUILTIN_FOLDER,
@@ -27,8 +29,7 @@ from harmonica.evaluation.plots import sample_sheet, to_uint8
 from harmonica.models.base import freeze
 from harmonica.models.pixart.model import PixArt
 from harmonica.models.text_condition import TextCondition
-from harmonica.pretraining import captions
-from harmonica.pretraining.text_to_image import TEXT_TOKENS, PixArtTransformer2DModel
+from harmonica.pretraining.text_to_image import TEXT_TOKENS
 from harmonica.samplers import SamplerConfig, make_sampler
 
 GUIDANCE_SCALES = (4.5, 2.0)  # PixArt's own, and that of the built-in DiT

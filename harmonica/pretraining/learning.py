@@ -7,13 +7,14 @@ Shapes: N batch, C channels, H W image.
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 
 from harmonica.samplers.noise_schedule import NUM_TRAIN_TIMESTEPS, add_noise, alphas_cumprod
+from harmonica.validation.settings import Count, Field, Positive, settings
 
 _MAX_WEIGHT = 20.0
 
@@ -23,21 +24,21 @@ def learning_rate_factor(step: int, *, warmup: int, total: int, decay: int) -> f
     return min(1.0, (step + 1) / warmup, max(0.0, (total - step) / decay))
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings()
 class LearningConfig:
     """How long and how fast to learn."""
 
-    steps: int
+    steps: Count
     """Optimiser steps in all."""
-    decay_steps: int
+    decay_steps: Count
     """Number of last steps, over which the learning rate falls to zero."""
-    warmup_steps: int
+    warmup_steps: Count
     """Number of first steps, over which the learning rate rises."""
-    learning_rate: float
+    learning_rate: Positive
     """Peak learning rate."""
-    weight_decay: float
+    weight_decay: Annotated[float, Field(ge=0)]
     """Weight decay of the blocks' matrices."""
-    ema_decay: float
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
     """Decay of the averaged weights, which are the ones kept."""
 
 

@@ -13,9 +13,9 @@ import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
+from harmonica.evaluation.fashion_captions import all_captions
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import BUILTIN, ModelConfig, load_model
-from harmonica.pretraining.captions import all_captions
 from harmonica.pretraining.warm_start import warm_start
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
@@ -60,13 +60,15 @@ class TextToImage(nn.Module):
     def forward(self, noisy_NCHW: Tensor, timestep_N: Tensor, ids_NS: Tensor, mask_NS: Tensor) -> Tensor:
         """Return the predicted noise (N, C, H, W)."""
         text_NSC = self.text_encoder(input_ids=ids_NS, attention_mask=mask_NS).last_hidden_state
-        return self.transformer(
+        predicted_NCHW: Tensor
+        (predicted_NCHW,) = self.transformer(
             noisy_NCHW,
             encoder_hidden_states=text_NSC,
             timestep=timestep_N,
             encoder_attention_mask=mask_NS,
             return_dict=False,
-        )[0]
+        )
+        return predicted_NCHW
 
 
 def load_dit(start: str) -> DiT:

@@ -9,8 +9,9 @@ images' features, the features of some of them and a `config.json`. Shapes: N ba
 import json
 import logging
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -33,6 +34,7 @@ from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.reference_sets import FEATURES_FILE, SPATIAL_FILE
 from harmonica.io.paths import local
 from harmonica.io.tensor_files import write_tensors
+from harmonica.validation.settings import Count, Field, Natural, Positive, settings
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ _SHIPPED_IMAGES = 2_000
 _BATCH = 50
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings()
 class ClassifierTraining:
     """Settings of the classifier's training."""
 
@@ -49,17 +51,17 @@ class ClassifierTraining:
     """Folder with the four IDX files of Fashion-MNIST."""
     out: Path = BUILTIN_FOLDER
     """Folder to write."""
-    epochs: int = 8
+    epochs: Count = 8
     """Passes over the 60,000 images."""
-    batch_size: int = 250
+    batch_size: Count = 250
     """Images in each step."""
-    learning_rate: float = 5e-3
+    learning_rate: Positive = 5e-3
     """Peak of the one-cycle schedule."""
-    weight_decay: float = 0.02
+    weight_decay: Annotated[float, Field(ge=0)] = 0.02
     """Weight decay of AdamW."""
-    label_smoothing: float = 0.05
+    label_smoothing: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Fraction of the target spread over all classes."""
-    seed: int = 0
+    seed: Natural = 0
     """Fixes initial weights, order and shifts; the last digits also depend on the thread count."""
 
 
@@ -117,6 +119,7 @@ def write_builtin_reference(folder: Path, data_folder: Path = fashion_mnist.DEFA
 
 
 def main() -> None:
+    """Train the classifier and save it, by the command line's settings."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(ClassifierTraining, description=__doc__)
     config = replace(
@@ -130,9 +133,9 @@ def main() -> None:
     accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
     FeatureStatistics.from_features(features).save(config.out / STATISTICS_FILE)
     write_builtin_reference(config.out, config.data_folder)
-    settings = ("epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing", "seed")
+    names = ("epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing", "seed")
     command = ["python", "-m", "harmonica.pretraining.train_classifier"]
-    for name in settings:
+    for name in names:
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     about = {
         "test_accuracy": round(accuracy, 4),

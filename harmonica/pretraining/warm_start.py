@@ -1,5 +1,6 @@
-"""A text-conditional PixArt that starts from a class-conditional DiT, as PixArt-alpha itself did
-(arXiv 2310.00426, section 2.3).
+"""Start a text-conditional PixArt from a class-conditional DiT, as PixArt-alpha itself did.
+
+Source: arXiv 2310.00426, section 2.3.
 
 Shapes: T timesteps, G blocks, D width.
 """

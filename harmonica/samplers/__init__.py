@@ -8,6 +8,7 @@ from harmonica.models.base import BranchedTransformer
 from harmonica.samplers.base import Sampler, State, guide
 from harmonica.samplers.config import MAX_GUIDANCE_SCALE, SamplerConfig, SamplerName
 from harmonica.samplers.respaced import Ddim, Iddpm
+from harmonica.validation.extras import need
 
 __all__ = [
     "MAX_GUIDANCE_SCALE",
@@ -39,6 +40,7 @@ def make_sampler(model: BranchedTransformer, config: SamplerConfig) -> Sampler:
         return Ddim(model, config)
     if config.name == "iddpm":
         return Iddpm(model, config)
+    need("diffusers", extra="diffusers")
     from harmonica.samplers.scheduled import Scheduled  # diffusers takes a second to import
 
     return Scheduled(model, config)

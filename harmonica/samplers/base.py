@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers.config import GuidanceChannels, SamplerConfig
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,10 @@ class State:
     x_MCHW: Tensor
     conditions_T: Sequence[Any]
     """What the model's `prepare` made of labels or embedded prompts, an entry a step."""
-    rows: RowKeys | None = None
-    """Names the rows to samplers that draw noise."""
+    keys: SampleKeys | None = None
+    """Name the samples to samplers that draw noise."""
+    step_noise: Sequence[Tensor] = ()
+    """The noise of each step (N, C, H, W) where it was drawn ahead."""
     solver: Any = None
     """What a multistep solver remembers of earlier steps."""
 
@@ -56,7 +58,7 @@ class Sampler(ABC):
     """One model under one `SamplerConfig`: start, then embed, guide and advance per step, then finish."""
 
     is_stochastic = False
-    """Whether steps draw noise, and so need to know the rows."""
+    """Whether steps draw noise, and so need the samples' keys."""
 
     def __init__(self, model: BranchedTransformer, config: SamplerConfig, timesteps: Sequence[float]) -> None:
         self.model, self.config = model, config
@@ -68,6 +70,7 @@ class Sampler(ABC):
 
     @property
     def num_steps(self) -> int:
+        """Return T, the number of sampling steps."""
         return self.config.num_inference_steps
 
     def with_guidance(self, scales: Sequence[float], *, always: bool = False) -> "Sampler":
@@ -84,25 +87,44 @@ class Sampler(ABC):
         twin._scale = torch.tensor(scales, dtype=torch.float64)[:, None, None, None]
         return twin
 
-    def start(self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None = None) -> State:
+    def guidance_scales(self, noise_NCHW: Tensor) -> Tensor:
+        """The scale of each row (N, 1, 1, 1), in the precision of the noise."""
+        if isinstance(self._scale, Tensor):
+            return self._scale.to(noise_NCHW.dtype)
+        return noise_NCHW.new_full((len(noise_NCHW), 1, 1, 1), self._scale)
+
+    def with_scale_buffer(self, scales_N111: Tensor) -> "Sampler":
+        """This sampler with the scales that a tensor has when a step runs; whether it guides stays."""
+        twin = copy.copy(self)
+        twin._scale = scales_N111
+        return twin
+
+    def start(
+        self,
+        noise_NCHW: Tensor,
+        condition_N: Any,
+        keys: SampleKeys | None = None,
+        step_noise: Sequence[Tensor] = (),
+    ) -> State:
         """The state from which step T-1 begins.
 
         Args:
             noise_NCHW: in the sampler's precision, float32 or better, whatever the model's.
-            rows: needed where `is_stochastic`; one key a row.
+            keys: the samples' keys, needed where `is_stochastic`.
+            step_noise: in place of keys, the noise of each step (N, C, H, W).
 
         Raises:
-            ValueError: a stochastic sampler without rows.
+            ValueError: a stochastic sampler without keys.
         """
-        if self.is_stochastic and rows is None:
+        if self.is_stochastic and keys is None and not step_noise:
             raise ValueError(
-                f"sampler.name is {self.config.name}, which draws noise at every step: give `rows`, the "
+                f"sampler.name is {self.config.name}, which draws noise at every step: give `keys`, the "
                 "(seed, index) of each row"
             )
         if not self.is_guided:
-            return State(noise_NCHW, self.model.prepare(condition_N, self.timesteps), rows)
+            return State(noise_NCHW, self.model.prepare(condition_N, self.timesteps), keys, step_noise)
         conditions_T = self.model.prepare(self.model.guided_condition(condition_N), self.timesteps)
-        return State(torch.cat([noise_NCHW, noise_NCHW]), conditions_T, rows)
+        return State(torch.cat([noise_NCHW, noise_NCHW]), conditions_T, keys, step_noise)
 
     def embed(self, i: int, state: State) -> tuple[Tensor, Any]:
         """The model's hidden state and conditioning at step i."""
@@ -146,9 +168,12 @@ class Sampler(ABC):
 
     def _draw(self, i: int, state: State) -> Tensor:
         """The rows' own noise of step i (M, C, H, W); both halves of a row get the same."""
-        assert state.rows is not None, "start() has asked for them"
         x = state.x_MCHW
-        noise = torch.from_numpy(state.rows.step_noise(i, tuple(x.shape[1:]))).to(x)
+        if state.step_noise:
+            noise = state.step_noise[i]
+        else:
+            assert state.keys is not None, "start() has asked for them"
+            noise = torch.from_numpy(state.keys.step_noise(i, tuple(x.shape[1:]))).to(x)
         return torch.cat([noise, noise]) if self.is_guided else noise
 
     def _moved(self, state: State, x_MCHW: Tensor, solver: Any = None) -> State:

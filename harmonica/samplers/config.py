@@ -43,7 +43,9 @@ class SamplerConfig:
 
     @property
     def is_guided(self) -> bool:
+        """Return whether guidance changes the prediction, which takes two rows an image."""
         return self.guidance_scale != 1.0
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the settings as artifacts record them."""
         return asdict(self)

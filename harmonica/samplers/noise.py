@@ -18,34 +18,36 @@ def _generator(seed: int, stream: int, index: int, step: int = 0) -> np.random.G
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, step, stream, index]))
 
 
-def row_label(seed: int, index: int, num_classes: int) -> int:
+def sample_label(seed: int, index: int, num_classes: int) -> int:
     """Class of row `index`, uniform over `num_classes`."""
     return int(_generator(seed, _LABEL_STREAM, index).integers(num_classes))
 
 
-def row_noise(seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
+def sample_noise(seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal noise that row `index` starts from, float32, e.g. shape (C, H, W)."""
     return _generator(seed, _NOISE_STREAM, index).standard_normal(shape, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
-class RowKeys:
+class SampleKeys:
     """What names each row of a batch, so that a stochastic sampler draws the row's own noise."""
 
     seeds: Sequence[int]
     indices: Sequence[int]
 
     @classmethod
-    def of(cls, seed: int, indices: Sequence[int]) -> "RowKeys":
+    def of(cls, seed: int, indices: Sequence[int]) -> "SampleKeys":
         """Rows of one seed."""
         return cls((seed,) * len(indices), tuple(map(int, indices)))
 
-    def __getitem__(self, rows: slice) -> "RowKeys":
-        return RowKeys(self.seeds[rows], self.indices[rows])
+    def __getitem__(self, part: slice) -> "SampleKeys":
+        return SampleKeys(self.seeds[part], self.indices[part])
 
     def start_noise(self, shape: tuple[int, ...]) -> np.ndarray:
         """The noise the rows start from, (N, *shape) float32."""
-        return np.stack([row_noise(seed, i, shape) for seed, i in zip(self.seeds, self.indices, strict=True)])
+        return np.stack(
+            [sample_noise(seed, i, shape) for seed, i in zip(self.seeds, self.indices, strict=True)]
+        )
 
     def step_noise(self, step: int, shape: tuple[int, ...]) -> np.ndarray:
         """Standard normal noise of one denoising step, (N, *shape) float32."""

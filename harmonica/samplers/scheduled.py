@@ -1,7 +1,7 @@
 """Samplers by diffusers' schedulers: DPM-Solver++, SA-Solver, and the one a model's folder brings."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,18 +16,18 @@ from torch import Tensor
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers.base import Sampler, State
 from harmonica.samplers.config import SamplerConfig
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 
 
 class _SASolver(SASolverScheduler):
     """SA-Solver that takes its noise from outside: the library's draws by batch, ours by row."""
 
-    row_noise: Tensor
+    sample_noise: Tensor
     last_noise: Tensor
 
     def stochastic_adams_bashforth_update(self, *args: Any, noise: Tensor, **kwargs: Any) -> Tensor:
-        self.last_noise = self.row_noise  # what the corrector of the next step is given
-        return super().stochastic_adams_bashforth_update(*args, noise=self.row_noise, **kwargs)
+        self.last_noise = self.sample_noise  # what the corrector of the next step is given
+        return super().stochastic_adams_bashforth_update(*args, noise=self.sample_noise, **kwargs)
 
 
 # Schedulers whose whole memory is attributes and lists of tensors, one model call a step.
@@ -133,8 +133,14 @@ class Scheduled(Sampler):
         self._is_sde = str(self._scheduler.config.get("algorithm_type", "")).startswith("sde-")
         self.is_stochastic = self._is_sde or isinstance(self._scheduler, _SASolver)
 
-    def start(self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None = None) -> State:
-        state = super().start(noise_NCHW, condition_N, rows)
+    def start(
+        self,
+        noise_NCHW: Tensor,
+        condition_N: Any,
+        keys: SampleKeys | None = None,
+        step_noise: Sequence[Tensor] = (),
+    ) -> State:
+        state = super().start(noise_NCHW, condition_N, keys, step_noise)
         scale = 1.0 if self.model.prediction == "flow" else float(self._scheduler.init_noise_sigma)
         return self._moved(state, state.x_MCHW * scale if scale != 1 else state.x_MCHW, self._scheduler)
 
@@ -144,7 +150,7 @@ class Scheduled(Sampler):
         if self._is_sde:
             drawn = {"variance_noise": self._draw(i, state)}
         elif self.is_stochastic:
-            scheduler.row_noise = self._draw(i, state)
+            scheduler.sample_noise = self._draw(i, state)
             # The library draws too; from a generator of its own, the global one stays untouched.
             drawn = {"generator": torch.Generator(state.x_MCHW.device)}
         timestep = scheduler.timesteps[self.num_steps - 1 - i]
@@ -157,4 +163,5 @@ class Scheduled(Sampler):
         if self.model.prediction == "flow":
             return x_NCHW - float(scheduler.sigmas[self.num_steps - 1 - i]) * predicted_NCHW
         share = float(scheduler.alphas_cumprod[int(self.timesteps[i])])
-        return (x_NCHW - (1 - share) ** 0.5 * predicted_NCHW) / share**0.5
+        clean_NCHW: Tensor = (x_NCHW - (1 - share) ** 0.5 * predicted_NCHW) / share**0.5
+        return clean_NCHW

@@ -1,4 +1,4 @@
-"""Beta from a target: the weight of reuse is set so that a given share of entries is not worth computing.
+"""Beta from a target: the weight of reuse is set so that a given fraction of entries is not worth computing.
 
 Nobody should have to guess beta: its scale is that of lambda times a squared error, which differs by
 orders of magnitude between models. Where the loss is at rest, an entry with score r satisfies
@@ -13,22 +13,23 @@ import torch
 from torch import Tensor
 
 DECAY = 0.8
-"""Of the estimate's moving average over trajectories: one trajectory's gradients are noisy."""
+"""Decay of the estimate's moving average over trajectories: one trajectory's gradients are noisy."""
 _BEYOND_PRICE = 1e30
 _STEEPEST = 1e-7
-"""Of 1 - r, which float32 rounds to 0 for logits above 17."""
+"""Lower bound of 1 - r, which float32 rounds to 0 for logits above 17."""
 
 
 class BetaController:
-    """Running estimate of what each entry is worth, and the beta at which the target share is reused."""
+    """Running estimate of what each entry is worth, and the beta at which the target fraction is reused."""
 
-    def __init__(self, num_steps: int, costs_B: Tensor, *, share: float, threshold: float) -> None:
-        """
+    def __init__(self, num_steps: int, costs_B: Tensor, *, fraction: float, threshold: float) -> None:
+        """Start without any estimate.
+
         Args:
-            costs_B: what the penalty counts a branch as, 1 on average; the share is of these.
-            share: to be reused of rows 0 ... T-2; row T-1 never is.
+            costs_B: what the penalty counts a branch as, 1 on average; the fraction is of these.
+            fraction: to be reused of rows 0 ... T-2; row T-1 never is.
         """
-        self.share = min(1.0, share)
+        self.fraction = min(1.0, fraction)
         self.threshold = threshold
         self.costs_B = costs_B.cpu()
         self.beta = 0.0
@@ -37,7 +38,7 @@ class BetaController:
         self._updates = 0
 
     def spare(self, i: int) -> None:
-        """Row i is not for reuse: its entries count as worth more than any other."""
+        """Keep row i from reuse: its entries count as worth more than any other."""
         self.worth_TB[i] = self._latest_TB[i] = _BEYOND_PRICE
 
     def observe(self, i: int, logit_gradient_B: Tensor, logits_B: Tensor) -> None:
@@ -47,7 +48,7 @@ class BetaController:
         self._latest_TB[i] = (self.beta - score_gradient / self.costs_B) / (1 - r).clamp_min(_STEEPEST)
 
     def update(self) -> float:
-        """Once a trajectory, after all its steps: the next beta."""
+        """Return the next beta; called once a trajectory, after all its steps."""
         decay = DECAY if self._updates else 0.0
         self.worth_TB = torch.lerp(self._latest_TB, self.worth_TB, decay)
         self._updates += 1
@@ -55,11 +56,11 @@ class BetaController:
         return self.beta
 
     def _quantile(self) -> float:
-        """The worth below which `share` of the costs lie; of equal costs, the ordinary quantile."""
+        """Return the worth below which `fraction` of the costs lie; of equal costs, the ordinary quantile."""
         worth, order = self.worth_TB.flatten().sort()
         costs = self.costs_B.expand_as(self.worth_TB).flatten()[order]
         below = costs.cumsum(0) - costs
-        place = self.share * float(below[-1])
+        place = self.fraction * float(below[-1])
         upper = min(int(torch.searchsorted(below, place)), len(worth) - 1)
         lower = max(upper - 1, 0)
         gap = float(below[upper] - below[lower])

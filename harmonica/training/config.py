@@ -145,7 +145,7 @@ class TrainingConfig:
         return any(getattr(self, name) for name in TARGETS)
 
     @property
-    def others(self) -> tuple[float, ...]:
+    def extra_targets(self) -> tuple[float, ...]:
         """`targets` as they come, each once, without `target_speedup`."""
         return tuple(target for target in dict.fromkeys(self.targets) if target != self.target_speedup)
 
@@ -153,4 +153,4 @@ class TrainingConfig:
     def all_trajectories(self) -> int:
         """Those of the start, and for each speed those of the router, the choice and the forecasts."""
         each = self.trajectories + self.choice_trajectories + self.forecast.trajectories
-        return self.start_trajectories + each * (1 + len(self.others))
+        return self.start_trajectories + each * (1 + len(self.extra_targets))

@@ -12,7 +12,8 @@ from harmonica.validation.settings import SettingError, require
 def check_training(
     config: TrainingConfig, model: BranchedTransformer, num_steps: int, *, field: str = ""
 ) -> None:
-    """
+    """Check that the model can be trained for the target of these settings.
+
     Args:
         field: the setting that the target came from, where it is none of `train`.
 
@@ -23,7 +24,7 @@ def check_training(
     macs = model.macs()
     if config.target_speedup:
         check_speedup(config.target_speedup, macs, num_steps, field=field or "train.target_speedup")
-    for speedup in config.others:
+    for speedup in config.extra_targets:
         check_speedup(speedup, macs, num_steps, field=field or "train.targets")
     if config.target_cur:
         _check_cur(config, macs, num_steps, field or "train.target_cur")
@@ -37,7 +38,8 @@ def check_training(
 
 
 def check_speedup(speedup: float, macs: Macs, num_steps: int, *, field: str) -> None:
-    """
+    """Check that there is a plan of this speed.
+
     Raises:
         SettingError: no plan of T steps has this speed, or it asks for less reuse than there can be.
     """
@@ -73,4 +75,5 @@ def _steps(count: int) -> str:
 
 
 def _down(number: float, digits: int) -> float:
-    return math.floor(number * 10**digits) / 10**digits
+    unit = 10.0**digits
+    return math.floor(number * unit) / unit

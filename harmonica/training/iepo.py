@@ -9,19 +9,19 @@ Runs that differ only from step i on share everything before it: each branches o
 that gets to step i, so a refresh costs (T+1)/2T of T full generations, and only two caches at a time.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from harmonica.core.cache import BranchCache, Reuse
+from harmonica.core.cache import BranchCache
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
-from harmonica.core.sampling import planned_step
+from harmonica.core.trajectory import planned_step
+from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler, State
-from harmonica.samplers.noise import RowKeys
-from harmonica.training.sdt import Student, micro_batches
+from harmonica.training.sdt import SdtConfig, Student
 
 IepoKind = Literal["leave_one_out", "cumulative", "sensitivity"]
 KINDS = get_args(IepoKind)
@@ -29,7 +29,7 @@ SMALLEST_ERROR = 1e-12  # of a step at which nothing is reused; keeps lambda fin
 
 
 class _Generation:
-    """A generation under way: its state and its cache, which every step changes."""
+    """One sampling under way: its state and its cache, which every step changes."""
 
     def __init__(
         self,
@@ -48,12 +48,12 @@ class _Generation:
         return self.state.x_MCHW
 
     def fork(self) -> "_Generation":
-        """A generation that goes on from here by itself; what the two share is never written in place."""
+        """Return one that goes on from here by itself; what the two share is never written in place."""
         settings = (self.sampler, self.router, self.threshold, self.student)
         return _Generation(*settings, self.state, self.cache.copy())
 
     def full_step(self, i: int) -> Tensor:
-        """Step i with the cache switched off (weights 1); the cache takes what was computed.
+        """Run step i with the cache switched off (weights 1); the cache takes what was computed.
 
         Returns:
             The guided output (M, C, H, W).
@@ -63,7 +63,7 @@ class _Generation:
         return guided
 
     def other_step(self, i: int) -> Tensor:
-        """What `soft_step` is held against: step i with the cache off.
+        """Run the step that `soft_step` is compared with: step i with the cache off.
 
         Under a plan that computes all of step i that would be the same again, and say of the step that it is
         free: there it is reused, all of it.
@@ -78,7 +78,7 @@ class _Generation:
         return (self.router.scores(i) > self.threshold).tolist()
 
     def soft_step(self, i: int) -> Tensor:
-        """Step i under the router's soft weights, or its plan; the guided output (M, C, H, W)."""
+        """Run step i under the soft weights, or their plan; returns the guided output (M, C, H, W)."""
         sampler = self.sampler
         scores_B = self.router.scores(i)
         refresh_row = self._refresh_row(i)
@@ -93,13 +93,13 @@ class _Generation:
         return guided
 
     def finish_soft(self, first: int) -> Tensor:
-        """Final latents (M, C, H, W) after soft steps `first` ... 0."""
+        """Return the final latents (M, C, H, W) after soft steps `first` ... 0."""
         for i in range(first, -1, -1):
             self.soft_step(i)
         return self.x_MCHW
 
     def full_end(self, first: int) -> Tensor:
-        """Final latents (M, C, H, W) if steps `first` ... 0 were computed in full: they read no cache."""
+        """Return the final latents (M, C, H, W) with steps `first` ... 0 in full, without a cache."""
         sampler, state = self.sampler, self.state
         for i in range(first, -1, -1):
             guided = sampler.guide(sampler.model.full_pass(*sampler.embed(i, state)))
@@ -111,18 +111,13 @@ class _Generation:
 def image_error_proxy(
     sampler: Sampler,
     router: Router,
-    noise_NCHW: Tensor,
-    condition_N: Any,
+    batches: Sequence[Batch],
     *,
     kind: IepoKind,
-    threshold: float,
-    reuse: Reuse = "hold",
-    student: Student = "soft",
-    rows: RowKeys | None = None,
-    micro_batch_size: int = 0,
+    config: SdtConfig,
     average: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """lambda (T-1,) of the trajectories from `noise`: mean squared change of the final latents.
+    """Return lambda (T-1,): the mean squared change of the final latents (paper Section 4.3).
 
     `leave_one_out` (the paper's): against x_0 with soft weights at every step, the cache is switched
     off at step i alone. `cumulative` (released code): from no caching at all, soft weights are switched
@@ -130,29 +125,30 @@ def image_error_proxy(
     `sensitivity`: leave-one-out divided by the MSE between the soft and the full output of step i.
 
     Args:
-        student: `hard` takes the router's plan in place of its soft weights, and a step that this computes
-            in full is reused instead, by itself.
-        rows: the rows' names, for samplers that draw noise: every generation draws the same.
-        micro_batch_size: rows that are generated at a time; 0 is all.
-        average: averages a tensor over all workers in place, so that lambda is that of all their rows.
+        batches: what is generated at a time (`Batch.split`); lambda is that of all samples.
+        config: threshold, reuse and student. With a hard student the router's plan takes the place of its
+            soft weights, and a step that this computes in full is reused instead, by itself.
+        average: averages a tensor over all workers in place, so that lambda is that of all their samples.
     """
     if kind not in KINDS:
         raise ValueError(f"iepo.kind is {kind!r}: give one of {', '.join(KINDS)}")
     count = sampler.num_steps - 1
-    measured_2T = torch.zeros(2, count, dtype=noise_NCHW.dtype, device=noise_NCHW.device)
-    for part in micro_batches(noise_NCHW, condition_N, rows, micro_batch_size):
-        cache = BranchCache(router.num_branches, reuse)
-        main = _Generation(sampler, router, threshold, student, sampler.start(*part), cache)
+    measured_2T = batches[0].noise_NCHW.new_zeros(2, count)
+    num_samples = sum(map(len, batches))
+    for batch in batches:
+        cache = BranchCache(router.num_branches, config.reuse)
+        main = _Generation(sampler, router, config.threshold, config.student, batch.start(sampler), cache)
         measure = _cumulative if kind == "cumulative" else _leave_one_out
-        measured_2T += len(part[0]) / len(noise_NCHW) * measure(main)  # mean over all rows
+        measured_2T += len(batch) / num_samples * measure(main)  # mean over all samples
     if average is not None:
         average(measured_2T)  # before the division: a mean of ratios would depend on who has which rows
+    change_T: Tensor
     change_T, error_T = measured_2T
     return change_T / error_T.clamp_min(SMALLEST_ERROR) if kind == "sensitivity" else change_T
 
 
 def _leave_one_out(main: _Generation) -> Tensor:
-    """(2, T-1): change of the final latents with step i computed in full, and that step's own error."""
+    """Return (2, T-1): the latents' change with step i in full, and that step's own error."""
     last = main.sampler.num_steps - 1
     main.full_step(last)
     finals: list[Tensor] = []
@@ -166,7 +162,7 @@ def _leave_one_out(main: _Generation) -> Tensor:
 
 
 def _cumulative(main: _Generation) -> Tensor:
-    """(2, T-1): change of the final latents as step i turns soft too, and zeros."""
+    """Return (2, T-1): the final latents' change as step i turns soft too, and zeros."""
     last = main.sampler.num_steps - 1
     main.full_step(last)
     changes: list[Tensor] = []

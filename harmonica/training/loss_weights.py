@@ -1,14 +1,13 @@
-"""Lambda, the weight of a step's error in SDT's loss: all ones, or measured anew every so often by IEPO."""
+"""Lambda, the weight of a step's error in the loss: all ones, or measured every C trajectories by IEPO."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from harmonica.core.router import Router
+from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler
-from harmonica.samplers.noise import RowKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.iepo import image_error_proxy
 
@@ -16,39 +15,32 @@ _SMALLEST = 1e-30
 
 
 class StepWeights:
-    """Of rows 0 ... T-2 (paper Section 4.3)."""
+    """Lambda of steps 0 ... T-2 (paper Section 4.3), and when it is due."""
 
     def __init__(self, num_steps: int, config: TrainingConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.lambda_T = torch.ones(num_steps - 1, device=device)
 
     def is_due(self, trajectory: int) -> bool:
-        """Before this trajectory of the router's, counted from 0."""
+        """Return whether to refresh before this trajectory of the router phase, counted from 0."""
         return self.config.iepo != "none" and trajectory % self.config.iepo_every == 0
 
     def refresh(
         self,
         sampler: Sampler,
         router: Router,
-        noise_NCHW: Tensor,
-        condition_N: Any,
-        rows: RowKeys,
+        batches: Sequence[Batch],
         average: Callable[[Tensor], None],
     ) -> dict[str, float]:
-        """Measure it under the router as it stands; the metrics to log."""
+        """Measure lambda under the router as it stands and return the metrics to log."""
         config = self.config
         assert config.iepo != "none"
         self.lambda_T = image_error_proxy(
             sampler,
             router,
-            noise_NCHW,
-            condition_N,
+            batches,
             kind=config.iepo,
-            threshold=config.sdt.threshold,
-            reuse=config.sdt.reuse,
-            student=config.sdt.student,
-            rows=rows,
-            micro_batch_size=config.micro_batch_size,
+            config=config.sdt,
             average=average,
         )
         measured = {f"lambda.step_{i:03d}": value for i, value in enumerate(self.lambda_T.tolist())}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from harmonica.core.passes import branches_per_checkpoint
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.dit.conditioning import ROWS_AT_ONCE
-from harmonica.training.sharding import shared_layers
+from harmonica.training.sharding import sharded_layers
 
 _SUB_LAYERS = {"DiT": ("attn", "mlp"), "PixArt": ("attn", "cross", "mlp")}
 
@@ -67,7 +67,7 @@ class Shape:
             )
         heads = shape["num_attention_heads"]
         full = [p for n, p in model.named_parameters() if n.startswith(model.full_precision_parts)]
-        sharded = sum(p.nbytes for layer in shared_layers(model) for p in layer.parameters())
+        sharded = sum(p.nbytes for layer in sharded_layers(model) for p in layer.parameters())
         return cls(
             kinds=kinds,
             cacheable=tuple(shape.get("cacheable", kinds)),

@@ -1,7 +1,7 @@
-"""One training, several speeds: a router for each, all from the same measured start.
+"""One training for several speeds: a router for each, all from the same measured start.
 
-The members train after one another, each on the rows that it would see alone, so that each is bit for bit the
-router that a training of its own would have made; what they share is the start, measured once.
+The routers train after one another, each on the samples that it would see alone, so that each is bit for bit
+what a training of its own would have made; what they share is the start, measured once.
 """
 
 import dataclasses
@@ -14,17 +14,19 @@ from torch import Tensor
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
+from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler
-from harmonica.samplers.noise import RowKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
-from harmonica.training.phases import Phase, phases_of
-from harmonica.training.trainer import RouterRun, average
+from harmonica.training.phases import phase_budgets
+from harmonica.training.progress import PhaseBudget
+from harmonica.training.trainer import RouterTrainer, average
 
 
-class FamilyRun:
-    """A `RouterRun` for `train.target_speedup`, or for what else is asked, and then one for each of
-    `train.targets`; a training with no targets is a family of one.
+class MultiTargetTrainer:
+    """A `RouterTrainer` for the main target, and then one for each extra speed in `train.targets`.
+
+    Without extra speeds it is a single training.
 
     Raises:
         SettingError: the model cannot be trained for one of them.
@@ -35,23 +37,25 @@ class FamilyRun:
     ) -> None:
         self.sampler, self.config, self.device = sampler, config, device
         check_training(config, sampler.model, sampler.num_steps)
-        self.members = [RouterRun(sampler, one, seed=seed, device=device) for one in member_settings(config)]
+        self.trainers = [
+            RouterTrainer(sampler, one, seed=seed, device=device) for one in target_configs(config)
+        ]
         self._place = 0
 
     @property
-    def current(self) -> RouterRun:
-        """The member that trains now; in the end the last one."""
-        return self.members[self._place]
+    def current(self) -> RouterTrainer:
+        """The trainer whose router trains now; in the end the last one."""
+        return self.trainers[self._place]
 
     @property
     def trajectory(self) -> int:
-        """Trajectories trained so far, of all members; the start's count once."""
-        done = sum(member.trajectory for member in self.members[: self._place + 1])
+        """Number of trajectories done, for all targets; the start's count once."""
+        done = sum(trainer.trajectory for trainer in self.trainers[: self._place + 1])
         return done - self._place * self.config.start_trajectories
 
     @property
-    def next_rows(self) -> range:
-        """Trajectories whose rows the current member takes from here on; empty when all are trained."""
+    def next_trajectories(self) -> range:
+        """Trajectories whose samples the current trainer takes from here on; empty when all are done."""
         return range(self.current.trajectory, self.current.config.all_trajectories)
 
     @property
@@ -62,29 +66,25 @@ class FamilyRun:
     def plan(self) -> Plan:
         return self.current.plan
 
-    def train_one(
-        self,
-        noise_NCHW: Tensor,
-        condition_N: Any,
-        rows: RowKeys,
-        average: Callable[[Tensor], None] = average,
-    ) -> dict[str, float]:
-        """One trajectory of the current member; the metrics to log."""
-        metrics = self.current.train_one(noise_NCHW, condition_N, rows, average)
-        if len(self.members) > 1:
-            metrics["target_speedup"] = self.current.aim.speedup
-        if not self.next_rows and self._place + 1 < len(self.members):
+    def train_one(self, batch: Batch, average: Callable[[Tensor], None] = average) -> dict[str, float]:
+        """Do one trajectory for the current target and return the metrics to log."""
+        metrics = self.current.train_one(batch, average)
+        if len(self.trainers) > 1:
+            metrics["target_speedup"] = self.current.context.target.speedup
+        if not self.next_trajectories and self._place + 1 < len(self.trainers):
             self._go_on()
         return metrics
 
     def _go_on(self) -> None:
         self._place += 1
-        self.current.start_as(self.members[0])
+        self.current.start_as(self.trainers[0])
 
     def state(self) -> dict[str, Any]:
-        return {"members": [member.state() for member in self.members[: self._place + 1]]}
+        """Return what a checkpoint keeps: the states of the trainers that have begun."""
+        return {"members": [trainer.state() for trainer in self.trainers[: self._place + 1]]}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
         self._place = 0
         for place, kept in enumerate(state["members"]):
             if place:
@@ -92,32 +92,32 @@ class FamilyRun:
             self.current.load_state(kept)
 
     def artifact(self, **provenance: Any) -> RouterArtifact:
-        """The first member's: the router of `train.target_speedup`."""
-        return self.members[0].artifact(**provenance)
+        """Return the router of the main target."""
+        return self.trainers[0].artifact(**provenance)
 
-    def others(self, **provenance: Any) -> dict[str, RouterArtifact]:
-        """The other members', by the speed that each was trained for, as in "1.5x"."""
+    def extra_artifacts(self, **provenance: Any) -> dict[str, RouterArtifact]:
+        """Return the routers of the extra speeds, by the name of the speed, as in "1.5x"."""
         return {
-            member_name(target): member.artifact(**provenance | {"target_speedup": target})
-            for target, member in zip(self.config.others, self.members[1:], strict=True)
+            target_name(target): trainer.artifact(**provenance | {"target_speedup": target})
+            for target, trainer in zip(self.config.extra_targets, self.trainers[1:], strict=True)
         }
 
 
-def member_settings(config: TrainingConfig) -> list[TrainingConfig]:
-    """Of each member, the first one's first."""
-    alone = dataclasses.replace(config, targets=())
-    return [alone] + [config.for_target(target_speedup=target) for target in config.others]
+def target_configs(config: TrainingConfig) -> list[TrainingConfig]:
+    """Return the settings of each target's training, the main one first."""
+    main = dataclasses.replace(config, targets=())
+    return [main] + [config.for_target(target_speedup=target) for target in config.extra_targets]
 
 
-def family_phases(config: TrainingConfig, num_steps: int) -> tuple[Phase, ...]:
-    """Those of a whole training: the start, which is shared, and then each member's own."""
-    phases: list[Phase] = []
-    for place, one in enumerate(member_settings(config)):
-        own = phases_of(one, num_steps, target=one.target_speedup if config.others else 0.0)
+def all_phase_budgets(config: TrainingConfig, num_steps: int) -> tuple[PhaseBudget, ...]:
+    """Return the budgets of a whole training: the start, which is shared, and then each target's own."""
+    phases: list[PhaseBudget] = []
+    for place, one in enumerate(target_configs(config)):
+        own = phase_budgets(one, num_steps, target=one.target_speedup if config.extra_targets else 0.0)
         phases += [phase for phase in own if place == 0 or phase.name != "start"]
     return tuple(phases)
 
 
-def member_name(target: float) -> str:
-    """Of a family's member: its folder, its variant, its part of a version's tags."""
+def target_name(target: float) -> str:
+    """Return the name of an extra speed's router: its folder, its variant, its part of a version's tags."""
     return f"{target:g}x"

@@ -1,141 +1,290 @@
-"""The phases of a training, what a trajectory of each costs, and how much time is left.
+"""The four phases of a router's training, each with its own state, progress and cost.
 
-Costs are counted in full samplings of a trajectory's rows: T forwards with every branch computed. A reused
-step counts as nothing, a backward through activations as a forward. So a phase's length is known before it
-has begun, and one measured pace tells the time of all of them.
+A start is measured, the router is trained from it, its plan is compared with those that need no training, and
+the forecasts of the best plan are fitted. A phase without trajectories is left out.
+
+What a trajectory costs follows from the settings alone, in full samplings of its samples: T forwards with
+every branch computed. A reused step counts as nothing, a backward through activations as a forward.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from itertools import accumulate
-from typing import Literal, get_args
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
+from harmonica.data.batch import Batch
 from harmonica.training.config import TrainingConfig
+from harmonica.training.context import TrainingContext
+from harmonica.training.loss_weights import StepWeights
+from harmonica.training.plans.builders import even_plan, logits_of, speedup_of
+from harmonica.training.plans.forecast_fit import ForecastFit
+from harmonica.training.plans.search import StepSearch, fastest_plan
+from harmonica.training.plans.selection import PlanSelector
+from harmonica.training.progress import PhaseBudget, PhaseName
 
-PhaseName = Literal["start", "router", "choice", "forecast"]
-PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
-"""In the order that they come."""
-_WORDS: dict[PhaseName, str] = {
-    "start": "measuring the start",
-    "router": "training the router",
-    "choice": "choosing the plan",
-    "forecast": "fitting the forecasts",
-}
 _UNKNOWN_SPEEDUP = 1.5
-"""Of a plan that nothing is asked of beforehand."""
+"""Speed assumed of a plan that nothing is asked of beforehand."""
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """Trajectories of one kind, one after another."""
+class Phase(ABC):
+    """One part of a router's training: a number of trajectories of one kind.
 
-    name: PhaseName
-    costs: tuple[float, ...]
-    """Of each trajectory, in full samplings of its rows."""
-    target: float = 0.0
-    """The speed that it is for, where several routers are trained."""
+    `begin` is called once before its first trajectory, `step` for each of them, `finish` after the last.
+    """
+
+    name: ClassVar[PhaseName]
+    state_key: ClassVar[str]
+    """Key of its state in a checkpoint."""
+
+    def __init__(self, context: TrainingContext) -> None:
+        self.context, self.config = context, context.config
+        self.trajectories = len(self.costs(context.config, context.sampler.num_steps))
+        self.done = 0
+        """Number of its trajectories that are done."""
 
     @property
-    def trajectories(self) -> int:
-        return len(self.costs)
+    def is_done(self) -> bool:
+        return self.done == self.trajectories
 
-    @property
-    def words(self) -> str:
-        return _WORDS[self.name] + (f" for {self.target:g}x" if self.target else "")
+    @staticmethod
+    @abstractmethod
+    def costs(config: TrainingConfig, num_steps: int) -> list[float]:
+        """Return the cost of each of its trajectories, in full samplings of its samples."""
+
+    def begin(self) -> None:  # noqa: B027  # most phases need nothing
+        """Make what the phase works on, from what the phases before have left in the context."""
+
+    @abstractmethod
+    def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+        """Do one trajectory and return the metrics to log.
+
+        Args:
+            average: averages a tensor over all workers in place.
+        """
+
+    def finish(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+        """Leave the outcome in the context and return more metrics; `batch` is that of the last step."""
+        return {}
+
+    @abstractmethod
+    def state(self) -> Any:
+        """Return what a checkpoint keeps of it besides `done`; None for nothing."""
+
+    @abstractmethod
+    def load_state(self, state: Any) -> None:
+        """Go on from what `state` returned; the context is loaded before."""
+
+
+class StartPhase(Phase):
+    """Search for the whole steps whose reuse changes the image least."""
+
+    name, state_key = "start", "search"
+
+    def __init__(self, context: TrainingContext) -> None:
+        super().__init__(context)
+        self.search = StepSearch(context.sampler.num_steps)
+
+    @staticmethod
+    def costs(config: TrainingConfig, num_steps: int) -> list[float]:
+        """Count `training.plans.search.step_effects`: steps reused alone, and after the one two before."""
+        last = num_steps - 1
+        alone, after = sum(range(last)), sum(range(last - 2))  # full steps behind the reused ones
+        costs = [1 + (alone + after) / num_steps] * config.start_trajectories
+        if costs and config.target_psnr:  # the plan that is near enough is looked for with the last batch
+            costs[-1] += 1 + sum(1 - count / num_steps for count in range(1, num_steps // 2 + 1))
+        return costs
+
+    def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+        context, batches = self.context, batch.split(self.config.micro_batch_size)
+        with context.sdt.stopwatch.measure("start"):
+            return self.search.observe(context.sampler, batches, self.config.sdt.reuse, average)
+
+    def finish(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+        """Find the speed that a wanted quality allows, and have the router begin with the best steps."""
+        context, metrics = self.context, dict[str, float]()
+        if self.config.target_psnr:
+            batches, reuse = batch.split(self.config.micro_batch_size), self.config.sdt.reuse
+            psnr = self.config.target_psnr
+            plan, found = fastest_plan(self.search, context.sampler, batches, psnr, reuse, average)
+            context.target.set_speedup(plan.ideal_speedup(context.sampler.model.macs()))
+            metrics = {"target_speedup": context.target.speedup, "psnr": found}
+        self._set_starts()
+        return metrics
+
+    def skip(self, other: "StartPhase") -> None:
+        """Take over what another training, for another speed, has measured."""
+        self.search.load_state(other.search.state())
+        self.done = self.trajectories
+        self._set_starts()
+
+    def _set_starts(self) -> None:
+        context = self.context
+        num_steps, macs = context.sampler.num_steps, context.sampler.model.macs()
+        speedup = context.target.speedup or speedup_of(self.config.target_cur, macs)
+        plans = {
+            "even": even_plan(num_steps, macs, speedup),
+            "measured": self.search.plan(macs, speedup),
+        }
+        logit, device = self.config.initial_logit, context.device
+        context.starts = {name: logits_of(plan, logit).to(device) for name, plan in plans.items()}
+        context.set_router(context.starts["measured"])
+
+    def state(self) -> Tensor:
+        return self.search.state()
+
+    def load_state(self, state: Tensor) -> None:
+        self.search.load_state(state)
+
+
+class RouterPhase(Phase):
+    """SDT with the IEPO loss (paper Section 4): an update of every row a trajectory."""
+
+    name, state_key = "router", "lambda"
+
+    def __init__(self, context: TrainingContext) -> None:
+        super().__init__(context)
+        self.weights = StepWeights(context.sampler.num_steps, context.config, context.device)
+
+    @staticmethod
+    def costs(config: TrainingConfig, num_steps: int) -> list[float]:
+        """Count teacher, student and backward at every step but the first; and lambda, where it is due."""
+        sdt, last = config.sdt, num_steps - 1
+        step = 3.0 + sdt.activation_checkpointing
+        trained = last if sdt.objective == "stepwise" else (last + 1) // 2
+        update = (step * trained + (num_steps - trained)) / num_steps
+        generation = 1.0
+        if sdt.student == "hard" and sdt.objective == "stepwise":
+            generation = 1 / _speedup(config)
+            update += generation
+        refresh = generation * (num_steps + 1) / 2 if config.iepo != "none" else 0.0
+        return [update + refresh * (k % config.iepo_every == 0) for k in range(config.trajectories)]
+
+    def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+        context, started = self.context, time.monotonic()
+        sdt, target = context.sdt, context.target
+        batches, metrics = batch.split(self.config.micro_batch_size), dict[str, float]()
+        if self.weights.is_due(self.done):
+            with sdt.stopwatch.measure("lambda"):
+                metrics = self.weights.refresh(context.sampler, sdt.router, batches, average)
+        records, _ = sdt.train_trajectory(
+            batches,
+            self.weights.lambda_T,
+            beta=target.beta,
+            average=average,
+            on_gradient=target.observe,
+        )
+        means = torch.tensor([[r.loss, r.mse, r.l1] for r in records], device=context.device).mean(0)
+        average(means)
+        metrics |= dict(zip(("loss", "mse", "l1"), means.tolist(), strict=True)) | {"beta": target.beta}
+        metrics["updates_per_s"] = (context.sampler.num_steps - 1) / (time.monotonic() - started)
+        target.update()
+        return metrics
+
+    def state(self) -> Tensor:
+        return self.weights.lambda_T
+
+    def load_state(self, state: Tensor) -> None:
+        self.weights.lambda_T = state.to(self.context.device)
+
+
+class ChoicePhase(Phase):
+    """Comparison of the trained plan with the starts, image by image; the nearest is kept."""
+
+    name, state_key = "choice", "choice"
+    selector: PlanSelector | None = None
+    """The comparison, while it is made."""
+
+    @staticmethod
+    def costs(config: TrainingConfig, num_steps: int) -> list[float]:
+        """Count full images, and those of all plans: two starts and what was trained, or one start."""
+        plans = 3 if config.start_trajectories else 2
+        return [1 + plans / _speedup(config)] * config.choice_trajectories
+
+    def begin(self) -> None:
+        """Take the starts, and what was trained unless it misses the target."""
+        context = self.context
+        plans = {name: context.target.plan_of(logits_TB) for name, logits_TB in context.starts.items()}
+        if context.target.is_met_by(context.plan) or not plans:
+            plans["trained"] = context.plan
+        self.selector = PlanSelector(plans, self.config.sdt.reuse)
+
+    def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+        assert self.selector is not None, "begin() makes it"
+        context = self.context
+        with context.sdt.stopwatch.measure("choice"):
+            return self.selector.observe(context.sampler, batch.split(self.config.micro_batch_size), average)
+
+    def finish(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+        """Make the router that of the nearest plan."""
+        assert self.selector is not None, "begin() makes it"
+        context, best = self.context, self.selector.best
+        context.chosen, self.selector = best, None
+        if best in context.starts:
+            context.set_router(context.starts[best])
+        return {}
+
+    def state(self) -> dict[str, Tensor] | None:
+        return self.selector.state() if self.selector else None
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.begin()
+        assert self.selector is not None, "begin() makes it"
+        self.selector.load_state(state)
+
+
+class ForecastPhase(Phase):
+    """Fit of the final plan's forecasts; its weights stay for the artifact."""
+
+    name, state_key = "forecast", "forecast"
+    fit: ForecastFit | None = None
+    """The weights, once the plan is final."""
+
+    @staticmethod
+    def costs(config: TrainingConfig, num_steps: int) -> list[float]:
+        """Count a full and a planned trajectory, and a backward for each probe."""
+        forecast = config.forecast
+        return [1 + (1 + forecast.probes) / _speedup(config)] * forecast.trajectories
+
+    def begin(self) -> None:
+        self.fit = ForecastFit(self.context.plan, self.config.forecast)
+
+    def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+        assert self.fit is not None, "begin() makes it"
+        size = self.config.micro_batch_size or self.config.forecast.rows_at_once
+        with self.context.sdt.stopwatch.measure("forecast"):
+            return self.fit.observe(self.context.sampler, batch.split(size), average)
+
+    def state(self) -> dict[str, Any] | None:
+        return self.fit.state() if self.fit else None
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.begin()
+        assert self.fit is not None, "begin() makes it"
+        self.fit.load_state(state)
+
+
+PHASES: tuple[type[Phase], ...] = (StartPhase, RouterPhase, ChoicePhase, ForecastPhase)
+"""The phases in the order that they come."""
 
 
 def _speedup(config: TrainingConfig) -> float:
-    """Of the plan that will be trained, as far as the settings say it."""
+    """Return the speed of the plan that will be trained, as far as the settings say it."""
     if config.target_cur:
         return 1 / (1 - config.target_cur)
     return config.target_speedup or _UNKNOWN_SPEEDUP
 
 
-def _start_costs(config: TrainingConfig, num_steps: int) -> list[float]:
-    """`training.plans.search.step_effects`: every step reused alone, and with the one two before it."""
-    last = num_steps - 1
-    alone, after = sum(range(last)), sum(range(last - 2))  # full steps behind the reused ones
-    costs = [1 + (alone + after) / num_steps] * config.start_trajectories
-    if costs and config.target_psnr:  # the plan that is near enough is looked for on the last one's rows
-        costs[-1] += 1 + sum(1 - count / num_steps for count in range(1, num_steps // 2 + 1))
-    return costs
-
-
-def _router_costs(config: TrainingConfig, num_steps: int) -> list[float]:
-    """Teacher, student and backward at every step but the first run; and lambda, where it is due."""
-    sdt, last = config.sdt, num_steps - 1
-    step = 3.0 + sdt.activation_checkpointing
-    trained = last if sdt.objective == "stepwise" else (last + 1) // 2
-    update = (step * trained + (num_steps - trained)) / num_steps
-    generation = 1.0
-    if sdt.student == "hard" and sdt.objective == "stepwise":
-        generation = 1 / _speedup(config)
-        update += generation
-    refresh = generation * (num_steps + 1) / 2 if config.iepo != "none" else 0.0
-    return [update + refresh * (k % config.iepo_every == 0) for k in range(config.trajectories)]
-
-
-def phases_of(config: TrainingConfig, num_steps: int, *, target: float = 0.0) -> tuple[Phase, ...]:
-    """Those of one router's training, in order, without those that have no trajectories.
+def phase_budgets(config: TrainingConfig, num_steps: int, *, target: float = 0.0) -> tuple[PhaseBudget, ...]:
+    """Return what the phases of one router's training cost, in order, without those that are left out.
 
     Args:
         target: the speed to name them by.
     """
-    planned, forecast = 1 / _speedup(config), config.forecast
-    plans = 3 if config.start_trajectories else 2  # two starts and what was trained, or one start
-    costs: dict[PhaseName, list[float]] = {
-        "start": _start_costs(config, num_steps),
-        "router": _router_costs(config, num_steps),
-        "choice": [1 + plans * planned] * config.choice_trajectories,
-        "forecast": [1 + (1 + forecast.probes) * planned] * forecast.trajectories,
-    }
     return tuple(
-        Phase(name, tuple(each), 0.0 if name == "start" else target) for name, each in costs.items() if each
+        PhaseBudget(phase.name, tuple(costs), 0.0 if phase is StartPhase else target)
+        for phase in PHASES
+        if (costs := phase.costs(config, num_steps))
     )
-
-
-class Progress:
-    """How far a training is in its phases, and how much time is left of the current one and of all."""
-
-    def __init__(self, phases: Sequence[Phase]) -> None:
-        self.phases = tuple(phases)
-        self._ends = tuple(accumulate(phase.trajectories for phase in self.phases))
-        costs = (cost for phase in self.phases for cost in phase.costs)
-        self._spent = tuple(accumulate(costs, initial=0.0))
-
-    @property
-    def trajectories(self) -> int:
-        """Of all phases."""
-        return self._ends[-1]
-
-    def place(self, done: int) -> int:
-        """Number of the phase that goes on after so many trajectories; in the end the last one."""
-        return next((k for k, end in enumerate(self._ends) if done < end), len(self._ends) - 1)
-
-    def seconds_left(self, done: int, since: int, seconds: float) -> tuple[float, float]:
-        """Until the current phase ends, and until all have, at the pace so far.
-
-        Args:
-            done: trajectories so far.
-            since: how many of them had been done when the `seconds` began; fewer.
-        """
-        pace = seconds / (self._spent[done] - self._spent[since])
-        now, phase_end = self._spent[done], self._spent[self._ends[self.place(done)]]
-        return pace * (phase_end - now), pace * (self._spent[-1] - now)
-
-    def words(self, done: int) -> str:
-        """The current phase and how far it is, as in `training the router: 7 of 20 trajectories`."""
-        place = self.place(done)
-        phase, count = self.phases[place], self.phases[place].trajectories
-        return f"{phase.words}: {done - self._ends[place] + count} of {count} trajectories"
-
-    def left_words(self, done: int, since: int, seconds: float) -> str:
-        """The time left, as in `0:00:30 left in this phase, 0:01:40 in all`, and which phases follow."""
-        phase_left, all_left = (
-            timedelta(seconds=round(left)) for left in self.seconds_left(done, since, seconds)
-        )
-        rest = ", ".join(phase.words for phase in self.phases[self.place(done) + 1 :])
-        return (
-            f"{phase_left} left in this phase, {all_left} in all; then {rest}" if rest else f"{all_left} left"
-        )

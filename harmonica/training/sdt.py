@@ -11,7 +11,7 @@ micro-batches; `harmonica.cli.memory` says what each comes to.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -19,14 +19,14 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
-from harmonica.core.sampling import planned_step
+from harmonica.core.trajectory import planned_step
+from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler, State
-from harmonica.samplers.noise import RowKeys
 from harmonica.training.timers import Stopwatch
 from harmonica.validation.settings import Field, settings
 
 Student = Literal["soft", "hard"]
-"""Whom trajectories follow, in training and for lambda: the mix of soft scores (the paper), or their plan."""
+"""What trajectories follow, in training and for lambda: the soft scores (the paper), or their plan."""
 
 
 @settings("train.sdt")
@@ -72,26 +72,9 @@ class StepRecord:
     """lambda_i * mse + beta * l1; the scores times their costs where the penalty counts those."""
 
 
-Rows = tuple[Tensor, Any, RowKeys | None]
-"""Noise (N, C, H, W), condition and names of N rows."""
-
-
-def micro_batches(
-    noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None, micro_batch_size: int
-) -> list[Rows]:
-    """The rows in order, at most `micro_batch_size` at a time; 0 leaves them together.
-
-    Before a sampler starts, since guidance doubles rows: [conditional; unconditional].
-    """
-    count = len(noise_NCHW)
-    size = micro_batch_size or count
-    parts = (slice(first, first + size) for first in range(0, count, size))
-    return [(noise_NCHW[part], condition_N[part], rows[part] if rows else None) for part in parts]
-
-
 @dataclass(slots=True)
 class _MicroBatch:
-    """Rows on their way along the trajectory."""
+    """Samples on their way along the trajectory."""
 
     state: State
     cache: BranchCache
@@ -114,23 +97,19 @@ class SdtTrainer:
 
     def train_trajectory(
         self,
-        noise_NCHW: Tensor,
-        condition_N: Any,
+        batches: Sequence[Batch],
         lambda_T: Tensor,
         *,
-        rows: RowKeys | None = None,
         beta: float | None = None,
-        micro_batch_size: int = 0,
         average: Callable[[Tensor], None] | None = None,
         on_gradient: Callable[[int, Tensor], object] | None = None,
     ) -> tuple[list[StepRecord], Tensor]:
-        """T-1 updates, noisiest step first.
+        """Update every trained row once, noisiest step first.
 
         Args:
+            batches: what is computed at a time (`Batch.split`); each update is that of all samples.
             lambda_T: lambda_i of steps 0 ... T-2, (T-1,).
-            rows: the rows' names, for samplers that draw noise.
             beta: replaces the configured one, for a beta that follows a target.
-            micro_batch_size: rows that are computed at a time; 0 is all. Each update is that of all rows.
             average: averages a tensor over all workers in place; none on one worker.
             on_gradient: sees (i, gradient of row i (B,)) before the update.
 
@@ -139,9 +118,7 @@ class SdtTrainer:
         """
         sampler = self.sampler
         beta = self.config.beta if beta is None else beta
-        parts = [
-            self._start(*part) for part in micro_batches(noise_NCHW, condition_N, rows, micro_batch_size)
-        ]
+        parts = [self._start(batch) for batch in batches]
         records = []
         for i in reversed(range(sampler.num_steps - 1)):
             if not self.trains(i):
@@ -192,7 +169,7 @@ class SdtTrainer:
         return StepRecord(i, mse.item(), l1.item(), loss.item())
 
     def trains(self, i: int) -> bool:
-        """Whether row i is learned; in pairs, the first step of each computes everything, as T-1 does."""
+        """Return whether row i is learned; in pairs, the first step of each computes everything."""
         last = self.sampler.num_steps - 1
         return i < last and (self.config.objective == "stepwise" or (last - i) % 2 == 1)
 
@@ -202,15 +179,19 @@ class SdtTrainer:
         part.state, _ = planned_step(self.sampler, i, part.state, everything, part.cache)
 
     @torch.no_grad()
-    def _start(self, noise_NCHW: Tensor, condition_N: Any, rows: RowKeys | None) -> _MicroBatch:
-        """Step T-1 computes everything, fills the cache, trains nothing."""
+    def _start(self, batch: Batch) -> _MicroBatch:
+        """Run step T-1: it computes everything, fills the cache and trains nothing."""
         cache = BranchCache(self.router.num_branches, self.config.reuse)
-        part = _MicroBatch(self.sampler.start(noise_NCHW, condition_N, rows), cache)
+        part = _MicroBatch(batch.start(self.sampler), cache)
         self._full_step(self.sampler.num_steps - 1, part)
         return part
 
     def _step(self, i: int, part: _MicroBatch, scores_B: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Take the rows past step i: sum of squared errors, its gradient in the scores (B,), elements."""
+        """Take the samples past step i.
+
+        Returns:
+            The sum of squared errors, its gradient in the scores (B,), and the number of elements.
+        """
         sampler, model, config = self.sampler, self.sampler.model, self.config
         row = (scores_B.detach() > config.threshold).tolist()
         is_hard = config.student == "hard" and config.objective == "stepwise"

@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from harmonica.models.base import BranchedTransformer
 
 
-def shared_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that `shard` spreads: nearly all weights."""
+def sharded_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that `shard_weights` spreads: nearly all weights."""
     return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
-def shard(model: BranchedTransformer, mesh: DeviceMesh | None = None) -> None:
+def shard_weights(model: BranchedTransformer, mesh: DeviceMesh | None = None) -> None:
     """Spread the linear and convolutional layers of a frozen model over the processes.
 
     Layers and not blocks: branches call sub-layers where they lie, and FSDP gathers a module's weights when
@@ -50,7 +50,7 @@ def shard(model: BranchedTransformer, mesh: DeviceMesh | None = None) -> None:
     # It warns of every layer's output, a view; nothing here changes one in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model.recorded_fingerprint = model.fingerprint()  # while this process still has all weights
-    for layer in shared_layers(model):
+    for layer in sharded_layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     whole = {parameter for parameter in model.parameters() if not isinstance(parameter.data, DTensor)}
     fully_shard(model, mesh=mesh, ignored_params=whole)  # moves the buffers

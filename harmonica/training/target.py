@@ -1,4 +1,4 @@
-"""What a training is to meet, a share of reuse, a speed or neither: beta follows, and where plans are cut."""
+"""The target of a training, a speed or a share of reuse: beta and the threshold of plans follow from it."""
 
 from typing import Any
 
@@ -7,19 +7,19 @@ from torch import Tensor
 from harmonica.core.plan import Plan
 from harmonica.training.beta import BetaController
 from harmonica.training.config import TrainingConfig
-from harmonica.training.plans.builders import reusable_share, threshold_for
+from harmonica.training.plans.builders import reusable_fraction, threshold_for
 from harmonica.training.sdt import SdtTrainer
 
 _MET = 0.02
 
 
-class Aim:
-    """Of one run; its speed is configured, or found for a wanted quality while the start is measured."""
+class TargetController:
+    """The target of one router: its speed is configured, or found for a wanted quality by the start phase."""
 
     def __init__(self, trainer: SdtTrainer, config: TrainingConfig) -> None:
         self._trainer, self._config = trainer, config
         self.speedup = config.target_speedup
-        """By MACs; 0 for none."""
+        """Full MACs over those of the plan; 0 for none."""
         self._controller = self._make_controller()
 
     def set_speedup(self, speedup: float) -> None:
@@ -27,16 +27,21 @@ class Aim:
         self._controller = self._make_controller()
 
     def _make_controller(self) -> BetaController | None:
-        """Where there is a target. A speed is a share of MACs, counted as entries where the penalty is."""
+        """Return the controller of beta; None without a target.
+
+        A speed is a share of MACs; it is counted in entries where the penalty is.
+        """
         trainer, config = self._trainer, self._config
         num_steps = trainer.sampler.num_steps
         if self.speedup:
-            share = reusable_share(num_steps, trainer.sampler.model.macs(), self.speedup)
+            fraction = reusable_fraction(num_steps, trainer.sampler.model.macs(), self.speedup)
         elif config.target_cur:
-            share = config.target_cur * num_steps / (num_steps - 1)  # the target counts row T-1 too
+            fraction = config.target_cur * num_steps / (num_steps - 1)  # the target counts row T-1 too
         else:
             return None
-        controller = BetaController(num_steps, trainer.costs_B, share=share, threshold=config.sdt.threshold)
+        controller = BetaController(
+            num_steps, trainer.costs_B, fraction=fraction, threshold=config.sdt.threshold
+        )
         for i in range(num_steps - 1):
             if not trainer.trains(i):
                 controller.spare(i)
@@ -44,32 +49,34 @@ class Aim:
 
     @property
     def beta(self) -> float:
-        """As configured, or what the target asks for at this point."""
+        """The configured beta, or the one that the target asks for at this point."""
         return self._controller.beta if self._controller else self._config.sdt.beta
 
     def observe(self, i: int, gradient_B: Tensor) -> None:
-        """Step i's gradient, before its update."""
+        """Take step i's gradient, before its update."""
         if self._controller:
             self._controller.observe(i, gradient_B, self._trainer.router.rows[i])
 
     def update(self) -> None:
-        """Beta moves on, once a trajectory."""
+        """Move beta on; called once a trajectory."""
         if self._controller:
             self._controller.update()
 
     def threshold_of(self, logits_TB: Tensor) -> float:
-        """tau as configured, or where the plan meets the speed."""
+        """Return tau: the configured one, or the one at which the plan meets the speed."""
         if not self.speedup:
             return self._config.sdt.threshold
         return threshold_for(logits_TB.sigmoid(), self._trainer.sampler.model.macs(), self.speedup)
 
     def plan_of(self, logits_TB: Tensor) -> Plan:
-        """Forecasts linear."""
+        """Return the plan of these logits (T, B), with linear forecasts."""
         return Plan.from_scores(logits_TB.sigmoid(), self.threshold_of(logits_TB))
 
     def is_met_by(self, plan: Plan) -> bool:
-        """Whether the speed is met within 2%, as it is not where too many scores are equal to cut between;
-        or the share of reuse within 2% of all entries."""
+        """Return whether the plan is within 2% of the speed, or of the share of all entries.
+
+        It is not where too many scores are equal to cut between.
+        """
         if not self.speedup:
             wanted = self._config.target_cur
             return not wanted or abs(plan.cur - wanted) < _MET

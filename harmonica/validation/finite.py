@@ -19,7 +19,8 @@ class NotFinite(ArithmeticError):
 
 
 def check_finite(values_N: Tensor, what: str, cure: str = CURE) -> None:
-    """
+    """Check that all values are finite.
+
     Args:
         values_N: rows (N, ...).
         what: what errors call them, with a verb: "the images of variant full are".

@@ -52,7 +52,8 @@ class SettingError(ValueError):
 
 
 def require(condition: bool, field_name: str, value: object, cure: str) -> None:
-    """
+    """Refuse the value of a setting unless the condition holds.
+
     Raises:
         SettingError: the condition does not hold.
     """
@@ -72,7 +73,7 @@ def settings(section: str = "", *, slots: bool = True) -> Callable[[type[_Class]
     def make(cls: type[_Class]) -> type[_Class]:
         plain = {"frozen": True, "kw_only": True, "slots": slots}
         if pydantic is None:
-            return dataclasses.dataclass(**plain)(cls)
+            return dataclasses.dataclass(frozen=True, kw_only=True, slots=slots)(cls)
         cls.__annotations__ = {name: _strict(one) for name, one in cls.__annotations__.items()}
         config = pydantic.ConfigDict(allow_inf_nan=False, extra="forbid")
         made = pydantic.dataclasses.dataclass(config=config, **plain)(cls)  # type: ignore[call-overload]
@@ -91,7 +92,8 @@ def settings(section: str = "", *, slots: bool = True) -> Callable[[type[_Class]
                 raise _refusal(first, made, section, given) from None
 
         made.__init__ = __init__
-        return made
+        checking: type[_Class] = made
+        return checking
 
     return make
 

@@ -14,13 +14,14 @@ import numpy as np
 import ray
 import torch
 
-from harmonica.data.batch import Batch, RowSpec, make_rows
+from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.evaluation.accumulators import MetricAccumulator
 from harmonica.evaluation.reference_sets import ReferenceSet
 from harmonica.evaluation.report import Resamples, distances_to_full, variant_metrics
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.evaluation.latency import FULL, Variant, median_times
-from pipelines.evaluation.quality import (
+
+from ..config.workflow import WorkflowConfig
+from ..evaluation.latency import FULL, Variant, median_times
+from ..evaluation.quality import (
     NOISE_FLOOR,
     VariantSampler,
     accumulate,
@@ -28,7 +29,7 @@ from pipelines.evaluation.quality import (
     real_images,
     real_name,
 )
-from pipelines.runtime.ray_runtime import quiet_libraries
+from ..runtime.ray_runtime import quiet_libraries
 
 _RETRIES = 2
 """Retries of a task whose worker is lost; a variant that crashes its worker every time is not measured."""
@@ -44,7 +45,7 @@ class NotMeasuredError(Exception):
 class VariantWorker:
     """A Ray actor that holds one model and the metric networks."""
 
-    def __init__(self, config: WorkflowConfig, spec: RowSpec) -> None:
+    def __init__(self, config: WorkflowConfig, spec: SampleSpec) -> None:
         quiet_libraries()
         self.settings, self.spec = config.evaluate, spec
         self.sampler = VariantSampler(config, spec, [])
@@ -56,7 +57,7 @@ class VariantWorker:
     def times(self, reference: Variant, variant: Variant) -> tuple[float, float]:
         """Return the speedup over the reference, timed in turn with it, and the spread of the times."""
         indices = np.arange(self.settings.timing_batch_size)
-        batch = Batch.of(make_rows(indices, self.spec), self.spec, self.sampler.device)
+        batch = self.spec.to_batch(make_samples(indices, self.spec), self.sampler.device)
         pair, rounds = [self._with_state(reference), self._with_state(variant)], self.settings.timing_rounds
         seconds, spread = median_times(pair, self.sampler.model, batch, rounds)
         return seconds[reference.name] / seconds[variant.name], max(spread.values())
@@ -72,7 +73,7 @@ class VariantWorker:
         Raises:
             NotFinite: the variant's images are not finite.
         """
-        variant, batch = self._with_state(variant), make_rows(np.arange(rows.start, rows.stop), self.spec)
+        variant, batch = self._with_state(variant), make_samples(np.arange(rows.start, rows.stop), self.spec)
         before = {} if reference is None else {variant.reference: torch.tensor(reference)}
         columns, drawn = self.sampler.measure(batch, [variant], before)
         if reference is not None:
@@ -103,8 +104,9 @@ class _Samples:
 class Bench:
     """The workers of a comparison, started when the first variant is measured."""
 
-    def __init__(self, config: WorkflowConfig, spec: RowSpec, references: list[Variant]) -> None:
-        """
+    def __init__(self, config: WorkflowConfig, spec: SampleSpec, references: list[Variant]) -> None:
+        """Start no worker yet.
+
         Args:
             config: its `evaluate.samples` is the number of images.
             references: the variants that other variants are compared with.

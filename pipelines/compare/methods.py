@@ -14,9 +14,10 @@ from harmonica.models.base import Macs
 from harmonica.samplers import SamplerConfig
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.builders import even_plan, threshold_for
-from pipelines.compare.names import FEWER_STEPS, OURS, PAPER, RELEASED
-from pipelines.config.workflow import TrainConfig
-from pipelines.evaluation.latency import FULL, Variant
+
+from ..config.workflow import TrainConfig
+from ..evaluation.latency import FULL, Variant
+from .names import FEWER_STEPS, OURS, PAPER, RELEASED
 
 _RANDOM_SEED = 7
 
@@ -65,6 +66,7 @@ def learned_methods(train: TrainConfig, target: float, *, with_baselines: bool) 
 
 
 def learned_variant(entry: Entry, artifact: RouterArtifact) -> Variant:
+    """Return the variant that samples by a trained router."""
     return Variant(entry.name, artifact.sampler, artifact.plan, artifact.reuse)
 
 
@@ -98,4 +100,5 @@ def _random_scores(num_steps: int, num_branches: int, seed: int) -> Tensor:
 
 
 def full_variant(sampler: SamplerConfig) -> Variant:
+    """Return the variant that computes everything."""
     return Variant(FULL, sampler)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.compare.names import OURS, OURS_LABEL, label_of, shown_name
+from .names import OURS, OURS_LABEL, label_of, shown_name
 
 _NEAR = 0.97
 """Fraction of a target speed at which a variant counts as meeting it."""

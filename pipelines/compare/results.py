@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.config.compare import CompareConfig
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.run_state.resume import COMPARISON, CONFIG
-from pipelines.run_state.storage import RunStorage
+from ..config.compare import CompareConfig
+from ..config.workflow import WorkflowConfig
+from ..run_state.resume import COMPARISON, CONFIG
+from ..run_state.storage import RunStorage
 
 
 class Results:

@@ -15,24 +15,25 @@ from matplotlib.figure import Figure
 
 from harmonica.cli.common import say
 from harmonica.cli.train import trained
-from harmonica.data.batch import RowSpec, Share
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.base import Macs
 from harmonica.models.loading import load_model
-from pipelines.compare.measuring import Bench, reason_of
-from pipelines.compare.methods import Entry, full_variant, learned_methods, learned_variant, untrained_methods
-from pipelines.compare.names import OURS, label_of, shown_name
-from pipelines.compare.plot import comparison_picture
-from pipelines.compare.ranking import leaders, missing_name, ranking_summary
-from pipelines.compare.results import Results, compared
-from pipelines.compare.third_party_caches import LibraryVariant, library_variants
-from pipelines.config.workflow import TrainConfig, WorkflowConfig
-from pipelines.data.stream import row_spec
-from pipelines.evaluation.latency import FULL, SEED_OFFSET, Variant, device_of
-from pipelines.run_state.resume import work_folder
-from pipelines.run_state.routers import load_router
-from pipelines.run_state.storage import RunStorage
-from pipelines.runtime.ray_runtime import plainly, quiet_libraries
-from pipelines.training.stage import start_run
+
+from ..config.workflow import TrainConfig, WorkflowConfig
+from ..data.stream import sample_spec
+from ..evaluation.latency import FULL, SEED_OFFSET, Variant, device_of
+from ..run_state.resume import work_folder
+from ..run_state.routers import load_router
+from ..run_state.storage import RunStorage
+from ..runtime.ray_runtime import plainly, quiet_libraries
+from ..training.stage import start_run
+from .measuring import Bench, reason_of
+from .methods import Entry, full_variant, learned_methods, learned_variant, untrained_methods
+from .names import OURS, label_of, shown_name
+from .plot import comparison_picture
+from .ranking import leaders, missing_name, ranking_summary
+from .results import Results, compared
+from .third_party_caches import LibraryVariant, library_variants
 
 _SAY_EVERY_S = 20.0
 About = dict[str, Any]
@@ -84,9 +85,9 @@ def compare_methods(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[s
     }, comparison_picture(points, missing)
 
 
-def _model_facts(config: WorkflowConfig) -> tuple[RowSpec, Macs]:
+def _model_facts(config: WorkflowConfig) -> tuple[SampleSpec, Macs]:
     model = load_model(config.model).model
-    return row_spec(config, model, config.seed + SEED_OFFSET), model.macs()
+    return sample_spec(config, model, config.seed + SEED_OFFSET), model.macs()
 
 
 def _measured(
@@ -158,7 +159,7 @@ def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig, place: 
     quiet_libraries()
     config = dataclasses.replace(config, train=train, seed=config.seed + 1000 * entry.seed)
     run, spec = start_run(config, device_of(config.evaluate.use_gpu))
-    for _ in trained(run, spec, Share(train.batch_size)):
+    for _ in trained(run, spec, Shard(train.batch_size)):
         pass
     artifact = run.artifact(**config.to_dict()["train"])
     storage = RunStorage(config.storage_path, config.run_id, patient=True)

@@ -22,7 +22,8 @@ from harmonica.models.diffusers_folder import find_transformer, write_diffusers
 from harmonica.models.loading import ModelConfig, read_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.torchvision_ops import ensure_torchvision_imports
-from pipelines.evaluation.latency import Variant
+
+from ..evaluation.latency import Variant
 
 UNCACHED = "diffusers, uncached"
 _WARMUP_STEPS = 2
@@ -117,8 +118,9 @@ _LIBRARIES: dict[str, _Switch] = {
 
 
 def _module(config: ModelConfig, device: torch.device, is_cacheable: bool) -> Any:
-    """diffusers' DiT with the configured model's weights, all of it in the configured precision, as users of
-    diffusers have it; cacheable, one that takes diffusers' own caches.
+    """Load diffusers' DiT with the configured model's weights, all of it in the configured precision.
+
+    Users of diffusers have it so; cacheable, it takes diffusers' own caches.
 
     Raises:
         ValueError: as of `read_model`; or no DiT.

@@ -14,17 +14,17 @@ class EvaluateConfig:
     """Sampling the same noise full, cached and with fewer steps, and judging the images."""
 
     samples: Annotated[int, Field(ge=16)] = 512
-    """Images of each variant; a cluster takes 50,000 by the same code."""
+    """Images of each variant. More make the intervals narrower; published FID is of 50,000."""
     batch_size: Count = 32
-    """Images an actor samples at once."""
+    """Images an actor samples at once; lower it if an actor runs out of memory."""
     num_actors: Count = 2
-    """Ray Data actors, each with its own copy of the model."""
+    """Ray Data actors, each with its own copy of the model; give one for each GPU or free core."""
     use_gpu: bool = False
-    """One GPU an actor."""
+    """Give each actor a GPU; on wherever the cluster has them."""
     timing_rounds: Count = 5
-    """Times each variant is timed, in turn; the medians are compared."""
+    """Times each variant is timed, in turn; the medians are compared. Raise it on a busy machine."""
     timing_batch_size: Count = 8
-    """Images of one timed batch."""
+    """Images of one timed batch; give the batch that serving will have, since speedups depend on it."""
     transfer: tuple[SamplerName, ...] = ()
     """Other samplers of as many steps to measure the router under, such as dpm-solver++: what its plan is
     worth where it was not trained."""

@@ -15,57 +15,63 @@ class ServeConfig:
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
     min_replicas: Count = 1
-    """Sampling replicas, each with its own copy of the model."""
+    """Number of sampling replicas at least, each with its own copy of the model."""
     max_replicas: Count = 1
-    """More are started up to this many while each has more than target_ongoing images, queue included."""
+    """Number of sampling replicas at most. More are started while each has more than target_ongoing
+    images, those that wait included."""
     target_ongoing: Positive | None = None
-    """Images a replica should have. Empty: a trajectory's worth being drawn and one waiting."""
+    """Number of images a replica should have. Empty: as many as one trajectory samples, and as many again
+    that wait."""
     upscale_delay_s: Positive = 10.0
-    """How long there must be too many images for another replica."""
+    """How long there must be too many images before another replica is started."""
     downscale_delay_s: Positive = 300.0
-    """How long there must be too few for one less."""
+    """How long there must be too few images before a replica is stopped."""
     api_replicas: Count = 1
-    """Replicas that speak HTTP; with two, one may be lost and nobody waits for another to start."""
+    """Number of replicas that answer HTTP. With two, one may be lost and no client waits for another to
+    start."""
     num_cpus: Positive = 1.0
-    """Cores of a replica; torch uses as many threads."""
+    """Number of cores a sampling replica takes; torch uses as many threads."""
     use_gpu: bool = False
-    """One GPU a replica."""
+    """Give each sampling replica one GPU."""
     max_batch_size: Count = 16
-    """Images sampled in one trajectory."""
+    """Number of images sampled in one trajectory at most."""
     batch_wait_s: Annotated[float, Field(ge=0)] = 0.02
-    """How long at most a trajectory waits for images that are expected: the rest of a request, and clients
-    that were just answered."""
+    """How long a trajectory waits at most for images that are expected: the rest of a request, and the next
+    requests of clients that were just answered."""
     latency_target_s: Positive | None = None
-    """What an image may take that finds a trajectory running: batches are kept as small as that wants.
-    Empty: only max_batch_size bounds them, which is most images a second."""
+    """How long an image may take that arrives while a trajectory runs; batches are kept small enough for
+    that. Empty: only max_batch_size bounds them, which gives most images a second."""
     timeout_s: Positive = 60.0
-    """An image that has waited this long for its trajectory is given up with 504; requests may say less."""
+    """How long an image may wait for its trajectory before it is given up with 504; a request may ask for
+    less."""
     max_waiting: Count = 64
-    """Images that may wait at a replica for a trajectory; more are turned away with 503."""
+    """Number of images that may wait at a replica for a trajectory; more are rejected with 503."""
     read_timeout_s: Positive = 30.0
-    """How long a client may take to send a request's body; then it is answered 408."""
+    """How long a client may take to send a request's body before it is answered 408."""
     stall_timeout_s: Positive = 600.0
-    """A replica whose trajectory runs for longer is replaced."""
+    """How long a trajectory may run before its replica is replaced."""
     cors_origins: tuple[str, ...] = ()
-    """Web sites such as https://example.org whose pages may ask this endpoint; `*` for all."""
+    """Web sites such as https://example.org whose pages may send requests; `*` allows all."""
     lenient: bool = False
-    """For clients that always send another model, size or `response_format: url`: draw with the served model
-    in its own size, answer a data URL, and name in `warnings` what was not followed, unknown fields too."""
+    """Accept requests for another model or size, for `response_format: url` and with unknown fields: the
+    served model generates in its own size, a data URL is answered, and `warnings` names what was not
+    followed."""
     reproducible: bool = False
-    """An image is the same to the last bit whatever is drawn beside it, on one kind of machine: trajectories
-    have one shape. On a CPU that is one image; on a GPU max_batch_size, filled up where fewer wait (and one,
-    where a place in the batch turns out to matter)."""
+    """Make an image the same to the last bit whatever else is in its batch, on one kind of machine: all
+    batches have one size. On a CPU that is one image; on a GPU it is max_batch_size, filled up if fewer
+    images wait, or one if an image turns out to depend on its place in the batch."""
     max_images_per_request: Count = 10
-    """Upper bound of `n`."""
+    """Largest `n` of a request."""
     max_steps: Annotated[int, Field(ge=2)] = 100
-    """Upper bound of `num_inference_steps` where no router is used; the champion's own is always good."""
+    """Largest `num_inference_steps` of a request that uses no router; the champion's own number is always
+    allowed."""
     api_keys_file: str = ""
-    """File with a bearer key a line, which clients must then bring. Empty: those in HARMONICA_API_KEYS,
-    separated by commas; where that is empty too, anybody may ask."""
+    """File with one bearer key a line; clients must then send one of them. Empty: the keys are those in
+    HARMONICA_API_KEYS, separated by commas; if that is empty too, no key is needed."""
     over_limit: OverLimit = "truncate"
-    """Prompts with more tokens than the model reads lose their end, or are refused."""
+    """Whether prompts with more tokens than the model reads lose their end, or are refused."""
     keep: bool = False
-    """Stay up after the workflow, until Ctrl-C."""
+    """Serve on after the workflow, until Ctrl-C."""
 
     def __post_init__(self) -> None:
         require(

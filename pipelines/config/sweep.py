@@ -28,13 +28,14 @@ class SweepConfig:
     """Train every combination to its end (grid), or stop early those whose score falls behind (asha). The
     score is that of promotion, by ideal speedup."""
     report_every: Count = 10
-    """Trajectories between reports and checkpoints of a trial."""
+    """Trajectories between reports and checkpoints of a trial. Fewer let asha stop trials earlier, and cost
+    the sampling of report_samples images more often."""
     report_samples: Count = 8
-    """Images of each report's PSNR."""
+    """Images of each report's PSNR; raise it if asha stops trials by chance."""
     reduction_factor: Annotated[int, Field(ge=2)] = 2
-    """asha: of so many trials that get as far, one goes on."""
+    """asha: one of this many trials that get as far goes on. Raise it for large sweeps that must be cheap."""
     max_concurrent: Count = 2
-    """Trials at once, one core or, with train.use_gpu, one GPU each."""
+    """Trials at once, one core or, with train.use_gpu, one GPU each; raise it to what is free."""
 
     def __post_init__(self) -> None:
         for name in ("targets", "iepo", "seeds"):

@@ -12,16 +12,17 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from harmonica.data.text_encoder import EncoderDtype, OverLimit
-from harmonica.io.file_systems import shown
+from harmonica.io.paths import shown
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig
 from harmonica.training.config import TrainingConfig
 from harmonica.validation.settings import Count, Cure, Field, Natural, Positive, require, settings
-from pipelines.config.compare import CompareConfig
-from pipelines.config.evaluate import EvaluateConfig
-from pipelines.config.promotion import Promote, PromoteConfig
-from pipelines.config.serve import ServeConfig
-from pipelines.config.sweep import SweepConfig
+
+from .compare import CompareConfig
+from .evaluate import EvaluateConfig
+from .promotion import Promote, PromoteConfig
+from .serve import ServeConfig
+from .sweep import SweepConfig
 
 Stage = Literal["prompts", "train", "evaluate", "sweep", "register", "serve", "compare"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -41,15 +42,15 @@ class PromptsConfig:
     path: str = ""
     """A .txt file with a prompt a line, a .parquet file, or a folder of either; local or an s3:// URI."""
     column: Annotated[str, Field(min_length=1)] = "prompt"
-    """Of Parquet: the column that holds the text."""
+    """The column of a Parquet file that holds the text."""
     max_tokens: Count = 300
     """What a prompt is padded to: 120 for PixArt-alpha, 300 for Sigma."""
     over_limit: OverLimit = "truncate"
     """Longer prompts lose their end, with a warning, or are refused before anything is embedded."""
     batch_size: Count = 32
-    """Prompts an actor embeds at once."""
+    """Prompts an actor embeds at once; lower it if an actor runs out of memory."""
     num_actors: Count = 1
-    """Ray Data actors, each with its own copy of the text encoder."""
+    """Ray Data actors, each with its own copy of the text encoder; raise it for many thousands of prompts."""
     use_gpu: bool = False
     """One GPU an actor."""
     dtype: EncoderDtype = "bfloat16"
@@ -61,7 +62,8 @@ class TrainConfig(TrainingConfig):
     """Router training on Ray Train."""
 
     num_workers: Count = 2
-    """Ray Train workers, one core or GPU each."""
+    """Ray Train workers, one core or GPU each; give what the cluster has. The router is the same but for
+    rounding."""
     min_workers: Natural = 0
     """Go on with as few as these where there is no room for num_workers, and with more once there is; 0 waits
     for all of them."""
@@ -121,7 +123,7 @@ class WorkflowConfig:
     """The whole chain."""
 
     preset: str = "fashion"
-    """Where the values came from."""
+    """Name of the preset that the values came from; the command sets it, and run ids begin with it."""
     run_id: str = ""
     """Names the run; the same id again skips its finished stages. Empty: a new one."""
     storage_path: str = "runs"
@@ -132,7 +134,8 @@ class WorkflowConfig:
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = CLASS_STAGES
     """What to run, in this order."""
     done_again_from: Annotated[Stage | None, tyro.conf.arg(name="from")] = None
-    """Of a run that has it already: do this stage and those after it again."""
+    """Stage of the run that is done again, with those after it, though it is finished: give it after a change
+    of settings."""
     registered_model: str = "harmonica-fashion"
     """Name in MLflow's registry; the alias `champion` points at the version Serve loads."""
     promote: Promote = "gate"
@@ -200,7 +203,8 @@ class WorkflowConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, for records and logs: URIs without the credentials that may be in them."""
-        return _without_secrets(dataclasses.asdict(self))
+        plain: dict[str, Any] = _without_secrets(dataclasses.asdict(self))
+        return plain
 
 
 def _without_secrets(value: Any) -> Any:

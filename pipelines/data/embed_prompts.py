@@ -33,8 +33,10 @@ from harmonica.data.prompts import PromptStore
 from harmonica.data.text_encoder import TextEncoder
 from harmonica.io.paths import is_remote, resolved, shown
 from harmonica.io.resolve import local_path
-from pipelines.data.read_prompts import PromptsConfig, Text, distinct_texts
-from pipelines.run_state.storage import RunStorage
+
+from ..config.workflow import PromptsConfig
+from ..run_state.storage import RunStorage
+from .read_prompts import Text, distinct_texts
 
 __all__ = ["PromptsConfig", "embed_prompts"]
 

@@ -15,9 +15,11 @@ import ray.data
 from pyarrow import fs
 
 from harmonica.data import text_encoder
-from harmonica.io.file_systems import open_uri, shown
+from harmonica.io.file_systems import open_uri
+from harmonica.io.paths import shown
 from harmonica.io.resolve import local_path
-from pipelines.config.workflow import PromptsConfig
+
+from ..config.workflow import PromptsConfig
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def distinct_texts(config: PromptsConfig, model_path: str) -> Iterator[Text]:
     if first_over is None:
         return
     prompt, _, tokens = first_over
-    words = text_encoder.over_limit_words(prompt, tokens, over, len(seen), config.max_tokens)
+    words = text_encoder.over_limit_message(prompt, tokens, over, len(seen), config.max_tokens)
     if config.over_limit == "refuse":
         raise ValueError(f"prompts.path {path}: {words}: shorten them, or set prompts.over_limit to truncate")
     logger.warning("prompts.path %s: %s; they lose their end", path, words)

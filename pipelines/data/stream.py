@@ -1,4 +1,4 @@
-"""A Ray Data stream of rows, of which each worker opens its own: just its share, in order.
+"""A Ray Data stream of rows, of which each worker opens its own: just its shard, in order.
 
 A row is 3 kB for the built-in model, and 3.5 MB for PixArt-Sigma at 2K: 2.5 MB of prompt, 1 MB of noise.
 """
@@ -8,56 +8,60 @@ import pyarrow as pa
 import ray.data
 from ray.data import TaskPoolStrategy
 
-from harmonica.data.batch import RowSpec, Share, make_rows
 from harmonica.data.prompts import PromptStore
+from harmonica.data.samples import SampleSpec, Shard, make_samples
 from harmonica.models.base import BranchedTransformer
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.run_state.resume import work_folder
-from pipelines.run_state.storage import RunStorage
 
-_ROWS_PER_BLOCK, _BYTES_PER_BLOCK = 256, 32 * 2**20
+from ..config.workflow import WorkflowConfig
+from ..run_state.resume import work_folder
+from ..run_state.storage import RunStorage
+
+_SAMPLES_PER_BLOCK, _BYTES_PER_BLOCK = 256, 32 * 2**20
 # A row costs microseconds, so its tasks claim no core: they would wait for ever where workers have them
 # all, as elastic ones may after the loss of a node. Few at a time, or there would be one a block.
 _TASK_CPUS, _TASKS = 0, 2
 
 
-def row_spec(config: WorkflowConfig, model: BranchedTransformer, seed: int) -> RowSpec:
+def sample_spec(config: WorkflowConfig, model: BranchedTransformer, seed: int) -> SampleSpec:
     """What the run's rows look like; prompts are those that its stage `prompts` has embedded."""
     if model.num_classes:
-        return RowSpec.of(model, seed)
+        return SampleSpec.of(model, seed)
     storage = RunStorage(config.storage_path, config.run_id)
     uri = storage.uri(work_folder("prompts", storage))
-    return RowSpec.of(model, seed, PromptStore(uri))
+    return SampleSpec.of(model, seed, PromptStore(uri))
 
 
-def stream_rows(
-    spec: RowSpec,
-    share: Share,
+def stream_samples(
+    spec: SampleSpec,
+    shard: Shard,
     *,
     first_trajectory: int = 0,
     trajectories: int,
-    rows_per_block: int = 0,
+    samples_per_block: int = 0,
 ) -> ray.data.Dataset:
     """This worker's rows of `trajectories` trajectories, in order, streamed.
 
     Args:
-        rows_per_block: 0 takes what keeps a block at some tens of megabytes.
+        samples_per_block: 0 takes what keeps a block at some tens of megabytes.
     """
-    rows_per_block = rows_per_block or max(1, min(_ROWS_PER_BLOCK, _BYTES_PER_BLOCK // spec.row_bytes))
-    count = trajectories * share.size
+    samples_per_block = samples_per_block or max(
+        1, min(_SAMPLES_PER_BLOCK, _BYTES_PER_BLOCK // spec.sample_bytes)
+    )
+    count = trajectories * shard.size
     # Order is what makes a trajectory's rows belong together; by default Ray Data gives none.
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
 
     def make(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return make_rows(share.indices(batch["id"], first_trajectory), spec)
+        return make_samples(shard.indices(batch["id"], first_trajectory), spec)
 
     # Not `ray.data.range`, whose own tasks each claim a core.
-    firsts = range(0, count, rows_per_block)
-    ids = [pa.table({"id": np.arange(i, min(i + rows_per_block, count))}) for i in firsts]
-    return ray.data.from_blocks(ids).map_batches(
+    firsts = range(0, count, samples_per_block)
+    ids = [pa.table({"id": np.arange(i, min(i + samples_per_block, count))}) for i in firsts]
+    stream: ray.data.Dataset = ray.data.from_blocks(ids).map_batches(
         make,
-        batch_size=rows_per_block,
+        batch_size=samples_per_block,
         num_cpus=_TASK_CPUS,
         compute=TaskPoolStrategy(size=min(_TASKS, len(ids))),
     )
+    return stream

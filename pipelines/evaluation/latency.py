@@ -14,14 +14,17 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch, RowSpec, make_rows
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, make_samples
+from harmonica.execution.levels import warm_ups
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
 from harmonica.models.vae import decode_latents, draws_pixels
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.validation.finite import check_finite
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.data.stream import row_spec
+
+from ..config.workflow import WorkflowConfig
+from ..data.stream import sample_spec
 
 FULL, CACHED, FEWER = "full", "cached", "fewer_steps"
 SEED_OFFSET = 1
@@ -48,7 +51,7 @@ class Variant:
     def sample(self, model: BranchedTransformer, batch: Batch) -> Tensor:
         sampler = make_sampler(model, self.sampler)
         return sample(
-            sampler, batch.noise_NCHW, batch.condition_N, self.plan, reuse=self.reuse, rows=batch.keys
+            sampler, batch.noise_NCHW, batch.condition_N, self.plan, reuse=self.reuse, keys=batch.keys
         )
 
 
@@ -56,7 +59,7 @@ class Variant:
 class Timing:
     """Times that one worker measured, and ten images of each variant from the same noise."""
 
-    rows: RowSpec
+    rows: SampleSpec
     """The model's rows, kept so that the model need not be loaded again to know them."""
     seconds_per_image: dict[str, float]
     spread: dict[str, float]
@@ -69,6 +72,7 @@ class Timing:
 
 
 def device_of(use_gpu: bool) -> torch.device:
+    """Return the device of a worker."""
     return torch.device("cuda" if use_gpu else "cpu")
 
 
@@ -83,12 +87,13 @@ def _seconds(variant: Variant, model: BranchedTransformer, batch: Batch) -> floa
 def median_times(
     variants: list[Variant], model: BranchedTransformer, batch: Batch, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return median seconds per image and the relative spread; variants alternate after one warm-up each."""
+    """Return median seconds per image and the relative spread; variants alternate after warming up."""
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    for turn in range(rounds + 1):
+    first = warm_ups(model)
+    for turn in range(rounds + first):
         for variant in variants:
             seconds = _seconds(variant, model, batch) / len(batch)
-            if turn > 0:
+            if turn >= first:
                 times[variant.name].append(seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     spread = {name: (max(v) - min(v)) / medians[name] for name, v in times.items()}
@@ -110,6 +115,7 @@ def make_family_variants(config: WorkflowConfig, family: Mapping[str, RouterArti
 
 
 def family_variant(name: str) -> str:
+    """Return the name in reports of a family's member."""
     return f"{CACHED} {name}"
 
 
@@ -153,8 +159,8 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
     settings, device = config.evaluate, device_of(config.evaluate.use_gpu)
     loaded = load_model(config.model, device)
     model = loaded.model
-    spec = row_spec(config, model, config.seed + SEED_OFFSET)
-    batch = Batch.of(make_rows(np.arange(settings.timing_batch_size), spec), spec, device)
+    spec = sample_spec(config, model, config.seed + SEED_OFFSET)
+    batch = spec.to_batch(make_samples(np.arange(settings.timing_batch_size), spec), device)
     total = config.sampler.num_inference_steps
     variants, steps = make_variants(config, artifact)[:2], total
     seconds, spread = median_times(variants, model, batch, min(2, settings.timing_rounds))
@@ -165,7 +171,7 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
         if steps_as_long(total, seconds) == steps:
             break
     columns, names = _sheet_rows(spec, loaded.class_names)
-    shown = Batch.of(columns, spec, device)
+    shown = spec.to_batch(columns, device)
     sheet = {variant.name: variant.sample(model, shown) for variant in variants}
     if not draws_pixels(model) and (vae := loaded.load_vae(device)) is not None:
         sheet = {name: decode_latents(vae, latents) for name, latents in sheet.items()}
@@ -175,9 +181,9 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
     return Timing(spec, seconds, spread, steps, sheet, names, tuple(b.name for b in model.branches))
 
 
-def _sheet_rows(spec: RowSpec, class_names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _sheet_rows(spec: SampleSpec, class_names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return the rows of the sheet and their names: one of each class, or the first prompts."""
-    columns = make_rows(np.arange(_SHEET), spec)
+    columns = make_samples(np.arange(_SHEET), spec)
     if spec.prompts is not None:
         return columns, spec.prompts.rows(columns["label"]).prompts
     labels = np.arange(_SHEET) % spec.num_classes

@@ -12,8 +12,9 @@ from harmonica.evaluation.perceptual import ClipScore, Lpips
 from harmonica.evaluation.reference_sets import ReferenceSet, builtin_reference, read_adm_reference
 from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, LoadedModel, ModelConfig
 from harmonica.models.vae import check_vae, decode_latents, draws_pixels
-from pipelines.config.evaluate import EvaluateConfig, FeatureKind
-from pipelines.config.workflow import WorkflowConfig
+
+from ..config.evaluate import EvaluateConfig, FeatureKind
+from ..config.workflow import WorkflowConfig
 
 _CLASSIFIER_SHAPE = (1, 28)
 _PSNR_OF_EQUALS = 100.0  # dB, for a mean that stays finite

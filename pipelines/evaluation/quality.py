@@ -16,25 +16,27 @@ from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from harmonica.data.batch import Batch, RowSpec, Share, make_rows
+from harmonica.data.samples import SampleSpec, Shard, make_samples
+from harmonica.evaluation import fashion_captions as captions
 from harmonica.evaluation.accumulators import MetricAccumulator
 from harmonica.evaluation.reference_sets import ReferenceSet
 from harmonica.evaluation.report import Resamples, distances_to_full, variant_metrics
 from harmonica.models.loading import load_model
-from harmonica.pretraining import captions
 from harmonica.validation.finite import check_finite
-from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
-from pipelines.data.stream import stream_rows
-from pipelines.evaluation.latency import Variant, device_of
-from pipelines.evaluation.metric_networks import MetricSuite, feature_kind, read_reference
-from pipelines.runtime.ray_runtime import quiet_libraries
+
+from ..config.evaluate import EvaluateConfig
+from ..config.workflow import WorkflowConfig
+from ..data.stream import stream_samples
+from ..runtime.ray_runtime import quiet_libraries
+from .latency import Variant, device_of
+from .metric_networks import MetricSuite, feature_kind, read_reference
 
 NOISE_FLOOR = "noise_floor"
 _OTHER_SEED = 1  # from the evaluation's: rows that neither training nor any variant has seen
 
 
 def evaluate_images(
-    config: WorkflowConfig, spec: RowSpec, variants: list[Variant]
+    config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]
 ) -> dict[str, dict[str, Any]]:
     """Return the metrics of each variant by name, JSON-ready, over `evaluate.samples` images.
 
@@ -112,7 +114,7 @@ def _check_variants(variants: list[Variant]) -> None:
 class VariantSampler:
     """A Ray Data actor that samples every variant from the same rows and returns metric columns."""
 
-    def __init__(self, config: WorkflowConfig, spec: RowSpec, variants: list[Variant]) -> None:
+    def __init__(self, config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]) -> None:
         self.variants, self.spec = variants, spec
         self.device = device_of(config.evaluate.use_gpu)
         loaded = load_model(config.model, self.device)
@@ -139,7 +141,7 @@ class VariantSampler:
         Raises:
             NotFinite: a variant's images are not finite.
         """
-        rows, drawn = Batch.of(batch, self.spec, self.device), dict(drawn)
+        rows, drawn = self.spec.to_batch(batch, self.device), dict(drawn)
         images = {name: self.metrics.decode(samples) for name, samples in drawn.items()}
         prompts = self._prompts(batch["label"])
         out = {"index": batch["index"], "label": self._classes(batch["label"], prompts)}
@@ -156,7 +158,7 @@ class VariantSampler:
     def measure_other_noise(self, index: np.ndarray, reference: Variant) -> dict[str, np.ndarray]:
         """Return features of a reference's samples from the same rows under another seed."""
         other = replace(self.spec, seed=self.spec.seed + _OTHER_SEED)
-        drawn = reference.sample(self.model, Batch.of(make_rows(index, other), other, self.device))
+        drawn = reference.sample(self.model, other.to_batch(make_samples(index, other), self.device))
         shown = self.metrics.decode(drawn)
         check_finite(shown, f"images of variant {reference.name!r} are")
         columns = self.metrics.features(shown)
@@ -177,7 +179,7 @@ class VariantSampler:
 
 
 def _accumulate_on_worker(
-    config: WorkflowConfig, spec: RowSpec, variants: list[Variant]
+    config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]
 ) -> dict[str, MetricAccumulator]:
     quiet_libraries()
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -185,13 +187,13 @@ def _accumulate_on_worker(
 
 
 def _metric_batches(
-    config: WorkflowConfig, spec: RowSpec, variants: list[Variant]
+    config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield batches of per-image metrics and features of every variant."""
     settings: EvaluateConfig = config.evaluate
     # A block a batch: with fewer blocks than actors some would idle.
-    rows = stream_rows(
-        spec, Share(batch_size=1), trajectories=settings.samples, rows_per_block=settings.batch_size
+    rows = stream_samples(
+        spec, Shard(batch_size=1), trajectories=settings.samples, samples_per_block=settings.batch_size
     )
     columns = rows.map_batches(
         VariantSampler,

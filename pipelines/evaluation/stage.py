@@ -15,8 +15,10 @@ from harmonica.evaluation.differences import with_differences
 from harmonica.evaluation.plots import cached_title, router_heat_map, sample_sheet
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from pipelines.config.workflow import TrainConfig, WorkflowConfig
-from pipelines.evaluation.latency import (
+
+from ..config.workflow import TrainConfig, WorkflowConfig
+from ..runtime.ray_runtime import plainly
+from .latency import (
     CACHED,
     FEWER,
     FULL,
@@ -29,8 +31,7 @@ from pipelines.evaluation.latency import (
     make_variants,
     measure,
 )
-from pipelines.evaluation.quality import NOISE_FLOOR, evaluate_images
-from pipelines.runtime.ray_runtime import plainly
+from .quality import NOISE_FLOOR, evaluate_images
 
 
 @plainly()

@@ -1,1 +1,1 @@
-"""How the built-in models were trained on Ray."""
+"""The built-in models are trained here on Ray: an example that needs a clone, not part of the wheel."""

@@ -9,7 +9,7 @@ it stopped; the second writes the EMA weights of the last checkpoint as the buil
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,13 @@ from torch import Tensor
 from harmonica.evaluation import fashion_mnist
 from harmonica.io.paths import local
 from harmonica.io.tensor_files import write_tensors
-from harmonica.models.dit.model import DiT, DiTConfig
+from harmonica.models.dit.config import DiTConfig
+from harmonica.models.dit.model import DiT
 from harmonica.models.loading import write_folder_config
 from harmonica.pretraining.learning import NoisyBatch, drop
-from pipelines.pretrain.loop import PretrainConfig, Task, last_state, provenance, run
+from harmonica.validation.settings import settings
+
+from .loop import PretrainConfig, Task, last_state, provenance, run
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ FASHION_DIT = DiTConfig(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings()
 class DiTPretrainConfig(PretrainConfig):
     """How the built-in class-conditional model is trained."""
 
@@ -88,6 +91,7 @@ def export(config: DiTPretrainConfig) -> Path:
 
 
 def main() -> None:
+    """Train the built-in DiT, or export its last checkpoint."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(DiTPretrainConfig, description=__doc__)
     if config.export:

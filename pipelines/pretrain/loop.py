@@ -10,9 +10,8 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import numpy as np
 import ray.train
@@ -25,8 +24,10 @@ from harmonica.evaluation import fashion_mnist
 from harmonica.io.paths import local
 from harmonica.pretraining.learning import Learner, LearningConfig
 from harmonica.validation.finite import NotFinite
-from pipelines.runtime.ray_runtime import connect
-from pipelines.tracking.mlflow_runs import StageRun, stage_run
+from harmonica.validation.settings import Count, Field, Natural, Positive, settings
+
+from ..runtime.ray_runtime import connect
+from ..tracking.mlflow_runs import StageRun, stage_run
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ DATA = "Fashion-MNIST, 60,000 training images (Zalando Research, MIT licence)"
 _LOG_STEPS = 20
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings()
 class PretrainConfig(LearningConfig):
     """How the built-in denoiser is trained."""
 
@@ -44,31 +45,31 @@ class PretrainConfig(LearningConfig):
     """Folder that holds runs."""
     data_folder: str = str(fashion_mnist.DEFAULT_FOLDER)
     """Folder with the four IDX files of Fashion-MNIST."""
-    num_workers: int = 2
+    num_workers: Count = 2
     """Data-parallel workers, one core each."""
     use_gpu: bool = False
     """One GPU a worker."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Global batch."""
-    steps: int = 4200
+    steps: Count = 4200
     """Optimiser steps in all."""
-    decay_steps: int = 1600
+    decay_steps: Count = 1600
     """The last of them, over which the learning rate falls to zero."""
-    warmup_steps: int = 100
+    warmup_steps: Count = 100
     """The first of them, over which it rises."""
-    learning_rate: float = 2e-3
+    learning_rate: Positive = 2e-3
     """Peak learning rate."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Of the blocks' matrices."""
-    ema_decay: float = 0.999
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged weights, which are the ones kept."""
-    condition_dropout: float = 0.1
+    condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of conditions replaced by the empty one, for guidance."""
-    seed: int = 0
+    seed: Natural = 0
     """Fixes initial weights, batches, noise and timesteps."""
     compile: bool = True
     """torch.compile the denoiser."""
-    checkpoint_interval_s: float = 60.0
+    checkpoint_interval_s: Annotated[float, Field(ge=0)] = 60.0
     """Seconds between checkpoints."""
     export: str = ""
     """Write the last checkpoint's EMA weights to this folder instead of training."""
@@ -141,7 +142,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     images, labels = fashion_mnist.load_fashion_mnist("train", local(config.data_folder, "data_folder"))
-    task: Task = job["task"](config, images, labels)
+    task: Task[Any] = job["task"](config, images, labels)
     device = ray.train.torch.get_device()
     model = task.make_model().to(device)
     learner = Learner(model, config)
@@ -174,7 +175,7 @@ def _train_loop(job: dict[str, Any]) -> None:
             _report(learner, rank == 0)
 
 
-def run(config: PretrainConfig, task: type[Task]) -> Checkpoint:
+def run(config: PretrainConfig, task: type[Task[Any]]) -> Checkpoint:
     """Train to `config.steps`, resuming what the run id already has; returns the last checkpoint."""
     storage = str(local(config.storage_path, "storage_path"))
     fashion_mnist.load_fashion_mnist(
@@ -196,7 +197,8 @@ def run(config: PretrainConfig, task: type[Task]) -> Checkpoint:
         result = trainer.fit()
     if result.checkpoint is None:
         raise RuntimeError(f"run {config.run_id} left no checkpoint under {storage}")
-    return result.checkpoint
+    checkpoint: Checkpoint = result.checkpoint
+    return checkpoint
 
 
 def last_state(config: PretrainConfig) -> dict[str, Any]:
@@ -209,7 +211,8 @@ def last_state(config: PretrainConfig) -> dict[str, Any]:
     checkpoints = sorted(folder.glob("checkpoint_*/state.pt"))
     if not checkpoints:
         raise ValueError(f"run_id {config.run_id} has no checkpoint under {folder.parent}: train it first")
-    return torch.load(checkpoints[-1], weights_only=True, map_location="cpu")
+    state: dict[str, Any] = torch.load(checkpoints[-1], weights_only=True, map_location="cpu")
+    return state
 
 
 def provenance(config: PretrainConfig, steps_done: int) -> dict[str, Any]:

@@ -13,17 +13,17 @@ Shapes: N batch, C channels, H W image, S text tokens.
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
+from harmonica.evaluation.fashion_captions import caption, meaning, tones
 from harmonica.io.paths import local
 from harmonica.models.loading import BUILTIN
-from harmonica.pretraining.captions import caption, meaning, tones
 from harmonica.pretraining.evaluate_text_model import evaluate_text_model
 from harmonica.pretraining.learning import NoisyBatch, distillation_loss, drop
 from harmonica.pretraining.text_to_image import (
@@ -37,37 +37,39 @@ from harmonica.pretraining.text_to_image import (
     save_pipeline,
     tokenize,
 )
-from pipelines.pretrain.loop import PretrainConfig, Task, last_state, provenance, run
+from harmonica.validation.settings import Count, Field, Positive, settings
+
+from .loop import PretrainConfig, Task, last_state, provenance, run
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings()
 class TextPretrainConfig(PretrainConfig):
     """How the built-in text-to-image model is trained."""
 
     run_id: str = "fashion-pixart"
     """Names the run; the same id resumes it."""
-    steps: int = 1100
+    steps: Count = 1100
     """Optimiser steps in all."""
-    decay_steps: int = 300
+    decay_steps: Count = 300
     """The last of them, over which the learning rate falls to zero."""
-    warmup_steps: int = 50
+    warmup_steps: Count = 50
     """The first of them, over which it rises."""
-    learning_rate: float = 1.5e-3
+    learning_rate: Positive = 1.5e-3
     """Peak learning rate."""
     start: str = BUILTIN
     """DiT to start from: its shape is the new model's."""
-    tone_share: float = 0.75
+    tone_share: Annotated[float, Field(ge=0, le=1)] = 0.75
     """Of the captions of dark or light pictures, those that say so."""
-    unknown_share: float = 0.03
+    unknown_share: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Of the words, those replaced by unknown ones, so that such mean nothing."""
-    teacher_weight: float = 1.0
+    teacher_weight: Annotated[float, Field(ge=0)] = 1.0
     """Of following the DiT, beside the noise, where no tone is asked for. The class weighs so little in the
     noise's error that learning it from that alone takes several times as long; 0 does."""
     judge: str = ""
     """Judge the pictures of this folder's model instead of training."""
-    samples: int = 1000
+    samples: Count = 1000
     """Pictures to judge it by, under each guidance scale."""
 
 
@@ -144,6 +146,7 @@ def export(config: TextPretrainConfig) -> Path:
 
 
 def main() -> None:
+    """Train the built-in PixArt, export its last checkpoint, or evaluate an exported one."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(TextPretrainConfig, description=__doc__)
     if config.export:

@@ -11,10 +11,13 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import check_sample
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from pipelines.config.promotion import Promote
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.evaluation.latency import CACHED, device_of
-from pipelines.promotion.gate import (
+
+from ..config.promotion import Promote
+from ..config.workflow import WorkflowConfig
+from ..evaluation.latency import CACHED, device_of
+from ..tracking import registry
+from ..tracking.mlflow_runs import StageRun, numbers
+from .gate import (
     FINITE,
     MEASURED_ON,
     Check,
@@ -22,8 +25,6 @@ from pipelines.promotion.gate import (
     finite_check,
     quality_checks,
 )
-from pipelines.tracking import registry
-from pipelines.tracking.mlflow_runs import StageRun, numbers
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Decision:
 
     @property
     def failed(self) -> list[Check]:
+        """Return the checks that did not pass."""
         return [check for check in self.checks if check.passed is False]
 
     @property
@@ -50,10 +52,12 @@ class Decision:
 
     @property
     def is_promoted(self) -> bool:
+        """Return whether the version becomes the champion."""
         return self.mode != "never" and not self.blocking_checks
 
     @property
     def is_rejected(self) -> bool:
+        """Return whether a check keeps the version from being the champion."""
         return self.mode != "never" and bool(self.blocking_checks)
 
     @property
@@ -67,6 +71,7 @@ class Decision:
 
     @property
     def message(self) -> str:
+        """Return the decision in a sentence, with its reasons."""
         name = f"version {self.version} of {self.model}"
         if self.is_promoted:
             return f"{name} is the champion" + ("" if self.mode == "gate" else " (promote is always)")

@@ -16,8 +16,9 @@ from mlflow.entities.model_registry import ModelVersion
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.validation.finite import not_finite
-from pipelines.config.promotion import PromoteConfig
-from pipelines.evaluation.latency import CACHED
+
+from ..config.promotion import PromoteConfig
+from ..evaluation.latency import CACHED
 
 MEASURED_ON = "measured_on"
 """Tag of a version: gpu or cpu."""

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.training.multi_target import member_name
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.promotion.decision import Decision, apply_decision, decide, measurements
-from pipelines.run_state.resume import FAMILY, PROMOTION, REPORT, ROUTER, SERVED, is_current
-from pipelines.run_state.routers import load_router
-from pipelines.run_state.storage import RunStorage
-from pipelines.tracking import mlflow_runs, registry
+from harmonica.training.multi_target import target_name
+
+from ..config.workflow import WorkflowConfig
+from ..run_state.resume import FAMILY, PROMOTION, REPORT, ROUTER, SERVED, is_current
+from ..run_state.routers import load_router
+from ..run_state.storage import RunStorage
+from ..tracking import mlflow_runs, registry
+from .decision import Decision, apply_decision, decide, measurements
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def _with_recorded_sample(
     config: WorkflowConfig, storage: RunStorage, path: str
 ) -> Iterator[tuple[Path, RouterArtifact]]:
     """Yield a router and its local folder, drawing its golden sample if it has none."""
-    from pipelines.evaluation.stage import with_sample
+    from ..evaluation.stage import with_sample
 
     with storage.local_folder(path) as folder:
         artifact = RouterArtifact.load(folder)
@@ -61,7 +62,8 @@ class Publisher:
     """The stages `register` and `serve` of one run."""
 
     def __init__(self, config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun) -> None:
-        """
+        """Publish nothing yet.
+
         Args:
             run: the MLflow run of the whole workflow.
         """
@@ -74,7 +76,7 @@ class Publisher:
     def register(self) -> str:
         """Register the version once, and decide about it until it has been the champion."""
         message = self._register()
-        family = [self._register_member(name) for name in map(member_name, self._config.train.others)]
+        family = [self._register_member(name) for name in map(target_name, self._config.train.extra_targets)]
         return message + (f"; beside it, as versions {', '.join(family)}" if family else "")
 
     def _report(self) -> Any:
@@ -83,7 +85,7 @@ class Publisher:
 
     def _register_member(self, name: str) -> str:
         """Register a router that training made for another speed."""
-        from pipelines.evaluation.stage import member_report
+        from ..evaluation.stage import member_report
 
         config = self._config
         report = self._report()
@@ -111,7 +113,7 @@ class Publisher:
 
     def serve(self, prompt: str) -> str:
         """Serve the current champion, whichever version that is, and request one image."""
-        from pipelines import serve
+        from .. import serve
 
         config = self._config
         version, why_not = self._champion()

@@ -10,10 +10,8 @@ from pathlib import Path
 import jinja2
 from matplotlib.figure import Figure
 
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.report.charts import lambda_curves, png_of, training_curves
-from pipelines.report.tables import comparison, not_compared, not_measured, results, sweep
-from pipelines.run_state.resume import (
+from ..config.workflow import WorkflowConfig
+from ..run_state.resume import (
     COMPARISON,
     HEAT_MAP,
     PROMOTION,
@@ -23,8 +21,10 @@ from pipelines.run_state.resume import (
     SWEEP,
     current,
 )
-from pipelines.run_state.storage import RunStorage
-from pipelines.tracking import mlflow_runs
+from ..run_state.storage import RunStorage
+from ..tracking import mlflow_runs
+from .charts import lambda_curves, png_of, training_curves
+from .tables import comparison, not_compared, not_measured, results, sweep
 
 PAGE = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -52,7 +52,6 @@ def write_page(
 
 def render(config: WorkflowConfig, storage: RunStorage, history: History, versions: Mapping[str, str]) -> str:
     """Return the page as HTML text."""
-
     numbers = (REPORT, PROMOTION, COMPARISON, SWEEP)
     there = current((*numbers, *_PICTURES), storage)
     report, decision, compared, swept = (

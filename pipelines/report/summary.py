@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 
 from harmonica.cli.common import say
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.report.html_report import PAGE, write_page
-from pipelines.report.terminal import results_table
-from pipelines.run_state.resume import (
+
+from ..config.workflow import WorkflowConfig
+from ..run_state.resume import (
     COMPARISON,
     HEAT_MAP,
     PROMOTION,
@@ -21,9 +20,11 @@ from pipelines.run_state.resume import (
     SWEEP,
     current,
 )
-from pipelines.run_state.storage import RunStorage
-from pipelines.runtime.ray_runtime import is_private
-from pipelines.tracking import mlflow_runs
+from ..run_state.storage import RunStorage
+from ..runtime.ray_runtime import is_private
+from ..tracking import mlflow_runs
+from .html_report import PAGE, write_page
+from .terminal import results_table
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def versions() -> dict[str, str]:
 
 
 def summarise(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun, url: str) -> None:
-    """
+    """Write the run's page, and say on the terminal how the run went.
+
     Args:
         run: MLflow's, of the whole workflow.
         url: of the endpoint, "" where none was started.

@@ -6,9 +6,9 @@ Numbers that nobody knew of when this was written are shown all the same, under 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.compare.names import shown_name
-from pipelines.compare.ranking import missing_name
-from pipelines.evaluation.latency import CACHED, FULL
+from ..compare.names import shown_name
+from ..compare.ranking import missing_name
+from ..evaluation.latency import CACHED, FULL
 
 _FORMS = {
     "num_inference_steps": "{:.0f}",
@@ -48,6 +48,7 @@ Row = tuple[str, list[str]]
 
 
 def named(key: str) -> str:
+    """Return what a metric is called in tables: its name, else its key in words."""
     return _NAMES.get(key, key.replace("_", " "))
 
 

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.compare.names import shown_name
-from pipelines.compare.ranking import summary_of
+from ..compare.names import shown_name
+from ..compare.ranking import summary_of
 
 _COLUMNS = (
     ("steps", "num_inference_steps", "{:d}"),

@@ -20,8 +20,9 @@ from typing import Any, Self
 import psutil
 
 from harmonica.cli.common import say
-from pipelines.run_state.lease_cells import Cell, cell_of
-from pipelines.run_state.storage import RunStorage
+
+from .lease_cells import Cell, cell_of
+from .storage import RunStorage
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def _lives(holder: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(holder["pid"])
         started: float = process.create_time()
-        return process.status() != psutil.STATUS_ZOMBIE and abs(started - holder["started"]) < _SAME_START_S
+        is_same = bool(abs(started - holder["started"]) < _SAME_START_S)
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 

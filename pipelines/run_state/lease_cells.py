@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
-from pipelines.run_state.storage import RunStorage
+from .storage import RunStorage
 
 NAME = "lease.json"
 _SETTLE_S = 2.0

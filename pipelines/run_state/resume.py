@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from harmonica.data.prompt_files import MANIFEST
 from harmonica.validation.changed_settings import changed_settings
-from pipelines.config.compare import free_to_change
-from pipelines.config.workflow import STAGES, Stage, WorkflowConfig
-from pipelines.run_state.storage import RunStorage
+
+from ..config.compare import free_to_change
+from ..config.workflow import STAGES, Stage, WorkflowConfig
+from .storage import RunStorage
 
 ROUTER, FAMILY, REPORT, SHEET, HEAT_MAP, CONFIG = (
     "router",
@@ -43,6 +44,10 @@ _FREE = {
     "preset",
     "done_again_from",
     "node_metrics_interval_s",
+    # How the model is run, which moves values by roundings.
+    "model.compile",
+    "model.execution",
+    "model.graph_memory",
 }
 # How training is placed and watched: after the loss of a node it may have to change.
 _FREE_IN_TRAIN = {
@@ -221,5 +226,7 @@ def _as_json(config: WorkflowConfig) -> dict[str, Any]:
 def _differing(config: WorkflowConfig, before: dict[str, Any], free: set[str]) -> str:
     """Settings that are others than before, in words."""
     now = _as_json(config)
+    if isinstance(model := before.get("model"), dict):
+        model.setdefault("residual_dtype", "float32")  # before there was a choice
     free = free | _FREE_IN_TRAIN | free_to_change(before.get("compare", {}), now["compare"])
     return changed_settings(before, now, free)

@@ -1,7 +1,8 @@
 """A router from a run's storage."""
 
 from harmonica.core.artifact import RouterArtifact
-from pipelines.run_state.storage import RunStorage
+
+from .storage import RunStorage
 
 
 def load_router(storage: RunStorage, name: str) -> RouterArtifact:

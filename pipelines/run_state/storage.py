@@ -19,14 +19,14 @@ from harmonica.io.paths import is_remote, resolved, shown
 
 _PROBE = ".write-probe"
 ENDPOINT = "AWS_ENDPOINT_URL"
-"""What pyarrow, boto3 (and so MLflow) and s3fs all read."""
+"""Environment variable with the address of S3 that pyarrow and boto3, and so MLflow, read."""
 
 
 def settle_endpoint(endpoint: str = "") -> None:
-    """Say in this process's environment, once for all libraries, where S3 is.
+    """Set the address of S3 in this process's environment, once for all libraries.
 
-    boto3 and s3fs also read the address of a store from a profile in `~/.aws/config`, which pyarrow does
-    not: whatever boto3 would take, all take.
+    boto3 also reads the address of a store from a profile in `~/.aws/config`, which pyarrow does not:
+    whatever boto3 would take, both take.
 
     Args:
         endpoint: overrides what environment and files say.
@@ -45,7 +45,8 @@ class RunStorage:
     """The folder of one run under the storage path, by pyarrow, so that local and S3 are one code."""
 
     def __init__(self, storage_path: str, run_id: str, *, patient: bool = False) -> None:
-        """
+        """Connect to the storage; the folder need not exist.
+
         Args:
             patient: outlast an S3 store that does not answer for some 25 s.
 
@@ -84,7 +85,8 @@ class RunStorage:
         info = self._fs.get_file_info(f"{self._run}/{name}")
         if info.type == fs.FileType.NotFound:
             raise FileNotFoundError(self.uri(name))
-        return info.mtime.timestamp()
+        seconds: float = info.mtime.timestamp()
+        return seconds
 
     def check_writable(self) -> None:
         """Fail before any work starts where the storage path cannot be written; leaves nothing behind.
@@ -108,7 +110,8 @@ class RunStorage:
                     folder.rmdir()
 
     def exists(self, name: str) -> bool:
-        return self._fs.get_file_info(f"{self._run}/{name}").type != fs.FileType.NotFound
+        """Return whether the run has this file."""
+        return bool(self._fs.get_file_info(f"{self._run}/{name}").type != fs.FileType.NotFound)
 
     def names(self, folder: str) -> list[str]:
         """Files that lie in a folder of the run, sorted; without those still being written."""
@@ -116,8 +119,10 @@ class RunStorage:
         return sorted(one.base_name for one in found if one.is_file and not one.base_name.endswith(".tmp"))
 
     def read_bytes(self, name: str) -> bytes:
+        """Return the content of a file."""
         with self._fs.open_input_stream(f"{self._run}/{name}") as stream:
-            return stream.read()
+            content: bytes = stream.read()
+            return content
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write so that a reader sees the old content or the new, never a part.
@@ -148,9 +153,11 @@ class RunStorage:
             self.delete(name)
 
     def read_json(self, name: str) -> Any:
+        """Return the content of a JSON file."""
         return json.loads(self.read_bytes(name))
 
     def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, whole or not at all."""
         self.write_bytes(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def upload_folder(self, folder: Path, name: str) -> None:

@@ -15,9 +15,10 @@ import ray
 from ray._private import ray_constants
 
 from harmonica.validation.finite import NotFinite
-from pipelines.run_state.storage import ENDPOINT
-from pipelines.runtime.cluster_address import check_address, cluster_address
-from pipelines.runtime.log_filters import drop_remarks
+
+from ..run_state.storage import ENDPOINT
+from .cluster_address import check_address, cluster_address
+from .log_filters import drop_remarks
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def _interface_of(address: str) -> str:
     """The network interface that has this IPv4 address, "" where there is none."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.family == socket.AF_INET and one.address == address for one in addresses):
-            return name
+            return str(name)
     return ""
 
 

@@ -1,4 +1,7 @@
-"""What the HTTP endpoint is asked: OpenAI's Images API with extensions, which its client hands through."""
+"""Requests to the HTTP endpoint: OpenAI's Images API with extensions.
+
+OpenAI's own client sends such fields as its `extra_body`.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -6,8 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from harmonica.evaluation.plots import PictureFormat
 from harmonica.samplers import MAX_GUIDANCE_SCALE
-from pipelines.serving.image_sampler import Quality
-from pipelines.serving.requests import MAX_PARTIAL_IMAGES
+
+from .image_sampler import Quality
+from .requests import MAX_PARTIAL_IMAGES
 
 MAX_PROMPT_LENGTH = 4096
 MAX_SEED = 2**62
@@ -20,7 +24,7 @@ RequestedQuality = Literal["auto", "low", "medium", "high", "xhigh", "max", "sta
 
 
 def _whole(value: Any) -> Any:
-    """JSON has no integers, so 2.0 is one; pydantic's strict mode disagrees."""
+    """Turn 2.0 into 2, since pydantic's strict mode refuses such floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -28,33 +32,36 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class GenerateRequest(BaseModel):
-    """Body of `POST /v1/images/generations`."""
+    """Hold the body of `POST /v1/images/generations`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(
         min_length=1,
         max_length=MAX_PROMPT_LENGTH,
-        description="What to draw; of a class-conditional model, a class name or number.",
+        description="Text to generate from; for a class-conditional model, the name or number of a class.",
     )
     negative_prompt: str | None = Field(
-        None, max_length=MAX_PROMPT_LENGTH, description="What not to draw, for models that take text."
+        None, max_length=MAX_PROMPT_LENGTH, description="Text of what to avoid, for models that take text."
     )
-    model: str | None = Field(None, description="The served model, or nothing.")
+    model: str | None = Field(None, description="Name of the served model, or nothing.")
     n: Whole | None = Field(1, ge=1, description="Number of images.")
     seed: Whole | None = Field(
-        None, ge=0, le=MAX_SEED, description="Same seed, same images, up to rounding. Absent: random."
+        None,
+        ge=0,
+        le=MAX_SEED,
+        description="The same seed gives the same images, up to rounding. Absent: random.",
     )
     size: str | None = Field("auto", description="`auto`, or the model's own size.")
     quality: RequestedQuality | None = Field(
         "auto",
-        description="`high` (`hd`, ...) computes everything, `medium` (`auto`, `standard`) is the champion "
-        "router's, `low` the fastest registered router's.",
+        description="`high` (`hd`, ...) computes every branch, `medium` (`auto`, `standard`) uses the "
+        "champion router, and `low` the fastest registered router.",
     )
     num_inference_steps: Whole | None = Field(
         None,
         ge=2,
-        description="Denoising steps: the router's own, or with `high` any that the server allows.",
+        description="Number of denoising steps: the router's own, or with `high` any that the server allows.",
     )
     guidance_scale: float | None = Field(
         None,
@@ -67,17 +74,17 @@ class GenerateRequest(BaseModel):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds that an image may wait for its turn, or be given up with 504. Default, and at "
-        "most: the server's bound.",
+        description="Seconds that an image may wait for its turn before it is given up with 504. The "
+        "server's bound is the default and the largest.",
     )
     response_format: Literal["b64_json"] | None = "b64_json"
     output_format: PictureFormat | None = "png"
     output_compression: Whole | None = Field(
         None, ge=0, le=100, description="Quality of jpeg and webp, 100 the best and the default."
     )
-    stream: bool | None = Field(False, description="Answer in server-sent events.")
+    stream: bool | None = Field(False, description="Whether to answer in server-sent events.")
     partial_images: Whole | None = Field(
-        None, ge=0, le=MAX_PARTIAL_IMAGES, description="With `stream`: previews before each image."
+        None, ge=0, le=MAX_PARTIAL_IMAGES, description="With `stream`: number of previews before each image."
     )
     progress: bool | None = Field(
         False, description="With `stream`: an event a step, which OpenAI's API does not have."
@@ -91,25 +98,30 @@ class GenerateRequest(BaseModel):
 
     @property
     def served_quality(self) -> Quality:
+        """The quality that is served for the one asked for."""
         return _QUALITIES[self.quality]
 
     @property
     def wants_url(self) -> bool:
+        """Whether images are answered as data URLs."""
         return False
 
 
 class LenientGenerateRequest(GenerateRequest):
-    """The same where the server is lenient (`serve.lenient`): the answer's `warnings` names every field that
-    was not followed."""
+    """Hold the same body for a server that is lenient (`serve.lenient`).
+
+    The answer's `warnings` names every field that was not followed.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    model: str | None = Field(None, description="Any: the served model draws.")
-    size: str | None = Field("auto", description="Any: the model's own size is drawn.")
+    model: str | None = Field(None, description="Any name: the served model generates.")
+    size: str | None = Field("auto", description="Any size: the model's own is generated.")
     response_format: Literal["b64_json", "url"] | None = Field(  # type: ignore[assignment]
         "b64_json", description="`url` is answered with a data URL, which holds the picture itself."
     )
 
     @property
     def wants_url(self) -> bool:
+        """Whether images are answered as data URLs."""
         return self.response_format == "url"

@@ -4,9 +4,9 @@ from typing import Any
 
 from ray import serve
 
-from pipelines.config.serve import ServeConfig
-from pipelines.serving.deployments import GENERATION_DEPLOYMENT, GenerationDeployment, api_builder
-from pipelines.serving.registry_watcher import ServeArgs
+from ..config.serve import ServeConfig
+from .deployments import GENERATION_DEPLOYMENT, GenerationDeployment, api_builder
+from .registry_watcher import ServeArgs
 
 _HEALTH: dict[str, Any] = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
 """How often Serve checks a replica, and how long it waits for the answer, before it replaces the replica."""

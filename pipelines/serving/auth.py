@@ -1,26 +1,39 @@
-"""Bearer keys: who may ask the endpoint for images."""
+"""Bearer keys, of which every request for images has to send one."""
 
 import hashlib
 import hmac
 import os
 
+from fastapi.security import HTTPBearer
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from harmonica.io.paths import local
-from pipelines.serving.http_errors import ApiError
+
+from .http_errors import ApiError
 
 ENVIRONMENT = "HARMONICA_API_KEYS"
 OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/livez", "/readyz", "/docs", "/openapi.json"})
-"""What says nothing that a key protects: the page, health and documentation."""
+"""Paths that need no key: the page, health and documentation."""
+BEARER = HTTPBearer(scheme_name="key", auto_error=False)
+"""Description of what `RequireKey` checks, for the OpenAPI document; it checks nothing itself.
+
+As a dependency it would be asked after the body is read, and for known paths alone.
+"""
 _HOW = "send Authorization: Bearer KEY with one of the server's keys"
 
 
 def load_keys(file: str) -> tuple[str, ...]:
-    """Keys of a file, one a line, else those of HARMONICA_API_KEYS, separated by commas; may be none.
+    """Load the keys of a file, or without one those of HARMONICA_API_KEYS.
+
+    Args:
+        file: path of a file with a key a line; "" takes the variable, whose keys commas separate.
+
+    Returns:
+        The keys; none if there is neither a file nor a variable.
 
     Raises:
-        ValueError: the file cannot be read, or file or variable hold no key though they are there: an
-            endpoint meant to be closed is not opened.
+        ValueError: the file cannot be read, or the file or variable is there and holds no key: an endpoint
+            that was meant to be closed must not open.
     """
     if not file:
         given = os.environ.get(ENVIRONMENT, "")
@@ -44,13 +57,16 @@ def load_keys(file: str) -> tuple[str, ...]:
 
 
 def key_headers(file: str) -> dict[bytes, bytes]:
-    """Of this program's own requests to an endpoint that has these keys; empty where it has none."""
+    """Return the headers with which this program sends its own requests."""
     keys = load_keys(file)
     return {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
 
 
 class RequireKey:
-    """ASGI middleware: 401 without one of the keys. Only their digests are kept."""
+    """ASGI middleware that answers 401 to requests without one of the keys.
+
+    It keeps only digests of the keys.
+    """
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
         self._app = app
@@ -67,7 +83,7 @@ class RequireKey:
         await error.response()(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> str | None:
-        """Why the request is not let in, which never repeats what was sent; None where it is."""
+        """Return why the request is refused, or None; repeats nothing that was sent."""
         sent = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
         if len(sent) != 1:
             return f"there is {'no' if not sent else 'more than one'} Authorization header: {_HOW}"

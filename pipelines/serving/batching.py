@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from pipelines.serving.latency_model import LatencyModel
+from .latency_model import LatencyModel
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")

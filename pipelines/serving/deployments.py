@@ -14,15 +14,16 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from harmonica.models.loading import load_model
-from pipelines.config.serve import ServeConfig
-from pipelines.serving.auth import ENVIRONMENT, load_keys
-from pipelines.serving.batching import Overloaded
-from pipelines.serving.engine import GenerationEngine
-from pipelines.serving.image_sampler import ImageSampler
-from pipelines.serving.images_api import create_app
-from pipelines.serving.metrics import ServeMetrics
-from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
-from pipelines.serving.requests import (
+
+from ..config.serve import ServeConfig
+from .auth import ENVIRONMENT, load_keys
+from .batching import Overloaded
+from .engine import GenerationEngine
+from .image_sampler import ImageSampler
+from .images_api import create_app
+from .metrics import ServeMetrics
+from .registry_watcher import RegistryWatcher, ServeArgs
+from .requests import (
     REJECTIONS,
     EngineRequest,
     GeneratedImage,
@@ -117,19 +118,24 @@ class RemoteEngine:
     Serve does not retry the calls of a lost replica. Here they are: the image is the same on any replica.
     """
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
     async def describe(self) -> ModelCard:
-        return await self._call("describe")
+        card: ModelCard = await self._call("describe")
+        return card
 
     async def generate(self, request: EngineRequest) -> GeneratedImage:
+        image: GeneratedImage
         for pause_s in _PAUSES_S:
             try:
-                return await self._call("generate", request)
+                image = await self._call("generate", request)
             except _LOST:
                 await asyncio.sleep(pause_s)
-        return await self._call("generate", request)
+            else:
+                return image
+        image = await self._call("generate", request)
+        return image
 
     async def generate_stream(
         self, request: EngineRequest

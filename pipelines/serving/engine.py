@@ -18,11 +18,13 @@ from typing import Protocol
 from torch import Tensor
 
 from harmonica.evaluation.plots import encode_picture
+from harmonica.execution.graphs import sizes_up_to
 from harmonica.validation.finite import NotFinite
-from pipelines.config.serve import ServeConfig
-from pipelines.serving.batching import Batcher, Overloaded, TimedOut
-from pipelines.serving.image_sampler import ImageRequest, ImageSampler, Quality, ServedPlan
-from pipelines.serving.requests import (
+
+from ..config.serve import ServeConfig
+from .batching import Batcher, Overloaded, TimedOut
+from .image_sampler import ImageRequest, ImageSampler, Quality, ServedPlan
+from .requests import (
     EngineRequest,
     GeneratedImage,
     ModelCard,
@@ -101,6 +103,11 @@ class GenerationEngine:
         if size < most:
             logger.warning("images depend on their place in a batch of %d: batches have one image", most)
         self.batcher.max_batch_size = size
+
+    async def warm_up(self, served: ServedPlan) -> None:
+        """Warm a plan up at every batch size that is recorded; batches of the others run in between."""
+        for size in sizes_up_to(self._config.max_batch_size):
+            await self.batcher.run_between_batches(partial(self.images.warm_up, served, size))
 
     async def describe(self) -> ModelCard:
         images = self.images

@@ -10,11 +10,12 @@ from pydantic import BaseModel
 
 from harmonica.data.class_names import UnknownClass, find_class
 from harmonica.evaluation.plots import PictureFormat
-from pipelines.serving import schemas as api
-from pipelines.serving.api_requests import GenerateRequest
-from pipelines.serving.http_errors import ApiError
-from pipelines.serving.image_sampler import ImageRequest
-from pipelines.serving.requests import (
+
+from . import schemas as api
+from .api_requests import GenerateRequest
+from .http_errors import ApiError
+from .image_sampler import ImageRequest
+from .requests import (
     EngineRequest,
     GeneratedImage,
     ImageSource,
@@ -22,7 +23,7 @@ from pipelines.serving.requests import (
     Preview,
     Progress,
 )
-from pipelines.serving.server_sent_events import merge
+from .server_sent_events import merge
 
 _MAX_ECHO = 100
 _MAX_UNKNOWN = 20

@@ -9,11 +9,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harmonica.data.text_encoder import PromptTooLong
-from pipelines.serving.batching import Overloaded, TimedOut
-from pipelines.serving.image_sampler import SettingRejected
-from pipelines.serving.request_ids import HEADER, with_request_id
-from pipelines.serving.requests import REJECTIONS
-from pipelines.serving.schemas import ErrorBody, ErrorDetail
+
+from .batching import Overloaded, TimedOut
+from .image_sampler import SettingRejected
+from .request_ids import HEADER, with_request_id
+from .requests import REJECTIONS
+from .schemas import ErrorBody, ErrorDetail
 
 _MAX_ECHO = 100
 _CODES = {404: "unknown_url", 405: "method_not_allowed"}

@@ -18,10 +18,11 @@ from harmonica.core.plan import Plan
 from harmonica.core.sampling import check_plan, sample
 from harmonica.data.conditions import check_conditions, make_conditions
 from harmonica.data.text_encoder import OverLimit
+from harmonica.execution.levels import warm_ups
 from harmonica.models.loading import LoadedModel
 from harmonica.models.vae import check_vae, decode_latents, draws_pixels, pixels_per_latent
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.validation.settings import SettingError
 
 Quality = Literal["low", "medium", "high"]
@@ -173,6 +174,16 @@ class ImageSampler:
         self.fixed_batch_size = most if is_same else 1
         return self.fixed_batch_size
 
+    def warm_up(self, served: ServedPlan, size: int) -> None:
+        """Compile, and record where steps are recorded, what batches of this size run under a plan.
+
+        Nothing where branches run eagerly. Call it from the thread that runs trajectories.
+        """
+        if self.model.execution != "eager":
+            request = ImageRequest(0 if self.class_names else "", 0, 0)
+            for _ in range(warm_ups(self.model)):
+                self.generate([request] * (min(size, self.fixed_batch_size or size)), served)
+
     def make_plan(self, artifact: RouterArtifact, version: str) -> ServedPlan:
         """Make the plan of a router artifact for this model.
 
@@ -270,7 +281,7 @@ class ImageSampler:
             assert num_asked <= self.fixed_batch_size, "the caller has been told how many"
             requests = [*requests, *[requests[0]] * (self.fixed_batch_size - num_asked)]
         shape = (self.model.in_channels, self.model.sample_size, self.model.sample_size)
-        keys = RowKeys([request.seed for request in requests], [request.index for request in requests])
+        keys = SampleKeys([request.seed for request in requests], [request.index for request in requests])
         noise = torch.from_numpy(keys.start_noise(shape))
         condition = self.conditions.of(
             [request.subject for request in requests], [request.negative_prompt for request in requests]
@@ -286,7 +297,7 @@ class ImageSampler:
             condition,
             served.plan,
             reuse=served.reuse,
-            rows=keys,
+            keys=keys,
             on_step=on_step,
         )
         return self._decode(samples_NCHW[:num_asked])

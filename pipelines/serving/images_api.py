@@ -13,16 +13,17 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib import resources
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Security
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, Response
 
 import harmonica
-from pipelines.serving import schemas as api
-from pipelines.serving.api_requests import GenerateRequest, LenientGenerateRequest
-from pipelines.serving.auth import RequireKey
-from pipelines.serving.batching import Overloaded
-from pipelines.serving.generation import (
+
+from . import schemas as api
+from .api_requests import GenerateRequest, LenientGenerateRequest
+from .auth import BEARER, RequireKey
+from .batching import Overloaded
+from .generation import (
     as_image,
     check,
     generate_all,
@@ -30,12 +31,12 @@ from pipelines.serving.generation import (
     make_requests,
     stream_bodies,
 )
-from pipelines.serving.http_errors import ApiError, AssignRequestId, answer_errors
-from pipelines.serving.openapi import describe_fully, errors, events
-from pipelines.serving.paths import NormalizePath
-from pipelines.serving.request_bodies import ReadBody, StrictJsonRoute
-from pipelines.serving.requests import ImageSource, ModelCard
-from pipelines.serving.server_sent_events import stream_events
+from .http_errors import ApiError, AssignRequestId, answer_errors
+from .openapi import describe_fully, errors, events
+from .paths import NormalizePath
+from .request_bodies import ReadBody, StrictJsonRoute
+from .requests import ImageSource, ModelCard
+from .server_sent_events import stream_events
 
 MAX_BODY_BYTES = 64 * 1024
 # JavaScript reads integers above this inexactly, and then cannot ask for the same image again.
@@ -82,7 +83,6 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    app.router.route_class = StrictJsonRoute
     app.add_middleware(ReadBody, max_bytes=MAX_BODY_BYTES, timeout_s=read_timeout_s)
     if keys:
         app.add_middleware(RequireKey, keys=keys)
@@ -98,11 +98,13 @@ def create_app(
     if assign_request_ids:
         app.add_middleware(AssignRequestId)
     answer_errors(app)
-    describe_fully(app, has_keys=bool(keys))
-    page = resources.files("pipelines.serving").joinpath("page.html").read_text(encoding="utf-8")
+    describe_fully(app)
+    v1 = APIRouter(prefix="/v1", route_class=StrictJsonRoute, dependencies=[Security(BEARER)] if keys else [])
+    page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
     def card() -> ModelCard:
-        return app.state.card
+        model_card: ModelCard = app.state.card
+        return model_card
 
     async def refreshed() -> bool:
         """Refresh the card; return whether the source has answered. If not, the last card stays."""
@@ -141,19 +143,19 @@ def create_app(
         """Generate images, as far as the model can; `warnings` names what was not followed."""
         return await generate(body)
 
-    app.post(
-        "/v1/images/generations",
+    v1.post(
+        "/images/generations",
         response_model=api.GenerateResponse,
         response_model_exclude_none=True,
         responses=events() | errors(400, 401, 404, 408, 413, 500, 503, 504),
     )(generate_leniently if lenient else generate)
 
-    @app.get("/v1/models", responses=errors(401))
+    @v1.get("/models", responses=errors(401))
     async def models() -> api.ModelList:
         """List the served model."""
         return api.ModelList(data=[model_entry()])
 
-    @app.get("/v1/models/{model:path}", responses=errors(401, 404))
+    @v1.get("/models/{model:path}", responses=errors(401, 404))
     async def model(model: str) -> api.Model:
         """Return the served model by its name."""
         if model != card().model:
@@ -161,12 +163,14 @@ def create_app(
             raise ApiError(404, message, "model", "model_not_found")
         return model_entry()
 
-    @app.get("/v1/routers", responses=errors(401))
+    @v1.get("/routers", responses=errors(401))
     async def routers() -> api.RouterList:
         """List the routers and their plans, with the qualities they are used for."""
         await refreshed()
         entries = [asdict(router) for router in card().routers]
         return api.RouterList(data=[api.RouterEntry(id=entry.pop("version"), **entry) for entry in entries])
+
+    app.include_router(v1)
 
     @app.get("/health", include_in_schema=False)
     @app.get("/healthz")

@@ -1,4 +1,4 @@
-"""The endpoint's description of itself, made to say what it does: errors, events and keys."""
+"""The endpoint's OpenAPI document, completed by errors and events."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from pipelines.serving.schemas import CompletedEvent, ErrorBody, PartialImageEvent, ProgressEvent
+from .schemas import CompletedEvent, ErrorBody, PartialImageEvent, ProgressEvent
 
 _REASONS = {
-    400: "A field is unknown or has a value that cannot be drawn.",
-    401: "The endpoint has keys, and none of them came along.",
-    404: "No such model.",
-    408: "The body was not whole in time.",
+    400: "A field is unknown or has a value that cannot be used.",
+    401: "The endpoint has keys, and the request sends none of them.",
+    404: "There is no such model.",
+    408: "The body was not complete in time.",
     413: "The body is too large.",
-    500: "Drawing failed.",
+    500: "Generating the image failed.",
     503: "Too many images are waiting.",
     504: "The image has waited for too long.",
 }
@@ -22,7 +22,7 @@ _EVENTS = (PartialImageEvent, ProgressEvent, CompletedEvent)
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses=` of a route."""
+    """Return `responses=` of a route that may answer these errors."""
     found: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorBody, "description": _REASONS[status]} for status in statuses
     }
@@ -33,7 +33,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _event(kind: str, body: type[BaseModel]) -> dict[str, Any]:
-    """Schema of a server-sent event, whose data is JSON in a string."""
+    """Return the schema of a server-sent event, whose data is JSON in a string."""
     data = {
         "type": "string",
         "contentMediaType": "application/json",
@@ -44,14 +44,17 @@ def _event(kind: str, body: type[BaseModel]) -> dict[str, Any]:
 
 
 def events() -> dict[int | str, dict[str, Any]]:
-    """`responses=` of a route whose answer may be a stream; each event is one of these."""
+    """Return `responses=` of a route that may answer with a stream of events."""
     described = [_event(event.model_fields["type"].default, event) for event in _EVENTS]
     described.append(_event("error", ErrorBody))
     return {200: {"content": {"text/event-stream": {"schema": {"oneOf": described}}}}}
 
 
-def describe_fully(app: FastAPI, *, has_keys: bool) -> None:
-    """Replace FastAPI's document, which has 422 answers that are never given and lacks events and keys."""
+def describe_fully(app: FastAPI) -> None:
+    """Replace FastAPI's document by one that is complete.
+
+    FastAPI's own has 422 answers, which are never given, and lacks events.
+    """
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -69,10 +72,6 @@ def describe_fully(app: FastAPI, *, has_keys: bool) -> None:
             for operations in made["paths"].values():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
-                    if has_keys and "401" in operation["responses"]:
-                        operation["security"] = [{"key": []}]
-            if has_keys:
-                made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             app.openapi_schema = made
         return app.openapi_schema
 

@@ -1,8 +1,8 @@
-"""In Serve's HTTP proxy: a request whose ingress replica is lost goes to another one.
+"""Middleware of Serve's HTTP proxy that repeats a request if its replica is lost.
 
-Serve answers such a request with 500, or not at all. Drawing has no side effects, so asking again is safe as
-long as nothing of an answer has gone out. What the proxy itself refuses is put into OpenAI's shape, and what
-it would echo of a client's X-Request-Id is a good one.
+Serve answers such a request with 500, or not at all. Generating has no side effects, so repeating is safe
+until a part of an answer has been sent. The proxy's own errors are answered in the shape of OpenAI's, and an
+invalid X-Request-Id is replaced, since Serve would echo it.
 """
 
 import asyncio
@@ -12,10 +12,10 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
-from pipelines.serving.request_ids import HEADER, with_request_id
+from .request_ids import HEADER, with_request_id
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-"""Environment variable of the proxies that names `middlewares`."""
+"""Environment variable in which Serve's proxies look for the name of `middlewares`."""
 _ATTEMPTS = 4
 _PAUSE_S = 0.25
 _MAX_BODY_BYTES = 256 * 1024
@@ -26,13 +26,16 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 def _is_proxy_s_own(start: Message) -> bool:
-    """Whether the proxy says it, not the application, which answers in JSON."""
+    """Return whether the proxy answers, not the application, which answers in JSON."""
     kind = dict(start.get("headers", ())).get(b"content-type", b"")
     return start["status"] in (500, 503) and kind.startswith(b"text/plain")
 
 
 class _Repeatable:
-    """What a client sends, as it comes, and again from the start for each attempt. No large body is kept."""
+    """Give each attempt the client's request from its start, then as it arrives.
+
+    A body above 256 KiB is not kept, so it can be sent only once.
+    """
 
     def __init__(self, receive: Receive) -> None:
         self._receive, self._kept, self._size = receive, list[Message](), 0
@@ -40,10 +43,11 @@ class _Repeatable:
 
     @property
     def is_kept(self) -> bool:
+        """Whether the request can be sent again."""
         return self._size <= _MAX_BODY_BYTES
 
     def again(self) -> Receive:
-        """An attempt's `receive`."""
+        """Return the `receive` of one more attempt."""
         position = 0
 
         async def receive() -> Message:
@@ -65,7 +69,7 @@ class _Repeatable:
 
 
 class RetryLost:
-    """ASGI middleware."""
+    """ASGI middleware that asks up to four replicas, then answers 503."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -92,8 +96,11 @@ class RetryLost:
         await send({"type": "http.response.body", "body": body})
 
     async def _ask(self, scope: Message, request: _Repeatable, send: Send) -> int | None:
-        """The status that the proxy refused with; None where an answer has been sent, or nobody waits."""
-        refused: int | None = 500  # of a lost replica the proxy may say nothing at all
+        """Return the status the proxy refused with, or None.
+
+        None means that an answer was sent, or that the client is gone.
+        """
+        refused: int | None = 500  # if a replica is lost, the proxy may answer nothing at all
 
         async def pass_on(message: Message) -> None:
             nonlocal refused
@@ -108,5 +115,5 @@ class RetryLost:
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve's proxies put in front of themselves."""
+    """Return the middleware for Serve's proxies, which find this by `CALLBACK`."""
     return [Middleware(RetryLost)]

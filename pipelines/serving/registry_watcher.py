@@ -16,12 +16,13 @@ from harmonica.core.golden_sample import check_sample
 from harmonica.io.paths import local
 from harmonica.models.loading import ModelConfig
 from harmonica.validation.settings import told
-from pipelines.config.serve import ServeConfig
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.serving.engine import GenerationEngine
-from pipelines.serving.image_sampler import UNCACHED, ServedPlan
-from pipelines.serving.requests import RejectedRouter
-from pipelines.tracking import registry
+
+from ..config.serve import ServeConfig
+from ..config.workflow import WorkflowConfig
+from ..tracking import registry
+from .engine import GenerationEngine
+from .image_sampler import UNCACHED, ServedPlan
+from .requests import RejectedRouter
 
 FOLLOW_S = 5.0
 _MOST_VERSIONS = 50
@@ -161,15 +162,18 @@ class RegistryWatcher:
         )
 
     async def _try_out(self, version: str) -> ServedPlan:
-        """Load a version and check that its sample is reproduced here; return its plan."""
+        """Load a version, check that its sample is reproduced here, warm it up; return its plan."""
         images = self._engine.images
         if version == UNCACHED:
             own = own_sampler(images.loaded, self._args.model.path)
-            return await asyncio.to_thread(images.make_uncached, own)
+            served = await asyncio.to_thread(images.make_uncached, own)
+            await self._engine.warm_up(served)
+            return served
         artifact = await asyncio.to_thread(self._args.load, version)
         served = await asyncio.to_thread(images.make_plan, artifact, version)
         # In the trajectories' thread: two trajectories at once would slow down each other.
         await self._engine.batcher.run_between_batches(partial(check_sample, artifact, served.sampler))
+        await self._engine.warm_up(served)  # before it takes over: a replica that is ready is warm
         return served
 
     async def _change(self, champion: ServedPlan) -> None:

@@ -1,4 +1,4 @@
-"""What the endpoint reads of a request: a body that is whole, small, in time, and strictly JSON."""
+"""Reading of request bodies: complete, small, in time, and strictly JSON."""
 
 import asyncio
 import codecs
@@ -11,15 +11,17 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipelines.serving.http_errors import ApiError
+from .http_errors import ApiError
 
 _CLOSE = {"connection": "close"}
-"""What is still to come of such a body is not read."""
+"""Headers of an answer after which the rest of the body is not read."""
 
 
 class ReadBody:
-    """ASGI middleware that reads the body before the application is asked: 413 where it is too large, 408
-    where it is not whole in time."""
+    """ASGI middleware that reads the body before it calls the application.
+
+    It answers 413 if the body is too large, and 408 if it is not complete in time.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s
@@ -64,10 +66,10 @@ class ReadBody:
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
-        """The body as JSON, which has no NaN, no Infinity, no lone surrogates and no depth without end.
+        """Parse JSON without NaN, Infinity, lone surrogates or endless nesting.
 
         Raises:
-            json.JSONDecodeError: it is none; FastAPI makes a validation error of this.
+            json.JSONDecodeError: the body is not JSON; FastAPI makes a validation error of this.
         """
         body = (await self.body()).removeprefix(codecs.BOM_UTF8)
         try:
@@ -77,9 +79,10 @@ class _StrictRequest(Request):
 
 
 class StrictJsonRoute(APIRoute):
-    """A route whose body is read by `_StrictRequest`."""
+    """Read the body of a route's request as strict JSON."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return FastAPI's handler, called with a request that parses strictly."""
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:

@@ -1,6 +1,6 @@
-"""Names of requests: the client's X-Request-Id where it is a good one, else a new one.
+"""Request ids: the client's X-Request-Id if it is valid, else a new one.
 
-Imported by Serve's proxies too, which have no torch: this file has to stay light.
+Serve's proxies import this file too, and must not load torch.
 """
 
 import re
@@ -13,9 +13,10 @@ Headers = list[tuple[bytes, bytes]]
 
 
 def with_request_id(headers: Iterable[tuple[bytes, bytes]]) -> tuple[Headers, bytes]:
-    """Headers of a request with exactly one X-Request-Id, and its value.
+    """Return a request's headers with exactly one X-Request-Id, and its value.
 
-    A value that is too long, or has characters that logs, HTML or JSON would have to escape, is replaced.
+    A new value replaces one that is longer than 128 characters, or has characters that logs, HTML or JSON
+    would have to escape, and several values.
     """
     kept: Headers = []
     given: list[bytes] = []

@@ -7,8 +7,9 @@ from typing import Protocol
 from harmonica.data.text_encoder import PromptTooLong
 from harmonica.evaluation.plots import PictureFormat
 from harmonica.validation.finite import NotFinite
-from pipelines.serving.batching import Overloaded, TimedOut
-from pipelines.serving.image_sampler import ImageRequest, Quality, SettingRejected
+
+from .batching import Overloaded, TimedOut
+from .image_sampler import ImageRequest, Quality, SettingRejected
 
 MAX_PARTIAL_IMAGES = 3
 REJECTIONS = (Overloaded, TimedOut, SettingRejected, PromptTooLong, NotFinite)

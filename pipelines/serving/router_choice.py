@@ -9,9 +9,10 @@ from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.io.paths import local
 from harmonica.models.loading import LoadedModel, ModelConfig, load_model
-from pipelines.serving.image_sampler import UNCACHED, check_is_whole
-from pipelines.tracking import registry
-from pipelines.tracking.mlflow_store import database_of, tracking_uri, without_credentials
+
+from ..tracking import registry
+from ..tracking.mlflow_store import database_of, tracking_uri, without_credentials
+from .image_sampler import UNCACHED, check_is_whole
 
 
 @dataclass(frozen=True, kw_only=True)

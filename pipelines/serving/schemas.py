@@ -1,44 +1,50 @@
-"""What the HTTP endpoint answers: OpenAI's Images API with extensions, which its own client hands through."""
+"""Answers of the HTTP endpoint: OpenAI's Images API with extensions.
+
+OpenAI's own client passes fields it does not know through.
+"""
 
 from typing import Literal
 
 from pydantic import BaseModel, Field
 
 from harmonica.evaluation.plots import PictureFormat
-from pipelines.serving.image_sampler import Quality
+
+from .image_sampler import Quality
 
 
 class Warned(BaseModel):
-    """A field of the request that was not followed."""
+    """Name a field of the request that was not followed, and say why."""
 
     param: str
     message: str
 
 
 class ImageData(BaseModel):
-    """One image: `b64_json`, or `url` where that was asked for."""
+    """Hold one image, as `b64_json`, or as `url` if that was asked for."""
 
     b64_json: str | None = None
-    url: str | None = Field(default=None, description="A data URL, of a server that is lenient.")
-    revised_prompt: str = Field(description="The class's own name, or the prompt as it was.")
+    url: str | None = Field(default=None, description="A data URL; only a lenient server answers with one.")
+    revised_prompt: str = Field(description="The class's own name, or the prompt as it was sent.")
 
 
 class GenerationDetails(BaseModel):
-    """How images came about."""
+    """Say how images were generated."""
 
     seed: int
-    router_version: str = Field(description="`uncached` where every branch was computed.")
-    cur: float = Field(description="Cache utilisation ratio: the share of branches that were reused.")
+    router_version: str = Field(description="`uncached` if every branch was computed.")
+    cur: float = Field(description="Cache utilisation ratio: the share of branch outputs that were reused.")
     num_inference_steps: int
     guidance_scale: float
-    batch_size: int = Field(description="Images that shared the trajectory, other requests' among them.")
+    batch_size: int = Field(
+        description="Number of images that shared the trajectory, those of other requests included."
+    )
     inference_time_s: float = Field(
-        description="Of the trajectory; of the longest, where the images took several."
+        description="Seconds the trajectory took; the longest one's, if the images took several."
     )
 
 
 class GenerateResponse(GenerationDetails):
-    """OpenAI's `ImagesResponse`, and how the images came about."""
+    """Extend OpenAI's `ImagesResponse` by how the images were generated."""
 
     created: int
     data: list[ImageData]
@@ -54,7 +60,7 @@ class _TokenDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """OpenAI's count of tokens: these models have none."""
+    """Mirror OpenAI's count of tokens, which is zero: these models bill none."""
 
     input_tokens: int = 0
     input_tokens_details: _TokenDetails = Field(default_factory=_TokenDetails)
@@ -76,16 +82,19 @@ class _PictureEvent(_Event):
 
 
 class PartialImageEvent(_PictureEvent):
-    """The image that a step points at: OpenAI's `ImageGenPartialImageEvent`."""
+    """Send a preview: OpenAI's `ImageGenPartialImageEvent`.
+
+    It is the clean image that the model predicts at a step.
+    """
 
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     partial_image_index: int
-    step: int = Field(description="Steps done.")
+    step: int = Field(description="Number of steps done.")
     num_inference_steps: int
 
 
 class CompletedEvent(_PictureEvent, GenerationDetails):
-    """A finished image: OpenAI's `ImageGenCompletedEvent`."""
+    """Send a finished image: OpenAI's `ImageGenCompletedEvent`."""
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
     revised_prompt: str
@@ -94,7 +103,7 @@ class CompletedEvent(_PictureEvent, GenerationDetails):
 
 
 class ProgressEvent(_Event):
-    """A step done; sent where `progress` is set."""
+    """Tell that a step is done; sent if the request sets `progress`."""
 
     type: Literal["image_generation.progress"] = "image_generation.progress"
     step: int
@@ -102,66 +111,82 @@ class ProgressEvent(_Event):
 
 
 class Model(BaseModel):
-    """OpenAI's `Model`, and what it draws."""
+    """Extend OpenAI's `Model` by what it generates."""
 
     id: str
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "harmonica"
     size: str
-    class_names: list[str] = Field(description="Empty where the model takes text.")
+    class_names: list[str] = Field(description="Empty if the model takes text.")
 
 
 class ModelList(BaseModel):
+    """List the served model, as OpenAI's endpoint does."""
+
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class RouterEntry(BaseModel):
-    """A router that is served, its plan row by row: row 0 is the last step to run."""
+    """Describe a served router and its plan, whose row 0 is the last step to run."""
 
     id: str = Field(description="Its version.")
     object: Literal["router"] = "router"
-    quality: list[Quality] = Field(description="What it is used for.")
+    quality: list[Quality] = Field(description="The qualities it is used for.")
     cur: float
     ideal_speedup: float
     sampler: str
     num_inference_steps: int
     guidance_scale: float
-    plan: list[str] = Field(description="A string of 0 (reused) and 1 (computed) a step.")
-    scores: list[list[float]] = Field(description="Of the same shape; empty of `uncached`.")
+    plan: list[str] = Field(
+        description="One string a step, with 1 for each branch computed and 0 for each reused."
+    )
+    scores: list[list[float]] = Field(
+        description="The router's scores in the shape of the plan; empty for `uncached`."
+    )
 
 
 class RouterList(BaseModel):
+    """List the routers that are served."""
+
     object: Literal["list"] = "list"
     data: list[RouterEntry]
 
 
 class RefusedRouter(BaseModel):
-    """The registry's champion, where it cannot be served and the one before still is."""
+    """Name a champion that cannot be served; the one before still is."""
 
     version: str
     reason: str
 
 
 class Health(BaseModel):
+    """Describe the state of the endpoint and of its router."""
+
     status: Literal["ok", "busy"] = Field(description="busy: the sampler did not answer in time.")
     model: str
     router_version: str
     cur: float
-    waiting: int = Field(description="Images in the queue of the replica asked.")
+    waiting: int = Field(description="Number of images in the queue of the replica asked.")
     refused: RefusedRouter | None
 
 
 class Ready(BaseModel):
+    """Confirm that a request would be accepted now."""
+
     status: Literal["ready"] = "ready"
 
 
 class Live(BaseModel):
+    """Confirm that the process runs."""
+
     status: Literal["alive"] = "alive"
 
 
 class ErrorDetail(BaseModel):
+    """Say what is wrong, with which parameter, and whose fault it is."""
+
     message: str
     type: Literal["invalid_request_error", "server_error"]
     param: str | None
@@ -169,6 +194,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """OpenAI's error."""
+    """Wrap an error in the shape of OpenAI's."""
 
     error: ErrorDetail

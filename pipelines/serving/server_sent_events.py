@@ -1,21 +1,24 @@
-"""Server-sent events: several images' streams as one, in the shape of OpenAI's image streaming."""
+"""Server-sent events: the streams of several images as one answer."""
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import TypeVar
 
-from fastapi.responses import StreamingResponse
+from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
 
-from pipelines.serving.http_errors import as_api_error
+from .http_errors import as_api_error
 
 Item = TypeVar("Item")
 logger = logging.getLogger("ray.serve")
 
 
 async def merge(streams: Sequence[AsyncIterator[Item]]) -> AsyncIterator[tuple[int, Item]]:
-    """What the streams give as it comes, with the stream's number. Closed, it closes them all."""
+    """Yield the items of all streams as they come, each with its stream's number.
+
+    Closing this closes all streams.
+    """
     ready: asyncio.Queue[tuple[int, Item] | BaseException | None] = asyncio.Queue()
 
     async def pump(number: int, stream: AsyncIterator[Item]) -> None:
@@ -43,29 +46,30 @@ async def merge(streams: Sequence[AsyncIterator[Item]]) -> AsyncIterator[tuple[i
             task.cancel()
 
 
-def encode(kind: str, body: BaseModel) -> bytes:
-    """One event. JSON has no line breaks, which would end it early."""
-    return f"event: {kind}\ndata: {body.model_dump_json()}\n\n".encode()
+def _encode(event: BaseModel) -> bytes:
+    return format_sse_event(event=event.type, data_str=event.model_dump_json())  # type: ignore[attr-defined]
 
 
 async def _encoded(first: BaseModel, rest: AsyncIterator[BaseModel]) -> AsyncIterator[bytes]:
-    yield encode(first.type, first)  # type: ignore[attr-defined]
+    yield _encode(first)
     try:
         async for event in rest:
-            yield encode(event.type, event)  # type: ignore[attr-defined]
+            yield _encode(event)
     except Exception as error:  # the status has been sent: OpenAI's client looks for `error` in the data
         told = as_api_error(error)
         if told.status == 500:
             logger.error("drawing failed", exc_info=error)
-        yield encode("error", told.body())
+        yield format_sse_event(event="error", data_str=told.body().model_dump_json())
 
 
-async def stream_events(events: AsyncIterator[BaseModel]) -> StreamingResponse:
-    """The answer, once there is a first event: what is refused is refused by a status.
+async def stream_events(events: AsyncIterator[BaseModel]) -> EventSourceResponse:
+    """Wait for the first event, and return the answer that streams all of them.
+
+    What fails before the first event is thus answered by a status.
 
     Args:
-        events: models with a `type`.
+        events: models with a `type`, which names the event.
     """
     first = await anext(events)
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # no proxy holds events back
-    return StreamingResponse(_encoded(first, events), media_type="text/event-stream", headers=headers)
+    return EventSourceResponse(_encoded(first, events), headers=headers)

@@ -16,18 +16,20 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from harmonica.cli.common import say
 from harmonica.validation.changed_settings import changed_settings
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.evaluation.latency import CACHED
-from pipelines.evaluation.stage import evaluate
-from pipelines.promotion.gate import score
-from pipelines.promotion.publishing import register_beside
-from pipelines.report.charts import png_of
-from pipelines.run_state.resume import ROUTER, SWEEP, progress_of, work_folder
-from pipelines.run_state.routers import load_router
-from pipelines.run_state.storage import RunStorage
-from pipelines.runtime.ray_runtime import plainly
-from pipelines.sweep.pareto import front_figure, on_front
-from pipelines.sweep.trial import (
+
+from ..config.workflow import WorkflowConfig
+from ..evaluation.latency import CACHED
+from ..evaluation.stage import evaluate
+from ..promotion.gate import score
+from ..promotion.publishing import register_beside
+from ..report.charts import png_of
+from ..run_state.resume import ROUTER, SWEEP, progress_of, work_folder
+from ..run_state.routers import load_router
+from ..run_state.storage import RunStorage
+from ..runtime.ray_runtime import plainly
+from ..tracking import mlflow_runs
+from .pareto import front_figure, on_front
+from .trial import (
     SCORE,
     TRAJECTORY,
     Trial,
@@ -37,7 +39,6 @@ from pipelines.sweep.trial import (
     run_trial,
     trials_of,
 )
-from pipelines.tracking import mlflow_runs
 
 PICTURE = "sweep.png"
 _SETTINGS = "settings.json"

@@ -18,19 +18,20 @@ from harmonica.cli.train import trained
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.cache import Reuse
 from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch, Share, make_rows
+from harmonica.data.samples import Shard, make_samples
 from harmonica.models.base import BranchedTransformer
-from harmonica.training.multi_target import FamilyRun
+from harmonica.training.multi_target import MultiTargetTrainer
 from harmonica.validation.finite import check_finite
-from pipelines.config.sweep import LambdaKind, Target
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.data.stream import row_spec
-from pipelines.evaluation.latency import device_of
-from pipelines.promotion.gate import score
-from pipelines.run_state.resume import ROUTER, work_folder
-from pipelines.run_state.storage import RunStorage
-from pipelines.runtime.ray_runtime import quiet_libraries
-from pipelines.training.checkpoints import Checkpoints
+
+from ..config.sweep import LambdaKind, Target
+from ..config.workflow import WorkflowConfig
+from ..data.stream import sample_spec
+from ..evaluation.latency import device_of
+from ..promotion.gate import score
+from ..run_state.resume import ROUTER, work_folder
+from ..run_state.storage import RunStorage
+from ..runtime.ray_runtime import quiet_libraries
+from ..training.checkpoints import Checkpoints
 
 SCORE, TRAJECTORY = "score", "trajectory"
 _REPORTS = "reports"
@@ -81,18 +82,18 @@ def evaluation_seed(config: WorkflowConfig) -> int:
 class _Probe:
     """Measures the PSNR of a router on a few fixed rows while it trains."""
 
-    def __init__(self, config: WorkflowConfig, run: FamilyRun, model: BranchedTransformer) -> None:
+    def __init__(self, config: WorkflowConfig, run: MultiTargetTrainer, model: BranchedTransformer) -> None:
         self.config, self.run = config, run
-        spec = row_spec(config, model, evaluation_seed(config))
-        rows = make_rows(np.arange(config.sweep.report_samples), spec)
-        self.batch = Batch.of(rows, spec, run.device)
+        spec = sample_spec(config, model, evaluation_seed(config))
+        rows = make_samples(np.arange(config.sweep.report_samples), spec)
+        self.batch = spec.to_batch(rows, run.device)
         self.full_NCHW = self._sample(None)
 
     def _sample(self, artifact: RouterArtifact | None) -> torch.Tensor:
         plan = artifact.plan if artifact else None
         reuse: Reuse = artifact.reuse if artifact else "hold"
         noise, condition = self.batch.noise_NCHW, self.batch.condition_N
-        images = sample(self.run.sampler, noise, condition, plan, reuse=reuse, rows=self.batch.keys)
+        images = sample(self.run.sampler, noise, condition, plan, reuse=reuse, keys=self.batch.keys)
         check_finite(images, f"the {'router' if artifact else 'full sampler'}'s images are")
         return images
 
@@ -116,7 +117,7 @@ def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
         chosen: a `Trial`, by field.
         config: the run's, its storage path absolute.
     """
-    from pipelines.training.stage import start_run
+    from ..training.stage import start_run
 
     quiet_libraries()
     trial = Trial(**chosen["trial"])
@@ -138,7 +139,7 @@ def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
     if found:
         run.load_state(checkpoints.load(found, run.device))
     probe = _Probe(config, run, run.sampler.model)
-    for metrics in trained(run, spec, Share(run.config.batch_size)):
+    for metrics in trained(run, spec, Shard(run.config.batch_size)):
         is_last = run.trajectory == run.config.all_trajectories
         if is_last or run.trajectory % config.sweep.report_every == 0:
             reports.append(probe.report(metrics))

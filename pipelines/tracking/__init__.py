@@ -1,1 +1,5 @@
 """MLflow: runs, metrics, and the registry of routers."""
+
+from harmonica.validation.extras import need
+
+need("mlflow", extra="mlflow")

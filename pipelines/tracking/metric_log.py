@@ -12,7 +12,7 @@ from typing import Any
 import requests
 from mlflow.exceptions import MlflowException
 
-from pipelines.tracking.mlflow_runs import Point, StageRun
+from .mlflow_runs import Point, StageRun
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ class MetricLog:
     """Rank 0's metrics that MLflow has not confirmed yet."""
 
     def __init__(self, run: StageRun, pending: list[Any] | None = None) -> None:
-        """
+        """Start with what an earlier log had pending.
+
         Args:
             pending: `state` of the log that this one goes on from.
         """
@@ -36,6 +37,7 @@ class MetricLog:
         self._known_step: int | None = None
 
     def add(self, trajectory: int, metrics: Mapping[str, float]) -> None:
+        """Add the metrics of one trajectory."""
         others = {name: value for name, value in metrics.items() if name != _LAST}
         last = {_LAST: metrics[_LAST]}
         self._pending.append(Point(trajectory, int(time.time() * 1000), others | last))

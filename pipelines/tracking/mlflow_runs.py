@@ -11,7 +11,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from pipelines.tracking.mlflow_store import (
+from .mlflow_store import (
     EXPERIMENT,
     artifacts_of,
     database_of,
@@ -47,6 +47,7 @@ class StageRun:
 
     @property
     def client(self) -> MlflowClient:
+        """Return a client of the run's MLflow."""
         return make_client(self.uri)
 
     @property

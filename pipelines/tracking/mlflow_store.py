@@ -45,8 +45,9 @@ def sqlite_uri(database: Path) -> str:
 
 
 def tracking_uri(storage_path: str) -> str:
-    """`MLFLOW_TRACKING_URI` where set, else SQLite in the folder that holds the runs; the same store in every
-    process, wherever that runs.
+    """Return `MLFLOW_TRACKING_URI` where set, else SQLite in the folder that holds the runs.
+
+    It is the same store in every process, wherever that runs.
 
     Raises:
         ValueError: storage is remote and no tracking server is named, or the variable names what cannot do.

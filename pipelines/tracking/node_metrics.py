@@ -18,8 +18,8 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.runtime.ray_runtime import node_names
-from pipelines.tracking.mlflow_runs import Point, StageRun
+from ..runtime.ray_runtime import node_names
+from .mlflow_runs import Point, StageRun
 
 logger = logging.getLogger(__name__)
 

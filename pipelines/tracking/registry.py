@@ -14,8 +14,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from harmonica.core.artifact import RouterArtifact
-from pipelines.tracking.mlflow_runs import StageRun, make_client
-from pipelines.tracking.mlflow_store import without_credentials
+
+from .mlflow_runs import StageRun, make_client
+from .mlflow_store import without_credentials
 
 CHAMPION = "champion"
 _FOLDER = "router"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from ray.util.metrics import Gauge
 
-from pipelines.runtime.ray_runtime import node_names
+from ..runtime.ray_runtime import node_names
 
 _DATA = "data"
 _PREFIX = "seconds."

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from pipelines.run_state.resume import work_folder
-from pipelines.run_state.storage import RunStorage
+from ..run_state.resume import work_folder
+from ..run_state.storage import RunStorage
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,10 @@ class Checkpoints:
 
     def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Any]:
         """The state of that name."""
-        return torch.load(io.BytesIO(self._read(name)), weights_only=True, map_location=device)
+        state: dict[str, Any] = torch.load(
+            io.BytesIO(self._read(name)), weights_only=True, map_location=device
+        )
+        return state
 
     def _read(self, name: str) -> bytes:
         return self.storage.read_bytes(f"{self.folder}/{name}")

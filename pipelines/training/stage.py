@@ -17,25 +17,27 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Wo
 from ray.train.torch import TorchTrainer
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.data.batch import Batch, RowSpec, Share
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.evaluation.plots import router_heat_map
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from harmonica.training.multi_target import FamilyRun, family_phases
-from harmonica.training.phases import Progress
-from harmonica.training.sharding import shard
+from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
+from harmonica.training.progress import Progress
+from harmonica.training.sharding import shard_weights
 from harmonica.validation.finite import NotFinite
-from pipelines.config.workflow import WorkflowConfig
-from pipelines.data.stream import row_spec, stream_rows
-from pipelines.run_state.resume import work_folder
-from pipelines.run_state.storage import RunStorage
-from pipelines.runtime.log_filters import drop_remarks
-from pipelines.runtime.ray_runtime import quiet_libraries
-from pipelines.tracking.metric_log import MetricLog
-from pipelines.tracking.mlflow_runs import StageRun
-from pipelines.tracking.worker_times import WorkerTimes, worker_nodes
-from pipelines.training.checkpoints import Checkpoints
-from pipelines.training.watchdog import Reached, make_board, run_watched
+
+from ..config.workflow import WorkflowConfig
+from ..data.stream import sample_spec, stream_samples
+from ..run_state.resume import work_folder
+from ..run_state.storage import RunStorage
+from ..runtime.log_filters import drop_remarks
+from ..runtime.ray_runtime import quiet_libraries
+from ..tracking.metric_log import MetricLog
+from ..tracking.mlflow_runs import StageRun
+from ..tracking.worker_times import WorkerTimes, worker_nodes
+from .checkpoints import Checkpoints
+from .watchdog import Reached, make_board, run_watched
 
 logger = logging.getLogger(__name__)
 
@@ -52,29 +54,29 @@ _START_PATIENCE = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 
 def start_run(
     config: WorkflowConfig, device: torch.device, *, shard_model: bool = False
-) -> tuple[FamilyRun, RowSpec]:
+) -> tuple[MultiTargetTrainer, SampleSpec]:
     """A run at its first trajectory, and what its rows look like."""
-    model = load_model(config.model, "cpu" if shard_model else device).model
+    model = load_model(config.model.for_training(), "cpu" if shard_model else device).model
     if shard_model:
-        shard(model)
+        shard_weights(model)
     sampler = make_sampler(model, config.sampler)
-    run = FamilyRun(sampler, config.train, seed=config.seed, device=device)
-    return run, row_spec(config, model, config.seed)
+    run = MultiTargetTrainer(sampler, config.train, seed=config.seed, device=device)
+    return run, sample_spec(config, model, config.seed)
 
 
 def _trajectories(
-    run: FamilyRun, spec: RowSpec, times: WorkerTimes, tell: Callable[[str], object]
+    run: MultiTargetTrainer, spec: SampleSpec, times: WorkerTimes, tell: Callable[[str], object]
 ) -> Iterator[Batch]:
     """This worker's rows of every trajectory still to train."""
     context = ray.train.get_context()
-    share = Share(run.config.batch_size, context.get_world_rank(), context.get_world_size())
-    while wanted := run.next_rows:  # those of one member of the family after another
-        rows = stream_rows(spec, share, first_trajectory=wanted.start, trajectories=len(wanted))
-        batches = iter(rows.iter_batches(batch_size=share.size, prefetch_batches=4, batch_format="numpy"))
+    shard = Shard(run.config.batch_size, context.get_world_rank(), context.get_world_size())
+    while wanted := run.next_trajectories:  # those of one target after another
+        rows = stream_samples(spec, shard, first_trajectory=wanted.start, trajectories=len(wanted))
+        batches = iter(rows.iter_batches(batch_size=shard.size, prefetch_batches=4, batch_format="numpy"))
         for _ in wanted:
             tell(f"rows of trajectory {run.trajectory}")
             with times.waiting_for_data():
-                batch = Batch.of(next(batches), spec, run.device)
+                batch = spec.to_batch(next(batches), run.device)
             tell(f"trajectory {run.trajectory}, its updates and the other workers' gradients")
             yield batch
 
@@ -91,7 +93,12 @@ class _Keeper:
     """Rank 0's: what it leaves of a run, on the storage and in MLflow, at every checkpoint."""
 
     def __init__(
-        self, checkpoints: Checkpoints, run: FamilyRun, stage: StageRun, board: Any, pending: list[Any]
+        self,
+        checkpoints: Checkpoints,
+        run: MultiTargetTrainer,
+        stage: StageRun,
+        board: Any,
+        pending: list[Any],
     ) -> None:
         self.checkpoints, self.run, self.stage, self.board = checkpoints, run, stage, board
         self.log = MetricLog(stage, pending)
@@ -132,7 +139,7 @@ class _Keeper:
         self.log.finish(_MLFLOW_PATIENCE_S)
 
 
-def _resume(run: FamilyRun, checkpoints: Checkpoints, is_rank_0: bool) -> list[Any]:
+def _resume(run: MultiTargetTrainer, checkpoints: Checkpoints, is_rank_0: bool) -> list[Any]:
     """Go on from the newest whole checkpoint, on all workers the same; its metrics not logged yet."""
     found = checkpoints.last() if is_rank_0 else None
     name: str = ray.train.collective.broadcast_from_rank_zero(found)
@@ -141,7 +148,8 @@ def _resume(run: FamilyRun, checkpoints: Checkpoints, is_rank_0: bool) -> list[A
     state = checkpoints.load(name, run.device)
     run.load_state(state)
     logger.info("resumed after trajectory %d", run.trajectory)
-    return state[_METRICS]
+    metrics: list[Any] = state[_METRICS]
+    return metrics
 
 
 class _QuietController(ray.train.UserCallback):
@@ -175,9 +183,9 @@ def _train_loop(job: dict[str, Any]) -> None:
     if keeper is not None:
         keeper.say_where(nodes)
     times, last_checkpoint = WorkerTimes(), time.monotonic()
-    for rows in _trajectories(run, spec, times, tell):
+    for batch in _trajectories(run, spec, times, tell):
         try:
-            metrics = run.train_one(rows.noise_NCHW, rows.condition_N, rows.keys)
+            metrics = run.train_one(batch)
         except NotFinite as error:  # on all workers; raised, it would be tried again with the same outcome
             ray.get(job["board"].stop.remote(str(error)))
             return
@@ -235,7 +243,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
     )
     kind = "GPU" if settings.use_gpu else "CPU"
     wanted = f"{settings.counts[0]} workers of one {kind} each, {settings.placement_strategy}"
-    progress = Progress(family_phases(settings, config.sampler.num_inference_steps))
+    progress = Progress(all_phase_budgets(settings, config.sampler.num_inference_steps))
     try:
         run_watched(trainer.fit, board, settings.stall_timeout_s, wanted, progress)
     except WorkerGroupError as error:
@@ -263,4 +271,4 @@ def _build_artifacts(config: WorkflowConfig, checkpoints: Checkpoints) -> Router
             f"{run.trajectory} of {config.train.all_trajectories}: run again with the same run id"
         )
     settings = {"run_id": config.run_id} | config.to_dict()["train"]
-    return run.artifact(**settings), run.others(**settings)
+    return run.artifact(**settings), run.extra_artifacts(**settings)

@@ -1,6 +1,4 @@
-"""What each training worker does at the moment: a line of progress at intervals, and when a run stands still,
-what it waits for.
-"""
+"""Report what each training worker does: its progress, and what a run that stands still waits for."""
 
 import logging
 import queue
@@ -13,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harmonica.cli.common import say
-from harmonica.training.phases import Progress
+from harmonica.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ def run_watched(
             lines.show(reached)
             still = min([age for _, age in said.values()], default=time.monotonic() - started)
             if still > stall_s:
-                raise TimeoutError(_words(said, still, wanted)) from None
+                raise TimeoutError(_stall_message(said, still, wanted)) from None
             continue
         if error is not None:
             raise error
@@ -125,11 +123,11 @@ class _Lines:
 
 def _line(reached: Reached, progress: Progress) -> str:
     done, since, seconds, loss, cur = reached
-    left = progress.left_words(done, since, seconds)
-    return f"[train] {progress.words(done)}, loss {loss:.3g}, CUR {cur:.1%}, {left}"
+    left = progress.time_left_message(done, since, seconds)
+    return f"[train] {progress.message(done)}, loss {loss:.3g}, CUR {cur:.1%}, {left}"
 
 
-def _words(said: dict[int, tuple[str, float]], still: float, wanted: str) -> str:
+def _stall_message(said: dict[int, tuple[str, float]], still: float, wanted: str) -> str:
     if not said:
         free, all_ = ray.available_resources(), ray.cluster_resources()
         shown = ", ".join(f"{free.get(k, 0):g} of {all_[k]:g} {k}" for k in ("CPU", "GPU") if k in all_)

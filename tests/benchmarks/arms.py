@@ -11,7 +11,7 @@ from harmonica.models.dit.config import DiTConfig, dit_shape
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import read_folder_config
 from harmonica.samplers import Ddim, Sampler, SamplerConfig
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from tests.benchmarks.hardware import PLAIN, Hardware
 
 
@@ -41,7 +41,7 @@ def make_sampler(model: BranchedTransformer, num_steps: int) -> Sampler:
 def make_noise(model: BranchedTransformer, size: int) -> Tensor:
     """(N, C, H, W), each row's own."""
     shape = (model.in_channels, model.sample_size, model.sample_size)
-    return torch.from_numpy(RowKeys.of(1, range(size)).start_noise(shape)).to(device_of(model))
+    return torch.from_numpy(SampleKeys.of(1, range(size)).start_noise(shape)).to(device_of(model))
 
 
 def make_batch(model: BranchedTransformer, size: int) -> tuple[Tensor, Tensor]:

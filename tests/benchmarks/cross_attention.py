@@ -20,6 +20,7 @@ from harmonica.builtin import CAPTIONS
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.data.conditions import Conditions, make_conditions
 from harmonica.evaluation.image_metrics import psnr
 from harmonica.models.base import BranchedTransformer, Macs
@@ -27,9 +28,9 @@ from harmonica.models.loading import load_model
 from harmonica.models.text_blocks import KINDS
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import Sampler, make_sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.presets import fashion_text
-from harmonica.training.trainer import RouterRun
+from harmonica.training.trainer import RouterTrainer
 
 TRAINING_ROWS, JUDGED_ROWS = 4, 32
 SPEEDUPS = (1.3, 1.45, 1.6, 1.75)
@@ -39,7 +40,7 @@ SPEEDUPS = (1.3, 1.45, 1.6, 1.75)
 def rows(model: BranchedTransformer, conditions: Conditions, seed: int, first: int, count: int):
     """Noise, condition and keys of some rows; the caption is the row's, by its number."""
     captions = CAPTIONS.read_text().splitlines()
-    keys = RowKeys.of(seed, range(first, first + count))
+    keys = SampleKeys.of(seed, range(first, first + count))
     chosen = [captions[(7 * index) % len(captions)] for index in range(first, first + count)]
     shape = (model.in_channels, model.sample_size, model.sample_size)
     condition = conditions.of(chosen, [""] * count)
@@ -61,9 +62,10 @@ def every_second_step(sampler: Sampler, kinds: tuple[str, ...]) -> Plan:
 def trained_scores(sampler: Sampler, conditions: Conditions, trajectories: int) -> tuple[Tensor, Reuse]:
     """By the preset, on one process."""
     config = dataclasses.replace(fashion_text().train, batch_size=TRAINING_ROWS, trajectories=trajectories)
-    run = RouterRun(sampler, config, seed=0)
+    run = RouterTrainer(sampler, config, seed=0)
     for trajectory in range(config.start_trajectories + trajectories):
-        run.train_one(*rows(sampler.model, conditions, 0, trajectory * TRAINING_ROWS, TRAINING_ROWS))
+        batch = rows(sampler.model, conditions, 0, trajectory * TRAINING_ROWS, TRAINING_ROWS)
+        run.train_one(Batch(*batch))
     return run.router.logits().sigmoid(), config.sdt.reuse
 
 
@@ -84,10 +86,10 @@ def main() -> None:
     conditions = make_conditions(loaded, "cpu", dtype="float32")
     noise, condition, keys = rows(loaded.model, conditions, 1, 0, JUDGED_ROWS)
     assert isinstance(condition, TextCondition)
-    full = sample(sampler, noise, condition, rows=keys)
+    full = sample(sampler, noise, condition, keys=keys)
 
     def quality(by: Sampler, plan: Plan, reuse: Reuse) -> Tensor:
-        return psnr(sample(by, noise, condition, plan, reuse=reuse, rows=keys), full)
+        return psnr(sample(by, noise, condition, plan, reuse=reuse, keys=keys), full)
 
     table = Table("every second step", "CUR", "ideal speedup", "PSNR, hold", "PSNR, forecast")
     for kinds in itertools.chain.from_iterable(itertools.combinations(KINDS, n) for n in (1, 2, 3)):
@@ -109,7 +111,7 @@ def main() -> None:
         table.add_row("attn mlp" if by is not sampler else "attn cross mlp", *cells)
     for steps in (10, 12, 14):
         fewer = make_sampler(loaded.model, dataclasses.replace(recipe.sampler, num_inference_steps=steps))
-        distance = psnr(sample(fewer, noise, condition, rows=keys), full).mean()
+        distance = psnr(sample(fewer, noise, condition, keys=keys), full).mean()
         table.add_row(
             f"{steps} steps", f"{distance:.1f} dB ({recipe.sampler.num_inference_steps / steps:.2f}x)"
         )

@@ -18,7 +18,7 @@ _Model = TypeVar("_Model", bound=BranchedTransformer)
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """A device, a precision, and whether sub-layers are compiled."""
+    """A device, a precision, and whether branches are compiled."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -55,7 +55,7 @@ class Hardware:
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self.device)
         if self.compiled:
-            compile_each(model.repeated_layers)
+            model.execution = "compiled"
         return model
 
 

@@ -21,18 +21,19 @@ from torch import Tensor
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
+from harmonica.data.batch import Batch
 from harmonica.models.loading import load_model
 from harmonica.samplers import Sampler, make_sampler
-from harmonica.samplers.noise import RowKeys, row_label
+from harmonica.samplers.noise import SampleKeys, sample_label
 from harmonica.training.config import TrainingConfig
 from harmonica.training.iepo import IepoKind
 from harmonica.training.loss_weights import StepWeights
 from harmonica.training.plans.builders import even_plan, logits_of
 from harmonica.training.plans.search import StepSearch
-from harmonica.training.plans.selection import PlanChoice
+from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.presets import fashion
 from harmonica.training.sdt import SdtTrainer, Student
-from harmonica.training.target import Aim
+from harmonica.training.target import TargetController
 
 JUDGED_ROWS, FIRST_JUDGED = 48, 10_000
 SHARPEST = 4.0
@@ -85,12 +86,12 @@ IDEAS = {
 }
 
 
-def rows(sampler: Sampler, seed: int, first: int, count: int) -> tuple[Tensor, Tensor, RowKeys]:
-    """Noise, labels and names of some of a seed's rows."""
-    keys = RowKeys.of(seed, range(first, first + count))
+def rows(sampler: Sampler, seed: int, first: int, count: int) -> Batch:
+    """Some of a seed's samples."""
+    keys = SampleKeys.of(seed, range(first, first + count))
     shape = (sampler.model.in_channels, sampler.model.sample_size, sampler.model.sample_size)
-    labels = torch.tensor([row_label(seed, index, 10) for index in range(first, first + count)])
-    return torch.from_numpy(keys.start_noise(shape)), labels, keys
+    labels = torch.tensor([sample_label(seed, index, 10) for index in range(first, first + count)])
+    return Batch(torch.from_numpy(keys.start_noise(shape)), labels, keys)
 
 
 def on_one_worker(tensor: Tensor) -> None:
@@ -102,7 +103,7 @@ def starts_of(sampler: Sampler, config: TrainingConfig, seed: int) -> dict[str, 
     search, macs = StepSearch(sampler.num_steps), sampler.model.macs()
     for trajectory in range(config.start_trajectories):
         batch = rows(sampler, seed, trajectory * config.batch_size, config.batch_size)
-        search.train_one(sampler, [batch], config.sdt.reuse, on_one_worker)
+        search.observe(sampler, [batch], config.sdt.reuse, on_one_worker)
     return {
         "even": even_plan(sampler.num_steps, macs, config.target_speedup),
         "measured": search.plan(macs, config.target_speedup),
@@ -120,25 +121,23 @@ def trained_plan(
         router = idea.router.from_logits(logits_TB)
     trainer = SdtTrainer(sampler, router, replace(config.sdt, student=idea.student))
     measured = replace(config, sdt=replace(config.sdt, student=idea.measured))
-    weights, aim = StepWeights(sampler.num_steps, measured), Aim(trainer, config)
+    weights, target = StepWeights(sampler.num_steps, measured), TargetController(trainer, config)
     for trajectory in range(config.trajectories):
         if isinstance(router, SharpeningRouter):
             router.sharpness = SHARPEST ** (trajectory / max(1, config.trajectories - 1))
         first = (config.start_trajectories + trajectory) * config.batch_size
-        noise, labels, keys = rows(sampler, seed, first, config.batch_size)
+        batches = [rows(sampler, seed, first, config.batch_size)]
         if weights.is_due(trajectory):
-            weights.refresh(sampler, router, noise, labels, keys, on_one_worker)
-        trainer.train_trajectory(
-            noise, labels, weights.lambda_T, rows=keys, beta=aim.beta, on_gradient=aim.observe
-        )
-        aim.update()
-    return aim.plan_of(router.logits())
+            weights.refresh(sampler, router, batches, on_one_worker)
+        trainer.train_trajectory(batches, weights.lambda_T, beta=target.beta, on_gradient=target.observe)
+        target.update()
+    return target.plan_of(router.logits())
 
 
 def psnr_of(sampler: Sampler, plan: Plan, reuse: Reuse, seed: int) -> float:
     """To the full sampler's images, in dB, the mean over rows."""
-    choice = PlanChoice({"": plan}, reuse)
-    choice.train_one(sampler, [rows(sampler, seed, FIRST_JUDGED, JUDGED_ROWS)], on_one_worker)
+    choice = PlanSelector({"": plan}, reuse)
+    choice.observe(sampler, [rows(sampler, seed, FIRST_JUDGED, JUDGED_ROWS)], on_one_worker)
     return choice.psnr("")
 
 

@@ -20,8 +20,12 @@ from tests.benchmarks.hardware import Hardware, compile_each
 from tests.benchmarks.timing import Aim, Row, time_arms
 
 
-def _as_diffusers(model: DiT, hardware: Hardware) -> Callable[..., Tensor]:
-    """diffusers' module with the same weights, its blocks compiled where our sub-layers are."""
+def as_diffusers(model: DiT, hardware: Hardware, *, mode: str = "") -> Callable[..., Tensor]:
+    """diffusers' module with the same weights, its blocks compiled where our branches are.
+
+    Args:
+        mode: of torch.compile, for the whole module instead of its blocks.
+    """
     ensure_torchvision_imports()
     from diffusers import DiTTransformer2DModel
 
@@ -43,10 +47,14 @@ def _as_diffusers(model: DiT, hardware: Hardware) -> Callable[..., Tensor]:
     stored = StoredModel(config=config, tensors=tensors, class_names=())
     theirs.load_state_dict(tensors_to_diffusers(stored), strict=False)
     theirs.to(hardware.device, hardware.dtype).eval().requires_grad_(False)
-    if hardware.compiled:
+    if mode:
+        theirs.compile(mode=mode)
+    elif hardware.compiled:
         compile_each(theirs.transformer_blocks)
 
     def run(sample: Tensor, *inputs: Tensor) -> Tensor:
+        if mode:
+            torch.compiler.cudagraph_mark_step_begin()  # the last output may be overwritten
         return theirs(sample.to(hardware.dtype), *inputs, return_dict=False)[0].float()
 
     return run
@@ -67,7 +75,7 @@ def full_pass(*, whole: bool, hardware: Hardware) -> Iterator[Row]:
     ):
         shape = replace(dit_shape(name), downscale_freq_shift=1)
         model = make_dit(shape, hardware)
-        theirs = _as_diffusers(model, hardware)
+        theirs = as_diffusers(model, hardware)
         for size in sizes:
             inputs = _inputs(model, size)
             tolerance = hardware.tolerance

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from harmonica.core.sampling import sample
-from harmonica.data.batch import RowSpec, Share
-from harmonica.samplers.noise import RowKeys
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, Shard
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
-from harmonica.training.trainer import RouterRun
+from harmonica.training.trainer import RouterTrainer
 from tests.benchmarks.arms import builtin_shape, make_batch, make_dit, make_sampler, random_plan
 from tests.benchmarks.timing import Aim, Row, Timing, time_arms
 
@@ -31,16 +32,17 @@ def _work(rank: int, processes: int, together: bool, folder: str) -> None:
     store, group = (f"{folder}/store", (rank, processes)) if together else (f"{folder}/{rank}", (0, 1))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=group[0], world_size=group[1])
     sampler = make_sampler(make_dit(builtin_shape()), _STEPS)
-    run = RouterRun(sampler, TrainingConfig(batch_size=_ROWS, iepo="none"), seed=0)
-    batch, keys = make_batch(sampler.model, _ROWS), RowKeys.of(1, range(_ROWS))
+    run = RouterTrainer(sampler, TrainingConfig(batch_size=_ROWS, iepo="none"), seed=0)
+    inputs = make_batch(sampler.model, _ROWS)
+    batch = Batch(*inputs, SampleKeys.of(1, range(_ROWS)))
     plan = random_plan(_STEPS, len(sampler.model.branches), 0.4)
 
     def train() -> None:
-        run.train_one(*batch, keys)
+        run.train_one(batch)
         dist.barrier()
 
     def draw() -> None:
-        sample(sampler, *batch, plan)
+        sample(sampler, *inputs, plan)
         dist.barrier()
 
     timings = time_arms({"train": train, "sample": draw}, rounds=_ROUNDS)
@@ -77,14 +79,14 @@ def data(*, whole: bool) -> Iterator[Row]:
     """Rows a second from Ray Data, next to what training takes."""
     import ray
 
-    from pipelines.data.stream import stream_rows
+    from pipelines.data.stream import stream_samples
     from pipelines.runtime.ray_runtime import connect
 
     connect()
     rows, seconds = 20_000, []
     for _ in range(3):
-        stream = stream_rows(
-            RowSpec.of(make_dit(builtin_shape()), 0), Share(_ROWS), trajectories=rows // _ROWS
+        stream = stream_samples(
+            SampleSpec.of(make_dit(builtin_shape()), 0), Shard(_ROWS), trajectories=rows // _ROWS
         )
         batches = iter(stream.iter_batches(batch_size=_ROWS))
         next(batches)  # what starting up takes is no matter of rate

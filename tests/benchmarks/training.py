@@ -11,6 +11,7 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import planned_pass, soft_pass
 from harmonica.core.router import Router
+from harmonica.data.batch import Batch
 from harmonica.models.dit.config import DiTConfig
 from harmonica.samplers import Sampler
 from harmonica.training.iepo import image_error_proxy
@@ -82,7 +83,7 @@ def _sdt(
 
     def ours() -> Tensor:
         router = Router.from_logits(start)
-        SdtTrainer(sampler, router, CONFIG).train_trajectory(*batch, lambda_T)
+        SdtTrainer(sampler, router, CONFIG).train_trajectory([Batch(*batch)], lambda_T)
         return router.logits()
 
     def released() -> Tensor:
@@ -149,7 +150,9 @@ def lambda_refresh(*, whole: bool, hardware: Hardware) -> Iterator[Row]:
         batch, router = make_batch(sampler.model, 2), make_router(sampler)
 
         def shared(sampler=sampler, router=router, batch=batch) -> Tensor:
-            return image_error_proxy(sampler, router, *batch, kind="leave_one_out", threshold=TAU)
+            return image_error_proxy(
+                sampler, router, [Batch(*batch)], kind="leave_one_out", config=SdtConfig(threshold=TAU)
+            )
 
         def generations(sampler=sampler, router=router, batch=batch) -> Tensor:
             noise, labels = batch

@@ -19,13 +19,14 @@ import tyro
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.dit.config import dit_shape
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import make_sampler
-from harmonica.samplers.noise import RowKeys
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.presets import dit_xl_2_256_t10
-from harmonica.training.trainer import RouterRun
+from harmonica.training.trainer import RouterTrainer
 
 STEPS, TRAJECTORIES = 4, 3
 _FOLDER = Path(tempfile.gettempdir()) / "harmonica-xl"
@@ -74,11 +75,11 @@ def run(path: Path, dtype: str) -> list[Phase]:
     recipe = dit_xl_2_256_t10()
     settings = replace(recipe.train, trajectories=TRAJECTORIES, batch_size=1, iepo_every=TRAJECTORIES)
     sampler = make_sampler(loaded.model, replace(recipe.sampler, num_inference_steps=STEPS))
-    training = RouterRun(sampler, settings, seed=0)
-    keys, side = RowKeys.of(0, [0]), loaded.model.sample_size
+    training = RouterTrainer(sampler, settings, seed=0)
+    keys, side = SampleKeys.of(0, [0]), loaded.model.sample_size
     noise, label = torch.from_numpy(keys.start_noise((4, side, side))), torch.tensor([207])
     for _ in range(TRAJECTORIES):
-        metrics = training.train_one(noise, label, keys)
+        metrics = training.train_one(Batch(noise, label, keys))
     assert all(map(torch.isfinite, map(torch.tensor, metrics.values())))
     done(f"train {TRAJECTORIES} trajectories, one lambda refresh")
     full = sample(sampler, noise, label)

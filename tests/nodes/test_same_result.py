@@ -1,7 +1,7 @@
 """The same seed and global batch give the same curves and router, wherever trained, whatever else runs.
 
-Runs are done two at a time, so that it is also shown that two workflows on one cluster, one storage path and
-one registry leave each other alone.
+Three runs are done at once, so that it is also shown that workflows on one cluster, one storage path and one
+registry leave each other alone.
 """
 
 from pathlib import Path
@@ -37,25 +37,25 @@ def trained_at_once(make_run, **placed: tuple[int, str]) -> list[TrainingRun]:
 def test_one_two_and_four_workers_on_one_node_and_on_several(
     make_run, folder: Path, unbroken: TrainingRun
 ) -> None:
-    one, four = trained_at_once(make_run, one=(1, "PACK"), four=(4, "SPREAD"))
-    four_packed, two_packed = trained_at_once(make_run, four_packed=(4, "PACK"), two_packed=(2, "PACK"))
-    assert (one.nodes, two_packed.nodes, four_packed.nodes) == (1, 1, 1)
+    one, two_packed, four = trained_at_once(
+        make_run, one=(1, "PACK"), two_packed=(2, "PACK"), four=(4, "SPREAD")
+    )
+    assert (one.nodes, two_packed.nodes) == (1, 1)
     assert unbroken.nodes == 2 and four.nodes >= 2
 
     curves, router = trained_alone(write_model(folder / "alone"))
     assert curves.keys() >= {"loss", "mse", "l1", "cur", "beta", "lambda.step_000"}
-    for run in (unbroken, one, four, two_packed, four_packed):
+    runs = (one, two_packed, four)
+    for run in (unbroken, *runs):
         check_close(run, curves, router)
     check_same(two_packed, unbroken)
-    check_same(four_packed, four)
 
-    runs = (one, four, four_packed, two_packed)
     uri = f"sqlite:///{one.database}"
     versions = make_client(uri).search_model_versions(f"name = '{MODEL}'")
     made_by = {version.tags["run_id"]: str(version.version) for version in versions}
-    assert made_by.keys() == {run.storage.run_id for run in runs} and len(versions) == 4
+    assert made_by.keys() == {run.storage.run_id for run in runs} and len(versions) == 3
     for run in runs:
         registered = registry.load_version(MODEL, made_by[run.storage.run_id], uri)
         assert registered.logits_TB.equal(run.router)
         assert run.storage.names("train/checkpoints")
-    assert registry.resolve(MODEL, "champion", uri) in {made_by["four-packed"], made_by["two-packed"]}
+    assert registry.resolve(MODEL, "champion", uri) in made_by.values()

@@ -1,4 +1,4 @@
-"""Runs that are stopped, by Ctrl-C, SIGTERM and as jobs: nothing keeps running, and they can be resumed."""
+"""Runs that are stopped, by Ctrl-C, signals and as jobs: nothing keeps running, and they can be resumed."""
 
 import contextlib
 import json
@@ -26,10 +26,14 @@ from cluster_runs import (
 from local_cluster import LocalCluster
 from tiny_dit import write_model
 
+from pipelines.training.checkpoints import FOLDER
+
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_ctrl_c_and_sigterm_leave_a_run_that_goes_on(make_run, unbroken: TrainingRun) -> None:
+def test_ctrl_c_sigterm_and_kill_of_the_driver_leave_a_run_that_goes_on(
+    make_run, unbroken: TrainingRun
+) -> None:
     # Ignored signals are inherited, from a shell's background job for one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with closing(make_run("stopped")) as run:
@@ -41,7 +45,14 @@ def test_ctrl_c_and_sigterm_leave_a_run_that_goes_on(make_run, unbroken: Trainin
             assert "interrupted: the same command with --run-id stopped goes on from here" in run.said
             assert run.statuses == {"KILLED"}
             run.cluster_is_idle()
+        run.start()
+        run.wait_for(9)
+        run.driver.kill()
+        run.cluster_is_idle()
+        newest = Path(run.storage.uri(FOLDER)) / run.storage.names(FOLDER)[-1]
+        newest.write_bytes(newest.read_bytes()[:-100])
         run.complete()
+        assert f"{newest.name} is damaged" in run.said, run.said
         assert run.statuses == {"FINISHED"}
         check_same(run, unbroken)
 

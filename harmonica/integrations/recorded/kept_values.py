@@ -17,7 +17,8 @@ class KeptValues:
     def __init__(
         self, branch_of: dict[str, int], reuse: Reuse = "hold", learned: Forecast | None = None
     ) -> None:
-        """
+        """Keep no value yet.
+
         Args:
             branch_of: the branch of each unit that is kept.
         """

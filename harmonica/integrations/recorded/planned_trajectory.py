@@ -26,7 +26,8 @@ class PlannedTrajectory(Trajectory):
         check_view: Callable[[RecordedTransformer], None],
         check_pipeline: Callable[[Any], None],
     ) -> None:
-        """
+        """Wait for the first step.
+
         Args:
             check_view: refuses branches that are not the plan's, when they have been recorded.
             check_pipeline: refuses a pipeline whose scheduler is not the plan's.

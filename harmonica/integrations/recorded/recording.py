@@ -20,7 +20,7 @@ from harmonica.integrations.recorded.tensor_tags import INPUT, tagged, tags_of, 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Count the kernel that attention takes on the CPU, for which torch has no formula; takes shapes."""
-    return sdpa_flop_count(query, key, value)
+    return int(sdpa_flop_count(query, key, value))
 
 
 _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}

@@ -20,7 +20,7 @@ class SkippedTensor(Tensor):
     shape_only: Tensor
 
     @staticmethod
-    def __new__(cls, shape_only: Tensor, device: torch.device) -> "SkippedTensor":
+    def __new__(cls: type[Any], shape_only: Tensor, device: torch.device) -> "SkippedTensor":
         skipped: SkippedTensor = Tensor._make_wrapper_subclass(
             cls,
             shape_only.shape,

@@ -24,7 +24,7 @@ class TaggedTensor(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         tags = tags_of((args, kwargs))
-        output = super().__torch_function__(func, types, args, kwargs or {})
+        output = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         for each in tensors_of(output):
             if isinstance(each, TaggedTensor):
                 each.tags = each.tags | tags

@@ -46,7 +46,8 @@ class Trajectory(ABC):
         check_view: Callable[[RecordedTransformer], None] | None = None,
         check_pipeline: Callable[[Any], None] | None = None,
     ) -> None:
-        """
+        """Wait for the first call of a trajectory.
+
         Args:
             check_view: refuses a transformer that has just been recorded.
             check_pipeline: refuses a pipeline, at the first step of a trajectory.
@@ -225,4 +226,4 @@ def _timestep(view: RecordedTransformer, args: tuple[Any, ...], kwargs: dict[str
             f"timestep is {sorted(values)}: a plan has one step for the whole batch, and the pipeline's "
             "scheduler does not count its steps; use a scheduler with a step_index"
         )
-    return values.pop()
+    return float(values.pop())

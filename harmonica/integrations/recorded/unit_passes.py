@@ -28,7 +28,8 @@ class PlannedPass:
         shapes: dict[str, Any],
         overwritten: Container[str] = (),
     ) -> None:
-        """
+        """Compute or reuse in one step what its row says.
+
         Args:
             skipped: units whose output nothing reads under this row.
             shapes: what such units returned, as stand-ins; computed units are added.
@@ -70,7 +71,8 @@ class MixedPass:
         *,
         overwritten: Container[str] = (),
     ) -> None:
-        """
+        """Mix in one step what is kept and what is computed.
+
         Args:
             scores_B: r of each branch (B,).
             refresh_row: the branches whose kept value becomes the mixed one.

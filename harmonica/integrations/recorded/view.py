@@ -38,7 +38,8 @@ class RecordedTransformer:
     def __init__(
         self, transformer: nn.Module, forward: Callable[..., Any], *, cacheable: Sequence[str] = KINDS
     ) -> None:
-        """
+        """Record nothing yet: branches are known after the first call.
+
         Args:
             forward: the transformer's own.
             cacheable: kinds of sub-modules that are branches.

@@ -12,12 +12,17 @@ class DiTConfig:
     sample_size: Count = 32
     """Height and width of the (latent) image."""
     patch_size: Count = 2
+    """Height and width of the pixels or latents of one token."""
     in_channels: Count = 4
+    """Channels of the image or latent: 4 of the public autoencoders."""
     out_channels: Count = 8
     """Twice `in_channels` where the model also predicts the variance."""
     num_layers: Count = 28
+    """Blocks, each with two branches that a router may reuse."""
     num_attention_heads: Count = 16
+    """Heads of each self-attention."""
     attention_head_dim: Count = 72
+    """Width of a head; times the heads it is the width of a token."""
     num_embeds_ada_norm: Count = 1000
     """Number of classes; the null class comes on top."""
     downscale_freq_shift: Literal[0, 1] = 0
@@ -41,10 +46,12 @@ class DiTConfig:
 
     @property
     def hidden_size(self) -> int:
+        """Return D, the width of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def num_tokens(self) -> int:
+        """Return L, the number of patches of a latent."""
         return (self.sample_size // self.patch_size) ** 2
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harmonica.models.base import FINGERPRINT_VALUES, BranchedTransformer, Fingerprint, Macs, unpatchify
+from harmonica.models.dit.conditioning import DiTConditioning
 from harmonica.models.dit.diffusers_layout import config_from_diffusers, tensors_from_diffusers
-from harmonica.models.dit.model import DiTBranch, DiTConditioning, modulate
+from harmonica.models.dit.model import DiTBranch, modulate
 from harmonica.models.dit.stored import skeleton
 
 if TYPE_CHECKING:  # seconds to import, and whoever has the module has imported it
@@ -53,7 +54,8 @@ class DiffusersDiT(BranchedTransformer):
     """
 
     def __init__(self, transformer: "DiTTransformer2DModel") -> None:
-        """
+        """Make a view of diffusers' module, whose weights it shares.
+
         Raises:
             ValueError: a configuration that makes it no DiT.
         """

@@ -49,13 +49,15 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, timestep_N: Tensor) -> Tensor:
+        """Return embeddings (N, D) of timesteps (N,)."""
         half = NUM_FREQUENCIES // 2
         # float32 whatever the model's precision: this is where checkpoints were trained and recorded.
         exponent = torch.arange(half, dtype=torch.float32, device=timestep_N.device)
         frequency_F = torch.exp(-math.log(10000) * exponent / (half - self.downscale_freq_shift))
         angle_NF = timestep_N[:, None].float() * frequency_F
         features = torch.cat([angle_NF.cos(), angle_NF.sin()], dim=1)
-        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        embedding_ND: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        return embedding_ND
 
 
 class LabelEmbedder(nn.Module):
@@ -66,7 +68,9 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def forward(self, label_N: Tensor) -> Tensor:
-        return self.embedding_table(label_N)
+        """Return embeddings (N, D) of labels (N,)."""
+        embedding_ND: Tensor = self.embedding_table(label_N)
+        return embedding_ND
 
 
 def modulate(x_NLD: Tensor, shift_ND: Tensor, scale_ND: Tensor) -> Tensor:
@@ -89,7 +93,8 @@ class DiTBlock(nn.Module):
 
     def modulations(self, silu_c_ND: Tensor) -> tuple[Tensor, ...]:
         """Return six (N, D) from silu(c), which is computed once for all blocks."""
-        return self.adaLN_modulation[1](silu_c_ND).chunk(6, dim=1)
+        six: tuple[Tensor, ...] = self.adaLN_modulation[1](silu_c_ND).chunk(6, dim=1)
+        return six
 
 
 class FinalLayer(nn.Module):
@@ -102,7 +107,8 @@ class FinalLayer(nn.Module):
 
     def modulations(self, silu_c_ND: Tensor) -> tuple[Tensor, ...]:
         """Return shift and scale (N, D) from silu(c)."""
-        return self.adaLN_modulation[1](silu_c_ND).chunk(2, dim=1)
+        both: tuple[Tensor, ...] = self.adaLN_modulation[1](silu_c_ND).chunk(2, dim=1)
+        return both
 
 
 class DiTBranch(Branch):
@@ -111,20 +117,18 @@ class DiTBranch(Branch):
     def __init__(
         self, index: int, kind: Literal["attn", "mlp"], layer: nn.Module, macs: int, norm_eps: float
     ) -> None:
-        self.name, self.index, self.layer, self.macs = f"{kind} {index}", index, layer, macs
+        self.name, self.kind, self.index, self.layer, self.macs = f"{kind} {index}", kind, index, layer, macs
         self.offset = 0 if kind == "attn" else 3
         self.norm_eps = norm_eps
 
-    def compute(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
-        shift, scale = conditioning.blocks[self.index][self.offset : self.offset + 2]
+    def inputs(self, conditioning: DiTConditioning) -> tuple[Tensor, ...]:
+        return conditioning.blocks[self.index][self.offset : self.offset + 2]
+
+    def run(self, hidden_NLD: Tensor, *inputs: Tensor) -> Tensor:
+        shift, scale = inputs
         normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=self.norm_eps)
-        return self.layer(modulate(normed, shift, scale).to(shift.dtype))
-
-    def merge(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
-        return torch.addcmul(hidden_NLD, self.gate(conditioning), y_NLD)
-
-    def merge_(self, hidden_NLD: Tensor, y_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
-        return hidden_NLD.addcmul_(self.gate(conditioning), y_NLD)
+        output_NLD: Tensor = self.layer(modulate(normed, shift, scale).to(shift.dtype))
+        return output_NLD
 
     def gate(self, conditioning: DiTConditioning) -> Tensor:
         return conditioning.blocks[self.index][self.offset + 2][:, None]
@@ -159,10 +163,6 @@ class DiT(BranchedTransformer):
             self.branches.append(DiTBranch(i, "attn", block.attn, attention_macs, _NORM_EPS))
             self.branches.append(DiTBranch(i, "mlp", block.mlp, 8 * tokens * width**2, config.norm_eps))
 
-    @property
-    def repeated_layers(self) -> Sequence[nn.Module]:
-        return [cast(DiTBranch, branch).layer for branch in self.branches]
-
     def prepare(self, condition_N: Tensor, timesteps: Sequence[float]) -> Sequence[DiTConditioning]:
         at_once = max(1, ROWS_AT_ONCE // len(condition_N))
         return StepConditionings(partial(self.conditionings, condition_N), timesteps, at_once=at_once)
@@ -171,7 +171,7 @@ class DiT(BranchedTransformer):
         self, sample_NCHW: Tensor, timestep_N: Tensor, condition_N: Tensor | DiTConditioning
     ) -> tuple[Tensor, DiTConditioning]:
         positions = cast(Tensor, self.pos_embed)
-        hidden = self.x_embedder(sample_NCHW.to(positions.dtype)) + positions
+        hidden = self.as_residual(self.x_embedder(sample_NCHW.to(positions.dtype)) + positions)
         if isinstance(condition_N, DiTConditioning):
             return hidden, condition_N
         return hidden, self._modulations(timestep_N, condition_N)
@@ -179,7 +179,8 @@ class DiT(BranchedTransformer):
     def conditionings(self, label_N: Tensor, timesteps: Sequence[float]) -> list[DiTConditioning]:
         """Compute the conditionings of the rows at each of some timesteps."""
         n = len(label_N)
-        timestep_K = torch.tensor(timesteps, device=label_N.device).repeat_interleave(n)
+        # Filled by the device itself: a list would be copied from the host, which no captured step may do.
+        timestep_K = torch.cat([torch.full((n,), each, device=label_N.device) for each in timesteps])
         together = self._modulations(timestep_K, label_N.repeat(len(timesteps)))
         return [together.rows(slice(first, first + n)) for first in range(0, len(timestep_K), n)]
 
@@ -190,6 +191,7 @@ class DiT(BranchedTransformer):
         return DiTConditioning(blocks, final)
 
     def head(self, hidden_NLD: Tensor, conditioning: DiTConditioning) -> Tensor:
+        hidden_NLD = hidden_NLD.to(conditioning.final[0].dtype)
         normed = F.layer_norm(hidden_NLD, hidden_NLD.shape[-1:], eps=_NORM_EPS)
         patches = self.final_layer.linear(modulate(normed, *conditioning.final))
         side = self.sample_size // self.config.patch_size

@@ -3,15 +3,16 @@
 Shapes: N batch, L tokens, D width, S text tokens.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from harmonica.models.base import Macs
 from harmonica.models.text_blocks import Kind, ProjectedText, SubLayer, linear_macs, sub_layers
 from harmonica.models.text_condition import TextCondition
 from harmonica.models.text_transformer import TextTransformer
+from harmonica.validation.extras import need
 
 if TYPE_CHECKING:  # seconds to import, and whoever has the module has imported it
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
@@ -53,7 +54,8 @@ class PixArt(TextTransformer):
         text_tokens: int,
         cacheable: tuple[Kind, ...] = ("attn", "mlp"),
     ) -> None:
-        """
+        """Wrap diffusers' module, whose weights are shared.
+
         Args:
             text_tokens: S of the prompts that MACs are counted for; alpha's pipeline pads to 120, Sigma's
                 to 300.
@@ -78,13 +80,10 @@ class PixArt(TextTransformer):
 
     @staticmethod
     def module_class() -> Any:
+        need("diffusers", extra="diffusers")
         from diffusers import PixArtTransformer2DModel
 
         return PixArtTransformer2DModel
-
-    @property
-    def repeated_layers(self) -> Sequence[nn.Module]:
-        return [layer for block in self.transformer.transformer_blocks for layer in (block.attn1, block.ff)]
 
     @property
     def _patch_embed(self) -> Any:
@@ -97,7 +96,8 @@ class PixArt(TextTransformer):
     @property
     def _text_width(self) -> int:
         config = self.transformer.config
-        return config.caption_channels or config.cross_attention_dim
+        width: int = config.caption_channels or config.cross_attention_dim
+        return width
 
     def _sub_layers(self) -> Iterable[SubLayer]:
         return sub_layers(self.transformer, self.num_tokens, self.text_tokens)
@@ -107,9 +107,10 @@ class PixArt(TextTransformer):
         return embeddings_NSC if projection is None else projection(embeddings_NSC)
 
     def _embed_timestep(self, timestep_N: Tensor, text: ProjectedText) -> tuple[Tensor, Tensor]:
-        return self.transformer.adaln_single(
+        embedded: tuple[Tensor, Tensor] = self.transformer.adaln_single(
             timestep_N, text.sizes, batch_size=len(timestep_N), hidden_dtype=self.dtype
         )
+        return embedded
 
     def _sizes(self, condition_N: TextCondition) -> dict[str, Tensor | None]:
         if self.transformer.use_additional_conditions and condition_N.resolution is None:

@@ -23,6 +23,7 @@ from harmonica.models.text_blocks import (
     SubLayer,
 )
 from harmonica.models.text_transformer import TextTransformer
+from harmonica.validation.extras import need
 
 if TYPE_CHECKING:  # seconds to import, and whoever has the module has imported it
     from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
@@ -36,10 +37,14 @@ TEXT_TOKENS = 300
 class _MixFfn(ModulatedBranch):
     """The MLP of one block, which convolves the tokens as an image."""
 
-    def compute(self, hidden_NLD: Tensor, conditioning: PixArtConditioning) -> Tensor:
-        shift, scale = conditioning.blocks[self.index, :, 3:5].split(1, dim=1)
+    def inputs(self, conditioning: PixArtConditioning) -> tuple[Any, ...]:
+        return (*super().inputs(conditioning), conditioning.grid)
+
+    def run(self, hidden_NLD: Tensor, *inputs: Any) -> Tensor:
+        shift, scale, grid = inputs
         x_NLD = torch.addcmul(shift, self.block.norm2(hidden_NLD), scale).to(shift.dtype)
-        return self.block.ff(x_NLD.mT.unflatten(2, conditioning.grid)).flatten(2).mT
+        output_NLD: Tensor = self.block.ff(x_NLD.mT.unflatten(2, grid)).flatten(2).mT
+        return output_NLD
 
 
 def _sub_layers(transformer: Any, tokens: int, text_tokens: int) -> Iterator[SubLayer]:
@@ -99,7 +104,8 @@ class Sana(TextTransformer):
         text_tokens: int = TEXT_TOKENS,
         cacheable: tuple[Kind, ...] = ("attn", "mlp"),
     ) -> None:
-        """
+        """Wrap diffusers' module, whose weights are shared.
+
         Args:
             text_tokens: S of the prompts that MACs are counted for.
             cacheable: kinds of sub-layer that are branches. The others always run; their MACs are in
@@ -123,6 +129,7 @@ class Sana(TextTransformer):
 
     @staticmethod
     def module_class() -> Any:
+        need("diffusers", extra="diffusers")
         from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 
         return SanaTransformer2DModel
@@ -137,20 +144,23 @@ class Sana(TextTransformer):
 
     @property
     def _text_width(self) -> int:
-        return self.transformer.config.caption_channels
+        width: int = self.transformer.config.caption_channels
+        return width
 
     def _sub_layers(self) -> Iterable[SubLayer]:
         return _sub_layers(self.transformer, self.num_tokens, self.text_tokens)
 
     def _embed_text(self, embeddings_NSC: Tensor) -> Tensor:
-        return self.transformer.caption_norm(self.transformer.caption_projection(embeddings_NSC))
+        text_NSD: Tensor = self.transformer.caption_norm(self.transformer.caption_projection(embeddings_NSC))
+        return text_NSD
 
     def _embed_timestep(self, timestep_N: Tensor, text: ProjectedText) -> tuple[Tensor, Tensor]:
         """`timestep_N` is the scheduler's; the module's own differs by `timestep_scale`."""
         model = self.transformer
-        return model.time_embed(
+        embedded: tuple[Tensor, Tensor] = model.time_embed(
             timestep_N * model.config.timestep_scale, batch_size=len(timestep_N), hidden_dtype=self.dtype
         )
+        return embedded
 
     @property
     def value_shape(self) -> tuple[int, int]:

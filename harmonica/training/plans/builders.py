@@ -26,19 +26,21 @@ def fastest_speedup(num_steps: int, macs: Macs) -> float:
 
 
 def slowest_speedup(num_steps: int, macs: Macs) -> float:
-    """The lowest for which `even_plan` reuses anything: half of a step, or, where no whole step comes near
-    enough, half of its last branch."""
+    """Return the lowest speed for which `even_plan` reuses anything.
+
+    That is half of a step, or, where no whole step comes near enough, half of its last branch.
+    """
     whole, of_step = num_steps * macs.full, sum(macs.branches)
     part = max(1 / (1 - _NEAR), whole / (whole - macs.branches[-1] / 2))
     return min(part, whole / (whole - of_step / 2))
 
 
 def speedup_of(cur: float, macs: Macs) -> float:
-    """Of plans that reuse this share of all entries, in whole steps."""
+    """Of plans that reuse this fraction of all entries, in whole steps."""
     return macs.full / (macs.full - cur * sum(macs.branches))
 
 
-def reusable_share(num_steps: int, macs: Macs, speedup: float) -> float:
+def reusable_fraction(num_steps: int, macs: Macs, speedup: float) -> float:
     """Of what the branches of steps 0 ... T-2 cost: how much must be reused for the speed, 0 to 1.
 
     Raises:
@@ -63,8 +65,8 @@ def even_steps(num_steps: int, count: int) -> list[int]:
 
 
 def steps_for(num_steps: int, macs: Macs, speedup: float) -> tuple[int, float]:
-    """How many steps are reused for a speed, and how much of one of them: all (1), or a share of its MACs."""
-    steps = reusable_share(num_steps, macs, speedup) * (num_steps - 1)
+    """Return how many steps a speed reuses, and the fraction of the last one's MACs, 0 to 1."""
+    steps = reusable_fraction(num_steps, macs, speedup) * (num_steps - 1)
     whole = stepwise_plan(num_steps, len(macs.branches), range(round(steps)))
     if abs(whole.ideal_speedup(macs) / speedup - 1) < _NEAR:
         return round(steps), 1.0
@@ -77,9 +79,9 @@ def stepwise_plan(num_steps: int, num_branches: int, reused: Iterable[int]) -> P
     return Plan(tuple((i not in chosen,) * num_branches for i in range(num_steps)))
 
 
-def with_part(plan: Plan, step: int, share: float, macs: Macs) -> Plan:
-    """Of a step, only the last branches reused, as many as cost that share of it."""
-    wanted, row = share * sum(macs.branches), [True] * plan.num_branches
+def with_part(plan: Plan, step: int, fraction: float, macs: Macs) -> Plan:
+    """Of a step, only the last branches reused, as many as cost that fraction of it."""
+    wanted, row = fraction * sum(macs.branches), [True] * plan.num_branches
     for branch in reversed(range(plan.num_branches)):
         if wanted < macs.branches[branch] / 2:
             break
@@ -95,10 +97,10 @@ def even_plan(num_steps: int, macs: Macs, speedup: float) -> Plan:
     What hurts is not reuse but runs of it, and staggering blocks over steps is worse than whole steps
     (tests/benchmarks/RESULTS.md).
     """
-    count, share = steps_for(num_steps, macs, speedup)
+    count, fraction = steps_for(num_steps, macs, speedup)
     chosen = even_steps(num_steps, count)
     plan = stepwise_plan(num_steps, len(macs.branches), chosen)
-    return plan if share == 1 else with_part(plan, chosen[count // 2], share, macs)
+    return plan if fraction == 1 else with_part(plan, chosen[count // 2], fraction, macs)
 
 
 def logits_of(plan: Plan, logit: float) -> Tensor:
@@ -114,7 +116,7 @@ def threshold_for(scores_TB: Tensor, macs: Macs, speedup: float) -> float:
     costs = torch.tensor(macs.branches, dtype=torch.float64).expand_as(scores)
     scores, order = scores.flatten().sort()
     spent = costs.flatten()[order].cumsum(0)
-    wanted = reusable_share(len(scores_TB), macs, speedup) * spent[-1]
+    wanted = reusable_fraction(len(scores_TB), macs, speedup) * spent[-1]
     # A cut lies between two scores, before the first of them, or behind the last.
     cuts = torch.cat([scores[:1] / 2, (scores[1:] + scores[:-1]) / 2, (scores[-1:] + 1) / 2])
     missed = (torch.cat([spent.new_zeros(1), spent]) - wanted).abs()

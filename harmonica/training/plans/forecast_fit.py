@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.core.cache import BranchCache, extrapolate
+from harmonica.core.cache import BranchCache
 from harmonica.core.plan import Plan, forecast_of
-from harmonica.core.sampling import planned_step, sample
+from harmonica.core.sampling import sample
+from harmonica.core.trajectory import planned_step
+from harmonica.data.batch import Batch
+from harmonica.execution.values import KeptValues, extrapolate
 from harmonica.samplers import Sampler
-from harmonica.samplers.noise import RowKeys
 from harmonica.training.forecast_config import FOLDS, ForecastConfig
 from harmonica.training.plans.least_squares import NormalEquations, choose_ridge, sum_of
-from harmonica.training.sdt import Rows
 
 _SMALLEST_ERROR = 1e-12
 
@@ -81,6 +82,9 @@ class _ProbedCache(BranchCache):
             self.handles[step, branch, k] = handle_M
         return forecast
 
+    def kept(self, branch: int, step: int) -> KeptValues:
+        return KeptValues.of([self.read(branch, step)], ())
+
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
@@ -97,9 +101,7 @@ class Sketch:
 def sketch_image_error(
     sampler: Sampler,
     plan: Plan,
-    noise_NCHW: Tensor,
-    condition_N: Any,
-    rows: RowKeys | None,
+    batch: Batch,
     *,
     order: int,
     probes: int,
@@ -108,14 +110,14 @@ def sketch_image_error(
 
     Args:
         plan: with weights; around these it is linear.
-        rows: they also name the probes, which are then the same whoever works on a row.
+        batch: with keys; they also name the probes, which are then the same whoever works on a sample.
     """
-    assert rows is not None, "training names its rows"
-    full_NCHW = sample(sampler, noise_NCHW, condition_N, rows=rows).clone()
+    assert batch.keys is not None, "training's samples have keys"
+    full_NCHW = sample(sampler, batch.noise_NCHW, batch.condition_N, keys=batch.keys).clone()
     cache = _ProbedCache(plan.num_branches, "forecast", plan.forecast)
     cache.handles = {}
     with torch.enable_grad():
-        state = sampler.start(noise_NCHW, condition_N, rows)
+        state = batch.start(sampler)
         for i in reversed(range(plan.num_steps)):
             state, _ = planned_step(sampler, i, state, plan.compute[i], cache)
         images_NCHW = sampler.finish(state)
@@ -126,17 +128,17 @@ def sketch_image_error(
     residuals, jacobians = [], []
     for probe in range(probes):
         # Steps from T on are nobody's noise.
-        drawn = torch.from_numpy(rows.step_noise(plan.num_steps + probe, tuple(change_NCHW.shape[1:])))
+        drawn = torch.from_numpy(batch.keys.step_noise(plan.num_steps + probe, tuple(change_NCHW.shape[1:])))
         u_NCHW = drawn.to(change_NCHW) / size**0.5
         residuals.append((change_NCHW * u_NCHW).flatten(1).sum(1))
         if not handles:  # nothing is reused that has two values before it
-            jacobians.append(change_NCHW.new_zeros(len(noise_NCHW), 0))
+            jacobians.append(change_NCHW.new_zeros(len(batch), 0))
             continue
         moved = torch.autograd.grad(
             (images_NCHW * u_NCHW).sum(), handles, retain_graph=probe < probes - 1, materialize_grads=True
         )
         # Guidance has two rows an image, with one weight.
-        jacobians.append(torch.stack(moved, 1).unflatten(0, (-1, len(noise_NCHW))).sum(0))
+        jacobians.append(torch.stack(moved, 1).unflatten(0, (-1, len(batch))).sum(0))
     return Sketch(change_NCHW.square().flatten(1).mean(1), torch.cat(residuals), torch.cat(jacobians))
 
 
@@ -157,8 +159,8 @@ class ForecastFit:
         """The plan with the weights as they stand."""
         return Plan(self.plan.compute, forecast_of(self.weights_TBK))
 
-    def train_one(
-        self, sampler: Sampler, parts: Sequence[Rows], average: Callable[[Tensor], None]
+    def observe(
+        self, sampler: Sampler, batches: Sequence[Batch], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """Measure one batch, given in parts, and solve where a round ends; the metrics to log.
 
@@ -166,10 +168,10 @@ class ForecastFit:
         """
         config, count = self.config, len(self.unknowns)
         # Matrix and right side of the normal equations, and below them the mean error.
-        sums = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=parts[0][0].device)
-        num_images = sum(len(noise_NCHW) for noise_NCHW, _, _ in parts)
-        for part in parts:
-            sums += self._measure(sampler, part) / num_images
+        sums = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=batches[0].noise_NCHW.device)
+        num_images = sum(map(len, batches))
+        for batch in batches:
+            sums += self._measure(sampler, batch) / num_images
         average(sums)
         sums = sums.cpu()
         self._folds[self.trajectories % FOLDS].add(sums[:-1, :-1], sums[:-1, -1])
@@ -182,10 +184,10 @@ class ForecastFit:
             self._begin_round()
         return metrics
 
-    def _measure(self, sampler: Sampler, part: Rows) -> Tensor:
-        """Sums over one part's images (P + 1, P + 1)."""
+    def _measure(self, sampler: Sampler, batch: Batch) -> Tensor:
+        """Return sums over a batch's images (P + 1, P + 1)."""
         config = self.config
-        seen = sketch_image_error(sampler, self.planned(), *part, order=config.order, probes=config.probes)
+        seen = sketch_image_error(sampler, self.planned(), batch, order=config.order, probes=config.probes)
         weight_R = (1 / seen.error_N.clamp_min(_SMALLEST_ERROR)).repeat(
             config.probes
         ).double() / config.probes

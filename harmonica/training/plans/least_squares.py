@@ -24,9 +24,9 @@ class NormalEquations:
     def solve(self, ridge: float) -> Tensor:
         """The change of the weights (P,)."""
         shift = ridge * self.matrix_PP.diagonal().mean().clamp_min(1e-30)
-        return torch.linalg.solve(
-            self.matrix_PP + shift * torch.eye(len(self.right_P)).double(), -self.right_P
-        )
+        damped_PP = self.matrix_PP + shift * torch.eye(len(self.right_P)).double()
+        change_P: Tensor = torch.linalg.solve(damped_PP, -self.right_P)
+        return change_P
 
     def change_of_error(self, weights_P: Tensor) -> float:
         """What moving the weights so adds to the sum of squares; below 0 is better."""

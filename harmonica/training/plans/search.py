@@ -17,7 +17,8 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
-from harmonica.core.sampling import planned_step
+from harmonica.core.trajectory import planned_step
+from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
 from harmonica.samplers import Sampler, State
 from harmonica.training.config import TrainingConfig
@@ -30,8 +31,7 @@ from harmonica.training.plans.builders import (
     stepwise_plan,
     with_part,
 )
-from harmonica.training.plans.selection import PlanChoice
-from harmonica.training.sdt import Rows
+from harmonica.training.plans.selection import PlanSelector
 
 _SMALLEST_EFFECT = 1e-12
 _ROUNDS, _STARTS = 4000, 4
@@ -53,14 +53,14 @@ def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Route
     return Router(*shape, config.initial_logit)
 
 
-def step_effects(sampler: Sampler, rows: Rows, reuse: Reuse) -> Tensor:
+def step_effects(sampler: Sampler, batch: Batch, reuse: Reuse) -> Tensor:
     """Changes of the final latents (E, N, CHW) when step i alone is reused, and when i + 2 was before it.
 
     First T-1 of the one kind, then T-1 of the other; where there is no step i + 2 to reuse, the two are one.
     """
     last, branches = sampler.num_steps - 1, len(sampler.model.branches)
     everything, nothing = (True,) * branches, (False,) * branches
-    state, cache = sampler.start(*rows), BranchCache(branches, reuse)
+    state, cache = batch.start(sampler), BranchCache(branches, reuse)
     before: dict[int, tuple[State, BranchCache]] = {}
     for i in range(last, -1, -1):
         before[i] = state, cache.copy()
@@ -96,10 +96,10 @@ class StepSearch:
         self.gram_EE = torch.zeros(count, count, dtype=torch.float64)
 
     @torch.no_grad()
-    def train_one(
+    def observe(
         self,
         sampler: Sampler,
-        parts: Sequence[Rows],
+        batches: Sequence[Batch],
         reuse: Reuse,
         average: Callable[[Tensor], None],
     ) -> dict[str, float]:
@@ -107,14 +107,14 @@ class StepSearch:
 
         Each image counts by the sum of its single effects, so that those that change much do not decide.
         """
-        gram_EE = torch.zeros_like(self.gram_EE, device=parts[0][0].device)
+        gram_EE = torch.zeros_like(self.gram_EE, device=batches[0].noise_NCHW.device)
         loss = torch.zeros(1, dtype=torch.float64, device=gram_EE.device)
-        count = sum(len(rows[0]) for rows in parts)
-        for rows in parts:
-            effects_ENX = step_effects(sampler, rows, reuse).double()
+        count = sum(map(len, batches))
+        for batch in batches:
+            effects_ENX = step_effects(sampler, batch, reuse).double()
             scale_N = effects_ENX[: self.num_steps - 1].square().sum((0, 2)).clamp_min(_SMALLEST_EFFECT)
             gram_EE += torch.einsum("inx,jnx,n->ij", effects_ENX, effects_ENX, 1 / scale_N) / count
-            loss += effects_ENX.square().mean() * len(rows[0]) / count
+            loss += effects_ENX.square().mean() * len(batch) / count
         average(gram_EE)
         average(loss)
         self.gram_EE += gram_EE.cpu()
@@ -128,13 +128,13 @@ class StepSearch:
 
     def plan(self, macs: Macs, speedup: float) -> Plan:
         """The best plan of whole steps for a speed, or nearly: the dearest step is reused in part."""
-        count, share = steps_for(self.num_steps, macs, speedup)
+        count, fraction = steps_for(self.num_steps, macs, speedup)
         steps = self.best(count)
         plan = stepwise_plan(self.num_steps, len(macs.branches), steps)
-        if share == 1:
+        if fraction == 1:
             return plan
         left_out = {step: self.cost([other for other in steps if other != step]) for step in steps}
-        return with_part(plan, min(left_out, key=lambda step: left_out[step]), share, macs)
+        return with_part(plan, min(left_out, key=lambda step: left_out[step]), fraction, macs)
 
     def best(self, count: int) -> list[int]:
         """So many steps, ascending; evenly spread ones where two running cannot be avoided."""
@@ -173,7 +173,7 @@ class StepSearch:
 def fastest_plan(
     search: StepSearch,
     sampler: Sampler,
-    parts: Sequence[Rows],
+    batches: Sequence[Batch],
     psnr: float,
     reuse: Reuse,
     average: Callable[[Tensor], None],
@@ -188,7 +188,7 @@ def fastest_plan(
         str(count): stepwise_plan(num_steps, num_branches, search.best(count))
         for count in range(1, num_steps // 2 + 1)
     }
-    measured = PlanChoice(plans, reuse)
-    measured.train_one(sampler, parts, average)
+    measured = PlanSelector(plans, reuse)
+    measured.observe(sampler, batches, average)
     near = [name for name in plans if measured.psnr(name) >= psnr] or ["1"]
     return plans[near[-1]], measured.psnr(near[-1])

@@ -1,4 +1,4 @@
-"""Which of several plans leaves images nearest to the full sampler's, measured on rows nobody trained on."""
+"""Selection of the plan whose images are nearest to the full sampler's, on samples of no training."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,15 +9,15 @@ from torch import Tensor
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler
-from harmonica.training.sdt import Rows
 
 _SMALLEST_ERROR = 1e-12
 _RANGE = 2.0
 
 
-class PlanChoice:
-    """By the mean logarithm of image errors, so that the few images that are far off do not decide."""
+class PlanSelector:
+    """Selects by the mean logarithm of image errors, so that a few images that are far off do not decide."""
 
     def __init__(self, plans: Mapping[str, Plan], reuse: Reuse) -> None:
         self.plans, self.reuse = dict(plans), reuse
@@ -25,16 +25,17 @@ class PlanChoice:
         self.trajectories = 0
 
     @torch.no_grad()
-    def train_one(
-        self, sampler: Sampler, parts: Sequence[Rows], average: Callable[[Tensor], None]
+    def observe(
+        self, sampler: Sampler, batches: Sequence[Batch], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """Measure one batch, given in parts; the metrics to log, errors in decibels below 1."""
-        count = sum(len(noise_NCHW) for noise_NCHW, _, _ in parts)
-        sums_P = torch.zeros(len(self.plans) + 1, dtype=torch.float64, device=parts[0][0].device)
-        for noise_NCHW, condition_N, rows in parts:
-            full_NCHW = sample(sampler, noise_NCHW, condition_N, rows=rows)
+        """Measure some samples and return the metrics to log, errors in decibels below 1."""
+        count = sum(map(len, batches))
+        sums_P = torch.zeros(len(self.plans) + 1, dtype=torch.float64, device=batches[0].noise_NCHW.device)
+        for batch in batches:
+            inputs = (sampler, batch.noise_NCHW, batch.condition_N)
+            full_NCHW = sample(*inputs, keys=batch.keys)
             for place, plan in enumerate(self.plans.values()):
-                images_NCHW = sample(sampler, noise_NCHW, condition_N, plan, reuse=self.reuse, rows=rows)
+                images_NCHW = sample(*inputs, plan, reuse=self.reuse, keys=batch.keys)
                 error_N = (images_NCHW - full_NCHW).double().square().flatten(1).mean(1)
                 sums_P[place] += error_N.clamp_min(_SMALLEST_ERROR).log10().sum() / count
             sums_P[-1] += error_N.sum() / count  # of the last one, the plan as trained
@@ -50,7 +51,7 @@ class PlanChoice:
         return list(self.plans)[int(self.total_P.argmin())]
 
     def psnr(self, name: str) -> float:
-        """Of a plan's images to the full ones in dB, of values in [-1, 1]; the mean over images."""
+        """Return the mean PSNR of a plan's images to the full ones in dB, of values in [-1, 1]."""
         mean_log = float(self.total_P[list(self.plans).index(name)]) / self.trajectories
         return 10 * (math.log10(_RANGE**2) - mean_log)
 

@@ -14,12 +14,12 @@ from tiny_dit import write_model
 from harmonica.cli import train
 from harmonica.cli.train import TrainCommand
 from harmonica.core.artifact import RouterArtifact
-from harmonica.data.batch import RowSpec, Share
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.multi_target import FamilyRun
+from harmonica.training.multi_target import MultiTargetTrainer
 
 STEPS = SamplerConfig(num_inference_steps=9, guidance_scale=1.5)
 FAMILY = dataclasses.replace(ALL_PHASES, targets=(1.5, 1.3, 1.7, 1.5))
@@ -31,17 +31,17 @@ NO_FORECASTS = {"forecast": ForecastConfig(), "choice_trajectories": 0}
 def fresh(tmp_path_factory: pytest.TempPathFactory):
     loaded = load_model(write_model(tmp_path_factory.mktemp("model")))
     sampler = make_sampler(loaded.model, STEPS)
-    spec = RowSpec.of(loaded.model, 0)
+    spec = SampleSpec.of(loaded.model, 0)
 
-    def make(config: TrainingConfig) -> tuple[FamilyRun, RowSpec]:
-        return FamilyRun(sampler, config, seed=0), spec
+    def make(config: TrainingConfig) -> tuple[MultiTargetTrainer, SampleSpec]:
+        return MultiTargetTrainer(sampler, config, seed=0), spec
 
     return make
 
 
-def trained(fresh, config: TrainingConfig) -> FamilyRun:
+def trained(fresh, config: TrainingConfig) -> MultiTargetTrainer:
     run, spec = fresh(config)
-    assert len(list(train.trained(run, spec, Share(config.batch_size)))) == config.all_trajectories
+    assert len(list(train.trained(run, spec, Shard(config.batch_size)))) == config.all_trajectories
     return run
 
 
@@ -55,21 +55,21 @@ def states(fresh) -> dict[int, tuple[Any, Any]]:
     itself, which ends after all of them, is under 0."""
     run, spec = fresh(FAMILY)
     found: dict[int, tuple[Any, Any]] = {}
-    for _ in train.trained(run, spec, Share(FAMILY.batch_size)):
+    for _ in train.trained(run, spec, Shard(FAMILY.batch_size)):
         if run.trajectory in STOPS:
-            found[run.trajectory] = copy.deepcopy(run.state()), run.next_rows
+            found[run.trajectory] = copy.deepcopy(run.state()), run.next_trajectories
     return found | {0: (run, None)}
 
 
 @pytest.fixture(scope="module")
-def whole(states) -> FamilyRun:
+def whole(states) -> MultiTargetTrainer:
     return states[0][0]
 
 
 def test_each_member_is_bit_for_bit_the_router_trained_alone(fresh, whole):
     family = whole
     assert family.trajectory == FAMILY.all_trajectories == 1 + 3 * (2 + 1 + 4), "the start counts once"
-    others = family.others(run_id="r")
+    others = family.extra_artifacts(run_id="r")
     assert list(others) == ["1.5x", "1.7x"]
     for target, artifact in {1.3: family.artifact(), 1.5: others["1.5x"], 1.7: others["1.7x"]}.items():
         alone = trained(fresh, dataclasses.replace(ALL_PHASES, target_speedup=target)).artifact()
@@ -81,29 +81,29 @@ def test_each_member_is_bit_for_bit_the_router_trained_alone(fresh, whole):
 def test_a_start_that_is_not_measured_is_none_to_share(fresh):
     settings = {"initial": "even", "start_trajectories": 0}
     config = dataclasses.replace(FAMILY, **settings, **NO_FORECASTS)
-    others = trained(fresh, config).others()
+    others = trained(fresh, config).extra_artifacts()
     alone = dataclasses.replace(ALL_PHASES, **settings, **NO_FORECASTS, target_speedup=1.5)
     assert torch.equal(others["1.5x"].logits_TB, trained(fresh, alone).artifact().logits_TB)
 
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_it_resumes_bit_for_bit_within_any_member(fresh, whole, states, stop):
-    state, next_rows = states[stop]
+    state, next_trajectories = states[stop]
     resumed, spec = fresh(FAMILY)
     resumed.load_state(copy.deepcopy(state))
-    assert resumed.trajectory == stop and resumed.next_rows == next_rows
-    list(train.trained(resumed, spec, Share(2)))
+    assert resumed.trajectory == stop and resumed.next_trajectories == next_trajectories
+    list(train.trained(resumed, spec, Shard(2)))
     assert same(resumed.artifact(), whole.artifact())
-    for name, artifact in whole.others().items():
-        assert same(resumed.others()[name], artifact)
+    for name, artifact in whole.extra_artifacts().items():
+        assert same(resumed.extra_artifacts()[name], artifact)
 
 
 def test_its_curves_say_which_speed_they_are_of(fresh):
     run, spec = fresh(dataclasses.replace(FAMILY, **NO_FORECASTS))
-    speeds = [metrics["target_speedup"] for metrics in train.trained(run, spec, Share(2))]
+    speeds = [metrics["target_speedup"] for metrics in train.trained(run, spec, Shard(2))]
     assert speeds == [1.3] * 3 + [1.5] * 2 + [1.7] * 2
     alone, spec = fresh(dataclasses.replace(ALL_PHASES, **NO_FORECASTS))
-    assert all("target_speedup" not in metrics for metrics in train.trained(alone, spec, Share(2)))
+    assert all("target_speedup" not in metrics for metrics in train.trained(alone, spec, Shard(2)))
 
 
 def test_the_command_leaves_a_folder_for_each(tmp_path: Path):

@@ -62,7 +62,8 @@ def brightness(images: np.ndarray) -> np.ndarray:
     """Return the mean grey level (N,), 0 to 255, of the foreground of uint8 images (N, 1, H, W)."""
     pixels = images.reshape(len(images), -1)
     is_thing = pixels >= _FOREGROUND
-    return (pixels * is_thing).sum(axis=1) / np.maximum(is_thing.sum(axis=1), 1)
+    mean_N: np.ndarray = (pixels * is_thing).sum(axis=1) / np.maximum(is_thing.sum(axis=1), 1)
+    return mean_N
 
 
 def tone_limits(images: np.ndarray, labels: np.ndarray) -> tuple[tuple[float, float], ...]:
@@ -82,7 +83,8 @@ def tones(images: np.ndarray, labels: np.ndarray) -> list[Tone | None]:
 def is_of_tone(images: np.ndarray, labels: np.ndarray, asked: list[Tone]) -> np.ndarray:
     """Return whether each image is on the requested side of its class's middle; chance is 1/2."""
     middle = np.array(TONE_LIMITS)[labels].mean(axis=1)
-    return (brightness(images) > middle) == np.array([tone == "light" for tone in asked])
+    matches_N: np.ndarray = (brightness(images) > middle) == np.array([tone == "light" for tone in asked])
+    return matches_N
 
 
 def _phrase(template: str, noun: str, tone_word: str) -> str:
@@ -118,7 +120,7 @@ def meaning(caption: str) -> tuple[int, Tone | None]:
         return _meanings()[caption.lower()]
     except KeyError:
         raise ValueError(
-            f"caption {caption!r} is none of harmonica.pretraining.captions.all_captions(): "
+            f"caption {caption!r} is none of harmonica.evaluation.fashion_captions.all_captions(): "
             "only those can be evaluated"
         ) from None
 

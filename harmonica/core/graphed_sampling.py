@@ -1,0 +1,149 @@
+"""Sampling from recorded steps: inputs go into buffers, and nothing is waited for until the last step.
+
+Shapes: N images, B rows of the buffers, C channels, H W image.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import Reuse
+from harmonica.core.plan import Plan
+from harmonica.core.trajectory import Trajectory
+from harmonica.execution.graphs import BUCKETS, GraphStore, RecordedTrajectory, bucket_of
+from harmonica.execution.recorders import make_recorder
+from harmonica.samplers import Sampler, State
+from harmonica.samplers.noise import SampleKeys
+
+OnStep = Callable[[int, Callable[[], Tensor]], None]
+"""Called after step i with what makes the predicted x_0 (N, C, H, W): progress bars, previews."""
+
+
+def sample_graphed(
+    sampler: Sampler,
+    noise_NCHW: Tensor,
+    condition_N: Any,
+    plan: Plan | None,
+    *,
+    reuse: Reuse,
+    keys: SampleKeys | None,
+    on_step: OnStep | None,
+    accumulate: bool | None,
+) -> Tensor | None:
+    """Sample like `harmonica.core.sampling.sample`, by replaying recorded steps.
+
+    Returns:
+        Images or latents (N, C, H, W); None where there is no recording, and the steps are to be run.
+    """
+    model, count = sampler.model, len(noise_NCHW)
+    if model.graphs is None:
+        model.graphs = GraphStore(model.graph_bytes)
+    store: GraphStore = model.graphs
+    if sampler.is_stochastic and keys is None:
+        return None  # which is an error that the sampler has the words for
+    bucket = bucket_of(count)
+    if bucket is None:
+        store.say_once(f"a batch of {count} is larger than {BUCKETS[-1]}")
+        return None
+    given = _inputs(sampler, noise_NCHW, condition_N, keys)
+    key = _key(sampler, plan, reuse, accumulate, bucket, given, noise_NCHW.device)
+
+    def make() -> RecordedTrajectory:
+        return _record(sampler, condition_N, given, bucket, noise_NCHW.device, (plan, reuse, accumulate))
+
+    with store.lock:
+        recorded = store.find(key, make)
+        if recorded is None:
+            return None
+        recorded.fill(given)
+        for k, replay in enumerate(recorded.replays):
+            replay()
+            if k and on_step is not None:  # the first prepares conditionings
+                i = sampler.num_steps - k
+                before, guided = recorded.results[k]
+                on_step(i, partial(_predict, sampler, i, before, guided, count))
+        images_NCHW: Tensor = recorded.results[0].finish()
+        return images_NCHW[:count].clone()
+
+
+def _predict(sampler: Sampler, i: int, before: State, guided_MCHW: Tensor, count: int) -> Tensor:
+    return sampler.predict_clean(i, before, guided_MCHW)[:count]
+
+
+def _inputs(sampler: Sampler, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys | None) -> list[Tensor]:
+    """Return all that differs between batches: noise, guidance scales, conditions, noise of the steps."""
+    given = [noise_NCHW, sampler.guidance_scales(noise_NCHW), *_tensors(condition_N)]
+    if sampler.is_stochastic and keys is not None:
+        shape = tuple(noise_NCHW.shape[1:])
+        drawn = (torch.from_numpy(keys.step_noise(i, shape)) for i in range(sampler.num_steps))
+        given += [each.to(noise_NCHW.dtype) for each in drawn]
+    return given
+
+
+def _tensors(condition_N: Any) -> list[Tensor]:
+    if isinstance(condition_N, Tensor):
+        return [condition_N]
+    values = (getattr(condition_N, field.name) for field in dataclasses.fields(condition_N))
+    return [value for value in values if value is not None]
+
+
+def _with_tensors(condition_N: Any, tensors: Sequence[Tensor]) -> Any:
+    """Return the condition with other tensors, in the order of `_tensors`."""
+    if isinstance(condition_N, Tensor):
+        return tensors[0]
+    names = [field.name for field in dataclasses.fields(condition_N)]
+    present = [name for name in names if getattr(condition_N, name) is not None]
+    return dataclasses.replace(condition_N, **dict(zip(present, tensors, strict=True)))
+
+
+def _key(
+    sampler: Sampler,
+    plan: Plan | None,
+    reuse: Reuse,
+    accumulate: bool | None,
+    bucket: int,
+    given: Sequence[Tensor],
+    device: torch.device,
+) -> Hashable:
+    """Return all that a recording has as constants; the scale of guidance is an input instead."""
+    config = json.dumps({**sampler.config.to_dict(), "guidance_scale": sampler.is_guided}, sort_keys=True)
+    weights = next(sampler.model.parameters())  # elsewhere after a move: the addresses are recorded
+    kinds = tuple((tuple(each.shape[1:]), each.dtype) for each in given)
+    place = (str(device), weights.data_ptr(), weights.dtype, sampler.model.residual_dtype)
+    return plan, reuse, accumulate, bucket, kinds, config, place
+
+
+def _record(
+    sampler: Sampler,
+    condition_N: Any,
+    given: Sequence[Tensor],
+    bucket: int,
+    device: torch.device,
+    how: tuple[Plan | None, Reuse, bool | None],
+) -> RecordedTrajectory:
+    buffers = [torch.zeros((bucket, *each.shape[1:]), dtype=each.dtype, device=device) for each in given]
+    count = len(_tensors(condition_N))
+    noise, scales, *others = buffers
+    condition, step_noise = _with_tensors(condition_N, others[:count]), others[count:]
+    sampler = sampler.with_scale_buffer(scales)
+    trajectory = Trajectory(sampler, *how)
+    weights = [*sampler.model.parameters(), *sampler.model.buffers()]
+    recorded = RecordedTrajectory(make_recorder(device, [*weights, *buffers]), buffers)
+    recorded.fill(given)
+
+    def steps(trajectory: Trajectory) -> list[Callable[[], Any]]:
+        def start() -> Trajectory:
+            trajectory.start(noise, condition, step_noise=step_noise)
+            return trajectory
+
+        return [start, *(partial(trajectory.step, i) for i in reversed(range(sampler.num_steps)))]
+
+    recorded.recorder.warm_up(lambda: [step() for step in steps(Trajectory(sampler, *how))])
+    recorded.record(steps(trajectory))
+    trajectory.release()
+    return recorded

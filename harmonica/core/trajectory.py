@@ -1,0 +1,95 @@
+"""One trajectory of a batch, step by step, with every branch computed or under a plan."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from harmonica.core.accumulation import AccumulatedSums, AccumulationPlan, is_worth_accumulating
+from harmonica.core.cache import BranchCache, Reuse
+from harmonica.core.passes import planned_pass
+from harmonica.core.plan import Plan
+from harmonica.execution.levels import runner_of
+from harmonica.models.step_conditionings import StepConditionings
+from harmonica.samplers import Sampler, State
+from harmonica.samplers.noise import SampleKeys
+
+
+def planned_step(
+    sampler: Sampler, i: int, state: State, compute_row: Sequence[bool], cache: BranchCache
+) -> tuple[State, Tensor]:
+    """Run step i under a row of a plan; returns the next state and the guided output."""
+    hidden, conditioning = sampler.embed(i, state)
+    guided = sampler.guide(planned_pass(sampler.model, hidden, conditioning, compute_row, cache, i))
+    return sampler.advance(i, state, guided), guided
+
+
+def accumulated_step(sampler: Sampler, i: int, state: State, sums: AccumulatedSums) -> tuple[State, Tensor]:
+    """Run step i like `planned_step`, with sums in place of cached values."""
+    hidden, conditioning = sampler.embed(i, state)
+    guided = sampler.guide(sums.planned_pass(sampler.model, hidden, conditioning, i))
+    return sampler.advance(i, state, guided), guided
+
+
+class Trajectory:
+    """A batch on its way from noise to images."""
+
+    state: State
+
+    def __init__(self, sampler: Sampler, plan: Plan | None, reuse: Reuse, accumulate: bool | None) -> None:
+        """Start nothing yet.
+
+        Args:
+            plan: None computes all branches.
+            accumulate: as for `harmonica.core.sampling.sample`.
+        """
+        self.sampler, self._plan = sampler, plan
+        self._cache = BranchCache(len(sampler.model.branches), reuse, plan.forecast if plan else None)
+        self._ahead: AccumulationPlan | None = None
+        self._sums: AccumulatedSums | None = None
+        if plan is not None and accumulate is None:
+            accumulate = is_worth_accumulating(sampler.model, plan, reuse)
+        if plan is not None and accumulate:
+            self._ahead = AccumulationPlan.of(plan, reuse, sampler.model)
+
+    def start(
+        self,
+        noise_NCHW: Tensor,
+        condition_N: Any,
+        keys: SampleKeys | None = None,
+        step_noise: Sequence[Tensor] = (),
+    ) -> None:
+        """Begin before step T-1.
+
+        Args:
+            step_noise: the noise of each step (N, C, H, W), where it is drawn ahead.
+        """
+        state = self.sampler.start(noise_NCHW, condition_N, keys, step_noise)
+        if self._ahead is not None and isinstance(state.conditions_T, StepConditionings):
+            ahead_T = state.conditions_T.looking_ahead(self._ahead.lookahead)
+            state = replace(state, conditions_T=ahead_T)
+            self._sums = AccumulatedSums(self._ahead, ahead_T)
+        self.state = state
+
+    def step(self, i: int) -> tuple[State, Tensor]:
+        """Take step i; returns the state before it and the guided output."""
+        before, sampler = self.state, self.sampler
+        if self._sums is not None:
+            self.state, guided = accumulated_step(sampler, i, before, self._sums)
+        elif self._plan is not None:
+            self.state, guided = planned_step(sampler, i, before, self._plan.compute[i], self._cache)
+        else:
+            hidden, conditioning = sampler.embed(i, before)
+            model = sampler.model
+            guided = sampler.guide(runner_of(model).full_pass(model, hidden, conditioning))
+            self.state = sampler.advance(i, before, guided)
+        return before, guided
+
+    def release(self) -> None:
+        """Let go of what only further steps would need."""
+        self._cache, self._sums = BranchCache(0), None
+
+    def finish(self) -> Tensor:
+        """Return the images or latents (N, C, H, W)."""
+        return self.sampler.finish(self.state)

@@ -1,0 +1,237 @@
+"""Branches compiled whole: norm, modulation, cast, sub-layer, gate and addition are one graph.
+
+A graph belongs to a kind of branch. The branch itself is an argument, and Dynamo's guards look at its class,
+at the shapes of its weights and at what its modules are made of, not at which one it is: so all blocks of a
+model, and all models of its shape, share the graph. Another precision, grad mode or TF32 setting is another
+graph; the batch is one graph for the first size and one more for all others but 1 (two where a modulation
+lies at the beginning of its storage).
+Shapes: N batch, L tokens, D width.
+"""
+
+import inspect
+import logging
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from harmonica.execution.eager import Addition, EagerRunner
+from harmonica.execution.recorders import call_recorded
+from harmonica.execution.values import KeptValues, Scalars, ValueStore
+from harmonica.models.base import Branch, add_gated
+
+GRAPHS_PER_KIND = 64
+"""Graphs of one function and kind of branch: shapes, precisions, grad modes. More are an error."""
+_VALUES_AT_ONCE = 4
+"""Values that one kernel adds to the hidden state; each number of them is a graph of its own."""
+_SUMS_AT_ONCE = 2
+_Reused = tuple[Tensor | None, KeptValues]  # gate and values of a reused branch
+
+
+class RecompileLimitError(RuntimeError):
+    """A compiled branch met more different inputs than it may have graphs."""
+
+
+def _compute(
+    branch: Branch, hidden_NLD: Tensor, gate_N1D: Tensor | None, inputs: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    y_NLD = branch.run(hidden_NLD, *inputs)
+    return add_gated(hidden_NLD, gate_N1D, y_NLD), y_NLD
+
+
+def _add_to(
+    totals_NLD: Sequence[Tensor], gates_N1D: Sequence[Tensor | None], weights: Sequence[Tensor], y_NLD: Tensor
+) -> None:
+    for total_NLD, gate_N1D, weight in zip(totals_NLD, gates_N1D, weights, strict=True):
+        share_NLD = weight.to(total_NLD.dtype) * y_NLD.to(total_NLD.dtype)
+        total_NLD.add_(share_NLD if gate_N1D is None else share_NLD * gate_N1D)
+
+
+def _compute_and_add(
+    branch: Branch,
+    hidden_NLD: Tensor,
+    gate_N1D: Tensor | None,
+    inputs: tuple[Any, ...],
+    totals_NLD: Sequence[Tensor],
+    gates_N1D: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    y_NLD = branch.run(hidden_NLD, *inputs)
+    _add_to(totals_NLD, gates_N1D, weights, y_NLD)
+    return add_gated(hidden_NLD, gate_N1D, y_NLD), y_NLD
+
+
+def _reuse(
+    hidden_NLD: Tensor,
+    gates_N1D: Sequence[Tensor | None],
+    values: Sequence[Sequence[Tensor]],
+    coefficients: Sequence[Sequence[Tensor]],
+) -> Tensor:
+    for gate_N1D, some, factors in zip(gates_N1D, values, coefficients, strict=True):
+        y_NLD = some[0]
+        for k, (factor, value) in enumerate(zip(factors, some)):  # no factors where the last value is held
+            share_NLD = factor * value.to(hidden_NLD.dtype)
+            y_NLD = y_NLD + share_NLD if k else share_NLD
+        hidden_NLD = add_gated(hidden_NLD, gate_N1D, y_NLD)
+    return hidden_NLD
+
+
+_HAS_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters  # torch 2.13
+
+
+@lru_cache(maxsize=256)
+def _compiled(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """Compile a function under a code object of its own, by which Dynamo counts graphs."""
+    plain = cast(types.FunctionType, function)
+    name = f"{plain.__name__}_{kind}".replace(" ", "_")
+    own = types.FunctionType(plain.__code__.replace(co_name=name), plain.__globals__, name)
+    limit: dict[str, Any] = {"recompile_limit": GRAPHS_PER_KIND} if _HAS_LIMIT else {}
+    # With fullgraph, a recompile beyond the limit raises; without, it would run eagerly from then on.
+    return torch.compile(own, fullgraph=True, **limit)
+
+
+class _Reasons(logging.Handler):
+    """Takes down why Dynamo compiles again, which its error does not say."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _call(function: Callable[..., Any], kind: str, *args: Any) -> Any:
+    """Run a function's compiled form.
+
+    Raises:
+        RecompileLimitError: it has all the graphs that it may have.
+    """
+    compiled = _compiled(function, kind)
+    try:
+        with nullcontext() if _HAS_LIMIT else torch._dynamo.config.patch(recompile_limit=GRAPHS_PER_KIND):
+            return call_recorded(compiled, args)
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        reason = _why(compiled, args)
+        raise RecompileLimitError(
+            f"the compiled branches of kind {kind} have {GRAPHS_PER_KIND} graphs and these inputs need "
+            f"another: {reason}. Keep precision, grad mode and TF32 as they are, or set model.execution eager"
+        ) from error
+
+
+def _why(compiled: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    logger, reasons = logging.getLogger("torch._dynamo.convert_frame"), _Reasons()
+    logger.addHandler(reasons)
+    try:
+        compiled(*args)
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        pass
+    finally:
+        logger.removeHandler(reasons)
+    said = [
+        line.split(":", 1)[1].strip()
+        for text in reasons.texts
+        for line in text.splitlines()
+        if "last reason" in line
+    ]
+    return said[0] if said else "TORCH_LOGS=recompiles says why"
+
+
+def _kind_of(branch: Branch) -> str:
+    inner = getattr(branch, "branch", branch)
+    return f"{type(inner).__name__} {branch.kind}"
+
+
+class CompiledRunner(EagerRunner):
+    """Runs each branch as one compiled graph."""
+
+    def compute(
+        self, branch: Branch, index: int, hidden_NLD: Tensor, conditioning: Any
+    ) -> tuple[Tensor, Tensor]:
+        gate, inputs = branch.gate(conditioning), branch.inputs(conditioning)
+        hidden_NLD, y_NLD = _call(_compute, _kind_of(branch), branch, hidden_NLD, gate, inputs)
+        return self.run_all(branch.always, hidden_NLD, conditioning), y_NLD
+
+    def compute_and_add(
+        self,
+        branch: Branch,
+        index: int,
+        hidden_NLD: Tensor,
+        conditioning: Any,
+        additions: Sequence[Addition],
+        scalars: Scalars,
+    ) -> Tensor:
+        gate, inputs, kind = branch.gate(conditioning), branch.inputs(conditioning), _kind_of(branch)
+        first, *others = _arguments(additions, scalars)
+        if not first[0]:
+            return self.compute(branch, index, hidden_NLD, conditioning)[0]
+        hidden_NLD, y_NLD = _call(_compute_and_add, kind, branch, hidden_NLD, gate, inputs, *first)
+        for each in others:
+            _call(_add_to, "any", *each, y_NLD)
+        return self.run_all(branch.always, hidden_NLD, conditioning)
+
+    def reuse(
+        self,
+        branches: Sequence[Branch],
+        indices: range,
+        hidden_NLD: Tensor,
+        conditioning: Any,
+        store: ValueStore,
+        step: int,
+    ) -> Tensor:
+        device = hidden_NLD.device
+        run: list[_Reused] = []
+        for index in indices:
+            branch = branches[index]
+            run.append((branch.gate(conditioning), store.kept(index, step)))
+            if branch.always or index == indices[-1]:
+                for part in _parts(run):
+                    gates = tuple(gate for gate, _ in part)
+                    values = tuple(kept.values for _, kept in part)
+                    factors = tuple(_factors(kept, store.scalars, device) for _, kept in part)
+                    hidden_NLD = _call(_reuse, "any", hidden_NLD, gates, values, factors)
+                hidden_NLD, run = self.run_all(branch.always, hidden_NLD, conditioning), []
+        return hidden_NLD
+
+    def run_all(self, branches: Sequence[Branch], hidden_NLD: Tensor, conditioning: Any) -> Tensor:
+        for index, branch in enumerate(branches):
+            hidden_NLD, _ = self.compute(branch, index, hidden_NLD, conditioning)
+        return hidden_NLD
+
+
+def _factors(kept: KeptValues, scalars: Scalars, device: torch.device) -> tuple[Tensor, ...]:
+    if kept.coefficients == (1.0,):
+        return ()
+    return tuple(scalars.of(each, device) for each in kept.coefficients)
+
+
+def _parts(run: Sequence[_Reused]) -> Iterator[Sequence[_Reused]]:
+    """Divide a run so that few graphs serve all: 4, 2 or 1 branches, alike in their values and gates."""
+    likeness = [(gate is None, len(kept.values)) for gate, kept in run]
+    first = 0
+    while first < len(run):
+        size = 1
+        while (
+            2 * size * likeness[first][1] <= _VALUES_AT_ONCE
+            and likeness[first : first + 2 * size] == likeness[first : first + 1] * 2 * size
+        ):
+            size *= 2
+        yield run[first : first + size]
+        first += size
+
+
+def _arguments(
+    additions: Sequence[Addition], scalars: Scalars
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor | None, ...], tuple[Tensor, ...]]]:
+    """Yield totals, gates and weights of some additions at a time, at least once."""
+    for first in range(0, max(1, len(additions)), _SUMS_AT_ONCE):
+        some = additions[first : first + _SUMS_AT_ONCE]
+        yield (
+            tuple(each.total_NLD for each in some),
+            tuple(each.gate_N1D for each in some),
+            tuple(scalars.of(each.weight, each.total_NLD.device) for each in some),
+        )

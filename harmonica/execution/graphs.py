@@ -1,0 +1,134 @@
+"""Recorded trajectories of a model, kept within a bound on their memory."""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from harmonica.execution.compiled import RecompileLimitError
+from harmonica.execution.recorders import Recorder, Replay
+
+logger = logging.getLogger(__name__)
+
+BUCKETS = (1, 2, 4, 8, 16, 32)
+"""Batch sizes that trajectories are recorded for; a batch is padded to the next one."""
+_REMEMBERED = 256
+
+
+def bucket_of(size: int) -> int | None:
+    """Return the smallest bucket that holds a batch; None where there is none."""
+    return next((each for each in BUCKETS if each >= size), None)
+
+
+def sizes_up_to(most: int) -> tuple[int, ...]:
+    """Return batch sizes of at most `most` that fill every bucket that such batches need."""
+    return (*(each for each in BUCKETS if each < most), most)
+
+
+@dataclass
+class RecordedTrajectory:
+    """The steps of one plan at one batch size, with the buffers that they read."""
+
+    recorder: Recorder
+    inputs: list[Tensor]
+    """Buffers whose first dimension is the bucket."""
+    replays: list[Replay] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+    """What each step returned: tensors that its replay writes anew."""
+    nbytes: int = 0
+    """Memory of the recording with its buffers."""
+
+    def record(self, steps: Sequence[Callable[[], Any]]) -> None:
+        """Run and record the steps in order.
+
+        Raises:
+            RuntimeError: a step cannot be recorded.
+        """
+        for step in steps:
+            result, replay = self.recorder.record(step)
+            self.results.append(result)
+            self.replays.append(replay)
+        self.nbytes = self.recorder.nbytes + sum(each.nbytes for each in self.inputs)
+
+    def fill(self, given: Sequence[Tensor]) -> None:
+        """Copy a batch into the buffers, and pad them."""
+        self.recorder.begin()
+        for buffer, rows in zip(self.inputs, given, strict=True):
+            buffer[: len(rows)].copy_(rows, non_blocking=True)
+            if len(rows) < len(buffer):
+                self.recorder.pad(buffer[len(rows) :], rows)
+
+
+class GraphStore:
+    """Recorded trajectories, the least recently used of which go first.
+
+    What is asked for once is not recorded: recording takes longer than a trajectory. Copies begin empty.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.lock = threading.Lock()
+        """Held while a trajectory is filled and replayed: its buffers are for one batch at a time."""
+        self._kept: OrderedDict[Hashable, RecordedTrajectory] = OrderedDict()
+        self._asked: OrderedDict[Hashable, None] = OrderedDict()
+        self._reasons: set[str] = set()
+        self._refused: set[Hashable] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GraphStore, (self.max_bytes,)
+
+    def find(self, key: Hashable, make: Callable[[], RecordedTrajectory]) -> RecordedTrajectory | None:
+        """Return the trajectory of a key, recorded when it is asked for the second time.
+
+        Returns:
+            None where there is none yet, or where it cannot be recorded: the steps then run as they are.
+
+        Raises:
+            RecompileLimitError: the branches may have no more graphs of torch.compile.
+        """
+        if key in self._refused:
+            return None
+        if (found := self._kept.get(key)) is not None:
+            self._kept.move_to_end(key)
+            return found
+        if key not in self._asked:
+            self._asked[key] = None
+            if len(self._asked) > _REMEMBERED:
+                self._asked.popitem(last=False)
+            return None
+        try:
+            made = make()
+        except RecompileLimitError:
+            raise
+        except RuntimeError as error:
+            self._refuse(key, str(error))
+            return None
+        if made.nbytes > self.max_bytes:
+            self._refuse(key, f"it takes {made.nbytes / 2**20:.0f} MiB, give model.graph-memory more")
+            return None
+        self._kept[key] = made
+        while self.nbytes > self.max_bytes:
+            self._kept.popitem(last=False)
+        return made
+
+    def _refuse(self, key: Hashable, reason: str) -> None:
+        self._refused.add(key)
+        self.say_once(reason)
+
+    def say_once(self, reason: str) -> None:
+        """Log why something runs without a graph, unless that was said before."""
+        if reason not in self._reasons:
+            self._reasons.add(reason)
+            logger.warning("runs compiled, without a graph of its steps: %s", reason)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all recorded trajectories."""
+        return sum(each.nbytes for each in self._kept.values())
+
+    def __len__(self) -> int:
+        return len(self._kept)

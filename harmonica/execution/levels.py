@@ -1,0 +1,24 @@
+"""The levels of execution, and which one a device has.
+
+`eager` runs operation by operation; `compiled` runs each branch as one graph of torch.compile; `graphed`
+replays each step from a CUDA graph of compiled branches.
+"""
+
+from harmonica.execution.compiled import CompiledRunner
+from harmonica.execution.eager import EagerRunner
+from harmonica.models.base import BranchedTransformer
+
+_EAGER, _COMPILED = EagerRunner(), CompiledRunner()
+
+
+def warm_ups(model: BranchedTransformer) -> int:
+    """Return after how many runs of a batch all later ones take as long as each other.
+
+    A graphed trajectory is compiled in its first run and recorded in its second.
+    """
+    return 2 if model.execution == "graphed" else 1
+
+
+def runner_of(model: BranchedTransformer) -> EagerRunner:
+    """Return what runs the model's branches at its level of execution."""
+    return _EAGER if model.execution == "eager" else _COMPILED

@@ -1,0 +1,80 @@
+"""What the phases of one router's training share: the router, its optimiser, its target and its starts."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from harmonica.core.plan import Plan
+from harmonica.core.router import FIXED_LOGIT, Router
+from harmonica.samplers import Sampler
+from harmonica.training.config import TrainingConfig
+from harmonica.training.plans.search import initial_router
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.target import TargetController
+
+
+@dataclass(slots=True)
+class TrainingContext:
+    """One router under training, with all that more than one phase reads or changes."""
+
+    sampler: Sampler
+    config: TrainingConfig
+    sdt: SdtTrainer
+    """The router and its optimiser."""
+    target: TargetController
+    """The share of reuse or the speed to be met, and so beta and the threshold."""
+    starts: dict[str, Tensor]
+    """Logits (T, B) of the plans that need no training, by name."""
+    chosen: str = ""
+    """Name of the plan whose images were nearest to the full sampler's; "" before that is known."""
+
+    @classmethod
+    def create(cls, sampler: Sampler, config: TrainingConfig, seed: int, device: torch.device | str) -> Self:
+        """Return the context of a training that has not begun."""
+        router = initial_router(sampler, config, seed).to(device)
+        sdt = SdtTrainer(sampler, router, config.sdt)
+        with torch.no_grad():
+            for i, row in enumerate(router.rows):
+                if not sdt.trains(i):
+                    row.fill_(FIXED_LOGIT)
+        return cls(sampler, config, sdt, TargetController(sdt, config), {"start": router.logits()})
+
+    @property
+    def router(self) -> Router:
+        return self.sdt.router
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.router.rows[0].device
+        return device
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the router as it stands, with linear forecasts."""
+        return self.target.plan_of(self.router.logits())
+
+    @torch.no_grad()
+    def set_router(self, logits_TB: Tensor) -> None:
+        """Give the router these logits (T, B); its optimiser stays as it is."""
+        for row, logits_B in zip(self.router.rows, logits_TB, strict=True):
+            row.copy_(logits_B)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it; "aim" is the target's."""
+        return {
+            "router": self.router.state_dict(),
+            "optimizer": self.sdt.optimizer.state_dict(),
+            "aim": self.target.state(),
+            "starts": self.starts,
+            "chosen": self.chosen,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.router.load_state_dict(state["router"])
+        self.sdt.optimizer.load_state_dict(state["optimizer"])
+        self.starts = {name: logits_TB.to(self.device) for name, logits_TB in state["starts"].items()}
+        self.chosen = state["chosen"]
+        self.target.load_state(state["aim"])
