@@ -1,5 +1,7 @@
 """`harmonica.train_pipeline`: SDT and lambda in a pipeline's own loop, and what it refuses."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +104,25 @@ def test_prompts_may_be_texts(tmp_path):
         pipe("a red dog", **call | {"num_inference_steps": 6}, use_resolution_binning=False)
 
 
+def test_the_documented_example_runs(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/pages/guides/diffusers.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (code,) = [block for block in blocks if "train_pipeline(" in block]
+    smaller = {
+        "=60": "=2",
+        ": 28": ": 4",
+        ": 1024}": ': 16, "use_resolution_binning": False}',
+        ": 1024": ": 16",
+    }
+    for as_written, here in smaller.items():
+        assert as_written in code
+        code = code.replace(as_written, here)
+    pipe = PixArtSigmaPipeline.from_pretrained(write_text_pipeline(tmp_path / "pipeline"))
+    folder = str(tmp_path / "router")
+    exec(code.replace('"router"', repr(folder)), {"harmonica": harmonica, "pipe": pipe})
+    harmonica.apply(pipe, folder)
+
+
 def test_hard_students_and_forecasts_are_trained():
     case = make_case("sd3")
     prompts, call = prompts_of(case)
@@ -122,6 +143,7 @@ class _Pixart:
         config = tiny_attached.config(guidance_scale=1.0)
         self.sampler = make_sampler(self.case.model, config)
         condition = self.case.condition
+        self.batch = Batch(self.case.noise, condition)
         self.call = {
             "negative_prompt": None,
             "latents": self.case.noise,
@@ -156,8 +178,7 @@ def test_an_update_is_that_of_the_trainer_of_branch_files(student):
     pixart, sdt = _Pixart(), SdtConfig(beta=0.01, student=student, learning_rate=0.5)
     router = Router(STEPS, len(pixart.case.model.branches), 1.0)
     trainer = SdtTrainer(pixart.sampler, router, sdt)
-    batch = Batch(pixart.case.noise, pixart.case.condition)
-    records, _ = trainer.train_trajectory([batch], torch.ones(STEPS - 1))
+    records, _ = trainer.train_trajectory([pixart.batch], torch.ones(STEPS - 1))
     config = settings(trajectories=1, initial_logit=1.0, sdt=sdt)
     artifact, metrics = pixart.train(config)
     assert torch.allclose(artifact.logits_TB, router.logits(), atol=1e-4)
@@ -168,8 +189,7 @@ def test_an_update_is_that_of_the_trainer_of_branch_files(student):
 def test_lambda_is_that_of_the_branch_files(kind):
     pixart = _Pixart()
     router = Router(STEPS, len(pixart.case.model.branches), 0.5)
-    batches = [Batch(pixart.case.noise, pixart.case.condition)]
-    wanted_T = image_error_proxy(pixart.sampler, router, batches, kind=kind, config=SdtConfig(threshold=0.1))
+    wanted_T = image_error_proxy(pixart.sampler, router, [pixart.batch], kind=kind, config=SdtConfig())
     _, metrics = pixart.train(settings(trajectories=1, initial_logit=0.5, iepo=kind))
     found_T = [metrics[f"lambda.step_{i:03d}"] for i in range(STEPS - 1)]
     assert found_T == pytest.approx(wanted_T.tolist(), rel=1e-3)
