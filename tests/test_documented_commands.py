@@ -123,13 +123,8 @@ def test_what_is_listed_is_in_a_page():
 
 
 def test_every_example_is_run_by_a_test():
-<<<<<<< HEAD
     """`harmonica.apply` by test_attach_readme.py, the others below."""
     keys = ("harmonica.apply(", "harmonica.train_pipeline(", "CHAMPION", "OpenAI(")
-=======
-    """`harmonica.apply` by test_attach_readme.py, `train_pipeline` by its own tests, the others below."""
-    keys = ("harmonica.apply(", "train_pipeline(", "CHAMPION", "OpenAI(")
->>>>>>> h/pipeline
     for page in PAGES:
         for block in blocks_of(str(page.relative_to(ROOT))):
             assert any(key in block for key in keys), f"{page}:\n{block}"
