@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from harmonica.execution.eager import Addition, EagerRunner
+from harmonica.execution.mixing import mix
 from harmonica.execution.recorders import call_recorded
 from harmonica.execution.values import KeptValues, Scalars, ValueStore
 from harmonica.models.base import Branch, add_gated
@@ -72,12 +73,31 @@ def _reuse(
     coefficients: Sequence[Sequence[Tensor]],
 ) -> Tensor:
     for gate_N1D, some, factors in zip(gates_N1D, values, coefficients, strict=True):
-        y_NLD = some[0]
-        for k, (factor, value) in enumerate(zip(factors, some)):  # no factors where the last value is held
-            share_NLD = factor * value.to(hidden_NLD.dtype)
-            y_NLD = y_NLD + share_NLD if k else share_NLD
-        hidden_NLD = add_gated(hidden_NLD, gate_N1D, y_NLD)
+        hidden_NLD = add_gated(hidden_NLD, gate_N1D, _sum(some, factors, hidden_NLD.dtype))
     return hidden_NLD
+
+
+def _sum(values: Sequence[Tensor], factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Add up kept values in a precision; without factors the last one is held as it is."""
+    total_NLD = values[0]
+    for k, (factor, value) in enumerate(zip(factors, values)):
+        share_NLD = factor * value.to(dtype)
+        total_NLD = total_NLD + share_NLD if k else share_NLD
+    return total_NLD
+
+
+def _mix(
+    branch: Branch,
+    hidden_NLD: Tensor,
+    gate_N1D: Tensor | None,
+    inputs: tuple[Any, ...],
+    values: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    score: Tensor,
+) -> tuple[Tensor, Tensor]:
+    computed = branch.run(hidden_NLD, *inputs)
+    y_NLD = mix(_sum(values, factors, computed.dtype), computed, score)
+    return add_gated(hidden_NLD, gate_N1D, y_NLD), y_NLD
 
 
 _HAS_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters  # torch 2.13
@@ -196,6 +216,23 @@ class CompiledRunner(EagerRunner):
                     hidden_NLD = _call(_reuse, "any", hidden_NLD, gates, values, factors)
                 hidden_NLD, run = self.run_all(branch.always, hidden_NLD, conditioning), []
         return hidden_NLD
+
+    def mix(
+        self,
+        branch: Branch,
+        index: int,
+        hidden_NLD: Tensor,
+        conditioning: Any,
+        store: ValueStore,
+        step: int,
+        score: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        gate, inputs, kept = branch.gate(conditioning), branch.inputs(conditioning), store.kept(index, step)
+        factors = _factors(kept, store.scalars, hidden_NLD.device)
+        hidden_NLD, y_NLD = _call(
+            *(_mix, _kind_of(branch), branch, hidden_NLD, gate, inputs, kept.values, factors, score)
+        )
+        return self.run_all(branch.always, hidden_NLD, conditioning), y_NLD
 
     def run_all(self, branches: Sequence[Branch], hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         for index, branch in enumerate(branches):

@@ -20,6 +20,7 @@ from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
 from harmonica.core.trajectory import planned_step
+from harmonica.execution.levels import runner_of
 from harmonica.samplers import Sampler, State
 from harmonica.samplers.noise import RowKeys
 from harmonica.training.timers import Stopwatch
@@ -142,7 +143,7 @@ class SdtTrainer:
         parts = [
             self._start(*part) for part in micro_batches(noise_NCHW, condition_N, rows, micro_batch_size)
         ]
-        records = []
+        updated: list[tuple[int, Tensor]] = []
         for i in reversed(range(sampler.num_steps - 1)):
             row = self.router.rows[i]
             if not self.trains(i):
@@ -164,7 +165,10 @@ class SdtTrainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.router.clamp_(config.clamp)
             loss = lambda_T[i] * mse + beta * (self.costs_B * scores_B).sum()
-            records.append(StepRecord(i, mse.item(), l1.item(), loss.item()))
+            updated.append((i, torch.stack([mse.double(), l1.double(), loss.double()]).detach()))
+        # Read back once: each number that is read waits for the device.
+        numbers = torch.stack([values for _, values in updated]).tolist() if updated else []
+        records = [StepRecord(i, *values) for (i, _), values in zip(updated, numbers)]
         return records, torch.cat([sampler.finish(part.state) for part in parts])
 
     def trains(self, i: int) -> bool:
@@ -192,7 +196,7 @@ class SdtTrainer:
         is_hard = config.student == "hard" and config.objective == "stepwise"
         with torch.no_grad(), self.stopwatch.measure("teacher"):
             hidden, conditioning = sampler.embed(i, part.state)
-            target = sampler.guide(model.full_pass(hidden, conditioning))
+            target = sampler.guide(runner_of(model).full_pass(model, hidden, conditioning))
         with self.stopwatch.measure("student"):
             output = soft_pass(
                 model,
