@@ -13,19 +13,21 @@ those (group offloading, a device map) are refused.
 What a transformer is not told is not checked: the guidance scale, and a scheduler that visits the right
 timesteps by another rule. The timestep is read back once a step, which waits for the device. A transformer
 follows one call at a time, and refuses a second that comes meanwhile. Under `torch.compile` each distinct
-row of the plan (with forecasts, each step) is a graph of its own, compiled in the first trajectory.
+row of the plan (with forecasts, each step) is a graph of its own, compiled in the first trajectory; with
+`execution` compiled instead, each kind of branch is one.
 """
 
 import types
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from torch import nn
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.adapters import PipelineTransformer, pipeline_transformer
-from harmonica.integrations.planned_forward import PlannedForward
+from harmonica.integrations.planned_forward import PipelineExecution, PlannedForward
 from harmonica.integrations.step_tracker import StepCounter
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers import make_sampler
@@ -41,6 +43,7 @@ def apply(
     *,
     allow_other_sampler: bool = False,
     check_weights: bool = True,
+    execution: PipelineExecution = "eager",
 ) -> None:
     """Run a pipeline's transformer under a router's plan, until `remove`.
 
@@ -56,11 +59,15 @@ def apply(
         check_weights: False where the weights are the router's in another form: quantised, or with an adapter
             (LoRA) fused into them. The same weights in bfloat16 or float16, with an adapter beside them or
             with fused projections of queries, keys and values, are recognised.
+        execution: `compiled` runs each branch as one graph of torch.compile, one a kind for all blocks and
+            rows of the plan; leave the transformer itself uncompiled then. `auto` does so on CUDA.
 
     Raises:
-        ValueError: there is a plan already, or the router was not made for this model, or its sampler is
-            none that a pipeline can follow.
+        ValueError: no such execution, there is a plan already, or the router was not made for this model, or
+            its sampler is none that a pipeline can follow.
     """
+    if execution not in get_args(PipelineExecution):
+        raise ValueError(f"execution is {execution!r}: give one of {', '.join(get_args(PipelineExecution))}")
     module = _unwrapped(transformer)
     if hasattr(module, _STATE):
         raise ValueError("transformer has a plan already: harmonica.remove(transformer) first")
@@ -73,7 +80,7 @@ def apply(
     timesteps = None if allow_other_sampler else _timesteps(model.view, artifact)
     scheduler = (config.scheduler or {}).get("_class_name", config.name)
     steps = StepCounter(plan.num_steps, timesteps, scheduler)
-    planned = PlannedForward(model, plan, artifact.reuse, steps)
+    planned = PlannedForward(model, plan, artifact.reuse, steps, execution)
     slot = _HOOKED if _HOOKED in vars(module) else "forward"
     if getattr(module, slot) != _own_forward(module):
         raise ValueError(
