@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import (
     FusedAttnProcessor2_0,
     SlicedAttnProcessor,
 )
+from execution_cases import graphs
 from tiny_attached import STEPS, Case, apart, config, make_case
 from tolerances import of_pass, of_trajectory
 from torch import Tensor, nn
@@ -91,6 +92,26 @@ def test_a_compiled_transformer_makes_the_same_latents(kind, reuse, is_compiled_
     harmonica.remove(case.transformer)
     case.pipe.transformer = transformer
     assert torch.equal(case.run(), without)
+
+
+@pytest.mark.parametrize(("kind", "reuse"), [("dit", "hold"), ("sigma", "forecast")])
+def test_compiled_branches_make_the_same_latents(kind, reuse, tmp_path, no_codegen):
+    """With a graph for each kind of branch, not for each row of the plan, and a few for what is reused."""
+    case = make_case(kind, tmp_path)
+    artifact = case.artifact(reuse=reuse)
+    latents = {}
+    for execution in ("eager", "compiled"):
+        harmonica.apply(case.transformer, artifact, execution=execution)
+        latents[execution] = [case.run(seed=seed) for seed in (1, 2)]
+        harmonica.remove(case.transformer)
+    for ours, wanted in zip(latents["compiled"], latents["eager"]):
+        assert apart(ours, wanted) < of_trajectory(STEPS)
+    assert 0 < graphs() <= 3 + 7
+
+
+def test_another_execution_is_refused(case):
+    with pytest.raises(ValueError, match="execution is 'graphed': give one of auto, eager, compiled"):
+        harmonica.apply(case.transformer, case.artifact(), execution="graphed")
 
 
 # Offloading

@@ -14,11 +14,13 @@ import torch
 from execution_cases import STEPS, ddim, draw, fresh, graphs, make_batch, make_dit, ways
 from tiny_dit import write_model
 
+from harmonica.core.router import Router
 from harmonica.execution import compiled
 from harmonica.execution.compiled import RecompileLimitError
 from harmonica.execution.values import KeptValues, extrapolate
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import Sampler, make_sampler
+from harmonica.training.sdt import SdtConfig, SdtTrainer
 
 
 def check_all(sampler: Sampler, batch: tuple[Any, Any]) -> None:
@@ -155,3 +157,40 @@ def in_half(model: Any) -> None:
 
 def test_training_keeps_the_residual_stream_in_float32():
     assert ModelConfig(residual_dtype="weights", dtype="bfloat16").for_training().residual_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reuse"),
+    [
+        pytest.param(torch.float32, "hold"),
+        pytest.param(torch.float32, "forecast", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "forecast", marks=pytest.mark.slow),
+    ],
+)
+def test_a_trajectory_of_training_moves_the_router_alike(dtype, reuse, no_codegen):
+    """Teacher, student and the backward through compiled branches, with recomputation too."""
+    moved = {}
+    for execution in ("eager", "compiled"):
+        for recompute in (False, True):
+            model = make_dit()
+            for name, parameter in model.named_parameters():
+                if not name.startswith(model.full_precision_parts):
+                    parameter.data = parameter.data.to(dtype)
+            model.execution = execution
+            router = Router.alternating(STEPS, len(model.branches), 0.5)
+            before = router.logits()
+            config = SdtConfig(learning_rate=0.1, reuse=reuse, activation_checkpointing=recompute)
+            grads: list[torch.Tensor] = []
+            SdtTrainer(ddim(model), router, config).train_trajectory(
+                *make_batch(2),
+                torch.ones(STEPS - 1),
+                beta=0.0,
+                on_gradient=lambda i, grad, grads=grads: grads.append(grad.clone()),
+            )
+            moved[execution, recompute] = torch.stack(grads)
+            assert not torch.equal(router.logits(), before)
+    wanted = moved["eager", False]
+    near = 1e-3 if dtype == torch.float32 else 0.1  # u of bfloat16 is 2^-8; some rounds of it at random
+    for gradients in moved.values():
+        assert (gradients - wanted).norm() / wanted.norm() < near
+    assert graphs() > 0

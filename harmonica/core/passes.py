@@ -8,40 +8,12 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from harmonica.core.cache import BranchCache
 from harmonica.execution.levels import runner_of
 from harmonica.models.base import BranchedTransformer
-
-
-class _Mix(torch.autograd.Function):
-    """r * computed + (1 - r) * cached in half precision, with r in float32.
-
-    In half precision 1 - r would be 16% off where r is near 1, and a sum over all elements is the
-    router's gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, cached: Tensor, computed: Tensor, score: Tensor) -> Tensor:
-        ctx.save_for_backward(cached, computed, score)
-        return torch.lerp(cached.float(), computed.float(), score).to(computed.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
-        (grad,) = grads
-        cached, computed, score = ctx.saved_tensors
-        return None, (grad * score).to(grad.dtype), (grad.float() * (computed.float() - cached.float())).sum()
-
-
-def mix(cached: Tensor, computed: Tensor, score: Tensor) -> Tensor:
-    """Return (1 - r) cached + r computed, for a score r of no dimensions."""
-    if computed.dtype == score.dtype:
-        return torch.lerp(cached, computed, score)
-    mixed: Tensor = _Mix.apply(cached, computed, score)
-    return mixed
 
 
 def planned_pass(
@@ -104,12 +76,10 @@ def _soft_branches(
 
     Changes nothing, so that a checkpoint can run it again: `cache` is one that nobody writes to.
     """
-    kept = []
+    kept, runner = [], runner_of(model)
     for index in indices:
-        branch = model.branches[index]
-        computed = branch.compute(hidden_NLD, conditioning)
-        y = mix(cache.read(index, step), computed, scores_B[index])
-        hidden_NLD = branch.merge(hidden_NLD, y, conditioning)
+        branch, score = model.branches[index], scores_B[index]
+        hidden_NLD, y = runner.mix(branch, index, hidden_NLD, conditioning, cache, step, score)
         if refresh_row[index]:
             kept.append(y.detach())
     return hidden_NLD, *kept

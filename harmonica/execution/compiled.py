@@ -19,10 +19,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from harmonica.execution import branch_functions as functions
 from harmonica.execution.eager import Addition, EagerRunner
 from harmonica.execution.recorders import call_recorded
 from harmonica.execution.values import KeptValues, Scalars, ValueStore
-from harmonica.models.base import Branch, add_gated
+from harmonica.models.base import Branch
 
 GRAPHS_PER_KIND = 64
 """Graphs of one function and kind of branch: shapes, precisions, grad modes. More are an error."""
@@ -34,50 +35,6 @@ _Reused = tuple[Tensor | None, KeptValues]  # gate and values of a reused branch
 
 class RecompileLimitError(RuntimeError):
     """A compiled branch met more different inputs than it may have graphs."""
-
-
-def _compute(
-    branch: Branch, hidden_NLD: Tensor, gate_N1D: Tensor | None, inputs: tuple[Any, ...]
-) -> tuple[Tensor, Tensor]:
-    y_NLD = branch.run(hidden_NLD, *inputs)
-    return add_gated(hidden_NLD, gate_N1D, y_NLD), y_NLD
-
-
-def _add_to(
-    totals_NLD: Sequence[Tensor], gates_N1D: Sequence[Tensor | None], weights: Sequence[Tensor], y_NLD: Tensor
-) -> None:
-    for total_NLD, gate_N1D, weight in zip(totals_NLD, gates_N1D, weights, strict=True):
-        share_NLD = weight.to(total_NLD.dtype) * y_NLD.to(total_NLD.dtype)
-        total_NLD.add_(share_NLD if gate_N1D is None else share_NLD * gate_N1D)
-
-
-def _compute_and_add(
-    branch: Branch,
-    hidden_NLD: Tensor,
-    gate_N1D: Tensor | None,
-    inputs: tuple[Any, ...],
-    totals_NLD: Sequence[Tensor],
-    gates_N1D: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    y_NLD = branch.run(hidden_NLD, *inputs)
-    _add_to(totals_NLD, gates_N1D, weights, y_NLD)
-    return add_gated(hidden_NLD, gate_N1D, y_NLD), y_NLD
-
-
-def _reuse(
-    hidden_NLD: Tensor,
-    gates_N1D: Sequence[Tensor | None],
-    values: Sequence[Sequence[Tensor]],
-    coefficients: Sequence[Sequence[Tensor]],
-) -> Tensor:
-    for gate_N1D, some, factors in zip(gates_N1D, values, coefficients, strict=True):
-        y_NLD = some[0]
-        for k, (factor, value) in enumerate(zip(factors, some)):  # no factors where the last value is held
-            share_NLD = factor * value.to(hidden_NLD.dtype)
-            y_NLD = y_NLD + share_NLD if k else share_NLD
-        hidden_NLD = add_gated(hidden_NLD, gate_N1D, y_NLD)
-    return hidden_NLD
 
 
 _HAS_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters  # torch 2.13
@@ -153,7 +110,7 @@ class CompiledRunner(EagerRunner):
         self, branch: Branch, index: int, hidden_NLD: Tensor, conditioning: Any
     ) -> tuple[Tensor, Tensor]:
         gate, inputs = branch.gate(conditioning), branch.inputs(conditioning)
-        hidden_NLD, y_NLD = _call(_compute, _kind_of(branch), branch, hidden_NLD, gate, inputs)
+        hidden_NLD, y_NLD = _call(functions.compute, _kind_of(branch), branch, hidden_NLD, gate, inputs)
         return self.run_all(branch.always, hidden_NLD, conditioning), y_NLD
 
     def compute_and_add(
@@ -169,9 +126,9 @@ class CompiledRunner(EagerRunner):
         first, *others = _arguments(additions, scalars)
         if not first[0]:
             return self.compute(branch, index, hidden_NLD, conditioning)[0]
-        hidden_NLD, y_NLD = _call(_compute_and_add, kind, branch, hidden_NLD, gate, inputs, *first)
+        hidden_NLD, y_NLD = _call(functions.compute_and_add, kind, branch, hidden_NLD, gate, inputs, *first)
         for each in others:
-            _call(_add_to, "any", *each, y_NLD)
+            _call(functions.add_to, "any", *each, y_NLD)
         return self.run_all(branch.always, hidden_NLD, conditioning)
 
     def reuse(
@@ -193,9 +150,36 @@ class CompiledRunner(EagerRunner):
                     gates = tuple(gate for gate, _ in part)
                     values = tuple(kept.values for _, kept in part)
                     factors = tuple(_factors(kept, store.scalars, device) for _, kept in part)
-                    hidden_NLD = _call(_reuse, "any", hidden_NLD, gates, values, factors)
+                    hidden_NLD = _call(functions.reuse, "any", hidden_NLD, gates, values, factors)
                 hidden_NLD, run = self.run_all(branch.always, hidden_NLD, conditioning), []
         return hidden_NLD
+
+    def mix(
+        self,
+        branch: Branch,
+        index: int,
+        hidden_NLD: Tensor,
+        conditioning: Any,
+        store: ValueStore,
+        step: int,
+        score: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        gate, inputs, kept = branch.gate(conditioning), branch.inputs(conditioning), store.kept(index, step)
+        factors = _factors(kept, store.scalars, hidden_NLD.device)
+        hidden_NLD, y_NLD = _call(
+            *(
+                functions.mix_in,
+                _kind_of(branch),
+                branch,
+                hidden_NLD,
+                gate,
+                inputs,
+                kept.values,
+                factors,
+                score,
+            )
+        )
+        return self.run_all(branch.always, hidden_NLD, conditioning), y_NLD
 
     def run_all(self, branches: Sequence[Branch], hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         for index, branch in enumerate(branches):

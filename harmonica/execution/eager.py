@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from harmonica.execution.mixing import mix
 from harmonica.execution.values import Scalars, ValueStore
 from harmonica.models.base import Branch, BranchedTransformer, merge_of, run_all
 
@@ -82,6 +83,27 @@ class EagerRunner:
             y_NLD = store.read(index, step)
             hidden_NLD = merge_of(branches[index], index)(hidden_NLD, y_NLD, conditioning)
         return hidden_NLD
+
+    def mix(
+        self,
+        branch: Branch,
+        index: int,
+        hidden_NLD: Tensor,
+        conditioning: Any,
+        store: ValueStore,
+        step: int,
+        score: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute a branch, mix it with its kept value and merge the mix, in training.
+
+        Args:
+            score: r of the branch (), differentiable.
+
+        Returns:
+            The next hidden state and the mix, both (N, L, D).
+        """
+        y_NLD = mix(store.read(index, step), branch.compute(hidden_NLD, conditioning), score)
+        return branch.merge(hidden_NLD, y_NLD, conditioning), y_NLD
 
     def run_all(self, branches: Sequence[Branch], hidden_NLD: Tensor, conditioning: Any) -> Tensor:
         """Compute and merge each of `branches`; returns the hidden state (N, L, D) after them."""

@@ -4,6 +4,8 @@
 replays each step from a CUDA graph of compiled branches.
 """
 
+import torch
+
 from harmonica.execution.compiled import CompiledRunner
 from harmonica.execution.eager import EagerRunner
 from harmonica.models.base import BranchedTransformer
@@ -20,5 +22,9 @@ def warm_ups(model: BranchedTransformer) -> int:
 
 
 def runner_of(model: BranchedTransformer) -> EagerRunner:
-    """Return what runs the model's branches at its level of execution."""
-    return _EAGER if model.execution == "eager" else _COMPILED
+    """Return what runs the model's branches at its level of execution.
+
+    Inside torch.compile, of a pipeline's transformer say, branches are part of that graph.
+    """
+    is_eager = model.execution == "eager" or torch.compiler.is_compiling()
+    return _EAGER if is_eager else _COMPILED

@@ -13,19 +13,20 @@ those (group offloading, a device map) are refused.
 What a transformer is not told is not checked: the guidance scale, and a scheduler that visits the right
 timesteps by another rule. The timestep is read back once a step, which waits for the device. A transformer
 follows one call at a time, and refuses a second that comes meanwhile. Under `torch.compile` each distinct
-row of the plan (with forecasts, each step) is a graph of its own, compiled in the first trajectory.
+row of the plan (with forecasts, each step) is a graph of its own, compiled in the first trajectory; with
+`execution` compiled instead, each kind of branch is one.
 """
 
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.adapters import PipelineTransformer, pipeline_transformer
-from harmonica.integrations.planned_forward import PlannedForward
+from harmonica.integrations.planned_forward import PipelineExecution, PlannedForward
 from harmonica.integrations.recorded.pipelines import is_recorded, planned_calls, transformers_of
 from harmonica.integrations.recorded.trajectory import TransformerCall
 from harmonica.integrations.step_tracker import StepCounter
@@ -45,6 +46,7 @@ def apply(
     *,
     allow_other_sampler: bool = False,
     check_weights: bool = True,
+    execution: PipelineExecution = "eager",
 ) -> None:
     """Run a pipeline's transformer under a router's plan, until `remove`.
 
@@ -61,17 +63,26 @@ def apply(
         check_weights: False where the weights are the router's in another form: quantised, or with an adapter
             (LoRA) fused into them. The same weights in bfloat16 or float16, with an adapter beside them or
             with fused projections of queries, keys and values, are recognised.
+        execution: `compiled` runs each branch as one graph of torch.compile, one a kind for all blocks and
+            rows of the plan; leave the transformer itself uncompiled then. `auto` does so on CUDA.
 
     Raises:
-        ValueError: there is a plan already, or the router was not made for this model, or its sampler is
-            none that a pipeline can follow.
+        ValueError: no such execution, or `compiled` for recorded branches, there is a plan already, or the router was not made for this model, or
+            its sampler is none that a pipeline can follow.
     """
+    if execution not in get_args(PipelineExecution):
+        raise ValueError(f"execution is {execution!r}: give one of {', '.join(get_args(PipelineExecution))}")
     modules = [_unwrapped(each) for each in transformers_of(transformer)]
     if any(hasattr(module, _STATE) for module in modules):
         raise ValueError("transformer has a plan already: harmonica.remove(transformer) first")
     if not isinstance(artifact, RouterArtifact):
         artifact = RouterArtifact.load(artifact)
     if is_recorded(artifact):
+        if execution == "compiled":
+            raise ValueError(
+                "execution is 'compiled' and the branches of this transformer were recorded: give eager, and "
+                "compile its blocks by pipe.transformer.compile_repeated_blocks()"
+            )
         calls = planned_calls(
             modules,
             [_own_forward(module) for module in modules],
@@ -81,7 +92,12 @@ def apply(
         )
         replaced: list[tuple[nn.Module, PlannedForward | TransformerCall]] = list(zip(modules, calls))
     else:
-        replaced = [(modules[0], _planned_forward(modules[0], artifact, allow_other_sampler, check_weights))]
+        replaced = [
+            (
+                modules[0],
+                _planned_forward(modules[0], artifact, allow_other_sampler, check_weights, execution),
+            )
+        ]
     for module, _ in replaced:
         if getattr(module, _slot(module)) != _own_forward(module):
             raise ValueError(
@@ -96,7 +112,11 @@ def apply(
 
 
 def _planned_forward(
-    module: nn.Module, artifact: RouterArtifact, allow_other_sampler: bool, check_weights: bool
+    module: nn.Module,
+    artifact: RouterArtifact,
+    allow_other_sampler: bool,
+    check_weights: bool,
+    execution: PipelineExecution,
 ) -> PlannedForward:
     """Return the forward of a class that has branches of its own."""
     model = pipeline_transformer(module, artifact.model)
@@ -105,7 +125,8 @@ def _planned_forward(
     config, plan = artifact.sampler, artifact.plan
     timesteps = None if allow_other_sampler else _timesteps(model.view, artifact)
     scheduler = (config.scheduler or {}).get("_class_name", config.name)
-    return PlannedForward(model, plan, artifact.reuse, StepCounter(plan.num_steps, timesteps, scheduler))
+    steps = StepCounter(plan.num_steps, timesteps, scheduler)
+    return PlannedForward(model, plan, artifact.reuse, steps, execution)
 
 
 def remove(transformer: Any) -> None:

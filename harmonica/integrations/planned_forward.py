@@ -3,7 +3,7 @@
 import copy
 import types
 from collections.abc import Hashable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from harmonica.integrations.adapters import Call, PipelineTransformer
 from harmonica.integrations.scheduler_guard import SecondCallError
 from harmonica.integrations.step_tracker import StepCounter
 from harmonica.integrations.trajectory_claim import TrajectoryClaim
-from harmonica.models.base import BranchedTransformer
+from harmonica.models.base import BranchedTransformer, Execution
+
+PipelineExecution = Literal["auto", "eager", "compiled"]
+"""How branches are run in a pipeline; `auto` compiles them on CUDA."""
 
 
 def _step(
@@ -42,8 +45,16 @@ class PlannedForward:
         """Return itself when bound to a transformer, as cache-dit does on removal."""
         return self
 
-    def __init__(self, model: PipelineTransformer, plan: Plan, reuse: Reuse, steps: StepCounter) -> None:
+    def __init__(
+        self,
+        model: PipelineTransformer,
+        plan: Plan,
+        reuse: Reuse,
+        steps: StepCounter,
+        execution: PipelineExecution = "eager",
+    ) -> None:
         self._model, self._plan, self._reuse, self._steps = model, plan, reuse, steps
+        self._execution = execution
         self._set_up()
 
     def _set_up(self) -> None:
@@ -56,7 +67,8 @@ class PlannedForward:
     def __getstate__(self) -> dict[str, Any]:
         steps = copy.copy(self._steps)
         steps.reset()
-        return {"_model": self._model, "_plan": self._plan, "_reuse": self._reuse, "_steps": steps}
+        kept = {"_model": self._model, "_plan": self._plan, "_reuse": self._reuse, "_steps": steps}
+        return kept | {"_execution": self._execution}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -102,12 +114,18 @@ class PlannedForward:
             self._model.check()  # hooks, adapters and attention processors can have come since
             self._cache = BranchCache(self._plan.num_branches, self._reuse, self._plan.forecast)
             self._shape = shape
+            self._model.view.execution = self._execution_on(call.sample_NCHW.device)
         elif shape != self._shape:
             raise ValueError(
                 f"hidden_states has shape {shape} and the trajectory began with {self._shape}: a batch stays "
                 "as it is for all its steps, run the other after it"
             )
         return i, call, (call.sample_NCHW, call.timestep_N, self._model.condition(call.arguments))
+
+    def _execution_on(self, device: torch.device) -> Execution:
+        if self._execution == "auto":
+            return "compiled" if device.type == "cuda" else "eager"
+        return self._execution
 
     @torch.compiler.disable
     def _leave(self, i: int, call: Call, output_NCHW: Tensor) -> Any:

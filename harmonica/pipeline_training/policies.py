@@ -18,7 +18,7 @@ from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.tensor_tags import tensors_of
 from harmonica.integrations.recorded.trajectory import Trajectory
 from harmonica.integrations.recorded.view import RecordedTransformer
-from harmonica.training.sdt import SdtTrainer, StepRecord
+from harmonica.training.sdt import SdtTrainer, StepRecord, Update, records_of
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,15 @@ class SdtPolicy:
     lambda_T: Tensor
     beta: float
     on_gradient: Callable[[int, Tensor], object] | None = None
-    records: list[StepRecord] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
     _scores_B: Tensor | None = None
     _measured: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
     _is_fixed: bool = False
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """Read what the updates left; waits for the device."""
+        return records_of(self.updates)
 
     @torch.no_grad()
     def compute(self, step: TransformerStep) -> Any:
@@ -174,7 +179,7 @@ class SdtPolicy:
                 self.trainer.router.rows[i].fill_(FIXED_LOGIT)
         elif self._measured:
             assert self._scores_B is not None
-            record = self.trainer.update(
+            update = self.trainer.update(
                 i,
                 self._scores_B,
                 self._measured,
@@ -182,7 +187,7 @@ class SdtPolicy:
                 beta=self.beta,
                 on_gradient=self.on_gradient,
             )
-            self.records.append(record)
+            self.updates.append(update)
         self._scores_B, self._measured, self._is_fixed = None, [], False
 
 

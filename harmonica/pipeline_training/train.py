@@ -141,10 +141,11 @@ class _Training:
             metrics |= self._refresh(*batch)
         policy = SdtPolicy(self.trainer, self.lambda_T, self.target.beta, self.target.observe)
         self.calls.run(policy, *batch)
-        if not policy.records:
+        records = policy.records
+        if not records:
             raise ValueError("no step of the pipeline reuses anything of another: there is nothing to train")
         for name in ("loss", "mse", "l1"):
-            values = [getattr(record, name) for record in policy.records]
+            values = [getattr(record, name) for record in records]
             metrics[name] = sum(values) / len(values)
         metrics["beta"] = self.target.beta
         self.target.update()

@@ -21,6 +21,7 @@ from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
 from harmonica.core.trajectory import planned_step
 from harmonica.data.batch import Batch
+from harmonica.execution.levels import runner_of
 from harmonica.samplers import Sampler, State
 from harmonica.training.timers import Stopwatch
 from harmonica.validation.settings import Field, settings
@@ -80,6 +81,16 @@ class _MicroBatch:
     cache: BranchCache
 
 
+Update = tuple[int, Tensor]
+"""A step and the numbers of its record (3,), on the device still."""
+
+
+def records_of(updates: Sequence[Update]) -> list[StepRecord]:
+    """Read the numbers of all updates back at once, since each reading waits for the device."""
+    numbers = torch.stack([values for _, values in updates]).tolist() if updates else []
+    return [StepRecord(i, *values) for (i, _), values in zip(updates, numbers, strict=True)]
+
+
 class SdtTrainer:
     """A router, its optimiser and the loop over one trajectory."""
 
@@ -119,7 +130,7 @@ class SdtTrainer:
         sampler = self.sampler
         beta = self.config.beta if beta is None else beta
         parts = [self._start(batch) for batch in batches]
-        records = []
+        updated: list[Update] = []
         for i in reversed(range(sampler.num_steps - 1)):
             if not self.trains(i):
                 for part in parts:
@@ -127,10 +138,11 @@ class SdtTrainer:
                 continue
             scores_B = self.router.scores(i)
             measured = [self._step(i, part, scores_B) for part in parts]
-            record = self.update(
+            update = self.update(
                 i, scores_B, measured, lambda_T[i], beta=beta, average=average, on_gradient=on_gradient
             )
-            records.append(record)
+            updated.append(update)
+        records = records_of(updated)
         return records, torch.cat([sampler.finish(part.state) for part in parts])
 
     def update(
@@ -143,7 +155,7 @@ class SdtTrainer:
         beta: float,
         average: Callable[[Tensor], None] | None = None,
         on_gradient: Callable[[int, Tensor], object] | None = None,
-    ) -> StepRecord:
+    ) -> Update:
         """Update row i of the router.
 
         Args:
@@ -166,7 +178,7 @@ class SdtTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.router.clamp_(self.config.clamp)
         loss = weight * mse + beta * (self.costs_B * scores_B).sum()
-        return StepRecord(i, mse.item(), l1.item(), loss.item())
+        return i, torch.stack([mse.double(), l1.double(), loss.double()]).detach()
 
     def trains(self, i: int) -> bool:
         """Return whether row i is learned; in pairs, the first step of each computes everything."""
@@ -197,7 +209,7 @@ class SdtTrainer:
         is_hard = config.student == "hard" and config.objective == "stepwise"
         with torch.no_grad(), self.stopwatch.measure("teacher"):
             hidden, conditioning = sampler.embed(i, part.state)
-            target = sampler.guide(model.full_pass(hidden, conditioning))
+            target = sampler.guide(runner_of(model).full_pass(model, hidden, conditioning))
         with self.stopwatch.measure("student"):
             output = soft_pass(
                 model,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from harmonica.core.passes import mix
+from harmonica.execution.mixing import mix
 from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.skipped import skipped_like
 
