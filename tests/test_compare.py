@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harmonica.data.batch import Batch
 from harmonica.data.samples import SampleSpec, make_samples
+from harmonica.evaluation.evaluation_report import FULL
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.diffusers_folder import write_diffusers
 from harmonica.models.dit.config import DiTConfig
@@ -30,7 +31,7 @@ from pipelines.compare.ranking import leaders, ranking_summary
 from pipelines.compare.results import Results, compared, is_complete, record
 from pipelines.compare.third_party_caches import library_variants
 from pipelines.config.compare import CompareConfig, free_to_change
-from pipelines.evaluation.latency import FULL, Variant
+from pipelines.evaluation.latency import Variant
 from pipelines.evaluation.quality import NOISE_FLOOR
 from pipelines.presets import fashion
 from pipelines.report.html_report import render

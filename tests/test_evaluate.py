@@ -11,12 +11,13 @@ from harmonica.builtin import CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
 from harmonica.data.samples import SampleSpec, make_samples
+from harmonica.evaluation.evaluation_report import CACHED, FEWER, FULL
 from harmonica.evaluation.fashion_classifier import features_and_logits, load_classifier
 from harmonica.evaluation.image_metrics import label_accuracy, psnr
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import Ddim, SamplerConfig
 from pipelines.config.workflow import TrainConfig
-from pipelines.evaluation.latency import CACHED, FEWER, FULL, steps_as_long
+from pipelines.evaluation.latency import steps_as_long
 from pipelines.evaluation.stage import advice, worth_having
 from pipelines.presets import fashion
 from pipelines.report.terminal import results_table

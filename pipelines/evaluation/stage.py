@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import record_sample
 from harmonica.evaluation.differences import with_differences
+from harmonica.evaluation.evaluation_report import CACHED, FEWER, FULL, family_variant
 from harmonica.evaluation.plots import cached_title, router_heat_map, sample_sheet
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
@@ -19,13 +20,9 @@ from harmonica.samplers import make_sampler
 from ..config.workflow import TrainConfig, WorkflowConfig
 from ..runtime.ray_runtime import plainly
 from .latency import (
-    CACHED,
-    FEWER,
-    FULL,
     Timing,
     Variant,
     device_of,
-    family_variant,
     make_family_variants,
     make_transfer_variants,
     make_variants,

@@ -9,12 +9,13 @@ from mlflow.entities.model_registry import ModelVersion
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import check_sample
+from harmonica.evaluation.evaluation_report import CACHED
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
 
 from ..config.promotion import Promote
 from ..config.workflow import WorkflowConfig
-from ..evaluation.latency import CACHED, device_of
+from ..evaluation.latency import device_of
 from ..tracking import registry
 from ..tracking.mlflow_runs import StageRun, numbers
 from .gate import (

@@ -15,10 +15,10 @@ import torch
 from mlflow.entities.model_registry import ModelVersion
 
 from harmonica.core.artifact import RouterArtifact
+from harmonica.evaluation.evaluation_report import CACHED
 from harmonica.validation.finite import not_finite
 
 from ..config.promotion import PromoteConfig
-from ..evaluation.latency import CACHED
 
 MEASURED_ON = "measured_on"
 """Tag of a version: gpu or cpu."""

@@ -6,9 +6,10 @@ Numbers that nobody knew of when this was written are shown all the same, under 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harmonica.evaluation.evaluation_report import CACHED, FULL
+
 from ..compare.names import shown_name
 from ..compare.ranking import missing_name
-from ..evaluation.latency import CACHED, FULL
 
 _FORMS = {
     "num_inference_steps": "{:.0f}",

@@ -15,10 +15,10 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from harmonica.cli.common import say
+from harmonica.evaluation.evaluation_report import CACHED
 from harmonica.validation.changed_settings import changed_settings
 
 from ..config.workflow import WorkflowConfig
-from ..evaluation.latency import CACHED
 from ..evaluation.stage import evaluate
 from ..promotion.gate import score
 from ..promotion.publishing import register_beside
