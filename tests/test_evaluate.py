@@ -11,7 +11,7 @@ from harmonica.builtin import CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
 from harmonica.data.samples import SampleSpec, make_samples
-from harmonica.evaluation.evaluation_report import CACHED, FEWER, FULL
+from harmonica.evaluation.evaluation_report import CACHED, FEWER, FULL, Estimate, VariantResult
 from harmonica.evaluation.fashion_classifier import features_and_logits, load_classifier
 from harmonica.evaluation.image_metrics import label_accuracy, psnr
 from harmonica.models.loading import ModelConfig, load_model
@@ -24,11 +24,15 @@ from pipelines.report.terminal import results_table
 from pipelines.tracking.mlflow_runs import numbers
 
 
-def variants(cached_psnr: float, cached_frechet: float) -> dict:
+def result(steps: int, **metrics: float) -> VariantResult:
+    return VariantResult(steps, metrics={key: Estimate(value) for key, value in metrics.items()})
+
+
+def variants(cached_psnr: float, cached_frechet: float) -> dict[str, VariantResult]:
     return {
-        FULL: {"num_inference_steps": 20},
-        CACHED: {"psnr_to_full": cached_psnr, "frechet_to_full": cached_frechet},
-        FEWER: {"psnr_to_full": 35.0, "frechet_to_full": 0.05, "num_inference_steps": 12},
+        FULL: result(20),
+        CACHED: result(20, psnr_to_full=cached_psnr, frechet_to_full=cached_frechet),
+        FEWER: result(12, psnr_to_full=35.0, frechet_to_full=0.05),
     }
 
 
@@ -41,9 +45,9 @@ def variants(cached_psnr: float, cached_frechet: float) -> dict:
     ],
 )
 def test_the_verdict_says_in_words_who_is_nearer(cached, worth, words) -> None:
-    said = worth_having(variants(*cached), TrainConfig())
-    assert said["worth_having"] is worth
-    assert re.search(words, said["verdict"])
+    is_worth, verdict = worth_having(variants(*cached), TrainConfig())
+    assert is_worth is worth
+    assert re.search(words, verdict)
 
 
 @pytest.mark.parametrize(

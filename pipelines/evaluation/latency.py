@@ -70,6 +70,10 @@ class Timing:
     """The class or prompt of each image of the sheet."""
     branch_names: tuple[str, ...]
 
+    def speedup(self, name: str) -> float:
+        """Return a variant's measured speedup over full sampling."""
+        return self.seconds_per_image[FULL] / self.seconds_per_image[name]
+
 
 def device_of(use_gpu: bool) -> torch.device:
     """Return the device of a worker."""

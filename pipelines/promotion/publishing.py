@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harmonica.core.artifact import RouterArtifact
+from harmonica.evaluation.evaluation_report import EvaluationReport
 from harmonica.training.multi_target import target_name
 
 from ..config.workflow import WorkflowConfig
@@ -85,11 +86,9 @@ class Publisher:
 
     def _register_member(self, name: str) -> str:
         """Register a router that training made for another speed."""
-        from ..evaluation.stage import member_report
-
         config = self._config
         report = self._report()
-        about = member_report(report, name) if report else None
+        about = EvaluationReport.from_json(report).of_member(name).to_json() if report else None
         stage = f"{FAMILY} {name} of {self._run.mlflow_run_id[:8]}"
         with mlflow_runs.stage_run(stage, config.run_id, config.storage_path, {}, self._run) as run:
             if about is not None:
