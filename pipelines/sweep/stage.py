@@ -258,9 +258,8 @@ def _register(
     folder = place(storage, trial)
     tags = {"sweep": trial.name, "score": f"{point[SCORE]:.6g}"}
     with _tracked(config, trial, run) as ours:
-        return register_beside(
-            config, storage, f"{folder}/{ROUTER}", storage.read_json(f"{folder}/report.json"), ours, tags
-        )
+        report = EvaluationReport.from_json(storage.read_json(f"{folder}/report.json"))
+        return register_beside(config, storage, f"{folder}/{ROUTER}", report, ours, tags)
 
 
 def _sweep_summary(points: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> str:
