@@ -11,7 +11,14 @@ from harmonica.builtin import CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
 from harmonica.data.samples import SampleSpec, make_samples
-from harmonica.evaluation.evaluation_report import CACHED, FEWER, FULL, Estimate, VariantResult
+from harmonica.evaluation.evaluation_report import (
+    CACHED,
+    FEWER,
+    FULL,
+    Estimate,
+    EvaluationReport,
+    VariantResult,
+)
 from harmonica.evaluation.fashion_classifier import features_and_logits, load_classifier
 from harmonica.evaluation.image_metrics import label_accuracy, psnr
 from harmonica.models.loading import ModelConfig, load_model
@@ -71,7 +78,8 @@ def test_the_table_has_half_of_each_interval_and_the_noise_floor_beneath(capsys)
     report = {"cur": 0.4, "ideal_speedup": 1.6, "measured_speedup": 1.5, "realised_share": 0.9, "samples": 16}
     cached = {"psnr_to_full": 40.0, "psnr_to_full_interval": [39.5, 40.7], "frechet_to_full": 0.25}
     floor = {"frechet_to_full": 0.5, "frechet_to_full_interval": [0.25, 0.75], "kid_to_full": 0.1}
-    results_table(report | {"arms": {FULL: {"label_accuracy": 0.9}, CACHED: cached}, "noise_floor": floor})
+    report |= {"arms": {FULL: {"label_accuracy": 0.9}, CACHED: cached}, "noise_floor": floor}
+    results_table(EvaluationReport.from_json(report))
     lines = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in capsys.readouterr().out.splitlines()]
     assert ["variant", "PSNR to full, dB", "Frechet to full", "label accuracy"] in lines
     assert ["cached", "40.00 ±0.60", "0.2500", ""] in lines
