@@ -38,7 +38,7 @@ from pipelines.report.html_report import render
 from pipelines.report.terminal import comparison_table
 from pipelines.run_state.resume import begin
 from pipelines.run_state.storage import RunStorage
-from pipelines.tracking.mlflow_runs import find
+from pipelines.tracking.mlflow_runs import find_run
 
 MACS = Macs(branches=(30, 60) * 6, rest=12)
 
@@ -322,7 +322,7 @@ def test_a_small_comparison_with_a_variant_that_fails_and_its_resumes(
     out = capfd.readouterr().out
     assert "is first at" in out and "diffusers FirstBlockCache 0.05" in out and "HarmoniCa (paper)" in out
     assert "8 variants were not measured: cache-dit DBCache 0.05, " in out
-    stage = find("compare", "c1", str(tmp_path / "runs"))
+    stage = find_run("compare", "c1", str(tmp_path / "runs"))
     assert stage is not None
     tags = stage.client.get_run(stage.mlflow_run_id).data.tags
     assert tags["harmonica.not_measured"].startswith("cache-dit DBCache 0.05, cache-dit DBCache 0.08")

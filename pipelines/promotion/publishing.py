@@ -99,7 +99,7 @@ class Publisher:
 
     def _register(self) -> str:
         config, name = self._config, self._config.registered_model
-        found = registry.find(name, self._run)
+        found = registry.version_of_run(name, self._run)
         if found is not None and registry.was_promoted(found):
             return f"version {found.version} of {name}, done before"
         tags = {"run_id": config.run_id}

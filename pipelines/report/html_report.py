@@ -102,7 +102,7 @@ def _curves(history: History, config: WorkflowConfig) -> dict[str, Figure]:
 def _training_history(config: WorkflowConfig) -> History:
     """Return the training's metrics from MLflow; empty, with a warning, if they cannot be read."""
     try:
-        run = mlflow_runs.find("train", config.run_id, config.storage_path)
+        run = mlflow_runs.find_run("train", config.run_id, config.storage_path)
         if run is None:
             return {}
         names = [n for n in run.metric_names() if n in ("loss", "cur") or n.startswith(_LAMBDA)]
