@@ -184,15 +184,16 @@ class Workflow:
             report, pictures = evaluate(self.config, artifact, self._family())
             for name, figure in pictures.items():
                 run.client.log_figure(run.mlflow_run_id, figure, name)
-            run.log(mlflow_runs.numbers(report))
+            numbers = mlflow_runs.numbers(report.to_json())
+            run.log(numbers)
             assert self._parent is not None
-            self._parent.log(mlflow_runs.numbers(report))
+            self._parent.log(numbers)
             # Together, and the report last, which says that the stage is finished.
             for name, figure in pictures.items():
                 self.storage.write_bytes(name, png_of(figure))
-            self.storage.write_json(REPORT, {"run_id": self.config.run_id} | report)
-        verdict: str = report["verdict"]
-        return verdict
+            stored = dataclasses.replace(report, run_id=self.config.run_id)
+            self.storage.write_json(REPORT, stored.to_json())
+        return report.verdict or ""
 
     def _family(self) -> dict[str, RouterArtifact]:
         """What training made beside the router, by name."""

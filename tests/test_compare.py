@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harmonica.data.batch import Batch
 from harmonica.data.samples import SampleSpec, make_samples
+from harmonica.evaluation.evaluation_report import FULL
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.diffusers_folder import write_diffusers
 from harmonica.models.dit.config import DiTConfig
@@ -30,14 +31,14 @@ from pipelines.compare.ranking import leaders, ranking_summary
 from pipelines.compare.results import Results, compared, is_complete, record
 from pipelines.compare.third_party_caches import library_variants
 from pipelines.config.compare import CompareConfig, free_to_change
-from pipelines.evaluation.latency import FULL, Variant
+from pipelines.evaluation.latency import Variant
 from pipelines.evaluation.quality import NOISE_FLOOR
 from pipelines.presets import fashion
 from pipelines.report.html_report import render
 from pipelines.report.terminal import comparison_table
 from pipelines.run_state.resume import begin
 from pipelines.run_state.storage import RunStorage
-from pipelines.tracking.mlflow_runs import find
+from pipelines.tracking.mlflow_runs import find_run
 
 MACS = Macs(branches=(30, 60) * 6, rest=12)
 
@@ -321,7 +322,7 @@ def test_a_small_comparison_with_a_variant_that_fails_and_its_resumes(
     out = capfd.readouterr().out
     assert "is first at" in out and "diffusers FirstBlockCache 0.05" in out and "HarmoniCa (paper)" in out
     assert "8 variants were not measured: cache-dit DBCache 0.05, " in out
-    stage = find("compare", "c1", str(tmp_path / "runs"))
+    stage = find_run("compare", "c1", str(tmp_path / "runs"))
     assert stage is not None
     tags = stage.client.get_run(stage.mlflow_run_id).data.tags
     assert tags["harmonica.not_measured"].startswith("cache-dit DBCache 0.05, cache-dit DBCache 0.08")

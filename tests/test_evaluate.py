@@ -11,23 +11,35 @@ from harmonica.builtin import CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
 from harmonica.data.samples import SampleSpec, make_samples
+from harmonica.evaluation.evaluation_report import (
+    CACHED,
+    FEWER,
+    FULL,
+    Estimate,
+    EvaluationReport,
+    VariantResult,
+)
 from harmonica.evaluation.fashion_classifier import features_and_logits, load_classifier
 from harmonica.evaluation.image_metrics import label_accuracy, psnr
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import Ddim, SamplerConfig
 from pipelines.config.workflow import TrainConfig
-from pipelines.evaluation.latency import CACHED, FEWER, FULL, steps_as_long
+from pipelines.evaluation.latency import steps_as_long
 from pipelines.evaluation.stage import advice, worth_having
 from pipelines.presets import fashion
 from pipelines.report.terminal import results_table
 from pipelines.tracking.mlflow_runs import numbers
 
 
-def variants(cached_psnr: float, cached_frechet: float) -> dict:
+def result(steps: int, **metrics: float) -> VariantResult:
+    return VariantResult(steps, metrics={key: Estimate(value) for key, value in metrics.items()})
+
+
+def variants(cached_psnr: float, cached_frechet: float) -> dict[str, VariantResult]:
     return {
-        FULL: {"num_inference_steps": 20},
-        CACHED: {"psnr_to_full": cached_psnr, "frechet_to_full": cached_frechet},
-        FEWER: {"psnr_to_full": 35.0, "frechet_to_full": 0.05, "num_inference_steps": 12},
+        FULL: result(20),
+        CACHED: result(20, psnr_to_full=cached_psnr, frechet_to_full=cached_frechet),
+        FEWER: result(12, psnr_to_full=35.0, frechet_to_full=0.05),
     }
 
 
@@ -40,9 +52,9 @@ def variants(cached_psnr: float, cached_frechet: float) -> dict:
     ],
 )
 def test_the_verdict_says_in_words_who_is_nearer(cached, worth, words) -> None:
-    said = worth_having(variants(*cached), TrainConfig())
-    assert said["worth_having"] is worth
-    assert re.search(words, said["verdict"])
+    is_worth, verdict = worth_having(variants(*cached), TrainConfig())
+    assert is_worth is worth
+    assert re.search(words, verdict)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +78,8 @@ def test_the_table_has_half_of_each_interval_and_the_noise_floor_beneath(capsys)
     report = {"cur": 0.4, "ideal_speedup": 1.6, "measured_speedup": 1.5, "realised_share": 0.9, "samples": 16}
     cached = {"psnr_to_full": 40.0, "psnr_to_full_interval": [39.5, 40.7], "frechet_to_full": 0.25}
     floor = {"frechet_to_full": 0.5, "frechet_to_full_interval": [0.25, 0.75], "kid_to_full": 0.1}
-    results_table(report | {"arms": {FULL: {"label_accuracy": 0.9}, CACHED: cached}, "noise_floor": floor})
+    report |= {"arms": {FULL: {"label_accuracy": 0.9}, CACHED: cached}, "noise_floor": floor}
+    results_table(EvaluationReport.from_json(report))
     lines = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in capsys.readouterr().out.splitlines()]
     assert ["variant", "PSNR to full, dB", "Frechet to full", "label accuracy"] in lines
     assert ["cached", "40.00 ±0.60", "0.2500", ""] in lines

@@ -17,7 +17,7 @@ from harmonica.io.paths import is_remote, local, resolved, scrubbed, shown
 from harmonica.io.resolve import local_path
 from pipelines.data.embed_prompts import _storage
 from pipelines.run_state.storage import RunStorage
-from pipelines.tracking.mlflow_runs import find, find_or_create
+from pipelines.tracking.mlflow_runs import find_or_create, find_run
 from pipelines.tracking.mlflow_store import artifacts_of, database_of, tracking_uri
 from pipelines.ui import UiCommand, server_command
 
@@ -157,7 +157,7 @@ def test_mlflow_keeps_its_file_in_an_awkward_folder(name, tmp_path, monkeypatch)
     made = find_or_create("workflow", "r1", str(folder), {"a": 1})
     picture.write_bytes(b"x")
     made.client.log_artifact(made.mlflow_run_id, str(picture))
-    assert find("workflow", "r1", f"{folder}/") == made
+    assert find_run("workflow", "r1", f"{folder}/") == made
     assert (folder / "mlflow.db").stat().st_size
     assert list((folder / "mlartifacts").rglob("picture.png"))
     assert {path.name for path in tmp_path.iterdir()} == {name, "picture.png"}, "and nothing beside it"

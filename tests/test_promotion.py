@@ -10,6 +10,12 @@ import torch
 from tiny_dit import SAMPLER, make_artifact, write_model
 
 from harmonica.core.golden_sample import record_sample
+from harmonica.evaluation.evaluation_report import (
+    Estimate,
+    EvaluationReport,
+    RouterSpeeds,
+    VariantResult,
+)
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
 from pipelines.config.promotion import PromoteConfig
@@ -25,17 +31,15 @@ GATE = PromoteConfig(min_psnr_to_full=30, max_frechet_to_full=0.1, min_speedup=1
 
 
 def report(psnr=40.0, speedup=1.5, frechet=0.01, worth=True):
-    cached = {"psnr_to_full": psnr, "frechet_to_full": frechet, "speedup": speedup, "num_inference_steps": 8}
+    metrics = {"psnr_to_full": Estimate(psnr), "frechet_to_full": Estimate(frechet)}
     words = "Worth having: nearer." if worth else "Not worth having as trained: fewer steps are nearer."
-    return {
-        "samples": 16,
-        "cur": 0.5,
-        "measured_speedup": speedup,
-        "realised_share": 0.9,
-        "arms": {"full": {"num_inference_steps": 8}, "cached": cached},
-        "worth_having": worth,
-        "verdict": words,
-    }
+    return EvaluationReport(
+        variants={"full": VariantResult(8), "cached": VariantResult(8, speedup=speedup, metrics=metrics)},
+        speeds=RouterSpeeds(cur=0.5, ideal_speedup=1.6, measured_speedup=speedup, realised_share=0.9),
+        samples=16,
+        worth_having=worth,
+        verdict=words,
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,8 @@ def test_what_is_not_asked_or_not_measured_holds_nothing_up():
     nothing = PromoteConfig(min_psnr_to_full=0, min_speedup=1, beat_fewer_steps=False)
     bad = report(psnr=1, frechet=9, speedup=1.0, worth=False)
     assert [check.passed for check in quality_checks(bad, nothing)] == [None, None, True, None]
-    del bad["arms"]["cached"]["frechet_to_full"]
+    cached = dataclasses.replace(bad.cached, metrics={"psnr_to_full": Estimate(1)})
+    bad = dataclasses.replace(bad, variants={"cached": cached})
     by_name = {check.name: check for check in quality_checks(bad, GATE)}
     assert by_name["frechet_to_full"].passed is None
     assert by_name["frechet_to_full"].message == "Frechet distance to full is not measured"
@@ -105,9 +110,7 @@ def compared(ours, theirs, new=None, old=None, **tags):
 def test_the_champion_is_beaten_by_a_higher_score(model, new, old, better):
     check = compared(make_artifact(model, seed=1), make_artifact(model, seed=2), new, old)
     assert check.passed is better
-    assert (
-        f"({old['arms']['cached']['psnr_to_full']:.2f} dB at {old['measured_speedup']:.2f}x)" in check.message
-    )
+    assert f"({old.cached.psnr_to_full:.2f} dB at {old.speeds.measured_speedup:.2f}x)" in check.message
 
 
 def test_a_champion_for_something_else_holds_nothing_up(model):

@@ -60,14 +60,14 @@ def test_registered_twice_is_one_version_and_the_newest_run_is_champion(store, m
 
 def test_done_again_it_takes_the_alias_from_no_later_version(store, model, tmp_path):
     run, _, earlier = register_one(store, model, tmp_path / "earlier", "earlier", seed=7)
-    assert registry.was_promoted(registry.find(NAME, run))
+    assert registry.was_promoted(registry.version_of_run(NAME, run))
     _, _, later = register_one(store, model, tmp_path / "later", "later", seed=8)
     assert registry.register(tmp_path / "earlier", name=NAME, run=run) == earlier
     assert registry.resolve(NAME, "champion", run.uri) == later
 
     # Killed between the version and its alias, which is the one case where it is moved.
     run.client.delete_model_version_tag(NAME, earlier, "harmonica.promoted_to")
-    assert not registry.was_promoted(registry.find(NAME, run))
+    assert not registry.was_promoted(registry.version_of_run(NAME, run))
     registry.register(tmp_path / "earlier", name=NAME, run=run)
     assert registry.resolve(NAME, "champion", run.uri) == earlier
 

@@ -20,7 +20,7 @@ from pipelines.run_state.resume import (
 )
 from pipelines.run_state.routers import load_router
 from pipelines.run_state.storage import RunStorage
-from pipelines.tracking.mlflow_runs import find, find_or_create, stage_run
+from pipelines.tracking.mlflow_runs import find_or_create, find_run, stage_run
 from pipelines.training.checkpoints import Checkpoints
 
 STAGES = ("train", "evaluate", "register")
@@ -186,13 +186,13 @@ def test_mlflow_s_run_counts_until_its_successor_is_whole(tmp_path):
         pass
     with pytest.raises(KeyError), stage_run("evaluate", "r1", place, {}, generation=2) as broken:
         raise KeyError
-    assert find("evaluate", "r1", place) == first != broken
+    assert find_run("evaluate", "r1", place) == first != broken
     with stage_run("evaluate", "r1", place, {}, generation=2) as second:
         assert second == broken, "gone on with"
-        assert find("evaluate", "r1", place) == first
-    assert find("evaluate", "r1", place) == second
+        assert find_run("evaluate", "r1", place) == first
+    assert find_run("evaluate", "r1", place) == second
     kept = first.client.get_run(first.mlflow_run_id)
     assert kept.data.tags["harmonica.stage"] == "evaluate (done again)" and kept.info.status == "FINISHED"
     with stage_run("evaluate", "r1", place, {}, generation=3) as third:
         pass
-    assert find("evaluate", "r1", place) == third != second
+    assert find_run("evaluate", "r1", place) == third != second

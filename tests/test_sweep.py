@@ -16,7 +16,7 @@ from pipelines.run_state.storage import RunStorage
 from pipelines.sweep.pareto import front_figure, on_front
 from pipelines.sweep.stage import check_sweep
 from pipelines.sweep.trial import Trial, evaluation_seed, reports_of, trials_of
-from pipelines.tracking.mlflow_runs import find
+from pipelines.tracking.mlflow_runs import find_run
 from pipelines.tracking.registry import current
 
 
@@ -133,7 +133,7 @@ def test_a_sweep_and_its_second_half(arguments, tmp_path, capsys):
     places = [(point["speedup"], point["psnr_to_full"]) for point in first["points"]]
     assert [point["on_front"] for point in first["points"]] == on_front(places)
 
-    parent = find("sweep", "r1", storage.root)
+    parent = find_run("sweep", "r1", storage.root)
     assert current("harmonica-fashion", "champion", parent.uri) is None, "none is promoted"
     stored = parent.client.get_model_version("harmonica-fashion", front[0]["version"])
     assert float(stored.tags["psnr_to_full"]) == pytest.approx(front[0]["psnr_to_full"], rel=1e-4)

@@ -16,11 +16,12 @@ import torch
 
 from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.evaluation.accumulators import MetricAccumulator
+from harmonica.evaluation.evaluation_report import FULL
 from harmonica.evaluation.reference_sets import ReferenceSet
 from harmonica.evaluation.report import Resamples, distances_to_full, variant_metrics
 
 from ..config.workflow import WorkflowConfig
-from ..evaluation.latency import FULL, Variant, median_times
+from ..evaluation.latency import Variant, median_times
 from ..evaluation.quality import (
     NOISE_FLOOR,
     VariantSampler,

@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 from harmonica.cli.common import say
 from harmonica.cli.train import trained
 from harmonica.data.samples import SampleSpec, Shard
+from harmonica.evaluation.evaluation_report import FULL
 from harmonica.models.base import Macs
 from harmonica.models.loading import load_model
 
 from ..config.workflow import TrainConfig, WorkflowConfig
 from ..data.stream import sample_spec
-from ..evaluation.latency import FULL, SEED_OFFSET, Variant, device_of
+from ..evaluation.latency import SEED_OFFSET, Variant, device_of
 from ..run_state.resume import work_folder
 from ..run_state.routers import load_router
 from ..run_state.storage import RunStorage

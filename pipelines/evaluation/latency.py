@@ -16,6 +16,7 @@ from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
 from harmonica.data.batch import Batch
 from harmonica.data.samples import SampleSpec, make_samples
+from harmonica.evaluation.evaluation_report import CACHED, FEWER, FULL, family_variant
 from harmonica.execution.levels import warm_ups
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
@@ -26,7 +27,6 @@ from harmonica.validation.finite import check_finite
 from ..config.workflow import WorkflowConfig
 from ..data.stream import sample_spec
 
-FULL, CACHED, FEWER = "full", "cached", "fewer_steps"
 SEED_OFFSET = 1
 """Offset from the training seed, so that evaluation samples other rows than training."""
 _SHEET = 10
@@ -70,6 +70,10 @@ class Timing:
     """The class or prompt of each image of the sheet."""
     branch_names: tuple[str, ...]
 
+    def speedup(self, name: str) -> float:
+        """Return a variant's measured speedup over full sampling."""
+        return self.seconds_per_image[FULL] / self.seconds_per_image[name]
+
 
 def device_of(use_gpu: bool) -> torch.device:
     """Return the device of a worker."""
@@ -112,11 +116,6 @@ def make_family_variants(config: WorkflowConfig, family: Mapping[str, RouterArti
     return [
         Variant(family_variant(name), config.sampler, one.plan, one.reuse) for name, one in family.items()
     ]
-
-
-def family_variant(name: str) -> str:
-    """Return the name in reports of a family's member."""
-    return f"{CACHED} {name}"
 
 
 def transfer_samplers(config: WorkflowConfig) -> dict[str, SamplerConfig]:

@@ -12,6 +12,17 @@ from matplotlib.figure import Figure
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import record_sample
 from harmonica.evaluation.differences import with_differences
+from harmonica.evaluation.evaluation_report import (
+    CACHED,
+    FEWER,
+    FULL,
+    EvaluationReport,
+    RouterSpeeds,
+    VariantResult,
+    estimates_from_json,
+    family_variant,
+)
+from harmonica.evaluation.metric_table import FRECHET_TO_FULL, METRICS, PSNR_TO_FULL
 from harmonica.evaluation.plots import cached_title, router_heat_map, sample_sheet
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
@@ -19,13 +30,9 @@ from harmonica.samplers import make_sampler
 from ..config.workflow import TrainConfig, WorkflowConfig
 from ..runtime.ray_runtime import plainly
 from .latency import (
-    CACHED,
-    FEWER,
-    FULL,
     Timing,
     Variant,
     device_of,
-    family_variant,
     make_family_variants,
     make_transfer_variants,
     make_variants,
@@ -37,8 +44,8 @@ from .quality import NOISE_FLOOR, evaluate_images
 @plainly()
 def evaluate(
     config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact] | None = None
-) -> tuple[dict[str, Any], dict[str, Figure]]:
-    """Return the report of one router, JSON-ready, and its figures by file name.
+) -> tuple[EvaluationReport, dict[str, Figure]]:
+    """Return the report of one router, and its figures by file name.
 
     Args:
         family: routers for other speeds, by name; each gets a variant on the same noise.
@@ -54,41 +61,43 @@ def evaluate(
     transfer = make_transfer_variants(config, artifact)
     quality = evaluate_images(config, timing.rows, variants + transfer)
     noise_floor = quality[FULL].pop(NOISE_FLOOR, None)
-    report_variants = {variant.name: _times(variant, timing) | quality[variant.name] for variant in variants}
-    for name, member in family.items():
-        variant = report_variants[family_variant(name)]
-        report_variants[family_variant(name)] = variant | _speeds(member, variant["speedup"])
-    report = {
-        "samples": settings.samples,
-        "reuse": artifact.reuse,
-        **_speeds(artifact, report_variants[CACHED]["speedup"]),
-        "arms": report_variants,
-    }
-    if noise_floor:
-        report[NOISE_FLOOR] = noise_floor
-    if transfer:
-        report["transfer"] = {variant.name: quality[variant.name] for variant in transfer}
-    return report | worth_having(report_variants, config.train), _pictures(config, artifact, family, timing)
+    members = {family_variant(name): member for name, member in family.items()}
+    results = {one.name: _result(one, timing, quality[one.name], members.get(one.name)) for one in variants}
+    is_worth, verdict = worth_having(results, config.train)
+    report = EvaluationReport(
+        variants=results,
+        speeds=_speeds(artifact, timing.speedup(CACHED)),
+        samples=settings.samples,
+        reuse=artifact.reuse,
+        noise_floor=_of_metrics(noise_floor) if noise_floor else None,
+        transfer={variant.name: _of_metrics(quality[variant.name]) for variant in transfer},
+        worth_having=is_worth,
+        verdict=verdict,
+    )
+    return report, _pictures(config, artifact, family, timing)
 
 
-def _speeds(artifact: RouterArtifact, measured: float) -> dict[str, Any]:
-    """Return how much a router reuses, and its speedups in MACs and in measured time."""
-    ideal = artifact.ideal_speedup
-    return {
-        "method": artifact.method,
-        "cur": artifact.plan.cur,
-        "ideal_speedup": ideal,
-        "measured_speedup": measured,
-        "realised_share": (1 - 1 / measured) / (1 - 1 / ideal) if ideal > 1 else None,
-    }
+def _speeds(artifact: RouterArtifact, measured: float) -> RouterSpeeds:
+    return RouterSpeeds.of(artifact.method, artifact.plan.cur, artifact.ideal_speedup, measured)
 
 
-def member_report(report: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the report of a family's member, as if it had been evaluated alone."""
-    variant = report["arms"][family_variant(name)]
-    about = ("method", "cur", "ideal_speedup", "measured_speedup", "realised_share")
-    quality = {key: value for key, value in variant.items() if key not in about}
-    return {"samples": report["samples"]} | {key: variant[key] for key in about} | {"arms": {CACHED: quality}}
+def _of_metrics(quality: Mapping[str, Any]) -> VariantResult:
+    return VariantResult(metrics=estimates_from_json(quality))
+
+
+def _result(
+    variant: Variant, timing: Timing, quality: Mapping[str, Any], member: RouterArtifact | None
+) -> VariantResult:
+    """Return a variant's result, with the speeds of its router if it is a family's member."""
+    speedup = timing.speedup(variant.name)
+    return VariantResult(
+        num_inference_steps=variant.num_inference_steps,
+        seconds_per_image=timing.seconds_per_image[variant.name],
+        seconds_spread=timing.spread[variant.name],
+        speedup=speedup,
+        metrics=estimates_from_json(quality),
+        router=_speeds(member, speedup) if member is not None else None,
+    )
 
 
 @plainly()
@@ -127,15 +136,6 @@ def _pictures(
     return pictures
 
 
-def _times(variant: Variant, timing: Timing) -> dict[str, Any]:
-    return {
-        "num_inference_steps": variant.num_inference_steps,
-        "seconds_per_image": timing.seconds_per_image[variant.name],
-        "seconds_spread": timing.spread[variant.name],
-        "speedup": timing.seconds_per_image[FULL] / timing.seconds_per_image[variant.name],
-    }
-
-
 def advice(train: TrainConfig) -> str:
     """Return which setting to change, and which way, if a router is not worth having."""
     turned = {
@@ -150,17 +150,18 @@ def advice(train: TrainConfig) -> str:
     return f"{longer}, or weigh reuse less (train.sdt.beta, which is {train.sdt.beta:g})."
 
 
-def worth_having(variants: dict[str, dict[str, Any]], train: TrainConfig) -> dict[str, Any]:
-    """Return whether the router's images are nearer to full than those of fewer steps at equal time.
+def worth_having(variants: Mapping[str, VariantResult], train: TrainConfig) -> tuple[bool, str]:
+    """Return whether the router's images are nearer to full than those of fewer steps at equal time, and why.
 
     Args:
         train: how it was trained.
     """
     cached, fewer = variants[CACHED], variants[FEWER]
-    nearer = {"PSNR": cached["psnr_to_full"] > fewer["psnr_to_full"]}
-    if "frechet_to_full" in cached:
-        nearer["Frechet distance"] = cached["frechet_to_full"] < fewer["frechet_to_full"]
-    baseline = f"sampling in {fewer['num_inference_steps']} steps at the same measured time"
+    nearer = {"PSNR": METRICS[PSNR_TO_FULL].is_better(cached.psnr_to_full, fewer.psnr_to_full)}
+    if cached.frechet_to_full is not None and fewer.frechet_to_full is not None:
+        frechet = METRICS[FRECHET_TO_FULL]
+        nearer["Frechet distance"] = frechet.is_better(cached.frechet_to_full, fewer.frechet_to_full)
+    baseline = f"sampling in {fewer.num_inference_steps} steps at the same measured time"
     won, lost = [n for n, ok in nearer.items() if ok], [n for n, ok in nearer.items() if not ok]
     if not lost:
         message = (
@@ -171,4 +172,4 @@ def worth_having(variants: dict[str, dict[str, Any]], train: TrainConfig) -> dic
             f"Not worth having as trained: {baseline} is nearer to the full sampler's images by "
             f"{' and '.join(lost)}. {advice(train)}"
         )
-    return {"worth_having": not lost, "verdict": message}
+    return not lost, message

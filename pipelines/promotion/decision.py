@@ -1,5 +1,6 @@
 """Decide whether a registered version becomes the champion, and record the checks of the gate."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,12 +10,14 @@ from mlflow.entities.model_registry import ModelVersion
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import check_sample
+from harmonica.evaluation.evaluation_report import EvaluationReport
+from harmonica.evaluation.metric_table import CUR, IDEAL_SPEEDUP, NUM_INFERENCE_STEPS
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
 
 from ..config.promotion import Promote
 from ..config.workflow import WorkflowConfig
-from ..evaluation.latency import CACHED, device_of
+from ..evaluation.latency import device_of
 from ..tracking import registry
 from ..tracking.mlflow_runs import StageRun, numbers
 from .gate import (
@@ -92,20 +95,20 @@ class Decision:
 
 
 def measurements(
-    artifact: RouterArtifact, report: Mapping[str, Any] | None, *, use_gpu: bool
+    artifact: RouterArtifact, report: EvaluationReport | None, *, use_gpu: bool
 ) -> dict[str, str]:
     """Return a version's tags: what it was made for, and each number of its report."""
     sampler = artifact.sampler
     tags = {
         "reuse": artifact.reuse,
         "sampler": sampler.name,
-        "num_inference_steps": str(sampler.num_inference_steps),
+        NUM_INFERENCE_STEPS: str(sampler.num_inference_steps),
         "guidance_scale": f"{sampler.guidance_scale:g}",
     }
-    found = {"cur": artifact.plan.cur, "ideal_speedup": artifact.ideal_speedup}
+    found = {CUR: artifact.plan.cur, IDEAL_SPEEDUP: artifact.ideal_speedup}
     if report is not None:
-        about = {name: value for name, value in report.items() if name not in ("arms", "transfer")}
-        found |= numbers(about) | numbers(report["arms"][CACHED])
+        about = dataclasses.replace(report, variants={}, transfer={})
+        found |= numbers(about.to_json()) | numbers(report.cached.to_json())
         tags[MEASURED_ON] = "gpu" if use_gpu else "cpu"
     return tags | {name: f"{value:.6g}" for name, value in found.items()}
 
@@ -138,7 +141,7 @@ def _reproduces(config: WorkflowConfig, version: str, uri: str) -> Check:
 def decide(
     config: WorkflowConfig,
     artifact: RouterArtifact,
-    report: Mapping[str, Any] | None,
+    report: EvaluationReport | None,
     version: str,
     run: StageRun,
 ) -> Decision:

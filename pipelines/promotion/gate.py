@@ -9,16 +9,23 @@ guidance among them) and measured on the same kind of device; otherwise the comp
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from mlflow.entities.model_registry import ModelVersion
 
 from harmonica.core.artifact import RouterArtifact
+from harmonica.evaluation.evaluation_report import FEWER, EvaluationReport
+from harmonica.evaluation.metric_table import (
+    FRECHET_TO_FULL,
+    IDEAL_SPEEDUP,
+    MEASURED_SPEEDUP,
+    PSNR_TO_FULL,
+    SPEEDUP,
+    TO_FULL,
+)
 from harmonica.validation.finite import not_finite
 
 from ..config.promotion import PromoteConfig
-from ..evaluation.latency import CACHED
 
 MEASURED_ON = "measured_on"
 """Tag of a version: gpu or cpu."""
@@ -36,12 +43,12 @@ class Check:
     message: str
 
 
-def finite_check(artifact: RouterArtifact, report: Mapping[str, Any] | None) -> Check:
+def finite_check(artifact: RouterArtifact, report: EvaluationReport | None) -> Check:
     """Check that all numbers of a version are finite, whatever `promote` is."""
-    found = {"ideal_speedup": artifact.ideal_speedup}
+    found = {IDEAL_SPEEDUP: artifact.ideal_speedup}
     if report is not None:
-        found["measured_speedup"] = report["measured_speedup"]
-        found |= {name: value for name, value in report["arms"][CACHED].items() if name.endswith("_to_full")}
+        found[MEASURED_SPEEDUP] = report.speeds.measured_speedup
+        found |= {key: one.value for key, one in report.cached.metrics.items() if key.endswith(TO_FULL)}
     message = not_finite(found)
     if not message and artifact.sample_CHW is not None and not artifact.sample_CHW.isfinite().all():
         message = "its recorded sample is not finite"
@@ -53,31 +60,31 @@ def score(psnr_db: float, speedup: float, db_per_doubling: float) -> float:
     return psnr_db + db_per_doubling * math.log2(speedup)
 
 
-def quality_checks(report: Mapping[str, Any], settings: PromoteConfig) -> list[Check]:
+def quality_checks(report: EvaluationReport, settings: PromoteConfig) -> list[Check]:
     """Return the checks that need the report alone."""
-    cached, speedup = report["arms"][CACHED], report["measured_speedup"]
-    psnr, least = cached["psnr_to_full"], settings.min_psnr_to_full
+    speedup = report.speeds.measured_speedup
+    psnr, least = report.cached.psnr_to_full, settings.min_psnr_to_full
     checks = [
         Check(
-            "psnr_to_full",
+            PSNR_TO_FULL,
             psnr >= least if least else None,
             f"PSNR to full is {psnr:.2f} dB, {f'at least {least:g}' if least else 'no bound'} is asked",
         )
     ]
-    if (most := settings.max_frechet_to_full) and "frechet_to_full" in cached:
-        frechet = cached["frechet_to_full"]
+    frechet, most = report.cached.frechet_to_full, settings.max_frechet_to_full
+    if most and frechet is not None:
         message = f"Frechet distance to full is {frechet:.4f}, at most {most:g} is asked"
-        checks.append(Check("frechet_to_full", frechet <= most, message))
+        checks.append(Check(FRECHET_TO_FULL, frechet <= most, message))
     else:
         message = (
             "Frechet distance to full is not measured" if most else "Frechet distance to full is not asked"
         )
-        checks.append(Check("frechet_to_full", None, message))
+        checks.append(Check(FRECHET_TO_FULL, None, message))
     message = f"measured speedup is {speedup:.2f}x, at least {settings.min_speedup:g}x is asked"
-    checks.append(Check("speedup", speedup >= settings.min_speedup, message))
+    checks.append(Check(SPEEDUP, speedup >= settings.min_speedup, message))
     asked = settings.beat_fewer_steps
-    worth = report["verdict"] if asked else "being better than fewer steps is not asked"
-    checks.append(Check("fewer_steps", report["worth_having"] if asked else None, worth.rstrip(".")))
+    worth = (report.verdict or "") if asked else "being better than fewer steps is not asked"
+    checks.append(Check(FEWER, report.worth_having if asked else None, worth.rstrip(".")))
     return checks
 
 
@@ -99,11 +106,11 @@ def compare_with_champion(
     if _is_same_router(ours, theirs):
         return Check(name, True, f"it is the router of version {number}, the champion, again")
     new, old = (
-        score(float(of["psnr_to_full"]), float(of["measured_speedup"]), settings.db_per_doubling)
+        score(float(of[PSNR_TO_FULL]), float(of[MEASURED_SPEEDUP]), settings.db_per_doubling)
         for of in (tags, champion.tags)
     )
     shown = [
-        f"{float(of['psnr_to_full']):.2f} dB at {float(of['measured_speedup']):.2f}x"
+        f"{float(of[PSNR_TO_FULL]):.2f} dB at {float(of[MEASURED_SPEEDUP]):.2f}x"
         for of in (tags, champion.tags)
     ]
     compared = f"score {new:.2f} ({shown[0]}) and version {number}, the champion, {old:.2f} ({shown[1]})"
@@ -119,7 +126,7 @@ def _incomparable(
     made_for, given = theirs.sampler.to_dict(), ours.sampler.to_dict()
     if other := sorted(key for key in made_for | given if made_for.get(key) != given.get(key)):
         return f"it is for another sampler.{other[0]}"
-    if not {"psnr_to_full", "measured_speedup"} <= their_tags.keys():
+    if not {PSNR_TO_FULL, MEASURED_SPEEDUP} <= their_tags.keys():
         return "its numbers are not recorded"
     if their_tags.get(MEASURED_ON) != tags[MEASURED_ON]:
         return f"it was measured on a {their_tags.get(MEASURED_ON)}, this one on a {tags[MEASURED_ON]}"

@@ -4,9 +4,9 @@ import base64
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from harmonica.core.artifact import RouterArtifact
+from harmonica.evaluation.evaluation_report import EvaluationReport
 from harmonica.training.multi_target import target_name
 
 from ..config.workflow import WorkflowConfig
@@ -36,7 +36,7 @@ def register_beside(
     config: WorkflowConfig,
     storage: RunStorage,
     path: str,
-    report: Mapping[str, Any] | None,
+    report: EvaluationReport | None,
     run: mlflow_runs.StageRun,
     tags: Mapping[str, str],
 ) -> str:
@@ -79,27 +79,27 @@ class Publisher:
         family = [self._register_member(name) for name in map(target_name, self._config.train.extra_targets)]
         return message + (f"; beside it, as versions {', '.join(family)}" if family else "")
 
-    def _report(self) -> Any:
+    def _report(self) -> EvaluationReport | None:
         """Return the report of this run's current router, None if it was not evaluated."""
-        return self._storage.read_json(REPORT) if is_current(REPORT, self._storage) else None
+        if not is_current(REPORT, self._storage):
+            return None
+        return EvaluationReport.from_json(self._storage.read_json(REPORT))
 
     def _register_member(self, name: str) -> str:
         """Register a router that training made for another speed."""
-        from ..evaluation.stage import member_report
-
         config = self._config
         report = self._report()
-        about = member_report(report, name) if report else None
+        about = report.of_member(name) if report is not None else None
         stage = f"{FAMILY} {name} of {self._run.mlflow_run_id[:8]}"
         with mlflow_runs.stage_run(stage, config.run_id, config.storage_path, {}, self._run) as run:
             if about is not None:
-                run.log(mlflow_runs.numbers(about))
+                run.log(mlflow_runs.numbers(about.to_json()))
             version = register_beside(config, self._storage, f"{FAMILY}/{name}", about, run, {FAMILY: name})
         return f"{version} ({name})"
 
     def _register(self) -> str:
         config, name = self._config, self._config.registered_model
-        found = registry.find(name, self._run)
+        found = registry.version_of_run(name, self._run)
         if found is not None and registry.was_promoted(found):
             return f"version {found.version} of {name}, done before"
         tags = {"run_id": config.run_id}

@@ -10,6 +10,8 @@ from pathlib import Path
 import jinja2
 from matplotlib.figure import Figure
 
+from harmonica.evaluation.evaluation_report import EvaluationReport
+
 from ..config.workflow import WorkflowConfig
 from ..run_state.resume import (
     COMPARISON,
@@ -54,9 +56,10 @@ def render(config: WorkflowConfig, storage: RunStorage, history: History, versio
     """Return the page as HTML text."""
     numbers = (REPORT, PROMOTION, COMPARISON, SWEEP)
     there = current((*numbers, *_PICTURES), storage)
-    report, decision, compared, swept = (
+    stored, decision, compared, swept = (
         storage.read_json(name) if name in there else None for name in numbers
     )
+    report = EvaluationReport.from_json(stored) if stored else None
     pictures = {name: _data_uri(storage.read_bytes(name)) for name in _PICTURES if name in there}
     pictures |= {name: _data_uri(png_of(figure)) for name, figure in _curves(history, config).items()}
     settings, done = config.to_dict(), {"gate": decision is not None, "served": SERVED in pictures}
@@ -99,7 +102,7 @@ def _curves(history: History, config: WorkflowConfig) -> dict[str, Figure]:
 def _training_history(config: WorkflowConfig) -> History:
     """Return the training's metrics from MLflow; empty, with a warning, if they cannot be read."""
     try:
-        run = mlflow_runs.find("train", config.run_id, config.storage_path)
+        run = mlflow_runs.find_run("train", config.run_id, config.storage_path)
         if run is None:
             return {}
         names = [n for n in run.metric_names() if n in ("loss", "cur") or n.startswith(_LAMBDA)]

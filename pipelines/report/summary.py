@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from harmonica.cli.common import say
+from harmonica.evaluation.evaluation_report import EvaluationReport
 
 from ..config.workflow import WorkflowConfig
 from ..run_state.resume import (
@@ -57,9 +58,9 @@ def summarise(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.Stag
         logger.warning("%s is not complete (%s: %s)", PAGE, type(error).__name__, error)
     there = current((PAGE, REPORT, COMPARISON, SWEEP, PROMOTION, SHEET, HEAT_MAP, SERVED), storage)
     if REPORT in there:
-        report = storage.read_json(REPORT)
+        report = EvaluationReport.from_json(storage.read_json(REPORT))
         results_table(report)
-        say(report["verdict"])
+        say(report.verdict or "")
     say(f"results:  {storage.uri()}")
     for name in there:
         say(f"          {Path(storage.uri(name)) if storage.is_local else name}")

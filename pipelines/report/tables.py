@@ -6,83 +6,51 @@ Numbers that nobody knew of when this was written are shown all the same, under 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harmonica.evaluation.evaluation_report import Estimate, EvaluationReport, estimates_from_json
+from harmonica.evaluation.metric_table import (
+    FRECHET_TO_FULL,
+    INCEPTION_SCORE,
+    LPIPS_TO_FULL,
+    SSIM_TO_FULL,
+    metric_of,
+)
+
 from ..compare.names import shown_name
 from ..compare.ranking import missing_name
-from ..evaluation.latency import CACHED, FULL
 
-_FORMS = {
-    "num_inference_steps": "{:.0f}",
-    "seconds_per_image": "{:.4f}",
-    "seconds_spread": "{:.1%}",
-    "speedup": "{:.2f}x",
-    "ideal_speedup": "{:.2f}x",
-    "cur": "{:.1%}",
-    "psnr_to_full": "{:.2f} dB",
-    "label_accuracy": "{:.1%}",
-    "label_agreement": "{:.1%}",
-}
-_NAMES = {
-    "num_inference_steps": "steps",
-    "seconds_per_image": "s / image",
-    "seconds_spread": "spread of times",
-    "cur": "CUR",
-    "psnr_to_full": "PSNR to full",
-    "ssim_to_full": "SSIM to full",
-    "lpips_to_full": "LPIPS to full",
-    "frechet_to_full": "Frechet to full",
-    "frechet_to_test": "Frechet to test",
-    "kid_to_full": "KID to full",
-    "clip_score": "CLIP score",
-    "label_agreement": "same label",
-}
-_NOT_METRICS = ("method", "target_speedup")
 # What an evaluation can measure, by one of its names, and what it takes.
 _MEASURABLE = {
-    "frechet_to_full": "distances between sets of images (Frechet, KID, ...): no feature extractor",
-    "ssim_to_full": "SSIM to full",
-    "lpips_to_full": "LPIPS to full: no weights were given",
-    "inception_score": "Inception Score: no feature extractor",
+    FRECHET_TO_FULL: "distances between sets of images (Frechet, KID, ...): no feature extractor",
+    SSIM_TO_FULL: "SSIM to full",
+    LPIPS_TO_FULL: "LPIPS to full: no weights were given",
+    INCEPTION_SCORE: "Inception Score: no feature extractor",
 }
 
 Row = tuple[str, list[str]]
 
 
-def named(key: str) -> str:
-    """Return what a metric is called in tables: its name, else its key in words."""
-    return _NAMES.get(key, key.replace("_", " "))
-
-
-def shown(key: str, of: Mapping[str, Any]) -> str:
-    """Return a number with its 95% interval, "" if there is no such number."""
-    value, form = of.get(key), _FORMS.get(key, "{:.4g}")
-    if value is None:
+def shown(key: str, of: Mapping[str, Estimate]) -> str:
+    """Return a number with its unit and its 95% interval, "" if there is no such number."""
+    metric, found = metric_of(key), of.get(key)
+    if found is None:
         return ""
-    if isinstance(value, str | bool):
-        return str(value)
-    interval = of.get(f"{key}_interval")
-    around = " ({} to {})".format(*(form.format(end) for end in interval)) if interval else ""
-    return form.format(value) + around
+    around = " ({} to {})".format(*map(metric.shown, found.interval)) if found.interval else ""
+    return metric.shown(found.value) + around
 
 
-def _keys(of: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys of all numeric values, in the order of their first appearance."""
-    keys = (
-        key
-        for one in of
-        for key, value in one.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    )
-    return [key for key in dict.fromkeys(keys) if key not in _NOT_METRICS]
+def _keys(of: Sequence[Mapping[str, Estimate]]) -> list[str]:
+    """Return the keys of all numbers, in the order of their first appearance."""
+    keys = dict.fromkeys(key for one in of for key in one)
+    return [key for key in keys if key != "target_speedup"]
 
 
-def results(report: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
+def results(report: EvaluationReport) -> tuple[list[str], list[Row]]:
     """Return columns and rows of the results: a column for each variant, a row for each metric."""
-    variants = {**report["arms"], **report.get("transfer", {})}
-    floor = report.get("noise_floor")
-    if isinstance(floor, Mapping):
-        variants["two seeds of full"] = floor
-    keys = _keys(list(variants.values()))
-    rows = [(named(key), [shown(key, variant) for variant in variants.values()]) for key in keys]
+    variants = {**report.variants, **report.transfer}
+    if report.noise_floor is not None:
+        variants["two seeds of full"] = report.noise_floor
+    numbers = [variant.numbers for variant in variants.values()]
+    rows = [(metric_of(key).name, [shown(key, one) for one in numbers]) for key in _keys(numbers)]
     return [name.replace("_", " ") for name in variants], rows
 
 
@@ -93,10 +61,14 @@ def comparison(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
         groups.setdefault(point.get("target_speedup"), []).append(point)
     tables = []
     for target in sorted(groups, key=lambda target: target or 0):
-        keys = _keys(groups[target])
-        rows = [(shown_name(point), [shown(key, point) for key in keys]) for point in groups[target]]
+        numbers = [estimates_from_json(point) for point in groups[target]]
+        keys = _keys(numbers)
+        rows = [
+            (shown_name(point), [shown(key, one) for key in keys])
+            for point, one in zip(groups[target], numbers)
+        ]
         title = f"target {target:.2f}x" if target else "no target"
-        tables.append((title, [named(key) for key in keys], rows))
+        tables.append((title, [metric_of(key).name for key in keys], rows))
     return tables
 
 
@@ -107,17 +79,18 @@ def not_compared(missing: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def sweep(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Row]]:
     """Return the columns and rows of the sweep, a row for each trial."""
-    keys = _keys(points)
-    columns = [*map(named, keys), "lambda", "on the front", "version"]
+    numbers = [estimates_from_json(point) for point in points]
+    keys = _keys(numbers)
+    columns = [*(metric_of(key).name for key in keys), "lambda", "on the front", "version"]
     rows = []
-    for point in points:
+    for point, one in zip(points, numbers):
         ends = [str(point["iepo"]), "yes" if point["on_front"] else "", str(point["version"])]
-        rows.append((str(point["name"]), [*(shown(key, point) for key in keys), *ends]))
+        rows.append((str(point["name"]), [*(shown(key, one) for key in keys), *ends]))
     return columns, rows
 
 
 def not_measured(
-    settings: Mapping[str, Any], report: Mapping[str, Any] | None, done: Mapping[str, bool]
+    settings: Mapping[str, Any], report: EvaluationReport | None, done: Mapping[str, bool]
 ) -> list[str]:
     """Return sentences that say what this run did not measure.
 
@@ -129,9 +102,9 @@ def not_measured(
     if report is None:
         missing.append("Nothing was evaluated: no speed, no quality.")
     else:
-        lacks = [text for key, text in _MEASURABLE.items() if key not in report["arms"][CACHED]]
+        lacks = [text for key, text in _MEASURABLE.items() if key not in report.cached.metrics]
         missing += [text[0].upper() + text[1:] + "." for text in lacks]
-        if "seconds_per_image" in report["arms"][FULL] and not settings["evaluate"]["use_gpu"]:
+        if report.full.seconds_per_image is not None and not settings["evaluate"]["use_gpu"]:
             missing.append("Speed on a GPU: all times are of a CPU.")
         if not settings["evaluate"]["transfer"]:
             missing.append("What the plan is worth under other samplers (evaluate.transfer).")

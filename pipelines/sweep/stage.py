@@ -15,10 +15,18 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from harmonica.cli.common import say
+from harmonica.evaluation.evaluation_report import EvaluationReport
+from harmonica.evaluation.metric_table import (
+    CUR,
+    IDEAL_SPEEDUP,
+    NUM_INFERENCE_STEPS,
+    PSNR_TO_FULL,
+    REALISED_SHARE,
+    SPEEDUP,
+)
 from harmonica.validation.changed_settings import changed_settings
 
 from ..config.workflow import WorkflowConfig
-from ..evaluation.latency import CACHED
 from ..evaluation.stage import evaluate
 from ..promotion.gate import score
 from ..promotion.publishing import register_beside
@@ -68,7 +76,7 @@ class _Progress(tune.Callback):
             return
         self._said = time.monotonic()
         name = Trial(**trial.config["trial"]).name
-        near, faster = result["psnr_to_full"], result["ideal_speedup"]
+        near, faster = result[PSNR_TO_FULL], result[IDEAL_SPEEDUP]
         at = f"{name} at trajectory {result[TRAJECTORY]:.0f}: {near:.1f} dB, ideal {faster:.2f}x"
         say(f"[sweep] {self._ended} of {self.total} trials ended, {at}")
 
@@ -111,7 +119,7 @@ def sweep(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun
         _search(config, storage, trials)
     whole = [trial for trial in trials if _is_trained(storage, trial)]
     points = [_measured(config, storage, trial, run) for trial in whole]
-    places = [(point["speedup"], point["psnr_to_full"]) for point in points]
+    places = [(point[SPEEDUP], point[PSNR_TO_FULL]) for point in points]
     for trial, point, best in zip(whole, points, on_front(places)):
         point["on_front"] = best
         point["version"] = _register(config, storage, trial, point, run) if best else ""
@@ -195,7 +203,7 @@ def _measured(
     folder = place(storage, trial)
     path = f"{folder}/report.json"
     if storage.exists(path):
-        report = storage.read_json(path)
+        report = EvaluationReport.from_json(storage.read_json(path))
     else:
         artifact = load_router(storage, f"{folder}/{ROUTER}")
         settings = dataclasses.replace(
@@ -211,16 +219,27 @@ def _measured(
             for reported in reports_of(storage, trial):
                 if reported[TRAJECTORY] > last:
                     ours.log(reported, step=int(reported[TRAJECTORY]))
-            ours.log(mlflow_runs.numbers(report))
-        storage.write_json(path, report)
-        say(f"[sweep] {trial.name}: {report['verdict']}")
-    cached = report["arms"][CACHED]
-    wanted = ("cur", "ideal_speedup", "realised_share", "samples", "worth_having")
-    point = {"name": trial.name, **dataclasses.asdict(trial), **{name: report[name] for name in wanted}}
-    point |= {name: value for name, value in cached.items() if name != "num_inference_steps"}
-    speedup = report["measured_speedup"]
-    worth = score(cached["psnr_to_full"], speedup, config.promotion.db_per_doubling)
-    return point | {"speedup": speedup, SCORE: worth}
+            ours.log(mlflow_runs.numbers(report.to_json()))
+        storage.write_json(path, report.to_json())
+        say(f"[sweep] {trial.name}: {report.verdict}")
+    return _point(trial, report, config.promotion.db_per_doubling)
+
+
+def _point(trial: Trial, report: EvaluationReport, db_per_doubling: float) -> dict[str, Any]:
+    """Return a trial's settings and its router's numbers, JSON-ready."""
+    speeds, cached = report.speeds, report.cached
+    point = {
+        "name": trial.name,
+        **dataclasses.asdict(trial),
+        CUR: speeds.cur,
+        IDEAL_SPEEDUP: speeds.ideal_speedup,
+        REALISED_SHARE: speeds.realised_share,
+        "samples": report.samples,
+        "worth_having": report.worth_having,
+    }
+    point |= {key: value for key, value in cached.to_json().items() if key != NUM_INFERENCE_STEPS}
+    worth = score(cached.psnr_to_full, speeds.measured_speedup, db_per_doubling)
+    return point | {SPEEDUP: speeds.measured_speedup, SCORE: worth}
 
 
 def _tracked(config: WorkflowConfig, trial: Trial, run: mlflow_runs.StageRun) -> Any:
@@ -239,14 +258,13 @@ def _register(
     folder = place(storage, trial)
     tags = {"sweep": trial.name, "score": f"{point[SCORE]:.6g}"}
     with _tracked(config, trial, run) as ours:
-        return register_beside(
-            config, storage, f"{folder}/{ROUTER}", storage.read_json(f"{folder}/report.json"), ours, tags
-        )
+        report = EvaluationReport.from_json(storage.read_json(f"{folder}/report.json"))
+        return register_beside(config, storage, f"{folder}/{ROUTER}", report, ours, tags)
 
 
 def _sweep_summary(points: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> str:
-    front = sorted((p for p in points if p["on_front"]), key=lambda point: point["speedup"])
-    ends = [f"{p['psnr_to_full']:.1f} dB at {p['speedup']:.2f}x" for p in (front[0], front[-1])]
+    front = sorted((p for p in points if p["on_front"]), key=lambda point: point[SPEEDUP])
+    ends = [f"{p[PSNR_TO_FULL]:.1f} dB at {p[SPEEDUP]:.2f}x" for p in (front[0], front[-1])]
     message = (
         f"{len(front)} of {len(points)} trained routers on the front: {' to '.join(dict.fromkeys(ends))}"
     )

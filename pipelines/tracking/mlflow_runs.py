@@ -119,18 +119,18 @@ def _experiment_id(client: MlflowClient, storage_path: str) -> str:
         return found.experiment_id  # of a workflow that started at the same moment
 
 
-def _find(client: MlflowClient, experiment_id: str, stage: str, run_id: str) -> str:
+def _mlflow_run_id(client: MlflowClient, experiment_id: str, stage: str, run_id: str) -> str:
     """MLflow's id of the run of (run id, stage), "" where there is none."""
     query = f"tags.`{_RUN_TAG}` = '{run_id}' and tags.`{_STAGE_TAG}` = '{stage}'"
     found = client.search_runs([experiment_id], query, max_results=1)
     return found[0].info.run_id if found else ""
 
 
-def find(stage: str, run_id: str, storage_path: str) -> StageRun | None:
+def find_run(stage: str, run_id: str, storage_path: str) -> StageRun | None:
     """The MLflow run of (run id, stage), where there is one."""
     uri = tracking_uri(storage_path)
     client = make_client(uri)
-    found = _find(client, _experiment_id(client, storage_path), stage, run_id)
+    found = _mlflow_run_id(client, _experiment_id(client, storage_path), stage, run_id)
     return StageRun(uri, found) if found else None
 
 
@@ -155,7 +155,7 @@ def find_or_create(
     client = make_client(uri)
     experiment_id = _experiment_id(client, storage_path)
     label = _label(stage, generation)
-    if found := _find(client, experiment_id, label, run_id):
+    if found := _mlflow_run_id(client, experiment_id, label, run_id):
         client.update_run(found, status="RUNNING")
         return StageRun(uri, found)
     tags = {_RUN_TAG: run_id, _STAGE_TAG: label}
@@ -176,9 +176,9 @@ def _take_its_place(stage: str, run_id: str, storage_path: str, generation: int)
     """The run of a stage that has been done again is its run from now on; the one before stays as it was."""
     client = make_client(tracking_uri(storage_path))
     experiment_id = _experiment_id(client, storage_path)
-    if before := _find(client, experiment_id, stage, run_id):
+    if before := _mlflow_run_id(client, experiment_id, stage, run_id):
         client.set_tag(before, _STAGE_TAG, f"{stage} (done again)")
-    if now := _find(client, experiment_id, _label(stage, generation), run_id):
+    if now := _mlflow_run_id(client, experiment_id, _label(stage, generation), run_id):
         client.set_tag(now, _STAGE_TAG, stage)
 
 

@@ -50,7 +50,7 @@ def register(
     RouterArtifact.load(artifact_folder)
     client = run.client
     _ensure_registered_model(client, name)
-    found = find(name, run)
+    found = version_of_run(name, run)
     if found is not None:
         version = str(found.version)
     else:
@@ -86,7 +86,7 @@ def set_tags(client: MlflowClient, name: str, version: str, tags: Mapping[str, s
             client.set_model_version_tag(name, version, key, value)
 
 
-def find(name: str, run: StageRun) -> ModelVersion | None:
+def version_of_run(name: str, run: StageRun) -> ModelVersion | None:
     """The version that `register` has made of this MLflow run."""
     query = f"name = '{name}' and run_id = '{run.mlflow_run_id}'"
     found = run.client.search_model_versions(query, max_results=1)
