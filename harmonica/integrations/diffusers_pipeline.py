@@ -67,8 +67,8 @@ def apply(
             rows of the plan; leave the transformer itself uncompiled then. `auto` does so on CUDA.
 
     Raises:
-        ValueError: no such execution, or `compiled` for recorded branches, there is a plan already, or the router was not made for this model, or
-            its sampler is none that a pipeline can follow.
+        ValueError: no such execution, or `compiled` for recorded branches, there is a plan already, or the
+            router was not made for this model, or its sampler is none that a pipeline can follow.
     """
     if execution not in get_args(PipelineExecution):
         raise ValueError(f"execution is {execution!r}: give one of {', '.join(get_args(PipelineExecution))}")
