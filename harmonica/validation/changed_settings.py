@@ -1,4 +1,4 @@
-"""Settings of a run that are not those it was started with, in words that show these alone."""
+"""The difference between a run's settings and those that it was started with, in words."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -7,12 +7,12 @@ _SHOWN = 3
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
-    """What differs, such as `compare.samples was 64 and is 32`; "" where nothing does.
+    """Return what differs, such as `compare.samples was 64 and is 32`; "" if nothing does.
 
     Args:
-        before: as JSON has it, nested by section.
-        now: the same of the settings that are given now.
-        free: names that may differ, sections or single settings, such as `serve` and `train.num_workers`.
+        before: the earlier settings as JSON has them, nested by section.
+        now: the present settings, likewise.
+        free: sections or single settings that may differ, such as `serve` and `train.num_workers`.
     """
     others = list(_walk(before, now, "", free))
     left_out = len(others) - _SHOWN
@@ -33,5 +33,5 @@ def _walk(before: Any, now: Mapping[str, Any], prefix: str, free: Collection[str
 
 
 def _shown(value: Any) -> str:
-    """Of a section that was not given at all, no more than that."""
+    """Return a value as the message shows it; for a missing section, just that it was not given."""
     return "given" if isinstance(value, Mapping) else "not given" if value is None else repr(value)
