@@ -1,1 +1,1 @@
-"""What a model is given: batches of noise, class names, prompts and their embeddings."""
+"""The inputs of a model: batches of noise, class names, prompts and their embeddings."""

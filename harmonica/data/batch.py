@@ -1,4 +1,4 @@
-"""A batch of samples: noise, what the images are to show, and the keys of further noise."""
+"""Batches of samples: noise, conditions, and the keys of further noise."""
 
 from dataclasses import dataclass
 from typing import Any

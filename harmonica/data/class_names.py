@@ -1,4 +1,4 @@
-"""Classes by the names people give them."""
+"""Class labels by class name."""
 
 import difflib
 
@@ -6,16 +6,16 @@ _NAMED_CLASSES = 20  # more than these are not listed in an error
 
 
 class UnknownClass(ValueError):
-    """No class, or no single one, of that name."""
+    """No class has the name, or several have."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
-        """`unknown_class` or `ambiguous_class`."""
+        """The error code, `unknown_class` or `ambiguous_class`."""
 
 
 def find_class(name: str, class_names: tuple[str, ...]) -> int:
-    """Label of a class name in any case, one of its comma-separated synonyms, or its number.
+    """Return the label of a class by its name in any case, one of its synonyms, or its number.
 
     Raises:
         UnknownClass: unknown, or a synonym of several classes.

@@ -1,4 +1,4 @@
-"""What pictures are asked to show, as the model takes it: labels, or prompts embedded on the spot.
+"""The conditions of images as a model takes them: labels, or prompts embedded at once.
 
 Training reads embeddings from a store (`harmonica.data.prompts`); this is for serving and single samplings.
 Shapes: N rows, S text tokens, C width of the text encoder.
@@ -25,27 +25,27 @@ from harmonica.models.loading import LoadedModel
 from harmonica.models.text_condition import TextCondition
 
 _CACHED_PROMPTS = 128
-"""2.4 MB each at 300 tokens of width 4096."""
+"""Number of prompts whose embeddings are kept, 2.4 MB each at 300 tokens of width 4096."""
 
 
 class Conditions(Protocol):
-    """Makes a batch's condition."""
+    """A factory of batch conditions."""
 
     def check(self, subject: int | str, negative_prompt: str) -> None:
-        """Prepare a row before its batch, from any thread, or say why it cannot be drawn.
+        """Prepare a row before its batch, from any thread, or raise if it cannot be drawn.
 
         Raises:
-            PromptTooLong: where that is refused.
+            PromptTooLong: the prompt is over the limit, and such prompts are refused.
         """
         ...
 
     def of(self, subjects: Sequence[int | str], negative_prompts: Sequence[str]) -> Tensor | TextCondition:
-        """One row a picture: (N,) labels, or a `TextCondition`."""
+        """Return the condition of N images: labels (N,), or a `TextCondition`."""
         ...
 
 
 class Labels:
-    """Conditions of a class-conditional model."""
+    """The conditions of a class-conditional model, which are labels."""
 
     def __init__(self, device: str | torch.device) -> None:
         self._device = device
@@ -58,7 +58,7 @@ class Labels:
 
 
 class Prompts:
-    """Conditions of a text-to-image model; the last prompts' embeddings are kept.
+    """The conditions of a text-to-image model; the last prompts' embeddings are kept.
 
     A prompt is embedded alone, so that its embedding does not depend on who asked at the same time.
     """
@@ -107,7 +107,7 @@ class Prompts:
         )
 
     def _embedded(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """Embedding (S, C) and mask (S,)."""
+        """Return the embedding (S, C) and the mask (S,) of a prompt."""
         with self._lock:
             if prompt not in self._kept:
                 embeddings, mask = self._encoder.encode([prompt], self._max_tokens, self._over_limit)
@@ -125,10 +125,10 @@ def make_conditions(
     over_limit: OverLimit = "truncate",
     dtype: EncoderDtype = "bfloat16",
 ) -> Conditions:
-    """For a loaded model; its text encoder is loaded where it takes prompts.
+    """Return the conditions of a loaded model, with its text encoder if it takes prompts.
 
     Raises:
-        ValueError: it takes prompts and came without a text encoder.
+        ValueError: the model takes prompts and has no text encoder.
     """
     if loaded.model.num_classes:
         return Labels(device)
@@ -137,7 +137,7 @@ def make_conditions(
 
 
 def check_conditions(loaded: LoadedModel) -> None:
-    """Whether `make_conditions` will find what it needs, without loading a text encoder.
+    """Check that `make_conditions` can work, without loading a text encoder.
 
     Raises:
         ValueError: the model takes prompts, and what embeds them is missing, incomplete or another model's.
@@ -147,10 +147,10 @@ def check_conditions(loaded: LoadedModel) -> None:
 
 
 def text_folder_of(loaded: LoadedModel) -> Path:
-    """Where the text encoder of a model that takes prompts lies.
+    """Return the folder with the text encoder of a model that takes prompts.
 
     Raises:
-        ValueError: it came without one.
+        ValueError: the model has none.
     """
     if loaded.text_folder is None:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""How embedded prompts lie on disk: a folder of Parquet parts, and `store.json`, which is written last.
+"""The file format of embedded prompts: a folder of Parquet parts and a `store.json`.
 
-A row of a part holds a prompt, its number of tokens and their embeddings: the bits of bfloat16, of its
-own tokens alone, since padding is the same number of zeros whenever it is wanted.
+`store.json` is written last. A row of a part holds a prompt, its number of tokens and their embeddings, as
+the bits of bfloat16. Padding is not stored, since it is zeros.
 """
 
 import hashlib
@@ -29,31 +29,31 @@ class PromptRows(NamedTuple):
     """Embedded prompts: N of them, padded to S tokens, of width C."""
 
     embeddings: Tensor
-    """(N, S, C)."""
+    """Embeddings (N, S, C)."""
     mask: Tensor
-    """(N, S) bool, False at padding."""
+    """Mask (N, S) bool, False at padding."""
     prompts: list[str]
-    """As the encoder saw them."""
+    """The N prompts after preprocessing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a store says of itself."""
+    """The description of a store, as `store.json` holds it."""
 
     encoder: dict[str, Any]
-    """`text_encoder.encoder_identity` of whoever embedded."""
+    """The `text_encoder.encoder_identity` of the encoder that embedded."""
     dtype: str
-    """Precision it embedded in; stored is bfloat16."""
+    """The encoder's precision; stored embeddings are bfloat16."""
     max_tokens: int
-    """What a prompt is padded to."""
+    """Number of tokens that a prompt is padded to."""
     width: int
-    """Of the embeddings."""
+    """Width C of the embeddings."""
     count: int
-    """Rows."""
+    """Number of rows."""
     tokens: int
-    """Tokens of all rows, without padding."""
+    """Number of tokens of all rows, without padding."""
     truncated: int
-    """Rows whose prompt lost its end."""
+    """Number of rows whose prompt was truncated."""
     parts: list[list[Any]]
     """Name and rows of each part, in order."""
     negative: str
@@ -62,25 +62,25 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Tells stores apart: the encoder, and every prompt in order, as parts are named by theirs."""
+        """Return the digest of the encoder and of all prompts in order; part names hold the latter."""
         said = json.dumps(asdict(self), sort_keys=True)
         return f"sha256:{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
 def part_path(name: str) -> str:
-    """Where a part lies in its store."""
+    """Return the path of a part in its store."""
     return f"{_PARTS}/{name}{_SUFFIX}"
 
 
 def stored_parts(uri: str) -> set[str]:
-    """Names of the parts that a store has, finished or not."""
+    """Return the names of the parts that a store has, finished or not."""
     filesystem, root = open_uri(uri, "prompt store")
     found = filesystem.get_file_info(fs.FileSelector(f"{root}/{_PARTS}", allow_not_found=True))
     return {info.base_name.removesuffix(_SUFFIX) for info in found if info.base_name.endswith(_SUFFIX)}
 
 
 def part_bytes(batches: Iterable[PromptRows]) -> bytes:
-    """A part as a Parquet file.
+    """Return the content of a part, a Parquet file.
 
     A row group a row, so that a row is read without its neighbours; neither compressed nor in a
     dictionary, so that to read it is to copy it.
@@ -98,10 +98,10 @@ def part_bytes(batches: Iterable[PromptRows]) -> bytes:
 
 
 def read_manifest(uri: str) -> Manifest | None:
-    """None where there is none yet.
+    """Read the manifest of a store; None if it is not written yet.
 
     Raises:
-        ValueError: unreadable, or of another version of this program.
+        ValueError: the manifest is unreadable, or of another version of this program.
     """
     filesystem, root = open_uri(uri, "prompt store")
     cure = "embed the prompts again, into a new folder"

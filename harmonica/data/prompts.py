@@ -1,4 +1,4 @@
-"""Embedded prompts, of which training reads single rows by number, with no text encoder in memory.
+"""Stores of embedded prompts; training reads their rows by number, without a text encoder.
 
 Row i is the i-th distinct prompt of the input, whoever embedded it and however often that broke off. The
 negative prompt "" is kept apart, so that no row is ever drawn from it. Padding comes back as zeros, which
@@ -26,17 +26,20 @@ _OPEN_PARTS = 16  # the footer of an open one takes some 170 bytes a row
 
 
 class PromptStore:
-    """A finished store. Pickled, it is its address, and opens again where it arrives."""
+    """A finished store of embedded prompts.
+
+    A pickled store holds the address alone, and opens the store again when it is loaded.
+    """
 
     def __init__(self, uri: str | Path, digest: str = "") -> None:
         """Open a finished store.
 
         Args:
             uri: a local folder or an s3:// URI.
-            digest: refuse the store if it is not this one.
+            digest: the digest that the store has to have, if given.
 
         Raises:
-            ValueError: no store, an unfinished one or another one.
+            ValueError: there is no store, or an unfinished one, or its digest is another.
         """
         self.uri = str(uri)
         manifest = read_manifest(self.uri)
@@ -65,23 +68,23 @@ class PromptStore:
         return shown(self.uri)
 
     def __len__(self) -> int:
-        """Without the negative prompt."""
+        """Return the number of prompts, without the negative prompt."""
         return self.manifest.count
 
     @property
     def row_bytes(self) -> int:
-        """Of a row in memory: the padded embedding and its mask."""
+        """Return the bytes of a row in memory: the padded embedding and its mask."""
         return self.manifest.max_tokens * (2 * self.manifest.width + 1)
 
     @property
     def mean_stored_bytes(self) -> float:
-        """Of a row's embedding on disk, without padding."""
+        """Return the mean bytes of a row's embedding on disk, without padding."""
         return 2 * self.manifest.width * self.manifest.tokens / self.manifest.count
 
     def check(
         self, model_width: int, max_tokens: int, encoder_identity: Mapping[str, Any] | None = None
     ) -> None:
-        """Refuse a store that was not made for a model.
+        """Check that the store was made for a model.
 
         Args:
             model_width: of the embeddings that the model takes.
@@ -89,7 +92,7 @@ class PromptStore:
             encoder_identity: `text_encoder.encoder_identity` of its text encoder, where that is at hand.
 
         Raises:
-            ValueError: names what differs.
+            ValueError: the store is another model's; the message names what differs.
         """
         made = self.manifest
         pairs: list[tuple[str, Any, Any]] = [("width", made.width, model_width)]
@@ -103,15 +106,15 @@ class PromptStore:
             )
 
     def row(self, index: int) -> tuple[Tensor, Tensor, str]:
-        """Embedding (S, C), mask (S,) and prompt of one row."""
+        """Return the embedding (S, C), the mask (S,) and the prompt of one row."""
         embeddings, mask, prompts = self.rows([index])
         return embeddings[0], mask[0], prompts[0]
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> PromptRows:
-        """Rows in the order asked for, embeddings (N, S, C) in bfloat16 with zeros at padding.
+        """Return rows in the order given, embeddings (N, S, C) in bfloat16 with zeros at padding.
 
         Raises:
-            ValueError: no such row, or its part is missing or damaged.
+            ValueError: there is no such row, or its part is missing or damaged.
         """
         wanted = np.asarray(indices, np.int64)
         outside = wanted[(wanted < 0) | (wanted >= len(self))]
@@ -122,19 +125,22 @@ class PromptStore:
         return self._read(list(zip(names, (wanted - self._starts[parts]).tolist())))
 
     def columns(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """embedding (N, S, C) int16, the bits of bfloat16, which numpy lacks; mask (N, S) bool."""
+        """Return the columns `embedding` (N, S, C) and `mask` (N, S) bool of rows.
+
+        Embeddings are int16, the bits of bfloat16, which numpy lacks.
+        """
         embeddings, mask, _ = self.rows(indices)
         return {"embedding": embeddings.view(torch.int16).numpy(), "mask": mask.numpy()}
 
     def negative(self) -> tuple[Tensor, Tensor]:
-        """Embedding (1, S, C) and mask (1, S) of the negative prompt, read once."""
+        """Return the embedding (1, S, C) and mask (1, S) of the negative prompt; it is read once."""
         if self._negative is None:
             rows = self._read([(self.manifest.negative, 0)])
             self._negative = rows.embeddings, rows.mask
         return self._negative
 
     def _read(self, places: list[tuple[str, int]]) -> PromptRows:
-        """The rows at (part, row of it)."""
+        """Read the rows at places (part, row in it)."""
         shape = len(places), self.manifest.max_tokens, self.manifest.width
         bits_NSC, mask_NS, prompts = np.zeros(shape, np.int16), np.zeros(shape[:2], bool), []
         for n, (name, row) in enumerate(places):
@@ -164,11 +170,11 @@ class PromptStore:
 def text_condition(
     columns: Mapping[str, Any], store: PromptStore, pixels: tuple[int, int] | None = None
 ) -> TextCondition:
-    """What the model is told, of rows with `PromptStore.columns`, as streamed.
+    """Return the model's condition from streamed rows with `PromptStore.columns`.
 
     Args:
-        columns: numpy's, which Ray makes read-only, or torch's.
-        pixels: height and width of the images, for a model that is told them.
+        columns: numpy arrays, which Ray makes read-only, or torch tensors.
+        pixels: height and width of the images, for a model that is conditioned on them.
     """
     bits, mask = (
         value if isinstance(value, Tensor) else torch.tensor(value)

@@ -1,4 +1,4 @@
-"""Samples (index, label, noise, for text also the embedded prompt): what routers train and are evaluated on.
+"""Samples for training and evaluation: index, label, noise, and for text the embedding.
 
 A sample is a pure function of (seed, index), without any image. Its label is a class, or the number of a
 prompt in its store. Which samples form trajectory k is a function of k and the global batch size alone, never
@@ -21,7 +21,7 @@ from harmonica.samplers.noise import SampleKeys, sample_label, sample_noise
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """The seed and shape of a run's samples; pickled, its prompts are an address."""
+    """The seed and shape of a run's samples; pickled prompts are an address."""
 
     seed: int
     num_classes: int

@@ -1,7 +1,7 @@
-"""The text encoder of a PixArt pipeline's folder: prompts to embeddings, as diffusers' `encode_prompt`.
+"""The text encoder of a PixArt pipeline: it embeds prompts as diffusers' `encode_prompt` does.
 
-Embeddings are made once (`pipelines.data.embed_prompts`) and read from then on: nobody who trains a
-router loads this. Shapes: N prompts, S max_tokens, C width of the encoder.
+Embeddings are made once (`pipelines.data.embed_prompts`) and then read, so that no training of a router
+loads the encoder. Shapes: N prompts, S max_tokens, C width of the encoder.
 """
 
 import hashlib
@@ -34,15 +34,15 @@ _PROBE = "a photo of 2 cats, 3/4 view; it's café № 5 - 猫 🙂 <b>\ttab</b>"
 
 
 def preprocess(prompt: str) -> str:
-    """A prompt as the encoder sees it: diffusers' `_text_preprocessing` without `clean_caption`."""
+    """Preprocess a prompt as diffusers' `_text_preprocessing` does without `clean_caption`."""
     return prompt.lower().strip()
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The T5 tokenizer of a pipeline's folder.
+    """Load the T5 tokenizer of a pipeline's folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder has none.
     """
     part = _part(folder, "tokenizer", "tokenizer_config.json")
     if not any((part / words).is_file() for words in _WORDS):
@@ -57,7 +57,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
-    """Tokens of each preprocessed prompt, its end token among them, however many a model takes."""
+    """Return the number of tokens of each preprocessed prompt, with its end token, untruncated."""
     if not prompts:
         return []
     # verbose: the tokenizer's own limit says nothing of the model's.
@@ -65,7 +65,7 @@ def token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
 
 
 def check_text_encoder(folder: Path, width: int) -> None:
-    """Whether a pipeline's folder has all that `TextEncoder.load` reads, at the cost of its configuration.
+    """Check that a pipeline's folder has all that `TextEncoder.load` reads; load its config alone.
 
     Args:
         width: of the embeddings that the model takes.
@@ -84,7 +84,7 @@ def check_text_encoder(folder: Path, width: int) -> None:
 
 
 class PromptTooLong(ValueError):
-    """A prompt has more tokens than the model reads, and that is to be refused.
+    """A prompt is refused because it has more tokens than the model reads.
 
     Args:
         message: the whole message.
@@ -101,13 +101,13 @@ class PromptTooLong(ValueError):
 
 
 def over_limit_message(prompt: str, tokens: int, many: int, total: int, max_tokens: int) -> str:
-    """What warnings and errors say of prompts that are too long; `prompt` is the first of them."""
+    """Return the message about prompts that are too long; `prompt` is the first of them."""
     shown = prompt if len(prompt) <= 60 else f"{prompt[:60]}..."
     return f"{many} of {total} prompts have more than {max_tokens} tokens, the first {tokens}: {shown!r}"
 
 
 def encoder_identity(folder: Path, max_tokens: int) -> dict[str, Any]:
-    """What embeddings depend on, JSON-ready; weights are looked at where they lie, not loaded.
+    """Return what embeddings depend on, as JSON values, without loading the weights.
 
     Precision is no part of it, nor is the format that weights and tokenizer are stored in.
     """
@@ -139,10 +139,10 @@ class TextEncoder:
     def load(
         cls, folder: Path, device: str | torch.device = "cpu", dtype: EncoderDtype = "bfloat16"
     ) -> "TextEncoder":
-        """Of a pipeline's folder with `tokenizer/` and `text_encoder/`, whatever else it holds.
+        """Load the encoder of a pipeline's folder, which has `tokenizer/` and `text_encoder/`.
 
         Raises:
-            ValueError: a part is missing, or is no T5's.
+            ValueError: a part is missing, or is not of a T5.
         """
         tokenizer = load_tokenizer(folder)
         _config(folder)
@@ -160,28 +160,28 @@ class TextEncoder:
 
     @property
     def width(self) -> int:
-        """C."""
+        """Return C, the width of the embeddings."""
         return int(self.model.config.d_model)
 
     def identity(self, max_tokens: int) -> dict[str, Any]:
-        """See `encoder_identity`."""
+        """Return the `encoder_identity` of this encoder."""
         return encoder_identity(self.folder, max_tokens)
 
     @torch.no_grad()
     def encode(
         self, prompts: Sequence[str], max_tokens: int, over_limit: OverLimit = "truncate"
     ) -> tuple[Tensor, Tensor]:
-        """Embeddings (N, S, C) in the encoder's precision and mask (N, S) bool, on its device.
+        """Return the embeddings (N, S, C) in the encoder's precision and the mask (N, S) bool, on its device.
 
-        As in diffusers, padding has embeddings too; what attends to them has to heed the mask.
+        As in diffusers, padding has embeddings too, which attention has to mask.
 
         Args:
-            max_tokens: S; alpha's pipeline pads to 120, Sigma's to 300.
-            over_limit: longer prompts lose their end, which is said once a call, or are refused.
+            max_tokens: S; PixArt-alpha's pipeline pads to 120, PixArt-Sigma's to 300.
+            over_limit: whether longer prompts are truncated, with one warning a call, or refused.
 
         Raises:
-            ValueError: no prompts.
-            PromptTooLong: a prompt is over the limit and that is to be refused.
+            ValueError: there are no prompts.
+            PromptTooLong: a prompt is over the limit, and `over_limit` refuses it.
             NotFinite: an embedding is not finite.
         """
         if not prompts:
@@ -210,7 +210,7 @@ class TextEncoder:
         return embeddings, mask.bool()
 
     def _check_lengths(self, full: list[str], total: int, max_tokens: int, over_limit: OverLimit) -> None:
-        """Of prompts that fill all S tokens, which lost some?"""
+        """Warn of prompts that were truncated, or refuse them."""
         if not full:
             return
         over = [pair for pair in zip(full, token_counts(self.tokenizer, full)) if pair[1] > max_tokens]
@@ -223,7 +223,7 @@ class TextEncoder:
 
 
 def _part(folder: Path, name: str, needed: str) -> Path:
-    """A subfolder, looked at before transformers takes a missing one for the name of a hub's model."""
+    """Return a subfolder; refuse a missing one, which transformers would take for a hub id."""
     if not (folder / name / needed).is_file():
         held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Files, local and remote: paths, object stores, the hub, and the safe reading of weights."""
+"""Local and remote files: paths, object stores, the hub, and the safe reading of weights."""

@@ -1,4 +1,4 @@
-"""Opening of paths and URIs, in one way for all that read or write files.
+"""The opening of paths and URIs for all code that reads or writes files.
 
 S3 is set up as Amazon's own tools are, by environment and `~/.aws`, so that pyarrow, boto3 and MLflow agree;
 `pipelines.run_state.storage.settle_endpoint` tells those that read less than others.
@@ -38,6 +38,6 @@ def open_uri(uri: str, field: str, *, patient: bool = False) -> tuple[fs.FileSys
 
 
 def _patient(filesystem: fs.S3FileSystem) -> fs.S3FileSystem:
-    """Make the file system again as unpickling does, since a URI cannot say how often to try."""
+    """Make the file system again as unpickling does, since a URI cannot set the number of retries."""
     _, (settings,) = filesystem.__reduce__()
     return fs.S3FileSystem(**settings, retry_strategy=fs.AwsDefaultS3RetryStrategy(_PATIENT_TRIES))

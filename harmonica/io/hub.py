@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, at a pinned revision, through huggingface_hub's own cache."""
+"""Models of the Hugging Face hub at a pinned revision, in huggingface_hub's own cache."""
 
 import glob
 import logging
@@ -14,10 +14,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def from_hub(repo: str, revision: str, field: str) -> Path:
-    """The snapshot's folder, downloaded unless it is cached; HF_HUB_OFFLINE keeps to the cache.
+    """Return the snapshot's folder, downloaded unless cached; HF_HUB_OFFLINE uses the cache alone.
 
     Raises:
-        ValueError: no revision, or not there and not to be had.
+        ValueError: there is no revision, or the snapshot is not cached and cannot be downloaded.
     """
     if not revision:
         where = "model.revision" if field == "model.path" else f"{field}={repo}@commit"

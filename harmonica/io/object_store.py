@@ -1,4 +1,4 @@
-"""Models in an object store, copied once into `$HARMONICA_CACHE` (default `~/.cache/harmonica`).
+"""Models of an object store, copied once to `$HARMONICA_CACHE` (default `~/.cache/harmonica`).
 
 A copy is keyed by the URI and by names, sizes and times of the objects, so a changed object is fetched
 anew; copies are never deleted, since a running model may be mapped from one.

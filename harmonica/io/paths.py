@@ -1,4 +1,4 @@
-"""Resolving of paths and URIs, in one way for every setting, command and function.
+"""The resolution of paths and URIs for all settings, commands and functions.
 
 A path is local (absolute, relative, with `~`, or a file:// URI) or lies in an object store (s3://, gs://).
 """

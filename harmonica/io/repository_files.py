@@ -1,8 +1,8 @@
-"""Which files of a model's folder are read: one answer for local folders, object stores and the hub.
+"""The choice of files to read of a model's folder, which is local, in a store or on the hub.
 
-A folder may hold its weights several times. What is loaded, whatever precision is configured, so that every
-machine has the same weights and hence the same identity: those in full precision, else the variant `bf16`,
-else `fp16` (diffusers' `variant=`); of each, safetensors before `.bin`, one file before shards.
+A folder may hold its weights several times. Those in full precision are loaded, else the variant `bf16`, else
+`fp16` (diffusers' `variant=`); of each, safetensors before `.bin`, one file before shards. The configured
+precision does not matter, so that every machine has the same weights and hence the same identity.
 """
 
 import json
@@ -11,15 +11,15 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 INDEX = "model_index.json"
-"""What makes a folder a pipeline's: it lists the parts."""
+"""The file that makes a folder a pipeline's; it lists the parts."""
 MODEL_STEMS = ("diffusion_pytorch_model",)
 ENCODER_STEMS = ("model", "pytorch_model")
 """Names of weight files, as diffusers and transformers give them; the last for `.bin`."""
 OWN_WEIGHTS = ("model.safetensors", "model.pt")
-"""Of a folder in our own layout, beside its `config.json`; the first that is there."""
+"""The weight files of a folder in our own layout, beside `config.json`; the first one there is read."""
 
 _PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
-"""Of a pipeline: whatever else it lists is not read."""
+"""The parts of a pipeline that are read; others that it lists are not."""
 _WORDS = (".json", ".model", ".txt")  # a tokenizer's own, and sentencepiece's
 _VARIANTS = ("", "bf16", "fp16")
 _FORMATS = ("safetensors", "bin")
@@ -34,7 +34,7 @@ _NAMED = 12  # files that an error names
 
 
 class RepositoryMalformed(ValueError):
-    """What lies in a repository cannot be understood, though it can be reached."""
+    """A repository can be reached, but its content is invalid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +42,23 @@ class Weights:
     """The weight files of one folder that are loaded, by name."""
 
     files: tuple[str, ...]
-    """One, or the shards in order."""
+    """The name of the one file, or those of the shards in order."""
     index: str = ""
-    """Says which tensor is in which shard; empty for one file."""
+    """The index that maps tensors to shards; "" for one file."""
     variant: str = ""
-    """`bf16`, `fp16`, or empty for full precision."""
+    """The variant: `bf16`, `fp16`, or "" for full precision."""
 
     @property
     def is_safe(self) -> bool:
-        """Whether they are safetensors."""
+        """Return whether the files are safetensors."""
         return self.files[0].endswith(".safetensors")
 
 
 def choose_weights(names: Iterable[str], stems: tuple[str, ...]) -> Weights | None:
-    """Of the files of one folder, those whose tensors are to be loaded; None where there are no weights.
+    """Return the weight files to load of one folder's files; None if there are none.
 
     Args:
-        stems: how weight files are called, `MODEL_STEMS` or `ENCODER_STEMS`.
+        stems: the names of weight files, `MODEL_STEMS` or `ENCODER_STEMS`.
     """
     whole: dict[tuple[str, str], str] = {}
     shards: dict[tuple[str, str], list[str]] = {}
@@ -83,7 +83,9 @@ def choose_weights(names: Iterable[str], stems: tuple[str, ...]) -> Weights | No
 
 
 def bare_checkpoint(names: Iterable[str], source: str) -> str:
-    """The one checkpoint of a folder without a configuration, "" for none; of one name, the safetensors.
+    """Return the one checkpoint of a folder without a configuration; "" if there is none.
+
+    Of files of one name it is the safetensors.
 
     Raises:
         ValueError: there are several.
@@ -103,19 +105,19 @@ def bare_checkpoint(names: Iterable[str], source: str) -> str:
 
 
 def listing(names: Iterable[str]) -> str:
-    """Some names, for an error."""
+    """Return some of the names, for an error."""
     names = sorted(names)
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more or "nothing"
 
 
 def own_weights(names: Collection[str]) -> str:
-    """The weights of a folder in our own layout, "" for none."""
+    """Return the weight file of a folder in our own layout; "" if there is none."""
     return next((name for name in OWN_WEIGHTS if name in names), "")
 
 
 def wanted(names: Iterable[str], read: Callable[[str], bytes], source: str) -> list[str]:
-    """The files of a repository that loading may need, sorted.
+    """Return the files of a repository that loading may need, sorted.
 
     A pipeline's are its index and, of the parts that this lists and that are read here, the configurations,
     the chosen weights and a tokenizer's words. Without an index, the same of a part or of several.
@@ -146,7 +148,7 @@ def wanted(names: Iterable[str], read: Callable[[str], bytes], source: str) -> l
 
 
 def listed_parts(index: bytes, source: str) -> list[str]:
-    """The parts that a `model_index.json` lists, of those that are read here.
+    """Return the parts that a `model_index.json` lists and that are read here.
 
     Raises:
         ValueError: it is no JSON object.
@@ -162,7 +164,7 @@ def listed_parts(index: bytes, source: str) -> list[str]:
 
 
 def _of_part(part: str, own: list[str]) -> list[str]:
-    """Paths of one part's files that are read."""
+    """Return the paths of one part's files that are read."""
     if part == "tokenizer":
         kept = [name for name in own if name.endswith(_WORDS)]
     else:

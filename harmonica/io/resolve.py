@@ -1,4 +1,4 @@
-"""From what a configuration calls a model to a local path."""
+"""The resolution of a configured model path to a local path."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 
 
 def pinned(path: str, revision: str) -> str:
-    """`path` with its revision in it, where `local_path` would take it for the id of one that names none."""
+    """Return `path` with the revision added if it is a hub id without one."""
     found = _HUB_ID.fullmatch(path)
     if not revision or found is None or found[2] or Path(resolved(path, "model.path")).exists():
         return path
@@ -23,16 +23,16 @@ def pinned(path: str, revision: str) -> str:
 
 
 def local_path(path: str, revision: str = "", *, field: str = "model.path") -> Path:
-    """Where `path` lies on this machine, fetched into a cache first if it is remote.
+    """Return the local path of `path`, fetched into a cache first if it is remote.
 
     Args:
         path: `builtin:fashion-dit` or `builtin:fashion-pixart`, a file or folder (see `harmonica.io.paths`),
             an s3:// or gs:// URI, or a Hugging Face id, `org/name` or `org/name@revision`.
-        revision: Of a Hugging Face id that names none.
-        field: What errors call `path`.
+        revision: the revision of a Hugging Face id that names none.
+        field: the name of `path` in errors.
 
     Raises:
-        ValueError: it is not there or cannot be fetched; names the field and the cure.
+        ValueError: it is not there or cannot be fetched; the message names the field and the cure.
     """
     if path in _BUILTINS:
         return _BUILTINS[path]

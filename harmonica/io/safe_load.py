@@ -1,4 +1,4 @@
-"""Weights from disk. Nothing here executes a pickle: safetensors, or `weights_only` loads."""
+"""The safe reading of weights: safetensors, or `weights_only` loads that execute no pickle."""
 
 import argparse
 import pickle
@@ -21,15 +21,15 @@ Format = Literal["zip", "old", "safetensors"]
 _HEAD = 256
 _OLD_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # begins what torch.save wrote before PyTorch 1.6
 _REFUSED = re.compile(r"(?:GLOBAL|global|class|function) ([\w.]+\.[\w.]+)")
-"""What `weights_only` names of a pickle that it refuses."""
+"""The name in the message by which `weights_only` refuses a pickle."""
 _NAMED = 5  # keys of each kind that an error names
 
 
 def _format_of(path: Path) -> Format:
-    """By the file's first bytes, whatever its name says.
+    """Return the format of a file by its first bytes, whatever its name.
 
     Raises:
-        ValueError: it is no checkpoint; says what it is.
+        ValueError: it is no checkpoint; the message says what it is.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD)
@@ -76,10 +76,10 @@ def _reason(error: Exception) -> str:
 
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
-    """Contents of a safetensors file, or of one that `torch.save` wrote, tensors only.
+    """Read a safetensors file, or one that `torch.save` wrote, if it holds tensors only.
 
-    Memory-mapped, but for those of the old format of `torch.save`, before PyTorch 1.6, which are read. The
-    mapping is private: writing to a tensor leaves the file alone. Replace a file that may be loaded by
+    Tensors are memory-mapped, except in the old format of `torch.save`, before PyTorch 1.6. The mapping is
+    private: writing to a tensor leaves the file alone. Replace a file that may be loaded by
     renaming another onto it, since truncating it pulls the weights from under a model.
 
     Raises:
@@ -103,10 +103,10 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """The state dict of a checkpoint file as other trainers leave it (`harmonica.io.state_dicts`).
+    """Read the state dict of a checkpoint of any trainer (`harmonica.io.state_dicts`).
 
     Raises:
-        ValueError: unreadable, or no state dict.
+        ValueError: the file is unreadable, or holds no state dict.
     """
     return find_state(read_tensors(path), f"checkpoint {path}")
 
@@ -126,10 +126,10 @@ def _described(value: Any) -> str:
 def check_state(
     wanted: Mapping[str, Tensor], state: Mapping[str, Any], source: str, *, optional: Collection[str] = ()
 ) -> None:
-    """Refuse a state dict that is not of the wanted names and shapes; precision may differ.
+    """Check that a state dict has the wanted names and shapes; precision may differ.
 
     Raises:
-        ValueError: names missing and surplus keys, and for a wrong shape the layer and both shapes.
+        ValueError: it differs; the message names missing and surplus keys, or a layer and both shapes.
     """
     missing = [name for name in wanted if name not in state and name not in optional]
     surplus = [name for name in state if name not in wanted]
@@ -164,7 +164,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_released_router(path: str | Path) -> Tensor:
-    """Logits (T, B) of a router checkpoint as the released training script writes it."""
+    """Read the logits (T, B) of a router checkpoint of the released training script."""
     contents = read_tensors(path)
     routers = contents.get("routers") if isinstance(contents, dict) else None
     if not routers:

@@ -1,4 +1,4 @@
-"""The state dict in a checkpoint of whatever trainer: its wrappers taken off, its names made plain."""
+"""The search for the state dict in any trainer's checkpoint, with plain names."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -13,24 +13,24 @@ logger = logging.getLogger(__name__)
 _AVERAGES = ("ema", "ema_state_dict", "model_ema", "ema_model", "shadow")
 _MODELS = ("model", "state_dict", "model_state_dict", "module", "net", "checkpoint")
 _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Put into names by torch.compile, FSDP and activation checkpointing, wherever a module was wrapped."""
+"""Parts of names that torch.compile, FSDP and activation checkpointing add to wrapped modules."""
 _BEFORE = ("module.", "model.")
-"""Put before all names by DistributedDataParallel, `AveragedModel`, and trainers that hold a model."""
+"""Prefixes of all names by DistributedDataParallel, `AveragedModel`, and trainers that hold a model."""
 _COUNTERS = ("n_averaged",)  # of `AveragedModel`
 _NAMED = 6  # keys that an error names
 
 
 def find_state(contents: Any, source: str) -> dict[str, Any]:
-    """The weights of a checkpoint, by plain names.
+    """Return the weights of a checkpoint by plain names.
 
     Averaged weights (`ema` and the like) come before the others, if they are there and neither zero nor
     broken; what is passed over for that is logged.
 
     Args:
-        contents: of the file.
+        contents: the content of the file.
 
     Raises:
-        ValueError: no named tensors in it, or two of one plain name.
+        ValueError: there are no named tensors, or two of one plain name.
     """
     found = list(_states(contents))
     if not found:
@@ -50,7 +50,7 @@ def find_state(contents: Any, source: str) -> dict[str, Any]:
 
 
 def _states(contents: Any, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All state dicts in it with their places, best first."""
+    """Return all state dicts in a checkpoint with their places, best first."""
     if not isinstance(contents, Mapping):
         return
     is_wrapper = False

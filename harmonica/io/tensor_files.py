@@ -1,4 +1,4 @@
-"""Tensors in safetensors files that others may read."""
+"""The writing of safetensors files that other users may read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """`save_file`, with the permissions that any new file gets here.
+    """Write a safetensors file with the permissions of any new file.
 
     safetensors makes its file for its owner alone (0600): an MLflow server, or a job of another user, could
     not read it.

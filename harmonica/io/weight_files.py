@@ -1,4 +1,4 @@
-"""A part's folder on this machine: its JSON files, and its weights, mapped."""
+"""The reading of a part's folder: its JSON files, and its memory-mapped weights."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ from harmonica.io.safe_load import read_state
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        ValueError: unreadable, or no object.
+        ValueError: the file is unreadable, or holds no object.
     """
     try:
         value = json.loads(path.read_text())
@@ -24,15 +24,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def contents(folder: Path) -> str:
-    """What a folder holds, for an error."""
+    """Return the names in a folder, for an error."""
     return listing(path.name + "/" * path.is_dir() for path in folder.iterdir())
 
 
 def find_weights(folder: Path, stems: tuple[str, ...] = MODEL_STEMS) -> Weights:
-    """The weight files of a part's folder that are loaded, all of them there.
+    """Return the weight files to load of a part's folder, all of which are there.
 
     Raises:
-        ValueError: none, or some shards are missing; names them and says what lies there.
+        ValueError: there are none, or shards are missing; the message names them and the files there.
     """
     chosen = choose_weights([path.name for path in folder.iterdir()], stems) if folder.is_dir() else None
     if chosen is None:
@@ -51,10 +51,10 @@ def find_weights(folder: Path, stems: tuple[str, ...] = MODEL_STEMS) -> Weights:
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
-    """Weights of a transformer's folder, mapped: one file or several under an index.
+    """Read the weights of a transformer's folder, memory-mapped, of one file or of shards.
 
     Raises:
-        ValueError: missing or unreadable.
+        ValueError: they are missing or unreadable.
     """
     chosen = find_weights(folder)
     if not chosen.index:
@@ -71,7 +71,7 @@ def read_weights(folder: Path) -> dict[str, Any]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor."""
+    """Return the file of each tensor."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(Path(str(name)).name == name for name in files.values()):
         raise ValueError(f"{index} has no usable weight_map of file names: fetch it again")

@@ -1,8 +1,8 @@
-"""Whether weights can be a model's: finite, and not zero where no trained model is.
+"""Checks of the values of weights: finite, and not zero where no trained model's are.
 
-What may be all zero follows from the arithmetic. Biases and the gains of norms, of one dimension, may; so may
-the layers that adaLN-Zero starts at zero, `adaLN_modulation` and the output layer, and PixArt's output
-projection of cross-attention, in a model that is not trained yet. But where the patch embedding is zero the
+The tensors that may be all zero follow from the arithmetic. Biases and the gains of norms, of one dimension,
+may; so may the layers that adaLN-Zero starts at zero, `adaLN_modulation` and the output layer, and PixArt's
+output projection of cross-attention, in a model that is not trained yet. But with a zero patch embedding the
 model sees nothing, and a zero matrix of self-attention or an MLP makes its branch the same for every input;
 both are initialised with random numbers, and no training takes all of them back to zero.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 _NEVER_ZERO = re.compile(r"(^|\.)(x_embedder|patch_embed|pos_embed\.proj|attn1?|attn2\.to_[qkv]|mlp|ff)\.")
 _FIRST = 4096
-"""Values of a tensor that `first_fault` looks at: a page or two of a memory map."""
+"""Number of values of a tensor that `first_fault` reads: a page or two of a memory map."""
 
 
 def _may_be_zero(name: str, tensor: Tensor) -> bool:
@@ -33,7 +33,7 @@ def _looked_at(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def check_values(state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights with a tensor that is not finite, or zero throughout where it cannot be.
+    """Refuse weights with a tensor that is not finite, or is zero throughout where it must not be.
 
     Every value is read once, some 8 GB a second and core from memory, and nothing is allocated. On a GPU the
     host waits for it once.
@@ -42,7 +42,7 @@ def check_values(state: Mapping[str, Tensor], source: str) -> None:
         state: tensors by the names of their layout, on one device.
 
     Raises:
-        ValueError: names the tensor, how many others there are, and the cure.
+        ValueError: the message names the tensor, the number of others, and the cure.
     """
     tensors = _looked_at(state)
     if not tensors:
@@ -72,7 +72,7 @@ def check_values(state: Mapping[str, Tensor], source: str) -> None:
 
 
 def first_fault(state: Mapping[str, Any]) -> str:
-    """What is wrong with a state dict, judged by the first values of each tensor; "" for nothing.
+    """Return the first fault of a state dict by the first values of each tensor; "" for none.
 
     Cheap on a memory map: training that diverges leaves no tensor finite, and an average that was never
     updated is zero throughout, so the first values tell; a tensor that begins with zeros is read in full.

@@ -1,4 +1,4 @@
-"""What one denoising step does to x_t, with classifier-free guidance: four samplers and a folder's own."""
+"""Samplers with classifier-free guidance: four of their own, and diffusers' schedulers."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,11 +25,11 @@ __all__ = [
 
 
 def make_sampler(model: BranchedTransformer, config: SamplerConfig) -> Sampler:
-    """The configured sampler of `model`.
+    """Return the configured sampler of `model`.
 
     Raises:
-        ValueError: `diffusers` without a scheduler, or with one that is not supported, or a sampler of
-            another prediction than the model's.
+        ValueError: the scheduler of `diffusers` is missing or not supported, or the sampler takes another
+            prediction than the model's.
     """
     if config.name in ("ddim", "iddpm") and model.prediction != "epsilon":
         raise ValueError(
@@ -47,7 +47,7 @@ def make_sampler(model: BranchedTransformer, config: SamplerConfig) -> Sampler:
 
 
 def with_scheduler(config: SamplerConfig, scheduler: Mapping[str, Any] | None) -> SamplerConfig:
-    """`config` complete in itself: `diffusers` takes the scheduler that came with the model."""
+    """Return `config` with the model's scheduler, where its sampler is `diffusers` and names none."""
     if config.name != "diffusers" or config.scheduler is not None or scheduler is None:
         return config
     return replace(config, scheduler=dict(scheduler))

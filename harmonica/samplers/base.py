@@ -1,4 +1,4 @@
-"""What every sampler does: a state goes in at each step, the next state comes out; nothing is kept inside.
+"""The interface of samplers: each step maps a state to the next one; samplers keep no state.
 
 Step i is row i of T respaced steps; i = T-1 is the noisiest and runs first.
 Shapes: N images, M model rows (2N under guidance: conditional half, then unconditional), C H W image.
@@ -20,26 +20,26 @@ from harmonica.samplers.noise import SampleKeys
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """All that the rest of a trajectory depends on, caches aside; never changed in place.
+    """The state of a sampling before a step, without caches; it is never changed in place.
 
-    So a run can be resumed from any stored step, as often as wanted: IEPO's shared prefixes.
+    A sampling can therefore go on from a stored state several times, as IEPO's do.
     """
 
     x_MCHW: Tensor
     conditions_T: Sequence[Any]
-    """What the model's `prepare` made of labels or embedded prompts, an entry a step."""
+    """The outputs of the model's `prepare` for labels or embedded prompts, one for each step."""
     keys: SampleKeys | None = None
-    """Name the samples to samplers that draw noise."""
+    """The samples' keys, for samplers that draw noise."""
     step_noise: Sequence[Tensor] = ()
-    """The noise of each step (N, C, H, W) where it was drawn ahead."""
+    """The noise of each step (N, C, H, W), if it was drawn ahead."""
     solver: Any = None
-    """What a multistep solver remembers of earlier steps."""
+    """A multistep solver's memory of earlier steps."""
 
 
 def guide(
     output_MCHW: Tensor, scale: float | Tensor, channels: GuidanceChannels, noise_channels: int
 ) -> Tensor:
-    """Classifier-free guidance on [conditional; unconditional] outputs; both halves get the result.
+    """Apply classifier-free guidance to [conditional; unconditional] outputs; both halves get the result.
 
     Channels that are not guided (the learned variance; under `first_three` the fourth noise channel
     too) pass through, each half keeping its own. `first_three` counts output channels, as the public code
@@ -55,10 +55,13 @@ def guide(
 
 
 class Sampler(ABC):
-    """One model under one `SamplerConfig`: start, then embed, guide and advance per step, then finish."""
+    """A sampler of one model with one `SamplerConfig`.
+
+    A sampling calls `start`, then `embed`, `guide` and `advance` at each step, then `finish`.
+    """
 
     is_stochastic = False
-    """Whether steps draw noise, and so need the samples' keys."""
+    """Whether steps draw noise, which needs the samples' keys."""
 
     def __init__(self, model: BranchedTransformer, config: SamplerConfig, timesteps: Sequence[float]) -> None:
         self.model, self.config = model, config
@@ -74,7 +77,7 @@ class Sampler(ABC):
         return self.config.num_inference_steps
 
     def with_guidance(self, scales: Sequence[float], *, always: bool = False) -> "Sampler":
-        """This sampler for a batch whose rows have guidance scales of their own.
+        """Return this sampler for a batch with a guidance scale for each row.
 
         A row is drawn as by a sampler of its scale, up to the rounding of kernels that depend on the batch:
         at 1 the other half weighs nothing.
@@ -88,13 +91,13 @@ class Sampler(ABC):
         return twin
 
     def guidance_scales(self, noise_NCHW: Tensor) -> Tensor:
-        """The scale of each row (N, 1, 1, 1), in the precision of the noise."""
+        """Return the scale of each row (N, 1, 1, 1), in the precision of the noise."""
         if isinstance(self._scale, Tensor):
             return self._scale.to(noise_NCHW.dtype)
         return noise_NCHW.new_full((len(noise_NCHW), 1, 1, 1), self._scale)
 
     def with_scale_buffer(self, scales_N111: Tensor) -> "Sampler":
-        """This sampler with the scales that a tensor has when a step runs; whether it guides stays."""
+        """Return this sampler with its guidance scales read from a tensor when a step runs."""
         twin = copy.copy(self)
         twin._scale = scales_N111
         return twin
@@ -106,7 +109,7 @@ class Sampler(ABC):
         keys: SampleKeys | None = None,
         step_noise: Sequence[Tensor] = (),
     ) -> State:
-        """The state from which step T-1 begins.
+        """Return the state from which step T-1 begins.
 
         Args:
             noise_NCHW: in the sampler's precision, float32 or better, whatever the model's.
@@ -114,7 +117,7 @@ class Sampler(ABC):
             step_noise: in place of keys, the noise of each step (N, C, H, W).
 
         Raises:
-            ValueError: a stochastic sampler without keys.
+            ValueError: the sampler is stochastic and there are no keys.
         """
         if self.is_stochastic and keys is None and not step_noise:
             raise ValueError(
@@ -127,7 +130,7 @@ class Sampler(ABC):
         return State(torch.cat([noise_NCHW, noise_NCHW]), conditions_T, keys, step_noise)
 
     def embed(self, i: int, state: State) -> tuple[Tensor, Any]:
-        """The model's hidden state and conditioning at step i."""
+        """Return the model's hidden state and conditioning at step i."""
         x_MCHW = state.x_MCHW
         if self.is_guided:
             # Both halves see the conditional half's latents, as in the public code: under
@@ -138,7 +141,7 @@ class Sampler(ABC):
         return self.model.embed(x_MCHW, timestep_M, state.conditions_T[i])
 
     def guide(self, output_MCHW: Tensor) -> Tensor:
-        """Guided model output, all channels, in float32 or better."""
+        """Return the guided model output, all channels, in float32 or better."""
         config = self.config
         if output_MCHW.dtype in (torch.bfloat16, torch.float16):
             output_MCHW = output_MCHW.float()
@@ -150,24 +153,24 @@ class Sampler(ABC):
 
     @abstractmethod
     def advance(self, i: int, state: State, guided_MCHW: Tensor) -> State:
-        """The state before step i - 1, from that before step i and the guided output."""
+        """Return the state before step i - 1, from that before step i and the guided output."""
 
     def predict_clean(self, i: int, state: State, guided_MCHW: Tensor) -> Tensor:
-        """The x_0 that step i points at (N, C, H, W), from the state before it and the guided output."""
+        """Return the x_0 predicted at step i (N, C, H, W), from its state and guided output."""
         num_images = state.x_MCHW.shape[0] // (2 if self.is_guided else 1)
         predicted_NCHW = guided_MCHW[:num_images, : self.model.in_channels]
         return self._clean_at(i, state.x_MCHW[:num_images], predicted_NCHW)
 
     @abstractmethod
     def _clean_at(self, i: int, x_NCHW: Tensor, predicted_NCHW: Tensor) -> Tensor:
-        """x_0 from x_t before step i and the predicted noise or velocity."""
+        """Return x_0 from x_t before step i and the predicted noise or velocity."""
 
     def finish(self, state: State) -> Tensor:
-        """The images or latents (N, C, H, W)."""
+        """Return the final images or latents (N, C, H, W)."""
         return state.x_MCHW.chunk(2)[0] if self.is_guided else state.x_MCHW
 
     def _draw(self, i: int, state: State) -> Tensor:
-        """The rows' own noise of step i (M, C, H, W); both halves of a row get the same."""
+        """Draw the rows' noise of step i (M, C, H, W); both halves of a row get the same."""
         x = state.x_MCHW
         if state.step_noise:
             noise = state.step_noise[i]

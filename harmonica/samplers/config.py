@@ -1,4 +1,4 @@
-"""How images are sampled: the settings that a router is trained for and that its artifact records."""
+"""The settings of sampling, which a router is trained for and its artifact records."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -18,21 +18,23 @@ GuidanceChannels = Literal["first_three", "all"]
 
 @settings("sampler")
 class SamplerConfig:
-    """How images are sampled. A router is trained for one of these and refuses another."""
+    """The settings of sampling. A router is trained for one of them and refuses another."""
 
     name: SamplerName = "ddim"
-    """ddim and iddpm as in the public DiT code; dpm-solver++ and sa-solver by diffusers, all four for models
-    that predict noise; diffusers: the scheduler that comes with the model's folder, flow matching too."""
+    """The sampler. `ddim` and `iddpm` are as in the public DiT code, `dpm-solver++` and `sa-solver` as in
+    diffusers; all four are for models that predict noise. `diffusers` is the scheduler that comes with the
+    model's folder, also of flow matching."""
     num_inference_steps: Annotated[int, Field(ge=2, le=NUM_TRAIN_TIMESTEPS)] = 20
-    """T, the respaced denoising steps."""
+    """T, the number of respaced denoising steps."""
     guidance_scale: Annotated[float, Field(ge=1, le=MAX_GUIDANCE_SCALE)] = 2.0
-    """Classifier-free guidance; 1 runs the model once a step, without guidance."""
+    """Scale of classifier-free guidance; 1 runs the model once a step, without guidance."""
     guidance_channels: GuidanceChannels = "all"
-    """Which noise channels are guided: the public DiT code guides three, diffusers all."""
+    """The noise channels that are guided: three in the public DiT code, all in diffusers."""
     clip_sample: bool = True
-    """Clip the predicted x_0 to [-1, 1]: for pixels, not for latents. A folder's scheduler says itself."""
+    """Clip the predicted x_0 to [-1, 1]: for pixels, not for latents. A scheduler of `diffusers` has its own
+    setting."""
     scheduler: Annotated[dict[str, Any] | None, Suppress] = None  # not a command-line option
-    """diffusers only: the scheduler's config. Empty: that of the model's folder."""
+    """The scheduler's config, for `diffusers` alone; None takes that of the model's folder."""
 
     def __post_init__(self) -> None:
         if self.scheduler is not None and self.name != "diffusers":

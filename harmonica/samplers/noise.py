@@ -19,38 +19,38 @@ def _generator(seed: int, stream: int, index: int, step: int = 0) -> np.random.G
 
 
 def sample_label(seed: int, index: int, num_classes: int) -> int:
-    """Class of row `index`, uniform over `num_classes`."""
+    """Draw the class of row `index`, uniform over `num_classes`."""
     return int(_generator(seed, _LABEL_STREAM, index).integers(num_classes))
 
 
 def sample_noise(seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal noise that row `index` starts from, float32, e.g. shape (C, H, W)."""
+    """Draw the standard normal noise that row `index` starts from, float32, e.g. (C, H, W)."""
     return _generator(seed, _NOISE_STREAM, index).standard_normal(shape, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class SampleKeys:
-    """What names each row of a batch, so that a stochastic sampler draws the row's own noise."""
+    """The keys (seed, index) of a batch's rows, from which a stochastic sampler draws their noise."""
 
     seeds: Sequence[int]
     indices: Sequence[int]
 
     @classmethod
     def of(cls, seed: int, indices: Sequence[int]) -> "SampleKeys":
-        """Rows of one seed."""
+        """Return the keys of rows of one seed."""
         return cls((seed,) * len(indices), tuple(map(int, indices)))
 
     def __getitem__(self, part: slice) -> "SampleKeys":
         return SampleKeys(self.seeds[part], self.indices[part])
 
     def start_noise(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The noise the rows start from, (N, *shape) float32."""
+        """Draw the noise that the rows start from, (N, *shape) float32."""
         return np.stack(
             [sample_noise(seed, i, shape) for seed, i in zip(self.seeds, self.indices, strict=True)]
         )
 
     def step_noise(self, step: int, shape: tuple[int, ...]) -> np.ndarray:
-        """Standard normal noise of one denoising step, (N, *shape) float32."""
+        """Draw the standard normal noise of one denoising step, (N, *shape) float32."""
         keys = zip(self.seeds, self.indices, strict=True)
         generators = (_generator(seed, _STEP_STREAM, index, step) for seed, index in keys)
         return np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])

@@ -1,4 +1,4 @@
-"""The forward process: 1000 linear betas, and which of its timesteps a sampler visits."""
+"""The forward process of 1000 linear betas, and the timesteps that a sampler visits."""
 
 from functools import cache
 from itertools import accumulate
@@ -12,14 +12,14 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 @cache
 def alphas_cumprod() -> np.ndarray:
-    """Signal share alpha-bar (1000,), float64, of the linear schedule beta = 1e-4 ... 0.02."""
+    """Return alpha-bar (1000,), float64, of the linear schedule beta = 1e-4 ... 0.02."""
     return np.cumprod(1.0 - np.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=np.float64))
 
 
 def respaced_timesteps(num_steps: int) -> list[int]:
-    """Timestep of each of the `num_steps` respaced steps, ascending: row i of a router is entry i.
+    """Return the timesteps of the respaced steps, ascending: entry i is row i of a router.
 
-    Evenly spaced from 0 to 999, both included; the spacing is added up and then rounded, as in the
+    They are evenly spaced from 0 to 999, both included; the spacing is added up and then rounded, as in the
     public DiT code: multiplying instead puts some step elsewhere for a quarter of all T, 21 the first.
 
     Raises:
@@ -32,7 +32,7 @@ def respaced_timesteps(num_steps: int) -> list[int]:
 
 
 def add_noise(clean_NCHW: Tensor, noise_NCHW: Tensor, timestep_N: Tensor) -> Tensor:
-    """x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) epsilon."""
+    """Return x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) epsilon."""
     signal = torch.as_tensor(alphas_cumprod(), dtype=torch.float32, device=clean_NCHW.device)
     share = signal[timestep_N][:, None, None, None]
     return share.sqrt() * clean_NCHW + (1 - share).sqrt() * noise_NCHW

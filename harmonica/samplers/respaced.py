@@ -26,12 +26,12 @@ class _Step:
 
 
 def _rounded(*columns: np.ndarray) -> list[tuple[float, ...]]:
-    """One tuple of float32 values a step."""
+    """Return the values of each step, rounded to float32."""
     return [tuple(map(float, row)) for row in np.stack(columns, axis=1).astype(np.float32)]
 
 
 class _Respaced(Sampler):
-    """The chain and the predicted x_0, which both samplers share."""
+    """The respaced chain and the predicted x_0, which both samplers share."""
 
     def __init__(self, model: BranchedTransformer, config: SamplerConfig) -> None:
         timesteps = respaced_timesteps(config.num_inference_steps)

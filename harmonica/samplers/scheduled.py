@@ -1,4 +1,4 @@
-"""Samplers by diffusers' schedulers: DPM-Solver++, SA-Solver, and the one a model's folder brings."""
+"""Samplers with diffusers' schedulers: DPM-Solver++, SA-Solver, and that of a model's folder."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from harmonica.samplers.noise import SampleKeys
 
 
 class _SASolver(SASolverScheduler):
-    """SA-Solver that takes its noise from outside: the library's draws by batch, ours by row."""
+    """An SA-Solver whose noise is passed in by row, where diffusers draws it by batch."""
 
     sample_noise: Tensor
     last_noise: Tensor
@@ -68,7 +68,7 @@ def _scheduler_config(config: SamplerConfig) -> Mapping[str, Any]:
 
 
 def _check(scheduler: Any, model: BranchedTransformer, where: str) -> None:
-    """Refuse a scheduler that takes another prediction than the model's, or whose steps we cannot take.
+    """Refuse a scheduler of another prediction than the model's, or of unsupported steps.
 
     Args:
         where: the setting that chose it.
@@ -97,7 +97,7 @@ def _check(scheduler: Any, model: BranchedTransformer, where: str) -> None:
 
 
 def _fork(scheduler: Any) -> Any:
-    """A scheduler that goes on from the same point; tensors are shared, never written in place."""
+    """Return a copy of a scheduler; tensors are shared, never written in place."""
     twin = copy.copy(scheduler)
     for name, value in vars(scheduler).items():
         if isinstance(value, list):

@@ -1,1 +1,1 @@
-"""How a router is trained: `trainer` runs SDT (`sdt`) with the image-error proxy (`iepo`)."""
+"""Training of a router: `trainer` runs SDT (`sdt`) with the image error proxy (`iepo`)."""

@@ -1,4 +1,4 @@
-"""Settings of a router's training, and what of them is refused."""
+"""The settings of a router's training, and the checks that refuse some of them."""
 
 import dataclasses
 import math
@@ -13,56 +13,58 @@ from harmonica.validation.settings import Count, Cure, Field, Natural, SettingEr
 _MOST_TARGETS = 20
 
 TARGETS = ("target_cur", "target_speedup", "target_psnr")
-"""Fields of which a training has one at most."""
+"""The fields that hold a target; a training sets at most one of them."""
 Initial = Literal["constant", "alternate", "normal", "even", "measured"]
 
 
 @settings("train")
 class TrainingConfig:
-    """Router training, wherever it runs."""
+    """The settings of a router's training, with Ray or without."""
 
     trajectories: Count = 60
-    """Trajectories in all; each updates every row of the router once."""
+    """Number of trajectories of the router phase; each updates every row of the router once."""
     batch_size: Count = 8
-    """(label, noise) rows of one trajectory, over all workers."""
+    """Number of samples (label, noise) of one trajectory, over all workers."""
     micro_batch_size: Annotated[Natural, Cure("1 or more, or 0 for all at once")] = 0
-    """Rows that a worker computes at a time, where its share does not fit in memory; 0 is all of it. An
-    update is that of the whole batch all the same."""
+    """Number of samples that a worker computes at a time, where its share does not fit in memory; 0 is
+    the whole share. Each update is that of the whole batch either way."""
     shard_model: bool = False
     """Every worker holds its share of the frozen weights (FSDP2), where one GPU cannot hold them all."""
     sdt: SdtConfig = field(default_factory=SdtConfig)
-    """Objective and optimiser."""
+    """Settings of the objective and of the optimiser."""
     target_cur: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """When above 0, beta follows from this share of reused entries; else beta stays as set."""
     target_speedup: Annotated[float, Field(ge=0), Cure("a number above 1, or 0 for none")] = 0.0
     """When above 1, beta follows from this ideal speedup, MACs of full sampling over those of the plan, and
     the plan is cut where it meets it."""
     targets: Annotated[tuple[Annotated[float, Field(gt=1)], ...], Field(max_length=_MOST_TARGETS)] = ()
-    """More ideal speedups: a router for each of them too, from the same measured start, trained as the one of
-    `target_speedup` is, after it."""
+    """More ideal speedups. Each has a router of its own, trained after the one of `target_speedup`, in the
+    same way and from the same measured start."""
     target_psnr: Annotated[float, Field(ge=0)] = 0.0
-    """When above 0, in its place: as fast as a measured start can be whose images are so near to the full
-    ones, in dB of values in [-1, 1]: for models that draw pixels. Fitted forecasts come on top."""
+    """When above 0, the target is quality: the speed is the highest at which the images of a measured start
+    reach this PSNR to the full ones, in dB of values in [-1, 1]. It is for models that draw pixels, and
+    counts no fitted forecasts."""
     initial: Initial = "constant"
-    """Logits to start from: all `initial_logit`, that with its sign changing from step to step, standard
-    normal (the released code), or whole steps reused as the target says: evenly spread, or those that
+    """Logits that training starts from. `constant`: all are `initial_logit`. `alternate`: its sign changes
+    from step to step. `normal`: they are drawn from the standard normal distribution (the released code).
+    `even` and `measured`: whole steps are reused, as many as the target says, evenly spread or those that
     change the image least (`harmonica.training.plans.search`)."""
     start_trajectories: Natural = 0
-    """Trajectories on which a measured start is measured; each costs some T full ones."""
+    """Number of trajectories on which a measured start is measured; each costs about T full samplings."""
     initial_logit: Annotated[float, Field(ge=-100, le=100)] = 5.0
-    """Where all but normal logits start; 5 computes everything."""
+    """The size of the first logits, unless they are normal; 5 computes everything."""
     iepo: IepoKind | Literal["none"] = "leave_one_out"
-    """How lambda is measured: the paper's way, the released code's (cumulative), per unit of step error
-    (sensitivity), or not at all (all ones)."""
+    """The measure of lambda. `leave_one_out`: as in the paper (Section 4.3). `cumulative`: as in the released
+    code. `sensitivity`: leave-one-out per unit of the step's error. `none`: not measured, all are 1."""
     iepo_every: Count = 20
-    """Trajectories between refreshes of lambda (the paper's C)."""
+    """Number of trajectories between refreshes of lambda (the paper's C)."""
     choice_trajectories: Natural = 0
-    """Trajectories, once the router is trained, on which its plan is held against the one that it started
-    from, image against image; the nearer one is kept. 0 keeps what was trained."""
+    """Number of trajectories on which the trained router's plan is compared with the one that it started
+    from, by their images; the plan nearer to the full sampler is kept. 0 keeps the trained one."""
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
-    """Weights of the plan's forecasts, fitted in the end."""
+    """Settings of the fit of the plan's forecast weights, which comes last."""
     checkpoint_interval_s: Annotated[float, Field(ge=0)] = 20.0
-    """Seconds between checkpoints: the work an interruption can cost."""
+    """Seconds between checkpoints, and so the most work that an interruption costs."""
 
     def __post_init__(self) -> None:
         self._check_targets()
@@ -74,7 +76,7 @@ class TrainingConfig:
             )
 
     def _check_targets(self) -> None:
-        """At most one of the three that a training can have, and more speeds beside the first alone."""
+        """Refuse more than one target, and `targets` without `target_speedup`."""
         require(
             self.target_speedup == 0 or self.target_speedup > 1,
             "train.target_speedup",
@@ -105,7 +107,7 @@ class TrainingConfig:
         )
 
     def _check_start(self) -> None:
-        """A start of whole steps reuses as much as the target says, and is what the choice falls back to."""
+        """Refuse a start of whole steps without a target, and a choice without such a start."""
         is_of_steps = self.initial in ("even", "measured")
         if is_of_steps and not self.has_target:
             raise SettingError(
@@ -135,22 +137,22 @@ class TrainingConfig:
         )
 
     def for_target(self, **target: float) -> Self:
-        """The same training for another target in place of all that it has, as in `target_speedup=1.5`."""
+        """Return these settings with another target in place of all, as in `target_speedup=1.5`."""
         changes: dict[str, Any] = {**dict.fromkeys(TARGETS, 0.0), "targets": (), **target}
         return dataclasses.replace(self, **changes)
 
     @property
     def has_target(self) -> bool:
-        """Whether beta follows from what the router is to reach."""
+        """Return whether beta follows from a target."""
         return any(getattr(self, name) for name in TARGETS)
 
     @property
     def extra_targets(self) -> tuple[float, ...]:
-        """`targets` as they come, each once, without `target_speedup`."""
+        """Return `targets` in order, each once, without `target_speedup`."""
         return tuple(target for target in dict.fromkeys(self.targets) if target != self.target_speedup)
 
     @property
     def all_trajectories(self) -> int:
-        """Those of the start, and for each speed those of the router, the choice and the forecasts."""
+        """Return the number of trajectories of all phases and all target speeds."""
         each = self.trajectories + self.choice_trajectories + self.forecast.trajectories
         return self.start_trajectories + each * (1 + len(self.extra_targets))

@@ -1,4 +1,4 @@
-"""What the phases of one router's training share: the router, its optimiser, its target and its starts."""
+"""The state that the phases of one router's training share: router, optimiser, target, starts."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,18 +17,18 @@ from harmonica.training.target import TargetController
 
 @dataclass(slots=True)
 class TrainingContext:
-    """One router under training, with all that more than one phase reads or changes."""
+    """One router in training, with the state that more than one phase reads or changes."""
 
     sampler: Sampler
     config: TrainingConfig
     sdt: SdtTrainer
     """The router and its optimiser."""
     target: TargetController
-    """The share of reuse or the speed to be met, and so beta and the threshold."""
+    """The controller of the target; it sets beta and the threshold of plans."""
     starts: dict[str, Tensor]
     """Logits (T, B) of the plans that need no training, by name."""
     chosen: str = ""
-    """Name of the plan whose images were nearest to the full sampler's; "" before that is known."""
+    """Name of the selected plan, whose images are nearest to the full sampler's; "" until it is known."""
 
     @classmethod
     def create(cls, sampler: Sampler, config: TrainingConfig, seed: int, device: torch.device | str) -> Self:
@@ -52,17 +52,17 @@ class TrainingContext:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the router as it stands, with linear forecasts."""
+        """Return the router's present plan, with linear forecasts."""
         return self.target.plan_of(self.router.logits())
 
     @torch.no_grad()
     def set_router(self, logits_TB: Tensor) -> None:
-        """Give the router these logits (T, B); its optimiser stays as it is."""
+        """Set the router's logits (T, B); the optimiser's state does not change."""
         for row, logits_B in zip(self.router.rows, logits_TB, strict=True):
             row.copy_(logits_B)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of it; "aim" is the target's."""
+        """Return the state for a checkpoint; the key "aim" holds the target's."""
         return {
             "router": self.router.state_dict(),
             "optimizer": self.sdt.optimizer.state_dict(),
@@ -72,7 +72,7 @@ class TrainingContext:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Load what `state` returned."""
         self.router.load_state_dict(state["router"])
         self.sdt.optimizer.load_state_dict(state["optimizer"])
         self.starts = {name: logits_TB.to(self.device) for name, logits_TB in state["starts"].items()}

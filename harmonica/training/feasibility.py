@@ -1,4 +1,4 @@
-"""What a training asks of its model and its steps: refused before anything starts."""
+"""Checks that a model and its steps can be trained for a target, before anything starts."""
 
 import math
 
@@ -56,7 +56,7 @@ def check_speedup(speedup: float, macs: Macs, num_steps: int, *, field: str) -> 
 
 
 def _check_cur(config: TrainingConfig, macs: Macs, num_steps: int, field: str) -> None:
-    """Of T rows, the last one is always computed."""
+    """Refuse a share of reuse above (T-1)/T: row T-1 is always computed."""
     entries = num_steps * len(macs.branches)
     most, least = (num_steps - 1) / num_steps, 1 / entries
     if config.initial in ("even", "measured"):

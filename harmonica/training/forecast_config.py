@@ -1,25 +1,25 @@
-"""Settings of the fit of forecasts."""
+"""The settings of the fit of forecast weights."""
 
 from harmonica.validation.settings import Count, Natural, require, settings
 
 FOLDS = 4
-"""Of a round's trajectories: what some ask for is held against the others."""
+"""Number of folds that a round's trajectories form for cross-validation of the solution."""
 
 
 @settings("train.forecast")
 class ForecastConfig:
-    """Fitting the weights of forecasts, after the router's own training."""
+    """The settings of the fit of forecast weights, after the router's own training."""
 
     trajectories: Natural = 0
-    """Trajectories in all, each of `train.batch_size` rows; 0 leaves forecasts linear."""
+    """Number of trajectories in all, each of `train.batch_size` samples; 0 leaves forecasts linear."""
     rounds: Count = 1
-    """Times the weights are solved for; each round measures anew, around the weights of the one before."""
+    """Number of times that the weights are solved for; each round measures anew, around the last weights."""
     probes: Count = 4
-    """Random directions in which each image's error is seen: each costs a backward pass."""
+    """Number of random directions in which each image's error is measured; each costs a backward pass."""
     order: Count = 2
-    """Differences that a forecast goes by; a cache keeps one value more."""
+    """Number of differences in a forecast; a cache keeps one value more."""
     rows_at_once: Count = 4
-    """Rows that a worker computes at a time: it keeps what a backward along a whole trajectory needs."""
+    """Number of samples that a worker computes at a time; it keeps the activations of a whole trajectory."""
 
     def __post_init__(self) -> None:
         least = FOLDS * self.rounds
@@ -31,5 +31,5 @@ class ForecastConfig:
         )
 
     def ends_round(self, done: int) -> bool:
-        """Whether a round ends with the trajectory that makes `done` of them."""
+        """Return whether a round ends once `done` trajectories are done."""
         return done * self.rounds // self.trajectories > (done - 1) * self.rounds // self.trajectories

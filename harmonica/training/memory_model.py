@@ -1,5 +1,6 @@
-"""All of a transformer that its memory depends on, and the bytes of each thing that lives in it.
+"""The memory model of a transformer: the bytes of its weights, activations and caches.
 
+They are computed from the shape of the model, without a GPU.
 Shapes: M model rows (two a picture under guidance), L tokens, D width, S text tokens.
 """
 
@@ -15,7 +16,7 @@ _SUB_LAYERS = {"DiT": ("attn", "mlp"), "PixArt": ("attn", "cross", "mlp")}
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes, by what holds them."""
+    """Bytes of memory by purpose."""
 
     weights: int
     caches: int
@@ -29,30 +30,30 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """All of a transformer that its memory depends on."""
+    """The sizes of a transformer that determine its memory."""
 
     kinds: tuple[str, ...]
-    """Sub-layers of a block in order."""
+    """The sub-layers of a block, in order."""
     cacheable: tuple[str, ...]
-    """Those of them that are branches."""
+    """The sub-layers that are branches."""
     layers: int
     width: int
     heads: int
     tokens: int
     text_tokens: int
-    """Of one prompt; 0 without text."""
+    """Number of tokens of one prompt; 0 without text."""
     value_bytes: int
-    """Of a number inside the branches, and so in the caches."""
+    """Bytes of one number inside the branches and the caches."""
     hidden_bytes: int
-    """Of a number in the hidden state between branches."""
+    """Bytes of one number of the hidden state between branches."""
     sharded_weights: int
-    """Bytes of what `harmonica.training.sharding` spreads over processes."""
+    """Bytes of the weights that `harmonica.training.sharding` spreads over processes."""
     other_weights: int
-    """Bytes of the rest, which every process holds."""
+    """Bytes of the other weights, which every process holds."""
 
     @classmethod
     def of(cls, model: BranchedTransformer) -> "Shape":
-        """Of a model in its precision, also of one without storage (`torch.device("meta")`).
+        """Return the shape of a model, which may lie on `torch.device("meta")`.
 
         Raises:
             ValueError: an architecture that is not known here.
@@ -87,36 +88,36 @@ class Shape:
         return self.layers * len(self.cacheable)
 
     def weights(self, processes: int = 1) -> int:
-        """On each of the processes that the model is sharded over."""
+        """Return the bytes of weights on each process that the model is sharded over."""
         return self.sharded_weights // processes + self.other_weights
 
     def hidden(self, rows: int) -> int:
-        """One hidden state of M rows."""
+        """Return the bytes of one hidden state of M rows."""
         return rows * self.tokens * self.width * self.hidden_bytes
 
     def value(self, rows: int) -> int:
-        """One y of M rows."""
+        """Return the bytes of one branch output y of M rows."""
         return rows * self.tokens * self.width * self.value_bytes
 
     def prepared(self, rows: int, num_steps: int) -> int:
-        """What a trajectory of M rows makes ahead: keys and values of prompts, a DiT's modulations."""
+        """Return the bytes that a trajectory of M rows prepares: prompts' keys and values, modulations."""
         if self.text_tokens:
             return self.layers * rows * 2 * self.text_tokens * self.width * self.value_bytes
         return min(num_steps, max(1, ROWS_AT_ONCE // rows)) * self.modulations(rows)
 
     def modulations(self, rows: int) -> int:
-        """Of all blocks at one step."""
+        """Return the bytes of the modulations of all blocks at one step."""
         return self.layers * rows * 6 * self.width * self.value_bytes
 
     def working(self, rows: int, *, backward: bool = False) -> int:
-        """What is alive at the worst moment of a branch, inside an MLP, and modulations made for a step."""
+        """Return the peak bytes inside a branch (the MLP's), and of modulations made for a step."""
         modulations = self.modulations(rows) if self.text_tokens else 0
         if backward:
             return modulations + 5 * self.hidden(rows)
         return modulations + 2 * self.hidden(rows) + 10 * self.value(rows)
 
     def inside(self, kind: str, rows: int) -> int:
-        """What the backward through one sub-layer needs of M rows, its y aside."""
+        """Return the bytes that a sub-layer's backward keeps of M rows, without its output y."""
         logsumexp, norm = 4 * rows * self.heads * self.tokens, 8 * rows * self.tokens
         if kind == "cross":  # query and result
             return 2 * self.value(rows) + logsumexp
@@ -125,7 +126,7 @@ class Shape:
         return own + logsumexp if kind == "attn" else own
 
     def activations(self, rows: int, *, checkpointing: bool = False) -> int:
-        """What the backward through a soft pass keeps of M rows, caches aside."""
+        """Return the bytes that a soft pass's backward keeps of M rows, without the caches."""
         block = sum(self.inside(kind, rows) for kind in self.kinds) + len(self.cacheable) * self.value(rows)
         if checkpointing:
             size = branches_per_checkpoint(self.num_branches)

@@ -26,11 +26,11 @@ from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.progress import PhaseBudget, PhaseName
 
 _UNKNOWN_SPEEDUP = 1.5
-"""Speed assumed of a plan that nothing is asked of beforehand."""
+"""The speed that cost estimates assume of a plan without a target."""
 
 
 class Phase(ABC):
-    """One part of a router's training: a number of trajectories of one kind.
+    """One part of a router's training, which is a number of trajectories of one kind.
 
     `begin` is called once before its first trajectory, `step` for each of them, `finish` after the last.
     """
@@ -55,7 +55,7 @@ class Phase(ABC):
         """Return the cost of each of its trajectories, in full samplings of its samples."""
 
     def begin(self) -> None:  # noqa: B027  # most phases need nothing
-        """Make what the phase works on, from what the phases before have left in the context."""
+        """Prepare the phase from the context that the phases before have left."""
 
     @abstractmethod
     def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
@@ -71,11 +71,11 @@ class Phase(ABC):
 
     @abstractmethod
     def state(self) -> Any:
-        """Return what a checkpoint keeps of it besides `done`; None for nothing."""
+        """Return the phase's state for a checkpoint besides `done`; None if there is none."""
 
     @abstractmethod
     def load_state(self, state: Any) -> None:
-        """Go on from what `state` returned; the context is loaded before."""
+        """Load what `state` returned; the context is loaded before."""
 
 
 class StartPhase(Phase):
@@ -218,7 +218,7 @@ class ChoicePhase(Phase):
             return self.selector.observe(context.sampler, batch.split(self.config.micro_batch_size), average)
 
     def finish(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
-        """Make the router that of the nearest plan."""
+        """Set the router to the nearest plan."""
         assert self.selector is not None, "begin() makes it"
         context, best = self.context, self.selector.best
         context.chosen, self.selector = best, None
@@ -267,11 +267,11 @@ class ForecastPhase(Phase):
 
 
 PHASES: tuple[type[Phase], ...] = (StartPhase, RouterPhase, ChoicePhase, ForecastPhase)
-"""The phases in the order that they come."""
+"""The phases in the order in which they run."""
 
 
 def _speedup(config: TrainingConfig) -> float:
-    """Return the speed of the plan that will be trained, as far as the settings say it."""
+    """Return the speed of the plan to be trained, as far as the settings say it."""
     if config.target_cur:
         return 1 / (1 - config.target_cur)
     return config.target_speedup or _UNKNOWN_SPEEDUP

@@ -1,4 +1,4 @@
-"""How far a training is, and how much time is left.
+"""The progress of a training, and its remaining time.
 
 Costs are counted in full samplings of a trajectory's samples: T forwards with every branch computed. So the
 length of a phase is known before it has begun, and one measured pace tells the time of all of them.
@@ -40,7 +40,7 @@ class PhaseBudget:
 
 
 class Progress:
-    """How far a training is in its phases, and how much time is left of the current one and of all."""
+    """The progress of a training in its phases, and the remaining time."""
 
     def __init__(self, phases: Sequence[PhaseBudget]) -> None:
         self.phases = tuple(phases)

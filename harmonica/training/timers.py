@@ -1,4 +1,4 @@
-"""Where a worker's time goes, without holding up a GPU to see."""
+"""Timers of a worker's activities, which do not synchronise the GPU while it works."""
 
 import time
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by name, summed until taken."""
+    """A stopwatch that sums seconds by name until they are taken."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._is_cuda = torch.device(device).type == "cuda"
@@ -17,13 +17,13 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Time the body; on a GPU, what it launched."""
+        """Time the body; on a GPU, the kernels that it launched."""
         start = self._now()
         yield
         self._spans.append((name, start, self._now()))
 
     def take(self) -> dict[str, float]:
-        """Seconds of each name since the last call; waits for the GPU once."""
+        """Return the seconds of each name since the last call; wait for the GPU once."""
         if self._is_cuda and self._spans:
             self._spans[-1][2].synchronize()
         seconds: dict[str, float] = {}

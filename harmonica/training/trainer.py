@@ -1,4 +1,4 @@
-"""A router's training from first to last trajectory: what one worker holds, and what a checkpoint keeps.
+"""The training of a router on one worker, from first to last trajectory, with its checkpoints.
 
 It knows nothing of where samples come from or who the other workers are: `harmonica.cli.train` feeds it under
 torchrun, `pipelines.training.stage` under Ray Train.
@@ -31,7 +31,7 @@ def average(tensor: Tensor) -> None:
 
 
 class RouterTrainer:
-    """One router's training: its phases, and the context that they share; all goes into a checkpoint."""
+    """The training of one router: its phases and their context, all kept in checkpoints."""
 
     def __init__(
         self, sampler: Sampler, config: TrainingConfig, *, seed: int, device: torch.device | str = "cpu"
@@ -44,7 +44,7 @@ class RouterTrainer:
 
     @property
     def phase(self) -> Phase:
-        """The phase under way; in the end the last one."""
+        """Return the current phase; after all trajectories, the last one."""
         return next((phase for phase in self.phases if not phase.is_done), self.phases[-1])
 
     @property
@@ -58,7 +58,7 @@ class RouterTrainer:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the router as it stands, with linear forecasts."""
+        """Return the router's present plan, with linear forecasts."""
         return self.context.plan
 
     def state(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class RouterTrainer:
         return self.context.state() | phases | {"trajectory": self.trajectory}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Load what `state` returned."""
         self.context.load_state(state)  # first, since phases are made of it
         left = state["trajectory"]
         for phase in self.phases:
@@ -81,7 +81,7 @@ class RouterTrainer:
                 phase.load_state(state[phase.state_key])
 
     def start_as(self, other: "RouterTrainer") -> None:
-        """Take over a start that another trainer, for another speed, has measured."""
+        """Take over the start that another trainer has measured, for another speed."""
         ours, theirs = self.phases[0], other.phases[0]
         if isinstance(ours, StartPhase) and isinstance(theirs, StartPhase):
             ours.skip(theirs)
@@ -91,7 +91,7 @@ class RouterTrainer:
         """Do one trajectory of the current phase and return the metrics to log.
 
         Raises:
-            NotFinite: the same on all workers; the state before, as the last checkpoint has it, is good.
+            NotFinite: a metric is infinite or NaN, on all workers alike; the last checkpoint is still good.
         """
         phase = self.phase
         assert not phase.is_done, "all trajectories are done"
@@ -108,7 +108,10 @@ class RouterTrainer:
         return metrics
 
     def _check(self, metrics: dict[str, float], batch: Batch) -> None:
-        """Stop where a number is not finite; metrics are averages over workers, so all of them do."""
+        """Raise where a metric is not finite.
+
+        Metrics are averages over workers, so all workers raise together.
+        """
         if not (found := not_finite(metrics)):
             return
         images_NCHW = sample(self.sampler, batch.noise_NCHW, batch.condition_N, keys=batch.keys)
@@ -121,7 +124,7 @@ class RouterTrainer:
         )
 
     def artifact(self, **provenance: Any) -> RouterArtifact:
-        """Return the router as it stands, with what it was trained for."""
+        """Return the present router, with the settings that it was trained for."""
         context, last = self.context, self.phases[-1]
         settings = {"seed": self.seed, "final_beta": context.target.beta, **provenance}
         if context.chosen:

@@ -1,4 +1,4 @@
-"""Settings of a run that are not those it was started with, in words that show these alone."""
+"""The difference between a run's settings and those that it was started with, in words."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -44,5 +44,5 @@ def _walk(
 
 
 def _shown(value: Any) -> str:
-    """Of a section that was not given at all, no more than that."""
+    """Return a value as the message shows it; for a missing section, just that it was not given."""
     return "given" if isinstance(value, Mapping) else "not given" if value is None else repr(value)

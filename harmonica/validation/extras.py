@@ -1,4 +1,4 @@
-"""Optional dependencies: whoever imports what an extra installs is told which extra that is."""
+"""Checks of optional dependencies, whose errors name the extra that installs them."""
 
 import importlib.util
 
@@ -17,7 +17,7 @@ def need(module: str, *, extra: str) -> None:
         extra: the extra in `pyproject.toml` that installs it.
 
     Raises:
-        MissingExtra: it is not there; the message names the command that installs it.
+        MissingExtra: the module is not installed; the message names the command that installs it.
     """
     if importlib.util.find_spec(module) is None:
         raise MissingExtra(f"{module} is not installed: pip install '{DISTRIBUTION}[{extra}]'", name=module)

@@ -1,6 +1,6 @@
-"""Infinity and NaN stop whoever meets them: no picture, no metric and no router is made of them.
+"""Checks for infinity and NaN, which must reach no image, metric or router.
 
-They are looked for once a trajectory, at its end: a look inside one would let the device wait for the host.
+The checks run once, at the end of a trajectory, since a check inside it would synchronise the device.
 """
 
 import math
@@ -15,7 +15,7 @@ CURE = (
 
 
 class NotFinite(ArithmeticError):
-    """What was computed is not finite, so nothing is made of it."""
+    """A computed value is infinite or NaN."""
 
 
 def check_finite(values_N: Tensor, what: str, cure: str = CURE) -> None:
@@ -26,7 +26,7 @@ def check_finite(values_N: Tensor, what: str, cure: str = CURE) -> None:
         what: what errors call them, with a verb: "the images of variant full are".
 
     Raises:
-        NotFinite: some of the rows are not finite; says how many.
+        NotFinite: some of the rows are not finite; the message says how many.
     """
     fine_N = values_N.isfinite().flatten(1).all(1)
     if not fine_N.all():
@@ -35,5 +35,5 @@ def check_finite(values_N: Tensor, what: str, cure: str = CURE) -> None:
 
 
 def not_finite(metrics: Mapping[str, float]) -> str:
-    """The first of some numbers that is not finite, with its value; "" where all are."""
+    """Return the first of some numbers that is not finite, with its value; "" if all are finite."""
     return next((f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)), "")

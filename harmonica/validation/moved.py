@@ -1,9 +1,9 @@
-"""The warning of a module that is still found under the name it had in the release before."""
+"""The warning about imports of a module by its name of the last release."""
 
 import warnings
 
 
 def warn_moved(old: str, new: str) -> None:
-    """Warn whoever imports a module by its old name; to be called by that module itself."""
+    """Warn about the import of a module by its old name; the old module itself calls this."""
     message = f"{old} is now {new}: use that name, the old one goes with the next release"
     warnings.warn(message, FutureWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""What a field of settings takes, read from its annotation and said in words, for errors."""
+"""Descriptions of the values that a setting accepts, made from its annotation, for errors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,26 +9,26 @@ _NOUNS = {int: "a whole number", float: "a finite number", bool: "True or False"
 
 
 class Cure(str):
-    """What to give instead, where type and bounds do not say it: `Annotated[int, Cure("0 for none")]`."""
+    """Words for what to give where type and bounds do not say it: `Annotated[int, Cure("0 for none")]`."""
 
 
 @dataclasses.dataclass
 class Wanted:
-    """What a field takes."""
+    """The values that a field accepts."""
 
     kind: Any = None
-    """int, float, bool, str, a class of settings, or another type."""
+    """The type: int, float, bool, str, a class of settings, or another."""
     choices: tuple[Any, ...] = ()
     bounds: dict[str, Any] = dataclasses.field(default_factory=dict)
     each: "Wanted | None" = None
-    """Of a tuple: its elements."""
+    """The values that a tuple's elements accept; None if it is no tuple."""
     cure: str = ""
     spelled: str = ""
-    """On the command line, where that is not its name."""
+    """The option's name on the command line, if it is not the field's."""
 
     @classmethod
     def of(cls, annotation: Any) -> "Wanted":
-        """Read from an annotation, None left out of unions."""
+        """Return the accepted values of an annotation, without the None of unions."""
         origin, inner = get_origin(annotation), get_args(annotation)
         if origin is Annotated:
             found = cls.of(inner[0])
@@ -55,10 +55,10 @@ class Wanted:
         self.spelled = name if isinstance(name, str) else self.spelled
 
     def words(self, unit: str, is_other_type: bool) -> str:
-        """What comes after "give".
+        """Return the words that follow "give" in an error.
 
         Args:
-            is_other_type: the value is not even of the type, which is then said too.
+            is_other_type: whether the value is of another type, so that the words have to name the type.
         """
         if self.cure:
             return self.cure

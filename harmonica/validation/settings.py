@@ -1,4 +1,4 @@
-"""Classes of settings: declared with their bounds, checked when they are made, refused in one sentence.
+"""Classes of settings, which declare their bounds and are checked when they are made.
 
 A field says what it takes by its type and by `Field`, as in `rounds: Annotated[int, Field(ge=1)]`; pydantic
 holds every value to that. Numbers are finite, and neither True nor "3" is a number. What several fields must
@@ -30,15 +30,15 @@ __all__ = ["Count", "Cure", "Field", "Natural", "Positive", "SettingError", "req
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-"""A name that ends in `_s` makes it seconds."""
+"""A number above 0, in seconds if the field's name ends in `_s`."""
 
 _Class = TypeVar("_Class")
 _NOT_OF_THE_BOUNDS = ("type", "parsing", "finite", "exact", "missing", "int_from_float")
-"""In the names of pydantic's errors: the value is no such number, rather than one beyond a bound."""
+"""Parts of the names of pydantic's errors about a value that is not such a number at all."""
 
 
 class SettingError(ValueError):
-    """A setting that is refused; the message is `field is value: cure`.
+    """A setting is refused; the message is `field is value: cure`.
 
     Args:
         message: the whole message.
@@ -64,10 +64,10 @@ def require(condition: bool, field_name: str, value: object, cure: str) -> None:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
 def settings(section: str = "", *, slots: bool = True) -> Callable[[type[_Class]], type[_Class]]:
-    """A class decorator: a frozen dataclass of keywords whose values are checked.
+    """Return a class decorator that makes a frozen dataclass of keywords with checked values.
 
     Args:
-        section: what the command line puts before the names of the fields, as in `train.sdt`.
+        section: the prefix of the fields' names on the command line, such as `train.sdt`.
     """
 
     def make(cls: type[_Class]) -> type[_Class]:
@@ -99,10 +99,10 @@ def settings(section: str = "", *, slots: bool = True) -> Callable[[type[_Class]
 
 
 def told(error: "ValidationError", cls: type) -> SettingError:
-    """In one sentence, what pydantic found wrong with settings that came as a dictionary, of YAML say.
+    """Return in one sentence why pydantic refuses settings from a dictionary, such as of YAML.
 
     Args:
-        cls: whose settings they were to be.
+        cls: the class of settings that they were for.
     """
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
@@ -117,7 +117,7 @@ def told(error: "ValidationError", cls: type) -> SettingError:
 
 
 def _refusal(error: Mapping[str, Any], cls: type, section: str, given: Mapping[str, Any]) -> SettingError:
-    """One of pydantic's errors about `cls`, as a sentence."""
+    """Return one of pydantic's errors about `cls` as a sentence."""
     if "error" in error.get("ctx", {}):  # of __post_init__, which has the words already
         raised = error["ctx"]["error"]
         return raised if isinstance(raised, SettingError) else SettingError(str(raised))
@@ -140,13 +140,13 @@ def _annotations(cls: type) -> dict[str, Any]:
 
 
 def _class_of(annotation: Any) -> type | None:
-    """The class of settings that a field holds, if it does."""
+    """Return the class of settings that a field holds, if it holds one."""
     kind = Wanted.of(annotation).kind
     return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
 
 def _strict(annotation: Any) -> Any:
-    """Numbers and switches as such, in tuples and unions too. Lists still make tuples: YAML has no others."""
+    """Make the numbers and switches of an annotation strict; lists still make tuples, as YAML needs."""
     if annotation in (bool, int, float):
         return Annotated[annotation, Strict()]
     origin, inner = get_origin(annotation), get_args(annotation)

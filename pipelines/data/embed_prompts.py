@@ -1,6 +1,6 @@
-"""Prompts to embeddings, once, by a pool of actors that write what training then reads.
+"""The embedding of prompts by a pool of actors, which write the store that training reads.
 
-The text comes first and alone, so that what is wrong with it is said before a text encoder loads. Then
+The text is checked first, so that errors in it are raised before a text encoder loads. Then
 each call of an actor embeds one part, `ROWS_PER_PART` prompts, and writes it whole, under a name made from
 its content. So a run that was killed goes on with what is missing, and ends with the bits of one that was
 not.
@@ -43,11 +43,11 @@ __all__ = ["PromptsConfig", "embed_prompts"]
 logger = logging.getLogger(__name__)
 
 ROWS_PER_PART = 256
-"""What a kill costs an actor at most; 630 MB where every prompt fills 300 tokens of width 4096."""
+"""Prompts in a part, at most 630 MB with 300 tokens of width 4096; a kill costs an actor one part."""
 
 
 class _Part(NamedTuple):
-    """Distinct prompts that follow each other."""
+    """A range of consecutive distinct prompts."""
 
     name: str
     rows: int
@@ -56,7 +56,7 @@ class _Part(NamedTuple):
 
 
 class PartEmbedder:
-    """A Ray Data actor: embeds a part a call and writes it."""
+    """A Ray Data actor that embeds a part at each call and writes it."""
 
     def __init__(self, config: PromptsConfig, model_path: str, out_uri: str) -> None:
         from transformers.utils.logging import disable_progress_bar
@@ -73,21 +73,21 @@ class PartEmbedder:
         return table.select(["name"])
 
     def _embedded(self, prompts: list[str]) -> Iterator[PromptRows]:
-        """In batches that are the part's own: with whom a prompt is embedded may show in its last bit."""
+        """Embed a part in batches of its own, since a batch's composition may change the last bit."""
         for first in range(0, len(prompts), self.config.batch_size):
             batch = prompts[first : first + self.config.batch_size]
             yield PromptRows(*self.encoder.encode(batch, self.config.max_tokens), batch)
 
 
 def embed_prompts(config: PromptsConfig, model_path: str, out_uri: str) -> PromptStore:
-    """The store of the configured prompts in `out_uri`, of which only what is missing is made.
+    """Make the store of the configured prompts in `out_uri`; embed only what is missing there.
 
     Args:
         model_path: the pipeline whose text encoder embeds, as `model.path`.
         out_uri: a folder of its own, local or s3://.
 
     Raises:
-        ValueError: no prompts, unfit ones, no text encoder, or a store of something else in `out_uri`.
+        ValueError: there are no prompts, invalid ones or no text encoder, or `out_uri` holds another store.
     """
     storage = _storage(out_uri)
     out_uri = storage.uri()  # absolute, as actors may run elsewhere
@@ -131,7 +131,7 @@ def _storage(out_uri: str) -> RunStorage:
 
 
 def _make_part(label: str, texts: list[Text], salt: str) -> _Part:
-    """`salt` is what embeddings depend on beside the prompts."""
+    """Make a part; `salt` is what embeddings depend on besides the prompts."""
     content = hashlib.sha256(salt.encode() + b"".join(text.digest for text in texts)).hexdigest()[:16]
     name, prompts = f"{label}-{content}", [text.prompt for text in texts]
     table = pa.table({"name": [name], "prompts": pa.array([prompts], pa.list_(pa.string()))})

@@ -1,4 +1,4 @@
-"""The text of prompts, in the order it has, each once, with what is wrong with it said first.
+"""The reading of prompts: distinct ones, in the order of the files, checked as a whole.
 
 The driver keeps 16 bytes of each prompt; the text itself goes through it and on.
 """
@@ -28,7 +28,7 @@ _SCHEMA = pa.schema([("prompt", pa.string()), ("digest", pa.binary()), ("tokens"
 
 
 class Text(NamedTuple):
-    """A prompt as the encoder sees it."""
+    """A preprocessed prompt, as the encoder reads it."""
 
     prompt: str
     digest: bytes
@@ -36,10 +36,10 @@ class Text(NamedTuple):
 
 
 def distinct_texts(config: PromptsConfig, model_path: str) -> Iterator[Text]:
-    """Every prompt that is not empty, where it comes first.
+    """Yield every distinct prompt that is not empty, in the order of first occurrence.
 
     Raises:
-        ValueError: once all are read: there are none, or some are too long and that is to be refused.
+        ValueError: there are none, or some are too long and are to be refused; raised once all are read.
     """
     seen: set[bytes] = set()
     first_over, over = None, 0
@@ -62,7 +62,7 @@ def distinct_texts(config: PromptsConfig, model_path: str) -> Iterator[Text]:
 
 
 def _files(path: str) -> tuple[fs.FileSystem, list[str]]:
-    """The files of text, sorted: their order is the prompts' order."""
+    """Return the files of text, sorted; their order is the prompts' order."""
     if not path:
         raise ValueError("prompts.path is '': give a .txt or .parquet file, or a folder of them")
     filesystem, root = open_uri(path, "prompts.path")
@@ -84,7 +84,7 @@ def _files(path: str) -> tuple[fs.FileSystem, list[str]]:
 
 
 def _source(config: PromptsConfig) -> ray.data.Dataset:
-    """The text as it is, in one column."""
+    """Return the dataset of unprocessed text, in one column."""
     filesystem, names = _files(config.path)
     if names[0].endswith(".txt"):  # and a byte-order mark is no part of the first prompt
         return ray.data.read_text(names, filesystem=filesystem, encoding="utf-8-sig")
@@ -99,12 +99,12 @@ def _source(config: PromptsConfig) -> ray.data.Dataset:
 
 @cache
 def _tokenizer(model_path: str) -> Any:
-    """Of this process."""
+    """Return the tokenizer of this process."""
     return text_encoder.load_tokenizer(local_path(model_path))
 
 
 def _prepare(rows: Any, model_path: str) -> Any:
-    """Text as the encoder sees it, without what is empty; prompt, digest, tokens."""
+    """Preprocess text and drop empty prompts; return the columns prompt, digest and tokens."""
     prompts = [text_encoder.preprocess(text) for text in rows[0].to_pylist() if text is not None]
     prompts = [prompt for prompt in prompts if prompt]
     digests = [hashlib.blake2b(prompt.encode(), digest_size=16).digest() for prompt in prompts]
@@ -113,7 +113,7 @@ def _prepare(rows: Any, model_path: str) -> Any:
 
 
 def _all_texts(config: PromptsConfig, model_path: str) -> Iterator[Text]:
-    """Every prompt of the input that is not empty, in order."""
+    """Yield every prompt of the input that is not empty, in order."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.use_datasource_v2 = False  # V2 starts 32 actors to read Parquet's footers

@@ -1,4 +1,4 @@
-"""A Ray Data stream of rows, of which each worker opens its own: just its shard, in order.
+"""Ray Data streams of samples; each worker opens its own, of its shard, in order.
 
 A row is 3 kB for the built-in model, and 3.5 MB for PixArt-Sigma at 2K: 2.5 MB of prompt, 1 MB of noise.
 """
@@ -23,7 +23,7 @@ _TASK_CPUS, _TASKS = 0, 2
 
 
 def sample_spec(config: WorkflowConfig, model: BranchedTransformer, seed: int) -> SampleSpec:
-    """What the run's rows look like; prompts are those that its stage `prompts` has embedded."""
+    """Return the spec of the run's samples; prompts are those that its stage `prompts` embedded."""
     if model.num_classes:
         return SampleSpec.of(model, seed)
     storage = RunStorage(config.storage_path, config.run_id)
@@ -39,10 +39,10 @@ def stream_samples(
     trajectories: int,
     samples_per_block: int = 0,
 ) -> ray.data.Dataset:
-    """This worker's rows of `trajectories` trajectories, in order, streamed.
+    """Stream this worker's samples of `trajectories` trajectories, in order.
 
     Args:
-        samples_per_block: 0 takes what keeps a block at some tens of megabytes.
+        samples_per_block: samples of a block; 0 chooses a block of some tens of megabytes.
     """
     samples_per_block = samples_per_block or max(
         1, min(_SAMPLES_PER_BLOCK, _BYTES_PER_BLOCK // spec.sample_bytes)

@@ -1,1 +1,1 @@
-"""What a run keeps: its storage, what can be resumed, and the lease that lets one driver write."""
+"""The state of a run: its storage, its progress, and the lease that lets one driver write."""

@@ -1,7 +1,7 @@
-"""One writer a run: a lease in the run's storage, renewed while it writes, that ends by itself.
+"""Leases in a run's storage, which let one process write; they expire unless renewed.
 
-A holder on this machine is one as long as its process lives; of one elsewhere it is known whether it still
-renews its lease, by waiting for that, so that no two machines' clocks have to agree.
+A holder on this machine keeps its lease while its process lives. A holder elsewhere keeps it while it renews
+it, which is found out by waiting, so that no two machines' clocks have to agree.
 """
 
 import json
@@ -33,7 +33,10 @@ _SAME_START_S = 5.0  # psutil works it out from two clocks
 
 
 def _machine() -> str:
-    """What two processes share that can see each other: the host, since it started, and the process table."""
+    """Return an id of this machine: host name, boot id and process namespace.
+
+    Processes that see each other share it.
+    """
     parts = [socket.gethostname()]
     for path, read in (
         ("/proc/sys/kernel/random/boot_id", lambda p: Path(p).read_text().strip()),
@@ -47,7 +50,7 @@ def _machine() -> str:
 
 
 def _lives(holder: dict[str, Any]) -> bool:
-    """Whether the process of this machine still runs, and is not another one with its number."""
+    """Return whether the holder's process runs on this machine, and is no other with its id."""
     try:
         process = psutil.Process(holder["pid"])
         started: float = process.create_time()
@@ -58,7 +61,7 @@ def _lives(holder: dict[str, Any]) -> bool:
 
 
 def _holder_in(content: bytes) -> dict[str, Any] | None:
-    """None where nobody holds it; what a power cut has left of one is nobody's."""
+    """Return the holder in a lease's content; None if there is none or it is damaged."""
     try:
         found = json.loads(content)
         return found if isinstance(found, dict) and "nonce" in found else None
@@ -67,7 +70,7 @@ def _holder_in(content: bytes) -> dict[str, Any] | None:
 
 
 class Lease:
-    """This process's, of one run; a context manager that renews it and gives it back."""
+    """A lease of this process on a run: a context manager that renews it and gives it back."""
 
     def __init__(self, cell: Cell, run_id: str, *, renewed_every_s: float = RENEWED_EVERY_S) -> None:
         self._cell, self._run_id, self._every_s = cell, run_id, renewed_every_s
@@ -84,10 +87,10 @@ class Lease:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True, name="lease")
         self.lost = ""
-        """Why it is held no more, "" while it is."""
+        """The reason why the lease is lost, "" while it is held."""
 
     def take(self, before: bytes) -> bool:
-        """In the place of what was there; False where another one was first."""
+        """Take the lease in place of the known content; return False if another process was first."""
         self._renewed += 1
         content = json.dumps(self._about | {"renewed": self._renewed}).encode()
         if not self._cell.swap(before, content):
@@ -143,12 +146,12 @@ class Lease:
 def claim(
     storage: RunStorage, *, expires_s: float = EXPIRES_S, renewed_every_s: float = RENEWED_EVERY_S
 ) -> Lease:
-    """The lease of a run, which nobody else holds then.
+    """Return the lease of a run, which no other process holds then.
 
-    A holder of this machine is told to live by its process id; one of another machine by renewing its lease.
+    A holder on this machine is alive if its process is, one elsewhere if it renews its lease.
 
     Raises:
-        ValueError: another process holds it; says which, since when, and what to do.
+        ValueError: another process holds it; the message says which, since when, and what to do.
     """
     try:
         return _claim(storage, expires_s, renewed_every_s)

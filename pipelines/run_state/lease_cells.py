@@ -1,7 +1,7 @@
-"""One small file of a run that at most one of many writers changes at a time: on a disk, on S3, elsewhere.
+"""Compare-and-swap of one small file of a run: on a disk, on S3, and in other stores.
 
-Each has `read`, `swap` and `delete`, which name the content that is to be there before: where it is another,
-another writer was first. Contents are never the same twice, since whoever writes puts something random in.
+`swap` and `delete` take the content that the caller expects: if it is another, another writer was first.
+Contents never repeat, since each writer adds something random.
 """
 
 import contextlib
@@ -24,27 +24,27 @@ _UNKNOWN = ("NotImplemented", "501")
 
 
 class Cell(Protocol):
-    """The file."""
+    """A file with compare-and-swap."""
 
     def read(self) -> tuple[bytes, float]:
-        """Content, and for how many seconds it has been there by the clock of where it lies; b"" for none."""
+        """Return the content and its age in seconds by the storage's clock; b"" if there is none."""
 
     def swap(self, before: bytes, after: bytes) -> bool:
-        """Replace the content, if it is what it is thought to be (b"": there is none)."""
+        """Replace the content if it equals `before` (b"": there is none); return whether it did."""
 
     def delete(self, before: bytes) -> None:
-        """Delete the file, if its content is what it is thought to be."""
+        """Delete the file if its content equals `before`."""
 
 
 def cell_of(storage: RunStorage) -> Cell:
-    """The run's."""
+    """Return the cell of a run's lease."""
     if storage.is_local:
         return DiskCell(Path(storage.uri(NAME)))
     return S3Cell(storage) if storage.root.startswith("s3:") else PlainCell(storage)
 
 
 class DiskCell:
-    """A file that its users lock, on all machines that mount the disk."""
+    """A file on a disk, which its writers lock on all machines that mount it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,7 +96,7 @@ def _content(handle: int) -> bytes:
 
 
 class PlainCell:
-    """An object of a store of which nothing is asked but to keep it: written, then looked at again."""
+    """An object of a store without conditional writes: it is written, then read again."""
 
     def __init__(self, storage: RunStorage) -> None:
         self._storage = storage
@@ -120,7 +120,7 @@ class PlainCell:
 
 
 class S3Cell:
-    """An object that the store itself changes only on condition."""
+    """An object of an S3 store with conditional writes."""
 
     def __init__(self, storage: RunStorage) -> None:
         import boto3
@@ -145,7 +145,7 @@ class S3Cell:
         self._place = {"Bucket": bucket, "Key": key}
         self._plain = PlainCell(storage)
         self._known = (b"", "")
-        """A content, and by what the store knows it."""
+        """The last content read, and its ETag."""
 
     def read(self) -> tuple[bytes, float]:
         from botocore.exceptions import ClientError

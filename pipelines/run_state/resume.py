@@ -1,8 +1,8 @@
-"""Running again under a run id: what may differ, what is finished, and what `--from` makes undone.
+"""The progress of a run: settings that may differ, stages that are finished or undone.
 
-A stage that is done again works in a folder of its own, and its results take the place of those before once
-it is done; so these stay whole until then, however often it is interrupted. What is undone is recorded in the
-run's `config.json`, in one write with the settings that it is done again with.
+`--from` makes stages undone. A stage that is done again works in a folder of its own, and its results replace
+the earlier ones once it is done; these stay whole until then, however often it is interrupted. The run's
+`config.json` records what is undone, in one write with the settings that it is done again with.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ ROUTER, FAMILY, REPORT, SHEET, HEAT_MAP, CONFIG = (
 SERVED, PROMOTION = "served.png", "promotion.json"
 COMPARISON, COMPARISON_PICTURE, SWEEP = "comparison.json", "comparison.png", "sweep.json"
 WORKFLOW: Literal["workflow"] = "workflow"
-"""The whole of a command's stages, which have an MLflow run of their own."""
+"""The name of all stages of a command together, which have an MLflow run of their own."""
 _AGAIN = "done_again"
 # None of it changes what the finished stages made; a sweep keeps its own settings.
 _FREE = {
@@ -73,7 +73,7 @@ _HAVE_A_FOLDER: tuple[Stage, ...] = ("prompts", "train", "sweep", "compare")
 
 @dataclass(frozen=True)
 class Generation:
-    """Of a stage, or of the workflow, that was or is to be done again."""
+    """The number of times that a stage or the workflow was begun, and whether the last is done."""
 
     number: int = 1
     done: bool = True
@@ -81,40 +81,40 @@ class Generation:
 
 @dataclass(frozen=True)
 class Progress:
-    """Which stages `--from` has made undone, and which of them are done by now."""
+    """The stages that `--from` has made undone, and those of them that are done by now."""
 
     first: Stage | None = None
-    """As `--from` had it last."""
+    """The stage that `--from` named last; None if it was never given."""
     stages: dict[str, Generation] = field(default_factory=dict)
-    """Those that were ever done again."""
+    """The generations of the stages that were ever done again."""
 
     def generation(self, stage: str) -> int:
-        """1 where it is done for the first time."""
+        """Return the number of the stage's generation; 1 if it is done for the first time."""
         return self.stages.get(stage, Generation()).number
 
     def is_undone(self, stage: str) -> bool:
-        """Whether what the stage has made is to be made again."""
+        """Return whether the stage has to be done again."""
         return not self.stages.get(stage, Generation()).done
 
     def folder(self, stage: Stage) -> str:
-        """Where the stage keeps what it needs to go on."""
+        """Return the folder with the state that the stage resumes from."""
         number = self.generation(stage)
         return stage if number == 1 else f"{stage}-{number}"
 
     def older_folders(self, stage: Stage) -> list[str]:
-        """Of generations before."""
+        """Return the folders of the stage's earlier generations."""
         numbers = range(1, self.generation(stage))
         return [Progress(stages={stage: Generation(number)}).folder(stage) for number in numbers]
 
 
 def stages_again(config: WorkflowConfig) -> tuple[Stage, ...]:
-    """The stages from `--from` on, none where it is not given."""
+    """Return the stages from `--from` on; none if it is not given."""
     first = config.done_again_from
     return STAGES[STAGES.index(first) :] if first else ()
 
 
 def recorded(storage: RunStorage) -> Progress:
-    """As the run's `config.json` has it."""
+    """Return the progress that the run's `config.json` records."""
     return _progress_in(_settings(storage))
 
 
@@ -130,9 +130,11 @@ def _progress_in(settings: dict[str, Any]) -> Progress:
 
 
 def progress_of(config: WorkflowConfig, storage: RunStorage) -> Progress:
-    """What is recorded, and what the configuration's `--from` makes undone beside it; changes nothing.
+    """Return the recorded progress with what the configuration's `--from` makes undone.
 
-    The same command again, before it has come to its end, goes on with what it has made undone.
+    It changes nothing.
+
+    The same command, repeated before it has finished, resumes what it has made undone.
     """
     settings, again = _settings(storage), stages_again(config)
     progress = _progress_in(settings)
@@ -146,31 +148,31 @@ def progress_of(config: WorkflowConfig, storage: RunStorage) -> Progress:
 
 
 def is_finished(stage: Stage, config: WorkflowConfig, storage: RunStorage) -> bool:
-    """Whether what the stage makes is there, and is not to be made again."""
+    """Return whether the stage's results are there and it is not to be done again."""
     progress = progress_of(config, storage)
     made = f"{progress.folder(stage)}/{MANIFEST}" if stage == "prompts" else _MADE_BY[stage][0]
     return not progress.is_undone(stage) and storage.exists(made)
 
 
 def current(names: Iterable[str], storage: RunStorage) -> list[str]:
-    """Those of the results that are there and whose stages are not to be done again."""
+    """Return the results that are there and whose stages are not to be done again."""
     progress = recorded(storage)
     undone = {name for stage, made in _MADE_BY.items() if progress.is_undone(stage) for name in made}
     return [name for name in names if name not in undone and storage.exists(name)]
 
 
 def is_current(name: str, storage: RunStorage) -> bool:
-    """Whether a result is there and its stage is not to be done again."""
+    """Return whether a result is there and its stage is not to be done again."""
     return bool(current([name], storage))
 
 
 def work_folder(stage: Stage, storage: RunStorage) -> str:
-    """Where a stage keeps what it needs to go on, such as `train`, or `train-2` where it is done again."""
+    """Return the folder that a stage resumes from, such as `train`, or `train-2` if it is done again."""
     return recorded(storage).folder(stage)
 
 
 def check(config: WorkflowConfig, storage: RunStorage) -> None:
-    """Hold the settings against those that the run was started with, if it was; changes nothing.
+    """Compare the settings with those that the run was started with, if it was; change nothing.
 
     Raises:
         ValueError: a setting differs on which a finished stage depends.
@@ -189,10 +191,10 @@ def begin(config: WorkflowConfig, storage: RunStorage) -> WorkflowConfig:
     """Record the settings of a new run, or what `--from` makes undone, before the first stage.
 
     Returns:
-        The settings without `--from`, which is not to be asked again.
+        The settings without `--from`, which must not apply twice.
 
     Raises:
-        ValueError: as of `check`.
+        ValueError: a setting differs, as in `check`.
     """
     check(config, storage)
     progress, before = progress_of(config, storage), _settings(storage)
@@ -206,7 +208,7 @@ def begin(config: WorkflowConfig, storage: RunStorage) -> WorkflowConfig:
 
 
 def mark_done(stage: Stage | Literal["workflow"], storage: RunStorage) -> None:
-    """What the stage makes is there; of one that was done again, what only the ones before needed goes."""
+    """Record that a stage is done, and delete the folders of its earlier generations."""
     settings = _settings(storage)
     progress = _progress_in(settings)
     if not progress.is_undone(stage):
@@ -224,7 +226,7 @@ def _as_json(config: WorkflowConfig) -> dict[str, Any]:
 
 
 def _differing(config: WorkflowConfig, before: dict[str, Any], free: set[str]) -> str:
-    """Settings that are others than before, in words."""
+    """Return in words the settings that differ from those before."""
     now = _as_json(config)
     free = free | _FREE_IN_TRAIN | free_to_change(before.get("compare", {}), now["compare"])
     return changed_settings(before, now, free, _as_json(WorkflowConfig()))

@@ -1,4 +1,4 @@
-"""A router from a run's storage."""
+"""The loading of routers from a run's storage."""
 
 from harmonica.core.artifact import RouterArtifact
 
@@ -6,10 +6,10 @@ from .storage import RunStorage
 
 
 def load_router(storage: RunStorage, name: str) -> RouterArtifact:
-    """The artifact in that folder of the run.
+    """Load the router artifact in a folder of the run.
 
     Raises:
-        ValueError: files missing or damaged.
+        ValueError: files are missing or damaged.
     """
     with storage.local_folder(name) as folder:
         return RouterArtifact.load(folder)

@@ -1,4 +1,4 @@
-"""One storage path for everything a run leaves: a local folder, s3://bucket/prefix or gs://bucket/prefix."""
+"""The storage of a run: a local folder, s3://bucket/prefix or gs://bucket/prefix."""
 
 import contextlib
 import errno
@@ -25,8 +25,8 @@ ENDPOINT = "AWS_ENDPOINT_URL"
 def settle_endpoint(endpoint: str = "") -> None:
     """Set the address of S3 in this process's environment, once for all libraries.
 
-    boto3 also reads the address of a store from a profile in `~/.aws/config`, which pyarrow does not:
-    whatever boto3 would take, both take.
+    boto3 also reads the address of a store from a profile in `~/.aws/config`, which pyarrow does not; after
+    this call both use the address that boto3 finds.
 
     Args:
         endpoint: overrides what environment and files say.
@@ -42,13 +42,13 @@ def settle_endpoint(endpoint: str = "") -> None:
 
 
 class RunStorage:
-    """The folder of one run under the storage path, by pyarrow, so that local and S3 are one code."""
+    """The folder of one run under the storage path, accessed by pyarrow's file systems."""
 
     def __init__(self, storage_path: str, run_id: str, *, patient: bool = False) -> None:
         """Connect to the storage; the folder need not exist.
 
         Args:
-            patient: outlast an S3 store that does not answer for some 25 s.
+            patient: wait for an S3 store that does not answer, for some 25 s.
 
         Raises:
             ValueError: `storage_path` is of no known kind.
@@ -60,7 +60,7 @@ class RunStorage:
         self._run = f"{root}/{run_id}"
 
     def uri(self, name: str = "") -> str:
-        """Where `name` of this run lies: a local path as it is, or a URI."""
+        """Return the local path or the URI of `name` in this run."""
         if self.is_local:
             return str(Path(self.root, self.run_id, name))
         base, _, query = self.root.partition("?")
@@ -68,19 +68,19 @@ class RunStorage:
         return f"{path}?{query}" if query else path
 
     def path(self, name: str) -> str:
-        """Where `name` of this run lies in its file system: in a store the bucket, then the key."""
+        """Return the path of `name` in the run's file system: in a store the bucket, then the key."""
         return f"{self._run}/{name}"
 
     @property
     def shown_root(self) -> str:
-        """The storage path, for messages."""
+        """Return the storage path as messages show it, without secrets."""
         return shown(self.root)
 
     def modified(self, name: str) -> float:
-        """When a file was written, in seconds since 1970.
+        """Return the time at which a file was written, in seconds since 1970.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: the file is not there.
         """
         info = self._fs.get_file_info(f"{self._run}/{name}")
         if info.type == fs.FileType.NotFound:
@@ -89,10 +89,10 @@ class RunStorage:
         return seconds
 
     def check_writable(self) -> None:
-        """Fail before any work starts where the storage path cannot be written; leaves nothing behind.
+        """Check, before any work starts, that the storage path can be written; leave nothing there.
 
         Raises:
-            ValueError: names the path and the reason.
+            ValueError: it cannot be written; the message names the path and the reason.
         """
         folders = [Path(self._run), *Path(self._run).parents] if self.is_local else []
         missing = [folder for folder in folders if not folder.exists()]
@@ -114,7 +114,7 @@ class RunStorage:
         return bool(self._fs.get_file_info(f"{self._run}/{name}").type != fs.FileType.NotFound)
 
     def names(self, folder: str) -> list[str]:
-        """Files that lie in a folder of the run, sorted; without those still being written."""
+        """Return the names of the files in a folder of the run, sorted; not those still being written."""
         found = self._fs.get_file_info(fs.FileSelector(f"{self._run}/{folder}", allow_not_found=True))
         return sorted(one.base_name for one in found if one.is_file and not one.base_name.endswith(".tmp"))
 
@@ -125,10 +125,10 @@ class RunStorage:
             return content
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write so that a reader sees the old content or the new, never a part.
+        """Write a file so that a reader sees the old content or the new, never a part.
 
         Raises:
-            OSError: names what could not be written; what was there before is as it was.
+            OSError: the file could not be written; its old content is unchanged.
         """
         path = f"{self._run}/{name}"
         if self.is_local:
@@ -167,7 +167,7 @@ class RunStorage:
             self.write_bytes(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def replace_folder(self, folder: Path, name: str) -> None:
-        """`upload_folder`, of which nothing stays that was there before; an empty folder deletes it.
+        """Replace a folder of the run by a local one; an empty local folder deletes it.
 
         On a disk the new folder takes the place of the old one whole. In an object store, which knows no
         folders, the manifest is written last.
@@ -196,7 +196,7 @@ class RunStorage:
 
     @contextlib.contextmanager
     def local_folder(self, name: str) -> Iterator[Path]:
-        """A folder of the run to read: a copy that is gone afterwards (local storage: the folder itself)."""
+        """Yield a folder of the run to read: a temporary copy, or in local storage the folder itself."""
         if self.is_local:
             yield Path(self._run) / name
             return
@@ -206,7 +206,7 @@ class RunStorage:
 
 
 def _write_local(path: Path, data: bytes) -> None:
-    """On disk, flushed, before it takes its name: a full disk or a power cut leaves the old content."""
+    """Write to a flushed temporary file and rename it, so that a failure leaves the old content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:

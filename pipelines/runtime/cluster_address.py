@@ -1,4 +1,4 @@
-"""`RAY_ADDRESS`: what it may name, and whether that answers, within seconds and before anything starts."""
+"""Checks of `RAY_ADDRESS` and of its cluster, within seconds and before anything starts."""
 
 import os
 import re
@@ -13,7 +13,7 @@ _CURE = "give host:port of the head's GCS (6379 by default), auto for a cluster 
 
 
 def cluster_address() -> str:
-    """What `RAY_ADDRESS` says; an empty text for a private cluster."""
+    """Return the value of `RAY_ADDRESS`; "" means a private cluster."""
     address = os.environ.get(VARIABLE, "")
     return "" if address == "local" else address
 
@@ -22,7 +22,7 @@ def check_address() -> None:
     """Refuse a cluster that cannot be joined.
 
     Raises:
-        ValueError: names variable, value and cure.
+        ValueError: it cannot be joined; the message names variable, value and cure.
     """
     address = cluster_address()
     if not address:
@@ -63,7 +63,7 @@ def _found_here() -> str:
 
 
 def _why_no_cluster(host: str, port: int) -> str:
-    """An empty text where a head answers."""
+    """Return why no cluster can be joined at an address; "" if its head answers."""
     try:
         socket.create_connection((host, port), timeout=_PATIENCE_S).close()
     except OSError as error:

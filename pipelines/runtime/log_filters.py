@@ -1,6 +1,6 @@
-"""Ray's remarks that nobody who runs a workflow can act upon, kept off the terminal; its warnings stay.
+"""Filters of Ray's remarks that no user can act upon; its warnings stay.
 
-Each is named here by its own words. Where an option keeps a remark from arising, `ray_runtime` sets it.
+Each remark is matched by its own words. Where an option keeps a remark from arising, `ray_runtime` sets it.
 """
 
 import logging
@@ -25,7 +25,7 @@ _PRINTED = (
 
 
 class _Drop(logging.Filter):
-    """Drops the messages that a pattern is found in."""
+    """A filter that drops messages with a pattern."""
 
     def __init__(self, pattern: str) -> None:
         super().__init__(pattern)
@@ -36,7 +36,7 @@ class _Drop(logging.Filter):
 
 
 def drop_remarks() -> None:
-    """In this process, of what it logs itself and of what its cluster's workers print."""
+    """Drop the remarks among this process's logs and its cluster's workers' output."""
     for name, pattern in _LOGGED.items():
         logger = logging.getLogger(name)
         if not any(isinstance(one, _Drop) for one in logger.filters):

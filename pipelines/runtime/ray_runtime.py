@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting a private one on this machine."""
+"""The connection to a Ray cluster, joined or started for this process alone."""
 
 import logging
 import os
@@ -67,7 +67,7 @@ def quiet_libraries() -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as `ray job stop` and Kubernetes send it: to be met like Ctrl-C."""
+    """SIGTERM was received, as `ray job stop` and Kubernetes send it; it ends a run like Ctrl-C."""
 
 
 def _terminate(*_: object) -> None:
@@ -75,7 +75,7 @@ def _terminate(*_: object) -> None:
 
 
 def _settle_sigterm() -> None:
-    """Ray's own handler ends the process with exit code 15 and no word."""
+    """Raise `Terminated` at SIGTERM, where Ray's own handler exits with code 15 and no message."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
 
@@ -90,7 +90,7 @@ def connect(endpoint: str = "") -> None:
         endpoint: of an S3 store, for the workers of a joined cluster; a private one's inherit it.
 
     Raises:
-        ValueError: as of `check_address`.
+        ValueError: the cluster cannot be joined, as in `check_address`.
     """
     if ray.is_initialized():
         return
@@ -128,7 +128,7 @@ def _start_private(address: str, dashboard_port: int) -> None:
 
 
 def _dashboard_port() -> int:
-    """The first free one of those that Ray itself would try, chosen here so that it is known beforehand."""
+    """Return the first free port of those that Ray itself would try, so that it is known beforehand."""
     for port in _DASHBOARD_PORTS:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -144,7 +144,7 @@ def _dashboard_port() -> int:
 
 @contextmanager
 def _told_to_workers(name: str, value: str) -> Iterator[None]:
-    """In the environment while a cluster starts: its processes inherit it, what starts later does not.
+    """Set an environment variable while a cluster starts, so that its processes inherit it.
 
     Ray Train's cleaner asks the dashboard. Without an address it would ask the cluster that a file in Ray's
     temporary folder names, which may be another one, or one that was killed.
@@ -162,7 +162,7 @@ def _told_to_workers(name: str, value: str) -> Iterator[None]:
 
 @contextmanager
 def on_loopback() -> Iterator[str]:
-    """Have what starts inside listen on the loopback address, which it gives, and nowhere else.
+    """Make servers started inside listen on the loopback address only, and yield that address.
 
     Ray's servers (GCS, raylet, workers, agents) do so where the node's address is 127.0.0.1. Ray however puts
     an address of the network in its place, unless it believes that clusters are impossible here, as on macOS.
@@ -181,7 +181,7 @@ def on_loopback() -> Iterator[str]:
 
 
 def _interface_of(address: str) -> str:
-    """The network interface that has this IPv4 address, "" where there is none."""
+    """Return the network interface that has this IPv4 address; "" if there is none."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.family == socket.AF_INET and one.address == address for one in addresses):
             return str(name)
@@ -190,7 +190,7 @@ def _interface_of(address: str) -> str:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """What a worker met that is not finite, as itself: without Ray's account of where it was."""
+    """Re-raise a worker's `NotFinite` as itself, without Ray's traceback around it."""
     try:
         yield
     except Exception as error:
@@ -205,12 +205,12 @@ def plainly() -> Iterator[None]:
 
 
 def is_private() -> bool:
-    """Whether the cluster is this process's own and ends with it."""
+    """Return whether the cluster is this process's own and ends with it."""
     return not cluster_address()
 
 
 def node_names() -> dict[str, str]:
-    """Of every node, by its id: the host's name, and more where it has several nodes."""
+    """Return the names of all nodes by id: the host's name, extended if it has several nodes."""
     hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
     several = {host for host, count in Counter(hosts.values()).items() if count > 1}
     return {one: f"{host}-{one[:8]}" if host in several else host for one, host in hosts.items()}

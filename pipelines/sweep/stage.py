@@ -60,7 +60,7 @@ _TUNE = {
 
 
 class _Progress(tune.Callback):
-    """Prints a progress line from time to time."""
+    """A Ray Tune callback that prints a progress line from time to time."""
 
     def __init__(self, total: int) -> None:
         self.total, self._ended, self._said = total, 0, 0.0

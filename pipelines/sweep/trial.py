@@ -80,7 +80,7 @@ def evaluation_seed(config: WorkflowConfig) -> int:
 
 
 class _Probe:
-    """Measures the PSNR of a router on a few fixed rows while it trains."""
+    """A measurement of a router's PSNR on a few fixed samples while it trains."""
 
     def __init__(self, config: WorkflowConfig, run: MultiTargetTrainer, model: BranchedTransformer) -> None:
         self.config, self.run = config, run
@@ -115,7 +115,7 @@ def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
 
     Args:
         chosen: a `Trial`, by field.
-        config: the run's, its storage path absolute.
+        config: the run's settings, with an absolute storage path.
     """
     from ..training.stage import start_run
 

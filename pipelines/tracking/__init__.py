@@ -1,4 +1,4 @@
-"""MLflow: runs, metrics, and the registry of routers."""
+"""MLflow tracking: runs, metrics, and the registry of routers."""
 
 from harmonica.validation.extras import need
 

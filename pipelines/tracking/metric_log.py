@@ -1,7 +1,7 @@
-"""Metrics of training on their way to MLflow: each once, whatever breaks on the way.
+"""The log of training metrics for MLflow, which receives each of them exactly once.
 
-What MLflow has not confirmed goes into the next checkpoint, so it outlives the worker; and a point that it
-has, though the confirmation was lost or the trajectory was trained again, is not sent again.
+Metrics that MLflow has not confirmed go into the next checkpoint, so they outlive the worker. Points that it
+has are not sent again, even if the confirmation was lost or the trajectory was trained again.
 """
 
 import logging
@@ -17,14 +17,14 @@ from .mlflow_runs import Point, StageRun
 logger = logging.getLogger(__name__)
 
 _LAST = "loss"
-"""The metric that every trajectory has, and that goes last: where MLflow has it, it has the others too."""
+"""The metric that every trajectory has and that is sent last: if MLflow has it, it has the others too."""
 _RETRY_S = 2.0
 # Of MLflow's errors, those that pass by themselves; no answer at all is an INTERNAL_ERROR to its client.
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
 
 
 class MetricLog:
-    """Rank 0's metrics that MLflow has not confirmed yet."""
+    """The metrics of rank 0 that MLflow has not confirmed yet."""
 
     def __init__(self, run: StageRun, pending: list[Any] | None = None) -> None:
         """Start with what an earlier log had pending.
@@ -43,11 +43,11 @@ class MetricLog:
         self._pending.append(Point(trajectory, int(time.time() * 1000), others | last))
 
     def state(self) -> list[Any]:
-        """For a checkpoint: plain values."""
+        """Return the state for a checkpoint, as plain values."""
         return [list(point) for point in self._pending]
 
     def flush(self) -> bool:
-        """Send what is pending; False, with a warning, where MLflow does not answer: it stays pending."""
+        """Send what is pending; return False, with a warning, if MLflow does not answer."""
         try:
             if self._known_step is None:
                 self._known_step = self.run.last_step(_LAST)
@@ -67,7 +67,7 @@ class MetricLog:
         return True
 
     def finish(self, patience_s: float) -> None:
-        """Send what is pending, however often it takes.
+        """Send what is pending, with retries.
 
         Raises:
             TimeoutError: MLflow did not answer; the metrics are in the last checkpoint.

@@ -1,4 +1,4 @@
-"""MLflow: one run a workflow, one nested run a stage, each found again after a restart."""
+"""MLflow runs: one for each workflow, a nested one for each stage, reused after a restart."""
 
 import os
 import time
@@ -26,12 +26,12 @@ _MAX_METRICS_PER_REQUEST = 1000  # MLflow's own limit
 
 
 def make_client(uri: str) -> MlflowClient:
-    """A client of one server for both runs and registry."""
+    """Return a client of one server for both runs and registry."""
     return MlflowClient(uri, registry_uri=uri)
 
 
 class Point(NamedTuple):
-    """Metrics of one step, and when they were measured: that is theirs however late they are sent."""
+    """The metrics of one step with the time of their measurement, which later sending keeps."""
 
     step: int
     time_ms: int
@@ -40,7 +40,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class StageRun:
-    """A handle on one MLflow run, plain enough to send to a worker."""
+    """A handle on one MLflow run, of plain values so that it can be sent to a worker."""
 
     uri: str
     mlflow_run_id: str
@@ -52,17 +52,19 @@ class StageRun:
 
     @property
     def shown_uri(self) -> str:
-        """For messages."""
+        """Return the tracking URI as messages show it, without secrets."""
         return without_credentials(self.uri)
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """All metrics of one step in one request."""
+        """Log all metrics of one step in one request."""
         self.log_points([Point(step, int(time.time() * 1000), metrics)])
 
     def log_points(self, points: Sequence[Point]) -> None:
-        """Metrics of many steps in as few requests as MLflow takes, steps in order and each in one request.
+        """Log metrics of many steps, in order, in as few requests as MLflow's limits allow.
 
-        Sent again after a lost answer they are stored once, since MLflow tells points by step and time.
+        Each step is in one request.
+
+        Points sent twice are stored once, since MLflow identifies them by step and time.
         """
         client = self.client
         batch: list[Metric] = []
@@ -79,21 +81,21 @@ class StageRun:
             client.log_batch(self.mlflow_run_id, metrics=batch[first : first + _MAX_METRICS_PER_REQUEST])
 
     def last_step(self, metric: str) -> int:
-        """The newest step that MLflow has of a metric, -1 where it has none."""
+        """Return the last step that MLflow has of a metric; -1 if it has none."""
         return max((step for step, _ in self.history(metric)), default=-1)
 
     def history(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) of all that MLflow has of a metric, in order."""
+        """Return (step, value) of all points that MLflow has of a metric, in order."""
         points = self.client.get_metric_history(self.mlflow_run_id, metric)
         return sorted((point.step, point.value) for point in points)
 
     def metric_names(self) -> list[str]:
-        """Of all metrics that MLflow has of it."""
+        """Return the names of all metrics that MLflow has of the run."""
         return sorted(self.client.get_run(self.mlflow_run_id).data.metrics)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow parameters: `train.sdt.beta` and the like."""
+    """Flatten nested settings to MLflow parameters, such as `train.sdt.beta`."""
     flat: dict[str, str] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -120,14 +122,14 @@ def _experiment_id(client: MlflowClient, storage_path: str) -> str:
 
 
 def _mlflow_run_id(client: MlflowClient, experiment_id: str, stage: str, run_id: str) -> str:
-    """MLflow's id of the run of (run id, stage), "" where there is none."""
+    """Return MLflow's id of the run of (run id, stage); "" if there is none."""
     query = f"tags.`{_RUN_TAG}` = '{run_id}' and tags.`{_STAGE_TAG}` = '{stage}'"
     found = client.search_runs([experiment_id], query, max_results=1)
     return found[0].info.run_id if found else ""
 
 
 def find_run(stage: str, run_id: str, storage_path: str) -> StageRun | None:
-    """The MLflow run of (run id, stage), where there is one."""
+    """Return the MLflow run of (run id, stage), if there is one."""
     uri = tracking_uri(storage_path)
     client = make_client(uri)
     found = _mlflow_run_id(client, _experiment_id(client, storage_path), stage, run_id)
@@ -143,11 +145,11 @@ def find_or_create(
     *,
     generation: int = 1,
 ) -> StageRun:
-    """The MLflow run of (run id, stage): the one that exists, else a new one. Never two.
+    """Return the MLflow run of (run id, stage), made if there is none, so that there is just one.
 
     Args:
-        generation: above 1, of a stage that is done again: a run beside the one that counts, until it
-            takes that one's place.
+        generation: above 1 for a stage that is done again, whose run exists beside the earlier one until it
+            replaces that.
     """
     uri = tracking_uri(storage_path)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
@@ -173,7 +175,7 @@ def _label(stage: str, generation: int) -> str:
 
 
 def _take_its_place(stage: str, run_id: str, storage_path: str, generation: int) -> None:
-    """The run of a stage that has been done again is its run from now on; the one before stays as it was."""
+    """Make the run of a repeated stage the stage's run; the earlier run is kept."""
     client = make_client(tracking_uri(storage_path))
     experiment_id = _experiment_id(client, storage_path)
     if before := _mlflow_run_id(client, experiment_id, stage, run_id):
@@ -192,7 +194,7 @@ def stage_run(
     *,
     generation: int = 1,
 ) -> Iterator[StageRun]:
-    """`find_or_create`, closed as finished, or as failed or killed when the body raises."""
+    """Yield the stage's run; close it as finished, or as failed or killed if the body raises."""
     run = find_or_create(stage, run_id, storage_path, config, parent, generation=generation)
     try:
         yield run
@@ -208,9 +210,9 @@ def stage_run(
 
 
 def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numeric leaves of a nested report, as MLflow metrics: `arms.cached.psnr_to_full`.
+    """Return the numbers of a nested report as MLflow metrics, such as `arms.cached.psnr_to_full`.
 
-    An interval gives two: `arms.cached.psnr_to_full_interval.low` and `.high`.
+    An interval makes two metrics: `arms.cached.psnr_to_full_interval.low` and `.high`.
     """
     flat: dict[str, float] = {}
     for name, value in report.items():

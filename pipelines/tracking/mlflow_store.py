@@ -1,4 +1,4 @@
-"""Where MLflow keeps runs and registry: one answer for every process, refused early where it cannot do."""
+"""The store of MLflow's runs and registry: one URI for all processes, checked early."""
 
 import os
 import re
@@ -22,21 +22,21 @@ _PATIENCE_S = 5.0
 
 
 def database_of(storage_path: str) -> Path:
-    """The SQLite file beside the runs of a local storage path.
+    """Return the SQLite file beside the runs of a local storage path.
 
     Raises:
-        ValueError: the path is none, or remote.
+        ValueError: the path is invalid, or remote.
     """
     return local(storage_path, "storage_path") / "mlflow.db"
 
 
 def artifacts_of(storage_path: str) -> Path:
-    """The folder beside the runs of a local storage path that gets MLflow's files."""
+    """Return the folder beside the runs of a local storage path that gets MLflow's files."""
     return local(storage_path, "storage_path") / "mlartifacts"
 
 
 def sqlite_uri(database: Path) -> str:
-    """The URI by which SQLAlchemy opens this very file, whatever characters its path has."""
+    """Return the URI by which SQLAlchemy opens a file, whatever characters its path has."""
     path = str(database.absolute())
     if not {"%", "?"} & set(path):
         return f"sqlite:///{path}"
@@ -50,7 +50,7 @@ def tracking_uri(storage_path: str) -> str:
     It is the same store in every process, wherever that runs.
 
     Raises:
-        ValueError: storage is remote and no tracking server is named, or the variable names what cannot do.
+        ValueError: storage is remote and no tracking server is named, or the variable's URI is unusable.
     """
     if uri := os.environ.get(_VARIABLE):
         return _settled(uri)
@@ -64,12 +64,12 @@ def tracking_uri(storage_path: str) -> str:
 
 
 def without_credentials(uri: str) -> str:
-    """A tracking URI for messages."""
+    """Return a tracking URI as messages show it, without credentials."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def _scheme(uri: str) -> str:
-    """Such as sqlite, without the driver that may follow."""
+    """Return the scheme of a URI, such as sqlite, without a driver's name."""
     return urlsplit(uri).scheme.partition("+")[0].lower()
 
 
@@ -101,10 +101,10 @@ def _settled(uri: str) -> str:
 
 
 def check_store(storage_path: str) -> None:
-    """Refuse a store that runs could not be recorded in; changes nothing.
+    """Refuse a store that cannot record runs; change nothing.
 
     Raises:
-        ValueError: names the variable, its value and the cure.
+        ValueError: the store is unusable; the message names the variable, its value and the cure.
     """
     uri = tracking_uri(storage_path)
     said, scheme = f"{_VARIABLE} is {without_credentials(uri)}", _scheme(uri)
@@ -130,7 +130,7 @@ def check_store(storage_path: str) -> None:
 
 
 def _check_answers(uri: str, scheme: str, said: str) -> None:
-    """Within seconds: MLflow itself goes on trying for minutes."""
+    """Check within seconds that the server answers; MLflow's own client tries for minutes."""
     try:
         if scheme in _DATABASES:
             url = make_url(uri)

@@ -1,7 +1,7 @@
-"""CPU, memory and GPUs of every node, in the workflow's MLflow run while it lasts, under MLflow's own names.
+"""System metrics of every node (CPU, memory, GPUs) in the workflow's MLflow run.
 
-An idle actor a node reads them and a thread of the driver sends them, so training waits for neither; MLflow's
-own monitor would end for good where its server does not answer once.
+An idle actor on each node reads them and a thread of the driver sends them under MLflow's own names, so that
+training waits for neither. MLflow's own monitor stops for good if its server fails to answer once.
 """
 
 import logging
@@ -30,14 +30,14 @@ _NVIDIA_QUERY = "index,utilization.gpu,memory.used,memory.total,power.draw"
 
 
 class NodeReader:
-    """Reads the machine that it is on."""
+    """An actor that reads the metrics of its node."""
 
     def __init__(self) -> None:
         self._nvidia = shutil.which("nvidia-smi")  # comes with the driver, so no package is needed
         psutil.cpu_percent()  # each call measures since the one before
 
     def read(self) -> dict[str, float]:
-        """Such as `cpu_utilization_percentage` and `gpu_0_memory_usage_megabytes`."""
+        """Return metrics such as `cpu_utilization_percentage` and `gpu_0_memory_usage_megabytes`."""
         memory = psutil.virtual_memory()
         metrics = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -58,7 +58,7 @@ class NodeReader:
 
 
 def gpu_metrics(said: str) -> dict[str, float]:
-    """Of nvidia-smi's lines; what a GPU does not tell is left out."""
+    """Return the metrics in nvidia-smi's lines, without those that a GPU does not report."""
     metrics: dict[str, float] = {}
     for line in said.strip().splitlines():
         index, *numbers = (cell.strip() for cell in line.split(","))
@@ -79,13 +79,13 @@ def _number(cell: str) -> float | None:
 
 
 class Nodes:
-    """The cluster's readers, one a node; nodes come and go."""
+    """The readers of a cluster, one on each node; nodes may join and leave."""
 
     def __init__(self) -> None:
         self._readers: dict[str, Any] = {}
 
     def read(self) -> dict[str, float]:
-        """Of all nodes that answer, such as `system/<node>/cpu_utilization_percentage`."""
+        """Return the metrics of all nodes that answer, such as `system/<node>/cpu_utilization_percentage`."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         self._readers = {one: reader for one, reader in self._readers.items() if one in alive}
         for node_id in alive - self._readers.keys():
@@ -127,7 +127,7 @@ def node_metrics(run: StageRun, interval_s: float) -> Iterator[None]:
     """Log every node's metrics to `run` while the body runs.
 
     Args:
-        interval_s: 0 logs none.
+        interval_s: seconds between two logs; 0 logs none.
     """
     if not interval_s:
         yield

@@ -1,4 +1,4 @@
-"""Router artifacts in MLflow's registry: versions of one registered model, `champion` among them.
+"""Router artifacts in MLflow's registry, as versions of a registered model.
 
 A version's source is the folder `router/` of the MLflow run that made it: `router.safetensors` and
 `config.json` as they are, no MLflow flavour and so no pickle.
@@ -21,11 +21,11 @@ from .mlflow_store import without_credentials
 CHAMPION = "champion"
 _FOLDER = "router"
 GATE = "harmonica.gate"
-"""Tag of a version that is not promoted as it is made: what was decided about it."""
+"""The tag with the decision about a version that is not promoted on registration."""
 PENDING, PASSED, REFUSED, FORCED, NOT_ASKED = "pending", "passed", "refused", "always", "never"
 _KEPT_BACK = (PENDING, REFUSED, NOT_ASKED)
 _PROMOTED = "harmonica.promoted_to"
-"""Tag of a version that has carried an alias: it gets it once, and takes it from no later one."""
+"""The tag of a version that has carried an alias; it gets the alias only once."""
 
 
 def register(
@@ -74,12 +74,12 @@ def promote(client: MlflowClient, name: str, version: str, alias: str = CHAMPION
 
 
 def was_promoted(version: ModelVersion, alias: str = CHAMPION) -> bool:
-    """Whether it has carried the alias, even if it does no more."""
+    """Return whether the version has ever carried the alias."""
     return version.tags.get(_PROMOTED) == alias
 
 
 def set_tags(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
-    """Give a version those of the tags that it has not."""
+    """Set those of the tags that the version does not have."""
     before = client.get_model_version(name, version).tags
     for key, value in tags.items():
         if before.get(key) != value:
@@ -87,14 +87,14 @@ def set_tags(client: MlflowClient, name: str, version: str, tags: Mapping[str, s
 
 
 def version_of_run(name: str, run: StageRun) -> ModelVersion | None:
-    """The version that `register` has made of this MLflow run."""
+    """Return the version that `register` has made of this MLflow run."""
     query = f"name = '{name}' and run_id = '{run.mlflow_run_id}'"
     found = run.client.search_model_versions(query, max_results=1)
     return found[0] if found else None
 
 
 def current(name: str, alias: str, uri: str) -> ModelVersion | None:
-    """The version that carries the alias now, if any does."""
+    """Return the version that carries the alias now, if any does."""
     try:
         return make_client(uri).get_model_version(name, resolve(name, alias, uri))
     except ValueError:
@@ -102,7 +102,7 @@ def current(name: str, alias: str, uri: str) -> ModelVersion | None:
 
 
 def resolve(name: str, alias: str, uri: str) -> str:
-    """The version that carries the alias now.
+    """Return the version that carries the alias now.
 
     Raises:
         ValueError: no such registered model, or the alias is on none of its versions.
@@ -116,7 +116,7 @@ def resolve(name: str, alias: str, uri: str) -> str:
 
 
 def load(name: str, alias: str, uri: str) -> tuple[RouterArtifact, str]:
-    """The router that carries the alias, and its version.
+    """Return the router that carries the alias, and its version.
 
     Raises:
         ValueError: no such registered model, no such alias, or what lies there is no router artifact.
@@ -126,11 +126,11 @@ def load(name: str, alias: str, uri: str) -> tuple[RouterArtifact, str]:
 
 
 def load_version(name: str, version: str, uri: str) -> RouterArtifact:
-    """The router of a version.
+    """Return the router of a version.
 
     Raises:
         ValueError: what lies there is no router artifact.
-        MlflowException, OSError: it cannot be fetched.
+        MlflowException, OSError: the router cannot be fetched.
     """
     source = make_client(uri).get_model_version_download_uri(name, version)
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +139,7 @@ def load_version(name: str, version: str, uri: str) -> RouterArtifact:
 
 
 def newest_versions(name: str, uri: str, most: int) -> list[str]:
-    """Registered versions, newest first, at most so many; without those that the gate has not let through."""
+    """Return at most `most` versions, newest first, without those that are not promoted."""
     found = make_client(uri).search_model_versions(
         f"name = '{name}'", max_results=most, order_by=["version_number DESC"]
     )
@@ -155,7 +155,7 @@ def _ensure_registered_model(client: MlflowClient, name: str) -> None:
 
 
 def _raise_if_unknown(client: MlflowClient, name: str, alias: str, uri: str) -> None:
-    """ValueError when the server answers and lacks the name, the alias or its version; else nothing."""
+    """Raise ValueError if the server answers and lacks the name, the alias or its version."""
     where = without_credentials(uri)
     known = {model.name: model for model in client.search_registered_models()}
     if name not in known:

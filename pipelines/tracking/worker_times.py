@@ -1,6 +1,7 @@
-"""Where each worker is and what its time goes into, gathered at checkpoints, so that a slow node is seen.
+"""The node of each worker and its times by activity, gathered at checkpoints.
 
-The one that the others wait for has the least of `reduce`, and the most of something else.
+They show a slow node: the worker that the others wait for has the least of `reduce`, and the most of
+something else.
 """
 
 import time
@@ -20,7 +21,7 @@ _PREFIX = "seconds."
 
 
 def worker_nodes(device: torch.device | str) -> list[str]:
-    """The node of every rank; all ranks call it."""
+    """Return the node of every rank; all ranks call it."""
     node_id = bytes.fromhex(ray.get_runtime_context().get_node_id())
     mine = torch.tensor(list(node_id), dtype=torch.uint8, device=device)
     names = node_names()
@@ -36,7 +37,7 @@ def _gather(mine: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _gather_times(mine: dict[str, float]) -> list[dict[str, float]]:
-    """Of every rank, whatever names each has."""
+    """Return the times of every rank, whose names may differ."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [mine]
     each: list[Any] = [None] * dist.get_world_size()
@@ -45,7 +46,7 @@ def _gather_times(mine: dict[str, float]) -> list[dict[str, float]]:
 
 
 class WorkerTimes:
-    """Of one worker, since the last checkpoint; by whatever names its metrics have."""
+    """The times of one worker since the last checkpoint, by the names of its metrics."""
 
     def __init__(self) -> None:
         self._seconds = {_DATA: 0.0}
@@ -72,7 +73,10 @@ class WorkerTimes:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def gather(self, rank: int) -> dict[str, float]:
-        """Mean seconds a trajectory by worker and kind, such as `worker.1.student_s`; all ranks call it."""
+        """Return mean seconds of a trajectory by worker and kind, such as `worker.1.student_s`.
+
+        All ranks call it.
+        """
         mean = {name: total / max(1, self._trajectories) for name, total in self._seconds.items()}
         for name, seconds in mean.items():
             self._gauge.set(seconds, {"rank": str(rank), "kind": name})

@@ -1,4 +1,4 @@
-"""What a speed asks of a plan: how much to reuse, where training starts, and where its scores are cut.
+"""Plans for a speed: the share to reuse, the start of training, and the threshold of scores.
 
 Speed is counted in multiply-accumulates, full over planned; `tests/benchmarks` has what is realised of it.
 """
@@ -14,14 +14,14 @@ from harmonica.core.router import FIXED_LOGIT
 from harmonica.models.base import Macs
 
 _NEAR = 0.015
-"""Relative: whole steps are reused where that comes so near to the speed; a part of one more where not."""
+"""Relative tolerance of the speed within which only whole steps are reused."""
 _ROUNDING = 1e-9
 _TIE = 1e-6
-"""Scores nearer than this are one: devices round a sigmoid differently."""
+"""Scores that differ by less count as equal, since devices round a sigmoid differently."""
 
 
 def fastest_speedup(num_steps: int, macs: Macs) -> float:
-    """Of a plan that computes the branches at step T-1 alone."""
+    """Return the speed of the plan that computes branches at step T-1 alone."""
     return num_steps * macs.full / (macs.full + (num_steps - 1) * macs.rest)
 
 
@@ -36,15 +36,15 @@ def slowest_speedup(num_steps: int, macs: Macs) -> float:
 
 
 def speedup_of(cur: float, macs: Macs) -> float:
-    """Of plans that reuse this fraction of all entries, in whole steps."""
+    """Return the speed of a plan that reuses this fraction of all entries, in whole steps."""
     return macs.full / (macs.full - cur * sum(macs.branches))
 
 
 def reusable_fraction(num_steps: int, macs: Macs, speedup: float) -> float:
-    """Of what the branches of steps 0 ... T-2 cost: how much must be reused for the speed, 0 to 1.
+    """Return the share of the MACs of steps 0 ... T-2 to reuse for a speed, 0 to 1.
 
     Raises:
-        ValueError: more than there is.
+        ValueError: the speed needs more reuse than there can be.
     """
     most = fastest_speedup(num_steps, macs)
     if speedup > most * (1 + _ROUNDING):
@@ -55,7 +55,10 @@ def reusable_fraction(num_steps: int, macs: Macs, speedup: float) -> float:
 
 
 def even_steps(num_steps: int, count: int) -> list[int]:
-    """So many of the steps 0 ... T-2, evenly spread: no two running up to half of all."""
+    """Return `count` of the steps 0 ... T-2, evenly spread.
+
+    No two are consecutive as long as they are at most half of all.
+    """
     gap = (num_steps - 2) / max(1, count)
     if (
         gap >= 2
@@ -74,13 +77,13 @@ def steps_for(num_steps: int, macs: Macs, speedup: float) -> tuple[int, float]:
 
 
 def stepwise_plan(num_steps: int, num_branches: int, reused: Iterable[int]) -> Plan:
-    """Whole steps reused, all others computed."""
+    """Return the plan that reuses these whole steps and computes all others."""
     chosen = set(reused)
     return Plan(tuple((i not in chosen,) * num_branches for i in range(num_steps)))
 
 
 def with_part(plan: Plan, step: int, fraction: float, macs: Macs) -> Plan:
-    """Of a step, only the last branches reused, as many as cost that fraction of it."""
+    """Return the plan with one step reused in part: its last branches, up to a fraction of its MACs."""
     wanted, row = fraction * sum(macs.branches), [True] * plan.num_branches
     for branch in reversed(range(plan.num_branches)):
         if wanted < macs.branches[branch] / 2:
@@ -92,10 +95,10 @@ def with_part(plan: Plan, step: int, fraction: float, macs: Macs) -> Plan:
 
 
 def even_plan(num_steps: int, macs: Macs, speedup: float) -> Plan:
-    """Whole steps reused, evenly spread, and of the one in the middle only as much as the speed asks for.
+    """Return the plan of a speed that reuses whole steps, evenly spread.
 
-    What hurts is not reuse but runs of it, and staggering blocks over steps is worse than whole steps
-    (tests/benchmarks/RESULTS.md).
+    The middle one is reused in part, as far as the speed needs. Consecutive reuse hurts images most, and
+    reuse of different blocks at different steps is worse than of whole steps (tests/benchmarks/RESULTS.md).
     """
     count, fraction = steps_for(num_steps, macs, speedup)
     chosen = even_steps(num_steps, count)
@@ -104,14 +107,14 @@ def even_plan(num_steps: int, macs: Macs, speedup: float) -> Plan:
 
 
 def logits_of(plan: Plan, logit: float) -> Tensor:
-    """The logits (T, B) to start from: +logit where the plan computes, -logit where not; row T-1 is fixed."""
+    """Return the logits (T, B) of a plan: +logit to compute, -logit to reuse; row T-1 is fixed."""
     logits_TB = torch.where(plan.to_tensor(), logit, -logit)
     logits_TB[-1] = FIXED_LOGIT
     return logits_TB
 
 
 def threshold_for(scores_TB: Tensor, macs: Macs, speedup: float) -> float:
-    """The tau at which a router's plan comes nearest to a speed: lowest scores are reused first."""
+    """Return the threshold tau at which the plan's speed is nearest; the lowest scores are reused first."""
     scores = scores_TB[:-1].detach().cpu().double()
     costs = torch.tensor(macs.branches, dtype=torch.float64).expand_as(scores)
     scores, order = scores.flatten().sort()

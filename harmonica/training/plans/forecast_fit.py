@@ -1,13 +1,13 @@
-"""Forecasts that are learned: what a reused branch should hand out for the final image to come out right.
+"""The fit of forecast weights: what a reused branch returns for the final image to be right.
 
-The router decides when a branch is reused, the forecast what it then gives: `v1 + w1 (v1 - v2) +
+The router decides when a branch is reused, and the forecast its output then: `v1 + w1 (v1 - v2) +
 w2 (v2 - v3)` of its last computed values, with weights w of each entry's own. They are fitted to the image:
 the change of the final latents is close to linear in w, so that a few Gauss-Newton steps find the least
 squares. Its residuals and Jacobian are seen through random probes u: one backward pass along a planned
 trajectory gives `u . dx_0/dw` of all entries at once. Each image counts by its own error, so that the few
 that a plan hurts most do not decide for all. No images are needed, and the base model stays frozen.
 
-Not in the paper; `tests/benchmarks/RESULTS.md` has what it is worth.
+The paper has none; `tests/benchmarks/RESULTS.md` lists its effect.
 Shapes: N images, M model rows, C H W image, P weights, R = N * probes rows of the least squares.
 """
 
@@ -34,11 +34,11 @@ _SMALLEST_ERROR = 1e-12
 
 
 Unknown = tuple[int, int, int]
-"""Step, branch and number of the difference."""
+"""An unknown weight: step, branch and number of the difference."""
 
 
 def unknowns(plan: Plan, order: int) -> list[Unknown]:
-    """The weights that a plan leaves to be found: of each reused entry, as far as values are there."""
+    """Return the weights to fit: of each reused entry, as many as it has earlier values for."""
     found: list[Unknown] = []
     computed = [0] * plan.num_branches
     for i in reversed(range(plan.num_steps)):
@@ -51,7 +51,7 @@ def unknowns(plan: Plan, order: int) -> list[Unknown]:
 
 
 def linear_weights(plan: Plan, order: int) -> Tensor:
-    """The weights (T, B, order) of the linear forecast, where fitting starts."""
+    """Return the weights (T, B, order) of the linear forecast, from which the fit starts."""
     weights_TBK = torch.zeros(plan.num_steps, plan.num_branches, order, dtype=torch.float64)
     for branch in range(plan.num_branches):
         last = before = -1
@@ -64,7 +64,7 @@ def linear_weights(plan: Plan, order: int) -> Tensor:
 
 
 class _ProbedCache(BranchCache):
-    """A cache through which gradients flow, with a handle on every weight of every image."""
+    """A cache that is differentiable in every forecast weight of every image."""
 
     handles: dict[Unknown, Tensor]
 
@@ -88,14 +88,14 @@ class _ProbedCache(BranchCache):
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """A batch's images under a plan, seen through probes."""
+    """Random projections of the image error of a batch under a plan."""
 
     error_N: Tensor
-    """Mean squared change of each image's latents."""
+    """Mean squared change of each image's latents (N,)."""
     residual_R: Tensor
-    """The change along each probe."""
+    """The change projected on each probe (R,)."""
     jacobian_RP: Tensor
-    """Its derivative in the weights."""
+    """The derivative of the residuals in the weights (R, P)."""
 
 
 def sketch_image_error(
@@ -106,11 +106,11 @@ def sketch_image_error(
     order: int,
     probes: int,
 ) -> Sketch:
-    """Planned against full trajectories of the same rows, to first order in the plan's forecast weights.
+    """Linearise the change from full to planned latents in the plan's forecast weights.
 
     Args:
-        plan: with weights; around these it is linear.
-        batch: with keys; they also name the probes, which are then the same whoever works on a sample.
+        plan: with forecast weights, around which the change is linearised.
+        batch: with keys, which also determine the probes, so that these do not depend on the worker.
     """
     assert batch.keys is not None, "training's samples have keys"
     full_NCHW = sample(sampler, batch.noise_NCHW, batch.condition_N, keys=batch.keys).clone()
@@ -143,7 +143,7 @@ def sketch_image_error(
 
 
 class ForecastFit:
-    """The weights of one plan's forecasts on their way to least squares."""
+    """The Gauss-Newton fit of one plan's forecast weights."""
 
     def __init__(self, plan: Plan, config: ForecastConfig) -> None:
         self.plan, self.config = plan, config
@@ -156,13 +156,13 @@ class ForecastFit:
         self._folds = [NormalEquations(len(self.unknowns)) for _ in range(FOLDS)]
 
     def planned(self) -> Plan:
-        """The plan with the weights as they stand."""
+        """Return the plan with the present weights."""
         return Plan(self.plan.compute, forecast_of(self.weights_TBK))
 
     def observe(
         self, sampler: Sampler, batches: Sequence[Batch], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """Measure one batch, given in parts, and solve where a round ends; the metrics to log.
+        """Measure one batch, given in parts, solve where a round ends, and return the metrics.
 
         `loss` is the mean squared change of the final latents.
         """
@@ -185,7 +185,7 @@ class ForecastFit:
         return metrics
 
     def _measure(self, sampler: Sampler, batch: Batch) -> Tensor:
-        """Return sums over a batch's images (P + 1, P + 1)."""
+        """Return the sums of products over a batch's images (P + 1, P + 1)."""
         config = self.config
         seen = sketch_image_error(sampler, self.planned(), batch, order=config.order, probes=config.probes)
         weight_R = (1 / seen.error_N.clamp_min(_SMALLEST_ERROR)).repeat(
@@ -199,7 +199,7 @@ class ForecastFit:
         return torch.cat([sides, last])
 
     def _solve(self) -> dict[str, float]:
-        """Move the weights, as far as what some images ask for holds for the others."""
+        """Update the weights if cross-validation says that the error falls; return metrics."""
         if not self.unknowns:
             return {}
         chosen = choose_ridge(self._folds)

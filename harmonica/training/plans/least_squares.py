@@ -1,4 +1,4 @@
-"""Least squares whose ridge is chosen by what predicts the rows it has not seen."""
+"""Ridge regression whose ridge is chosen by cross-validation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Of the normal equations' mean diagonal."""
+"""The ridges to choose from, relative to the mean diagonal of the normal equations."""
 
 
 class NormalEquations:
-    """Sums over rows: all that least squares for P weights need of them."""
+    """The normal equations of least squares in P weights, as sums over rows."""
 
     def __init__(self, count: int) -> None:
         self.matrix_PP = torch.zeros(count, count, dtype=torch.float64)
@@ -22,19 +22,19 @@ class NormalEquations:
         self.right_P += right_P
 
     def solve(self, ridge: float) -> Tensor:
-        """The change of the weights (P,)."""
+        """Return the solution, a change of the weights (P,)."""
         shift = ridge * self.matrix_PP.diagonal().mean().clamp_min(1e-30)
         damped_PP = self.matrix_PP + shift * torch.eye(len(self.right_P)).double()
         change_P: Tensor = torch.linalg.solve(damped_PP, -self.right_P)
         return change_P
 
     def change_of_error(self, weights_P: Tensor) -> float:
-        """What moving the weights so adds to the sum of squares; below 0 is better."""
+        """Return the change of the sum of squares by this change of weights; below 0 is better."""
         return float(weights_P @ self.matrix_PP @ weights_P + 2 * weights_P @ self.right_P)
 
 
 def sum_of(equations: Sequence[NormalEquations]) -> NormalEquations:
-    """Of the rows of all of them; there is at least one."""
+    """Return the normal equations of the rows of all parts, of which there is at least one."""
     total = NormalEquations(len(equations[0].right_P))
     for each in equations:
         total.add(each.matrix_PP, each.right_P)
@@ -43,15 +43,15 @@ def sum_of(equations: Sequence[NormalEquations]) -> NormalEquations:
 
 @dataclass(frozen=True, slots=True)
 class RidgeChoice:
-    """The ridge that did best on rows left out, and what it promises for new ones."""
+    """The ridge with the least error on rows left out, and its change of the sum of squares there."""
 
     ridge: float
     promise: float
-    """Change of the sum of squares, over the rows left out; below 0 is better."""
+    """Change of the sum of squares over the rows left out; below 0 is better."""
 
 
 def choose_ridge(folds: Sequence[NormalEquations]) -> RidgeChoice:
-    """By leaving each of at least two folds out in turn."""
+    """Choose the ridge by leaving out each of the folds in turn; there are at least two."""
     rest = [sum_of([fold for fold in folds if fold is not left_out]) for left_out in folds]
 
     def promise(ridge: float) -> float:

@@ -1,4 +1,4 @@
-"""Where training starts: the whole steps whose reuse together changes the image least, measured.
+"""The measured start: the whole steps whose joint reuse changes the image least.
 
 The change of the final latents that reusing step i makes is a vector; the changes of several steps nearly add
 up, and their directions matter: errors of one kind pile up, others cancel. So the squared change of a set of
@@ -39,7 +39,7 @@ _MOVES = (-3, -2, -1, 1, 2, 3)
 
 
 def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Router:
-    """The router that training starts from, or that a measured start is to replace."""
+    """Return the router that training starts from, or that a measured start replaces."""
     shape = (sampler.num_steps, len(sampler.model.branches))
     if config.initial == "normal":
         return Router.normal(*shape, seed)
@@ -54,9 +54,10 @@ def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Route
 
 
 def step_effects(sampler: Sampler, batch: Batch, reuse: Reuse) -> Tensor:
-    """Changes of the final latents (E, N, CHW) when step i alone is reused, and when i + 2 was before it.
+    """Return the changes of the final latents (E, N, CHW) by reuse of step i.
 
-    First T-1 of the one kind, then T-1 of the other; where there is no step i + 2 to reuse, the two are one.
+    The first T-1 are of step i reused alone, the others of step i reused after step i + 2; where there is no
+    step i + 2 to reuse, the two are equal.
     """
     last, branches = sampler.num_steps - 1, len(sampler.model.branches)
     everything, nothing = (True,) * branches, (False,) * branches
@@ -68,7 +69,7 @@ def step_effects(sampler: Sampler, batch: Batch, reuse: Reuse) -> Tensor:
     full_NX = sampler.finish(state).flatten(1)
 
     def change(i: int, state: State, cache: BranchCache) -> Tensor:
-        """With steps i ... 0 computed in full."""
+        """Return the change of the final latents with steps i ... 0 computed in full."""
         for step in range(i, -1, -1):
             state, _ = planned_step(sampler, step, state, everything, cache)
         return sampler.finish(state).flatten(1) - full_NX
@@ -88,7 +89,7 @@ def step_effects(sampler: Sampler, batch: Batch, reuse: Reuse) -> Tensor:
 
 
 class StepSearch:
-    """The quadratic form, and sets of steps that make it small."""
+    """The quadratic form of image change, and the search for steps that make it small."""
 
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
@@ -103,9 +104,9 @@ class StepSearch:
         reuse: Reuse,
         average: Callable[[Tensor], None],
     ) -> dict[str, float]:
-        """Measure one batch, given in parts; the metrics to log.
+        """Measure one batch, given in parts, and return the metrics to log.
 
-        Each image counts by the sum of its single effects, so that those that change much do not decide.
+        Each image is weighted by the inverse of the sum of its single effects, so that no few images decide.
         """
         gram_EE = torch.zeros_like(self.gram_EE, device=batches[0].noise_NCHW.device)
         loss = torch.zeros(1, dtype=torch.float64, device=gram_EE.device)
@@ -121,13 +122,13 @@ class StepSearch:
         return {"loss": float(loss)}
 
     def cost(self, steps: Iterable[int]) -> float:
-        """The squared change that reusing these steps makes, in parts of what all single ones add up to."""
+        """Return the squared change by reuse of these steps, relative to the sum of all single ones."""
         chosen = set(steps)
         places = [i + (self.num_steps - 1 if i + 2 in chosen else 0) for i in chosen]
         return max(0.0, float(self.gram_EE[places][:, places].sum()))  # below 0 by rounding
 
     def plan(self, macs: Macs, speedup: float) -> Plan:
-        """The best plan of whole steps for a speed, or nearly: the dearest step is reused in part."""
+        """Return the best plan found for a speed; its costliest step is reused in part."""
         count, fraction = steps_for(self.num_steps, macs, speedup)
         steps = self.best(count)
         plan = stepwise_plan(self.num_steps, len(macs.branches), steps)
@@ -137,7 +138,7 @@ class StepSearch:
         return with_part(plan, min(left_out, key=lambda step: left_out[step]), fraction, macs)
 
     def best(self, count: int) -> list[int]:
-        """So many steps, ascending; evenly spread ones where two running cannot be avoided."""
+        """Return the best `count` steps, ascending; evenly spread ones where some must be consecutive."""
         even = even_steps(self.num_steps, count)
         if any(i + 1 in even for i in even):
             return even
@@ -145,7 +146,7 @@ class StepSearch:
         return sorted(min([even, *found], key=self.cost))
 
     def _search(self, start: Sequence[int], generator: np.random.Generator) -> list[int]:
-        """Simulated annealing over moves of one step; the same for the same form."""
+        """Run simulated annealing over moves of one step; it is deterministic for a given form."""
         best = chosen = list(start)
         best_cost = cost = self.cost(chosen)
         for turn in range(_ROUNDS):
@@ -178,10 +179,10 @@ def fastest_plan(
     reuse: Reuse,
     average: Callable[[Tensor], None],
 ) -> tuple[Plan, float]:
-    """The most whole steps reused whose images are as near to the full ones as that, and how near they are.
+    """Return the plan with the most steps reused that reaches a PSNR, and the PSNR that it has.
 
     Args:
-        psnr: in dB, of values in [-1, 1]. Where no plan is so near, it is the one of a single step.
+        psnr: in dB, of values in [-1, 1]. Where no plan reaches it, the plan reuses a single step.
     """
     num_steps, num_branches = sampler.num_steps, len(sampler.model.branches)
     plans = {

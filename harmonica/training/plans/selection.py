@@ -17,7 +17,10 @@ _RANGE = 2.0
 
 
 class PlanSelector:
-    """Selects by the mean logarithm of image errors, so that a few images that are far off do not decide."""
+    """A comparison of plans by the mean logarithm of image errors.
+
+    The logarithm keeps a few images with large errors from deciding.
+    """
 
     def __init__(self, plans: Mapping[str, Plan], reuse: Reuse) -> None:
         self.plans, self.reuse = dict(plans), reuse
@@ -47,7 +50,7 @@ class PlanSelector:
 
     @property
     def best(self) -> str:
-        """The name of the plan whose images are nearest; of equals, the first."""
+        """Return the name of the plan whose images are nearest; of equals, the first."""
         return list(self.plans)[int(self.total_P.argmin())]
 
     def psnr(self, name: str) -> float:
