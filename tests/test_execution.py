@@ -15,6 +15,7 @@ from execution_cases import STEPS, ddim, draw, fresh, graphs, make_batch, make_d
 from tiny_dit import write_model
 
 from harmonica.core.router import Router
+from harmonica.data.batch import Batch
 from harmonica.execution import compiled
 from harmonica.execution.compiled import RecompileLimitError
 from harmonica.execution.values import KeptValues, extrapolate
@@ -182,7 +183,7 @@ def test_a_trajectory_of_training_moves_the_router_alike(dtype, reuse, no_codege
             config = SdtConfig(learning_rate=0.1, reuse=reuse, activation_checkpointing=recompute)
             grads: list[torch.Tensor] = []
             SdtTrainer(ddim(model), router, config).train_trajectory(
-                *make_batch(2),
+                [Batch(*make_batch(2))],
                 torch.ones(STEPS - 1),
                 beta=0.0,
                 on_gradient=lambda i, grad, grads=grads: grads.append(grad.clone()),
