@@ -92,15 +92,13 @@ def _with_clusters(path: Path) -> frozenset[str]:
 
 
 class _FilesAside(LoadFileScheduling):
-    """Files side by side, but tests with Ray clusters in two processes, after one another in each.
+    """Files side by side, but tests with Ray clusters after one another, in one process.
 
-    Two, since such tests wait much; those of tests/nodes, about half of the time, share one cluster.
+    Two clusters at once on two cores make them miss their deadlines, and the demo its measured speed.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path: str = super()._split_scope(nodeid)
-        if path.startswith("tests/nodes/"):
-            return "nodes"
         clusters = _with_clusters(Path(self.config.rootpath, path))
         name = nodeid.rpartition("::")[2].partition("[")[0]
         return "clusters" if clusters & {"*", name} else path
