@@ -173,9 +173,10 @@ class _Pixart:
         return artifact, metrics
 
 
+@pytest.mark.parametrize("reuse", ["hold", "forecast"])
 @pytest.mark.parametrize("student", ["soft", "hard"])
-def test_an_update_is_that_of_the_trainer_of_branch_files(student):
-    pixart, sdt = _Pixart(), SdtConfig(beta=0.01, student=student, learning_rate=0.5)
+def test_an_update_is_that_of_the_trainer_of_branch_files(student, reuse):
+    pixart, sdt = _Pixart(), SdtConfig(beta=0.01, student=student, learning_rate=0.5, reuse=reuse)
     router = Router(STEPS, len(pixart.case.model.branches), 1.0)
     trainer = SdtTrainer(pixart.sampler, router, sdt)
     records, _ = trainer.train_trajectory([pixart.batch], torch.ones(STEPS - 1))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harmonica.core.cache import Reuse
 from harmonica.integrations.call_owner import current_pipeline
 from harmonica.integrations.recorded.call_tracker import steps_of
 from harmonica.integrations.recorded.pipelines import transformers_of
@@ -56,13 +57,16 @@ def batched(prompts: Sequence[Prompt]) -> dict[str, Any]:
 class PipelineCalls:
     """A pipeline whose transformers are recorded, and runs of it under a policy."""
 
-    def __init__(self, pipe: Any, call: Mapping[str, Any], *, seed: int, cacheable: Sequence[str]) -> None:
+    def __init__(
+        self, pipe: Any, call: Mapping[str, Any], *, seed: int, cacheable: Sequence[str], reuse: Reuse
+    ) -> None:
         """Record the transformers of the pipeline.
 
         Args:
             call: arguments of every call of the pipeline: steps, guidance, height, width.
+            reuse: what a reused branch hands out, in training as in what is trained for.
         """
-        self.pipe, self.call, self.seed = pipe, dict(call), seed
+        self.pipe, self.call, self.seed, self.reuse = pipe, dict(call), seed, reuse
         self.transformers: list[nn.Module] = [
             getattr(each, "_orig_mod", each) for each in transformers_of(pipe)
         ]
@@ -101,6 +105,7 @@ class PipelineCalls:
             self.pipe.set_progress_bar_config(disable=True)
             self._record(prompts)
             self._trajectory = PolicyTrajectory(self._views, self.num_steps, check_view=self._check_view)
+            self._trajectory.reuse = self.reuse
             yield
         finally:
             for view in self._views:

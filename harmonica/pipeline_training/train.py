@@ -79,7 +79,7 @@ def train_pipeline(
     _check_settings(config)
     if not prompts:
         raise ValueError("prompts is empty: give one or more")
-    calls = PipelineCalls(pipe, call or {}, seed=seed, cacheable=cacheable)
+    calls = PipelineCalls(pipe, call or {}, seed=seed, cacheable=cacheable, reuse=config.sdt.reuse)
     with calls.opened(prompts[: config.batch_size]):
         run = _Training(calls, prompts, config)
         for trajectory in range(config.trajectories):
