@@ -104,8 +104,9 @@ class PipelineCalls:
                 parameter.requires_grad_(False)
             self.pipe.set_progress_bar_config(disable=True)
             self._record(prompts)
-            self._trajectory = PolicyTrajectory(self._views, self.num_steps, check_view=self._check_view)
-            self._trajectory.reuse = self.reuse
+            self._trajectory = PolicyTrajectory(
+                self._views, self.num_steps, reuse=self.reuse, check_view=self._check_view
+            )
             yield
         finally:
             for view in self._views:

@@ -32,8 +32,15 @@ class PlannedTrajectory(Trajectory):
             check_view: refuses branches that are not the plan's, when they have been recorded.
             check_pipeline: refuses a pipeline whose scheduler is not the plan's.
         """
-        super().__init__(views, plan.num_steps, check_view=check_view, check_pipeline=check_pipeline)
-        self.plan, self.reuse, self.learned = plan, reuse, plan.forecast
+        super().__init__(
+            views,
+            plan.num_steps,
+            reuse=reuse,
+            learned=plan.forecast,
+            check_view=check_view,
+            check_pipeline=check_pipeline,
+        )
+        self.plan = plan
 
     def compute(
         self,

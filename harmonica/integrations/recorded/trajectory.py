@@ -35,24 +35,26 @@ class Trajectory(ABC):
     do when a batch shrinks on the way.
     """
 
-    reuse: Reuse = "hold"
-    learned: Forecast | None = None
-
     def __init__(
         self,
         views: Sequence[RecordedTransformer],
         num_steps: int,
         *,
+        reuse: Reuse,
+        learned: Forecast | None = None,
         check_view: Callable[[RecordedTransformer], None] | None = None,
         check_pipeline: Callable[[Any], None] | None = None,
     ) -> None:
         """Wait for the first call of a trajectory.
 
         Args:
+            reuse: what a reused branch hands out.
+            learned: the forecasts' weights, if they are not linear.
             check_view: refuses a transformer that has just been recorded.
             check_pipeline: refuses a pipeline, at the first step of a trajectory.
         """
         self.views, self.num_steps = list(views), num_steps
+        self.reuse, self.learned = reuse, learned
         self._check_view, self._check_pipeline = check_view, check_pipeline
         self.tracker = CallTracker(num_steps)
         self._set_up()
