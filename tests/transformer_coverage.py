@@ -89,7 +89,8 @@ def _train(view: RecordedTransformer, steps: list[dict[str, Any]]) -> None:
     before = router.logits()
     owner: Any = _Steps(STEPS, view)
     trainer = SdtTrainer(owner, router, SdtConfig())
-    trajectory, policy = PolicyTrajectory([view], STEPS), SdtPolicy(trainer, torch.ones(STEPS - 1), 0.01)
+    trajectory = PolicyTrajectory([view], STEPS, reuse=trainer.config.reuse)
+    policy = SdtPolicy(trainer, torch.ones(STEPS - 1), 0.01)
     trajectory.begin(policy)
     for arguments in steps:
         output = trajectory.forward(0, (), arguments)
