@@ -2,8 +2,8 @@
 
 Libraries choose their kernels by the processor. Here each is told in turn to take those of an older or a
 newer one, with one thread and with two, and once all sums are taken in another order than any of them
-(tests/other_sums.py). A setting can be without effect on the machine at hand, and its line says so: MKL
-heeds MKL_ENABLE_INSTRUCTIONS on Intel's processors alone, and AMX wants a CPU that has it.
+(tests/support/other_sums.py). A setting can be without effect on the machine at hand, and its line says so:
+MKL heeds MKL_ENABLE_INSTRUCTIONS on Intel's processors alone, and AMX wants a CPU that has it.
 
     python -m tests.cpus [what pytest is to run of them: files, -k ...]
 """

@@ -1,0 +1,1 @@
+"""Metrics, reference sets, reports and the evaluation of variants."""

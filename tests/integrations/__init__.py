@@ -1,0 +1,1 @@
+"""diffusers pipelines: applying a plan to them and training in them."""

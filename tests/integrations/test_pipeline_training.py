@@ -1,0 +1,256 @@
+"""`harmonica.train_pipeline`: SDT and lambda in a pipeline's own loop, and what it refuses."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_attached
+import torch
+from diffusers import PixArtSigmaPipeline
+from tiny_recorded_pipelines import KINDS, STEPS, Case, make_case
+from tiny_text_pipeline import write_text_pipeline
+from torch import Tensor
+
+import harmonica
+from harmonica.core.router import Router
+from harmonica.data.batch import Batch
+from harmonica.pipeline_training.pipeline_calls import batched
+from harmonica.samplers import make_sampler
+from harmonica.training.config import TrainingConfig
+from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.iepo import image_error_proxy
+from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.validation.settings import SettingError
+
+
+def prompts_of(case: Case) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What was embedded, a prompt at a time, and the call's other arguments."""
+    names = [name for name in case.call if "embeds" in name]
+    rows = [{name: case.call[name][row : row + 1] for name in names} for row in range(2)]
+    rest = {name: value for name, value in case.call.items() if name not in names}
+    return rows, rest | {"num_inference_steps": STEPS}
+
+
+def settings(**changes: Any) -> TrainingConfig:
+    return TrainingConfig(**{"trajectories": 2, "batch_size": 2, "iepo": "none"} | changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_router_is_trained_and_the_pipeline_left_as_it_was(kind):
+    case = make_case(kind)
+    before, transformer = case.run(), case.pipe.transformer.requires_grad_(True).train()
+    attributes, seen = dict(vars(transformer)), []
+    prompts, call = prompts_of(case)
+    artifact = harmonica.train_pipeline(
+        case.pipe,
+        prompts,
+        settings(sdt=SdtConfig(beta=1.0)),
+        call=call,
+        on_trajectory=lambda k, metrics: seen.append((k, metrics)),
+    )
+    assert [k for k, _ in seen] == [0, 1] and all(metrics["mse"] > 0 for _, metrics in seen)
+    fixed = 2 if kind in ("wan 2.2", "z-image truncated") else 1
+    assert ((artifact.logits_TB == 5).all(1)).sum() == fixed, "what has nothing to reuse is computed"
+    assert (artifact.logits_TB < 5).all(1).sum() == STEPS - fixed
+    assert dict(vars(transformer)) == attributes and transformer.training
+    assert all(parameter.requires_grad for parameter in transformer.parameters())
+    assert torch.equal(case.run(), before)
+    harmonica.apply(case.pipe, artifact)
+    assert torch.equal(case.run(), before), "nothing is below tau yet"
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("flux", 1), ("flux guided", 2), ("krea2", 2), ("sd3", 1)])
+def test_an_update_is_made_of_all_calls_of_its_step(kind, calls, monkeypatch):
+    case, seen = make_case(kind), []
+    update = SdtTrainer.update
+
+    def counting(self: SdtTrainer, i: int, scores_B: Tensor, measured: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((i, len(measured)))
+        return update(self, i, scores_B, measured, *args, **kwargs)
+
+    monkeypatch.setattr(SdtTrainer, "update", counting)
+    prompts, call = prompts_of(case)
+    harmonica.train_pipeline(case.pipe, prompts, settings(trajectories=1), call=call)
+    assert seen == [(i, calls) for i in reversed(range(STEPS - 1))]
+
+
+def test_a_target_of_speed_is_met_and_the_artifact_travels(tmp_path):
+    case = make_case("flux")
+    prompts, call = prompts_of(case)
+    config = settings(target_speedup=1.3, initial="even", iepo="sensitivity")
+    artifact = harmonica.train_pipeline(case.pipe, prompts, config, call=call)
+    assert artifact.ideal_speedup == pytest.approx(1.3, rel=0.02)
+    assert artifact.sampler.scheduler["_class_name"] == type(case.pipe.scheduler).__name__
+    before = case.run()
+    harmonica.apply(case.pipe, artifact.save(tmp_path / "router"))
+    assert 1e-5 < float((case.run() - before).norm() / before.norm()) < 0.2
+
+
+def test_prompts_may_be_texts(tmp_path):
+    """Through a PixArt's own tokenizer and text encoder, from a folder."""
+    pipe = PixArtSigmaPipeline.from_pretrained(write_text_pipeline(tmp_path / "pipeline"))
+    call = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "height": 16, "width": 16}
+    artifact = harmonica.train_pipeline(
+        pipe,
+        ["a red cat", "the moon", "a dog"],
+        settings(target_speedup=1.4, initial="even"),
+        call=call | {"use_resolution_binning": False},
+    )
+    assert artifact.training["prompts"] == 3 and artifact.ideal_speedup == pytest.approx(1.4, rel=0.03)
+    harmonica.apply(pipe, artifact)
+    pipe("a red dog", **call, use_resolution_binning=False, output_type="latent")
+    with pytest.raises(ValueError, match=r"is to make 6 steps and the router was made for 4"):
+        pipe("a red dog", **call | {"num_inference_steps": 6}, use_resolution_binning=False)
+
+
+def test_the_documented_example_runs(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/pages/guides/diffusers.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (code,) = [block for block in blocks if "train_pipeline(" in block]
+    smaller = {
+        "=60": "=2",
+        ": 28": ": 4",
+        ": 1024}": ': 16, "use_resolution_binning": False}',
+        ": 1024": ": 16",
+    }
+    for as_written, here in smaller.items():
+        assert as_written in code
+        code = code.replace(as_written, here)
+    pipe = PixArtSigmaPipeline.from_pretrained(write_text_pipeline(tmp_path / "pipeline"))
+    folder = str(tmp_path / "router")
+    exec(code.replace('"router"', repr(folder)), {"harmonica": harmonica, "pipe": pipe})
+    harmonica.apply(pipe, folder)
+
+
+def test_hard_students_and_forecasts_are_trained():
+    case = make_case("sd3")
+    prompts, call = prompts_of(case)
+    sdt = SdtConfig(student="hard", reuse="forecast", threshold=0.5)
+    config = settings(target_cur=0.3, initial="even", iepo="leave_one_out", sdt=sdt)
+    artifact = harmonica.train_pipeline(case.pipe, prompts, config, call=call)
+    assert artifact.reuse == "forecast" and 0 < artifact.plan.cur < 0.6
+
+
+# The trainer of the branch files
+
+
+class _Pixart:
+    """A PixArt by its own file and in its pipeline, unguided, in float64."""
+
+    def __init__(self) -> None:
+        self.case = tiny_attached.make_case("alpha 1024", None)  # with cross-attention
+        config = tiny_attached.config(guidance_scale=1.0)
+        self.sampler = make_sampler(self.case.model, config)
+        condition = self.case.condition
+        self.batch = Batch(self.case.noise, condition)
+        self.call = {
+            "negative_prompt": None,
+            "latents": self.case.noise,
+            "height": 2 * self.case.noise.shape[2],
+            "width": 2 * self.case.noise.shape[3],
+            "use_resolution_binning": False,
+            "guidance_scale": 1.0,
+            "num_inference_steps": STEPS,
+        }
+        self.prompts = [
+            {
+                "prompt_embeds": condition.embeddings[row : row + 1],
+                "prompt_attention_mask": condition.mask[row : row + 1].long(),
+            }
+            for row in range(2)
+        ]
+
+    def train(self, config: TrainingConfig) -> tuple[Any, dict[str, float]]:
+        metrics: dict[str, float] = {}
+        artifact = harmonica.train_pipeline(
+            self.case.pipe,
+            self.prompts,
+            config,
+            call=self.call,
+            on_trajectory=lambda _, found: metrics.update(found),
+        )
+        return artifact, metrics
+
+
+@pytest.mark.parametrize("reuse", ["hold", "forecast"])
+@pytest.mark.parametrize("student", ["soft", "hard"])
+def test_an_update_is_that_of_the_trainer_of_branch_files(student, reuse):
+    pixart, sdt = _Pixart(), SdtConfig(beta=0.01, student=student, learning_rate=0.5, reuse=reuse)
+    router = Router(STEPS, len(pixart.case.model.branches), 1.0)
+    trainer = SdtTrainer(pixart.sampler, router, sdt)
+    records, _ = trainer.train_trajectory([pixart.batch], torch.ones(STEPS - 1))
+    config = settings(trajectories=1, initial_logit=1.0, sdt=sdt)
+    artifact, metrics = pixart.train(config)
+    assert torch.allclose(artifact.logits_TB, router.logits(), atol=1e-4)
+    assert metrics["mse"] == pytest.approx(sum(r.mse for r in records) / len(records), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["leave_one_out", "cumulative", "sensitivity"])
+def test_lambda_is_that_of_the_branch_files(kind):
+    pixart = _Pixart()
+    router = Router(STEPS, len(pixart.case.model.branches), 0.5)
+    wanted_T = image_error_proxy(pixart.sampler, router, [pixart.batch], kind=kind, config=SdtConfig())
+    _, metrics = pixart.train(settings(trajectories=1, initial_logit=0.5, iepo=kind))
+    found_T = [metrics[f"lambda.step_{i:03d}"] for i in range(STEPS - 1)]
+    assert found_T == pytest.approx(wanted_T.tolist(), rel=1e-3)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"initial": "measured", "start_trajectories": 1, "target_speedup": 1.3},
+            "train.initial is measured",
+        ),
+        (
+            {"initial": "even", "choice_trajectories": 1, "target_speedup": 1.3},
+            "train.choice_trajectories is 1",
+        ),
+        ({"target_speedup": 1.3, "targets": (1.5,)}, r"train.targets is \(1.5,\)"),
+        ({"micro_batch_size": 1}, "train.micro_batch_size is 1"),
+        (
+            {"forecast": ForecastConfig(trajectories=4), "sdt": SdtConfig(reuse="forecast")},
+            "train.forecast.trajectories is 4",
+        ),
+    ],
+)
+def test_settings_without_a_counterpart_are_refused(changes, message):
+    with pytest.raises(SettingError, match=f"{message}, which training in a pipeline does not do: give"):
+        harmonica.train_pipeline(None, ["a"], settings(**changes))
+
+
+def test_pipelines_and_prompts_that_do_not_fit_are_refused():
+    class Unet:
+        unet = torch.nn.Linear(1, 1)
+
+    with pytest.raises(ValueError, match="pipe is a Unet, which has no transformer: its denoiser is a UNet"):
+        harmonica.train_pipeline(Unet(), ["a"], settings())
+    case = make_case("flux")
+    prompts, call = prompts_of(case)
+    with pytest.raises(ValueError, match="prompts is empty"):
+        harmonica.train_pipeline(case.pipe, [], settings(), call=call)
+    with pytest.raises(ValueError, match="makes 1 steps: give num_inference_steps 2 or more"):
+        harmonica.train_pipeline(case.pipe, prompts, settings(), call=call | {"num_inference_steps": 1})
+    with pytest.raises(SettingError, match=r"train.target_speedup is 9.*reach .* at most"):
+        harmonica.train_pipeline(case.pipe, prompts, settings(target_speedup=9.0), call=call)
+    harmonica.apply(case.pipe, case.artifact())
+    with pytest.raises(ValueError, match=r"transformer.forward is not the class's own: harmonica.remove"):
+        harmonica.train_pipeline(case.pipe, prompts, settings(), call=call)
+
+
+def test_prompts_are_put_together():
+    rows = [{"prompt_embeds": torch.ones(1, 3, 2), "names": ["a"]}, {"prompt_embeds": torch.zeros(1, 3, 2)}]
+    rows[1]["names"] = ["b"]
+    made = batched(rows)
+    assert isinstance(made["prompt_embeds"], Tensor) and made["prompt_embeds"].shape == (2, 3, 2)
+    assert made["names"] == ["a", "b"] and batched(["a", "b"]) == {"prompt": ["a", "b"]}
+    with pytest.raises(ValueError, match="texts and embeddings"):
+        batched(["a", rows[0]])
+    with pytest.raises(ValueError, match="under different names"):
+        batched([rows[0], {"prompt_embeds": torch.ones(1, 3, 2)}])
+    with pytest.raises(ValueError, match="prompt_embeds of different shapes: embed all with one max_seq"):
+        batched([rows[0], rows[1] | {"prompt_embeds": torch.ones(1, 4, 2)}])

@@ -1,0 +1,1 @@
+"""Architectures, their files on disk and in stores, and what conditions them."""

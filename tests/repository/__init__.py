@@ -1,0 +1,1 @@
+"""The package, its commands, its pages and the files around it."""

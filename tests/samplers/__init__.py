@@ -1,0 +1,1 @@
+"""Samplers against diffusers and against the formulas written out."""

@@ -1,0 +1,1 @@
+"""The HTTP endpoint, in process and on Ray Serve."""

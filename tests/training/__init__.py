@@ -1,0 +1,1 @@
+"""Router training, without Ray and on it."""
