@@ -21,7 +21,7 @@ from harmonica.evaluation.plots import encode_picture
 from harmonica.models.loading import load_model
 from harmonica.validation.finite import NotFinite
 from pipelines.serving.batching import Overloaded
-from pipelines.serving.image_sampler import ImageRequest
+from pipelines.serving.image_request import ImageRequest
 from pipelines.serving.images_api import MAX_BODY_BYTES, create_app
 from pipelines.serving.requests import REJECTIONS
 

@@ -22,9 +22,9 @@ from harmonica.data.text_encoder import PromptTooLong
 from harmonica.models.loading import load_model
 from pipelines.serving.batching import Overloaded, TimedOut
 from pipelines.serving.deployments import RemoteEngine
-from pipelines.serving.engine import preview_steps
-from pipelines.serving.image_sampler import ImageRequest, SettingRejected
+from pipelines.serving.image_request import ImageRequest, SettingRejected
 from pipelines.serving.images_api import create_app
+from pipelines.serving.jobs import preview_steps
 from pipelines.serving.requests import REJECTIONS, EngineRequest
 from pipelines.serving.server_sent_events import merge
 

@@ -113,23 +113,24 @@ class Publisher:
 
     def serve(self, prompt: str) -> str:
         """Serve the current champion, whichever version that is, and request one image."""
-        from .. import serve
+        from ..serving.client import first_image
+        from ..serving.lifecycle import deploy, shutdown
 
         config = self._config
         version, why_not = self._champion()
         if why_not:
             return f"skipped: {why_not}"
-        self.url = serve.deploy(
+        self.url = deploy(
             config.serve, config.model, registered_model=config.registered_model, tracking_uri=self._run.uri
         )
         try:
-            answer = serve.first_image(self.url, prompt, seed=1, api_keys_file=config.serve.api_keys_file)
+            answer = first_image(self.url, prompt, seed=1, api_keys_file=config.serve.api_keys_file)
             self._storage.write_bytes(SERVED, base64.b64decode(answer["data"][0]["b64_json"]))
         except BaseException:
-            serve.shutdown()
+            shutdown()
             raise
         if not config.serve.keep:
-            serve.shutdown()
+            shutdown()
         return f"{self.url} drew {prompt!r} in {answer['inference_time_s']:.2f} s{version}"
 
     def _champion(self) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from harmonica.evaluation.plots import PictureFormat
 from harmonica.samplers import MAX_GUIDANCE_SCALE
 
-from .image_sampler import Quality
+from .image_request import Quality
 from .requests import MAX_PARTIAL_IMAGES
 
 MAX_PROMPT_LENGTH = 4096

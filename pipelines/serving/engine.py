@@ -8,10 +8,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -23,16 +22,11 @@ from harmonica.validation.finite import NotFinite
 
 from ..config.serve import ServeConfig
 from .batching import Batcher, Overloaded, TimedOut
-from .image_sampler import ImageRequest, ImageSampler, Quality, ServedPlan
-from .requests import (
-    EngineRequest,
-    GeneratedImage,
-    ModelCard,
-    Preview,
-    Progress,
-    RejectedRouter,
-    RouterCard,
-)
+from .image_sampler import ImageSampler
+from .jobs import Job, SampledImage, preview_steps, report_step
+from .requests import EngineRequest, GeneratedImage, ModelCard, Preview, Progress, RejectedRouter
+from .router_cards import router_cards
+from .served_plan import ServedPlan
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,34 +40,6 @@ class Metrics(Protocol):
     def serving(self, version: str, rejected: str) -> None: ...
 
 
-def preview_steps(num_steps: int, count: int) -> tuple[int, ...]:
-    """Return the steps after which previews are sent: evenly spaced, and fewer if there are too few steps."""
-    steps = {round(num_steps * (i + 1) / (count + 1)) for i in range(count)}
-    return tuple(sorted(steps - {0, num_steps}))
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A queued image, and the callback that reports its steps."""
-
-    image: ImageRequest
-    arrived: float = field(default_factory=time.perf_counter)
-    preview_steps: tuple[int, ...] = ()
-    """Steps after which the callback gets a predicted image."""
-    report: Callable[[int, Tensor | None], None] | None = None
-    """Called after every step, in the trajectory's thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Sampled:
-    """An image that its trajectory has finished, and how that went."""
-
-    image_CHW: Tensor
-    batch_size: int
-    waited_s: float
-    seconds: float
-
-
 class GenerationEngine:
     """An `ImageSource` in this process: a queue, an image sampler and image encoders."""
 
@@ -84,7 +50,7 @@ class GenerationEngine:
         self.metrics = metrics
         self._began: float | None = None
         self.rejected: RejectedRouter | None = None
-        self.batcher: Batcher[ServedPlan, _Job, _Sampled] = Batcher(
+        self.batcher: Batcher[ServedPlan, Job, SampledImage] = Batcher(
             self._trajectory,
             max_batch_size=config.max_batch_size,
             wait_s=config.batch_wait_s,
@@ -118,24 +84,16 @@ class GenerationEngine:
             class_names=images.class_names,
             image_size=images.image_size,
             max_images=self._config.max_images_per_request,
-            routers=self._router_cards(),
+            routers=router_cards(images),
             rejected=self.rejected,
             waiting=self.batcher.num_waiting,
             max_waiting=self._config.max_waiting,
         )
 
-    def _router_cards(self) -> tuple[RouterCard, ...]:
-        uses: dict[ServedPlan, tuple[Quality, ...]] = {}
-        qualities: tuple[Quality, ...] = ("high", "medium", "low")
-        for quality in qualities:
-            served = self.images.plan_for(quality)
-            uses[served] = uses.get(served, ()) + (quality,)
-        return tuple(_card(served, quality) for served, quality in uses.items())
-
     async def generate(self, request: EngineRequest) -> GeneratedImage:
         with self._log_not_finite(request):
             served = await self._admit(request)
-            sampled = await self._submit(request, served, _Job(request.image))
+            sampled = await self._submit(request, served, Job(request.image))
             return await self._finish(request, served, sampled)
 
     async def generate_stream(
@@ -172,7 +130,7 @@ class GenerationEngine:
         def report(step: int, image_CHW: Tensor | None) -> None:
             loop.call_soon_threadsafe(reports.put_nowait, (step, image_CHW))
 
-        job = _Job(request.image, preview_steps=steps, report=report)
+        job = Job(request.image, preview_steps=steps, report=report)
         sampling = asyncio.create_task(self._submit(request, served, job))
         sampling.add_done_callback(lambda _: reports.put_nowait(None))
         try:
@@ -203,7 +161,7 @@ class GenerationEngine:
             await asyncio.to_thread(self.images.check, image)
         return served
 
-    async def _submit(self, request: EngineRequest, served: ServedPlan, job: _Job) -> _Sampled:
+    async def _submit(self, request: EngineRequest, served: ServedPlan, job: Job) -> SampledImage:
         bound = self._config.timeout_s
         timeout_s = bound if request.timeout_s is None else min(bound, request.timeout_s)
         try:
@@ -219,11 +177,11 @@ class GenerationEngine:
         if self.metrics:
             self.metrics.rejected(reason)
 
-    def _trajectory(self, served: ServedPlan, jobs: Sequence[_Job]) -> list[_Sampled]:
+    def _trajectory(self, served: ServedPlan, jobs: Sequence[Job]) -> list[SampledImage]:
         self._began = started = time.perf_counter()
         try:
             requests = [job.image for job in jobs]
-            images_NCHW = self.images.generate(requests, served, partial(_report, jobs))
+            images_NCHW = self.images.generate(requests, served, partial(report_step, jobs))
         finally:
             self._began = None
         seconds = time.perf_counter() - started
@@ -231,7 +189,8 @@ class GenerationEngine:
         if self.metrics:
             self.metrics.trajectory(served, waits_s, seconds)
         return [
-            _Sampled(image_CHW, len(jobs), wait_s, seconds) for image_CHW, wait_s in zip(images_NCHW, waits_s)
+            SampledImage(image_CHW, len(jobs), wait_s, seconds)
+            for image_CHW, wait_s in zip(images_NCHW, waits_s)
         ]
 
     def check_health(self) -> None:
@@ -250,7 +209,9 @@ class GenerationEngine:
             self._encoders, encode_picture, image_CHW, request.output_format, request.output_compression
         )
 
-    async def _finish(self, request: EngineRequest, served: ServedPlan, sampled: _Sampled) -> GeneratedImage:
+    async def _finish(
+        self, request: EngineRequest, served: ServedPlan, sampled: SampledImage
+    ) -> GeneratedImage:
         config, guidance_scale = served.sampler.config, request.image.guidance_scale
         about = {"router_version": served.version, "batch_size": sampled.batch_size}
         seconds = {"waited_s": round(sampled.waited_s, 4), "seconds": round(sampled.seconds, 4)}
@@ -264,27 +225,3 @@ class GenerationEngine:
             batch_size=sampled.batch_size,
             seconds=sampled.seconds,
         )
-
-
-def _report(jobs: Sequence[_Job], step: int, predict: Callable[[Sequence[int]], Tensor]) -> None:
-    """Call the jobs' callbacks; only images that are previewed at this step are predicted and decoded."""
-    indices = [index for index, job in enumerate(jobs) if step in job.preview_steps]
-    previews = dict(zip(indices, predict(indices))) if indices else {}
-    for index, job in enumerate(jobs):
-        if job.report is not None:
-            job.report(step, previews.get(index))
-
-
-def _card(served: ServedPlan, quality: tuple[Quality, ...]) -> RouterCard:
-    config = served.sampler.config
-    return RouterCard(
-        version=served.version,
-        quality=quality,
-        cur=served.plan.cur,
-        ideal_speedup=served.ideal_speedup,
-        sampler=config.name,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        plan=tuple(served.plan.to_strings()),
-        scores=served.scores,
-    )

@@ -14,7 +14,7 @@ from harmonica.evaluation.plots import PictureFormat
 from . import schemas as api
 from .api_requests import GenerateRequest
 from .http_errors import ApiError
-from .image_sampler import ImageRequest
+from .image_request import ImageRequest
 from .requests import (
     EngineRequest,
     GeneratedImage,

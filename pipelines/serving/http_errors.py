@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from harmonica.data.text_encoder import PromptTooLong
 
 from .batching import Overloaded, TimedOut
-from .image_sampler import SettingRejected
+from .image_request import SettingRejected
 from .request_ids import HEADER, with_request_id
 from .requests import REJECTIONS
 from .schemas import ErrorBody, ErrorDetail

@@ -3,110 +3,29 @@
 Shapes: N images, C channels, H W image.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import check_plan, sample
-from harmonica.data.conditions import check_conditions, make_conditions
+from harmonica.data.conditions import make_conditions
 from harmonica.data.text_encoder import OverLimit
 from harmonica.execution.levels import warm_ups
 from harmonica.models.loading import LoadedModel
-from harmonica.models.vae import check_vae, decode_latents, draws_pixels, pixels_per_latent
+from harmonica.models.vae import decode_latents, draws_pixels, pixels_per_latent
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
-from harmonica.validation.settings import SettingError
 
-Quality = Literal["low", "medium", "high"]
-"""`high` computes every branch, `medium` uses the champion's plan, and `low` that of the fastest router."""
-UNCACHED = "uncached"
-"""Version name of the plans that compute every branch, which `high` uses."""
+from .image_request import ImageRequest, Quality, SettingRejected, rejecting
+from .model_check import check_is_whole
+from .served_plan import UNCACHED, ServedPlan
+
 _MAX_UNCACHED_PLANS = 16
-
-
-class SettingRejected(ValueError):
-    """A setting of a request that this model or router cannot generate with.
-
-    Args:
-        field: name of the request's field.
-        message: the whole message, which begins with that name.
-    """
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(field, message)
-        self.field = field
-        self.message = message  # Ray's own copies of errors have a traceback for a text
-
-    def __str__(self) -> str:
-        return self.message
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRequest:
-    """The inputs of one image; under one router the image depends on nothing else."""
-
-    subject: int | str = field(repr=False)  # prompts are kept out of logs
-    """A class label, or a prompt."""
-    seed: int
-    index: int
-    """Number of the image within its request."""
-    negative_prompt: str = field(default="", repr=False)
-    """What the image should not show, for models that take prompts."""
-    guidance_scale: float | None = None
-    """Default: the sampler's own; where a router is used no other scale is allowed."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class ServedPlan:
-    """A plan with the sampler it was made for, and the version of its router.
-
-    It is compared by identity: a request is generated under the plan that it was checked against, even if
-    another router becomes champion meanwhile.
-    """
-
-    sampler: Sampler
-    plan: Plan
-    reuse: Reuse
-    version: str
-    ideal_speedup: float = 1.0
-    scores: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
-    """The router's scores, steps by branches, rounded, for display."""
-
-
-@contextmanager
-def _rejecting(field: str) -> Iterator[None]:
-    """Turn an error of the sampler's settings into one of the request's field of the same name."""
-    try:
-        yield
-    except SettingError as error:
-        message = f"{field} {error.reason}" if error.field == f"sampler.{field}" else str(error)
-        raise SettingRejected(field, message) from error
-    except ValueError as error:
-        raise SettingRejected(field, str(error)) from error
-
-
-def check_is_whole(loaded: LoadedModel) -> None:
-    """Check that a model came with all that generating images takes.
-
-    Raises:
-        ValueError: it generates latents and has no usable decoder, or takes prompts and has no text encoder.
-    """
-    if not draws_pixels(loaded.model):
-        if loaded.vae_folder is None:
-            raise ValueError(
-                f"model.vae is '' and the model draws latents, of {loaded.model.in_channels} channels, and "
-                "comes without a decoder: give one"
-            )
-        check_vae(loaded.vae_folder)
-    check_conditions(loaded)
 
 
 OnPreview = Callable[[int, Callable[[Sequence[int]], Tensor]], None]
@@ -224,7 +143,7 @@ class ImageSampler:
         if quality == "high":
             config = self.champion.sampler.config
             if guidance_scale is not None:
-                with _rejecting("guidance_scale"):
+                with rejecting("guidance_scale"):
                     replace(config, guidance_scale=guidance_scale)
             return self._uncached_plan(num_inference_steps or config.num_inference_steps)
         served = self._plans[quality]
@@ -248,7 +167,7 @@ class ImageSampler:
         if num_inference_steps > most:
             message = f"num_inference_steps is {num_inference_steps}: give 2 to {most}"
             raise SettingRejected("num_inference_steps", message)
-        with _rejecting("num_inference_steps"):
+        with rejecting("num_inference_steps"):
             served = self.make_uncached(replace(config, num_inference_steps=num_inference_steps))
         if len(made) == _MAX_UNCACHED_PLANS:
             del made[next(iter(made))]

@@ -21,8 +21,8 @@ from ..config.serve import ServeConfig
 from ..config.workflow import WorkflowConfig
 from ..tracking import registry
 from .engine import GenerationEngine
-from .image_sampler import UNCACHED, ServedPlan
 from .requests import RejectedRouter
+from .served_plan import UNCACHED, ServedPlan
 
 FOLLOW_S = 5.0
 _MOST_VERSIONS = 50

@@ -9,7 +9,7 @@ from harmonica.evaluation.plots import PictureFormat
 from harmonica.validation.finite import NotFinite
 
 from .batching import Overloaded, TimedOut
-from .image_sampler import ImageRequest, Quality, SettingRejected
+from .image_request import ImageRequest, Quality, SettingRejected
 
 MAX_PARTIAL_IMAGES = 3
 REJECTIONS = (Overloaded, TimedOut, SettingRejected, PromptTooLong, NotFinite)

@@ -12,7 +12,8 @@ from harmonica.models.loading import LoadedModel, ModelConfig, load_model
 
 from ..tracking import registry
 from ..tracking.mlflow_store import database_of, tracking_uri, without_credentials
-from .image_sampler import UNCACHED, check_is_whole
+from .model_check import check_is_whole
+from .served_plan import UNCACHED
 
 
 @dataclass(frozen=True, kw_only=True)

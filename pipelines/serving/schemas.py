@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from harmonica.evaluation.plots import PictureFormat
 
-from .image_sampler import Quality
+from .image_request import Quality
 
 
 class Warned(BaseModel):
