@@ -17,7 +17,7 @@ from .run_state.resume import ROUTER
 from .run_state.routers import load_router
 from .run_state.storage import RunStorage
 from .serving.auth import load_keys
-from .serving.image_sampler import check_is_whole
+from .serving.model_check import check_is_whole
 
 
 def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedModel) -> None:

@@ -79,7 +79,7 @@ class Workflow:
         if not self.storage.is_local:  # without patience, or a wrong address would take a minute to be told
             RunStorage(self.storage.root, self.storage.run_id).check_writable()
         if "serve" in self.config.stages and is_private():
-            from .serve import check_port
+            from .serving.lifecycle import check_port
 
             check_port(self.config.serve)
         loaded = load_model(self.config.model)
