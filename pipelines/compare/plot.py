@@ -1,4 +1,4 @@
-"""The picture of a comparison: quality against measured speed, a line for each method."""
+"""Plot a comparison: quality against measured speed, one line for each method."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,10 @@ Place = tuple[float, float]
 def comparison_picture(
     points: Sequence[Mapping[str, Any]], missing: Sequence[Mapping[str, Any]] = ()
 ) -> Figure:
-    """PSNR to the full images over measured speed; bars are 95% intervals over images.
+    """Plot PSNR to the full images over measured speed, with 95% intervals.
+
+    The intervals are over images. Every seed has its mark; the line goes through the means of a method's
+    seeds at each speed.
 
     Every seed has its mark; the line goes through the means of a method's seeds at each speed.
 
@@ -57,7 +60,10 @@ def comparison_picture(
 
 
 def line(points: Sequence[Mapping[str, Any]]) -> list[Place]:
-    """Through one method's points, from slow to fast; those made for the same speed are one, their mean."""
+    """Return the corners of one method's line, from slow to fast.
+
+    Points that were made for the same speed are one corner, their mean.
+    """
     groups: dict[Any, list[Place]] = {}
     for number, point in enumerate(points):
         # A library's setting has no speed that it was made for, and stands alone.
@@ -70,7 +76,7 @@ def line(points: Sequence[Mapping[str, Any]]) -> list[Place]:
 
 
 def _bar(point: Mapping[str, Any]) -> Place:
-    """How far the interval reaches below and above."""
+    """Return how far the interval reaches below and above the value."""
     value = point["psnr_to_full"]
     low, high = point.get("psnr_to_full_interval", (value, value))
     return value - low, high - value

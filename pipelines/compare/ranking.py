@@ -1,4 +1,4 @@
-"""Find the method nearest to the full images at each speed, as numbers and as a sentence."""
+"""Find the method nearest to the full images at each speed, and say it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ Points = Sequence[Mapping[str, Any]]
 
 
 def leaders(points: Points, targets: Sequence[float]) -> list[dict[str, Any]]:
-    """Return for each speed our PSNR to full, the best other method's, and whether ours is higher.
+    """Compare our PSNR to full with the best other method's, at each speed.
 
     The other methods are those made for that speed, and caches of libraries whose measured speed is at least
     near it. If ours was not measured, `is_first` is None.
@@ -49,7 +49,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def ranking_summary(speeds: Sequence[Mapping[str, Any]], points: Points = (), missing: Points = ()) -> str:
-    """Summarise the comparison in a sentence, for the report and the last line of output.
+    """Summarise the comparison for the report and the last line of output.
 
     Args:
         speeds: the result of `leaders`.

@@ -1,4 +1,6 @@
-"""Compare this project's routers with other methods, at equal noise and timed against full sampling.
+"""Compare this project's routers with other methods, on equal noise.
+
+All are timed against full sampling.
 
 Trained routers and measured results are stored, so an interrupted comparison continues with the next
 variant. A variant that fails is reported as not measured, and the others still count.
@@ -43,7 +45,7 @@ About = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Method:
-    """A variant, and the fields of its point that are not measured."""
+    """A variant, and those fields of its point that are not measured."""
 
     about: About
     variant: Variant
@@ -51,7 +53,7 @@ class _Method:
 
 @plainly()
 def compare_methods(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any], Figure]:
-    """Measure all methods; return the comparison, JSON-ready, and its plot of quality against speed.
+    """Measure all methods; return the comparison, JSON-ready, and its plot.
 
     Raises:
         Exception: full sampling itself fails, so there is nothing to compare with.
@@ -94,7 +96,7 @@ def _model_facts(config: WorkflowConfig) -> tuple[SampleSpec, Macs]:
 def _measured(
     methods: list[_Method], bench: Bench, results: Results
 ) -> tuple[list[About], float, list[About]]:
-    """Return the points, the largest spread of their times, and the variants not measured."""
+    """Return the points, the times' largest spread and the variants not measured."""
     points, missing, spreads, last_said = [], [], [0.0], time.monotonic()
     for place, one in enumerate(methods, start=1):
         if (result := results.get(one.variant.name)) is None:
@@ -118,7 +120,7 @@ def _measured(
 def _train_learned(
     config: WorkflowConfig, storage: RunStorage, folder: str, macs: Macs
 ) -> tuple[list[_Method], list[About]]:
-    """Train a router for each learned method, speed and seed, in parallel on the cluster.
+    """Train a router for each learned method, speed and seed, in parallel.
 
     Args:
         folder: the run's folder, in which routers are stored.
