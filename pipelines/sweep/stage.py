@@ -1,4 +1,6 @@
-"""Train many targets, lambda kinds and seeds on Ray Tune, evaluate them, and register the Pareto front.
+"""Train many settings on Ray Tune, evaluate them, register the Pareto front.
+
+They are all combinations of targets, lambda kinds and seeds.
 
 Trials train side by side; they are measured after one another, so that none slows down another's times.
 """
@@ -141,7 +143,10 @@ def sweep(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun
 
 
 def _settings(config: WorkflowConfig) -> dict[str, Any]:
-    """Return the settings that results depend on; how many trials run at once does not matter."""
+    """Return the settings that results depend on.
+
+    How many trials run at once does not matter.
+    """
     found: dict[str, Any] = config.to_dict()["sweep"] | {"targets": config.sweep.all_targets}
     names = {name: value for name, value in found.items() if name != "max_concurrent"}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in names.items()}
@@ -243,7 +248,10 @@ def _point(trial: Trial, report: EvaluationReport, db_per_doubling: float) -> di
 
 
 def _tracked(config: WorkflowConfig, trial: Trial, run: mlflow_runs.StageRun) -> Any:
-    """Open a trial's MLflow run, nested in the sweep's; a repeated sweep has new ones."""
+    """Open a trial's MLflow run, nested in the run of the sweep.
+
+    A repeated sweep has new ones.
+    """
     stage = f"sweep {trial.name} of {run.mlflow_run_id[:8]}"
     return mlflow_runs.stage_run(stage, config.run_id, config.storage_path, dataclasses.asdict(trial), run)
 

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a router's training in a process of its own, reported to Ray Tune as it goes.
+"""Train the router of one trial, in a process that reports to Ray Tune.
 
 Its state and what it has reported lie in the run's storage as training's checkpoints do. A trial that starts
 again reports all of it again at once, so that a new Tuner knows what the one before did; Tune's own way to
@@ -39,7 +39,7 @@ _REPORTS = "reports"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trial:
-    """The settings in which one training differs from the others."""
+    """The settings in which one training of a sweep differs from the others."""
 
     over: Target
     target: float
@@ -75,12 +75,15 @@ def place(storage: RunStorage, trial: Trial) -> str:
 
 
 def evaluation_seed(config: WorkflowConfig) -> int:
-    """Return a seed for evaluation; its rows and those of the next seed are of no trial."""
+    """Return a seed for evaluation whose rows no trial is trained on.
+
+    Those of the seed after it, which measures the noise floor, are of no trial either.
+    """
     return max(trial.seed for trial in trials_of(config)) + 1
 
 
 class _Probe:
-    """A measurement of a router's PSNR on a few fixed samples while it trains."""
+    """Measure a router's PSNR on a few fixed samples while it trains."""
 
     def __init__(self, config: WorkflowConfig, run: MultiTargetTrainer, model: BranchedTransformer) -> None:
         self.config, self.run = config, run
