@@ -6,6 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from harmonica.evaluation.metric_table import PSNR_TO_FULL, SPEEDUP, interval_key
+
 from .names import OURS, label
 
 _MARKS = "osD^vP*Xd<>h"
@@ -38,8 +40,8 @@ def comparison_picture(
         mark = _MARKS[place % len(_MARKS)]
         axes.plot(*zip(*line(of_method)), color=colour, linewidth=2.2 if is_ours else 1.0, zorder=order)
         axes.errorbar(
-            [point["speedup"] for point in of_method],
-            [point["psnr_to_full"] for point in of_method],
+            [point[SPEEDUP] for point in of_method],
+            [point[PSNR_TO_FULL] for point in of_method],
             yerr=list(zip(*map(_bar, of_method))),
             label=name,
             marker=mark,
@@ -68,7 +70,7 @@ def line(points: Sequence[Mapping[str, Any]]) -> list[Place]:
     for number, point in enumerate(points):
         # A library's setting has no speed that it was made for, and stands alone.
         made_for = point.get("target_speedup", f"point {number}")
-        groups.setdefault(made_for, []).append((point["speedup"], point["psnr_to_full"]))
+        groups.setdefault(made_for, []).append((point[SPEEDUP], point[PSNR_TO_FULL]))
     means = [
         (sum(x for x, _ in some) / len(some), sum(y for _, y in some) / len(some)) for some in groups.values()
     ]
@@ -77,6 +79,6 @@ def line(points: Sequence[Mapping[str, Any]]) -> list[Place]:
 
 def _bar(point: Mapping[str, Any]) -> Place:
     """Return how far the interval reaches below and above the value."""
-    value = point["psnr_to_full"]
-    low, high = point.get("psnr_to_full_interval", (value, value))
+    value = point[PSNR_TO_FULL]
+    low, high = point.get(interval_key(PSNR_TO_FULL), (value, value))
     return value - low, high - value

@@ -19,6 +19,7 @@ from harmonica.cli.common import say
 from harmonica.cli.train import trained
 from harmonica.data.samples import SampleSpec, Shard
 from harmonica.evaluation.evaluation_report import FULL
+from harmonica.evaluation.metric_table import PSNR_TO_FULL, SECONDS_SPREAD, SPEEDUP
 from harmonica.models.base import Macs
 from harmonica.models.loading import load_model
 
@@ -78,7 +79,7 @@ def compare_methods(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[s
         "num_inference_steps": config.sampler.num_inference_steps,
         "sampler": config.sampler.name,
         "samples": config.compare.samples,
-        "seconds_spread": spread,
+        SECONDS_SPREAD: spread,
         "full": full,
         "points": points,
         "not_measured": missing,
@@ -106,13 +107,13 @@ def _measured(
                 missing.append(one.about | {"reason": reason_of(error)})
                 say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
                 continue
-            result = {"point": one.about | quality, "seconds_spread": spread}
+            result = {"point": one.about | quality, SECONDS_SPREAD: spread}
             results.put(one.variant.name, result)
         points.append(point := result["point"])
-        spreads.append(result["seconds_spread"])
+        spreads.append(result[SECONDS_SPREAD])
         if time.monotonic() - last_said > _SAY_EVERY_S:
             last_said = time.monotonic()
-            near = f"{point['speedup']:.2f}x, {point['psnr_to_full']:.1f} dB"
+            near = f"{point[SPEEDUP]:.2f}x, {point[PSNR_TO_FULL]:.1f} dB"
             say(f"[compare] {place} of {len(methods)} variants, {shown_name(point)}: {near}")
     return points, max(spreads), missing
 

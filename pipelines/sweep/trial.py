@@ -19,6 +19,7 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.cache import Reuse
 from harmonica.core.sampling import sample
 from harmonica.data.samples import Shard, make_samples
+from harmonica.evaluation.metric_table import CUR, IDEAL_SPEEDUP, PSNR_TO_FULL
 from harmonica.models.base import BranchedTransformer
 from harmonica.training.multi_target import MultiTargetTrainer
 from harmonica.validation.finite import check_finite
@@ -107,10 +108,10 @@ class _Probe:
         artifact = self.run.artifact()
         near = float(psnr(self._sample(artifact).cpu(), self.full_NCHW.cpu()).clamp(max=100).mean())
         worth = score(near, artifact.ideal_speedup, self.config.promotion.db_per_doubling)
-        reported = {TRAJECTORY: float(self.run.trajectory), "cur": artifact.plan.cur, "psnr_to_full": near}
+        reported = {TRAJECTORY: float(self.run.trajectory), CUR: artifact.plan.cur, PSNR_TO_FULL: near}
         if "loss" in metrics:
             reported["loss"] = float(metrics["loss"])
-        return reported | {"ideal_speedup": artifact.ideal_speedup, SCORE: worth}
+        return reported | {IDEAL_SPEEDUP: artifact.ideal_speedup, SCORE: worth}
 
 
 def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
