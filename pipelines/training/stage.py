@@ -19,7 +19,6 @@ from ray.train.torch import TorchTrainer
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.batch import Batch
 from harmonica.data.samples import SampleSpec, Shard
-from harmonica.evaluation.plots import router_heat_map
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
 from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
@@ -33,19 +32,16 @@ from ..run_state.resume import work_folder
 from ..run_state.storage import RunStorage
 from ..runtime.log_filters import drop_remarks
 from ..runtime.ray_runtime import quiet_libraries
-from ..tracking.metric_log import MetricLog
 from ..tracking.mlflow_runs import StageRun
 from ..tracking.worker_times import WorkerTimes, worker_nodes
 from .checkpoints import Checkpoints
-from .watchdog import Reached, make_board, run_watched
+from .run_recorder import UNLOGGED_METRICS, RunRecorder
+from .watchdog import make_board, run_watched
 
 logger = logging.getLogger(__name__)
 
 Routers = tuple[RouterArtifact, dict[str, RouterArtifact]]
 
-_METRICS = "unlogged_metrics"
-_WORKERS_TAG = "harmonica.workers"
-_MLFLOW_PATIENCE_S = 600
 # Training does not stand still for its curves: they wait in the checkpoint (`MetricLog`).
 _MLFLOW_CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 # An elastic run that counts on a node that is gone waits so long for it (else a minute), then counts again.
@@ -89,56 +85,6 @@ def _agree(due: bool, device: torch.device | str) -> bool:
     return bool(flag.item())
 
 
-class _Keeper:
-    """Rank 0's: what it leaves of a run, on the storage and in MLflow, at every checkpoint."""
-
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        run: MultiTargetTrainer,
-        stage: StageRun,
-        board: Any,
-        pending: list[Any],
-    ) -> None:
-        self.checkpoints, self.run, self.stage, self.board = checkpoints, run, stage, board
-        self.log = MetricLog(stage, pending)
-        self._since, self._began = run.trajectory, time.monotonic()
-
-    def say_where(self, nodes: list[str]) -> None:
-        """As a tag of the MLflow run, so that a slow worker's node is known."""
-        ranks = {node: [str(rank) for rank, one in enumerate(nodes) if one == node] for node in nodes}
-        said = "; ".join(f"{node}: {' '.join(on_it)}" for node, on_it in ranks.items())
-        try:
-            self.stage.client.set_tag(self.stage.mlflow_run_id, _WORKERS_TAG, said)
-        except Exception as error:  # of many libraries; a tag is not worth a run
-            logger.warning("the workers' nodes are not in MLflow (%s)", type(error).__name__)
-
-    def add(self, metrics: dict[str, float]) -> None:
-        self.log.add(self.run.trajectory, metrics)
-        seconds = time.monotonic() - self._began
-        reached = Reached(self.run.trajectory, self._since, seconds, metrics["loss"], metrics["cur"])
-        self.board.reach.remote(reached)
-
-    def save(self) -> None:
-        self.checkpoints.save(self.run.trajectory, self.run.state() | {_METRICS: self.log.state()})
-        if self.log.flush():
-            self._draw()
-
-    def _draw(self) -> None:
-        names = [branch.name for branch in self.run.sampler.model.branches]
-        plan = self.run.plan
-        scores = self.run.router.logits().sigmoid().cpu()
-        path = f"router/trajectory_{self.run.trajectory:06d}.png"
-        try:
-            figure = router_heat_map(scores, plan.to_tensor(), names)
-            self.stage.client.log_figure(self.stage.mlflow_run_id, figure, path)
-        except Exception as error:  # of many libraries; a picture is not worth a run
-            logger.warning("%s is not in MLflow (%s)", path, type(error).__name__)
-
-    def finish(self) -> None:
-        self.log.finish(_MLFLOW_PATIENCE_S)
-
-
 def _resume(run: MultiTargetTrainer, checkpoints: Checkpoints, is_rank_0: bool) -> list[Any]:
     """Go on from the newest whole checkpoint, on all workers the same; its metrics not logged yet."""
     found = checkpoints.last() if is_rank_0 else None
@@ -148,7 +94,7 @@ def _resume(run: MultiTargetTrainer, checkpoints: Checkpoints, is_rank_0: bool) 
     state = checkpoints.load(name, run.device)
     run.load_state(state)
     logger.info("resumed after trajectory %d", run.trajectory)
-    metrics: list[Any] = state[_METRICS]
+    metrics: list[Any] = state[UNLOGGED_METRICS]
     return metrics
 
 
@@ -178,7 +124,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     run, spec = start_run(config, device, shard_model=shard_model)
     checkpoints = Checkpoints.of_training(RunStorage(config.storage_path, config.run_id, patient=True))
     pending = _resume(run, checkpoints, rank == 0)
-    keeper = _Keeper(checkpoints, run, job["mlflow"], job["board"], pending) if rank == 0 else None
+    keeper = RunRecorder(checkpoints, run, job["mlflow"], job["board"], pending) if rank == 0 else None
     nodes = worker_nodes(run.device)
     if keeper is not None:
         keeper.say_where(nodes)
