@@ -21,7 +21,10 @@ _MLFLOW_PATIENCE_S = 600
 
 
 class RunRecorder:
-    """Rank 0's: what it leaves of a run, on the storage and in MLflow, at every checkpoint."""
+    """Write a run's checkpoints to its storage, and its metrics to MLflow.
+
+    Rank 0 alone has one.
+    """
 
     def __init__(
         self,
@@ -36,7 +39,7 @@ class RunRecorder:
         self._since, self._began = run.trajectory, time.monotonic()
 
     def say_where(self, nodes: list[str]) -> None:
-        """As a tag of the MLflow run, so that a slow worker's node is known."""
+        """Tag the MLflow run with the workers' nodes, so that a slow one is known."""
         ranks = {node: [str(rank) for rank, one in enumerate(nodes) if one == node] for node in nodes}
         said = "; ".join(f"{node}: {' '.join(on_it)}" for node, on_it in ranks.items())
         try:
@@ -45,17 +48,19 @@ class RunRecorder:
             logger.warning("the workers' nodes are not in MLflow (%s)", type(error).__name__)
 
     def add(self, metrics: dict[str, float]) -> None:
+        """Add a trajectory's metrics to the log, and tell the driver how far the run is."""
         self.log.add(self.run.trajectory, metrics)
         seconds = time.monotonic() - self._began
         reached = Reached(self.run.trajectory, self._since, seconds, metrics["loss"], metrics["cur"])
         self.board.reach.remote(reached)
 
     def save(self) -> None:
+        """Write a checkpoint, log the metrics that wait, and plot the router."""
         self.checkpoints.save(self.run.trajectory, self.run.state() | {UNLOGGED_METRICS: self.log.state()})
         if self.log.flush():
-            self._draw()
+            self._log_heat_map()
 
-    def _draw(self) -> None:
+    def _log_heat_map(self) -> None:
         names = [branch.name for branch in self.run.sampler.model.branches]
         plan = self.run.plan
         scores = self.run.router.logits().sigmoid().cpu()
@@ -67,4 +72,5 @@ class RunRecorder:
             logger.warning("%s is not in MLflow (%s)", path, type(error).__name__)
 
     def finish(self) -> None:
+        """Log the metrics that still wait; this may take minutes if MLflow is away."""
         self.log.finish(_MLFLOW_PATIENCE_S)

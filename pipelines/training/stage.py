@@ -1,4 +1,7 @@
-"""Router training on Ray Train V2: rows by Ray Data, checkpoints, metrics to MLflow, resumable."""
+"""Train routers on Ray Train V2, resumable.
+
+Rows come from Ray Data; checkpoints go to the run's storage and metrics to MLflow.
+"""
 
 import dataclasses
 import logging
@@ -51,7 +54,7 @@ _START_PATIENCE = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 def start_run(
     config: WorkflowConfig, device: torch.device, *, shard_model: bool = False
 ) -> tuple[MultiTargetTrainer, SampleSpec]:
-    """A run at its first trajectory, and what its rows look like."""
+    """Return a run at its first trajectory, and the spec of its rows."""
     model = load_model(config.model.for_training(), "cpu" if shard_model else device).model
     if shard_model:
         shard_weights(model)
@@ -63,7 +66,7 @@ def start_run(
 def _trajectories(
     run: MultiTargetTrainer, spec: SampleSpec, times: WorkerTimes, tell: Callable[[str], object]
 ) -> Iterator[Batch]:
-    """This worker's rows of every trajectory still to train."""
+    """Yield this worker's rows of every trajectory that is still to be trained."""
     context = ray.train.get_context()
     shard = Shard(run.config.batch_size, context.get_world_rank(), context.get_world_size())
     while wanted := run.next_trajectories:  # those of one target after another
@@ -78,7 +81,7 @@ def _trajectories(
 
 
 def _agree(due: bool, device: torch.device | str) -> bool:
-    """Rank 0's clock decides for all: a report is a barrier."""
+    """Return rank 0's answer on all workers, since a report is a barrier."""
     flag = torch.tensor([float(due)], device=device)  # NCCL moves nothing that is not on the GPU
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(flag, src=0)
@@ -86,7 +89,10 @@ def _agree(due: bool, device: torch.device | str) -> bool:
 
 
 def _resume(run: MultiTargetTrainer, checkpoints: Checkpoints, is_rank_0: bool) -> list[Any]:
-    """Go on from the newest whole checkpoint, on all workers the same; its metrics not logged yet."""
+    """Go on from the newest whole checkpoint; return its metrics not logged yet.
+
+    All workers load the same checkpoint.
+    """
     found = checkpoints.last() if is_rank_0 else None
     name: str = ray.train.collective.broadcast_from_rank_zero(found)
     if not name:
@@ -99,7 +105,10 @@ def _resume(run: MultiTargetTrainer, checkpoints: Checkpoints, is_rank_0: bool) 
 
 
 class _QuietController(ray.train.UserCallback):
-    """Keeps Ray's remarks away in the process of Ray Train's controller: it is made anew there."""
+    """Keep Ray's remarks away in the process of Ray Train's controller.
+
+    It is made anew there.
+    """
 
     def __init__(self) -> None:
         drop_remarks()
@@ -124,10 +133,10 @@ def _train_loop(job: dict[str, Any]) -> None:
     run, spec = start_run(config, device, shard_model=shard_model)
     checkpoints = Checkpoints.of_training(RunStorage(config.storage_path, config.run_id, patient=True))
     pending = _resume(run, checkpoints, rank == 0)
-    keeper = RunRecorder(checkpoints, run, job["mlflow"], job["board"], pending) if rank == 0 else None
+    recorder = RunRecorder(checkpoints, run, job["mlflow"], job["board"], pending) if rank == 0 else None
     nodes = worker_nodes(run.device)
-    if keeper is not None:
-        keeper.say_where(nodes)
+    if recorder is not None:
+        recorder.say_where(nodes)
     times, last_checkpoint = WorkerTimes(), time.monotonic()
     for batch in _trajectories(run, spec, times, tell):
         try:
@@ -140,23 +149,24 @@ def _train_loop(job: dict[str, Any]) -> None:
         is_due = time.monotonic() - last_checkpoint > config.train.checkpoint_interval_s
         if is_kept := _agree(is_last or is_due, run.device):
             metrics |= times.gather(rank)
-        if keeper is not None:
-            keeper.add(metrics)
+        if recorder is not None:
+            recorder.add(metrics)
         if is_kept:
             tell(f"the checkpoint after trajectory {run.trajectory}")
-            if keeper is not None:
-                keeper.save()
+            if recorder is not None:
+                recorder.save()
             # Few: Ray Train keeps them all; the rest is in MLflow.
             ray.train.report({"trajectory": run.trajectory, "loss": metrics["loss"], "cur": metrics["cur"]})
             last_checkpoint = time.monotonic()
-    if keeper is not None:
-        keeper.finish()
+    if recorder is not None:
+        recorder.finish()
 
 
 def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Routers:
-    """Train to `config.train.all_trajectories`, resuming the run's last checkpoint; returns the routers.
+    """Train the routers and return them, resuming the run's last checkpoint.
 
-    First the one of `train.target_speedup`, then those of `train.targets` by name, as in "1.5x".
+    Training ends at `config.train.all_trajectories`. The router of `train.target_speedup` is first, then come
+    those of `train.targets` by name, as in "1.5x".
 
     Raises:
         RuntimeError: workers failed more often than `train.max_failures`; says how the last one did.
