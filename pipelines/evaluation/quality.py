@@ -136,37 +136,37 @@ class VariantSampler:
         return out
 
     def measure(
-        self, batch: dict[str, np.ndarray], variants: list[Variant], drawn: Mapping[str, Tensor]
+        self, batch: dict[str, np.ndarray], variants: list[Variant], known: Mapping[str, Tensor]
     ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
         """Return the metric columns of all variants on these rows, and their samples.
 
         Args:
-            drawn: samples of references that are not among the variants, from the same rows.
+            known: samples of references that are not among the variants, from the same rows.
 
         Raises:
             NotFinite: a variant's images are not finite.
         """
-        rows, drawn = self.spec.to_batch(batch, self.device), dict(drawn)
-        images = {name: self.metrics.decode(samples) for name, samples in drawn.items()}
+        rows, sampled = self.spec.to_batch(batch, self.device), dict(known)
+        images = {name: self.metrics.decode(samples) for name, samples in sampled.items()}
         prompts = self._prompts(batch["label"])
         out = {"index": batch["index"], "label": self._classes(batch["label"], prompts)}
         for variant in variants:
-            drawn[variant.name] = samples = variant.sample(self.model, rows)
+            sampled[variant.name] = samples = variant.sample(self.model, rows)
             images[variant.name] = decoded = self.metrics.decode(samples)
             check_finite(decoded, f"images of variant {variant.name!r} are")
             columns = self.metrics.features(decoded) | self.metrics.prompt_scores(decoded, prompts)
             if variant.name != variant.reference:
                 columns |= self.metrics.compare(decoded, images[variant.reference])
             out |= {f"{variant.name}.{name}": column for name, column in columns.items()}
-        return out, {variant.name: drawn[variant.name] for variant in variants}
+        return out, {variant.name: sampled[variant.name] for variant in variants}
 
     def measure_other_noise(self, index: np.ndarray, reference: Variant) -> dict[str, np.ndarray]:
         """Return features of a reference's samples under another seed."""
         other = replace(self.spec, seed=self.spec.seed + _OTHER_SEED)
-        drawn = reference.sample(self.model, other.to_batch(make_samples(index, other), self.device))
-        shown = self.metrics.decode(drawn)
-        check_finite(shown, f"images of variant {reference.name!r} are")
-        columns = self.metrics.features(shown)
+        samples = reference.sample(self.model, other.to_batch(make_samples(index, other), self.device))
+        images = self.metrics.decode(samples)
+        check_finite(images, f"images of variant {reference.name!r} are")
+        columns = self.metrics.features(images)
         return {f"{NOISE_FLOOR}.{name}": column for name, column in columns.items()}
 
     def _prompts(self, labels: np.ndarray) -> list[str] | None:
