@@ -112,8 +112,8 @@ def _before(stages: Sequence[Stage], needed: Stage, by: Collection[Stage]) -> St
 
 
 def _check_promotion(config: WorkflowConfig, storage: RunStorage) -> None:
-    stages, is_judged = config.stages, resume.is_finished("evaluate", config, storage)
-    if config.promote != "gate" or "register" not in stages or is_judged:
+    stages, is_evaluated = config.stages, resume.is_finished("evaluate", config, storage)
+    if config.promote != "gate" or "register" not in stages or is_evaluated:
         return
     if "evaluate" not in stages[: stages.index("register")]:
         raise ValueError(
