@@ -181,10 +181,7 @@ class Bench:
         return found
 
     def _measure_images(self, variant: Variant, blocks: list[Any] | None) -> _Samples:
-        """Sample and measure all images of a variant.
-
-        `blocks` are its reference's samples.
-        """
+        """Sample and measure a variant's images; `blocks` are its reference's samples."""
         samples, size = self.config.evaluate.samples, self.config.evaluate.batch_size
         ranges = [range(i, min(i + size, samples)) for i in range(0, samples, size)]
         workers, tasks = self._workers, []

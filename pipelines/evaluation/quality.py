@@ -114,10 +114,7 @@ def _check_variants(variants: list[Variant]) -> None:
 
 
 class VariantSampler:
-    """A Ray Data actor that samples every variant from the same rows.
-
-    It returns metric columns, not images.
-    """
+    """A Ray Data actor that samples variants and returns metric columns, no images."""
 
     def __init__(self, config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]) -> None:
         self.variants, self.spec = variants, spec
@@ -217,10 +214,7 @@ def _metric_batches(
 def _collect(
     config: WorkflowConfig, variants: list[Variant], batches: Iterator[dict[str, np.ndarray]]
 ) -> dict[str, MetricAccumulator]:
-    """Return an accumulator for each variant by name.
-
-    Each batch is released once it is added.
-    """
+    """Return an accumulator by variant; each batch is released once it is added."""
     accumulators: dict[str, MetricAccumulator] = {}
     for batch in batches:
         accumulate(accumulators, variants, batch, config.evaluate.samples)
@@ -233,10 +227,7 @@ def accumulate(
     batch: dict[str, np.ndarray],
     count: int,
 ) -> None:
-    """Add a batch of columns to the accumulators of the variants.
-
-    Each variant has `count` images in all.
-    """
+    """Add columns to the variants' accumulators, each of `count` images in all."""
     index, label = batch.pop("index"), batch.pop("label")
     columns = {variant.name: {"label": label} for variant in variants}
     for name, column in batch.items():
