@@ -1,4 +1,4 @@
-"""The reading of prompts: distinct ones, in the order of the files, checked as a whole.
+"""Read distinct prompts in the order of the files, checked as a whole.
 
 The driver keeps 16 bytes of each prompt; the text itself goes through it and on.
 """
@@ -28,7 +28,7 @@ _SCHEMA = pa.schema([("prompt", pa.string()), ("digest", pa.binary()), ("tokens"
 
 
 class Text(NamedTuple):
-    """A preprocessed prompt, as the encoder reads it."""
+    """A preprocessed prompt, as the text encoder reads it."""
 
     prompt: str
     digest: bytes
@@ -36,7 +36,9 @@ class Text(NamedTuple):
 
 
 def distinct_texts(config: PromptsConfig, model_path: str) -> Iterator[Text]:
-    """Yield every distinct prompt that is not empty, in the order of first occurrence.
+    """Yield every distinct prompt, in the order of first occurrence.
+
+    Empty prompts are left out.
 
     Raises:
         ValueError: there are none, or some are too long and are to be refused; raised once all are read.
@@ -55,10 +57,12 @@ def distinct_texts(config: PromptsConfig, model_path: str) -> Iterator[Text]:
     if first_over is None:
         return
     prompt, _, tokens = first_over
-    words = text_encoder.over_limit_message(prompt, tokens, over, len(seen), config.max_tokens)
+    message = text_encoder.over_limit_message(prompt, tokens, over, len(seen), config.max_tokens)
     if config.over_limit == "refuse":
-        raise ValueError(f"prompts.path {path}: {words}: shorten them, or set prompts.over_limit to truncate")
-    logger.warning("prompts.path %s: %s; they lose their end", path, words)
+        raise ValueError(
+            f"prompts.path {path}: {message}: shorten them, or set prompts.over_limit to truncate"
+        )
+    logger.warning("prompts.path %s: %s; they lose their end", path, message)
 
 
 def _files(path: str) -> tuple[fs.FileSystem, list[str]]:
@@ -104,7 +108,10 @@ def _tokenizer(model_path: str) -> Any:
 
 
 def _prepare(rows: Any, model_path: str) -> Any:
-    """Preprocess text and drop empty prompts; return the columns prompt, digest and tokens."""
+    """Preprocess text and drop empty prompts.
+
+    Return the columns prompt, digest and tokens.
+    """
     prompts = [text_encoder.preprocess(text) for text in rows[0].to_pylist() if text is not None]
     prompts = [prompt for prompt in prompts if prompt]
     digests = [hashlib.blake2b(prompt.encode(), digest_size=16).digest() for prompt in prompts]

@@ -38,7 +38,9 @@ _OTHER_SEED = 1  # from the evaluation's: rows that neither training nor any var
 def evaluate_images(
     config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]
 ) -> dict[str, dict[str, Any]]:
-    """Return the metrics of each variant by name, JSON-ready, over `evaluate.samples` images.
+    """Return the metrics of each variant by name, JSON-ready.
+
+    They are over `evaluate.samples` images.
 
     The reference of the first variant also has `noise_floor`: the distances of its images to its images from
     another seed.
@@ -112,7 +114,7 @@ def _check_variants(variants: list[Variant]) -> None:
 
 
 class VariantSampler:
-    """A Ray Data actor that samples every variant from the same rows and returns metric columns."""
+    """A Ray Data actor that samples variants and returns metric columns, no images."""
 
     def __init__(self, config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]) -> None:
         self.variants, self.spec = variants, spec
@@ -131,37 +133,37 @@ class VariantSampler:
         return out
 
     def measure(
-        self, batch: dict[str, np.ndarray], variants: list[Variant], drawn: Mapping[str, Tensor]
+        self, batch: dict[str, np.ndarray], variants: list[Variant], known: Mapping[str, Tensor]
     ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
-        """Return the metric columns of all variants on these rows, and the samples of each.
+        """Return the metric columns of all variants on these rows, and their samples.
 
         Args:
-            drawn: samples of references that are not among the variants, from the same rows.
+            known: samples of references that are not among the variants, from the same rows.
 
         Raises:
             NotFinite: a variant's images are not finite.
         """
-        rows, drawn = self.spec.to_batch(batch, self.device), dict(drawn)
-        images = {name: self.metrics.decode(samples) for name, samples in drawn.items()}
+        rows, sampled = self.spec.to_batch(batch, self.device), dict(known)
+        images = {name: self.metrics.decode(samples) for name, samples in sampled.items()}
         prompts = self._prompts(batch["label"])
         out = {"index": batch["index"], "label": self._classes(batch["label"], prompts)}
         for variant in variants:
-            drawn[variant.name] = samples = variant.sample(self.model, rows)
+            sampled[variant.name] = samples = variant.sample(self.model, rows)
             images[variant.name] = decoded = self.metrics.decode(samples)
             check_finite(decoded, f"images of variant {variant.name!r} are")
             columns = self.metrics.features(decoded) | self.metrics.prompt_scores(decoded, prompts)
             if variant.name != variant.reference:
                 columns |= self.metrics.compare(decoded, images[variant.reference])
             out |= {f"{variant.name}.{name}": column for name, column in columns.items()}
-        return out, {variant.name: drawn[variant.name] for variant in variants}
+        return out, {variant.name: sampled[variant.name] for variant in variants}
 
     def measure_other_noise(self, index: np.ndarray, reference: Variant) -> dict[str, np.ndarray]:
-        """Return features of a reference's samples from the same rows under another seed."""
+        """Return features of a reference's samples under another seed."""
         other = replace(self.spec, seed=self.spec.seed + _OTHER_SEED)
-        drawn = reference.sample(self.model, other.to_batch(make_samples(index, other), self.device))
-        shown = self.metrics.decode(drawn)
-        check_finite(shown, f"images of variant {reference.name!r} are")
-        columns = self.metrics.features(shown)
+        samples = reference.sample(self.model, other.to_batch(make_samples(index, other), self.device))
+        images = self.metrics.decode(samples)
+        check_finite(images, f"images of variant {reference.name!r} are")
+        columns = self.metrics.features(images)
         return {f"{NOISE_FLOOR}.{name}": column for name, column in columns.items()}
 
     def _prompts(self, labels: np.ndarray) -> list[str] | None:
@@ -170,7 +172,10 @@ class VariantSampler:
         return self.spec.prompts.rows(labels).prompts if self.spec.prompts and read else None
 
     def _classes(self, labels: np.ndarray, prompts: list[str] | None) -> np.ndarray:
-        """Return the class that each image should show; -1 for prompts whose class is not known."""
+        """Return the class that each image should show.
+
+        It is -1 for prompts whose class is not known.
+        """
         if self.spec.prompts is None:
             return labels
         known, texts = set(captions.all_captions()), [prompt.lower() for prompt in prompts or []]
@@ -209,7 +214,7 @@ def _metric_batches(
 def _collect(
     config: WorkflowConfig, variants: list[Variant], batches: Iterator[dict[str, np.ndarray]]
 ) -> dict[str, MetricAccumulator]:
-    """Return an accumulator for each variant by name; each batch is released once it is added."""
+    """Return an accumulator by variant; each batch is released once it is added."""
     accumulators: dict[str, MetricAccumulator] = {}
     for batch in batches:
         accumulate(accumulators, variants, batch, config.evaluate.samples)
@@ -222,7 +227,7 @@ def accumulate(
     batch: dict[str, np.ndarray],
     count: int,
 ) -> None:
-    """Add a batch of columns to the accumulators of the variants, each of `count` images in all."""
+    """Add columns to the variants' accumulators, each of `count` images in all."""
     index, label = batch.pop("index"), batch.pop("label")
     columns = {variant.name: {"label": label} for variant in variants}
     for name, column in batch.items():
@@ -233,7 +238,10 @@ def accumulate(
 
 
 def real_images(config: WorkflowConfig) -> ReferenceSet | None:
-    """Return the real images' statistics, computed on a worker if that takes a network."""
+    """Return the statistics of the real images.
+
+    They are computed on a worker if that takes a network.
+    """
     if feature_kind(config.evaluate, config.model) != "inception":
         return read_reference(config, device_of(False))
     use_gpu = config.evaluate.use_gpu
