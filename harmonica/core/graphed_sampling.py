@@ -1,4 +1,6 @@
-"""Sampling from recorded steps: inputs go into buffers, and nothing is waited for until the last step.
+"""Sample from recorded steps.
+
+Inputs go into buffers, and nothing is waited for until the last step.
 
 Shapes: N images, B rows of the buffers, C channels, H W image.
 """
@@ -76,7 +78,10 @@ def _predict(sampler: Sampler, i: int, before: State, guided_MCHW: Tensor, count
 
 
 def _inputs(sampler: Sampler, noise_NCHW: Tensor, condition_N: Any, keys: SampleKeys | None) -> list[Tensor]:
-    """Return all that differs between batches: noise, guidance scales, conditions, noise of the steps."""
+    """Return all that differs between batches.
+
+    These are noise, guidance scales, conditions and the steps' noise.
+    """
     given = [noise_NCHW, sampler.guidance_scales(noise_NCHW), *_tensors(condition_N)]
     if sampler.is_stochastic and keys is not None:
         shape = tuple(noise_NCHW.shape[1:])
@@ -110,7 +115,10 @@ def _key(
     given: Sequence[Tensor],
     device: torch.device,
 ) -> Hashable:
-    """Return all that a recording has as constants; the scale of guidance is an input instead."""
+    """Return all that a recording holds as constants.
+
+    The scale of guidance is an input instead.
+    """
     config = json.dumps({**sampler.config.to_dict(), "guidance_scale": sampler.is_guided}, sort_keys=True)
     weights = next(sampler.model.parameters())  # elsewhere after a move: the addresses are recorded
     kinds = tuple((tuple(each.shape[1:]), each.dtype) for each in given)

@@ -43,7 +43,10 @@ def planned_pass(
 
 
 def runs_of(compute_row: Sequence[bool]) -> Iterator[tuple[range, bool]]:
-    """Yield the runs of neighbouring branches that are all computed or all reused, in order."""
+    """Yield the runs of neighbouring branches, in order.
+
+    The branches of a run are all computed or all reused.
+    """
     first = 0
     for last in range(1, len(compute_row) + 1):
         if last == len(compute_row) or compute_row[last] != compute_row[first]:

@@ -1,4 +1,7 @@
-"""One trajectory of a batch, step by step, with every branch computed or under a plan."""
+"""Run one trajectory of a batch, step by step.
+
+Every branch is computed, or those that a plan says.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace

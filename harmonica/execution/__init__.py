@@ -1,1 +1,4 @@
-"""How branches are run, apart from what they compute: one by one, compiled, or as captured graphs."""
+"""The runners of branches: one by one, compiled, or as captured graphs.
+
+They decide how a branch is run; the models decide what it computes.
+"""

@@ -1,4 +1,6 @@
-"""What is compiled: a branch with all that surrounds it, as one function of tensors and the branch.
+"""The functions that are compiled: a branch with all that surrounds it.
+
+Each is one function of tensors and the branch.
 
 Each is a graph a kind of branch (`harmonica.execution.compiled`).
 Shapes: N batch, L tokens, D width.
@@ -59,7 +61,10 @@ def reuse(
 
 
 def _sum(values: Sequence[Tensor], factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Add up kept values in a precision; without factors the last one is held as it is."""
+    """Add up kept values in a precision.
+
+    Without factors the last value is returned as it is held.
+    """
     total_NLD = values[0]
     for k, (factor, value) in enumerate(zip(factors, values)):
         share_NLD = factor * value.to(dtype)

@@ -1,4 +1,6 @@
-"""Branches compiled whole: norm, modulation, cast, sub-layer, gate and addition are one graph.
+"""The runner that compiles each branch whole.
+
+Norm, modulation, cast, sub-layer, gate and addition are one graph.
 
 A graph belongs to a kind of branch. The branch itself is an argument, and Dynamo's guards look at its class,
 at the shapes of its weights and at what its modules are made of, not at which one it is: so all blocks of a
@@ -42,7 +44,7 @@ _HAS_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters  #
 
 @lru_cache(maxsize=256)
 def _compiled(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
-    """Compile a function under a code object of its own, by which Dynamo counts graphs."""
+    """Compile a function under its own code object, by which Dynamo counts graphs."""
     plain = cast(types.FunctionType, function)
     name = f"{plain.__name__}_{kind}".replace(" ", "_")
     own = types.FunctionType(plain.__code__.replace(co_name=name), plain.__globals__, name)
@@ -194,7 +196,10 @@ def _factors(kept: KeptValues, scalars: Scalars, device: torch.device) -> tuple[
 
 
 def _parts(run: Sequence[_Reused]) -> Iterator[Sequence[_Reused]]:
-    """Divide a run so that few graphs serve all: 4, 2 or 1 branches, alike in their values and gates."""
+    """Divide a run of branches so that few graphs serve all of them.
+
+    Parts have 4, 2 or 1 branches, alike in their values and gates.
+    """
     likeness = [(gate is None, len(kept.values)) for gate, kept in run]
     first = 0
     while first < len(run):

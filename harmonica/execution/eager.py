@@ -16,7 +16,10 @@ from harmonica.models.base import Branch, BranchedTransformer, merge_of, run_all
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """A share of a computed value in a sum of a later step: `total += weight * gate * y`."""
+    """The share of a computed value in a later step's sum.
+
+    The step adds `total += weight * gate * y`.
+    """
 
     total_NLD: Tensor
     """Changed in place."""
@@ -26,7 +29,7 @@ class Addition:
 
 
 class EagerRunner:
-    """Runs branches one operation at a time; what the other runners are compared with."""
+    """Runs branches one operation at a time; the other runners are tested by it."""
 
     def compute(
         self, branch: Branch, index: int, hidden_NLD: Tensor, conditioning: Any
@@ -73,7 +76,9 @@ class EagerRunner:
         store: ValueStore,
         step: int,
     ) -> Tensor:
-        """Merge what is kept of some neighbouring branches; returns the next hidden state (N, L, D).
+        """Merge the kept values of neighbouring branches.
+
+        Returns the next hidden state (N, L, D).
 
         Args:
             branches: all of the model's.
@@ -106,7 +111,10 @@ class EagerRunner:
         return branch.merge(hidden_NLD, y_NLD, conditioning), y_NLD
 
     def run_all(self, branches: Sequence[Branch], hidden_NLD: Tensor, conditioning: Any) -> Tensor:
-        """Compute and merge each of `branches`; returns the hidden state (N, L, D) after them."""
+        """Compute and merge each of `branches`.
+
+        Returns the hidden state (N, L, D) after them.
+        """
         return run_all(branches, hidden_NLD, conditioning)
 
     def full_pass(self, model: BranchedTransformer, hidden_NLD: Tensor, conditioning: Any) -> Tensor:

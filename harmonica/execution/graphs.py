@@ -25,7 +25,7 @@ def bucket_of(size: int) -> int | None:
 
 
 def sizes_up_to(most: int) -> tuple[int, ...]:
-    """Return batch sizes of at most `most` that fill every bucket that such batches need."""
+    """Return batch sizes up to `most` that fill every bucket such batches need."""
     return (*(each for each in BUCKETS if each < most), most)
 
 

@@ -14,7 +14,7 @@ _EAGER, _COMPILED = EagerRunner(), CompiledRunner()
 
 
 def warm_ups(model: BranchedTransformer) -> int:
-    """Return after how many runs of a batch all later ones take as long as each other.
+    """Return the number of runs of a batch after which run times are constant.
 
     A graphed trajectory is compiled in its first run and recorded in its second.
     """

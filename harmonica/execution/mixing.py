@@ -26,7 +26,10 @@ class _Mix(torch.autograd.Function):
 
 
 def mix(cached: Tensor, computed: Tensor, score: Tensor) -> Tensor:
-    """Return `r * computed + (1 - r) * cached`, differentiable in r and what was computed."""
+    """Return `r * computed + (1 - r) * cached`.
+
+    The result is differentiable in r and in `computed`.
+    """
     if computed.dtype == score.dtype:
         return torch.lerp(cached, computed, score)
     mixed: Tensor = _Mix.apply(cached, computed, score)

@@ -1,4 +1,4 @@
-"""What records the work of a step and replays it: CUDA graphs, and their twin on a CPU.
+"""Recorders store a step's work and replay it: CUDA graphs, and a CPU twin.
 
 A recording is of addresses: it reads and writes the tensors that were there when it was made. Inputs are
 therefore buffers that are filled before a replay. The twin replays operation by operation into the recorded
@@ -62,11 +62,14 @@ class Recorder(ABC):
         """
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        """Run a trajectory before it is recorded: what is compiled or chosen at first use is then there."""
+        """Run a trajectory before it is recorded.
+
+        This compiles and chooses all that is compiled or chosen at first use.
+        """
         run()
 
     def begin(self) -> None:
-        """Prepare a trajectory that is about to be replayed, before its inputs are filled."""
+        """Prepare a trajectory's replay, before its inputs are filled."""
         return
 
     def pad(self, rows: Tensor, given: Tensor) -> None:
@@ -80,7 +83,9 @@ class Recorder(ABC):
 
 
 class CudaRecorder(Recorder):
-    """CUDA graphs in one memory pool: what a step leaves, later ones read where it lies.
+    """Records CUDA graphs in one memory pool.
+
+    Later steps read a step's results at the address where it left them.
 
     Written after torch's documentation; no GPU has run it.
     """

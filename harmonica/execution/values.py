@@ -1,4 +1,4 @@
-"""Values of a branch that are kept between steps, and what a reused branch makes of them.
+"""Branch values kept between steps, and the output a reused branch makes of them.
 
 Shapes: N batch, L tokens, D width.
 """
@@ -26,7 +26,10 @@ def extrapolate(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class KeptValues:
-    """The values of one branch that a step reuses: a sum of `coefficients[k] * values[k]`."""
+    """The values of one branch that a step reuses.
+
+    Their sum is `coefficients[k] * values[k]` over k.
+    """
 
     values: tuple[Tensor, ...]
     """Newest first, each (N, L, D)."""
@@ -47,7 +50,7 @@ class KeptValues:
 
 
 class Scalars:
-    """Numbers as tensors on a device, each made once a trajectory and by the device itself.
+    """Numbers as tensors on a device, each made once a trajectory by the device.
 
     As a number, a coefficient would be compiled into the graph, or each would be another graph. A fill is no
     copy from the host, so it may be captured.
@@ -66,7 +69,10 @@ class Scalars:
 
 
 class ValueStore(Protocol):
-    """What a runner asks of the cache (`harmonica.core.cache.BranchCache`)."""
+    """The interface of the cache that runners use.
+
+    It is implemented by `harmonica.core.cache.BranchCache`.
+    """
 
     scalars: Scalars
 

@@ -1,4 +1,4 @@
-"""What PixArt and Sana have in common: diffusers' own module seen as branches.
+"""The base of PixArt and Sana: diffusers' own module seen as branches.
 
 Nothing is copied: the sub-layers are called where they lie, in the order of the module's own forward,
 so weights and adapters are whatever the module has. Only cross-attention is put together here, from its

@@ -1,1 +1,1 @@
-"""Training of a router inside a diffusers pipeline's own loop: `harmonica.train_pipeline`."""
+"""Train a router inside a diffusers pipeline's loop: `harmonica.train_pipeline`."""

@@ -1,4 +1,4 @@
-"""Lambda of a router that is trained in a pipeline (HarmoniCa's IEPO), by whole calls of the pipeline.
+"""Measure lambda (HarmoniCa's IEPO) by whole calls of a pipeline.
 
 A pipeline's loop cannot be entered in the middle, so runs do not share what lies before the step that they
 differ at: a refresh costs T full generations, and `harmonica.training.iepo` half of that.

@@ -1,4 +1,7 @@
-"""Calls of a pipeline for rows of prompts, with its transformers' forwards replaced."""
+"""Call a pipeline for rows of prompts.
+
+Its transformers' forwards are replaced for the call.
+"""
 
 import json
 import types

@@ -1,4 +1,6 @@
-"""What the calls of a transformer do while a router is trained in a pipeline: SDT, or a generation.
+"""Policies of a transformer's calls while a router is trained in a pipeline.
+
+A policy trains by SDT, or generates images.
 
 A trajectory is one call of the pipeline. SDT (arXiv 2410.01723) needs of each step the teacher's output and
 the student's on the same input; the pipeline's scheduler goes on from the student's. Where guidance takes two
@@ -50,7 +52,7 @@ class TransformerStep:
 
 
 class Policy(Protocol):
-    """What each call of a trajectory gives."""
+    """A policy decides what each call of a trajectory returns."""
 
     def compute(self, step: TransformerStep) -> Any:
         """Return what the call gives the pipeline."""
@@ -129,7 +131,9 @@ class Generation:
 
 @dataclass
 class SdtPolicy:
-    """SDT of one trajectory: an update of the router at every step but the first one run.
+    """Trains by SDT on one trajectory.
+
+    It updates the router at every step but the first one run.
 
     Rows of steps at which a call has nothing to reuse are fixed: they always compute.
     """
@@ -192,7 +196,10 @@ class SdtPolicy:
 
 
 def squared_error(output: Any, target: Any) -> tuple[Tensor, int]:
-    """Return the sum of squared differences of all tensors, in float32 or better, and their number."""
+    """Return the sum of squared differences of all tensors, and their number.
+
+    The sum is in float32 or better.
+    """
     pairs = list(zip(tensors_of(_values(output)), tensors_of(_values(target)), strict=True))
     errors = [(_precise(ours) - _precise(theirs)).square().sum() for ours, theirs in pairs]
     return torch.stack(errors).sum(), sum(ours.numel() for ours, _ in pairs)

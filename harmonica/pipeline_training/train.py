@@ -1,4 +1,7 @@
-"""`train_pipeline`: a router for any diffusers pipeline, trained in the pipeline's own loop, without Ray."""
+"""`train_pipeline` trains a router for any diffusers pipeline, without Ray.
+
+The training happens in the pipeline's own loop.
+"""
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -33,7 +36,7 @@ _SMALLEST = 1e-30
 
 @dataclass(frozen=True)
 class _Steps:
-    """What the trainer of a router asks of a sampler: how many steps, and what branches cost."""
+    """The sampler as the trainer sees it: its steps, and what branches cost."""
 
     num_steps: int
     model: RecordedTransformer
@@ -90,7 +93,10 @@ def train_pipeline(
 
 
 def _check_settings(config: TrainingConfig) -> None:
-    """Refuse settings that need what a pipeline's loop does not give: states to go on from in the middle."""
+    """Refuse settings that a pipeline's loop cannot serve.
+
+    The loop gives no states from which sampling could go on in the middle.
+    """
     one_by_one = {
         "train.initial": (config.initial, config.initial == "measured", "even"),
         "train.choice_trajectories": (config.choice_trajectories, config.choice_trajectories > 0, 0),
@@ -130,7 +136,9 @@ class _Training:
         return [self.prompts[row % len(self.prompts)] for row in rows], rows
 
     def train_one(self, trajectory: int) -> dict[str, float]:
-        """Train one trajectory, with a refresh of lambda where it is due; returns its metrics.
+        """Train one trajectory, and refresh lambda where it is due.
+
+        Returns the metrics of the trajectory.
 
         Raises:
             NotFinite: a metric is not finite.

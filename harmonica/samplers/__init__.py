@@ -1,4 +1,7 @@
-"""Samplers with classifier-free guidance: four of their own, and diffusers' schedulers."""
+"""Samplers with classifier-free guidance.
+
+Four are the package's own; others use diffusers' schedulers.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -47,7 +50,10 @@ def make_sampler(model: BranchedTransformer, config: SamplerConfig) -> Sampler:
 
 
 def with_scheduler(config: SamplerConfig, scheduler: Mapping[str, Any] | None) -> SamplerConfig:
-    """Return `config` with the model's scheduler, where its sampler is `diffusers` and names none."""
+    """Return `config` with the model's scheduler where it names none.
+
+    This concerns the sampler `diffusers` alone.
+    """
     if config.name != "diffusers" or config.scheduler is not None or scheduler is None:
         return config
     return replace(config, scheduler=dict(scheduler))

@@ -1,4 +1,6 @@
-"""The interface of samplers: each step maps a state to the next one; samplers keep no state.
+"""The interface of samplers.
+
+Each step maps a state to the next one; samplers keep no state.
 
 Step i is row i of T respaced steps; i = T-1 is the noisiest and runs first.
 Shapes: N images, M model rows (2N under guidance: conditional half, then unconditional), C H W image.
@@ -20,7 +22,9 @@ from harmonica.samplers.noise import SampleKeys
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """The state of a sampling before a step, without caches; it is never changed in place.
+    """The state of a sampling before a step, without caches.
+
+    It is never changed in place.
 
     A sampling can therefore go on from a stored state several times, as IEPO's do.
     """
@@ -39,7 +43,9 @@ class State:
 def guide(
     output_MCHW: Tensor, scale: float | Tensor, channels: GuidanceChannels, noise_channels: int
 ) -> Tensor:
-    """Apply classifier-free guidance to [conditional; unconditional] outputs; both halves get the result.
+    """Apply classifier-free guidance to [conditional; unconditional] outputs.
+
+    Both halves get the result.
 
     Channels that are not guided (the learned variance; under `first_three` the fourth noise channel
     too) pass through, each half keeping its own. `first_three` counts output channels, as the public code
@@ -97,7 +103,7 @@ class Sampler(ABC):
         return noise_NCHW.new_full((len(noise_NCHW), 1, 1, 1), self._scale)
 
     def with_scale_buffer(self, scales_N111: Tensor) -> "Sampler":
-        """Return this sampler with its guidance scales read from a tensor when a step runs."""
+        """Return this sampler with guidance scales read from a tensor at each step."""
         twin = copy.copy(self)
         twin._scale = scales_N111
         return twin
@@ -153,10 +159,16 @@ class Sampler(ABC):
 
     @abstractmethod
     def advance(self, i: int, state: State, guided_MCHW: Tensor) -> State:
-        """Return the state before step i - 1, from that before step i and the guided output."""
+        """Return the state before step i - 1.
+
+        It follows from the state before step i and the guided output.
+        """
 
     def predict_clean(self, i: int, state: State, guided_MCHW: Tensor) -> Tensor:
-        """Return the x_0 predicted at step i (N, C, H, W), from its state and guided output."""
+        """Return the x_0 predicted at step i (N, C, H, W).
+
+        It follows from the step's state and guided output.
+        """
         num_images = state.x_MCHW.shape[0] // (2 if self.is_guided else 1)
         predicted_NCHW = guided_MCHW[:num_images, : self.model.in_channels]
         return self._clean_at(i, state.x_MCHW[:num_images], predicted_NCHW)

@@ -1,4 +1,4 @@
-"""The settings of sampling, which a router is trained for and its artifact records."""
+"""The settings of sampling, which a router's artifact records."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -18,7 +18,10 @@ GuidanceChannels = Literal["first_three", "all"]
 
 @settings("sampler")
 class SamplerConfig:
-    """The settings of sampling. A router is trained for one of them and refuses another."""
+    """The settings of sampling.
+
+    A router is trained for one of them and refuses another.
+    """
 
     name: SamplerName = "ddim"
     """The sampler. `ddim` and `iddpm` are as in the public DiT code, `dpm-solver++` and `sa-solver` as in

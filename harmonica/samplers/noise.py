@@ -1,4 +1,6 @@
-"""Counter-based noise and labels: every draw is a pure function of (seed, row index, step).
+"""Counter-based noise and labels.
+
+Every draw is a pure function of (seed, row index, step).
 
 Any worker, in any order, on any retry makes the same row, because Philox is addressed by counter
 instead of advanced by drawing.
@@ -24,13 +26,19 @@ def sample_label(seed: int, index: int, num_classes: int) -> int:
 
 
 def sample_noise(seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Draw the standard normal noise that row `index` starts from, float32, e.g. (C, H, W)."""
+    """Draw the standard normal noise of row `index`, float32, e.g. (C, H, W).
+
+    Sampling of the row starts from it.
+    """
     return _generator(seed, _NOISE_STREAM, index).standard_normal(shape, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class SampleKeys:
-    """The keys (seed, index) of a batch's rows, from which a stochastic sampler draws their noise."""
+    """The keys (seed, index) of a batch's rows.
+
+    A stochastic sampler draws the rows' noise from them.
+    """
 
     seeds: Sequence[int]
     indices: Sequence[int]

@@ -1,4 +1,4 @@
-"""The forward process of 1000 linear betas, and the timesteps that a sampler visits."""
+"""The forward process of 1000 linear betas, and the timesteps of samplers."""
 
 from functools import cache
 from itertools import accumulate
@@ -17,7 +17,9 @@ def alphas_cumprod() -> np.ndarray:
 
 
 def respaced_timesteps(num_steps: int) -> list[int]:
-    """Return the timesteps of the respaced steps, ascending: entry i is row i of a router.
+    """Return the timesteps of the respaced steps, ascending.
+
+    Entry i is row i of a router.
 
     They are evenly spaced from 0 to 999, both included; the spacing is added up and then rounded, as in the
     public DiT code: multiplying instead puts some step elsewhere for a quarter of all T, 21 the first.

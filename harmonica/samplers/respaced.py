@@ -1,4 +1,6 @@
-"""DDIM and IDDPM on the respaced chain of the public DiT code: step i goes to the timestep of step i - 1.
+"""DDIM and IDDPM on the respaced chain of the public DiT code.
+
+Step i goes to the timestep of step i - 1.
 
 diffusers' schedulers step to t - 1000 // T instead, which is no timestep of the chain unless T divides it.
 """
@@ -79,7 +81,9 @@ class _Posterior:
 
 
 class Iddpm(_Respaced):
-    """Ancestral sampling with the learned variance range (Nichol and Dhariwal 2021, eq. 15).
+    """Ancestral sampling with the learned variance range.
+
+    Source: Nichol and Dhariwal 2021, eq. 15.
 
     A model that predicts no variance is sampled with the posterior's, the lower end of that range: at
     few steps the upper end leaves visible noise.

@@ -1,4 +1,7 @@
-"""Samplers with diffusers' schedulers: DPM-Solver++, SA-Solver, and that of a model's folder."""
+"""Samplers that use diffusers' schedulers.
+
+They are DPM-Solver++, SA-Solver, and the scheduler of a model's folder.
+"""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -20,7 +23,10 @@ from harmonica.samplers.noise import SampleKeys
 
 
 class _SASolver(SASolverScheduler):
-    """An SA-Solver whose noise is passed in by row, where diffusers draws it by batch."""
+    """An SA-Solver that is given its noise by row.
+
+    diffusers draws it by batch.
+    """
 
     sample_noise: Tensor
     last_noise: Tensor
@@ -68,7 +74,9 @@ def _scheduler_config(config: SamplerConfig) -> Mapping[str, Any]:
 
 
 def _check(scheduler: Any, model: BranchedTransformer, where: str) -> None:
-    """Refuse a scheduler of another prediction than the model's, or of unsupported steps.
+    """Refuse a scheduler with unsupported steps or another prediction type.
+
+    The type must be the model's.
 
     Args:
         where: the setting that chose it.
@@ -106,7 +114,10 @@ def _fork(scheduler: Any) -> Any:
 
 
 class Scheduled(Sampler):
-    """A diffusers scheduler as a sampler; the scheduler with its history is part of the state."""
+    """A diffusers scheduler as a sampler.
+
+    The scheduler with its history is part of the state.
+    """
 
     def __init__(self, model: BranchedTransformer, config: SamplerConfig) -> None:
         settings = dict(_scheduler_config(config))

@@ -1,1 +1,4 @@
-"""Training of a router: `trainer` runs SDT (`sdt`) with the image error proxy (`iepo`)."""
+"""Training of a router.
+
+`trainer` runs SDT (`sdt`) with the image error proxy (`iepo`).
+"""

@@ -1,4 +1,6 @@
-"""Beta from a target: the weight of reuse is set so that a given fraction of entries is not worth computing.
+"""Choose beta, the weight of reuse, for a target.
+
+It is set so that a given fraction of entries is not worth computing.
 
 Nobody should have to guess beta: its scale is that of lambda times a squared error, which differs by
 orders of magnitude between models. Where the loss is at rest, an entry with score r satisfies
@@ -20,7 +22,10 @@ _STEEPEST = 1e-7
 
 
 class BetaController:
-    """Running estimate of what each entry is worth, and the beta at which the target fraction is reused."""
+    """Running estimate of each entry's worth, and the beta that meets the target.
+
+    At this beta the target fraction is reused.
+    """
 
     def __init__(self, num_steps: int, costs_B: Tensor, *, fraction: float, threshold: float) -> None:
         """Start without any estimate.
@@ -56,7 +61,10 @@ class BetaController:
         return self.beta
 
     def _quantile(self) -> float:
-        """Return the worth below which `fraction` of the costs lie; of equal costs, the ordinary quantile."""
+        """Return the worth below which `fraction` of the costs lie.
+
+        With equal costs it is the ordinary quantile.
+        """
         worth, order = self.worth_TB.flatten().sort()
         costs = self.costs_B.expand_as(self.worth_TB).flatten()[order]
         below = costs.cumsum(0) - costs

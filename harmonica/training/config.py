@@ -114,7 +114,7 @@ class TrainingConfig:
         )
 
     def _check_start(self) -> None:
-        """Refuse a start of whole steps without a target, and a choice without such a start."""
+        """Refuse a start of whole steps without a target, or a choice without a start."""
         is_of_steps = self.initial in ("even", "measured")
         if is_of_steps and not self.has_target:
             raise SettingError(
@@ -144,7 +144,10 @@ class TrainingConfig:
         )
 
     def for_target(self, **target: float) -> Self:
-        """Return these settings with another target in place of all, as in `target_speedup=1.5`."""
+        """Return these settings with another target in place of all.
+
+        For example `target_speedup=1.5`.
+        """
         changes: dict[str, Any] = {**dict.fromkeys(TARGETS, 0.0), "targets": (), **target}
         return dataclasses.replace(self, **changes)
 

@@ -1,4 +1,7 @@
-"""The state that the phases of one router's training share: router, optimiser, target, starts."""
+"""The state shared by the phases of one router's training.
+
+It holds the router, the optimiser, the target and the starts.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,7 +20,7 @@ from harmonica.training.target import TargetController
 
 @dataclass(slots=True)
 class TrainingContext:
-    """One router in training, with the state that more than one phase reads or changes."""
+    """One router in training, with the state that several phases read or change."""
 
     sampler: Sampler
     config: TrainingConfig

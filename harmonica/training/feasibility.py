@@ -1,4 +1,7 @@
-"""Checks that a model and its steps can be trained for a target, before anything starts."""
+"""Check that a model and its steps can be trained for a target.
+
+The checks run before anything starts.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""Image error proxy (HarmoniCa's IEPO): lambda_i, how much caching at step i hurts the final image.
+"""The image error proxy (HarmoniCa's IEPO), lambda_i for each step i.
+
+It says how much caching at step i hurts the final image.
 
 Three kinds. `leave_one_out` is the paper's, `cumulative` the released code's. `sensitivity` is ours: the
 leave-one-out change of the image divided by the step's own error, so that lambda_i * MSE_i is the image
@@ -48,12 +50,17 @@ class _Generation:
         return self.state.x_MCHW
 
     def fork(self) -> "_Generation":
-        """Return one that goes on from here by itself; what the two share is never written in place."""
+        """Return a copy that goes on from here by itself.
+
+        What the two share is never written in place.
+        """
         settings = (self.sampler, self.router, self.threshold, self.student)
         return _Generation(*settings, self.state, self.cache.copy())
 
     def full_step(self, i: int) -> Tensor:
-        """Run step i with the cache switched off (weights 1); the cache takes what was computed.
+        """Run step i with the cache switched off (weights 1).
+
+        The cache takes what was computed.
 
         Returns:
             The guided output (M, C, H, W).
@@ -78,7 +85,10 @@ class _Generation:
         return (self.router.scores(i) > self.threshold).tolist()
 
     def soft_step(self, i: int) -> Tensor:
-        """Run step i under the soft weights, or their plan; returns the guided output (M, C, H, W)."""
+        """Run step i under the soft weights, or their plan.
+
+        Returns the guided output (M, C, H, W).
+        """
         sampler = self.sampler
         scores_B = self.router.scores(i)
         refresh_row = self._refresh_row(i)
@@ -99,7 +109,10 @@ class _Generation:
         return self.x_MCHW
 
     def full_end(self, first: int) -> Tensor:
-        """Return the final latents (M, C, H, W) with steps `first` ... 0 in full, without a cache."""
+        """Return the final latents (M, C, H, W) of a run without a cache from here.
+
+        Steps `first` ... 0 are in full.
+        """
         sampler, state = self.sampler, self.state
         for i in range(first, -1, -1):
             guided = sampler.guide(sampler.model.full_pass(*sampler.embed(i, state)))
@@ -117,7 +130,9 @@ def image_error_proxy(
     config: SdtConfig,
     average: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Return lambda (T-1,): the mean squared change of the final latents (paper Section 4.3).
+    """Return lambda (T-1,).
+
+    It is the mean squared change of the final latents (paper Section 4.3).
 
     `leave_one_out` (the paper's): against x_0 with soft weights at every step, the cache is switched
     off at step i alone. `cumulative` (released code): from no caching at all, soft weights are switched
@@ -148,7 +163,10 @@ def image_error_proxy(
 
 
 def _leave_one_out(main: _Generation) -> Tensor:
-    """Return (2, T-1): the latents' change with step i in full, and that step's own error."""
+    """Return (2, T-1): the final latents' change, and each step's own error.
+
+    The change is the one that step i in full makes.
+    """
     last = main.sampler.num_steps - 1
     main.full_step(last)
     finals: list[Tensor] = []

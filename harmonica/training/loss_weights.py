@@ -1,4 +1,7 @@
-"""Lambda, the weight of a step's error in the loss: all ones, or measured every C trajectories by IEPO."""
+"""Lambda, the weight of a step's error in the loss.
+
+It is all ones, or measured every C trajectories by IEPO.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -22,7 +25,10 @@ class StepWeights:
         self.lambda_T = torch.ones(num_steps - 1, device=device)
 
     def is_due(self, trajectory: int) -> bool:
-        """Return whether to refresh before this trajectory of the router phase, counted from 0."""
+        """Return whether to refresh before this trajectory.
+
+        Trajectories of the router phase are counted from 0.
+        """
         return self.config.iepo != "none" and trajectory % self.config.iepo_every == 0
 
     def refresh(

@@ -1,4 +1,6 @@
-"""The memory model of a transformer: the bytes of its weights, activations and caches.
+"""The memory model of a transformer.
+
+It gives the bytes of weights, activations and caches.
 
 They are computed from the shape of the model, without a GPU.
 Shapes: M model rows (two a picture under guidance), L tokens, D width, S text tokens.
@@ -100,7 +102,10 @@ class Shape:
         return rows * self.tokens * self.width * self.value_bytes
 
     def prepared(self, rows: int, num_steps: int) -> int:
-        """Return the bytes that a trajectory of M rows prepares: prompts' keys and values, modulations."""
+        """Return the bytes that a trajectory of M rows prepares.
+
+        These are prompts' keys and values, and modulations.
+        """
         if self.text_tokens:
             return self.layers * rows * 2 * self.text_tokens * self.width * self.value_bytes
         return min(num_steps, max(1, ROWS_AT_ONCE // rows)) * self.modulations(rows)
@@ -110,14 +115,20 @@ class Shape:
         return self.layers * rows * 6 * self.width * self.value_bytes
 
     def working(self, rows: int, *, backward: bool = False) -> int:
-        """Return the peak bytes inside a branch (the MLP's), and of modulations made for a step."""
+        """Return the peak bytes inside a branch, and of a step's modulations.
+
+        The branch with the peak is the MLP's.
+        """
         modulations = self.modulations(rows) if self.text_tokens else 0
         if backward:
             return modulations + 5 * self.hidden(rows)
         return modulations + 2 * self.hidden(rows) + 10 * self.value(rows)
 
     def inside(self, kind: str, rows: int) -> int:
-        """Return the bytes that a sub-layer's backward keeps of M rows, without its output y."""
+        """Return the bytes that a sub-layer's backward keeps of M rows.
+
+        Its output y is not counted.
+        """
         logsumexp, norm = 4 * rows * self.heads * self.tokens, 8 * rows * self.tokens
         if kind == "cross":  # query and result
             return 2 * self.value(rows) + logsumexp
@@ -126,7 +137,10 @@ class Shape:
         return own + logsumexp if kind == "attn" else own
 
     def activations(self, rows: int, *, checkpointing: bool = False) -> int:
-        """Return the bytes that a soft pass's backward keeps of M rows, without the caches."""
+        """Return the bytes that a soft pass's backward keeps of M rows.
+
+        The caches are not counted.
+        """
         block = sum(self.inside(kind, rows) for kind in self.kinds) + len(self.cacheable) * self.value(rows)
         if checkpointing:
             size = branches_per_checkpoint(self.num_branches)

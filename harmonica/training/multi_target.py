@@ -1,4 +1,6 @@
-"""One training for several speeds: a router for each, all from the same measured start.
+"""Train for several speeds at once.
+
+Each has its own router; all begin from the same measured start.
 
 The routers train after one another, each on the samples that it would see alone, so that each is bit for bit
 what a training of its own would have made; what they share is the start, measured once.
@@ -24,7 +26,9 @@ from harmonica.training.trainer import RouterTrainer, average
 
 
 class MultiTargetTrainer:
-    """A `RouterTrainer` for the main target, and then one for each extra speed in `train.targets`.
+    """Trains a router for the main target, and then one for each extra speed.
+
+    The extra speeds are those in `train.targets`; each has a `RouterTrainer`.
 
     Without extra speeds it is a single training.
 
@@ -55,7 +59,10 @@ class MultiTargetTrainer:
 
     @property
     def next_trajectories(self) -> range:
-        """Trajectories whose samples the current trainer takes from here on; empty when all are done."""
+        """The trajectories whose samples the current trainer still takes.
+
+        They are empty when all trainers are done.
+        """
         return range(self.current.trajectory, self.current.config.all_trajectories)
 
     @property
@@ -110,7 +117,10 @@ def target_configs(config: TrainingConfig) -> list[TrainingConfig]:
 
 
 def all_phase_budgets(config: TrainingConfig, num_steps: int) -> tuple[PhaseBudget, ...]:
-    """Return the budgets of a whole training: the start, which is shared, and then each target's own."""
+    """Return the budgets of a whole training.
+
+    The start, which is shared, comes first, and then each target's own.
+    """
     phases: list[PhaseBudget] = []
     for place, one in enumerate(target_configs(config)):
         own = phase_budgets(one, num_steps, target=one.target_speedup if config.extra_targets else 0.0)
@@ -119,5 +129,8 @@ def all_phase_budgets(config: TrainingConfig, num_steps: int) -> tuple[PhaseBudg
 
 
 def target_name(target: float) -> str:
-    """Return the name of an extra speed's router: its folder, its variant, its part of a version's tags."""
+    """Return the name of an extra speed's router.
+
+    It names its folder, its variant and its part of a version's tags.
+    """
     return f"{target:g}x"

@@ -1,4 +1,4 @@
-"""The four phases of a router's training, each with its own state, progress and cost.
+"""The phases of a router's training, with their state, progress and cost.
 
 A start is measured, the router is trained from it, its plan is compared with those that need no training, and
 the forecasts of the best plan are fitted. A phase without trajectories is left out.
@@ -66,12 +66,15 @@ class Phase(ABC):
         """
 
     def finish(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
-        """Leave the outcome in the context and return more metrics; `batch` is that of the last step."""
+        """Leave the outcome in the context and return more metrics.
+
+        `batch` is that of the last step.
+        """
         return {}
 
     @abstractmethod
     def state(self) -> Any:
-        """Return the phase's state for a checkpoint besides `done`; None if there is none."""
+        """Return the phase's state for a checkpoint besides `done`, or None."""
 
     @abstractmethod
     def load_state(self, state: Any) -> None:
@@ -89,7 +92,10 @@ class StartPhase(Phase):
 
     @staticmethod
     def costs(config: TrainingConfig, num_steps: int) -> list[float]:
-        """Count `training.plans.search.step_effects`: steps reused alone, and after the one two before."""
+        """Count the cost of `training.plans.search.step_effects`.
+
+        It reuses steps alone, and after the one two before.
+        """
         last = num_steps - 1
         alone, after = sum(range(last)), sum(range(last - 2))  # full steps behind the reused ones
         costs = [1 + (alone + after) / num_steps] * config.start_trajectories
@@ -103,7 +109,7 @@ class StartPhase(Phase):
             return self.search.observe(context.sampler, batches, self.config.sdt.reuse, average)
 
     def finish(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
-        """Find the speed that a wanted quality allows, and have the router begin with the best steps."""
+        """Find the speed for a wanted quality, and start the router at the best steps."""
         context, metrics = self.context, dict[str, float]()
         if self.config.target_psnr:
             batches, reuse = batch.split(self.config.micro_batch_size), self.config.sdt.reuse
@@ -150,7 +156,10 @@ class RouterPhase(Phase):
 
     @staticmethod
     def costs(config: TrainingConfig, num_steps: int) -> list[float]:
-        """Count teacher, student and backward at every step but the first; and lambda, where it is due."""
+        """Count teacher, student, backward and lambda.
+
+        The first three are at every step but the first; lambda is where it is due.
+        """
         sdt, last = config.sdt, num_steps - 1
         step = 3.0 + sdt.activation_checkpointing
         trained = last if sdt.objective == "stepwise" else (last + 1) // 2
@@ -191,7 +200,10 @@ class RouterPhase(Phase):
 
 
 class ChoicePhase(Phase):
-    """Comparison of the trained plan with the starts, image by image; the nearest is kept."""
+    """Compares the trained plan with the starts, image by image, and keeps the best.
+
+    The best plan's images are nearest to the full sampler's.
+    """
 
     name, state_key = "choice", "choice"
     selector: PlanSelector | None = None
@@ -199,7 +211,10 @@ class ChoicePhase(Phase):
 
     @staticmethod
     def costs(config: TrainingConfig, num_steps: int) -> list[float]:
-        """Count full images, and those of all plans: two starts and what was trained, or one start."""
+        """Count full images, and those of all plans.
+
+        The plans are two starts and the trained one, or one start and the trained one.
+        """
         plans = 3 if config.start_trajectories else 2
         return [1 + plans / _speedup(config)] * config.choice_trajectories
 
@@ -278,7 +293,9 @@ def _speedup(config: TrainingConfig) -> float:
 
 
 def phase_budgets(config: TrainingConfig, num_steps: int, *, target: float = 0.0) -> tuple[PhaseBudget, ...]:
-    """Return what the phases of one router's training cost, in order, without those that are left out.
+    """Return the costs of the phases of one router's training, in order.
+
+    Phases that are left out are not among them.
 
     Args:
         target: the speed to name them by.

@@ -1,4 +1,6 @@
-"""The paper's settings, each with where it comes from; what is not known is said, not guessed.
+"""The paper's settings, each with its source.
+
+Settings that the sources do not state are said to be unknown.
 
 Sources: [R] README of the released code, its training command (DiT-XL/2 256, T = 10); [P] the paper's
 tables (sampler, T, guidance and CUR of every row; [S] its slides for PixArt-Sigma at 2048, where CUR is not
@@ -57,7 +59,10 @@ def _training(num_steps: int, sdt: SdtConfig, *, target_cur: float = 0.0) -> Tra
 
 
 def dit_xl_2_256_t10() -> Recipe:
-    """DiT-XL/2 256, DDIM-10: the released training command; the paper has CUR 22.86%, 1.23x."""
+    """Return DiT-XL/2 256, DDIM-10, as the released training command sets it.
+
+    The paper has CUR 22.86%, 1.23x.
+    """
     return _dit(10, _training(10, SdtConfig(beta=7e-8, learning_rate=0.01, threshold=0.1)))
 
 
@@ -77,7 +82,10 @@ def dit_xl_2_512_t20() -> Recipe:
 
 
 def _pixart(repo: str, sampler: SamplerName, num_inference_steps: int, cur: float) -> Recipe:
-    """A row of [P]'s text-to-image table: guidance 4.5 on all channels, as diffusers' pipelines."""
+    """Return a row of [P]'s text-to-image table.
+
+    Guidance is 4.5 on all channels, as in diffusers' pipelines.
+    """
     return Recipe(
         model=ModelConfig(path=f"PixArt-alpha/{repo}", dtype="bfloat16"),
         sampler=SamplerConfig(

@@ -54,11 +54,16 @@ class Progress:
         return self._ends[-1]
 
     def place(self, done: int) -> int:
-        """Return the number of the phase that goes on after `done` trajectories; in the end the last one."""
+        """Return the number of the phase that goes on after `done` trajectories.
+
+        In the end it is the last phase.
+        """
         return next((k for k, end in enumerate(self._ends) if done < end), len(self._ends) - 1)
 
     def seconds_left(self, done: int, since: int, seconds: float) -> tuple[float, float]:
-        """Return the time until the current phase ends and until all have, at the pace so far.
+        """Return the time until the current phase ends and until all have.
+
+        Both assume the pace so far.
 
         Args:
             done: trajectories so far.
@@ -69,13 +74,19 @@ class Progress:
         return pace * (phase_end - now), pace * (self._spent[-1] - now)
 
     def message(self, done: int) -> str:
-        """Return the current phase and how far it is, as in `training the router: 7 of 20 trajectories`."""
+        """Return the current phase and its progress.
+
+        For example `training the router: 7 of 20 trajectories`.
+        """
         place = self.place(done)
         phase, count = self.phases[place], self.phases[place].trajectories
         return f"{phase.message}: {done - self._ends[place] + count} of {count} trajectories"
 
     def time_left_message(self, done: int, since: int, seconds: float) -> str:
-        """Return the time left, as in `0:00:30 left in this phase, 0:01:40 in all`, and what follows."""
+        """Return the time left, and what follows.
+
+        For example `0:00:30 left in this phase, 0:01:40 in all`.
+        """
         phase_left, all_left = (
             timedelta(seconds=round(left)) for left in self.seconds_left(done, since, seconds)
         )

@@ -1,4 +1,6 @@
-"""HarmoniCa's step-wise denoising training (SDT) of a router, with its IEPO loss (arXiv 2410.01723).
+"""HarmoniCa's step-wise denoising training (SDT) of a router, with IEPO loss.
+
+Source: arXiv 2410.01723.
 
 Along one trajectory, at each step i = T-2 ... 0, the uncached teacher and the cached student see the
 same x_t; one optimiser update a step; x_{t-1} comes from the student, detached. The base model is
@@ -90,7 +92,10 @@ Update = tuple[int, Tensor]
 
 
 def records_of(updates: Sequence[Update]) -> list[StepRecord]:
-    """Read the numbers of all updates back at once, since each reading waits for the device."""
+    """Read the numbers of all updates back at once.
+
+    Each reading waits for the device.
+    """
     numbers = torch.stack([values for _, values in updates]).tolist() if updates else []
     return [StepRecord(i, *values) for (i, _), values in zip(updates, numbers, strict=True)]
 
@@ -185,7 +190,10 @@ class SdtTrainer:
         return i, torch.stack([mse.double(), l1.double(), loss.double()]).detach()
 
     def trains(self, i: int) -> bool:
-        """Return whether row i is learned; in pairs, the first step of each computes everything."""
+        """Return whether row i is learned.
+
+        In pairs, the first step of each computes everything.
+        """
         last = self.sampler.num_steps - 1
         return i < last and (self.config.objective == "stepwise" or (last - i) % 2 == 1)
 

@@ -1,4 +1,6 @@
-"""The frozen model spread over processes (FSDP2), where one GPU cannot hold its weights.
+"""Spread the frozen model over processes (FSDP2).
+
+This is for weights that one GPU cannot hold.
 
 Each process keeps a share of every layer's weights and gathers a layer while it runs. The router, a few
 thousand numbers, stays whole everywhere. Rows are split as ever, so all processes run the same layers in
@@ -23,7 +25,7 @@ def sharded_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def shard_weights(model: BranchedTransformer, mesh: DeviceMesh | None = None) -> None:
-    """Spread the linear and convolutional layers of a frozen model over the processes.
+    """Spread a frozen model's linear and convolutional layers over the processes.
 
     Layers and not blocks: branches call sub-layers where they lie, and FSDP gathers a module's weights when
     that module is called. All other parameters, tables and norms, stay whole. A model on the CPU gets to

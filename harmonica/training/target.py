@@ -1,4 +1,7 @@
-"""The target of a training, a speed or a share of reuse: beta and the threshold of plans follow from it."""
+"""The target of a training: a speed or a share of reuse.
+
+Beta and the threshold of plans follow from it.
+"""
 
 from typing import Any
 
@@ -14,7 +17,10 @@ _MET = 0.02
 
 
 class TargetController:
-    """The target of one router: its speed is configured, or found for a wanted quality by the start phase."""
+    """The target of one router.
+
+    Its speed is configured, or found for a wanted quality by the start phase.
+    """
 
     def __init__(self, trainer: SdtTrainer, config: TrainingConfig) -> None:
         self._trainer, self._config = trainer, config
@@ -73,7 +79,7 @@ class TargetController:
         return Plan.from_scores(logits_TB.sigmoid(), self.threshold_of(logits_TB))
 
     def is_met_by(self, plan: Plan) -> bool:
-        """Return whether the plan is within 2% of the speed, or of the share of all entries.
+        """Return whether the plan is within 2% of the speed or of the share of reuse.
 
         It is not where too many scores are equal to cut between.
         """

@@ -1,4 +1,4 @@
-"""Timers of a worker's activities, which do not synchronise the GPU while it works."""
+"""Timers of a worker's activities, which do not wait for the GPU as it works."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""The training of a router on one worker, from first to last trajectory, with its checkpoints.
+"""Train a router on one worker, from first to last trajectory.
+
+Checkpoints are part of it.
 
 It knows nothing of where samples come from or who the other workers are: `harmonica.cli.train` feeds it under
 torchrun, `pipelines.training.stage` under Ray Train.
@@ -24,14 +26,20 @@ from harmonica.validation.finite import CURE, NotFinite, check_finite, not_finit
 
 
 def average(tensor: Tensor) -> None:
-    """Average a tensor over all workers of the process group, in place; without one, do nothing."""
+    """Average a tensor over all workers of the process group, in place.
+
+    Without a process group, do nothing.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
 
 
 class RouterTrainer:
-    """The training of one router: its phases and their context, all kept in checkpoints."""
+    """The training of one router.
+
+    Its phases and their context are kept in checkpoints.
+    """
 
     def __init__(
         self, sampler: Sampler, config: TrainingConfig, *, seed: int, device: torch.device | str = "cpu"

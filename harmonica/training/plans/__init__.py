@@ -1,1 +1,4 @@
-"""Plans and forecasts found without gradients: the start search, the selection, and the fit."""
+"""Plans and forecasts found without gradients.
+
+They come from the start search, the selection and the fit.
+"""

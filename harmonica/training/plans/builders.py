@@ -1,4 +1,6 @@
-"""Plans for a speed: the share to reuse, the start of training, and the threshold of scores.
+"""Build plans for a speed.
+
+The module holds the share to reuse, the start of training, and the threshold of scores.
 
 Speed is counted in multiply-accumulates, full over planned; `tests/benchmarks` has what is realised of it.
 """
@@ -36,7 +38,10 @@ def slowest_speedup(num_steps: int, macs: Macs) -> float:
 
 
 def speedup_of(cur: float, macs: Macs) -> float:
-    """Return the speed of a plan that reuses this fraction of all entries, in whole steps."""
+    """Return the speed of a plan that reuses this fraction of all entries.
+
+    Whole steps are reused.
+    """
     return macs.full / (macs.full - cur * sum(macs.branches))
 
 
@@ -68,7 +73,10 @@ def even_steps(num_steps: int, count: int) -> list[int]:
 
 
 def steps_for(num_steps: int, macs: Macs, speedup: float) -> tuple[int, float]:
-    """Return how many steps a speed reuses, and the fraction of the last one's MACs, 0 to 1."""
+    """Return the number of whole steps a speed reuses, and the fraction of one more.
+
+    The fraction is of the step's MACs, 0 to 1.
+    """
     steps = reusable_fraction(num_steps, macs, speedup) * (num_steps - 1)
     whole = stepwise_plan(num_steps, len(macs.branches), range(round(steps)))
     if abs(whole.ideal_speedup(macs) / speedup - 1) < _NEAR:
@@ -83,7 +91,10 @@ def stepwise_plan(num_steps: int, num_branches: int, reused: Iterable[int]) -> P
 
 
 def with_part(plan: Plan, step: int, fraction: float, macs: Macs) -> Plan:
-    """Return the plan with one step reused in part: its last branches, up to a fraction of its MACs."""
+    """Return the plan with one step reused in part.
+
+    Its last branches are reused, up to a fraction of its MACs.
+    """
     wanted, row = fraction * sum(macs.branches), [True] * plan.num_branches
     for branch in reversed(range(plan.num_branches)):
         if wanted < macs.branches[branch] / 2:
@@ -107,14 +118,20 @@ def even_plan(num_steps: int, macs: Macs, speedup: float) -> Plan:
 
 
 def logits_of(plan: Plan, logit: float) -> Tensor:
-    """Return the logits (T, B) of a plan: +logit to compute, -logit to reuse; row T-1 is fixed."""
+    """Return the logits (T, B) of a plan.
+
+    They are +logit to compute and -logit to reuse; row T-1 is fixed.
+    """
     logits_TB = torch.where(plan.to_tensor(), logit, -logit)
     logits_TB[-1] = FIXED_LOGIT
     return logits_TB
 
 
 def threshold_for(scores_TB: Tensor, macs: Macs, speedup: float) -> float:
-    """Return the threshold tau at which the plan's speed is nearest; the lowest scores are reused first."""
+    """Return the threshold tau at which the plan's speed is nearest.
+
+    The lowest scores are reused first.
+    """
     scores = scores_TB[:-1].detach().cpu().double()
     costs = torch.tensor(macs.branches, dtype=torch.float64).expand_as(scores)
     scores, order = scores.flatten().sort()

@@ -1,4 +1,6 @@
-"""The fit of forecast weights: what a reused branch returns for the final image to be right.
+"""Fit forecast weights, from which reused branches compute their output.
+
+They are fitted so that the final image is right.
 
 The router decides when a branch is reused, and the forecast its output then: `v1 + w1 (v1 - v2) +
 w2 (v2 - v3)` of its last computed values, with weights w of each entry's own. They are fitted to the image:
@@ -38,7 +40,10 @@ Unknown = tuple[int, int, int]
 
 
 def unknowns(plan: Plan, order: int) -> list[Unknown]:
-    """Return the weights to fit: of each reused entry, as many as it has earlier values for."""
+    """Return the weights to fit.
+
+    A reused entry has as many as it has earlier values.
+    """
     found: list[Unknown] = []
     computed = [0] * plan.num_branches
     for i in reversed(range(plan.num_steps)):
@@ -51,7 +56,10 @@ def unknowns(plan: Plan, order: int) -> list[Unknown]:
 
 
 def linear_weights(plan: Plan, order: int) -> Tensor:
-    """Return the weights (T, B, order) of the linear forecast, from which the fit starts."""
+    """Return the weights (T, B, order) of the linear forecast.
+
+    The fit starts from them.
+    """
     weights_TBK = torch.zeros(plan.num_steps, plan.num_branches, order, dtype=torch.float64)
     for branch in range(plan.num_branches):
         last = before = -1
@@ -106,7 +114,7 @@ def sketch_image_error(
     order: int,
     probes: int,
 ) -> Sketch:
-    """Linearise the change from full to planned latents in the plan's forecast weights.
+    """Linearise the change from full to planned latents in the forecast weights.
 
     Args:
         plan: with forecast weights, around which the change is linearised.
@@ -162,7 +170,9 @@ class ForecastFit:
     def observe(
         self, sampler: Sampler, batches: Sequence[Batch], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """Measure one batch, given in parts, solve where a round ends, and return the metrics.
+        """Measure one batch, given in parts, and return the metrics.
+
+        Solves where a round ends.
 
         `loss` is the mean squared change of the final latents.
         """
@@ -199,7 +209,7 @@ class ForecastFit:
         return torch.cat([sides, last])
 
     def _solve(self) -> dict[str, float]:
-        """Update the weights if cross-validation says that the error falls; return metrics."""
+        """Update the weights if cross-validation finds less error; return metrics."""
         if not self.unknowns:
             return {}
         chosen = choose_ridge(self._folds)

@@ -29,12 +29,18 @@ class NormalEquations:
         return change_P
 
     def change_of_error(self, weights_P: Tensor) -> float:
-        """Return the change of the sum of squares by this change of weights; below 0 is better."""
+        """Return the change of the sum of squares by this change of weights.
+
+        Below 0 is better.
+        """
         return float(weights_P @ self.matrix_PP @ weights_P + 2 * weights_P @ self.right_P)
 
 
 def sum_of(equations: Sequence[NormalEquations]) -> NormalEquations:
-    """Return the normal equations of the rows of all parts, of which there is at least one."""
+    """Return the normal equations of the rows of all parts.
+
+    There is at least one part.
+    """
     total = NormalEquations(len(equations[0].right_P))
     for each in equations:
         total.add(each.matrix_PP, each.right_P)
@@ -43,7 +49,10 @@ def sum_of(equations: Sequence[NormalEquations]) -> NormalEquations:
 
 @dataclass(frozen=True, slots=True)
 class RidgeChoice:
-    """The ridge with the least error on rows left out, and its change of the sum of squares there."""
+    """The ridge with the least error on rows left out, and its gain.
+
+    The gain is the change of the sum of squares on these rows.
+    """
 
     ridge: float
     promise: float
@@ -51,7 +60,10 @@ class RidgeChoice:
 
 
 def choose_ridge(folds: Sequence[NormalEquations]) -> RidgeChoice:
-    """Choose the ridge by leaving out each of the folds in turn; there are at least two."""
+    """Choose the ridge by leaving out each of the folds in turn.
+
+    There are at least two.
+    """
     rest = [sum_of([fold for fold in folds if fold is not left_out]) for left_out in folds]
 
     def promise(ridge: float) -> float:

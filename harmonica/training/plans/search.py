@@ -89,7 +89,7 @@ def step_effects(sampler: Sampler, batch: Batch, reuse: Reuse) -> Tensor:
 
 
 class StepSearch:
-    """The quadratic form of image change, and the search for steps that make it small."""
+    """The quadratic form of image change, and the search for steps of least change."""
 
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
@@ -122,7 +122,10 @@ class StepSearch:
         return {"loss": float(loss)}
 
     def cost(self, steps: Iterable[int]) -> float:
-        """Return the squared change by reuse of these steps, relative to the sum of all single ones."""
+        """Return the squared change by reuse of these steps.
+
+        It is relative to the sum of all single ones.
+        """
         chosen = set(steps)
         places = [i + (self.num_steps - 1 if i + 2 in chosen else 0) for i in chosen]
         return max(0.0, float(self.gram_EE[places][:, places].sum()))  # below 0 by rounding
@@ -138,7 +141,10 @@ class StepSearch:
         return with_part(plan, min(left_out, key=lambda step: left_out[step]), fraction, macs)
 
     def best(self, count: int) -> list[int]:
-        """Return the best `count` steps, ascending; evenly spread ones where some must be consecutive."""
+        """Return the best `count` steps, ascending.
+
+        Where some must be consecutive, they are evenly spread.
+        """
         even = even_steps(self.num_steps, count)
         if any(i + 1 in even for i in even):
             return even
@@ -146,7 +152,10 @@ class StepSearch:
         return sorted(min([even, *found], key=self.cost))
 
     def _search(self, start: Sequence[int], generator: np.random.Generator) -> list[int]:
-        """Run simulated annealing over moves of one step; it is deterministic for a given form."""
+        """Run simulated annealing over moves of one step.
+
+        It is deterministic for a given form.
+        """
         best = chosen = list(start)
         best_cost = cost = self.cost(chosen)
         for turn in range(_ROUNDS):
@@ -179,7 +188,7 @@ def fastest_plan(
     reuse: Reuse,
     average: Callable[[Tensor], None],
 ) -> tuple[Plan, float]:
-    """Return the plan with the most steps reused that reaches a PSNR, and the PSNR that it has.
+    """Return the plan with the most steps reused that reaches a PSNR, and its PSNR.
 
     Args:
         psnr: in dB, of values in [-1, 1]. Where no plan reaches it, the plan reuses a single step.

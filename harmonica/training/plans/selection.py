@@ -1,4 +1,7 @@
-"""Selection of the plan whose images are nearest to the full sampler's, on samples of no training."""
+"""Select the plan whose images are nearest to the full sampler's.
+
+The samples are in no training.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +57,10 @@ class PlanSelector:
         return list(self.plans)[int(self.total_P.argmin())]
 
     def psnr(self, name: str) -> float:
-        """Return the mean PSNR of a plan's images to the full ones in dB, of values in [-1, 1]."""
+        """Return the mean PSNR of a plan's images to the full ones in dB.
+
+        Values are in [-1, 1].
+        """
         mean_log = float(self.total_P[list(self.plans).index(name)]) / self.trajectories
         return 10 * (math.log10(_RANGE**2) - mean_log)
 
