@@ -1,4 +1,6 @@
-"""Train a router, evaluate it, register it, serve it; `pipelines.workflow` has the chain.
+"""Train a router, evaluate it, register it, serve it.
+
+`pipelines.workflow` has the chain.
 
 python workflow.py                                   # the `fashion` preset
 python workflow.py fashion --train.trajectories 200  # a preset with overrides

@@ -1,4 +1,4 @@
-"""What a run's stages need of each other and of the model: refused before any work starts."""
+"""Check before any work what a run's stages need of each other and the model."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -21,7 +21,7 @@ from .serving.image_sampler import check_is_whole
 
 
 def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedModel) -> None:
-    """Every stage asked for has what it works on, or one before it makes that.
+    """Check that every stage has its input, or that one before it makes that.
 
     Args:
         config: with the sampler as the model's own scheduler completes it.
@@ -58,7 +58,7 @@ def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMode
 
 
 def check_trials(config: WorkflowConfig, model: BranchedTransformer) -> None:
-    """Every training that the sweep will start.
+    """Check every training that the sweep will start.
 
     Raises:
         ValueError: names field, value and cure.
@@ -71,7 +71,9 @@ def check_trials(config: WorkflowConfig, model: BranchedTransformer) -> None:
 
 
 def check_comparison(config: WorkflowConfig, model: BranchedTransformer) -> None:
-    """Every training that the comparison will start, and every plan that it makes without one.
+    """Check every training that the comparison will start, and its other plans.
+
+    Those are the ones that it makes without training.
 
     Raises:
         ValueError: names field, value and cure.
@@ -104,7 +106,7 @@ def _check_samplers(
 
 
 def _before(stages: Sequence[Stage], needed: Stage, by: Collection[Stage]) -> Stage | None:
-    """The first of the stages that needs another one which does not come before it."""
+    """Return the first stage that needs another which does not come before it."""
     first = stages.index(needed) if needed in stages else len(stages)
     return next((stage for stage in stages[:first] if stage in by), None)
 

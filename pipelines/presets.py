@@ -1,4 +1,7 @@
-"""Presets: functions that return a whole `WorkflowConfig`, by the names that the command line takes."""
+"""Presets are functions that return a whole `WorkflowConfig`.
+
+The command line takes them by name.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,7 +33,10 @@ def _from_recipe(recipe: Callable[[], Recipe], **settings: Any) -> WorkflowConfi
 
 
 def fashion() -> WorkflowConfig:
-    """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download."""
+    """Return settings for the built-in DiT on Fashion-MNIST, with DDIM-20.
+
+    A run takes minutes on two cores and downloads nothing.
+    """
     return _from_recipe(
         presets.fashion,
         evaluate=EvaluateConfig(samples=128, timing_rounds=4, timing_batch_size=4),
@@ -39,7 +45,10 @@ def fashion() -> WorkflowConfig:
 
 
 def fashion_text() -> WorkflowConfig:
-    """The built-in PixArt on captions of Fashion-MNIST: text to image on two cores, no download."""
+    """Return settings for the built-in PixArt on captions of Fashion-MNIST.
+
+    This is text to image on two cores; nothing is downloaded.
+    """
     return _from_recipe(
         presets.fashion_text,
         preset="fashion-text",
@@ -52,7 +61,10 @@ def fashion_text() -> WorkflowConfig:
 
 
 def _on_gpus(name: str) -> WorkflowConfig:
-    """A public model on four GPUs, as the paper trained; wants its path, PixArt prompts too."""
+    """Return settings for a public model on four GPUs, as the paper trained.
+
+    The model's path has to be given, and for PixArt that of the prompts.
+    """
     is_text = name.startswith("pixart")
     return _from_recipe(
         presets.RECIPES[name],

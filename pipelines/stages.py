@@ -1,4 +1,4 @@
-"""The stages of one run: each is skipped where what it makes is already there."""
+"""Run the stages of one run; one whose results are there is skipped."""
 
 import dataclasses
 import tempfile
@@ -44,7 +44,7 @@ from .tracking.node_metrics import node_metrics
 
 
 class Workflow:
-    """One run id, its storage, its MLflow runs and its stages."""
+    """The stages of one run, with its storage and its MLflow runs."""
 
     def __init__(self, config: WorkflowConfig) -> None:
         run_id = config.run_id or datetime.now(UTC).strftime(f"{config.preset}-%Y%m%d-%H%M%S")
@@ -60,18 +60,18 @@ class Workflow:
 
     @property
     def publisher(self) -> Publisher:
-        """Once the run is tracked."""
+        """Return what registers and serves the run's router; it needs `tracked`."""
         assert self._publisher is not None
         return self._publisher
 
     @property
     def refusal(self) -> str:
-        """Why the gate kept this run's router back, "" where it did not."""
+        """Return why the gate kept this run's router back, "" if it did not."""
         decision = self._publisher.decision if self._publisher else None
         return decision.message if decision is not None and decision.is_rejected else ""
 
     def check(self) -> None:
-        """Everything that can be refused is refused here, before any work starts; changes nothing.
+        """Refuse what can be refused before any work starts; change nothing.
 
         Raises:
             ValueError: names field, value and cure.
@@ -95,7 +95,7 @@ class Workflow:
         check_address()
 
     def claim(self) -> lease.Lease:
-        """The right to write this run, to be held while it is `tracked`.
+        """Return the right to write this run, to be held while it is `tracked`.
 
         Raises:
             ValueError: another process writes it.
@@ -104,7 +104,7 @@ class Workflow:
 
     @contextmanager
     def tracked(self) -> Iterator[None]:
-        """One MLflow run for the workflow; the stages' runs are nested in it."""
+        """Open one MLflow run for the workflow, in which the stages' runs are nested."""
         connect(self.config.storage_endpoint)
         self.config = resume.begin(self.config, self.storage)
         with (
@@ -196,7 +196,7 @@ class Workflow:
         return report.verdict or ""
 
     def _family(self) -> dict[str, RouterArtifact]:
-        """What training made beside the router, by name."""
+        """Return by name the routers that training made beside the first one."""
         names = map(target_name, self.config.train.extra_targets)
         return {name: load_router(self.storage, f"{FAMILY}/{name}") for name in names}
 
@@ -235,6 +235,6 @@ class Workflow:
         return PromptStore(self.storage.uri(work_folder("prompts", self.storage))).row(0)[2]
 
     def summarise(self) -> None:
-        """The page, the table, and where everything is; then, where the endpoint is to stay, stay with it."""
+        """Write the report, print its table, and keep the endpoint up if it is to stay."""
         assert self._parent is not None
         summarise(self.config, self.storage, self._parent, self.publisher.url)

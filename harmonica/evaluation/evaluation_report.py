@@ -15,6 +15,7 @@ from harmonica.evaluation.metric_table import (
     MEASURED_SPEEDUP,
     PSNR_TO_FULL,
     REALISED_SHARE,
+    interval_key,
 )
 
 FULL: Final = "full"
@@ -23,7 +24,7 @@ CACHED: Final = "cached"
 """Name of the variant that samples by the router."""
 FEWER: Final = "fewer_steps"
 """Name of the variant that takes as long as the cached one by fewer steps."""
-_METHOD, _VARIANTS, _INTERVAL = "method", "arms", "_interval"
+_METHOD, _VARIANTS = "method", "arms"
 
 
 def family_variant(name: str) -> str:
@@ -44,7 +45,7 @@ def estimates_from_json(flat: Mapping[str, Any]) -> dict[str, Estimate]:
     found: dict[str, Estimate] = {}
     for key, value in flat.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            ends = flat.get(key + _INTERVAL)
+            ends = flat.get(interval_key(key))
             found[key] = Estimate(value, (ends[0], ends[1]) if ends else None)
     return found
 
@@ -55,7 +56,7 @@ def estimates_to_json(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
     for key, estimate in estimates.items():
         flat[key] = estimate.value
         if estimate.interval is not None:
-            flat[key + _INTERVAL] = list(estimate.interval)
+            flat[interval_key(key)] = list(estimate.interval)
     return flat
 
 

@@ -106,6 +106,11 @@ METRICS: Mapping[str, Metric] = MappingProxyType({metric.key: metric for metric 
 """The known metrics by key."""
 
 
+def interval_key(key: str) -> str:
+    """Return the key of a metric's 95% interval, [low, high], which is stored beside its number."""
+    return f"{key}_interval"
+
+
 def metric_of(key: str) -> Metric:
     """Return a key's metric; a key that is not known gets a name of its words."""
     return METRICS.get(key) or Metric(key, key.replace("_", " "))

@@ -20,6 +20,7 @@ from harmonica.evaluation.distribution_metrics import (
 )
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance
+from harmonica.evaluation.metric_table import KID_TO_FULL, TO_FULL, interval_key
 from harmonica.evaluation.reference_sets import ReferenceSet
 
 _LARGE, _LARGE_RESAMPLES = 512, 20
@@ -57,7 +58,7 @@ class _Report:
     def put(self, name: str, value: float, resampled_R: Tensor | None, **limits: Any) -> None:
         self.numbers[name] = value
         if resampled_R is not None and len(resampled_R) > 1:
-            self.numbers[f"{name}_interval"] = interval(value, resampled_R, **limits)
+            self.numbers[interval_key(name)] = interval(value, resampled_R, **limits)
 
     def put_mean(self, name: str, values_N: Tensor, weights_RN: Tensor, **limits: Any) -> None:
         resampled = weighted_means(values_N, weights_RN) if len(weights_RN) else None
@@ -82,7 +83,7 @@ def variant_metrics(
     if full is not None:
         for name in ("psnr", "ssim", "lpips"):
             if name in ours.numbers:
-                report.put_mean(f"{name}_to_full", ours.numbers[name], every)
+                report.put_mean(f"{name}{TO_FULL}", ours.numbers[name], every)
     if "clip_score" in ours.numbers:
         report.put_mean("clip_score", ours.numbers["clip_score"], every, low=0, high=100)
     if "class" in ours.numbers:
@@ -150,8 +151,8 @@ def distances_to_full(
     """
     report = _Report(resamples)
     for name, kind in _KINDS.items():
-        _frechet(report, f"{name}_to_full", kind, ours, full)
-    _kid(report, "kid_to_full", ours, full.kept[POOLED], same_rows=True)
+        _frechet(report, f"{name}{TO_FULL}", kind, ours, full)
+    _kid(report, KID_TO_FULL, ours, full.kept[POOLED], same_rows=True)
     return report.numbers
 
 

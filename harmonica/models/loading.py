@@ -59,32 +59,36 @@ class ModelConfig:
     """`builtin:fashion-dit`, `builtin:fashion-pixart`, a model folder (ours or diffusers'), a public DiT
     .pt file, an s3:// or gs:// URI of either, or a Hugging Face id such as facebook/DiT-XL-2-256."""
     revision: str = ""
-    """Commit of a Hugging Face id; it has to be pinned."""
+    """Commit of a Hugging Face id, which has to be pinned: give it with every such id."""
     shape: DiTConfig | None = None
     """Shape of a bare checkpoint file that is none of the public family; a folder brings its own."""
     vae: str = ""
     """Decoder of the latents: like `path`, with a Hugging Face id as org/name@commit. Empty: that of the
-    diffusers folder, if it has one."""
+    diffusers folder, if it has one. Give it for a bare DiT checkpoint, to see images."""
     dtype: Dtype = "float32"
     """Precision of the branches; a model's first and last layers stay in float32, and so does what runs
-    between branches, unless `residual_dtype` says otherwise."""
+    between branches, unless `residual_dtype` says otherwise. Give bfloat16 on GPUs, with half the memory."""
     text_tokens: Natural = 0
-    """Padded length of a prompt. 0: that of the folder's pipeline: 120 for PixArt-alpha, else 300."""
+    """Padded length of a prompt. 0: that of the folder's pipeline: 120 for PixArt-alpha, else 300. Touch it
+    for a pipeline that was trained at another length."""
     cacheable: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("attn", "mlp")
-    """Sub-layers of a text-to-image model that a router may reuse: attn, cross, mlp."""
+    """Sub-layers of a text-to-image model that a router may reuse: attn, cross, mlp. Add cross to reuse
+    more."""
     execution: Literal["auto", "eager", "compiled", "graphed"] = "auto"
     """How branches are run: operation by operation, each as one graph of torch.compile, or each step as a
     CUDA graph of those. `auto`: graphed on CUDA, else eager. The first batch of each shape waits for the
-    compiler; values move by roundings."""
+    compiler; values move by roundings. Give `eager` to find an error, or for many shapes."""
     graph_memory: Annotated[float, Field(gt=0, le=1e4)] = 8.0
-    """GiB that recorded steps may take where `execution` is graphed; the least recently used ones go."""
+    """GiB that recorded steps may take where `execution` is graphed; the least recently used ones go. Lower
+    it if the GPU runs out of memory."""
     compile: Compile = "auto"
     """Deprecated: `always` is execution compiled, `never` eager, `auto` says nothing."""
     residual_dtype: Literal["float32", "weights"] = "float32"
     """Precision of what runs between branches: float32, or that of the branches, which saves memory traffic
     and rounds more. Training always takes float32."""
     allow_tf32: bool = False
-    """Let CUDA round float32 matrix products to TensorFloat-32; concerns the whole process."""
+    """Let CUDA round float32 matrix products to TensorFloat-32; concerns the whole process. On for speed,
+    where the last digits do not matter."""
 
     def __post_init__(self) -> None:
         if self.compile != "auto":

@@ -22,49 +22,56 @@ class TrainingConfig:
     """The settings of a router's training, with Ray or without."""
 
     trajectories: Count = 60
-    """Number of trajectories of the router phase; each updates every row of the router once."""
+    """Number of trajectories of the router phase; each updates every row of the router once. More make a
+    better router and take as much longer."""
     batch_size: Count = 8
-    """Number of samples (label, noise) of one trajectory, over all workers."""
+    """Number of samples (label, noise) of one trajectory, over all workers. More give steadier updates, each
+    as much slower."""
     micro_batch_size: Annotated[Natural, Cure("1 or more, or 0 for all at once")] = 0
-    """Number of samples that a worker computes at a time, where its share does not fit in memory; 0 is
-    the whole share. Each update is that of the whole batch either way."""
+    """Number of samples that a worker computes at a time, where its share does not fit in memory; 0 is the
+    whole share. Each update is that of the whole batch either way. Lower it if a worker runs out of
+    memory."""
     shard_model: bool = False
     """Every worker holds its share of the frozen weights (FSDP2), where one GPU cannot hold them all."""
     sdt: SdtConfig = field(default_factory=SdtConfig)
     """Settings of the objective and of the optimiser."""
     target_cur: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """When above 0, beta follows from this share of reused entries; else beta stays as set."""
+    """When above 0, beta follows from this share of reused entries; else beta stays as set. Give it to
+    compare with the paper, whose tables state this share; else give target_speedup."""
     target_speedup: Annotated[float, Field(ge=0), Cure("a number above 1, or 0 for none")] = 0.0
     """When above 1, beta follows from this ideal speedup, MACs of full sampling over those of the plan, and
-    the plan is cut where it meets it."""
+    the plan is cut where it meets it. This is the setting to choose first: more speed is less quality."""
     targets: Annotated[tuple[Annotated[float, Field(gt=1)], ...], Field(max_length=_MOST_TARGETS)] = ()
     """More ideal speedups. Each has a router of its own, trained after the one of `target_speedup`, in the
-    same way and from the same measured start."""
+    same way and from the same measured start. Give them to serve several speeds."""
     target_psnr: Annotated[float, Field(ge=0)] = 0.0
     """When above 0, the target is quality: the speed is the highest at which the images of a measured start
     reach this PSNR to the full ones, in dB of values in [-1, 1]. It is for models that draw pixels, and
-    counts no fitted forecasts."""
+    counts no fitted forecasts. Give it where the quality is fixed, not the speed."""
     initial: Initial = "constant"
-    """Logits that training starts from. `constant`: all are `initial_logit`. `alternate`: its sign changes
-    from step to step. `normal`: they are drawn from the standard normal distribution (the released code).
-    `even` and `measured`: whole steps are reused, as many as the target says, evenly spread or those that
-    change the image least (`harmonica.training.plans.search`)."""
+    """Research: Logits that training starts from. `constant`: all are `initial_logit`. `alternate`: its sign
+    changes from step to step. `normal`: they are drawn from the standard normal distribution (the released
+    code). `even` and `measured`: whole steps are reused, as many as the target says, evenly spread or those
+    that change the image least (`harmonica.training.plans.search`). Short trainings need `measured`."""
     start_trajectories: Natural = 0
-    """Number of trajectories on which a measured start is measured; each costs about T full samplings."""
+    """Research: Number of trajectories on which a measured start is measured; each costs about T full
+    samplings."""
     initial_logit: Annotated[float, Field(ge=-100, le=100)] = 5.0
-    """The size of the first logits, unless they are normal; 5 computes everything."""
+    """Research: The size of the first logits, unless they are normal; 5 computes everything."""
     iepo: IepoKind | Literal["none"] = "leave_one_out"
-    """The measure of lambda. `leave_one_out`: as in the paper (Section 4.3). `cumulative`: as in the released
-    code. `sensitivity`: leave-one-out per unit of the step's error. `none`: not measured, all are 1."""
+    """Research: The measure of lambda. `leave_one_out`: as in the paper (Section 4.3). `cumulative`: as in
+    the released code. `sensitivity`: leave-one-out per unit of the step's error. `none`: not measured, all
+    are 1."""
     iepo_every: Count = 20
-    """Number of trajectories between refreshes of lambda (the paper's C)."""
+    """Research: Number of trajectories between refreshes of lambda (the paper's C)."""
     choice_trajectories: Natural = 0
-    """Number of trajectories on which the trained router's plan is compared with the one that it started
-    from, by their images; the plan nearer to the full sampler is kept. 0 keeps the trained one."""
+    """Research: Number of trajectories on which the trained router's plan is compared with the one that it
+    started from, by their images; the plan nearer to the full sampler is kept. 0 keeps the trained one."""
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
     """Settings of the fit of the plan's forecast weights, which comes last."""
     checkpoint_interval_s: Annotated[float, Field(ge=0)] = 20.0
-    """Seconds between checkpoints, and so the most work that an interruption costs."""
+    """Seconds between checkpoints, and so the most work that an interruption costs. Raise it for trainings of
+    hours."""
 
     def __post_init__(self) -> None:
         self._check_targets()

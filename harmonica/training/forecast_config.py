@@ -11,15 +11,19 @@ class ForecastConfig:
     """The settings of the fit of forecast weights, after the router's own training."""
 
     trajectories: Natural = 0
-    """Number of trajectories in all, each of `train.batch_size` samples; 0 leaves forecasts linear."""
+    """Number of trajectories in all, each of `train.batch_size` samples; 0 leaves forecasts linear. Give some
+    with train.sdt.reuse forecast, for images nearer to the full ones."""
     rounds: Count = 1
-    """Number of times that the weights are solved for; each round measures anew, around the last weights."""
+    """Research: Number of times that the weights are solved for; each round measures anew, around the last
+    weights."""
     probes: Count = 4
-    """Number of random directions in which each image's error is measured; each costs a backward pass."""
+    """Research: Number of random directions in which each image's error is measured; each costs a backward
+    pass."""
     order: Count = 2
-    """Number of differences in a forecast; a cache keeps one value more."""
+    """Research: Number of differences in a forecast; a cache keeps one value more."""
     rows_at_once: Count = 4
-    """Number of samples that a worker computes at a time; it keeps the activations of a whole trajectory."""
+    """Number of samples that a worker computes at a time; it keeps the activations of a whole trajectory.
+    Lower it if a worker runs out of memory."""
 
     def __post_init__(self) -> None:
         least = FOLDS * self.rounds

@@ -1,1 +1,1 @@
-"""The stage `compare`: this method beside baselines, at equal cost."""
+"""The stage `compare` measures this method beside baselines, at equal cost."""

@@ -1,4 +1,4 @@
-"""Measure the variants of a comparison one by one, on workers that keep the model loaded.
+"""Measure the variants of a comparison one by one, on workers that stay loaded.
 
 The workers also keep the images of the reference variants. A result is complete as soon as its variant has
 been measured, and a variant that fails does not affect the others.
@@ -40,7 +40,7 @@ Columns = dict[str, np.ndarray]
 
 
 class NotMeasuredError(Exception):
-    """A variant cannot be measured; the message says why."""
+    """Say why a variant cannot be measured."""
 
 
 class VariantWorker:
@@ -56,7 +56,10 @@ class VariantWorker:
         """Return once the worker has been placed and has loaded its model."""
 
     def times(self, reference: Variant, variant: Variant) -> tuple[float, float]:
-        """Return the speedup over the reference, timed in turn with it, and the spread of the times."""
+        """Return the speedup over the reference, and the spread of the times.
+
+        Both are timed in turn.
+        """
         indices = np.arange(self.settings.timing_batch_size)
         batch = self.spec.to_batch(make_samples(indices, self.spec), self.sampler.device)
         pair, rounds = [self._with_state(reference), self._with_state(variant)], self.settings.timing_rounds
@@ -66,7 +69,9 @@ class VariantWorker:
     def measure(
         self, variant: Variant, rows: range, reference: np.ndarray | None
     ) -> tuple[Columns, np.ndarray | None]:
-        """Return the variant's metric columns on these rows, and its samples if it is a reference.
+        """Return the variant's metric columns on these rows.
+
+        With them come its samples if it is a reference, else None.
 
         Args:
             reference: samples of the variant's reference from the same rows; None if the variant is one.
@@ -96,7 +101,10 @@ class VariantWorker:
 
 @dataclass(frozen=True)
 class _Samples:
-    """A variant's accumulated metrics by name, and its samples as one Ray object for each block of rows."""
+    """The accumulated metrics of a variant by name, and where its samples are.
+
+    There is one Ray object of samples for each block of rows.
+    """
 
     accumulators: dict[str, MetricAccumulator]
     blocks: list[Any]
@@ -140,12 +148,13 @@ class Bench:
         return quality
 
     def _quality(self, accumulators: MetricAccumulator, full: MetricAccumulator | None) -> dict[str, Any]:
+        """Return a variant's metrics by name, JSON-ready."""
         real, resamples = self._real, self._resamples
         with few_threads(self.config):
             return variant_metrics(accumulators, full, real, resamples, real_name(self.config))
 
     def measure(self, variant: Variant) -> tuple[dict[str, Any], float]:
-        """Return a variant's speedup and metrics, JSON-ready, and the spread of the times.
+        """Return a variant's speedup and metrics, JSON-ready, and its times' spread.
 
         Raises:
             Exception: whatever the variant or its reference raises, or `NotMeasuredError`.
@@ -160,7 +169,7 @@ class Bench:
         return {"speedup": speed} | quality, spread
 
     def _reference_samples(self, name: str) -> _Samples:
-        """Return a reference's samples; a reference that failed once is not sampled again."""
+        """Return a reference's samples; one that failed once is not sampled again."""
         if name not in self._samples:
             try:
                 self._samples[name] = self._measure_images(self.references[name], None)
@@ -172,7 +181,10 @@ class Bench:
         return drawn
 
     def _measure_images(self, variant: Variant, blocks: list[Any] | None) -> _Samples:
-        """Sample and measure all images of a variant; `blocks` are its reference's samples."""
+        """Sample and measure all images of a variant.
+
+        `blocks` are its reference's samples.
+        """
         samples, size = self.config.evaluate.samples, self.config.evaluate.batch_size
         ranges = [range(i, min(i + size, samples)) for i in range(0, samples, size)]
         workers, tasks = self._workers, []
@@ -192,7 +204,10 @@ class Bench:
 
     @cached_property
     def _workers(self) -> list[Any]:
-        """Start as many workers as fit; once the first one is up, wait `_PATIENCE_S` for the others."""
+        """Start as many workers as fit.
+
+        Once the first one is up, the others are given `_PATIENCE_S`.
+        """
         _ = self._real  # before workers have the GPUs: it may take one
         settings = self.config.evaluate
         kind: Any = ray.remote(
@@ -222,7 +237,10 @@ class Bench:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return in one line why a variant was not measured: the error that its worker raised."""
+    """Return in one line why a variant was not measured.
+
+    It is the error that the variant's worker raised.
+    """
     cause = getattr(error, "cause", None) or error
     message = " ".join(str(cause).split())
     if isinstance(cause, NotMeasuredError):

@@ -1,4 +1,7 @@
-"""Define the methods compared at each speed: our routers, other learned plans and untrained plans."""
+"""Define the methods compared at each speed.
+
+They are our routers, other learned plans and untrained plans.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ _RANDOM_SEED = 7
 
 @dataclass(frozen=True)
 class Entry:
-    """A method at one target speed and seed."""
+    """A method that is compared at one target speed, with one seed."""
 
     method: str
     target: float
@@ -39,7 +42,10 @@ class Entry:
 
 
 def learned_methods(train: TrainConfig, target: float, *, with_baselines: bool) -> dict[str, TrainConfig]:
-    """Return the training settings of each learned method; all use the same number of trajectories."""
+    """Return the training settings of each learned method.
+
+    All use the same number of trajectories.
+    """
     ours = train.for_target(target_speedup=target)
     if not with_baselines:
         return {OURS: ours}

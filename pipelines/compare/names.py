@@ -1,4 +1,7 @@
-"""Keys and labels of the compared methods: keys are stored and stay, labels are shown to readers."""
+"""Name the compared methods: by keys, which stay, and by labels for readers.
+
+Keys are stored in `comparison.json`; labels are shown.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +27,7 @@ def label(point: Mapping[str, Any]) -> str:
 
 
 def shown_name(point: Mapping[str, Any]) -> str:
-    """Return a point's label with what distinguishes it from other points of its method."""
+    """Return a point's label, and what tells it from its method's other points."""
     name = label(point)
     if point["method"] == FEWER_STEPS and "num_inference_steps" in point:
         return f"{point['num_inference_steps']} steps"

@@ -1,10 +1,12 @@
-"""The picture of a comparison: quality against measured speed, a line for each method."""
+"""Plot a comparison: quality against measured speed, one line for each method."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from harmonica.evaluation.metric_table import PSNR_TO_FULL, SPEEDUP, interval_key
 
 from .names import OURS, label
 
@@ -17,7 +19,10 @@ Place = tuple[float, float]
 def comparison_picture(
     points: Sequence[Mapping[str, Any]], missing: Sequence[Mapping[str, Any]] = ()
 ) -> Figure:
-    """PSNR to the full images over measured speed; bars are 95% intervals over images.
+    """Plot PSNR to the full images over measured speed, with 95% intervals.
+
+    The intervals are over images. Every seed has its mark; the line goes through the means of a method's
+    seeds at each speed.
 
     Every seed has its mark; the line goes through the means of a method's seeds at each speed.
 
@@ -35,8 +40,8 @@ def comparison_picture(
         mark = _MARKS[place % len(_MARKS)]
         axes.plot(*zip(*line(of_method)), color=colour, linewidth=2.2 if is_ours else 1.0, zorder=order)
         axes.errorbar(
-            [point["speedup"] for point in of_method],
-            [point["psnr_to_full"] for point in of_method],
+            [point[SPEEDUP] for point in of_method],
+            [point[PSNR_TO_FULL] for point in of_method],
             yerr=list(zip(*map(_bar, of_method))),
             label=name,
             marker=mark,
@@ -57,12 +62,15 @@ def comparison_picture(
 
 
 def line(points: Sequence[Mapping[str, Any]]) -> list[Place]:
-    """Through one method's points, from slow to fast; those made for the same speed are one, their mean."""
+    """Return the corners of one method's line, from slow to fast.
+
+    Points that were made for the same speed are one corner, their mean.
+    """
     groups: dict[Any, list[Place]] = {}
     for number, point in enumerate(points):
         # A library's setting has no speed that it was made for, and stands alone.
         made_for = point.get("target_speedup", f"point {number}")
-        groups.setdefault(made_for, []).append((point["speedup"], point["psnr_to_full"]))
+        groups.setdefault(made_for, []).append((point[SPEEDUP], point[PSNR_TO_FULL]))
     means = [
         (sum(x for x, _ in some) / len(some), sum(y for _, y in some) / len(some)) for some in groups.values()
     ]
@@ -70,7 +78,7 @@ def line(points: Sequence[Mapping[str, Any]]) -> list[Place]:
 
 
 def _bar(point: Mapping[str, Any]) -> Place:
-    """How far the interval reaches below and above."""
-    value = point["psnr_to_full"]
-    low, high = point.get("psnr_to_full_interval", (value, value))
+    """Return how far the interval reaches below and above the value."""
+    value = point[PSNR_TO_FULL]
+    low, high = point.get(interval_key(PSNR_TO_FULL), (value, value))
     return value - low, high - value

@@ -1,18 +1,21 @@
-"""Find the method nearest to the full images at each speed, as numbers and as a sentence."""
+"""Find the method nearest to the full images at each speed, and say it."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harmonica.evaluation.metric_table import PSNR_TO_FULL, SPEEDUP
+
 from .names import OURS, OURS_LABEL, label_of, shown_name
 
 _NEAR = 0.97
 """Fraction of a target speed at which a variant counts as meeting it."""
+_OTHER_PSNR = f"rival_{PSNR_TO_FULL}"  # the key in `comparison.json`, which stays
 Points = Sequence[Mapping[str, Any]]
 
 
 def leaders(points: Points, targets: Sequence[float]) -> list[dict[str, Any]]:
-    """Return for each speed our PSNR to full, the best other method's, and whether ours is higher.
+    """Compare our PSNR to full with the best other method's, at each speed.
 
     The other methods are those made for that speed, and caches of libraries whose measured speed is at least
     near it. If ours was not measured, `is_first` is None.
@@ -21,19 +24,19 @@ def leaders(points: Points, targets: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def _at(target: float, points: Points) -> dict[str, Any]:
-    ours = [p["psnr_to_full"] for p in points if p["method"] == OURS and p["target_speedup"] == target]
+    ours = [p[PSNR_TO_FULL] for p in points if p["method"] == OURS and p["target_speedup"] == target]
     baselines: dict[str, list[float]] = {}
     for point in points:
         if _is_as_fast(point, target) and point["method"] != OURS:
             name = f"{label_of(point['method'])}" + (f" {point['setting']:g}" if "setting" in point else "")
-            baselines.setdefault(name, []).append(point["psnr_to_full"])
+            baselines.setdefault(name, []).append(point[PSNR_TO_FULL])
     best = max(baselines, key=lambda name: _mean(baselines[name]), default="")
     nearest = _mean(baselines[best]) if best else -math.inf
     return {
         "target_speedup": target,
-        "psnr_to_full": _mean(ours) if ours else None,
+        PSNR_TO_FULL: _mean(ours) if ours else None,
         "rival": best,
-        "rival_psnr_to_full": nearest if best else None,
+        _OTHER_PSNR: nearest if best else None,
         "is_first": _mean(ours) > nearest if ours else None,
     }
 
@@ -41,7 +44,7 @@ def _at(target: float, points: Points) -> dict[str, Any]:
 def _is_as_fast(point: Mapping[str, Any], target: float) -> bool:
     if "target_speedup" in point:
         return bool(point["target_speedup"] == target)
-    return bool(point["speedup"] >= _NEAR * target)
+    return bool(point[SPEEDUP] >= _NEAR * target)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -49,7 +52,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def ranking_summary(speeds: Sequence[Mapping[str, Any]], points: Points = (), missing: Points = ()) -> str:
-    """Summarise the comparison in a sentence, for the report and the last line of output.
+    """Summarise the comparison for the report and the last line of output.
 
     Args:
         speeds: the result of `leaders`.
@@ -62,8 +65,8 @@ def ranking_summary(speeds: Sequence[Mapping[str, Any]], points: Points = (), mi
     name = " or ".join(labels)
     message = f"{name[:1].upper()}{name[1:]} is first at {first} of {len(known)} speeds"
     lost = [
-        f"{speed['target_speedup']:g}x ({speed['rival']}: {speed['rival_psnr_to_full']:.1f} dB, ours "
-        f"{speed['psnr_to_full']:.1f})"
+        f"{speed['target_speedup']:g}x ({speed['rival']}: {speed[_OTHER_PSNR]:.1f} dB, ours "
+        f"{speed[PSNR_TO_FULL]:.1f})"
         for speed in known
         if not speed["is_first"]
     ]

@@ -1,4 +1,7 @@
-"""Store a comparison's results in one file for each variant, so an interruption loses one at most."""
+"""Store a comparison's results in one file for each variant.
+
+An interruption then loses one variant's result at most.
+"""
 
 import dataclasses
 import json
@@ -13,7 +16,10 @@ from ..run_state.storage import RunStorage
 
 
 class Results:
-    """The stored results of one run; those measured on another number of images are ignored."""
+    """The stored results of one run.
+
+    Those that were measured on another number of images are ignored.
+    """
 
     def __init__(self, storage: RunStorage, folder: str, samples: int) -> None:
         self.storage, self.folder, self.samples = storage, folder, samples
@@ -25,6 +31,7 @@ class Results:
         return kept["result"] if kept.get("samples") == self.samples else None
 
     def put(self, name: str, result: Mapping[str, Any]) -> None:
+        """Store the result of a variant."""
         self.storage.write_json(self._path(name), {"samples": self.samples, "result": result})
 
     def _path(self, name: str) -> str:
@@ -49,7 +56,10 @@ def is_complete(config: WorkflowConfig, storage: RunStorage) -> bool:
 
 
 def record(config: WorkflowConfig, storage: RunStorage) -> None:
-    """Write the comparison's settings into the run's, which the next resume compares its own with."""
+    """Write the comparison's settings into those of the run.
+
+    The next resume compares its own settings with them.
+    """
     settings = storage.read_json(CONFIG)
     if settings["compare"] != (now := compared(config.compare)):
         storage.write_json(CONFIG, settings | {"compare": now})

@@ -1,4 +1,6 @@
-"""Compare this project's routers with other methods, at equal noise and timed against full sampling.
+"""Compare this project's routers with other methods, on equal noise.
+
+All are timed against full sampling.
 
 Trained routers and measured results are stored, so an interrupted comparison continues with the next
 variant. A variant that fails is reported as not measured, and the others still count.
@@ -17,6 +19,7 @@ from harmonica.cli.common import say
 from harmonica.cli.train import trained
 from harmonica.data.samples import SampleSpec, Shard
 from harmonica.evaluation.evaluation_report import FULL
+from harmonica.evaluation.metric_table import PSNR_TO_FULL, SECONDS_SPREAD, SPEEDUP
 from harmonica.models.base import Macs
 from harmonica.models.loading import load_model
 
@@ -43,7 +46,7 @@ About = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Method:
-    """A variant, and the fields of its point that are not measured."""
+    """A variant, and those fields of its point that are not measured."""
 
     about: About
     variant: Variant
@@ -51,7 +54,7 @@ class _Method:
 
 @plainly()
 def compare_methods(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[str, Any], Figure]:
-    """Measure all methods; return the comparison, JSON-ready, and its plot of quality against speed.
+    """Measure all methods; return the comparison, JSON-ready, and its plot.
 
     Raises:
         Exception: full sampling itself fails, so there is nothing to compare with.
@@ -76,7 +79,7 @@ def compare_methods(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[s
         "num_inference_steps": config.sampler.num_inference_steps,
         "sampler": config.sampler.name,
         "samples": config.compare.samples,
-        "seconds_spread": spread,
+        SECONDS_SPREAD: spread,
         "full": full,
         "points": points,
         "not_measured": missing,
@@ -94,7 +97,7 @@ def _model_facts(config: WorkflowConfig) -> tuple[SampleSpec, Macs]:
 def _measured(
     methods: list[_Method], bench: Bench, results: Results
 ) -> tuple[list[About], float, list[About]]:
-    """Return the points, the largest spread of their times, and the variants not measured."""
+    """Return the points, the times' largest spread and the variants not measured."""
     points, missing, spreads, last_said = [], [], [0.0], time.monotonic()
     for place, one in enumerate(methods, start=1):
         if (result := results.get(one.variant.name)) is None:
@@ -104,13 +107,13 @@ def _measured(
                 missing.append(one.about | {"reason": reason_of(error)})
                 say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
                 continue
-            result = {"point": one.about | quality, "seconds_spread": spread}
+            result = {"point": one.about | quality, SECONDS_SPREAD: spread}
             results.put(one.variant.name, result)
         points.append(point := result["point"])
-        spreads.append(result["seconds_spread"])
+        spreads.append(result[SECONDS_SPREAD])
         if time.monotonic() - last_said > _SAY_EVERY_S:
             last_said = time.monotonic()
-            near = f"{point['speedup']:.2f}x, {point['psnr_to_full']:.1f} dB"
+            near = f"{point[SPEEDUP]:.2f}x, {point[PSNR_TO_FULL]:.1f} dB"
             say(f"[compare] {place} of {len(methods)} variants, {shown_name(point)}: {near}")
     return points, max(spreads), missing
 
@@ -118,7 +121,7 @@ def _measured(
 def _train_learned(
     config: WorkflowConfig, storage: RunStorage, folder: str, macs: Macs
 ) -> tuple[list[_Method], list[About]]:
-    """Train a router for each learned method, speed and seed, in parallel on the cluster.
+    """Train a router for each learned method, speed and seed, in parallel.
 
     Args:
         folder: the run's folder, in which routers are stored.

@@ -1,4 +1,6 @@
-"""Caches of other libraries on diffusers' own module, as baselines that a user could choose instead.
+"""Put caches of other libraries on diffusers' own module, as baselines.
+
+They are what a user could choose instead of this project.
 
 Each module has our model's weights, in diffusers' convention, and is compared with its own uncached images
 and its own uncached time. Optional: cache-dit is used where it is installed.
@@ -30,7 +32,10 @@ _WARMUP_STEPS = 2
 
 
 class _Switch(ABC):
-    """A library's cache on a module, enabled at the first trajectory and reset before each."""
+    """A library's cache on a module, which is reset before each trajectory.
+
+    It is enabled at the first one.
+    """
 
     package = "diffusers"
     settings: tuple[float, ...] = ()
@@ -44,7 +49,7 @@ class _Switch(ABC):
 class _Diffusers(_Switch):
     @abstractmethod
     def config(self, setting: float) -> Any:
-        """A cache of diffusers itself."""
+        """Return the settings of a cache of diffusers itself."""
 
     def start(self, module: Any, setting: float, num_steps: int) -> None:
         if module.is_cache_enabled:
@@ -118,12 +123,12 @@ _LIBRARIES: dict[str, _Switch] = {
 
 
 def _module(config: ModelConfig, device: torch.device, is_cacheable: bool) -> Any:
-    """Load diffusers' DiT with the configured model's weights, all of it in the configured precision.
+    """Load diffusers' DiT with the configured model's weights and precision.
 
-    Users of diffusers have it so; cacheable, it takes diffusers' own caches.
+    A user of diffusers has it so. A cacheable one takes the caches of diffusers itself.
 
     Raises:
-        ValueError: as of `read_model`; or no DiT.
+        ValueError: the weights cannot be read, as in `read_model`, or the model is no DiT.
     """
     ensure_torchvision_imports()
     from diffusers.models.cache_utils import CacheMixin
@@ -145,7 +150,10 @@ def _module(config: ModelConfig, device: torch.device, is_cacheable: bool) -> An
 
 @dataclass(frozen=True)
 class LibraryVariant(Variant):
-    """diffusers' module, sampled step by step as ours, with another library's cache on it or none."""
+    """A variant that samples by diffusers' module with a cache on it, or with none.
+
+    It is sampled step by step, as our own variants are.
+    """
 
     weights: ModelConfig = field(default_factory=ModelConfig)
     """The model whose weights the module has."""
@@ -160,6 +168,7 @@ class LibraryVariant(Variant):
 
     @torch.inference_mode()
     def sample(self, model: BranchedTransformer, batch: Batch) -> Tensor:
+        """Return images (N, C, H, W), with the library's cache enabled and reset."""
         if "module" not in self._built:
             self._built["module"] = _module(self.weights, batch.noise_NCHW.device, self._is_of_diffusers)
         module, sampler = self._built["module"], make_sampler(model, self.sampler)
@@ -178,7 +187,7 @@ class LibraryVariant(Variant):
 
 
 def library_variants(model: ModelConfig, sampler: SamplerConfig) -> list[LibraryVariant]:
-    """Return the uncached module and each installed library at each of its settings."""
+    """Return the uncached module, and every installed library at its settings."""
     variants = [LibraryVariant(UNCACHED, sampler, reference=UNCACHED, weights=model)]
     for name, switch in _LIBRARIES.items():
         if importlib.util.find_spec(switch.package) is None:

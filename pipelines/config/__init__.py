@@ -1,1 +1,4 @@
-"""All settings of the workflow, one module a stage; `workflow` has them together."""
+"""All settings of the workflow are here, one module a stage.
+
+`pipelines.config.workflow` has them together.
+"""

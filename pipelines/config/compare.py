@@ -1,4 +1,4 @@
-"""What the stage `compare` compares."""
+"""Settings of the stage compare; a line under each field says what it does."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -11,10 +11,10 @@ _MAY_GROW = "samples"
 
 @settings("compare")
 class CompareConfig:
-    """This project's routers beside what else one could do, on the same noise, at the same speeds.
+    """The settings of a comparison of our routers with other methods.
 
-    All of it may change when a run is resumed, but for `samples`, which may only grow: variants are added or
-    dropped, and judged anew on more images.
+    They sample the same noise at the same speeds. All of it may change when a run is resumed, but for
+    `samples`, which may only grow: variants are added or dropped, and judged anew on more images.
     """
 
     targets: Annotated[tuple[Annotated[float, Field(gt=1, le=10)], ...], Field(min_length=1)] = (
@@ -23,21 +23,26 @@ class CompareConfig:
         1.6,
         2.0,
     )
-    """Ideal speedups at which methods meet; other libraries take none, and stand where they come to."""
+    """Ideal speedups at which methods meet; other libraries take none, and stand where they come to. Give the
+    speeds that you may serve."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
-    """Routers that each learning method trains at each speed; their spread is the method's."""
+    """Routers that each learning method trains at each speed; their spread is the method's. Give 3 or more
+    before ranking methods that are near each other."""
     samples: Annotated[int, Field(ge=16, le=50_000)] = 256
-    """Images of each variant; a run that is resumed may have more, not fewer."""
+    """Images of each variant; a run that is resumed may have more, not fewer. More make the intervals
+    narrower."""
     learners: bool = True
     """Train what else learns: HarmoniCa in the paper's setting and in the released code's, SDT without IEPO,
-    Learning-to-Cache."""
+    Learning-to-Cache. Off saves most of the time."""
     libraries: bool = True
     """Sample with the caches of diffusers and, where it is installed, cache-dit; class-conditional models
-    only."""
+    only. Off to compare with learned and simple plans alone."""
 
 
 def free_to_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
-    """Names of settings that a run may be resumed with though they differ, such as `compare.targets`.
+    """Return names of settings that may differ when a run is resumed.
+
+    An example is `compare.targets`.
 
     Args:
         before: those of this section that the run has so far, as JSON has them.

@@ -11,7 +11,10 @@ FeatureKind = Literal["auto", "classifier", "inception"]
 
 @settings("evaluate")
 class EvaluateConfig:
-    """Sampling the same noise full, cached and with fewer steps, and judging the images."""
+    """The settings of the evaluation: the images it samples, and their metrics.
+
+    The same noise is sampled full, cached and with fewer steps.
+    """
 
     samples: Annotated[int, Field(ge=16)] = 512
     """Images of each variant. More make the intervals narrower; published FID is of 50,000."""
@@ -27,26 +30,30 @@ class EvaluateConfig:
     """Images of one timed batch; give the batch that serving will have, since speedups depend on it."""
     transfer: tuple[SamplerName, ...] = ()
     """Other samplers of as many steps to measure the router under, such as dpm-solver++: what its plan is
-    worth where it was not trained."""
+    worth where it was not trained. Give those that users of the router may switch to."""
     transfer_guidance: tuple[Annotated[float, Field(ge=1, le=MAX_GUIDANCE_SCALE)], ...] = ()
-    """Other guidance scales to measure it under."""
+    """Other guidance scales to measure it under; give those that users may ask for."""
     transfer_steps: tuple[Annotated[int, Field(ge=2, le=NUM_TRAIN_TIMESTEPS)], ...] = ()
-    """Other step counts to measure it at, its plan stretched or shrunk, forecasts linear."""
+    """Other step counts to measure it at, its plan stretched or shrunk, forecasts linear; give those that
+    users may ask for."""
     features: FeatureKind = "auto"
     """Whose features distances between sets of images are taken of: the shipped Fashion-MNIST `classifier`,
-    or `inception`; `auto` is the classifier for built-in models and none for others."""
+    or `inception`; `auto` is the classifier for built-in models and none for others. Give `inception` for
+    published FID."""
     inception_path: str = ""
-    """torch-fidelity's weights of Inception-v3, a local file on every node: for features `inception`."""
+    """torch-fidelity's weights of Inception-v3, a local file on every node: give it with features
+    `inception`."""
     reference_statistics: str = ""
-    """ADM's reference batch, a local .npz with mu and sigma or images: what real images look like to
-    Inception."""
+    """ADM's reference batch, a local .npz with mu and sigma or images: give it for FID to real images, by
+    features `inception`."""
     clip_path: str = ""
-    """Local folder of a CLIP model, on every node: scores images against their prompts."""
+    """Local folder of a CLIP model, on every node: give it to score images against their prompts."""
     lpips_path: str = ""
-    """torchvision's AlexNet weights, a local file on every node: LPIPS to the uncached sample."""
+    """torchvision's AlexNet weights, a local file on every node: give it to have LPIPS to the uncached
+    sample."""
     noise_floor: bool = True
     """Sample full once more from another seed: how far two sets of full images are apart anyway. Costs as
-    much as the full variant."""
+    much as the full variant; off where that is too much."""
     resamples: Annotated[int, Field(ge=0, le=10_000)] = 200
     """Bootstrap resamples behind each 95% interval; 0 leaves the intervals out."""
 

@@ -1,4 +1,4 @@
-"""What a sweep varies, and how it searches."""
+"""Settings of the stage sweep: what it varies, and how it searches."""
 
 from typing import Annotated, Literal
 
@@ -13,20 +13,25 @@ LambdaKind = IepoKind | Literal["none"]
 
 @settings("sweep")
 class SweepConfig:
-    """Many short trainings on Ray Tune; all that is not varied is the run's own settings."""
+    """The settings of a sweep: many short trainings on Ray Tune.
+
+    All that is not varied is the run's own settings.
+    """
 
     over: Target = "target_speedup"
-    """The setting of training that `targets` are of."""
+    """The setting of training that `targets` are of: a share where results are compared with the paper, else
+    a speed."""
     targets: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
     """Speedups, or shares of reused entries. None: speedups 1.2, 1.4, 1.6 and 2, or shares 0.2, 0.3, 0.4 and
-    0.5."""
+    0.5. Give those between which to choose."""
     iepo: tuple[LambdaKind, ...] = ()
-    """Ways to measure lambda; none: that of train.iepo."""
+    """Research: Ways to measure lambda; none: that of train.iepo."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**62)], ...] = ()
-    """Of training; none: the run's. All are judged on the same rows, which none was trained on."""
+    """Seeds of training; none: the run's. Give several to tell a better setting from chance. All are judged
+    on the same rows, which none was trained on."""
     search: Search = "grid"
     """Train every combination to its end (grid), or stop early those whose score falls behind (asha). The
-    score is that of promotion, by ideal speedup."""
+    score is that of promotion, by ideal speedup. Give asha for more than some ten combinations."""
     report_every: Count = 10
     """Trajectories between reports and checkpoints of a trial. Fewer let asha stop trials earlier, and cost
     the sampling of report_samples images more often."""
@@ -48,5 +53,5 @@ class SweepConfig:
 
     @property
     def all_targets(self) -> tuple[float, ...]:
-        """Those given, or what stands for None."""
+        """Return the targets that are given, or the defaults if there are none."""
         return self.targets or _DEFAULTS[self.over]

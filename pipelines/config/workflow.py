@@ -1,4 +1,4 @@
-"""Every setting of the workflow. This file is the manual: a line under each field says what it does.
+"""Every setting of the workflow, with a line under each that says what it does.
 
 `pipelines.presets` fills them in; the command line overrides single fields, as in
 `python workflow.py fashion --train.trajectories 50`.
@@ -37,46 +37,51 @@ _ENDPOINT = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]+/?")
 
 @settings("prompts")
 class PromptsConfig:
-    """The prompts that a router is trained on, and how they are embedded."""
+    """The settings of the prompts that a router is trained on, and of embedding them."""
 
     path: str = ""
-    """A .txt file with a prompt a line, a .parquet file, or a folder of either; local or an s3:// URI."""
+    """A .txt file with a prompt a line, a .parquet file, or a folder of either; local or an s3:// URI. Give
+    prompts like those that will be served."""
     column: Annotated[str, Field(min_length=1)] = "prompt"
-    """The column of a Parquet file that holds the text."""
+    """The column of a Parquet file that holds the text; give it where it has another name."""
     max_tokens: Count = 300
-    """What a prompt is padded to: 120 for PixArt-alpha, 300 for Sigma."""
+    """Tokens that a prompt is padded to: give what the model reads, 120 for PixArt-alpha, 300 for Sigma."""
     over_limit: OverLimit = "truncate"
-    """Longer prompts lose their end, with a warning, or are refused before anything is embedded."""
+    """Longer prompts lose their end, with a warning, or are refused before anything is embedded; refuse where
+    no end may be lost."""
     batch_size: Count = 32
     """Prompts an actor embeds at once; lower it if an actor runs out of memory."""
     num_actors: Count = 1
     """Ray Data actors, each with its own copy of the text encoder; raise it for many thousands of prompts."""
     use_gpu: bool = False
-    """One GPU an actor."""
+    """Give each actor a GPU; on wherever the cluster has them."""
     dtype: EncoderDtype = "bfloat16"
-    """Precision of the text encoder; what is stored is bfloat16 whatever it is."""
+    """Precision of the text encoder; what is stored is bfloat16 whatever it is. Give float32 for a small
+    encoder on CPUs."""
 
 
 @settings("train")
 class TrainConfig(TrainingConfig):
-    """Router training on Ray Train."""
+    """The settings of router training on Ray Train."""
 
     num_workers: Count = 2
     """Ray Train workers, one core or GPU each; give what the cluster has. The router is the same but for
     rounding."""
     min_workers: Natural = 0
     """Go on with as few as these where there is no room for num_workers, and with more once there is; 0 waits
-    for all of them."""
+    for all of them. Give it where nodes come and go."""
     resize_interval_s: Positive = 60.0
-    """How often training on fewer workers than num_workers looks for room for more."""
+    """Seconds between looks for room for more, while training has fewer workers than num_workers."""
     use_gpu: bool = False
-    """One GPU a worker."""
+    """Give each worker a GPU; on wherever the cluster has them."""
     max_failures: Annotated[int, Field(ge=-1), Cure("0 or more, or -1 for any number")] = 3
-    """Worker failures survived, each from the last checkpoint; -1: any number."""
+    """Worker failures survived, each from the last checkpoint; -1: any number. Raise it on spot machines."""
     placement_strategy: Placement = "PACK"
-    """Workers on few nodes (PACK), spread over many (SPREAD), or never two on one (STRICT_SPREAD)."""
+    """Workers on few nodes (PACK), spread over many (SPREAD), or never two on one (STRICT_SPREAD). Spread
+    where the loss of a node should cost few workers."""
     stall_timeout_s: Positive = 1800.0
-    """A run of which no worker has begun anything new for this long fails, and says what it waited for."""
+    """A run of which no worker has begun anything new for this long fails, and says what it waited for. Raise
+    it where loading the model takes longer."""
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)  # super() does not work in a dataclass with slots
@@ -114,36 +119,43 @@ class TrainConfig(TrainingConfig):
 
     @property
     def counts(self) -> range:
-        """How many workers there may be."""
+        """Return the numbers of workers that there may be."""
         return range(self.min_workers or self.num_workers, self.num_workers + 1)
 
 
 @settings()
 class WorkflowConfig:
-    """The whole chain."""
+    """The settings of the whole chain."""
 
     preset: str = "fashion"
     """Name of the preset that the values came from; the command sets it, and run ids begin with it."""
     run_id: str = ""
-    """Names the run; the same id again skips its finished stages. Empty: a new one."""
+    """Names the run; the same id again skips its finished stages. Empty: a new one. Give it to go on with a
+    run, or to tell runs apart."""
     storage_path: str = "runs"
-    """Folder, or s3://bucket/prefix, that holds runs; credentials come from the environment or ~/.aws."""
+    """Folder, or s3://bucket/prefix, that holds runs; credentials come from the environment or ~/.aws. Give a
+    shared one where several machines work."""
     storage_endpoint: str = ""
     """Address of an S3 store that is not Amazon's, such as http://minio:9000; empty takes AWS_ENDPOINT_URL,
     or what ~/.aws/config says."""
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = CLASS_STAGES
-    """What to run, in this order."""
+    """What to run, in this order. Give fewer to do a part of the chain; add `sweep` or `compare` to have
+    them."""
     done_again_from: Annotated[Stage | None, tyro.conf.arg(name="from")] = None
     """Stage of the run that is done again, with those after it, though it is finished: give it after a change
     of settings."""
     registered_model: str = "harmonica-fashion"
-    """Name in MLflow's registry; the alias `champion` points at the version Serve loads."""
+    """Name in MLflow's registry; the alias `champion` points at the version Serve loads. Give another for
+    each model that is served by itself."""
     promote: Promote = "gate"
-    """Whether a new version becomes the champion: if it passes the gate of `promotion`, never, or always."""
+    """Whether a new version becomes the champion: if it passes the gate of `promotion`, never, or always.
+    Give `never` for trials beside a champion that is in use."""
     node_metrics_interval_s: Annotated[float, Field(ge=0)] = 10.0
-    """Seconds between readings of every node's CPU, memory and GPUs, which go to MLflow; 0 takes none."""
+    """Seconds between readings of every node's CPU, memory and GPUs, which go to MLflow; 0 takes none. Raise
+    it for runs of days."""
     seed: Annotated[int, Field(ge=0, lt=2**62), Cure("a whole number from 0, below 2^62")] = 0
-    """Fixes every label and every noise of training; evaluation draws from seed + 1."""
+    """Fixes every label and every noise of training; evaluation draws from seed + 1. Change it to see how
+    much a result depends on chance."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The denoiser."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -202,7 +214,10 @@ class WorkflowConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, for records and logs: URIs without the credentials that may be in them."""
+        """Return all settings, for records and logs.
+
+        URIs lose the credentials that may be in them.
+        """
         plain: dict[str, Any] = _without_secrets(dataclasses.asdict(self))
         return plain
 

@@ -1,1 +1,1 @@
-"""Ray Data: batches of labels and noise, and prompts that are read and embedded."""
+"""Ray Data makes batches of labels and noise, and reads and embeds prompts."""

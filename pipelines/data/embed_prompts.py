@@ -1,4 +1,4 @@
-"""The embedding of prompts by a pool of actors, which write the store that training reads.
+"""Embed prompts by a pool of actors, which write the store that training reads.
 
 The text is checked first, so that errors in it are raised before a text encoder loads. Then
 each call of an actor embeds one part, `ROWS_PER_PART` prompts, and writes it whole, under a name made from
@@ -73,14 +73,19 @@ class PartEmbedder:
         return table.select(["name"])
 
     def _embedded(self, prompts: list[str]) -> Iterator[PromptRows]:
-        """Embed a part in batches of its own, since a batch's composition may change the last bit."""
+        """Embed a part in batches of its own.
+
+        A batch's composition may change the last bit.
+        """
         for first in range(0, len(prompts), self.config.batch_size):
             batch = prompts[first : first + self.config.batch_size]
             yield PromptRows(*self.encoder.encode(batch, self.config.max_tokens), batch)
 
 
 def embed_prompts(config: PromptsConfig, model_path: str, out_uri: str) -> PromptStore:
-    """Make the store of the configured prompts in `out_uri`; embed only what is missing there.
+    """Make the store of the configured prompts in `out_uri`.
+
+    Only what is missing there is embedded.
 
     Args:
         model_path: the pipeline whose text encoder embeds, as `model.path`.

@@ -1,4 +1,4 @@
-"""The reading of prompts: distinct ones, in the order of the files, checked as a whole.
+"""Read distinct prompts in the order of the files, checked as a whole.
 
 The driver keeps 16 bytes of each prompt; the text itself goes through it and on.
 """
@@ -28,7 +28,7 @@ _SCHEMA = pa.schema([("prompt", pa.string()), ("digest", pa.binary()), ("tokens"
 
 
 class Text(NamedTuple):
-    """A preprocessed prompt, as the encoder reads it."""
+    """A preprocessed prompt, as the text encoder reads it."""
 
     prompt: str
     digest: bytes
@@ -36,7 +36,9 @@ class Text(NamedTuple):
 
 
 def distinct_texts(config: PromptsConfig, model_path: str) -> Iterator[Text]:
-    """Yield every distinct prompt that is not empty, in the order of first occurrence.
+    """Yield every distinct prompt, in the order of first occurrence.
+
+    Empty prompts are left out.
 
     Raises:
         ValueError: there are none, or some are too long and are to be refused; raised once all are read.
@@ -104,7 +106,10 @@ def _tokenizer(model_path: str) -> Any:
 
 
 def _prepare(rows: Any, model_path: str) -> Any:
-    """Preprocess text and drop empty prompts; return the columns prompt, digest and tokens."""
+    """Preprocess text and drop empty prompts.
+
+    Return the columns prompt, digest and tokens.
+    """
     prompts = [text_encoder.preprocess(text) for text in rows[0].to_pylist() if text is not None]
     prompts = [prompt for prompt in prompts if prompt]
     digests = [hashlib.blake2b(prompt.encode(), digest_size=16).digest() for prompt in prompts]

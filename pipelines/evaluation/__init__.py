@@ -1,1 +1,1 @@
-"""The stage `evaluate`: image error, quality and latency of a router on Ray."""
+"""The stage `evaluate` measures image error, quality and latency on Ray."""

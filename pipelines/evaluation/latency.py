@@ -1,4 +1,4 @@
-"""Measure latency on one worker: full sampling, cached, and the fewer steps that take as long as cached."""
+"""Measure latency on one worker: full, cached, and fewer steps that take as long."""
 
 import math
 import statistics
@@ -35,7 +35,7 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to sample the same noise."""
+    """One way to sample the noise that all variants share."""
 
     name: str
     sampler: SamplerConfig
@@ -46,9 +46,11 @@ class Variant:
 
     @property
     def num_inference_steps(self) -> int:
+        """Return the number of steps of the variant's sampler."""
         return self.sampler.num_inference_steps
 
     def sample(self, model: BranchedTransformer, batch: Batch) -> Tensor:
+        """Return images (N, C, H, W) from a batch's noise."""
         sampler = make_sampler(model, self.sampler)
         return sample(
             sampler, batch.noise_NCHW, batch.condition_N, self.plan, reuse=self.reuse, keys=batch.keys
@@ -57,7 +59,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Timing:
-    """Times that one worker measured, and ten images of each variant from the same noise."""
+    """The times that one worker measured, and ten images of each variant.
+
+    The images are from the same noise.
+    """
 
     rows: SampleSpec
     """The model's rows, kept so that the model need not be loaded again to know them."""
@@ -91,7 +96,10 @@ def _seconds(variant: Variant, model: BranchedTransformer, batch: Batch) -> floa
 def median_times(
     variants: list[Variant], model: BranchedTransformer, batch: Batch, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return median seconds per image and the relative spread; variants alternate after warming up."""
+    """Return median seconds per image and the relative spread.
+
+    The variants alternate after warming up.
+    """
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     first = warm_ups(model)
     for turn in range(rounds + first):
@@ -119,7 +127,10 @@ def make_family_variants(config: WorkflowConfig, family: Mapping[str, RouterArti
 
 
 def transfer_samplers(config: WorkflowConfig) -> dict[str, SamplerConfig]:
-    """Return by title each other sampler, guidance scale and step count of `evaluate`."""
+    """Return by title each other sampler, scale and step count of `evaluate`.
+
+    The scale is that of guidance.
+    """
     others: dict[str, SamplerConfig] = {}
     for name in config.evaluate.transfer:
         others[name] = replace(config.sampler, name=name, scheduler=None)
@@ -131,7 +142,10 @@ def transfer_samplers(config: WorkflowConfig) -> dict[str, SamplerConfig]:
 
 
 def make_transfer_variants(config: WorkflowConfig, artifact: RouterArtifact) -> list[Variant]:
-    """Return full and cached under each of `transfer_samplers`, for which the plan was not made."""
+    """Return full and cached sampling under each of `transfer_samplers`.
+
+    The plan was not made for them.
+    """
     variants = []
     for title, other in transfer_samplers(config).items():
         plan = artifact.plan.at_steps(other.num_inference_steps)
@@ -142,7 +156,10 @@ def make_transfer_variants(config: WorkflowConfig, artifact: RouterArtifact) -> 
 
 
 def steps_as_long(total: int, seconds: Mapping[str, float]) -> int:
-    """Return the least step count whose time is not below the cached variant's, to a tenth of a step."""
+    """Return the fewest steps that take no less time than the cached variant.
+
+    A tenth of a step is tolerated.
+    """
     return min(total, max(2, math.ceil(total * seconds[CACHED] / seconds[FULL] - 0.1)))
 
 
@@ -181,7 +198,10 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
 
 
 def _sheet_rows(spec: SampleSpec, class_names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return the rows of the sheet and their names: one of each class, or the first prompts."""
+    """Return the rows of the sheet and their names.
+
+    They are one row of each class, or those of the first prompts.
+    """
     columns = make_samples(np.arange(_SHEET), spec)
     if spec.prompts is not None:
         return columns, spec.prompts.rows(columns["label"]).prompts

@@ -21,7 +21,10 @@ _PSNR_OF_EQUALS = 100.0  # dB, for a mean that stays finite
 
 
 def feature_kind(settings: EvaluateConfig, model: ModelConfig) -> FeatureKind | None:
-    """Return which network extracts features; the shipped classifier fits the built-in models alone."""
+    """Return which network extracts features.
+
+    The shipped classifier fits the built-in models alone.
+    """
     if settings.features != "auto":
         return settings.features
     return "classifier" if model.path in (BUILTIN, BUILTIN_TEXT) else None
@@ -37,7 +40,7 @@ def _extractor(
 
 
 class MetricSuite:
-    """The metric networks, loaded once for each actor."""
+    """The metric networks, which each actor loads once."""
 
     def __init__(self, config: WorkflowConfig, loaded: LoadedModel, device: torch.device) -> None:
         settings = config.evaluate
@@ -52,7 +55,10 @@ class MetricSuite:
             self.shows_pixels = True
 
     def decode(self, samples_NCHW: Tensor) -> Tensor:
-        """Return samples as images on the CPU; latents are decoded only if a metric needs pixels."""
+        """Return samples as images on the CPU.
+
+        Latents are decoded only if a metric needs pixels.
+        """
         return (decode_latents(self.vae, samples_NCHW) if self.vae else samples_NCHW).cpu()
 
     def compare(self, images_NCHW: Tensor, reference_NCHW: Tensor) -> dict[str, np.ndarray]:
@@ -70,7 +76,10 @@ class MetricSuite:
         return {name: values.numpy() for name, values in columns.items()}
 
     def features(self, images_NCHW: Tensor) -> dict[str, np.ndarray]:
-        """Return the features that distances between sets use: (N, F), (N, S) and (N, K)."""
+        """Return the features that distances between sets use.
+
+        Their shapes are (N, F), (N, S) and (N, K).
+        """
         if self.extractor is None:
             return {}
         seen = self.extractor(images_NCHW)
@@ -93,7 +102,10 @@ def _wants_pixels(config: WorkflowConfig) -> bool:
 
 
 def read_reference(config: WorkflowConfig, device: torch.device) -> ReferenceSet | None:
-    """Return the real images that the extractor's features are compared with, if there are any."""
+    """Return the real images that the extractor's features are compared with.
+
+    It is None if there are none.
+    """
     kind, path = feature_kind(config.evaluate, config.model), config.evaluate.reference_statistics
     if kind == "classifier":
         return builtin_reference()

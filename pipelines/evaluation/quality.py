@@ -38,7 +38,9 @@ _OTHER_SEED = 1  # from the evaluation's: rows that neither training nor any var
 def evaluate_images(
     config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]
 ) -> dict[str, dict[str, Any]]:
-    """Return the metrics of each variant by name, JSON-ready, over `evaluate.samples` images.
+    """Return the metrics of each variant by name, JSON-ready.
+
+    They are over `evaluate.samples` images.
 
     The reference of the first variant also has `noise_floor`: the distances of its images to its images from
     another seed.
@@ -112,7 +114,10 @@ def _check_variants(variants: list[Variant]) -> None:
 
 
 class VariantSampler:
-    """A Ray Data actor that samples every variant from the same rows and returns metric columns."""
+    """A Ray Data actor that samples every variant from the same rows.
+
+    It returns metric columns, not images.
+    """
 
     def __init__(self, config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]) -> None:
         self.variants, self.spec = variants, spec
@@ -133,7 +138,7 @@ class VariantSampler:
     def measure(
         self, batch: dict[str, np.ndarray], variants: list[Variant], drawn: Mapping[str, Tensor]
     ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
-        """Return the metric columns of all variants on these rows, and the samples of each.
+        """Return the metric columns of all variants on these rows, and their samples.
 
         Args:
             drawn: samples of references that are not among the variants, from the same rows.
@@ -156,7 +161,7 @@ class VariantSampler:
         return out, {variant.name: drawn[variant.name] for variant in variants}
 
     def measure_other_noise(self, index: np.ndarray, reference: Variant) -> dict[str, np.ndarray]:
-        """Return features of a reference's samples from the same rows under another seed."""
+        """Return features of a reference's samples under another seed."""
         other = replace(self.spec, seed=self.spec.seed + _OTHER_SEED)
         drawn = reference.sample(self.model, other.to_batch(make_samples(index, other), self.device))
         shown = self.metrics.decode(drawn)
@@ -170,7 +175,10 @@ class VariantSampler:
         return self.spec.prompts.rows(labels).prompts if self.spec.prompts and read else None
 
     def _classes(self, labels: np.ndarray, prompts: list[str] | None) -> np.ndarray:
-        """Return the class that each image should show; -1 for prompts whose class is not known."""
+        """Return the class that each image should show.
+
+        It is -1 for prompts whose class is not known.
+        """
         if self.spec.prompts is None:
             return labels
         known, texts = set(captions.all_captions()), [prompt.lower() for prompt in prompts or []]
@@ -209,7 +217,10 @@ def _metric_batches(
 def _collect(
     config: WorkflowConfig, variants: list[Variant], batches: Iterator[dict[str, np.ndarray]]
 ) -> dict[str, MetricAccumulator]:
-    """Return an accumulator for each variant by name; each batch is released once it is added."""
+    """Return an accumulator for each variant by name.
+
+    Each batch is released once it is added.
+    """
     accumulators: dict[str, MetricAccumulator] = {}
     for batch in batches:
         accumulate(accumulators, variants, batch, config.evaluate.samples)
@@ -222,7 +233,10 @@ def accumulate(
     batch: dict[str, np.ndarray],
     count: int,
 ) -> None:
-    """Add a batch of columns to the accumulators of the variants, each of `count` images in all."""
+    """Add a batch of columns to the accumulators of the variants.
+
+    Each variant has `count` images in all.
+    """
     index, label = batch.pop("index"), batch.pop("label")
     columns = {variant.name: {"label": label} for variant in variants}
     for name, column in batch.items():
@@ -233,7 +247,10 @@ def accumulate(
 
 
 def real_images(config: WorkflowConfig) -> ReferenceSet | None:
-    """Return the real images' statistics, computed on a worker if that takes a network."""
+    """Return the statistics of the real images.
+
+    They are computed on a worker if that takes a network.
+    """
     if feature_kind(config.evaluate, config.model) != "inception":
         return read_reference(config, device_of(False))
     use_gpu = config.evaluate.use_gpu

@@ -1,4 +1,6 @@
-"""Evaluate a router: the same noise sampled full, cached, and with fewer steps at equal measured time.
+"""Evaluate a router: sample the same noise full, cached and with fewer steps.
+
+Fewer steps are as many as take the cached variant's measured time.
 
 Latency is measured on one worker, on which the variants alternate; quality by `pipelines.evaluation.quality`.
 """
@@ -88,7 +90,10 @@ def _of_metrics(quality: Mapping[str, Any]) -> VariantResult:
 def _result(
     variant: Variant, timing: Timing, quality: Mapping[str, Any], member: RouterArtifact | None
 ) -> VariantResult:
-    """Return a variant's result, with the speeds of its router if it is a family's member."""
+    """Return a variant's result.
+
+    It has the speeds of its router if it is a family's member.
+    """
     speedup = timing.speedup(variant.name)
     return VariantResult(
         num_inference_steps=variant.num_inference_steps,
@@ -102,7 +107,7 @@ def _result(
 
 @plainly()
 def with_sample(config: WorkflowConfig, artifact: RouterArtifact) -> RouterArtifact:
-    """Return the artifact with its golden sample, drawn on a worker.
+    """Return the artifact with its golden sample, which a worker makes.
 
     Raises:
         NotFinite: the sample is not finite.
@@ -118,7 +123,10 @@ def with_sample(config: WorkflowConfig, artifact: RouterArtifact) -> RouterArtif
 def _pictures(
     config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[str, RouterArtifact], timing: Timing
 ) -> dict[str, Figure]:
-    """Return the sheet of samples, with their differences, and the heat map of the router."""
+    """Return the sheet of samples and the heat map of the router.
+
+    The sheet shows the differences too.
+    """
     cached = {CACHED: artifact} | {family_variant(name): one for name, one in family.items()}
     titles = {
         FULL: f"full, {config.sampler.num_inference_steps} steps",
@@ -151,7 +159,9 @@ def advice(train: TrainConfig) -> str:
 
 
 def worth_having(variants: Mapping[str, VariantResult], train: TrainConfig) -> tuple[bool, str]:
-    """Return whether the router's images are nearer to full than those of fewer steps at equal time, and why.
+    """Return whether the router beats fewer steps at equal time, and why.
+
+    Nearer to the full images is better.
 
     Args:
         train: how it was trained.

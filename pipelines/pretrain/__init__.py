@@ -1,1 +1,4 @@
-"""The built-in models are trained here on Ray: an example that needs a clone, not part of the wheel."""
+"""The built-in models are trained here on Ray, as an example.
+
+It needs a clone, since the wheel leaves it out.
+"""

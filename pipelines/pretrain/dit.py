@@ -44,16 +44,17 @@ FASHION_DIT = DiTConfig(
 
 @settings()
 class DiTPretrainConfig(PretrainConfig):
-    """How the built-in class-conditional model is trained."""
+    """Settings with which the built-in class-conditional model is trained."""
 
     model: DiTConfig = field(default_factory=lambda: FASHION_DIT)
     """Shape of the denoiser."""
 
 
 class LabelTask(Task[DiTPretrainConfig]):
-    """A DiT that is told the class."""
+    """Teach a DiT to denoise images of the class that it is told."""
 
     def make_model(self) -> DiT:
+        """Return the DiT with its initial weights."""
         model = DiT(self.config.model)
         model.initialize(torch.Generator().manual_seed(self.config.seed))
         return model
@@ -65,6 +66,7 @@ class LabelTask(Task[DiTPretrainConfig]):
         rows: np.ndarray,
         generator: torch.Generator,
     ) -> Tensor:
+        """Return the mean squared error of the predicted noise, with classes dropped."""
         batch = NoisyBatch.draw(clean_NCHW, generator)
         label_N = torch.from_numpy(self.labels[rows])
         is_dropped = drop(len(rows), self.config.condition_dropout, generator)
@@ -74,7 +76,10 @@ class LabelTask(Task[DiTPretrainConfig]):
 
 
 def export(config: DiTPretrainConfig) -> Path:
-    """EMA weights of the last checkpoint in half precision, with the config beside them."""
+    """Write the EMA weights of the last checkpoint, and the config beside them.
+
+    They are in half precision.
+    """
     state = last_state(config)
     target = local(config.export, "export")
     target.mkdir(parents=True, exist_ok=True)

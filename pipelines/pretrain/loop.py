@@ -1,4 +1,4 @@
-"""Training a built-in denoiser on Fashion-MNIST with Ray Train, whatever it is told of the images.
+"""Train a built-in denoiser on Fashion-MNIST with Ray Train.
 
 `pipelines.pretrain.dit` and `pipelines.pretrain.text_to_image` say what is trained; the loop checkpoints, and
 resumes a run of the same id. Batches, noise and captions are a pure function of (seed, step, rank).
@@ -37,7 +37,7 @@ _LOG_STEPS = 20
 
 @settings()
 class PretrainConfig(LearningConfig):
-    """How the built-in denoiser is trained."""
+    """Settings with which a built-in denoiser is trained."""
 
     run_id: str = "fashion-dit"
     """Names the run; the same id resumes it."""
@@ -79,14 +79,17 @@ Config = TypeVar("Config", bound=PretrainConfig)
 
 
 class Task(ABC, Generic[Config]):
-    """What is learned from the images; the loop around it is the same for labels and for captions."""
+    """A task for a denoiser on the images, with labels or with captions.
+
+    The loop around it is the same for both.
+    """
 
     def __init__(self, config: Config, images: np.ndarray, labels: np.ndarray) -> None:
         self.config, self.images, self.labels = config, images, labels
 
     @abstractmethod
     def make_model(self) -> nn.Module:
-        """As it is before the first step."""
+        """Return the model with its initial weights."""
 
     @abstractmethod
     def loss(
@@ -96,10 +99,16 @@ class Task(ABC, Generic[Config]):
         rows: np.ndarray,
         generator: torch.Generator,
     ) -> Tensor:
-        """Of `forward`, the replicated model, on the clean images of these rows."""
+        """Return the loss of `forward` on the clean images of these rows.
+
+        `forward` is the replicated model.
+        """
 
     def batch(self, step: int, rank: int, world_size: int) -> tuple[np.ndarray, torch.Generator]:
-        """A rank's rows of global batch `step`, and its noise: a pure function of (seed, step, rank)."""
+        """Return a rank's rows of global batch `step`, and a generator for its noise.
+
+        Both are a pure function of (seed, step, rank).
+        """
         share = self.config.batch_size // world_size
         rng = np.random.Generator(np.random.Philox(key=self.config.seed, counter=[0, 0, 0, step]))
         rows = rng.integers(len(self.images), size=self.config.batch_size)
@@ -108,7 +117,10 @@ class Task(ABC, Generic[Config]):
 
 
 class _Progress:
-    """Mean loss and speed since the last line, in MLflow and the log; rank 0's only."""
+    """Log the mean loss and the speed since the last line.
+
+    Rank 0 alone writes them, to MLflow and to the log.
+    """
 
     def __init__(self, metrics: StageRun, config: PretrainConfig) -> None:
         self.metrics, self.config = metrics, config
@@ -176,7 +188,10 @@ def _train_loop(job: dict[str, Any]) -> None:
 
 
 def run(config: PretrainConfig, task: type[Task[Any]]) -> Checkpoint:
-    """Train to `config.steps`, resuming what the run id already has; returns the last checkpoint."""
+    """Train to `config.steps` and return the last checkpoint.
+
+    A run id that has a checkpoint is resumed.
+    """
     storage = str(local(config.storage_path, "storage_path"))
     fashion_mnist.load_fashion_mnist(
         "train", local(config.data_folder, "data_folder")
@@ -202,7 +217,7 @@ def run(config: PretrainConfig, task: type[Task[Any]]) -> Checkpoint:
 
 
 def last_state(config: PretrainConfig) -> dict[str, Any]:
-    """What the run's last checkpoint holds: a `Learner`'s state.
+    """Return the content of the run's last checkpoint: a `Learner`'s state.
 
     Raises:
         ValueError: the run has no checkpoint yet.
@@ -216,7 +231,7 @@ def last_state(config: PretrainConfig) -> dict[str, Any]:
 
 
 def provenance(config: PretrainConfig, steps_done: int) -> dict[str, Any]:
-    """What an exported model says of its making."""
+    """Return an exported model's account of its data and its training."""
     own = {field.name for field in dataclasses.fields(PretrainConfig)}
     where = ("export", "data_folder", "storage_path")
     training = {name: value for name, value in dataclasses.asdict(config).items() if name in own}

@@ -1,4 +1,4 @@
-"""Train the built-in text-to-image PixArt on captions made from Fashion-MNIST, with Ray Train.
+"""Train the built-in PixArt on captions of Fashion-MNIST with Ray Train.
 
     python -m pipelines.pretrain.text_to_image --storage-path runs/pretrain
     python -m pipelines.pretrain.text_to_image --export harmonica/builtin/fashion-pixart
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @settings()
 class TextPretrainConfig(PretrainConfig):
-    """How the built-in text-to-image model is trained."""
+    """Settings with which the built-in text-to-image model is trained."""
 
     run_id: str = "fashion-pixart"
     """Names the run; the same id resumes it."""
@@ -74,7 +74,7 @@ class TextPretrainConfig(PretrainConfig):
 
 
 class CaptionTask(Task[TextPretrainConfig]):
-    """A PixArt that is told a caption."""
+    """Teach a PixArt to denoise images of the caption that it is told."""
 
     def __init__(self, config: TextPretrainConfig, images: np.ndarray, labels: np.ndarray) -> None:
         super().__init__(config, images, labels)
@@ -84,10 +84,11 @@ class CaptionTask(Task[TextPretrainConfig]):
         self.unknown = torch.tensor(self.tokenizer.convert_tokens_to_ids([WORD, UNKNOWN]))
 
     def make_model(self) -> TextToImage:
+        """Return the PixArt, started from the built-in DiT."""
         return make_model(self.config.start, self.config.seed)
 
     def captions(self, rows: np.ndarray, generator: torch.Generator) -> list[str]:
-        """One for each row's picture, or none."""
+        """Return a caption of each row's image; some are left empty."""
         is_dropped = drop(len(rows), self.config.condition_dropout, generator)
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         says_tone = rng.random(len(rows)) < self.config.tone_share
@@ -103,6 +104,7 @@ class CaptionTask(Task[TextPretrainConfig]):
         rows: np.ndarray,
         generator: torch.Generator,
     ) -> Tensor:
+        """Return the error of the predicted noise, and of following the teacher."""
         batch = NoisyBatch.draw(clean_NCHW, generator)
         texts = self.captions(rows, generator)
         device = clean_NCHW.device
@@ -120,7 +122,7 @@ class CaptionTask(Task[TextPretrainConfig]):
         return loss + self.config.teacher_weight * following
 
     def _tokens(self, texts: list[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Ids and mask (N, S), some words unknown."""
+        """Return token ids and mask (N, S); some words are replaced by unknown ones."""
         ids_NS, mask_NS = tokenize(self.tokenizer, texts)
         is_lost = torch.rand(ids_NS.shape, generator=generator) < self.config.unknown_share
         is_lost &= ids_NS >= len(SPECIAL)
@@ -129,7 +131,10 @@ class CaptionTask(Task[TextPretrainConfig]):
 
 
 def export(config: TextPretrainConfig) -> Path:
-    """EMA weights of the last checkpoint as a pipeline's folder, with their provenance beside them."""
+    """Write the EMA weights of the last checkpoint as a pipeline's folder.
+
+    Their provenance is written beside them.
+    """
     state, folder = last_state(config), local(config.export, "export")
     model = make_model(config.start, config.seed)
     model.load_state_dict(state["ema"], strict=False)  # without the second name of T5's tied embedding
@@ -146,7 +151,7 @@ def export(config: TextPretrainConfig) -> Path:
 
 
 def main() -> None:
-    """Train the built-in PixArt, export its last checkpoint, or evaluate an exported one."""
+    """Train the built-in PixArt, export its last checkpoint, or evaluate an export."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(TextPretrainConfig, description=__doc__)
     if config.export:

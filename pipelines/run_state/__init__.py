@@ -1,1 +1,4 @@
-"""The state of a run: its storage, its progress, and the lease that lets one driver write."""
+"""The state of a run is kept here: its storage, its progress and its lease.
+
+The lease lets one driver alone write.
+"""

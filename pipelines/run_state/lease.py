@@ -1,4 +1,4 @@
-"""Leases in a run's storage, which let one process write; they expire unless renewed.
+"""Leases in a run's storage let one process write; they expire unless renewed.
 
 A holder on this machine keeps its lease while its process lives. A holder elsewhere keeps it while it renews
 it, which is found out by waiting, so that no two machines' clocks have to agree.
@@ -50,7 +50,10 @@ def _machine() -> str:
 
 
 def _lives(holder: dict[str, Any]) -> bool:
-    """Return whether the holder's process runs on this machine, and is no other with its id."""
+    """Return whether the holder's process runs on this machine.
+
+    A later process that has the same id does not count.
+    """
     try:
         process = psutil.Process(holder["pid"])
         started: float = process.create_time()
@@ -70,7 +73,10 @@ def _holder_in(content: bytes) -> dict[str, Any] | None:
 
 
 class Lease:
-    """A lease of this process on a run: a context manager that renews it and gives it back."""
+    """A lease on a run, held by this process: a context manager that renews it.
+
+    It is given back at the end.
+    """
 
     def __init__(self, cell: Cell, run_id: str, *, renewed_every_s: float = RENEWED_EVERY_S) -> None:
         self._cell, self._run_id, self._every_s = cell, run_id, renewed_every_s
@@ -90,7 +96,10 @@ class Lease:
         """The reason why the lease is lost, "" while it is held."""
 
     def take(self, before: bytes) -> bool:
-        """Take the lease in place of the known content; return False if another process was first."""
+        """Take the lease in place of the known content.
+
+        Return False if another process was first.
+        """
         self._renewed += 1
         content = json.dumps(self._about | {"renewed": self._renewed}).encode()
         if not self._cell.swap(before, content):
@@ -146,7 +155,7 @@ class Lease:
 def claim(
     storage: RunStorage, *, expires_s: float = EXPIRES_S, renewed_every_s: float = RENEWED_EVERY_S
 ) -> Lease:
-    """Return the lease of a run, which no other process holds then.
+    """Return the lease of a run, which no other process holds at that time.
 
     A holder on this machine is alive if its process is, one elsewhere if it renews its lease.
 

@@ -1,4 +1,6 @@
-"""Compare-and-swap of one small file of a run: on a disk, on S3, and in other stores.
+"""Compare-and-swap of one small file of a run, on a disk or in a store.
+
+There is one class for disks, one for S3, and one for stores that lack conditional writes.
 
 `swap` and `delete` take the content that the caller expects: if it is another, another writer was first.
 Contents never repeat, since each writer adds something random.
@@ -24,13 +26,19 @@ _UNKNOWN = ("NotImplemented", "501")
 
 
 class Cell(Protocol):
-    """A file with compare-and-swap."""
+    """A small file whose content is replaced by compare-and-swap."""
 
     def read(self) -> tuple[bytes, float]:
-        """Return the content and its age in seconds by the storage's clock; b"" if there is none."""
+        """Return the content and its age in seconds; b"" if there is none.
+
+        The age is by the storage's clock.
+        """
 
     def swap(self, before: bytes, after: bytes) -> bool:
-        """Replace the content if it equals `before` (b"": there is none); return whether it did."""
+        """Replace the content if it equals `before`; return whether it did.
+
+        `before` is b"" where the file should not exist yet.
+        """
 
     def delete(self, before: bytes) -> None:
         """Delete the file if its content equals `before`."""
@@ -44,12 +52,13 @@ def cell_of(storage: RunStorage) -> Cell:
 
 
 class DiskCell:
-    """A file on a disk, which its writers lock on all machines that mount it."""
+    """A file on a disk, which is locked on all machines that mount it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> tuple[bytes, float]:
+        """Return the content and its age in seconds by the file server's clock."""
         try:
             with self._locked(os.O_RDONLY) as handle:
                 content, changed = _content(handle), os.fstat(handle).st_mtime
@@ -63,6 +72,7 @@ class DiskCell:
             return b"", 0.0
 
     def swap(self, before: bytes, after: bytes) -> bool:
+        """Replace the content under the lock, if it equals `before`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked(os.O_RDWR | os.O_CREAT) as handle:
             if _content(handle) != before:
@@ -73,6 +83,7 @@ class DiskCell:
         return True
 
     def delete(self, before: bytes) -> None:
+        """Delete the file under the lock, if its content equals `before`."""
         with contextlib.suppress(FileNotFoundError), self._locked(os.O_RDWR) as handle:
             if _content(handle) == before:
                 self.path.unlink()
@@ -96,18 +107,23 @@ def _content(handle: int) -> bytes:
 
 
 class PlainCell:
-    """An object of a store without conditional writes: it is written, then read again."""
+    """An object of a store without conditional writes.
+
+    It is written, then read again after a while.
+    """
 
     def __init__(self, storage: RunStorage) -> None:
         self._storage = storage
 
     def read(self) -> tuple[bytes, float]:
+        """Return the content and its age in seconds by this machine's clock."""
         try:
             return self._storage.read_bytes(NAME), time.time() - self._storage.modified(NAME)
         except FileNotFoundError:
             return b"", 0.0
 
     def swap(self, before: bytes, after: bytes) -> bool:
+        """Write the content if it equals `before`; return whether it was not overwritten."""
         if self.read()[0] != before:
             return False
         self._storage.write_bytes(NAME, after)
@@ -115,12 +131,13 @@ class PlainCell:
         return self.read()[0] == after
 
     def delete(self, before: bytes) -> None:
+        """Delete the object if its content equals `before`; this is not atomic."""
         if self.read()[0] == before:
             self._storage.delete(NAME)
 
 
 class S3Cell:
-    """An object of an S3 store with conditional writes."""
+    """An object of an S3 store, which is replaced by conditional writes."""
 
     def __init__(self, storage: RunStorage) -> None:
         import boto3
@@ -148,6 +165,7 @@ class S3Cell:
         """The last content read, and its ETag."""
 
     def read(self) -> tuple[bytes, float]:
+        """Return the content and its age in seconds by the store's clock."""
         from botocore.exceptions import ClientError
 
         try:
@@ -162,6 +180,7 @@ class S3Cell:
         return content, (now - found["LastModified"]).total_seconds()
 
     def swap(self, before: bytes, after: bytes) -> bool:
+        """Replace the object by a conditional write, if it equals `before`."""
         from botocore.exceptions import ClientError
 
         if before and self._known[0] != before and self.read()[0] != before:
@@ -180,5 +199,6 @@ class S3Cell:
         return True
 
     def delete(self, before: bytes) -> None:
+        """Delete the object if its content equals `before`."""
         if self.read()[0] == before:
             self._client.delete_object(**self._place)

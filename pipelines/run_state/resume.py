@@ -1,4 +1,4 @@
-"""The progress of a run: settings that may differ, stages that are finished or undone.
+"""Record a run's progress: its settings, and which stages are done or undone.
 
 `--from` makes stages undone. A stage that is done again works in a folder of its own, and its results replace
 the earlier ones once it is done; these stay whole until then, however often it is interrupted. The run's
@@ -73,7 +73,10 @@ _HAVE_A_FOLDER: tuple[Stage, ...] = ("prompts", "train", "sweep", "compare")
 
 @dataclass(frozen=True)
 class Generation:
-    """The number of times that a stage or the workflow was begun, and whether the last is done."""
+    """The number of times that a stage or the workflow was begun.
+
+    It also says whether the last time was finished.
+    """
 
     number: int = 1
     done: bool = True
@@ -81,7 +84,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Progress:
-    """The stages that `--from` has made undone, and those of them that are done by now."""
+    """The stages that `--from` has made undone, and which of them are done by now."""
 
     first: Stage | None = None
     """The stage that `--from` named last; None if it was never given."""
@@ -89,7 +92,7 @@ class Progress:
     """The generations of the stages that were ever done again."""
 
     def generation(self, stage: str) -> int:
-        """Return the number of the stage's generation; 1 if it is done for the first time."""
+        """Return the number of the stage's generation; 1 if it is the first."""
         return self.stages.get(stage, Generation()).number
 
     def is_undone(self, stage: str) -> bool:
@@ -130,11 +133,9 @@ def _progress_in(settings: dict[str, Any]) -> Progress:
 
 
 def progress_of(config: WorkflowConfig, storage: RunStorage) -> Progress:
-    """Return the recorded progress with what the configuration's `--from` makes undone.
+    """Return the recorded progress with what `--from` makes undone.
 
-    It changes nothing.
-
-    The same command, repeated before it has finished, resumes what it has made undone.
+    Nothing is changed. The same command, repeated before it has finished, resumes what it has made undone.
     """
     settings, again = _settings(storage), stages_again(config)
     progress = _progress_in(settings)
@@ -167,12 +168,17 @@ def is_current(name: str, storage: RunStorage) -> bool:
 
 
 def work_folder(stage: Stage, storage: RunStorage) -> str:
-    """Return the folder that a stage resumes from, such as `train`, or `train-2` if it is done again."""
+    """Return the folder that a stage resumes from, such as `train`.
+
+    It is `train-2` if the stage is done again.
+    """
     return recorded(storage).folder(stage)
 
 
 def check(config: WorkflowConfig, storage: RunStorage) -> None:
-    """Compare the settings with those that the run was started with, if it was; change nothing.
+    """Compare the settings with those that the run was started with, if it was.
+
+    Nothing is changed.
 
     Raises:
         ValueError: a setting differs on which a finished stage depends.
@@ -188,7 +194,9 @@ def check(config: WorkflowConfig, storage: RunStorage) -> None:
 
 
 def begin(config: WorkflowConfig, storage: RunStorage) -> WorkflowConfig:
-    """Record the settings of a new run, or what `--from` makes undone, before the first stage.
+    """Record the settings of a new run, or what `--from` makes undone.
+
+    This happens before the first stage.
 
     Returns:
         The settings without `--from`, which must not apply twice.

@@ -1,4 +1,4 @@
-"""The loading of routers from a run's storage."""
+"""Load routers from a run's storage."""
 
 from harmonica.core.artifact import RouterArtifact
 

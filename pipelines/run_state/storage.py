@@ -1,4 +1,4 @@
-"""The storage of a run: a local folder, s3://bucket/prefix or gs://bucket/prefix."""
+"""A run is stored in a local folder, s3://bucket/prefix or gs://bucket/prefix."""
 
 import contextlib
 import errno
@@ -42,7 +42,10 @@ def settle_endpoint(endpoint: str = "") -> None:
 
 
 class RunStorage:
-    """The folder of one run under the storage path, accessed by pyarrow's file systems."""
+    """The folder of one run, which pyarrow's file systems read and write.
+
+    It lies under the storage path.
+    """
 
     def __init__(self, storage_path: str, run_id: str, *, patient: bool = False) -> None:
         """Connect to the storage; the folder need not exist.
@@ -68,7 +71,10 @@ class RunStorage:
         return f"{path}?{query}" if query else path
 
     def path(self, name: str) -> str:
-        """Return the path of `name` in the run's file system: in a store the bucket, then the key."""
+        """Return the path of `name` in the run's file system.
+
+        In a store it is the bucket, then the key.
+        """
         return f"{self._run}/{name}"
 
     @property
@@ -89,7 +95,9 @@ class RunStorage:
         return seconds
 
     def check_writable(self) -> None:
-        """Check, before any work starts, that the storage path can be written; leave nothing there.
+        """Check that the storage path can be written, before any work starts.
+
+        Nothing is left there.
 
         Raises:
             ValueError: it cannot be written; the message names the path and the reason.
@@ -114,7 +122,10 @@ class RunStorage:
         return bool(self._fs.get_file_info(f"{self._run}/{name}").type != fs.FileType.NotFound)
 
     def names(self, folder: str) -> list[str]:
-        """Return the names of the files in a folder of the run, sorted; not those still being written."""
+        """Return the sorted names of the files in a folder of the run.
+
+        Files that are still being written are left out.
+        """
         found = self._fs.get_file_info(fs.FileSelector(f"{self._run}/{folder}", allow_not_found=True))
         return sorted(one.base_name for one in found if one.is_file and not one.base_name.endswith(".tmp"))
 
@@ -161,7 +172,10 @@ class RunStorage:
         self.write_bytes(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def upload_folder(self, folder: Path, name: str) -> None:
-        """Copy every file of a local folder, `config.json` last: a reader takes it as the manifest."""
+        """Copy every file of a local folder, `config.json` last.
+
+        A reader takes that file as the manifest.
+        """
         files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.name == "config.json")
         for path in files:
             self.write_bytes(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
@@ -196,7 +210,10 @@ class RunStorage:
 
     @contextlib.contextmanager
     def local_folder(self, name: str) -> Iterator[Path]:
-        """Yield a folder of the run to read: a temporary copy, or in local storage the folder itself."""
+        """Yield a local path at which a folder of the run can be read.
+
+        It is a temporary copy, or in local storage the folder itself.
+        """
         if self.is_local:
             yield Path(self._run) / name
             return
@@ -206,7 +223,10 @@ class RunStorage:
 
 
 def _write_local(path: Path, data: bytes) -> None:
-    """Write to a flushed temporary file and rename it, so that a failure leaves the old content."""
+    """Write to a flushed temporary file and rename it.
+
+    A failure leaves the old content.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:

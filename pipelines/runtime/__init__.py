@@ -1,1 +1,1 @@
-"""The connection to a Ray cluster, and how quiet its libraries are."""
+"""Connect to a Ray cluster, and keep its libraries quiet."""

@@ -1,4 +1,4 @@
-"""Checks of `RAY_ADDRESS` and of its cluster, within seconds and before anything starts."""
+"""Check `RAY_ADDRESS` and its cluster within seconds, before anything starts."""
 
 import os
 import re

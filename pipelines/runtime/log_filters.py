@@ -1,4 +1,4 @@
-"""Filters of Ray's remarks that no user can act upon; its warnings stay.
+"""Filter out Ray's remarks that no user can act upon; its warnings stay.
 
 Each remark is matched by its own words. Where an option keeps a remark from arising, `ray_runtime` sets it.
 """

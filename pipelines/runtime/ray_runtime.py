@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster, joined or started for this process alone."""
+"""Connect to a Ray cluster: join one, or start one for this process alone."""
 
 import logging
 import os
@@ -57,7 +57,10 @@ _LOUD = {
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' routine messages off the terminal, in this process; warnings stay."""
+    """Keep the libraries' routine messages off this process's terminal.
+
+    Warnings stay.
+    """
     for name, level in _LOUD.items():
         logging.getLogger(name).setLevel(level)
     # Ray Train has a line for every report, by a logger that is named after its file.
@@ -67,7 +70,10 @@ def quiet_libraries() -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM was received, as `ray job stop` and Kubernetes send it; it ends a run like Ctrl-C."""
+    """Raised when SIGTERM is received; it ends a run as Ctrl-C does.
+
+    `ray job stop` and Kubernetes send it.
+    """
 
 
 def _terminate(*_: object) -> None:
@@ -75,13 +81,18 @@ def _terminate(*_: object) -> None:
 
 
 def _settle_sigterm() -> None:
-    """Raise `Terminated` at SIGTERM, where Ray's own handler exits with code 15 and no message."""
+    """Raise `Terminated` at SIGTERM.
+
+    Ray's own handler exits with code 15 and no message.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
 
 
 def connect(endpoint: str = "") -> None:
-    """Join the cluster of `RAY_ADDRESS` (set by `ray job submit`), else start a private local one.
+    """Join the cluster of `RAY_ADDRESS`, or start a private local one.
+
+    `ray job submit` sets that variable.
 
     A private cluster listens on the loopback address alone, and is closed by a token: where the environment
     names none, Ray makes one itself and keeps it in `~/.ray/auth_token`.
@@ -128,7 +139,10 @@ def _start_private(address: str, dashboard_port: int) -> None:
 
 
 def _dashboard_port() -> int:
-    """Return the first free port of those that Ray itself would try, so that it is known beforehand."""
+    """Return the first free port of those that Ray itself would try.
+
+    The port is known before the dashboard starts.
+    """
     for port in _DASHBOARD_PORTS:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -144,7 +158,7 @@ def _dashboard_port() -> int:
 
 @contextmanager
 def _told_to_workers(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable while a cluster starts, so that its processes inherit it.
+    """Set an environment variable while a cluster starts, for its processes.
 
     Ray Train's cleaner asks the dashboard. Without an address it would ask the cluster that a file in Ray's
     temporary folder names, which may be another one, or one that was killed.
@@ -162,7 +176,7 @@ def _told_to_workers(name: str, value: str) -> Iterator[None]:
 
 @contextmanager
 def on_loopback() -> Iterator[str]:
-    """Make servers started inside listen on the loopback address only, and yield that address.
+    """Make servers started inside listen on the loopback address, and yield it.
 
     Ray's servers (GCS, raylet, workers, agents) do so where the node's address is 127.0.0.1. Ray however puts
     an address of the network in its place, unless it believes that clusters are impossible here, as on macOS.
@@ -210,7 +224,10 @@ def is_private() -> bool:
 
 
 def node_names() -> dict[str, str]:
-    """Return the names of all nodes by id: the host's name, extended if it has several nodes."""
+    """Return the names of all nodes by id.
+
+    A name is the host's, extended if the host has several nodes.
+    """
     hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
     several = {host for host, count in Counter(hosts.values()).items() if count > 1}
     return {one: f"{host}-{one[:8]}" if host in several else host for one, host in hosts.items()}

@@ -1,1 +1,1 @@
-"""The stage `sweep`: train many settings and find their Pareto front."""
+"""The stage `sweep` trains many settings and finds their Pareto front."""

@@ -1,4 +1,4 @@
-"""The Pareto front: the points that no other point dominates in speed and PSNR."""
+"""Find the Pareto front: the points that no other dominates in speed and PSNR."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,9 @@ _FRONT, _REST = "#0b7a6f", "#b9bcc0"
 
 
 def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Return for each point whether no other is at least as good in both coordinates and better in one.
+    """Return for each point whether it lies on the Pareto front.
+
+    It does if no other point is at least as good in both coordinates and better in one.
 
     Args:
         points: higher is better, in both.

@@ -1,18 +1,15 @@
-"""Train many targets, lambda kinds and seeds on Ray Tune, evaluate them, and register the Pareto front.
+"""Train many settings on Ray Tune, evaluate them, register the Pareto front.
+
+They are all combinations of targets, lambda kinds and seeds.
 
 Trials train side by side; they are measured after one another, so that none slows down another's times.
 """
 
 import dataclasses
-import logging
-import os
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
-from ray import tune
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from harmonica.cli.common import say
 from harmonica.evaluation.evaluation_report import EvaluationReport
@@ -37,48 +34,11 @@ from ..run_state.storage import RunStorage
 from ..runtime.ray_runtime import plainly
 from ..tracking import mlflow_runs
 from .pareto import front_figure, on_front
-from .trial import (
-    SCORE,
-    TRAJECTORY,
-    Trial,
-    evaluation_seed,
-    place,
-    reports_of,
-    run_trial,
-    trials_of,
-)
+from .search import search
+from .trial import SCORE, TRAJECTORY, Trial, evaluation_seed, place, reports_of, trials_of
 
 PICTURE = "sweep.png"
 _SETTINGS = "settings.json"
-_SAY_EVERY_S = 20.0
-# Ctrl-C ends the workflow, not only the search; and its tables and logs have their place in MLflow.
-_TUNE = {
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
-}
-
-
-class _Progress(tune.Callback):
-    """A Ray Tune callback that prints a progress line from time to time."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self._ended, self._said = total, 0, 0.0
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._ended += 1
-        self._said = 0.0
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if time.monotonic() - self._said < _SAY_EVERY_S:
-            return
-        self._said = time.monotonic()
-        name = Trial(**trial.config["trial"]).name
-        near, faster = result[PSNR_TO_FULL], result[IDEAL_SPEEDUP]
-        at = f"{name} at trajectory {result[TRAJECTORY]:.0f}: {near:.1f} dB, ideal {faster:.2f}x"
-        say(f"[sweep] {self._ended} of {self.total} trials ended, {at}")
 
 
 def check_sweep(config: WorkflowConfig, storage: RunStorage) -> None:
@@ -116,7 +76,7 @@ def sweep(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun
     if not storage.exists(settings):
         storage.write_json(settings, _settings(config))
     if not all(_is_trained(storage, trial) for trial in trials):
-        _search(config, storage, trials)
+        search(config, storage, trials)
     whole = [trial for trial in trials if _is_trained(storage, trial)]
     points = [_measured(config, storage, trial, run) for trial in whole]
     places = [(point[SPEEDUP], point[PSNR_TO_FULL]) for point in points]
@@ -141,7 +101,10 @@ def sweep(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun
 
 
 def _settings(config: WorkflowConfig) -> dict[str, Any]:
-    """Return the settings that results depend on; how many trials run at once does not matter."""
+    """Return the settings that results depend on.
+
+    How many trials run at once does not matter.
+    """
     found: dict[str, Any] = config.to_dict()["sweep"] | {"targets": config.sweep.all_targets}
     names = {name: value for name, value in found.items() if name != "max_concurrent"}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in names.items()}
@@ -149,51 +112,6 @@ def _settings(config: WorkflowConfig) -> dict[str, Any]:
 
 def _is_trained(storage: RunStorage, trial: Trial) -> bool:
     return storage.exists(f"{place(storage, trial)}/{ROUTER}/config.json")
-
-
-def _search(config: WorkflowConfig, storage: RunStorage, trials: list[Trial]) -> None:
-    for name, value in _TUNE.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    resources = {"cpu": 1.0, "gpu": float(config.train.use_gpu)}
-    trainable = tune.with_resources(tune.with_parameters(run_trial, config=config), resources)
-    tuner = tune.Tuner(
-        trainable,
-        param_space={"trial": tune.grid_search([dataclasses.asdict(trial) for trial in trials])},
-        tune_config=tune.TuneConfig(
-            scheduler=_scheduler(config),
-            max_concurrent_trials=config.sweep.max_concurrent,
-            reuse_actors=True,  # a process of its own takes longer to start than a short trial
-            trial_dirname_creator=lambda trial: f"{Trial(**trial.config['trial']).name}-{trial.trial_id}",
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=storage.uri(work_folder("sweep", storage)),
-            failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
-            callbacks=[_Progress(len(trials))],
-            verbose=0,
-        ),
-    )
-    errors = tuner.fit().errors
-    if errors:
-        raise RuntimeError(
-            f"{len(errors)} of {len(trials)} trials failed more than train.max_failures "
-            f"({config.train.max_failures}) times, the first with\n{errors[0]}"
-        )
-
-
-def _scheduler(config: WorkflowConfig) -> TrialScheduler | None:
-    if config.sweep.search == "grid":
-        return None
-    longest = trials_of(config)[0].settings(config).train.all_trajectories
-    return ASHAScheduler(
-        time_attr=TRAJECTORY,
-        metric=SCORE,
-        mode="max",
-        max_t=longest,
-        grace_period=min(config.sweep.report_every, longest),
-        reduction_factor=config.sweep.reduction_factor,
-    )
 
 
 def _measured(
@@ -243,7 +161,10 @@ def _point(trial: Trial, report: EvaluationReport, db_per_doubling: float) -> di
 
 
 def _tracked(config: WorkflowConfig, trial: Trial, run: mlflow_runs.StageRun) -> Any:
-    """Open a trial's MLflow run, nested in the sweep's; a repeated sweep has new ones."""
+    """Open a trial's MLflow run, nested in the run of the sweep.
+
+    A repeated sweep has new ones.
+    """
     stage = f"sweep {trial.name} of {run.mlflow_run_id[:8]}"
     return mlflow_runs.stage_run(stage, config.run_id, config.storage_path, dataclasses.asdict(trial), run)
 

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a router's training in a process of its own, reported to Ray Tune as it goes.
+"""Train the router of one trial, in a process that reports to Ray Tune.
 
 Its state and what it has reported lie in the run's storage as training's checkpoints do. A trial that starts
 again reports all of it again at once, so that a new Tuner knows what the one before did; Tune's own way to
@@ -19,6 +19,7 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.cache import Reuse
 from harmonica.core.sampling import sample
 from harmonica.data.samples import Shard, make_samples
+from harmonica.evaluation.metric_table import CUR, IDEAL_SPEEDUP, PSNR_TO_FULL
 from harmonica.models.base import BranchedTransformer
 from harmonica.training.multi_target import MultiTargetTrainer
 from harmonica.validation.finite import check_finite
@@ -39,7 +40,7 @@ _REPORTS = "reports"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trial:
-    """The settings in which one training differs from the others."""
+    """The settings in which one training of a sweep differs from the others."""
 
     over: Target
     target: float
@@ -75,12 +76,15 @@ def place(storage: RunStorage, trial: Trial) -> str:
 
 
 def evaluation_seed(config: WorkflowConfig) -> int:
-    """Return a seed for evaluation; its rows and those of the next seed are of no trial."""
+    """Return a seed for evaluation whose rows no trial is trained on.
+
+    Those of the seed after it, which measures the noise floor, are of no trial either.
+    """
     return max(trial.seed for trial in trials_of(config)) + 1
 
 
 class _Probe:
-    """A measurement of a router's PSNR on a few fixed samples while it trains."""
+    """Measure a router's PSNR on a few fixed samples while it trains."""
 
     def __init__(self, config: WorkflowConfig, run: MultiTargetTrainer, model: BranchedTransformer) -> None:
         self.config, self.run = config, run
@@ -104,10 +108,10 @@ class _Probe:
         artifact = self.run.artifact()
         near = float(psnr(self._sample(artifact).cpu(), self.full_NCHW.cpu()).clamp(max=100).mean())
         worth = score(near, artifact.ideal_speedup, self.config.promotion.db_per_doubling)
-        reported = {TRAJECTORY: float(self.run.trajectory), "cur": artifact.plan.cur, "psnr_to_full": near}
+        reported = {TRAJECTORY: float(self.run.trajectory), CUR: artifact.plan.cur, PSNR_TO_FULL: near}
         if "loss" in metrics:
             reported["loss"] = float(metrics["loss"])
-        return reported | {"ideal_speedup": artifact.ideal_speedup, SCORE: worth}
+        return reported | {IDEAL_SPEEDUP: artifact.ideal_speedup, SCORE: worth}
 
 
 def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:

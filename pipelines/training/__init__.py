@@ -1,1 +1,1 @@
-"""The stage `train`: Ray Train around `harmonica.training`."""
+"""The stage `train` runs `harmonica.training` on Ray Train."""

@@ -1,4 +1,4 @@
-"""Training states on the run's storage: one file each, named by what it holds.
+"""Training states lie in the run's storage, one file each, named by content.
 
 Ray Train keeps its own list of checkpoints in a file that it overwrites in place, so that a kill or a full
 disk at the wrong moment loses all of them. Here the folder is the list: a state appears under its final
@@ -23,14 +23,20 @@ _DIGITS = 16
 
 
 class Checkpoints:
-    """The states of one run; only tensors and plain values, since loading executes nothing."""
+    """The states of one run, which hold only tensors and plain values.
+
+    Loading one executes nothing.
+    """
 
     def __init__(self, storage: RunStorage, folder: str = FOLDER) -> None:
         self.storage, self.folder = storage, folder
 
     @classmethod
     def of_training(cls, storage: RunStorage) -> "Checkpoints":
-        """Of the stage train, as it is done now: one that is done again begins with none."""
+        """Return the checkpoints of the stage train.
+
+        A stage that is done again has a folder of its own, which is empty at first.
+        """
         return cls(storage, f"{work_folder('train', storage)}/checkpoints")
 
     def save(self, trajectory: int, state: dict[str, Any]) -> None:
@@ -49,7 +55,10 @@ class Checkpoints:
             self.storage.delete(f"{self.folder}/{other}")
 
     def last(self) -> str:
-        """Name of the newest state that is whole, "" where there is none; warns of those passed over."""
+        """Return the name of the newest state that is whole, "" if there is none.
+
+        A warning names each damaged state that is passed over.
+        """
         for name in reversed(self.storage.names(self.folder)):
             size = len(data := self._read(name))
             if _digest(data) == _digest_in(name):
@@ -62,7 +71,7 @@ class Checkpoints:
         return ""
 
     def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """The state of that name."""
+        """Return the state of that name."""
         state: dict[str, Any] = torch.load(
             io.BytesIO(self._read(name)), weights_only=True, map_location=device
         )

@@ -1,4 +1,7 @@
-"""Router training on Ray Train V2: rows by Ray Data, checkpoints, metrics to MLflow, resumable."""
+"""Train routers on Ray Train V2, resumable.
+
+Rows come from Ray Data; checkpoints go to the run's storage and metrics to MLflow.
+"""
 
 import dataclasses
 import logging
@@ -19,7 +22,6 @@ from ray.train.torch import TorchTrainer
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.batch import Batch
 from harmonica.data.samples import SampleSpec, Shard
-from harmonica.evaluation.plots import router_heat_map
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
 from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
@@ -33,19 +35,16 @@ from ..run_state.resume import work_folder
 from ..run_state.storage import RunStorage
 from ..runtime.log_filters import drop_remarks
 from ..runtime.ray_runtime import quiet_libraries
-from ..tracking.metric_log import MetricLog
 from ..tracking.mlflow_runs import StageRun
 from ..tracking.worker_times import WorkerTimes, worker_nodes
 from .checkpoints import Checkpoints
-from .watchdog import Reached, make_board, run_watched
+from .run_recorder import UNLOGGED_METRICS, RunRecorder
+from .watchdog import make_board, run_watched
 
 logger = logging.getLogger(__name__)
 
 Routers = tuple[RouterArtifact, dict[str, RouterArtifact]]
 
-_METRICS = "unlogged_metrics"
-_WORKERS_TAG = "harmonica.workers"
-_MLFLOW_PATIENCE_S = 600
 # Training does not stand still for its curves: they wait in the checkpoint (`MetricLog`).
 _MLFLOW_CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 # An elastic run that counts on a node that is gone waits so long for it (else a minute), then counts again.
@@ -55,7 +54,7 @@ _START_PATIENCE = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 def start_run(
     config: WorkflowConfig, device: torch.device, *, shard_model: bool = False
 ) -> tuple[MultiTargetTrainer, SampleSpec]:
-    """A run at its first trajectory, and what its rows look like."""
+    """Return a run at its first trajectory, and the spec of its rows."""
     model = load_model(config.model.for_training(), "cpu" if shard_model else device).model
     if shard_model:
         shard_weights(model)
@@ -67,7 +66,7 @@ def start_run(
 def _trajectories(
     run: MultiTargetTrainer, spec: SampleSpec, times: WorkerTimes, tell: Callable[[str], object]
 ) -> Iterator[Batch]:
-    """This worker's rows of every trajectory still to train."""
+    """Yield this worker's rows of every trajectory that is still to be trained."""
     context = ray.train.get_context()
     shard = Shard(run.config.batch_size, context.get_world_rank(), context.get_world_size())
     while wanted := run.next_trajectories:  # those of one target after another
@@ -82,65 +81,18 @@ def _trajectories(
 
 
 def _agree(due: bool, device: torch.device | str) -> bool:
-    """Rank 0's clock decides for all: a report is a barrier."""
+    """Return rank 0's answer on all workers, since a report is a barrier."""
     flag = torch.tensor([float(due)], device=device)  # NCCL moves nothing that is not on the GPU
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(flag, src=0)
     return bool(flag.item())
 
 
-class _Keeper:
-    """Rank 0's: what it leaves of a run, on the storage and in MLflow, at every checkpoint."""
-
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        run: MultiTargetTrainer,
-        stage: StageRun,
-        board: Any,
-        pending: list[Any],
-    ) -> None:
-        self.checkpoints, self.run, self.stage, self.board = checkpoints, run, stage, board
-        self.log = MetricLog(stage, pending)
-        self._since, self._began = run.trajectory, time.monotonic()
-
-    def say_where(self, nodes: list[str]) -> None:
-        """As a tag of the MLflow run, so that a slow worker's node is known."""
-        ranks = {node: [str(rank) for rank, one in enumerate(nodes) if one == node] for node in nodes}
-        said = "; ".join(f"{node}: {' '.join(on_it)}" for node, on_it in ranks.items())
-        try:
-            self.stage.client.set_tag(self.stage.mlflow_run_id, _WORKERS_TAG, said)
-        except Exception as error:  # of many libraries; a tag is not worth a run
-            logger.warning("the workers' nodes are not in MLflow (%s)", type(error).__name__)
-
-    def add(self, metrics: dict[str, float]) -> None:
-        self.log.add(self.run.trajectory, metrics)
-        seconds = time.monotonic() - self._began
-        reached = Reached(self.run.trajectory, self._since, seconds, metrics["loss"], metrics["cur"])
-        self.board.reach.remote(reached)
-
-    def save(self) -> None:
-        self.checkpoints.save(self.run.trajectory, self.run.state() | {_METRICS: self.log.state()})
-        if self.log.flush():
-            self._draw()
-
-    def _draw(self) -> None:
-        names = [branch.name for branch in self.run.sampler.model.branches]
-        plan = self.run.plan
-        scores = self.run.router.logits().sigmoid().cpu()
-        path = f"router/trajectory_{self.run.trajectory:06d}.png"
-        try:
-            figure = router_heat_map(scores, plan.to_tensor(), names)
-            self.stage.client.log_figure(self.stage.mlflow_run_id, figure, path)
-        except Exception as error:  # of many libraries; a picture is not worth a run
-            logger.warning("%s is not in MLflow (%s)", path, type(error).__name__)
-
-    def finish(self) -> None:
-        self.log.finish(_MLFLOW_PATIENCE_S)
-
-
 def _resume(run: MultiTargetTrainer, checkpoints: Checkpoints, is_rank_0: bool) -> list[Any]:
-    """Go on from the newest whole checkpoint, on all workers the same; its metrics not logged yet."""
+    """Go on from the newest whole checkpoint; return its metrics not logged yet.
+
+    All workers load the same checkpoint.
+    """
     found = checkpoints.last() if is_rank_0 else None
     name: str = ray.train.collective.broadcast_from_rank_zero(found)
     if not name:
@@ -148,12 +100,15 @@ def _resume(run: MultiTargetTrainer, checkpoints: Checkpoints, is_rank_0: bool) 
     state = checkpoints.load(name, run.device)
     run.load_state(state)
     logger.info("resumed after trajectory %d", run.trajectory)
-    metrics: list[Any] = state[_METRICS]
+    metrics: list[Any] = state[UNLOGGED_METRICS]
     return metrics
 
 
 class _QuietController(ray.train.UserCallback):
-    """Keeps Ray's remarks away in the process of Ray Train's controller: it is made anew there."""
+    """Keep Ray's remarks away in the process of Ray Train's controller.
+
+    It is made anew there.
+    """
 
     def __init__(self) -> None:
         drop_remarks()
@@ -178,10 +133,10 @@ def _train_loop(job: dict[str, Any]) -> None:
     run, spec = start_run(config, device, shard_model=shard_model)
     checkpoints = Checkpoints.of_training(RunStorage(config.storage_path, config.run_id, patient=True))
     pending = _resume(run, checkpoints, rank == 0)
-    keeper = _Keeper(checkpoints, run, job["mlflow"], job["board"], pending) if rank == 0 else None
+    recorder = RunRecorder(checkpoints, run, job["mlflow"], job["board"], pending) if rank == 0 else None
     nodes = worker_nodes(run.device)
-    if keeper is not None:
-        keeper.say_where(nodes)
+    if recorder is not None:
+        recorder.say_where(nodes)
     times, last_checkpoint = WorkerTimes(), time.monotonic()
     for batch in _trajectories(run, spec, times, tell):
         try:
@@ -194,23 +149,24 @@ def _train_loop(job: dict[str, Any]) -> None:
         is_due = time.monotonic() - last_checkpoint > config.train.checkpoint_interval_s
         if is_kept := _agree(is_last or is_due, run.device):
             metrics |= times.gather(rank)
-        if keeper is not None:
-            keeper.add(metrics)
+        if recorder is not None:
+            recorder.add(metrics)
         if is_kept:
             tell(f"the checkpoint after trajectory {run.trajectory}")
-            if keeper is not None:
-                keeper.save()
+            if recorder is not None:
+                recorder.save()
             # Few: Ray Train keeps them all; the rest is in MLflow.
             ray.train.report({"trajectory": run.trajectory, "loss": metrics["loss"], "cur": metrics["cur"]})
             last_checkpoint = time.monotonic()
-    if keeper is not None:
-        keeper.finish()
+    if recorder is not None:
+        recorder.finish()
 
 
 def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Routers:
-    """Train to `config.train.all_trajectories`, resuming the run's last checkpoint; returns the routers.
+    """Train the routers and return them, resuming the run's last checkpoint.
 
-    First the one of `train.target_speedup`, then those of `train.targets` by name, as in "1.5x".
+    Training ends at `config.train.all_trajectories`. The router of `train.target_speedup` is first, then come
+    those of `train.targets` by name, as in "1.5x".
 
     Raises:
         RuntimeError: workers failed more often than `train.max_failures`; says how the last one did.

@@ -1,4 +1,4 @@
-"""Report what each training worker does: its progress, and what a run that stands still waits for."""
+"""Report what each training worker does, and give up a run that stands still."""
 
 import logging
 import queue
@@ -20,7 +20,7 @@ _LOOK_EVERY_S, _SAY_EVERY_S = 1.0, 20.0
 
 
 class Reached(NamedTuple):
-    """Where training is, as its first worker sees it."""
+    """The progress of training, as its first worker sees it."""
 
     trajectory: int
     since: int
@@ -32,7 +32,10 @@ class Reached(NamedTuple):
 
 
 class _Board:
-    """An actor beside the driver; workers tell it, without waiting, what they begin."""
+    """An actor beside the driver, which workers tell what they begin.
+
+    They do not wait for it.
+    """
 
     def __init__(self) -> None:
         self._said: dict[int, tuple[str, float]] = {}
@@ -46,21 +49,24 @@ class _Board:
         self._reached = reached
 
     def stop(self, words: str) -> None:
-        """Training ends here, since going on or trying again would not help."""
+        """End training here, since going on or trying again would not help."""
         self._stopped = words
 
     def why_stopped(self) -> str:
         return self._stopped
 
     def read(self) -> tuple[dict[int, tuple[str, float]], Reached | None]:
-        """Of each rank what it does, and for how many seconds; and how far they are."""
+        """Return what each rank does and for how many seconds, and the progress."""
         now = time.monotonic()
         said = {rank: (doing, now - since) for rank, (doing, since) in sorted(self._said.items())}
         return said, self._reached
 
 
 def make_board() -> Any:
-    """The actor's handle; it lives on the driver's node and ends with the driver."""
+    """Return the actor's handle.
+
+    The actor lives on the driver's node and ends with the driver.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
 
@@ -68,14 +74,16 @@ def make_board() -> Any:
 def run_watched(
     work: Callable[[], Result], board: Any, stall_s: float, wanted: str, progress: Progress
 ) -> Result:
-    """`work()` in a thread, given up when for `stall_s` no worker has begun anything new.
+    """Return the result of `work()`, given up if workers stand still.
+
+    That is when no worker has begun anything new for `stall_s`. The work is done in a thread.
 
     The thread also keeps Ray Train from taking over Ctrl-C, after which this process would end with exit
     code 0; an abandoned thread's actors end with this process.
 
     Args:
         wanted: what workers need before the first can begin, for the message.
-        progress: of what the workers reach.
+        progress: turns what the workers reach into messages.
 
     Raises:
         TimeoutError: says what every worker waits for.
@@ -106,7 +114,7 @@ def run_watched(
 
 
 class _Lines:
-    """Tells how far training is: not often, and nothing twice."""
+    """Print how far training is: not often, and nothing twice."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

@@ -1,0 +1,76 @@
+"""Record a training run on its storage and in MLflow; rank 0 alone does."""
+
+import logging
+import time
+from typing import Any
+
+from harmonica.evaluation.plots import router_heat_map
+from harmonica.training.multi_target import MultiTargetTrainer
+
+from ..tracking.metric_log import MetricLog
+from ..tracking.mlflow_runs import StageRun
+from .checkpoints import Checkpoints
+from .watchdog import Reached
+
+logger = logging.getLogger(__name__)
+
+UNLOGGED_METRICS = "unlogged_metrics"
+"""Key of a checkpoint's metrics that are not in MLflow yet."""
+_WORKERS_TAG = "harmonica.workers"
+_MLFLOW_PATIENCE_S = 600
+
+
+class RunRecorder:
+    """Write a run's checkpoints to its storage, and its metrics to MLflow.
+
+    Rank 0 alone has one.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        run: MultiTargetTrainer,
+        stage: StageRun,
+        board: Any,
+        pending: list[Any],
+    ) -> None:
+        self.checkpoints, self.run, self.stage, self.board = checkpoints, run, stage, board
+        self.log = MetricLog(stage, pending)
+        self._since, self._began = run.trajectory, time.monotonic()
+
+    def say_where(self, nodes: list[str]) -> None:
+        """Tag the MLflow run with the workers' nodes, so that a slow one is known."""
+        ranks = {node: [str(rank) for rank, one in enumerate(nodes) if one == node] for node in nodes}
+        said = "; ".join(f"{node}: {' '.join(on_it)}" for node, on_it in ranks.items())
+        try:
+            self.stage.client.set_tag(self.stage.mlflow_run_id, _WORKERS_TAG, said)
+        except Exception as error:  # of many libraries; a tag is not worth a run
+            logger.warning("the workers' nodes are not in MLflow (%s)", type(error).__name__)
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Add a trajectory's metrics to the log, and tell the driver how far the run is."""
+        self.log.add(self.run.trajectory, metrics)
+        seconds = time.monotonic() - self._began
+        reached = Reached(self.run.trajectory, self._since, seconds, metrics["loss"], metrics["cur"])
+        self.board.reach.remote(reached)
+
+    def save(self) -> None:
+        """Write a checkpoint, log the metrics that wait, and plot the router."""
+        self.checkpoints.save(self.run.trajectory, self.run.state() | {UNLOGGED_METRICS: self.log.state()})
+        if self.log.flush():
+            self._log_heat_map()
+
+    def _log_heat_map(self) -> None:
+        names = [branch.name for branch in self.run.sampler.model.branches]
+        plan = self.run.plan
+        scores = self.run.router.logits().sigmoid().cpu()
+        path = f"router/trajectory_{self.run.trajectory:06d}.png"
+        try:
+            figure = router_heat_map(scores, plan.to_tensor(), names)
+            self.stage.client.log_figure(self.stage.mlflow_run_id, figure, path)
+        except Exception as error:  # of many libraries; a picture is not worth a run
+            logger.warning("%s is not in MLflow (%s)", path, type(error).__name__)
+
+    def finish(self) -> None:
+        """Log the metrics that still wait; this may take minutes if MLflow is away."""
+        self.log.finish(_MLFLOW_PATIENCE_S)
