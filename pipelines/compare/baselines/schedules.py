@@ -64,7 +64,7 @@ def output_changes(sampler: Sampler, batches: Sequence[Batch]) -> list[float]:
     for batch in batches:
         for place, (before, now) in enumerate(_outputs(sampler, batch), start=1):
             total[place] += float((now - before).abs().mean() / before.abs().mean())
-    return (total / len(batches)).tolist()
+    return [float(each) for each in total / len(batches)]
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def magnitude_changes(sampler: Sampler, batches: Sequence[Batch]) -> list[float]
     for batch in batches:
         for place, (before, now) in enumerate(_outputs(sampler, batch), start=1):
             ratio[place] += float((now.flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)).mean())
-    return np.abs(1 - ratio / len(batches)).tolist()
+    return [float(each) for each in np.abs(1 - ratio / len(batches))]
 
 
 def _outputs(sampler: Sampler, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
