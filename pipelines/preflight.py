@@ -17,7 +17,7 @@ from .run_state.resume import ROUTER
 from .run_state.routers import load_router
 from .run_state.storage import RunStorage
 from .serving.auth import load_keys
-from .serving.image_sampler import check_is_whole
+from .serving.model_check import check_is_whole
 
 
 def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedModel) -> None:
@@ -112,8 +112,8 @@ def _before(stages: Sequence[Stage], needed: Stage, by: Collection[Stage]) -> St
 
 
 def _check_promotion(config: WorkflowConfig, storage: RunStorage) -> None:
-    stages, is_judged = config.stages, resume.is_finished("evaluate", config, storage)
-    if config.promote != "gate" or "register" not in stages or is_judged:
+    stages, is_evaluated = config.stages, resume.is_finished("evaluate", config, storage)
+    if config.promote != "gate" or "register" not in stages or is_evaluated:
         return
     if "evaluate" not in stages[: stages.index("register")]:
         raise ValueError(

@@ -1,25 +1,17 @@
-"""Ray Serve: an HTTP endpoint in the shape of OpenAI's Images API that samples under the champion router.
+"""Serve an HTTP endpoint in the shape of OpenAI's Images API, on Ray Serve.
 
     python -m pipelines.serve --serve.port 8000        # make serve
     serve deploy with import_path: pipelines.serve:build
 
-There are two deployments: `Api` serves HTTP, and `Sampler` holds the model and generates. A request for n
-images is split into n requests to the engine, which share batches with those of other clients.
+It samples under the champion router. There are two deployments: `Api` serves HTTP, and `Sampler` holds the
+model and generates. A request for n images is split into n requests to the engine, which share batches with
+those of other clients.
 """
 
-import json
-import re
-import shlex
 import signal
-import socket
 import sys
 import threading
-import time
 from dataclasses import field
-from typing import Any
-
-import httpx
-from ray import serve
 
 from harmonica.cli.common import fail, parse_settings, say
 from harmonica.models.loading import ModelConfig
@@ -29,144 +21,11 @@ from .config.serve import ServeConfig
 from .config.workflow import WorkflowConfig
 from .runtime.cluster_address import check_address
 from .runtime.ray_runtime import Terminated, connect, is_private
-from .serving import proxy
-from .serving.application import JSON_LOGS, make_application
 from .serving.application import build as build
 from .serving.auth import key_headers
-from .serving.registry_watcher import FOLLOW_S, ServeArgs
+from .serving.client import curl_command
+from .serving.lifecycle import check_port, deploy, shutdown
 from .serving.router_choice import choose_router
-
-APP_NAME = "harmonica"
-_READY_TIMEOUT_S = 60.0
-_GENERATE_TIMEOUT_S = 600.0
-
-
-def deploy(
-    config: ServeConfig,
-    model: ModelConfig,
-    *,
-    registered_model: str,
-    tracking_uri: str = "",
-    router: str = "",
-    follow_s: float = FOLLOW_S,
-) -> str:
-    """Serve on the connected cluster until `shutdown`, replacing what it served; returns the URL.
-
-    Raises:
-        ValueError: the port is taken, or the router cannot be found.
-        RuntimeError: a replica could not start (the message says why), or the URL does not answer.
-    """
-    args = ServeArgs(
-        serve=config,
-        model=model,
-        registered_model=registered_model,
-        tracking_uri=tracking_uri,
-        router=router,
-        follow_s=follow_s,
-    )
-    # On a private cluster every log line lands on the user's terminal; on a shared one, in Ray's files.
-    logging_config = {"log_level": "WARNING"} if is_private() else JSON_LOGS
-    application = make_application(args, logging_config)
-    if not _is_serving():
-        check_port(config)
-    serve.start(
-        http_options={"host": config.host, "port": config.port},
-        # Inherited by the proxies, and the working directory with it.
-        controller_options={"runtime_env": {"env_vars": {proxy.CALLBACK: f"{proxy.__name__}.middlewares"}}},
-        logging_config=logging_config,
-    )
-    try:
-        serve.run(application, name=APP_NAME, route_prefix="/", logging_config=logging_config)
-    except RuntimeError as error:
-        raise RuntimeError(f"serving could not start: {_why_failed() or error}") from error
-    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-    url = f"http://{host}:{config.port}"
-    _wait_until_ready(url)
-    return url
-
-
-def shutdown() -> None:
-    """Stop serving. The cluster stays, and so do other applications on it."""
-    if APP_NAME in serve.status().applications:
-        serve.delete(APP_NAME)
-    if not serve.status().applications:
-        serve.shutdown()
-
-
-def _why_failed() -> str:
-    """Return the error that a replica raised; Serve's own only names the deployment."""
-    application = serve.status().applications.get(APP_NAME)
-    messages = [deployment.message for deployment in application.deployments.values()] if application else []
-    lines = [line for message in messages for line in message.splitlines()]
-    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
-    return raised[-1] if raised else ""
-
-
-def _is_serving() -> bool:
-    return bool(serve.status().proxies)
-
-
-def check_port(config: ServeConfig) -> None:
-    """Check that the address can be listened on.
-
-    Raises:
-        ValueError: it is taken, or not this machine's.
-    """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise ValueError(
-                f"serve.port is {config.port}: {config.host}:{config.port} cannot be listened on "
-                f"({error.strerror}), give another port"
-            ) from error
-
-
-def _wait_until_ready(url: str) -> None:
-    deadline = time.monotonic() + _READY_TIMEOUT_S
-    while True:
-        try:
-            if httpx.get(f"{url}/healthz", timeout=10).is_success:
-                return
-        except httpx.TransportError:
-            pass
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"{url} does not answer: if Serve already runs on this cluster at another host or port, it "
-                "keeps that (stop it with `serve shutdown`)"
-            )
-        time.sleep(0.2)
-
-
-def first_image(url: str, prompt: str, seed: int, *, api_keys_file: str = "") -> dict[str, Any]:
-    """Ask a running endpoint for one image, waiting while it starts or is busy; return the decoded answer.
-
-    Args:
-        api_keys_file: the endpoint's own `serve.api_keys_file`; its first key is used.
-
-    Raises:
-        RuntimeError: the request is rejected, or the endpoint cannot be reached for a minute.
-    """
-    deadline = time.monotonic() + _READY_TIMEOUT_S
-    endpoint, headers = f"{url}/v1/images/generations", key_headers(api_keys_file)
-    reason: object = None
-    while time.monotonic() < deadline:
-        try:
-            body = {"prompt": prompt, "seed": seed}
-            answer = httpx.post(endpoint, json=body, headers=headers, timeout=_GENERATE_TIMEOUT_S)
-        except httpx.TransportError as error:
-            reason = error
-        else:
-            if answer.is_success:
-                answered: dict[str, Any] = answer.json()
-                return answered
-            reason = answer.text
-            if answer.status_code not in (404, 503):
-                break
-        time.sleep(0.5)
-    raise RuntimeError(f"{url} gave no image of {prompt!r}: {reason}")
 
 
 @settings()
@@ -184,23 +43,6 @@ class ServeCommand:
     router: str = ""
     """Router artifact folder to serve, or `uncached` to compute every branch. Empty: the registry's champion,
     else the built-in one, whichever fits the model."""
-
-
-def _curl(url: str, headers: dict[bytes, bytes]) -> str:
-    """Return a shell command that writes an image of the model's first class, or of a prompt, to image.png.
-
-    Args:
-        headers: with a key, if the endpoint needs one.
-    """
-    card = httpx.get(f"{url}/v1/models", headers=headers, timeout=10).json()["data"][0]
-    prompt = card["class_names"][0] if card["class_names"] else "a photo of a sneaker"
-    body = shlex.quote(json.dumps({"prompt": prompt, "seed": 1}))
-    decode = "import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)"
-    key = ' -H "Authorization: Bearer $HARMONICA_API_KEY"' if headers else ""
-    return (
-        f"  curl -s {url}/v1/images/generations{key} -H 'Content-Type: application/json' -d {body} \\\n"
-        f'    | python3 -c \'{decode}["data"][0]["b64_json"]))\' > image.png'
-    )
 
 
 def _serve(command: ServeCommand) -> None:
@@ -229,7 +71,7 @@ def _serve(command: ServeCommand) -> None:
             router=choice.router,
         )
         words = ", with one of the server's keys in HARMONICA_API_KEY" if headers else ""
-        say(f"Serving at {url}, documentation at {url}/docs. Try{words}:\n\n{_curl(url, headers)}\n")
+        say(f"Serving at {url}, documentation at {url}/docs. Try{words}:\n\n{curl_command(url, headers)}\n")
         say("Ctrl-C stops it.")
         stop.wait()
     finally:

@@ -76,10 +76,10 @@ class Workflow:
         Raises:
             ValueError: names field, value and cure.
         """
-        if not self.storage.is_local:  # without patience, or a wrong address would take a minute to be told
+        if not self.storage.is_local:  # not patient, since a wrong address should be reported within seconds
             RunStorage(self.storage.root, self.storage.run_id).check_writable()
         if "serve" in self.config.stages and is_private():
-            from .serve import check_port
+            from .serving.lifecycle import check_port
 
             check_port(self.config.serve)
         loaded = load_model(self.config.model)
@@ -130,9 +130,9 @@ class Workflow:
             "compare": self._compare,
         }
         started = time.monotonic()
-        words = stages[stage]()
+        message = stages[stage]()
         resume.mark_done(stage, self.storage)
-        say(f"[{stage}] {words} ({time.monotonic() - started:.0f} s)")
+        say(f"[{stage}] {message} ({time.monotonic() - started:.0f} s)")
 
     def _stage(self, name: Stage) -> AbstractContextManager[mlflow_runs.StageRun]:
         return self._run_of(name, self.config.to_dict()[name])

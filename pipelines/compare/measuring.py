@@ -81,12 +81,12 @@ class VariantWorker:
         """
         variant, batch = self._with_state(variant), make_samples(np.arange(rows.start, rows.stop), self.spec)
         before = {} if reference is None else {variant.reference: torch.tensor(reference)}
-        columns, drawn = self.sampler.measure(batch, [variant], before)
+        columns, samples = self.sampler.measure(batch, [variant], before)
         if reference is not None:
             return columns, None
         if variant.name == FULL and self.sampler.has_noise_floor:
             columns |= self.sampler.measure_other_noise(batch["index"], variant)
-        return columns, drawn[variant.name].cpu().numpy()
+        return columns, samples[variant.name].cpu().numpy()
 
     def _with_state(self, variant: Variant) -> Variant:
         """Return this worker's copy of the variant, with the modules that it has built.
@@ -175,32 +175,29 @@ class Bench:
                 self._samples[name] = self._measure_images(self.references[name], None)
             except Exception as error:
                 self._samples[name] = error
-        drawn = self._samples[name]
-        if isinstance(drawn, Exception):
-            raise NotMeasuredError(f"its reference, {name}: {reason_of(drawn)}") from drawn
-        return drawn
+        found = self._samples[name]
+        if isinstance(found, Exception):
+            raise NotMeasuredError(f"its reference, {name}: {reason_of(found)}") from found
+        return found
 
     def _measure_images(self, variant: Variant, blocks: list[Any] | None) -> _Samples:
-        """Sample and measure all images of a variant.
-
-        `blocks` are its reference's samples.
-        """
+        """Sample and measure a variant's images; `blocks` are its reference's samples."""
         samples, size = self.config.evaluate.samples, self.config.evaluate.batch_size
         ranges = [range(i, min(i + size, samples)) for i in range(0, samples, size)]
         workers, tasks = self._workers, []
         for i, rows in enumerate(ranges):
             worker = workers[i % len(workers)]
-            asked = (variant, rows, blocks[i] if blocks else None)
-            tasks.append(worker.measure.options(num_returns=2).remote(*asked))
+            arguments = (variant, rows, blocks[i] if blocks else None)
+            tasks.append(worker.measure.options(num_returns=2).remote(*arguments))
         accumulators: dict[str, MetricAccumulator] = {}
         try:
             for columns, _ in tasks:
                 accumulate(accumulators, [variant], ray.get(columns), samples)
         except Exception:
-            # So that the workers are idle when the next variant is timed.
+            # The workers have to be idle when the next variant is timed.
             ray.wait([columns for columns, _ in tasks], num_returns=len(tasks))
             raise
-        return _Samples(accumulators, [drawn for _, drawn in tasks])
+        return _Samples(accumulators, [block for _, block in tasks])
 
     @cached_property
     def _workers(self) -> list[Any]:

@@ -107,7 +107,7 @@ def _measured(
         if (result := results.get(one.variant.name)) is None:
             try:
                 quality, spread = bench.measure(one.variant)
-            except Exception as error:  # of many libraries; the other variants count
+            except Exception as error:  # many libraries raise their own; the other variants count
                 missing.append(one.about | {"reason": reason_of(error)})
                 say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
                 continue
@@ -117,8 +117,8 @@ def _measured(
         spreads.append(result[SECONDS_SPREAD])
         if time.monotonic() - last_said > _SAY_EVERY_S:
             last_said = time.monotonic()
-            near = f"{point[SPEEDUP]:.2f}x, {point[PSNR_TO_FULL]:.1f} dB"
-            say(f"[compare] {place} of {len(methods)} variants, {shown_name(point)}: {near}")
+            shown = f"{point[SPEEDUP]:.2f}x, {point[PSNR_TO_FULL]:.1f} dB"
+            say(f"[compare] {place} of {len(methods)} variants, {shown_name(point)}: {shown}")
     return points, max(spreads), missing
 
 
@@ -153,7 +153,7 @@ def _train_learned(
                 ray.get(running[entry])
             doing = "its router cannot be read"
             artifact = load_router(storage, places[entry])
-        except Exception as error:  # of a worker, of a damaged file; the other variants count
+        except Exception as error:  # a worker failed or a file is damaged; the other variants count
             missing.append(about | {"reason": f"{doing}: {reason_of(error)}"})
             say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
             continue

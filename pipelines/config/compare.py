@@ -14,7 +14,7 @@ class CompareConfig:
     """The settings of a comparison of our routers with other methods.
 
     They sample the same noise at the same speeds. All of it may change when a run is resumed, but for
-    `samples`, which may only grow: variants are added or dropped, and judged anew on more images.
+    `samples`, which may only grow: variants are added or dropped, and measured anew on more images.
     """
 
     targets: Annotated[tuple[Annotated[float, Field(gt=1, le=10)], ...], Field(min_length=1)] = (

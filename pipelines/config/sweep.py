@@ -27,8 +27,8 @@ class SweepConfig:
     iepo: tuple[LambdaKind, ...] = ()
     """Research: Ways to measure lambda; none: that of train.iepo."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**62)], ...] = ()
-    """Seeds of training; none: the run's. Give several to tell a better setting from chance. All are judged
-    on the same rows, which none was trained on."""
+    """Seeds of training; none: the run's. Give several to tell a better setting from chance. All are
+    evaluated on the same rows, which none was trained on."""
     search: Search = "grid"
     """Train every combination to its end (grid), or stop early those whose score falls behind (asha). The
     score is that of promotion, by ideal speedup. Give asha for more than some ten combinations."""

@@ -154,14 +154,14 @@ class WorkflowConfig:
     """Seconds between readings of every node's CPU, memory and GPUs, which go to MLflow; 0 takes none. Raise
     it for runs of days."""
     seed: Annotated[int, Field(ge=0, lt=2**62), Cure("a whole number from 0, below 2^62")] = 0
-    """Fixes every label and every noise of training; evaluation draws from seed + 1. Change it to see how
+    """Fixes every label and every noise of training; evaluation takes seed + 1. Change it to see how
     much a result depends on chance."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The denoiser."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How it samples."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    """What a text-to-image model is trained and judged on."""
+    """What a text-to-image model is trained and evaluated on."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Router training."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

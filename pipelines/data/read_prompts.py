@@ -57,10 +57,12 @@ def distinct_texts(config: PromptsConfig, model_path: str) -> Iterator[Text]:
     if first_over is None:
         return
     prompt, _, tokens = first_over
-    words = text_encoder.over_limit_message(prompt, tokens, over, len(seen), config.max_tokens)
+    message = text_encoder.over_limit_message(prompt, tokens, over, len(seen), config.max_tokens)
     if config.over_limit == "refuse":
-        raise ValueError(f"prompts.path {path}: {words}: shorten them, or set prompts.over_limit to truncate")
-    logger.warning("prompts.path %s: %s; they lose their end", path, words)
+        raise ValueError(
+            f"prompts.path {path}: {message}: shorten them, or set prompts.over_limit to truncate"
+        )
+    logger.warning("prompts.path %s: %s; they lose their end", path, message)
 
 
 def _files(path: str) -> tuple[fs.FileSystem, list[str]]:

@@ -124,13 +124,13 @@ def check_metric_settings(config: WorkflowConfig, loaded: LoadedModel) -> None:
     shape = (model.in_channels, model.sample_size)
     if settings.features == "classifier" and shape != _CLASSIFIER_SHAPE:
         raise ValueError(
-            f"evaluate.features is 'classifier', which knows grey pictures of 28 x 28, and the model draws "
+            f"evaluate.features is 'classifier', which knows grey images of 28 x 28, and the model makes "
             f"{shape[0]} channels of {shape[1]} x {shape[1]}: give inception, or auto"
         )
     if _wants_pixels(config) and not draws_pixels(model):
         if loaded.vae_folder is None:
             raise ValueError(
-                f"model.vae is '' and {config.model.path} draws latents: give its decoder, or leave out "
+                f"model.vae is '' and {config.model.path} makes latents: give its decoder, or leave out "
                 "evaluate.features, clip_path and lpips_path, which look at pictures"
             )
         check_vae(loaded.vae_folder)

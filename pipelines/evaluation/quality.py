@@ -114,10 +114,7 @@ def _check_variants(variants: list[Variant]) -> None:
 
 
 class VariantSampler:
-    """A Ray Data actor that samples every variant from the same rows.
-
-    It returns metric columns, not images.
-    """
+    """A Ray Data actor that samples variants and returns metric columns, no images."""
 
     def __init__(self, config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]) -> None:
         self.variants, self.spec = variants, spec
@@ -136,37 +133,37 @@ class VariantSampler:
         return out
 
     def measure(
-        self, batch: dict[str, np.ndarray], variants: list[Variant], drawn: Mapping[str, Tensor]
+        self, batch: dict[str, np.ndarray], variants: list[Variant], known: Mapping[str, Tensor]
     ) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
         """Return the metric columns of all variants on these rows, and their samples.
 
         Args:
-            drawn: samples of references that are not among the variants, from the same rows.
+            known: samples of references that are not among the variants, from the same rows.
 
         Raises:
             NotFinite: a variant's images are not finite.
         """
-        rows, drawn = self.spec.to_batch(batch, self.device), dict(drawn)
-        images = {name: self.metrics.decode(samples) for name, samples in drawn.items()}
+        rows, sampled = self.spec.to_batch(batch, self.device), dict(known)
+        images = {name: self.metrics.decode(samples) for name, samples in sampled.items()}
         prompts = self._prompts(batch["label"])
         out = {"index": batch["index"], "label": self._classes(batch["label"], prompts)}
         for variant in variants:
-            drawn[variant.name] = samples = variant.sample(self.model, rows)
+            sampled[variant.name] = samples = variant.sample(self.model, rows)
             images[variant.name] = decoded = self.metrics.decode(samples)
             check_finite(decoded, f"images of variant {variant.name!r} are")
             columns = self.metrics.features(decoded) | self.metrics.prompt_scores(decoded, prompts)
             if variant.name != variant.reference:
                 columns |= self.metrics.compare(decoded, images[variant.reference])
             out |= {f"{variant.name}.{name}": column for name, column in columns.items()}
-        return out, {variant.name: drawn[variant.name] for variant in variants}
+        return out, {variant.name: sampled[variant.name] for variant in variants}
 
     def measure_other_noise(self, index: np.ndarray, reference: Variant) -> dict[str, np.ndarray]:
         """Return features of a reference's samples under another seed."""
         other = replace(self.spec, seed=self.spec.seed + _OTHER_SEED)
-        drawn = reference.sample(self.model, other.to_batch(make_samples(index, other), self.device))
-        shown = self.metrics.decode(drawn)
-        check_finite(shown, f"images of variant {reference.name!r} are")
-        columns = self.metrics.features(shown)
+        samples = reference.sample(self.model, other.to_batch(make_samples(index, other), self.device))
+        images = self.metrics.decode(samples)
+        check_finite(images, f"images of variant {reference.name!r} are")
+        columns = self.metrics.features(images)
         return {f"{NOISE_FLOOR}.{name}": column for name, column in columns.items()}
 
     def _prompts(self, labels: np.ndarray) -> list[str] | None:
@@ -217,10 +214,7 @@ def _metric_batches(
 def _collect(
     config: WorkflowConfig, variants: list[Variant], batches: Iterator[dict[str, np.ndarray]]
 ) -> dict[str, MetricAccumulator]:
-    """Return an accumulator for each variant by name.
-
-    Each batch is released once it is added.
-    """
+    """Return an accumulator by variant; each batch is released once it is added."""
     accumulators: dict[str, MetricAccumulator] = {}
     for batch in batches:
         accumulate(accumulators, variants, batch, config.evaluate.samples)
@@ -233,10 +227,7 @@ def accumulate(
     batch: dict[str, np.ndarray],
     count: int,
 ) -> None:
-    """Add a batch of columns to the accumulators of the variants.
-
-    Each variant has `count` images in all.
-    """
+    """Add columns to the variants' accumulators, each of `count` images in all."""
     index, label = batch.pop("index"), batch.pop("label")
     columns = {variant.name: {"label": label} for variant in variants}
     for name, column in batch.items():

@@ -138,7 +138,7 @@ def _pictures(
             artifact.logits_TB.sigmoid(), artifact.plan.to_tensor(), timing.branch_names
         )
     }
-    if next(iter(rows.values())).shape[1] in (1, 3):  # pixels; latents want their VAE
+    if next(iter(rows.values())).shape[1] in (1, 3):  # the samples are pixels; latents would need their VAE
         title = "Same noise, full and cached"
         pictures["samples.png"] = sample_sheet(with_differences(rows), timing.sheet_names, title=title)
     return pictures

@@ -68,9 +68,9 @@ class TextPretrainConfig(PretrainConfig):
     """Of following the DiT, beside the noise, where no tone is asked for. The class weighs so little in the
     noise's error that learning it from that alone takes several times as long; 0 does."""
     judge: str = ""
-    """Judge the pictures of this folder's model instead of training."""
+    """Evaluate the images of this folder's model instead of training."""
     samples: Count = 1000
-    """Pictures to judge it by, under each guidance scale."""
+    """Images of that evaluation, under each guidance scale."""
 
 
 class CaptionTask(Task[TextPretrainConfig]):

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 EXPIRES_S, RENEWED_EVERY_S = 60.0, 10.0
 _LOOK_S = 0.5
-_DYING_S = 3.0  # a process that was killed takes its time to go
+_DYING_S = 3.0  # a process that was killed takes a while to end
 _SAME_START_S = 5.0  # psutil works it out from two clocks
 
 
@@ -188,7 +188,7 @@ def _claim(storage: RunStorage, expires_s: float, renewed_every_s: float) -> Lea
             continue  # another one was first: it is the holder now
         assert holder is not None
         lives = time.monotonic() > deadline if is_here else bool(seen) and content != seen
-        if lives:  # or has renewed it before our eyes
+        if lives:  # or it has renewed the lease while this one waited
             raise ValueError(_refusal(holder, run_id, expires_s))
         if not told and not is_here:
             said = f"{_words(holder)}: waiting until it gives a sign or its lease ends, at most"

@@ -38,7 +38,7 @@ QUIET = {
     "RAY_SERVE_SLOW_STARTUP_WARNING_S": "180",
 }
 _PRIVATE = {
-    # A node of a private cluster is not taken away from under it: an actor less.
+    # A private cluster loses no node, so the actor that watches for that is left out.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _DASHBOARD_ADDRESS = "RAY_API_SERVER_ADDRESS"

@@ -1,4 +1,4 @@
-"""Requests to the HTTP endpoint: OpenAI's Images API with extensions.
+"""Define the requests to the HTTP endpoint: OpenAI's Images API with extensions.
 
 OpenAI's own client sends such fields as its `extra_body`.
 """
@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from harmonica.evaluation.plots import PictureFormat
 from harmonica.samplers import MAX_GUIDANCE_SCALE
 
-from .image_sampler import Quality
+from .image_request import Quality
 from .requests import MAX_PARTIAL_IMAGES
 
 MAX_PROMPT_LENGTH = 4096
@@ -98,7 +98,7 @@ class GenerateRequest(BaseModel):
 
     @property
     def served_quality(self) -> Quality:
-        """The quality that is served for the one asked for."""
+        """Return the quality that is served for the one asked for."""
         return _QUALITIES[self.quality]
 
     @property

@@ -1,4 +1,4 @@
-"""The generation engine: it batches requests, samples them, and encodes images and previews, without Ray.
+"""Batch the requests for images, sample them and encode the results, without Ray.
 
 Trajectories run in a thread of their own and image files are encoded in others, so that the event loop
 always answers.
@@ -8,12 +8,10 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
@@ -23,59 +21,17 @@ from harmonica.validation.finite import NotFinite
 
 from ..config.serve import ServeConfig
 from .batching import Batcher, Overloaded, TimedOut
-from .image_sampler import ImageRequest, ImageSampler, Quality, ServedPlan
-from .requests import (
-    EngineRequest,
-    GeneratedImage,
-    ModelCard,
-    Preview,
-    Progress,
-    RejectedRouter,
-    RouterCard,
-)
+from .image_sampler import ImageSampler
+from .jobs import Job, Metrics, SampledImage, preview_steps, report_step
+from .requests import EngineRequest, GeneratedImage, ModelCard, Preview, Progress, RejectedRouter
+from .router_cards import router_cards
+from .served_plan import ServedPlan
 
 logger = logging.getLogger("ray.serve")
 
 
-class Metrics(Protocol):
-    """Receives the engine's measurements."""
-
-    def trajectory(self, served: ServedPlan, waits_s: Sequence[float], seconds: float) -> None: ...
-    def waiting(self, count: int) -> None: ...
-    def rejected(self, reason: str) -> None: ...
-    def serving(self, version: str, rejected: str) -> None: ...
-
-
-def preview_steps(num_steps: int, count: int) -> tuple[int, ...]:
-    """Return the steps after which previews are sent: evenly spaced, and fewer if there are too few steps."""
-    steps = {round(num_steps * (i + 1) / (count + 1)) for i in range(count)}
-    return tuple(sorted(steps - {0, num_steps}))
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A queued image, and the callback that reports its steps."""
-
-    image: ImageRequest
-    arrived: float = field(default_factory=time.perf_counter)
-    preview_steps: tuple[int, ...] = ()
-    """Steps after which the callback gets a predicted image."""
-    report: Callable[[int, Tensor | None], None] | None = None
-    """Called after every step, in the trajectory's thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Sampled:
-    """An image that its trajectory has finished, and how that went."""
-
-    image_CHW: Tensor
-    batch_size: int
-    waited_s: float
-    seconds: float
-
-
 class GenerationEngine:
-    """An `ImageSource` in this process: a queue, an image sampler and image encoders."""
+    """This image source has a queue, an image sampler and image encoders."""
 
     def __init__(
         self, images: ImageSampler, model: str, config: ServeConfig, metrics: Metrics | None = None
@@ -84,7 +40,7 @@ class GenerationEngine:
         self.metrics = metrics
         self._began: float | None = None
         self.rejected: RejectedRouter | None = None
-        self.batcher: Batcher[ServedPlan, _Job, _Sampled] = Batcher(
+        self.batcher: Batcher[ServedPlan, Job, SampledImage] = Batcher(
             self._trajectory,
             max_batch_size=config.max_batch_size,
             wait_s=config.batch_wait_s,
@@ -94,7 +50,10 @@ class GenerationEngine:
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="encoder")
 
     async def fix_batch_size(self) -> None:
-        """Fix the batch size if `serve.reproducible` is set; call it once there is a router."""
+        """Fix the batch size if `serve.reproducible` is set.
+
+        Call it once there is a router.
+        """
         if not self._config.reproducible:
             return
         # On a CPU an image that waits alone costs twelve times as much in a full batch of 16.
@@ -105,11 +64,15 @@ class GenerationEngine:
         self.batcher.max_batch_size = size
 
     async def warm_up(self, served: ServedPlan) -> None:
-        """Warm a plan up at every batch size that is recorded; batches of the others run in between."""
+        """Warm a plan up at every batch size that is recorded.
+
+        Batches under the other plans run in between.
+        """
         for size in sizes_up_to(self._config.max_batch_size):
             await self.batcher.run_between_batches(partial(self.images.warm_up, served, size))
 
     async def describe(self) -> ModelCard:
+        """Describe the model, its routers and the queue."""
         images = self.images
         return ModelCard(
             model=self._model,
@@ -118,29 +81,23 @@ class GenerationEngine:
             class_names=images.class_names,
             image_size=images.image_size,
             max_images=self._config.max_images_per_request,
-            routers=self._router_cards(),
+            routers=router_cards(images),
             rejected=self.rejected,
             waiting=self.batcher.num_waiting,
             max_waiting=self._config.max_waiting,
         )
 
-    def _router_cards(self) -> tuple[RouterCard, ...]:
-        uses: dict[ServedPlan, tuple[Quality, ...]] = {}
-        qualities: tuple[Quality, ...] = ("high", "medium", "low")
-        for quality in qualities:
-            served = self.images.plan_for(quality)
-            uses[served] = uses.get(served, ()) + (quality,)
-        return tuple(_card(served, quality) for served, quality in uses.items())
-
     async def generate(self, request: EngineRequest) -> GeneratedImage:
+        """Generate one image, as `ImageSource` says."""
         with self._log_not_finite(request):
             served = await self._admit(request)
-            sampled = await self._submit(request, served, _Job(request.image))
+            sampled = await self._submit(request, served, Job(request.image))
             return await self._finish(request, served, sampled)
 
     async def generate_stream(
         self, request: EngineRequest
     ) -> AsyncIterator[Progress | Preview | GeneratedImage]:
+        """Yield the events of one image, as `ImageSource` says."""
         with self._log_not_finite(request):
             async with aclosing(self._stream(request)) as events:
                 async for event in events:
@@ -148,16 +105,16 @@ class GenerationEngine:
 
     @contextmanager
     def _log_not_finite(self, request: EngineRequest) -> Iterator[None]:
-        """Log and count an image with values that are not finite, which the client learns no more about.
+        """Log and count an image that has values that are not finite.
 
-        It fails alone: the other images of its batch are answered.
+        The client is told only that generating failed. The other images of its batch are answered.
         """
         try:
             yield
         except NotFinite as error:
             image, version = request.image, self.images.version
             logger.error(
-                "image not drawn, quality %s with champion %s, seed %d, index %d: %s",
+                "image not generated, quality %s with champion %s, seed %d, index %d: %s",
                 *(request.quality, version, image.seed, image.index, error),
             )
             self._count_rejected("not_finite")
@@ -172,7 +129,7 @@ class GenerationEngine:
         def report(step: int, image_CHW: Tensor | None) -> None:
             loop.call_soon_threadsafe(reports.put_nowait, (step, image_CHW))
 
-        job = _Job(request.image, preview_steps=steps, report=report)
+        job = Job(request.image, preview_steps=steps, report=report)
         sampling = asyncio.create_task(self._submit(request, served, job))
         sampling.add_done_callback(lambda _: reports.put_nowait(None))
         try:
@@ -203,7 +160,7 @@ class GenerationEngine:
             await asyncio.to_thread(self.images.check, image)
         return served
 
-    async def _submit(self, request: EngineRequest, served: ServedPlan, job: _Job) -> _Sampled:
+    async def _submit(self, request: EngineRequest, served: ServedPlan, job: Job) -> SampledImage:
         bound = self._config.timeout_s
         timeout_s = bound if request.timeout_s is None else min(bound, request.timeout_s)
         try:
@@ -219,11 +176,11 @@ class GenerationEngine:
         if self.metrics:
             self.metrics.rejected(reason)
 
-    def _trajectory(self, served: ServedPlan, jobs: Sequence[_Job]) -> list[_Sampled]:
+    def _trajectory(self, served: ServedPlan, jobs: Sequence[Job]) -> list[SampledImage]:
         self._began = started = time.perf_counter()
         try:
             requests = [job.image for job in jobs]
-            images_NCHW = self.images.generate(requests, served, partial(_report, jobs))
+            images_NCHW = self.images.generate(requests, served, partial(report_step, jobs))
         finally:
             self._began = None
         seconds = time.perf_counter() - started
@@ -231,7 +188,8 @@ class GenerationEngine:
         if self.metrics:
             self.metrics.trajectory(served, waits_s, seconds)
         return [
-            _Sampled(image_CHW, len(jobs), wait_s, seconds) for image_CHW, wait_s in zip(images_NCHW, waits_s)
+            SampledImage(image_CHW, len(jobs), wait_s, seconds)
+            for image_CHW, wait_s in zip(images_NCHW, waits_s)
         ]
 
     def check_health(self) -> None:
@@ -250,11 +208,13 @@ class GenerationEngine:
             self._encoders, encode_picture, image_CHW, request.output_format, request.output_compression
         )
 
-    async def _finish(self, request: EngineRequest, served: ServedPlan, sampled: _Sampled) -> GeneratedImage:
+    async def _finish(
+        self, request: EngineRequest, served: ServedPlan, sampled: SampledImage
+    ) -> GeneratedImage:
         config, guidance_scale = served.sampler.config, request.image.guidance_scale
         about = {"router_version": served.version, "batch_size": sampled.batch_size}
         seconds = {"waited_s": round(sampled.waited_s, 4), "seconds": round(sampled.seconds, 4)}
-        logger.info("image drawn", extra={**about, **seconds})  # fields of Serve's JSON logs
+        logger.info("image generated", extra={**about, **seconds})  # fields of Serve's JSON logs
         return GeneratedImage(
             picture=await self._encode(request, sampled.image_CHW),
             router_version=served.version,
@@ -264,27 +224,3 @@ class GenerationEngine:
             batch_size=sampled.batch_size,
             seconds=sampled.seconds,
         )
-
-
-def _report(jobs: Sequence[_Job], step: int, predict: Callable[[Sequence[int]], Tensor]) -> None:
-    """Call the jobs' callbacks; only images that are previewed at this step are predicted and decoded."""
-    indices = [index for index, job in enumerate(jobs) if step in job.preview_steps]
-    previews = dict(zip(indices, predict(indices))) if indices else {}
-    for index, job in enumerate(jobs):
-        if job.report is not None:
-            job.report(step, previews.get(index))
-
-
-def _card(served: ServedPlan, quality: tuple[Quality, ...]) -> RouterCard:
-    config = served.sampler.config
-    return RouterCard(
-        version=served.version,
-        quality=quality,
-        cur=served.plan.cur,
-        ideal_speedup=served.ideal_speedup,
-        sampler=config.name,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        plan=tuple(served.plan.to_strings()),
-        scores=served.scores,
-    )

@@ -1,4 +1,4 @@
-"""Answers of the HTTP endpoint: OpenAI's Images API with extensions.
+"""Define the answers of the HTTP endpoint: OpenAI's Images API with extensions.
 
 OpenAI's own client passes fields it does not know through.
 """
@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from harmonica.evaluation.plots import PictureFormat
 
-from .image_sampler import Quality
+from .image_request import Quality
 
 
 class Warned(BaseModel):

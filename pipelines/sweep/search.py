@@ -18,7 +18,7 @@ from ..run_state.storage import RunStorage
 from .trial import SCORE, TRAJECTORY, Trial, run_trial, trials_of
 
 _SAY_EVERY_S = 20.0
-# Ctrl-C ends the workflow, not only the search; and its tables and logs have their place in MLflow.
+# Ctrl-C ends the workflow, not only the search; its tables and logs go to MLflow.
 _TUNE = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

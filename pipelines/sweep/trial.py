@@ -106,9 +106,9 @@ class _Probe:
         from harmonica.evaluation.image_metrics import psnr
 
         artifact = self.run.artifact()
-        near = float(psnr(self._sample(artifact).cpu(), self.full_NCHW.cpu()).clamp(max=100).mean())
-        worth = score(near, artifact.ideal_speedup, self.config.promotion.db_per_doubling)
-        reported = {TRAJECTORY: float(self.run.trajectory), CUR: artifact.plan.cur, PSNR_TO_FULL: near}
+        psnr_db = float(psnr(self._sample(artifact).cpu(), self.full_NCHW.cpu()).clamp(max=100).mean())
+        worth = score(psnr_db, artifact.ideal_speedup, self.config.promotion.db_per_doubling)
+        reported = {TRAJECTORY: float(self.run.trajectory), CUR: artifact.plan.cur, PSNR_TO_FULL: psnr_db}
         if "loss" in metrics:
             reported["loss"] = float(metrics["loss"])
         return reported | {IDEAL_SPEEDUP: artifact.ideal_speedup, SCORE: worth}
@@ -133,7 +133,7 @@ def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
     reports: list[dict[str, float]] = state[_REPORTS]
     is_done = storage.exists(f"{folder}/{ROUTER}/config.json")
     for before in reports:
-        # At its last report ASHA ends a trial, and the router would be missing.
+        # ASHA ends a trial at its last report, so the router has to be there before that.
         if is_done or before[TRAJECTORY] < trial.settings(config).train.all_trajectories:
             tune.report(before)
     if is_done:

@@ -41,10 +41,10 @@ class RunRecorder:
     def say_where(self, nodes: list[str]) -> None:
         """Tag the MLflow run with the workers' nodes, so that a slow one is known."""
         ranks = {node: [str(rank) for rank, one in enumerate(nodes) if one == node] for node in nodes}
-        said = "; ".join(f"{node}: {' '.join(on_it)}" for node, on_it in ranks.items())
+        message = "; ".join(f"{node}: {' '.join(on_it)}" for node, on_it in ranks.items())
         try:
-            self.stage.client.set_tag(self.stage.mlflow_run_id, _WORKERS_TAG, said)
-        except Exception as error:  # of many libraries; a tag is not worth a run
+            self.stage.client.set_tag(self.stage.mlflow_run_id, _WORKERS_TAG, message)
+        except Exception as error:  # any library may raise; a missing tag must not end the run
             logger.warning("the workers' nodes are not in MLflow (%s)", type(error).__name__)
 
     def add(self, metrics: dict[str, float]) -> None:
@@ -68,7 +68,7 @@ class RunRecorder:
         try:
             figure = router_heat_map(scores, plan.to_tensor(), names)
             self.stage.client.log_figure(self.stage.mlflow_run_id, figure, path)
-        except Exception as error:  # of many libraries; a picture is not worth a run
+        except Exception as error:  # any library may raise; a missing picture must not end the run
             logger.warning("%s is not in MLflow (%s)", path, type(error).__name__)
 
     def finish(self) -> None:

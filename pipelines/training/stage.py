@@ -45,9 +45,9 @@ logger = logging.getLogger(__name__)
 
 Routers = tuple[RouterArtifact, dict[str, RouterArtifact]]
 
-# Training does not stand still for its curves: they wait in the checkpoint (`MetricLog`).
+# Training does not wait for MLflow: metrics that it did not take stay in the checkpoint (`MetricLog`).
 _MLFLOW_CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-# An elastic run that counts on a node that is gone waits so long for it (else a minute), then counts again.
+# Seconds that an elastic run waits for a node that is gone before it counts nodes again; Ray waits a minute.
 _START_PATIENCE = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 
 
@@ -82,7 +82,7 @@ def _trajectories(
 
 def _agree(due: bool, device: torch.device | str) -> bool:
     """Return rank 0's answer on all workers, since a report is a barrier."""
-    flag = torch.tensor([float(due)], device=device)  # NCCL moves nothing that is not on the GPU
+    flag = torch.tensor([float(due)], device=device)  # NCCL moves only what is on the GPU
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(flag, src=0)
     return bool(flag.item())
@@ -155,7 +155,7 @@ def _train_loop(job: dict[str, Any]) -> None:
             tell(f"the checkpoint after trajectory {run.trajectory}")
             if recorder is not None:
                 recorder.save()
-            # Few: Ray Train keeps them all; the rest is in MLflow.
+            # Few metrics, since Ray Train keeps them all in memory; the rest is in MLflow.
             ray.train.report({"trajectory": run.trajectory, "loss": metrics["loss"], "cur": metrics["cur"]})
             last_checkpoint = time.monotonic()
     if recorder is not None:
@@ -204,8 +204,8 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
         run_watched(trainer.fit, board, settings.stall_timeout_s, wanted, progress)
     except WorkerGroupError as error:
         raise RuntimeError(_last_failure(error, settings.max_failures)) from error
-    if words := ray.get(board.why_stopped.remote()):
-        raise NotFinite(words)
+    if message := ray.get(board.why_stopped.remote()):
+        raise NotFinite(message)
     return _build_artifacts(config, Checkpoints.of_training(storage))
 
 

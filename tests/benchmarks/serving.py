@@ -12,7 +12,8 @@ from harmonica.builtin import CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import ModelConfig, load_model
 from pipelines.config.serve import ServeConfig
-from pipelines.serving.image_sampler import ImageRequest, ImageSampler
+from pipelines.serving.image_request import ImageRequest
+from pipelines.serving.image_sampler import ImageSampler
 from tests.benchmarks.load import PATH, closed_loop, cores, open_loop
 from tests.benchmarks.timing import Aim, Row, Timing, time_arms
 
@@ -30,8 +31,8 @@ def _endpoint(threads: int) -> Iterator[str]:
     """URL of one replica on a private cluster."""
     import ray
 
-    from pipelines import serve
     from pipelines.runtime.ray_runtime import connect
+    from pipelines.serving import lifecycle
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -39,10 +40,10 @@ def _endpoint(threads: int) -> Iterator[str]:
     config = ServeConfig(port=port, num_cpus=threads, max_batch_size=_BATCH, max_waiting=4 * _BATCH)
     connect()
     try:
-        url = serve.deploy(config, ModelConfig(), registered_model="bench", router=str(CHAMPION))
+        url = lifecycle.deploy(config, ModelConfig(), registered_model="bench", router=str(CHAMPION))
         yield url
     finally:
-        serve.shutdown()
+        lifecycle.shutdown()
         ray.shutdown()
 
 

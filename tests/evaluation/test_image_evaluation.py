@@ -65,8 +65,8 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], words: s
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"features": "classifier"}, "evaluate.features is 'classifier', which knows grey pictures"),
-        ({"lpips_path": "a.pth"}, "model.vae is '' and .* draws latents"),
+        ({"features": "classifier"}, "evaluate.features is 'classifier', which knows grey images"),
+        ({"lpips_path": "a.pth"}, "model.vae is '' and .* makes latents"),
     ],
 )
 def test_what_a_model_of_latents_cannot_give_is_refused(settings, words, tmp_path: Path) -> None:

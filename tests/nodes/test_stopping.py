@@ -92,8 +92,9 @@ def test_a_job_is_stopped_and_submitted_again(job, make_run, folder: Path) -> No
     with closing(make_run("job", **LONGER)) as run:
         env = {"env_vars": {"MLFLOW_TRACKING_URI": f"sqlite:///{run.database}"}}
         submit = ["submit", f"--working-dir={ROOT}", f"--runtime-env-json={json.dumps(env)}"]
-        command = ["--", "python", *run.command[1:], "--stages", "train"]
+        command = ["--", "python", *run.command[1:], "--promote=always", "--registered-model=of-jobs"]
         command[2] = "workflow.py"  # that of the upload
+        command += ["--stages", "train", "register"]
 
         until("a job agent", lambda: "No available agent" not in job("list").stderr)
         first = job(*submit, "--submission-id=first", "--no-wait", *command)
@@ -113,6 +114,7 @@ def test_a_job_is_stopped_and_submitted_again(job, make_run, folder: Path) -> No
         again = job(*submit, "--submission-id=again", *command)
         assert again.returncode == 0, again.stdout[-3000:]
         assert "resumed after trajectory" in again.stdout and "succeeded" in again.stdout
+        assert "version 1 of of-jobs is the champion" in again.stdout
         said = re.sub(r"\x1b\[[0-9;]*m", "", again.stdout)
         assert "Reporting training result" not in said and "it/s" not in said, "readable"
         check_close(run, *trained_alone(write_model(folder / "same"), **LONGER), lambda_rtol=1e-4)

@@ -42,8 +42,8 @@ RUN_BY = {
         "core/test_reference.py",
         "check_reference",
     ),
-    "ray start --head": ("workflow/test_workflow.py", "ray"),
-    "ray job submit": ("workflow/test_workflow.py", '"ray", "job", "submit"'),
+    "ray start --head": ("nodes/conftest.py", "LocalCluster("),
+    "ray job submit": ("nodes/test_stopping.py", '"submit", f"--working-dir'),
     "python cluster/local_cluster.py": ("nodes/conftest.py", "LocalCluster("),
     "python cluster/mlflow_server.py": ("workflow/test_workflow.py", "MlflowServer("),
     "curl -s http://127.0.0.1:8000/v1/images/generations": (

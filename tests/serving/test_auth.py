@@ -13,11 +13,11 @@ from tiny_dit import make_artifact, write_model
 from tiny_engine import make_engine
 
 from harmonica.models.loading import load_model
-from pipelines import serve
 from pipelines.config.serve import ServeConfig
 from pipelines.serving.auth import ENVIRONMENT, OPEN_PATHS, key_headers, load_keys
+from pipelines.serving.client import curl_command, first_image
 from pipelines.serving.deployments import api_builder
-from pipelines.serving.image_sampler import ImageRequest
+from pipelines.serving.image_request import ImageRequest
 from pipelines.serving.images_api import create_app
 from pipelines.serving.requests import EngineRequest
 
@@ -152,18 +152,18 @@ def test_this_program_s_own_requests_bring_a_key_and_show_none(source, tmp_path,
     file.write_text("\n".join(KEYS), encoding="utf-8")
     with running(create_app(source, KEYS)) as url:
         url = url.rstrip("/")
-        assert serve.first_image(url, "Bag", seed=3, api_keys_file=str(file))["seed"] == 3
+        assert first_image(url, "Bag", seed=3, api_keys_file=str(file))["seed"] == 3
         monkeypatch.setenv(ENVIRONMENT, "wrong")
         with pytest.raises(RuntimeError, match="no such API key"):
-            serve.first_image(url, "Bag", seed=3)
+            first_image(url, "Bag", seed=3)
         monkeypatch.setenv(ENVIRONMENT, ",".join(KEYS))
-        curl = serve._curl(url, key_headers(""))
+        curl = curl_command(url, key_headers(""))
         assert '-H "Authorization: Bearer $HARMONICA_API_KEY"' in curl and KEYS[0] not in curl
         environment = os.environ | {"HARMONICA_API_KEY": KEYS[1]}
         subprocess.run(curl, shell=True, check=True, cwd=tmp_path, env=environment, timeout=60)
     assert Image.open(tmp_path / "image.png").size == (28, 28)
     with running(create_app(source)) as url:
-        assert "Authorization" not in serve._curl(url.rstrip("/"), {})
+        assert "Authorization" not in curl_command(url.rstrip("/"), {})
 
 
 def test_an_endpoint_that_was_to_be_closed_does_not_open_where_its_keys_are_missing(monkeypatch):

@@ -11,9 +11,9 @@ from processes import free_port
 from ray import serve as ray_serve
 from tiny_dit import make_artifact, write_model
 
-from pipelines import serve
 from pipelines.config.serve import ServeConfig
 from pipelines.runtime.ray_runtime import connect
+from pipelines.serving import lifecycle
 from pipelines.serving.application import make_application
 from pipelines.serving.registry_watcher import ServeArgs
 
@@ -39,7 +39,7 @@ def test_a_replica_is_full_with_a_trajectory_and_another_waiting():
 
 def running():
     """Sampling replicas that answer."""
-    deployments = ray_serve.status().applications[serve.APP_NAME].deployments
+    deployments = ray_serve.status().applications[lifecycle.APP_NAME].deployments
     return deployments["Sampler"].replica_states.get("RUNNING", 0)
 
 
@@ -71,7 +71,7 @@ def test_one_replica_two_and_one_again(tmp_path, monkeypatch):
 
     connect()
     try:
-        url = serve.deploy(config, model, registered_model="tiny", router=str(router))
+        url = lifecycle.deploy(config, model, registered_model="tiny", router=str(router))
         assert running() == 1
         threads = [threading.Thread(target=ask_on) for _ in range(CLIENTS)]
         for thread in threads:
@@ -87,5 +87,5 @@ def test_one_replica_two_and_one_again(tmp_path, monkeypatch):
         until("one replica again", lambda: running() == 1, 120)
         assert statuses.keys() == {200} and len(pictures) == 1
     finally:
-        serve.shutdown()
+        lifecycle.shutdown()
         ray.shutdown()

@@ -16,7 +16,8 @@ from harmonica.execution.graphs import sizes_up_to
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.samplers.noise import SampleKeys
-from pipelines.serving.image_sampler import ImageRequest, ImageSampler, SettingRejected
+from pipelines.serving.image_request import ImageRequest, SettingRejected
+from pipelines.serving.image_sampler import ImageSampler
 
 
 @pytest.fixture(scope="module")

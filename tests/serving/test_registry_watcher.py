@@ -16,7 +16,8 @@ from harmonica.core.golden_sample import record_sample
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
 from pipelines.serving.engine import GenerationEngine
-from pipelines.serving.image_sampler import ImageRequest, ImageSampler
+from pipelines.serving.image_request import ImageRequest
+from pipelines.serving.image_sampler import ImageSampler
 from pipelines.serving.images_api import create_app
 from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
 from pipelines.serving.requests import EngineRequest

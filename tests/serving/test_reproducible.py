@@ -17,7 +17,8 @@ from harmonica.core.sampling import sample
 from harmonica.evaluation.plots import to_uint8
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers.noise import SampleKeys
-from pipelines.serving.image_sampler import ImageRequest, ImageSampler
+from pipelines.serving.image_request import ImageRequest
+from pipelines.serving.image_sampler import ImageSampler
 from pipelines.serving.images_api import create_app
 from pipelines.serving.requests import EngineRequest
 

@@ -13,7 +13,8 @@ from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, ModelConfig, load_mo
 from pipelines import serve
 from pipelines.serving.auth import ENVIRONMENT
 from pipelines.serving.engine import GenerationEngine
-from pipelines.serving.image_sampler import ImageRequest, ImageSampler
+from pipelines.serving.image_request import ImageRequest
+from pipelines.serving.image_sampler import ImageSampler
 from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
 from pipelines.serving.requests import EngineRequest
 from pipelines.serving.router_choice import choose_router

@@ -17,9 +17,10 @@ from PIL import Image
 from tiny_dit import SHAPE, make_artifact, write_model
 
 from harmonica.validation.settings import SettingError
-from pipelines import serve
 from pipelines.config.serve import ServeConfig
 from pipelines.runtime.ray_runtime import connect
+from pipelines.serving import lifecycle
+from pipelines.serving.client import first_image
 from pipelines.serving.registry_watcher import ServeArgs
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import find_or_create
@@ -66,8 +67,8 @@ def url(folders, model, config):
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         uri = register(folders, model, "first", seed=1)
         connect()
-        yield serve.deploy(config, model, registered_model=NAME, tracking_uri=uri, follow_s=1)
-        serve.shutdown()
+        yield lifecycle.deploy(config, model, registered_model=NAME, tracking_uri=uri, follow_s=1)
+        lifecycle.shutdown()
         ray.shutdown()
 
 
@@ -194,15 +195,15 @@ def test_more_than_can_wait_is_turned_away_and_the_rest_is_drawn(url):
 
 @pytest.mark.cluster
 def test_a_lost_replica_costs_no_request(url):
-    before = serve.first_image(url, "Bag", seed=3)
+    before = first_image(url, "Bag", seed=3)
     lost = sampler_actor()
     handle = ray.get_actor(**lost)
     asked_until = time.monotonic() + 3
 
     def ask_on():  # first_image raises on a 500
-        answers = [serve.first_image(url, "Bag", seed=3)]
+        answers = [first_image(url, "Bag", seed=3)]
         while time.monotonic() < asked_until:
-            answers.append(serve.first_image(url, "Bag", seed=3))
+            answers.append(first_image(url, "Bag", seed=3))
         return answers
 
     with ThreadPoolExecutor(4) as threads:
@@ -222,7 +223,7 @@ def test_a_lost_ingress_replica_costs_no_request(url):
 
     def ask_on():  # first_image raises on a 500
         while time.monotonic() < asked_until:
-            serve.first_image(url, "Bag", seed=3)
+            first_image(url, "Bag", seed=3)
 
     with ThreadPoolExecutor(4) as threads:
         asked = [threads.submit(ask_on) for _ in range(4)]
@@ -244,7 +245,7 @@ def test_requests_have_names(url):
 @pytest.mark.cluster
 def test_prometheus_reads_what_goes_on(url):
     """Every number that the dashboard shows, under the name that it asks for."""
-    serve.first_image(url, "Bag", seed=3)
+    first_image(url, "Bag", seed=3)
     node = ray.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted = {name for name in dashboard_metrics() if "refused" not in name}  # those count from the first
@@ -266,7 +267,7 @@ def test_the_champion_is_followed(folders, model, url):
     deadline = time.monotonic() + 60
     while httpx.get(f"{url}/healthz").json()["router_version"] != "2" and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert serve.first_image(url, "Bag", seed=3)["router_version"] == "2"
+    assert first_image(url, "Bag", seed=3)["router_version"] == "2"
     assert sampler_actor() == before
 
 
@@ -276,7 +277,7 @@ def test_a_taken_port_is_named():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"serve.port is {port}: .*give another port"):
-            serve.check_port(ServeConfig(port=port))
+            lifecycle.check_port(ServeConfig(port=port))
 
 
 @pytest.mark.cluster
@@ -284,7 +285,25 @@ def test_a_model_that_does_not_fit_the_router_is_refused_at_start(folders, confi
     """The last test on the deployment, since it breaks it."""
     other = write_model(folders / "other", shape=dataclasses.replace(SHAPE, num_layers=2))
     with pytest.raises(RuntimeError, match="num_layers is 2 and the router was made for 3"):
-        serve.deploy(config, other, registered_model=NAME, router=str(folders / "first"))
+        lifecycle.deploy(config, other, registered_model=NAME, router=str(folders / "first"))
+
+
+UNFIT = "The deployment failed to start 1 times in a row. Error:\nTraceback ...\nValueError: num_layers is 2"
+NO_CARD = "Retrying 2 more time(s). Error:\nRuntimeError: ASGI lifespan startup failed. Check replica logs."
+
+
+@pytest.mark.parametrize("names", [("Sampler", "Api"), ("Api", "Sampler")])
+def test_the_reason_for_a_failed_start_is_the_model_s_whichever_deployment_is_listed_first(names):
+    """`Api` asks `Sampler` for the model card, so it fails too; seen under load on a cluster."""
+
+    def reason(**messages):
+        return lifecycle.failure_reason({name: messages[name] for name in names})
+
+    assert reason(Sampler=UNFIT, Api="") == "ValueError: num_layers is 2"
+    assert reason(Sampler=UNFIT, Api=NO_CARD) == "ValueError: num_layers is 2"
+    assert reason(Sampler="", Api="Error:\nValueError: no keys here") == "ValueError: no keys here"
+    assert "ASGI lifespan" in reason(Sampler="", Api=NO_CARD)
+    assert reason(Sampler="", Api="waiting for resources") == ""
 
 
 def test_arguments_from_yaml():

@@ -20,7 +20,9 @@ from tiny_dit import make_artifact, write_model
 
 from pipelines import serve
 from pipelines.config.serve import ServeConfig
+from pipelines.serving import lifecycle
 from pipelines.serving.auth import ENVIRONMENT
+from pipelines.serving.client import first_image
 from tests.serving.test_serve import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -80,16 +82,16 @@ def use(port, said, is_over, folder, model, router):
     subprocess.run(curl, shell=True, check=True, cwd=folder, env=environment, timeout=60)
     assert Image.open(folder / "image.png").size == (28, 28)
     check_half_sent(port)
-    assert serve.first_image(url, "Bag", seed=1)["seed"] == 1
+    assert first_image(url, "Bag", seed=1)["seed"] == 1
 
     file = folder / "keys.txt"
     file.write_text(f"{FILED}\n")
     config = ServeConfig(port=port, api_keys_file=str(file))
-    assert serve.deploy(config, model, registered_model="tiny", router=router) == url
+    assert lifecycle.deploy(config, model, registered_model="tiny", router=router) == url
     while httpx.get(f"{url}/v1/models", headers=bearer(FILED), timeout=60).status_code != 200:
         time.sleep(0.2)  # the last of the replicas before
     check_closed(url, FILED, OURS)
-    assert serve.first_image(url, "Bag", seed=1, api_keys_file=str(file))["seed"] == 1
+    assert first_image(url, "Bag", seed=1, api_keys_file=str(file))["seed"] == 1
 
 
 def test_an_endpoint_with_keys_starts_and_is_used(tmp_path, monkeypatch):

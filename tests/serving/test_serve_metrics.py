@@ -10,7 +10,7 @@ from tiny_engine import CONFIG, make_engine
 from harmonica.models.loading import load_model
 from pipelines.serving import metrics as serve_metrics
 from pipelines.serving.batching import Overloaded
-from pipelines.serving.image_sampler import ImageRequest, SettingRejected
+from pipelines.serving.image_request import ImageRequest, SettingRejected
 from pipelines.serving.requests import EngineRequest
 
 

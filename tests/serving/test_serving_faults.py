@@ -27,7 +27,8 @@ from harmonica.core.golden_sample import record_sample
 from harmonica.evaluation.plots import encode_picture
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from pipelines.serving.image_sampler import ImageRequest, ImageSampler
+from pipelines.serving.image_request import ImageRequest
+from pipelines.serving.image_sampler import ImageSampler
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import find_or_create, make_client
 

@@ -22,9 +22,9 @@ from harmonica.data.text_encoder import PromptTooLong
 from harmonica.models.loading import load_model
 from pipelines.serving.batching import Overloaded, TimedOut
 from pipelines.serving.deployments import RemoteEngine
-from pipelines.serving.engine import preview_steps
-from pipelines.serving.image_sampler import ImageRequest, SettingRejected
+from pipelines.serving.image_request import ImageRequest, SettingRejected
 from pipelines.serving.images_api import create_app
+from pipelines.serving.jobs import preview_steps
 from pipelines.serving.requests import REJECTIONS, EngineRequest
 from pipelines.serving.server_sent_events import merge
 
@@ -122,7 +122,7 @@ def test_a_failure_in_the_middle_reaches_the_client(source, api, monkeypatch):
 
     monkeypatch.setattr(source.images, "generate", fail)
     seen = []
-    with pytest.raises(openai.APIError, match="drawing failed: the server's log says why"):
+    with pytest.raises(openai.APIError, match="generating failed: the server's log says why"):
         for event in api.images.generate(prompt="Bag", stream=True, partial_images=2):
             seen.append(event)
     assert len(seen) == 2

@@ -1,16 +1,10 @@
-"""The chain as a user meets it: bad input first, then the real thing, locally and as a submitted job."""
+"""The chain as a user meets it: bad input first, then the real thing, with stores here and elsewhere."""
 
-import contextlib
 import dataclasses
 import json
 import os
-import secrets
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -348,14 +342,18 @@ def test_the_chain_in_awkward_folders(
     given = (f"~/{names[0]}/", f"file://{quote(str(tmp_path / names[1]))}", f"./{names[2]}/../{names[2]}")
     places = (home / names[0], tmp_path / names[1], tmp_path / names[2])
     write_model(tmp_path / "mo?del #1")
-    stages = ["--stages", "train", "evaluate", "register"]
+    stages = [["--stages", "train", *more, "register"] for more in (["evaluate"], [], [])]
+    left = [
+        {"config.json", "report.html", "report.json", "router", "train"},
+        *[{"config.json", "router"}] * 2,
+    ]
     try:
-        for path, place in zip(given, places):
-            arguments = ["fashion", "--run-id=r1", f"--storage-path={path}", LET_THROUGH, *SMALL, *stages]
+        for path, place, asked, files in zip(given, places, stages, left):
+            arguments = ["fashion", "--run-id=r1", f"--storage-path={path}", LET_THROUGH, *SMALL, *asked]
             assert workflow.main([*arguments, "--model.path=mo?del #1"]) == 0, capsys.readouterr().err
             run, said = place / "r1", capsys.readouterr().out
             assert f"results:  {run}\n" in said and "version 1 of harmonica-fashion is the champion" in said
-            assert {"config.json", "report.html", "report.json", "router", "train"} <= set(os.listdir(run))
+            assert files <= set(os.listdir(run))
             assert set(os.listdir(place)) == {"r1", "mlflow.db", "mlartifacts"}
             router = RouterArtifact.load(f"{path.rstrip('/')}/r1/router")
             registered, version = registry.load("harmonica-fashion", registry.CHAMPION, tracking_uri(path))
@@ -464,73 +462,3 @@ def test_the_chain_on_prompts(
             assert (run / name).read_bytes().startswith(b"\x89PNG")
     finally:
         ray.shutdown()
-
-
-@pytest.fixture
-def cluster_environment(tmp_path: Path):
-    """A head node of its own, ended by process group; `ray stop` would end other people's clusters too."""
-    port, dashboard = free_port(), free_port()
-    environment = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))},
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    # Every port that another cluster on this machine may hold; the job agent's default is a fixed one.
-    ports = {"port": port, "dashboard-port": dashboard}
-    ports |= {name: free_port() for name in ("dashboard-agent-listen-port", "ray-client-server-port")}
-    command = ["ray", "start", "--head", "--block", "--num-cpus=6", "--object-store-memory=300000000"]
-    command += [f"--{name}={value}" for name, value in ports.items()]
-    with (tmp_path / "head.log").open("w") as log:
-        head = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path
-        )
-        try:
-            _wait_for_port(dashboard)
-            yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-        finally:
-            # `--block` does not pass a signal on: the whole group is told, then ended.
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(head.pid, number)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    head.wait(timeout=10)
-
-
-def _wait_for_port(port: int, timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.5)
-    raise TimeoutError(f"nothing listens on {port}")
-
-
-@pytest.mark.slow
-@pytest.mark.cluster
-@pytest.mark.timeout(600)
-def test_submitted_as_a_job(tmp_path: Path, cluster_environment: dict[str, str]) -> None:
-    model = write_model(tmp_path / "model")
-    command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "workflow.py", "fashion"]
-    command += ["--run-id=job", f"--storage-path={tmp_path / 'runs'}", f"--model.path={model.path}", *SMALL]
-    command += ["--promote=always", "--stages", "train", "register"]
-    for _ in range(5):
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=cluster_environment,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
-        if "No available agent" not in done.stderr:  # the head's job agent starts after its dashboard
-            break
-        time.sleep(3)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "succeeded" in done.stdout
-    assert "version 1 of harmonica-fashion is the champion" in done.stdout
-    assert (tmp_path / "runs" / "job" / "router" / "config.json").exists()

@@ -1,0 +1,153 @@
+"""Start the endpoint on the connected Ray cluster, wait for it, and stop it."""
+
+import re
+import socket
+import time
+from collections.abc import Mapping
+
+import httpx
+from ray import serve
+
+from harmonica.models.loading import ModelConfig
+
+from ..config.serve import ServeConfig
+from ..runtime.ray_runtime import is_private
+from . import proxy
+from .application import JSON_LOGS, make_application
+from .deployments import GENERATION_DEPLOYMENT
+from .registry_watcher import FOLLOW_S, ServeArgs
+
+APP_NAME = "harmonica"
+_NO_CARD = "ASGI lifespan startup failed"
+"""Serve's words for a replica of `Api` that got no model card."""
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
+_READY_TIMEOUT_S = 60.0
+
+
+def deploy(
+    config: ServeConfig,
+    model: ModelConfig,
+    *,
+    registered_model: str,
+    tracking_uri: str = "",
+    router: str = "",
+    follow_s: float = FOLLOW_S,
+) -> str:
+    """Serve on the connected cluster until `shutdown`, and return the URL.
+
+    An endpoint that it served before is replaced.
+
+    Raises:
+        ValueError: the port is taken, or the router cannot be found.
+        RuntimeError: a replica could not start (the message says why), or the URL does not answer.
+    """
+    args = ServeArgs(
+        serve=config,
+        model=model,
+        registered_model=registered_model,
+        tracking_uri=tracking_uri,
+        router=router,
+        follow_s=follow_s,
+    )
+    # On a private cluster every log line lands on the user's terminal; on a shared one, in Ray's files.
+    logging_config = {"log_level": "WARNING"} if is_private() else JSON_LOGS
+    application = make_application(args, logging_config)
+    if not _is_serving():
+        check_port(config)
+    serve.start(
+        http_options={"host": config.host, "port": config.port},
+        # Inherited by the proxies, and the working directory with it.
+        controller_options={"runtime_env": {"env_vars": {proxy.CALLBACK: f"{proxy.__name__}.middlewares"}}},
+        logging_config=logging_config,
+    )
+    try:
+        serve.run(application, name=APP_NAME, route_prefix="/", logging_config=logging_config)
+    except RuntimeError as error:
+        raise RuntimeError(f"serving could not start: {_why_failed() or error}") from error
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    url = f"http://{host}:{config.port}"
+    _wait_until_ready(url)
+    return url
+
+
+def shutdown() -> None:
+    """Stop serving. The cluster stays, and so do other applications on it."""
+    if APP_NAME in serve.status().applications:
+        serve.delete(APP_NAME)
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def _why_failed() -> str:
+    """Return the error that a replica raised; Serve's own only names the deployment.
+
+    If `Api` has failed for want of `Sampler` alone, it waits for the outcome of `Sampler`.
+    """
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while True:
+        application = serve.status().applications.get(APP_NAME)
+        deployments = application.deployments if application else {}
+        reason = failure_reason({name: deployment.message for name, deployment in deployments.items()})
+        generation = deployments.get(GENERATION_DEPLOYMENT)
+        is_starting = generation is not None and generation.status == "UPDATING"
+        if _NO_CARD not in reason or not is_starting or time.monotonic() > deadline:
+            return reason
+        time.sleep(0.2)
+
+
+def failure_reason(messages: Mapping[str, str]) -> str:
+    """Return the error that explains the others in Serve's messages on deployments.
+
+    `Api` asks `Sampler` for the model card when it starts. If its replica has heard that `Sampler` cannot
+    start before it asks, it fails too, and of that Serve says only that the ASGI lifespan failed. An error of
+    `Sampler` therefore goes before one of `Api`.
+
+    Args:
+        messages: by name of the deployment; "" for one that has not failed.
+
+    Returns:
+        The last line that names an exception, such as "ValueError: ..."; "" if there is none.
+    """
+    for name in sorted(messages, key=lambda name: name != GENERATION_DEPLOYMENT):
+        raised = [line for line in messages[name].splitlines() if _EXCEPTION.match(line)]
+        if raised:
+            return raised[-1]
+    return ""
+
+
+def _is_serving() -> bool:
+    return bool(serve.status().proxies)
+
+
+def check_port(config: ServeConfig) -> None:
+    """Check that the address can be listened on.
+
+    Raises:
+        ValueError: it is taken, or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise ValueError(
+                f"serve.port is {config.port}: {config.host}:{config.port} cannot be listened on "
+                f"({error.strerror}), give another port"
+            ) from error
+
+
+def _wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while True:
+        try:
+            if httpx.get(f"{url}/healthz", timeout=10).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"{url} does not answer: if Serve already runs on this cluster at another host or port, it "
+                "keeps that (stop it with `serve shutdown`)"
+            )
+        time.sleep(0.2)

@@ -1,0 +1,31 @@
+"""Describe the routers that an image sampler generates under, for the model card."""
+
+from .image_request import Quality
+from .image_sampler import ImageSampler
+from .requests import RouterCard
+from .served_plan import ServedPlan
+
+
+def router_cards(images: ImageSampler) -> tuple[RouterCard, ...]:
+    """Return a card for each router in use, with the qualities that it is used for."""
+    uses: dict[ServedPlan, tuple[Quality, ...]] = {}
+    qualities: tuple[Quality, ...] = ("high", "medium", "low")
+    for quality in qualities:
+        served = images.plan_for(quality)
+        uses[served] = uses.get(served, ()) + (quality,)
+    return tuple(_card(served, quality) for served, quality in uses.items())
+
+
+def _card(served: ServedPlan, quality: tuple[Quality, ...]) -> RouterCard:
+    config = served.sampler.config
+    return RouterCard(
+        version=served.version,
+        quality=quality,
+        cur=served.plan.cur,
+        ideal_speedup=served.ideal_speedup,
+        sampler=config.name,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        plan=tuple(served.plan.to_strings()),
+        scores=served.scores,
+    )
