@@ -35,6 +35,7 @@ from .measuring import Bench, reason_of
 from .methods import Entry, full_variant, learned_methods, learned_variant, untrained_methods
 from .names import OURS, label_of, shown_name
 from .plot import comparison_picture
+from .published import calibrate, calibrated_entries, calibrated_variant, forecast_methods
 from .ranking import leaders, missing_name, ranking_summary
 from .results import Results, compared
 from .third_party_caches import LibraryVariant, library_variants
@@ -63,6 +64,9 @@ def compare_methods(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[s
     spec, macs = ray.get(ray.remote(_model_facts).remote(config))
     methods, missing = _train_learned(config, storage, folder, macs)
     methods += _untrained(config, macs)
+    if config.compare.published:
+        calibrated, not_made = _calibrated(config, storage, folder, macs)
+        methods, missing = methods + calibrated, missing + not_made
     references: list[Variant] = [full_variant(config.sampler)]
     if config.compare.libraries and spec.prompts is None and config.sampler.name == "ddim":
         uncached, *cached = library_variants(config.model, config.sampler)
@@ -172,11 +176,36 @@ def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig, place: 
 
 
 def _untrained(config: WorkflowConfig, macs: Macs) -> list[_Method]:
-    return [
-        _method(_about(entry), variant, macs)
-        for target in config.compare.targets
-        for entry, variant in untrained_methods(config.sampler, macs, target, config.compare.seeds)
-    ]
+    made: list[tuple[Entry, Variant]] = []
+    for target in config.compare.targets:
+        made += untrained_methods(config.sampler, macs, target, config.compare.seeds)
+        if config.compare.published:
+            made += forecast_methods(config.sampler, macs, target)
+    return [_method(_about(entry), variant, macs) for entry, variant in made]
+
+
+def _calibrated(
+    config: WorkflowConfig, storage: RunStorage, folder: str, macs: Macs
+) -> tuple[list[_Method], list[About]]:
+    """Make the plans of the methods that see images first; return methods, and points of those that fail."""
+    entries = [entry for target in config.compare.targets for entry in calibrated_entries(target)]
+    task = ray.remote(num_cpus=1, num_gpus=int(config.evaluate.use_gpu), max_retries=3)(calibrate)
+    running = {
+        entry: task.remote(config, entry, folder)
+        for entry in entries
+        if not storage.exists(f"{folder}/{entry.name}.json")
+    }
+    methods, missing = [], []
+    for entry in entries:
+        about = _about(entry)
+        try:
+            if entry in running:
+                ray.get(running[entry])
+            methods.append(_method(about, calibrated_variant(config, entry, storage, folder), macs))
+        except Exception as error:  # of a worker, of a damaged file; the other variants count
+            missing.append(about | {"reason": f"its plan could not be made: {reason_of(error)}"})
+            say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
+    return methods, missing
 
 
 def _about(entry: Entry) -> About:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from harmonica.validation.settings import Field, settings
 
-_ADD_OR_DROP_VARIANTS = ("targets", "seeds", "learners", "libraries")
+_ADD_OR_DROP_VARIANTS = ("targets", "seeds", "learners", "published", "libraries")
 _MAY_GROW = "samples"
 
 
@@ -34,6 +34,9 @@ class CompareConfig:
     learners: bool = True
     """Train what else learns: HarmoniCa in the paper's setting and in the released code's, SDT without IEPO,
     Learning-to-Cache. Off saves most of the time."""
+    published: bool = True
+    """Sample by published forecasts and schedules over the same branches: TaylorSeer of orders 2 to 4,
+    HiCache, Spectrum, L2P, TeaCache, MagCache and BudCache. Turn it off for a quick comparison."""
     libraries: bool = True
     """Sample with the caches of diffusers and, where it is installed, cache-dit; class-conditional models
     only. Off to compare with learned and simple plans alone."""

@@ -1,0 +1,88 @@
+"""Schedules of whole steps that published methods choose, as plans.
+
+TeaCache (arXiv 2411.19108) and MagCache (arXiv 2506.09045) reuse whole steps until an accumulated change
+passes a threshold. Their changes are averages over images, measured once, so that the schedule is a plan.
+MagCache looks at the blocks' residual and TeaCache estimates the output's change from its input; here both
+are of the model's guided output itself, which neither has to guess.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harmonica.core.plan import Plan
+from harmonica.core.trajectory import Trajectory
+from harmonica.data.batch import Batch
+from harmonica.models.base import Macs
+from harmonica.samplers import Sampler
+from harmonica.training.plans.builders import steps_for, stepwise_plan
+
+
+def interval_plan(num_steps: int, num_branches: int, interval: int, first: int = 3) -> Plan:
+    """Return the plan that computes the first steps, and then every `interval`-th one (TaylorSeer, FORA)."""
+    reused = [i for i in range(num_steps - first) if (num_steps - first - i) % interval]
+    return stepwise_plan(num_steps, num_branches, reused)
+
+
+def thresholded_steps(changes: Sequence[float], threshold: float, longest: int) -> list[int]:
+    """Return the steps to reuse: as long as the changes since the last computed step add up to less.
+
+    Args:
+        changes: of each step T-1 ... 0 since the one before it, in that order; the first one is not used.
+        longest: how many steps running may be reused.
+    """
+    reused, total, run = [], 0.0, 0
+    for place in range(1, len(changes)):
+        total += changes[place]
+        if total < threshold and run < longest:
+            reused.append(len(changes) - 1 - place)
+            run += 1
+        else:
+            total, run = 0.0, 0
+    return reused
+
+
+def threshold_plan(changes: Sequence[float], macs: Macs, speedup: float, longest: int = 4) -> Plan:
+    """Return the plan of the smallest threshold that reuses as many steps as a speed needs."""
+    count, _ = steps_for(len(changes), macs, speedup)
+    for threshold in sorted(np.cumsum(sorted(changes[1:])).tolist() + list(changes[1:])):
+        reused = thresholded_steps(changes, threshold * (1 + 1e-9), longest)
+        if len(reused) >= count:
+            break
+    return stepwise_plan(len(changes), len(macs.branches), reused)
+
+
+@torch.no_grad()
+def output_changes(sampler: Sampler, batches: Sequence[Batch]) -> list[float]:
+    """Return TeaCache's change of each step T-1 ... 0: the relative L1 distance from the step before.
+
+    Equations 3 to 5 there.
+    """
+    total = np.zeros(sampler.num_steps)
+    for batch in batches:
+        for place, (before, now) in enumerate(_outputs(sampler, batch), start=1):
+            total[place] += float((now - before).abs().mean() / before.abs().mean())
+    return [float(each) for each in total / len(batches)]
+
+
+@torch.no_grad()
+def magnitude_changes(sampler: Sampler, batches: Sequence[Batch]) -> list[float]:
+    """Return MagCache's change of each step T-1 ... 0: `|1 - r|`, r the ratio of outputs' magnitudes."""
+    ratio = np.zeros(sampler.num_steps)
+    for batch in batches:
+        for place, (before, now) in enumerate(_outputs(sampler, batch), start=1):
+            ratio[place] += float((now.flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)).mean())
+    return [float(each) for each in np.abs(1 - ratio / len(batches))]
+
+
+def _outputs(sampler: Sampler, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the guided outputs of neighbouring steps of a full trajectory, the earlier one first."""
+    trajectory, last = Trajectory(sampler, None, "hold", None), None
+    trajectory.start(batch.noise_NCHW, batch.condition_N, batch.keys)
+    for i in reversed(range(sampler.num_steps)):
+        _, now = trajectory.step(i)
+        if last is not None:
+            yield last, now
+        last = now

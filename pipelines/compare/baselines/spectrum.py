@@ -1,0 +1,43 @@
+"""Spectrum (arXiv 2603.01623): a ridge regression of the computed values on Chebyshev polynomials.
+
+Values are seen as a function of the step, scaled to [-1, 1]. Its coefficients are fitted to all values that
+the cache keeps, and the function is read at the step to predict. Here the fit is of differences from the
+newest value, so that the coefficients sum to 1 and a constant is predicted exactly; the paper's fit shrinks
+the constant a little too, and blends the result with a Taylor series.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from harmonica.core.plan import Plan
+
+from .forecast_tables import with_forecasts
+
+DEGREE, RIDGE, VALUES = 4, 0.1, 6
+
+
+def spectrum(plan: Plan, degree: int = DEGREE, ridge: float = RIDGE, values: int = VALUES) -> Plan:
+    """Return the plan with Chebyshev forecasts.
+
+    Args:
+        degree: of the polynomial.
+        ridge: the penalty on each coefficient.
+        values: how many of the last computed values are kept and fitted.
+    """
+    fit = partial(regression, num_steps=plan.num_steps, degree=degree, ridge=ridge)
+    return with_forecasts(plan, values - 1, fit)
+
+
+def regression(
+    step: int, computed: Sequence[int], *, num_steps: int, degree: int, ridge: float
+) -> list[float]:
+    """Return the coefficients of the values in the fitted function at the step to predict."""
+    scaled = 2 * np.array([step, *computed]) / (num_steps - 1) - 1
+    basis = np.polynomial.chebyshev.chebvander(scaled, degree)[:, 1:]
+    at, features = basis[0] - basis[1], basis[1:] - basis[1]
+    gram = features.T @ features + ridge * np.eye(degree)
+    found = at @ np.linalg.solve(gram, features.T)
+    found[0] = 1 - found[1:].sum()
+    return [float(each) for each in found]
