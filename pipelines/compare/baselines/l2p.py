@@ -41,7 +41,7 @@ class _Recorder(BranchCache):
 
 
 @torch.no_grad()
-def l2p(plan: Plan, sampler: Sampler, batches: Sequence[Batch], order: int = 2) -> Plan:
+def l2p(plan: Plan, sampler: Sampler, batches: Sequence[Batch], order: int = 3) -> Plan:
     """Return the plan with predictors that are fitted on the full trajectories of some batches."""
     everything = (True,) * plan.num_branches
     sums: dict[tuple[int, int], Tensor] = {}
