@@ -28,6 +28,7 @@ from tiny_dit import write_model
 
 from pipelines.training.checkpoints import FOLDER
 
+_ENDED = re.compile("SUCCEEDED|FAILED|STOPPED")
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -101,7 +102,7 @@ def test_a_job_is_stopped_and_submitted_again(job, make_run, folder: Path) -> No
         assert first.returncode == 0, first.stderr
         until(
             "a checkpoint or the end",
-            lambda: run.trajectory >= 1 or "RUNNING" not in job("status", "first").stdout,
+            lambda: run.trajectory >= 1 or _ENDED.search(job("status", "first").stdout),
         )
         assert run.trajectory, job("logs", "first").stdout
         stopped = job("stop", "first")

@@ -54,7 +54,7 @@ _RUN = """select run.run_uuid from tags run join tags stage on stage.run_uuid = 
 Curves = dict[str, list[tuple[int, float]]]
 
 
-def until(what: str, holds: Callable[[], bool], timeout_s: float = _WAIT_S) -> None:
+def until(what: str, holds: Callable[[], object], timeout_s: float = _WAIT_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         if time.monotonic() > deadline:
