@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.tracking import node_metrics
 from pipelines.tracking.mlflow_runs import Point, StageRun
-from pipelines.tracking.node_metrics import NodeReader, gpu_metrics
+from pipelines.tracking.node_reader import NodeReader, gpu_metrics
 
 
 def test_a_reading_costs_next_to_nothing() -> None:
