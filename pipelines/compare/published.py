@@ -1,4 +1,4 @@
-"""List the published methods that are compared at a speed, beside those of `methods`.
+"""List the published methods compared at a speed, beside those of `methods`.
 
 Forecasts that follow from the steps alone share the even plan of the speed, so that they differ in nothing
 else. Predictors and schedules that are fitted or searched see some images first, on a worker.

@@ -187,7 +187,11 @@ def _untrained(config: WorkflowConfig, macs: Macs) -> list[_Method]:
 def _calibrated(
     config: WorkflowConfig, storage: RunStorage, folder: str, macs: Macs
 ) -> tuple[list[_Method], list[About]]:
-    """Make the plans of the methods that see images first; return methods, and points of those that fail."""
+    """Make the plans of the methods that see images first.
+
+    Returns:
+        The methods, and the points of those whose plan could not be made.
+    """
     entries = [entry for target in config.compare.targets for entry in calibrated_entries(target)]
     task = ray.remote(num_cpus=1, num_gpus=int(config.evaluate.use_gpu), max_retries=3)(calibrate)
     running = {

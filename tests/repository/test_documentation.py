@@ -348,3 +348,29 @@ def test_the_citation_has_this_version_and_the_paper():
     paper = citation["preferred-citation"]
     assert paper["year"] == 2025 and "2410.01723" in paper["url"] and len(paper["authors"]) == 8
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def first_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The first line of each docstring of a module, its classes and functions, with its line number."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, documented) and (text := ast.get_docstring(node)):
+            yield getattr(node, "lineno", 1), text.splitlines()[0]
+
+
+def test_docstrings_begin_with_a_short_sentence() -> None:
+    """It has a verb, as far as its first word tells, ends with a stop, and fits beside a name."""
+    fragment = re.compile(r"(Of|What|So|Where|As|Which|How|Who)\b")
+    code = [
+        path
+        for path in SOURCES
+        if path.relative_to(ROOT).parts[0] in ("harmonica", "pipelines", "workflow.py")
+    ]
+    assert len(code) > 200
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}: {line}"
+        for path in code
+        for number, line in first_lines(path)
+        if len(line) >= 80 or fragment.match(line) or line[-1] not in ".:?"
+    ]
+    assert not wrong, "\n".join(wrong)

@@ -1,1 +1,1 @@
-"""Published caching methods over this project's branches, as baselines of the stage `compare`."""
+"""Run published caching methods over this project's branches, for `compare`."""

@@ -1,6 +1,6 @@
-"""BudCache (arXiv 2606.13496): the schedule of whole steps that is searched by its error at a fixed budget.
+"""Search the schedule of whole steps with the least error, as BudCache does.
 
-Simulated annealing over moves of one step, then hill climbing, as there. Each candidate is sampled, and
+BudCache is arXiv 2606.13496: the budget of computed steps is fixed. Simulated annealing over moves of one step, then hill climbing, as there. Each candidate is sampled, and
 judged by the mean squared error of the latents of some images; nothing is learned of why a schedule is
 good.
 """

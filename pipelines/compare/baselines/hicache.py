@@ -1,6 +1,6 @@
-"""HiCache (Feng et al. 2025, arXiv 2508.16984): Hermite polynomials in place of TaylorSeer's monomials.
+"""Forecast with Hermite polynomials in place of TaylorSeer's monomials: HiCache.
 
-The i-th derivative is multiplied by `s^i H_i(s x) / i!`, with the physicists' Hermite polynomials H_i and a
+Source: Feng et al. 2025, arXiv 2508.16984. The i-th derivative is multiplied by `s^i H_i(s x) / i!`, with the physicists' Hermite polynomials H_i and a
 scale s that is applied twice, to the argument and to the result ("dual scaling").
 """
 
@@ -27,7 +27,10 @@ def scaled_hermite(i: int, x: float, scale: float) -> float:
 
 
 def hermite(i: int, x: float) -> float:
-    """Return the physicists' Hermite polynomial H_i at x, by `H_{n+1} = 2 x H_n - 2 n H_{n-1}`."""
+    """Return the physicists' Hermite polynomial H_i at x.
+
+    The recurrence is `H_{n+1} = 2 x H_n - 2 n H_{n-1}`.
+    """
     before, now = 0.0, 1.0
     for n in range(i):
         before, now = now, 2 * x * now - 2 * n * before

@@ -1,6 +1,6 @@
-"""L2P (arXiv 2604.26365): linear predictors of a branch's value, fitted to features, one for each timestep.
+"""Fit linear predictors of a branch's value, one for each timestep: L2P.
 
-Least squares of the value that a full trajectory has at the reused step on the last computed values of the
+L2P is arXiv 2604.26365: least squares of the value that a full trajectory has at the reused step on the last computed values of the
 same trajectory. What differs from our own fit is what is fitted: the branch's value here, the final image
 there.
 """
@@ -42,7 +42,7 @@ class _Recorder(BranchCache):
 
 @torch.no_grad()
 def l2p(plan: Plan, sampler: Sampler, batches: Sequence[Batch], order: int = 3) -> Plan:
-    """Return the plan with predictors that are fitted on the full trajectories of some batches."""
+    """Return the plan with predictors fitted on the full trajectories of some batches."""
     everything = (True,) * plan.num_branches
     sums: dict[tuple[int, int], Tensor] = {}
     for batch in batches:

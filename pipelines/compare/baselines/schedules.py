@@ -21,13 +21,18 @@ from harmonica.training.plans.builders import steps_for, stepwise_plan
 
 
 def interval_plan(num_steps: int, num_branches: int, interval: int, first: int = 3) -> Plan:
-    """Return the plan that computes the first steps, and then every `interval`-th one (TaylorSeer, FORA)."""
+    """Return the plan that computes the first steps and then every `interval`-th one.
+
+    TaylorSeer and FORA have such schedules.
+    """
     reused = [i for i in range(num_steps - first) if (num_steps - first - i) % interval]
     return stepwise_plan(num_steps, num_branches, reused)
 
 
 def thresholded_steps(changes: Sequence[float], threshold: float, longest: int) -> list[int]:
-    """Return the steps to reuse: as long as the changes since the last computed step add up to less.
+    """Return the steps to reuse under a threshold of accumulated change.
+
+    A step is reused as long as the changes since the last computed step add up to less.
 
     Args:
         changes: of each step T-1 ... 0 since the one before it, in that order; the first one is not used.
@@ -45,7 +50,7 @@ def thresholded_steps(changes: Sequence[float], threshold: float, longest: int) 
 
 
 def threshold_plan(changes: Sequence[float], macs: Macs, speedup: float, longest: int = 4) -> Plan:
-    """Return the plan of the smallest threshold that reuses as many steps as a speed needs."""
+    """Return the plan of the smallest threshold with which a speed is reached."""
     count, _ = steps_for(len(changes), macs, speedup)
     for threshold in sorted(np.cumsum(sorted(changes[1:])).tolist() + list(changes[1:])):
         reused = thresholded_steps(changes, threshold * (1 + 1e-9), longest)
@@ -56,9 +61,9 @@ def threshold_plan(changes: Sequence[float], macs: Macs, speedup: float, longest
 
 @torch.no_grad()
 def output_changes(sampler: Sampler, batches: Sequence[Batch]) -> list[float]:
-    """Return TeaCache's change of each step T-1 ... 0: the relative L1 distance from the step before.
+    """Return TeaCache's change of each step T-1 ... 0.
 
-    Equations 3 to 5 there.
+    It is the relative L1 distance from the output of the step before (equations 3 to 5 there).
     """
     total = np.zeros(sampler.num_steps)
     for batch in batches:
@@ -69,7 +74,10 @@ def output_changes(sampler: Sampler, batches: Sequence[Batch]) -> list[float]:
 
 @torch.no_grad()
 def magnitude_changes(sampler: Sampler, batches: Sequence[Batch]) -> list[float]:
-    """Return MagCache's change of each step T-1 ... 0: `|1 - r|`, r the ratio of outputs' magnitudes."""
+    """Return MagCache's change of each step T-1 ... 0.
+
+    It is `|1 - r|`, with r the ratio of the magnitudes of the step's output and of the one before.
+    """
     ratio = np.zeros(sampler.num_steps)
     for batch in batches:
         for place, (before, now) in enumerate(_outputs(sampler, batch), start=1):
@@ -78,7 +86,7 @@ def magnitude_changes(sampler: Sampler, batches: Sequence[Batch]) -> list[float]
 
 
 def _outputs(sampler: Sampler, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the guided outputs of neighbouring steps of a full trajectory, the earlier one first."""
+    """Yield the guided outputs of neighbouring steps, the earlier one first."""
     trajectory, last = Trajectory(sampler, None, "hold", None), None
     trajectory.start(batch.noise_NCHW, batch.condition_N, batch.keys)
     for i in reversed(range(sampler.num_steps)):

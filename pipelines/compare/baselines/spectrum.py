@@ -1,6 +1,6 @@
-"""Spectrum (arXiv 2603.01623): a ridge regression of the computed values on Chebyshev polynomials.
+"""Forecast by a ridge regression of values on Chebyshev polynomials: Spectrum.
 
-Values are seen as a function of the step, scaled to [-1, 1]. Its coefficients are fitted to all values that
+Spectrum is arXiv 2603.01623. Values are seen as a function of the step, scaled to [-1, 1]. Its coefficients are fitted to all values that
 the cache keeps, and the function is read at the step to predict. Here the fit is of differences from the
 newest value, so that the coefficients sum to 1 and a constant is predicted exactly; the paper's fit shrinks
 the constant a little too, and blends the result with a Taylor series.
@@ -33,7 +33,7 @@ def spectrum(plan: Plan, degree: int = DEGREE, ridge: float = RIDGE, values: int
 def regression(
     step: int, computed: Sequence[int], *, num_steps: int, degree: int, ridge: float
 ) -> list[float]:
-    """Return the coefficients of the values in the fitted function at the step to predict."""
+    """Return the coefficients of the values in the fitted function at a step."""
     scaled = 2 * np.array([step, *computed]) / (num_steps - 1) - 1
     basis = np.polynomial.chebyshev.chebvander(scaled, degree)[:, 1:]
     at, features = basis[0] - basis[1], basis[1:] - basis[1]
