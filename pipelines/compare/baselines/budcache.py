@@ -1,8 +1,8 @@
 """Search the schedule of whole steps with the least error, as BudCache does.
 
-BudCache is arXiv 2606.13496: the budget of computed steps is fixed. Simulated annealing over moves of one step, then hill climbing, as there. Each candidate is sampled, and
-judged by the mean squared error of the latents of some images; nothing is learned of why a schedule is
-good.
+BudCache is arXiv 2606.13496: the budget of computed steps is fixed. Simulated annealing over moves of one
+step, then hill climbing, as there. Each candidate is sampled, and judged by the mean squared error of the
+latents of some images; nothing is learned of why a schedule is good.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """Forecast with Hermite polynomials in place of TaylorSeer's monomials: HiCache.
 
-Source: Feng et al. 2025, arXiv 2508.16984. The i-th derivative is multiplied by `s^i H_i(s x) / i!`, with the physicists' Hermite polynomials H_i and a
-scale s that is applied twice, to the argument and to the result ("dual scaling").
+Source: Feng et al. 2025, arXiv 2508.16984. The i-th derivative is multiplied by `s^i H_i(s x) / i!`, with
+the physicists' Hermite polynomials H_i and a scale s that is applied twice, to the argument and to the
+result ("dual scaling").
 """
 
 import math

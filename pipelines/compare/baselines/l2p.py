@@ -1,8 +1,8 @@
 """Fit linear predictors of a branch's value, one for each timestep: L2P.
 
-L2P is arXiv 2604.26365: least squares of the value that a full trajectory has at the reused step on the last computed values of the
-same trajectory. What differs from our own fit is what is fitted: the branch's value here, the final image
-there.
+L2P is arXiv 2604.26365: least squares of the value that a full trajectory has at the reused step on the
+last computed values of the same trajectory. What differs from our own fit is what is fitted: the branch's
+value here, the final image there.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,10 @@
 """Forecast by a ridge regression of values on Chebyshev polynomials: Spectrum.
 
-Spectrum is arXiv 2603.01623. Values are seen as a function of the step, scaled to [-1, 1]. Its coefficients are fitted to all values that
-the cache keeps, and the function is read at the step to predict. Here the fit is of differences from the
-newest value, so that the coefficients sum to 1 and a constant is predicted exactly; the paper's fit shrinks
-the constant a little too, and blends the result with a Taylor series.
+Spectrum is arXiv 2603.01623. Values are seen as a function of the step, scaled to [-1, 1]. Its
+coefficients are fitted to all values that the cache keeps, and the function is read at the step to
+predict. Here the fit is of differences from the newest value, so that the coefficients sum to 1 and a
+constant is predicted exactly; the paper's fit shrinks the constant a little too, and blends the result
+with a Taylor series.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """Forecast by a Taylor series of the last computed values: TaylorSeer.
 
-Equation 3 of Liu et al. 2025, arXiv 2503.06923: `F(t - k) = sum over i <= m of D_i (-k)^i / i!`, with finite differences D_i of the computed
-values, each divided by the distance of the last two. HiCache shares the differences.
+Equation 3 of Liu et al. 2025, arXiv 2503.06923: `F(t - k) = sum over i <= m of D_i (-k)^i / i!`, with
+finite differences D_i of the computed values, each divided by the distance of the last two. HiCache shares
+the differences.
 """
 
 import math
@@ -40,8 +41,9 @@ def series(step: int, computed: Sequence[int], basis: Basis) -> list[float]:
 def divided_differences(computed: Sequence[int]) -> list[list[float]]:
     """Return the coefficients of the values in the derivatives of order 0, 1, ...
 
-    Values are newest first. As in the authors' code, which keeps derivatives from one computed step to the next: the i-th is the
-    change of the one before it since the last computed step, divided by the distance to that step.
+    Values are newest first. As in the authors' code, which keeps derivatives from one computed step to the
+    next: the i-th is the change of the one before it since the last computed step, divided by the distance
+    to that step.
     """
     count = len(computed)
     before: list[list[float]] = []
