@@ -21,6 +21,7 @@ from harmonica.execution.graphs import BUCKETS, GraphStore, RecordedTrajectory, 
 from harmonica.execution.recorders import make_recorder
 from harmonica.samplers import Sampler, State
 from harmonica.samplers.noise import SampleKeys
+from harmonica.samplers.step_noise import drawn_noise
 
 OnStep = Callable[[int, Callable[[], Tensor]], None]
 """Called after step i with what makes the predicted x_0 (N, C, H, W): progress bars, previews."""
@@ -84,9 +85,7 @@ def _inputs(sampler: Sampler, noise_NCHW: Tensor, condition_N: Any, keys: Sample
     """
     given = [noise_NCHW, sampler.guidance_scales(noise_NCHW), *_tensors(condition_N)]
     if sampler.is_stochastic and keys is not None:
-        shape = tuple(noise_NCHW.shape[1:])
-        drawn = (torch.from_numpy(keys.step_noise(i, shape)) for i in range(sampler.num_steps))
-        given += [each.to(noise_NCHW.dtype) for each in drawn]
+        given.append(drawn_noise(keys, range(sampler.num_steps), noise_NCHW))
     return given
 
 
@@ -137,7 +136,8 @@ def _record(
     buffers = [torch.zeros((bucket, *each.shape[1:]), dtype=each.dtype, device=device) for each in given]
     count = len(_tensors(condition_N))
     noise, scales, *others = buffers
-    condition, step_noise = _with_tensors(condition_N, others[:count]), others[count:]
+    condition = _with_tensors(condition_N, others[:count])
+    step_noise = others[count].unbind(1) if others[count:] else ()
     sampler = sampler.with_scale_buffer(scales)
     trajectory = Trajectory(sampler, *how)
     weights = [*sampler.model.parameters(), *sampler.model.buffers()]
@@ -151,7 +151,8 @@ def _record(
 
         return [start, *(partial(trajectory.step, i) for i in reversed(range(sampler.num_steps)))]
 
-    recorded.recorder.warm_up(lambda: [step() for step in steps(Trajectory(sampler, *how))])
-    recorded.record(steps(trajectory))
-    trajectory.release()
+    with recorded.recorder.recording():
+        recorded.recorder.warm_up(lambda: [step() for step in steps(Trajectory(sampler, *how))])
+        recorded.record(steps(trajectory))
+        trajectory.release()
     return recorded

@@ -76,6 +76,19 @@ class Router(nn.Module):
         scores_B: Tensor = self.rows[i].sigmoid()
         return scores_B
 
+    def rows_above(
+        self, threshold: float, *, limit: float = float("inf"), limited: int = 0
+    ) -> list[list[bool]]:
+        """Return where scores exceed tau, T rows of B, read back from the device at once.
+
+        Args:
+            limit: see the logits of rows 0 ... `limited` - 1 clamped to [-limit, limit].
+        """
+        logits = [row.detach().clamp(-limit, limit) for row in self.rows[:limited]]
+        logits += [row.detach() for row in self.rows[limited:]]
+        above: list[list[bool]] = (torch.stack([row.sigmoid() for row in logits]) > threshold).tolist()
+        return above
+
     def plan(self, threshold: float) -> Plan:
         """Return the plan at threshold tau."""
         return Plan.from_scores(self.logits().sigmoid(), threshold)

@@ -19,6 +19,14 @@ from harmonica.samplers import Sampler, State
 from harmonica.samplers.noise import SampleKeys
 
 
+def full_step(sampler: Sampler, i: int, state: State) -> tuple[State, Tensor]:
+    """Compute every branch at step i, caching none; returns the next state and the guided output."""
+    hidden, conditioning = sampler.embed(i, state)
+    model = sampler.model
+    guided = sampler.guide(runner_of(model).full_pass(model, hidden, conditioning))
+    return sampler.advance(i, state, guided), guided
+
+
 def planned_step(
     sampler: Sampler, i: int, state: State, compute_row: Sequence[bool], cache: BranchCache
 ) -> tuple[State, Tensor]:
@@ -83,10 +91,7 @@ class Trajectory:
         elif self._plan is not None:
             self.state, guided = planned_step(sampler, i, before, self._plan.compute[i], self._cache)
         else:
-            hidden, conditioning = sampler.embed(i, before)
-            model = sampler.model
-            guided = sampler.guide(runner_of(model).full_pass(model, hidden, conditioning))
-            self.state = sampler.advance(i, before, guided)
+            self.state, guided = full_step(sampler, i, before)
         return before, guided
 
     def release(self) -> None:

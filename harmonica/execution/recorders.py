@@ -5,30 +5,31 @@ therefore buffers that are filled before a replay. The twin replays operation by
 tensors, and refuses what a capture on CUDA refuses: values read back, and tensors that come from the host.
 """
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    _get_current_dispatch_mode,
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+
+from harmonica.execution.capture_check import (
+    CaptureCheck,
+    NotCapturableError,
+    StepMode,
+    draws_numbers,
+    reads_back,
+    tensors_in,
 )
-from torch.utils._pytree import tree_leaves
 
 Result = TypeVar("Result")
 Replay = Callable[[], None]
 
 aten = torch.ops.aten
-_READS_BACK = {
-    aten._local_scalar_dense.default,
-    aten.equal.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-}
 _MADE_ON_THE_DEVICE = {
     aten.arange.default,
     aten.arange.start,
@@ -41,10 +42,6 @@ _MADE_ON_THE_DEVICE = {
     aten.scalar_tensor.default,
     aten.zeros.default,
 }
-
-
-class NotCapturableError(RuntimeError):
-    """A step does what cannot be part of a graph."""
 
 
 class Recorder(ABC):
@@ -61,10 +58,18 @@ class Recorder(ABC):
             RuntimeError: the step cannot be recorded.
         """
 
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep others from recording, from the warm-up to the last step."""
+        yield
+
     def warm_up(self, run: Callable[[], object]) -> None:
         """Run a trajectory before it is recorded.
 
-        This compiles and chooses all that is compiled or chosen at first use.
+        What is compiled or chosen at first use is then there.
+
+        Raises:
+            NotCapturableError: a step does what cannot be part of a graph.
         """
         run()
 
@@ -74,7 +79,7 @@ class Recorder(ABC):
 
     def pad(self, rows: Tensor, given: Tensor) -> None:
         """Fill the rows of a buffer that no image needs."""
-        rows.copy_(given[:1].expand_as(rows))
+        rows.copy_(given[:1].expand_as(rows), non_blocking=True)
 
     @property
     @abstractmethod
@@ -87,32 +92,77 @@ class CudaRecorder(Recorder):
 
     Later steps read a step's results at the address where it left them.
 
-    Written after torch's documentation; no GPU has run it.
+    Written after torch's documentation and its source; no GPU has run it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _capture_stream(device)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        # A process may capture one graph at a time: the generator, the stream and the allocator are shared.
+        with _capture_lock():
+            try:
+                yield
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
 
     def warm_up(self, run: Callable[[], object]) -> None:
+        current = torch.cuda.current_stream(self._device)
         # On the stream of the capture, as torch's documentation asks.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), CaptureCheck():
             run()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        current.wait_stream(self._stream)
+        torch.cuda.empty_cache()  # the pool cannot use what the run has left
+        # cuBLAS keeps a workspace for each stream, which whoever records graphs may let go of, as
+        # torch.compile does. So it is made in the pool, during the capture, and let go of after it.
+        torch._C._cuda_clearCublasWorkspaces()
 
     def record(self, step: Callable[[], Result]) -> tuple[Result, Replay]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on, such as one that decodes a preview.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = step()
+        # Not torch.cuda.graph: it empties the allocator's cache at every step, beside a model that serves,
+        # and leaves its stream the current one where a capture fails.
+        with torch.cuda.stream(self._stream):
+            # Of what it makes, the generator's seeds are kept for graphs that others capture.
+            with torch.inference_mode(False):
+                # Other threads may go on, such as one that decodes a preview.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = step()
+            except BaseException:
+                self._abandon(graph)
+                raise
+            graph.capture_end()
         return result, graph.replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that has failed, so that the allocator goes on as before."""
+        with suppress(RuntimeError):
+            graph.capture_end()
+        with suppress(RuntimeError):  # after an error in capture_end it still fills the pool
+            torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
 
     @property
     def nbytes(self) -> int:
         segments = torch.cuda.memory_snapshot()
         return sum(each["total_size"] for each in segments if each["segment_pool_id"] == tuple(self._pool))
+
+
+@lru_cache(maxsize=1)
+def _capture_lock() -> threading.Lock:
+    return threading.Lock()
+
+
+@lru_cache(maxsize=8)
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which all graphs of a device are captured.
+
+    With each stream cuBLAS takes another workspace, of 32 MiB and more.
+    """
+    return torch.cuda.Stream(device)
 
 
 class HostRecorder(Recorder):
@@ -176,28 +226,25 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(StepMode):
     """The operations of one step, in order, with the tensors they read and wrote."""
 
     def __init__(self, recorder: HostRecorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._recorder = recorder
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if draws_numbers(func):
             raise NotCapturableError(f"{func} draws numbers inside a step")
         return self.call(func, args, kwargs)
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run and record an operation, or a compiled function as one."""
-        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        inputs = tensors_in((args, kwargs))
         known = [_storage(each) in self._recorder.storages for each in inputs]
         if any(known):
-            if func in _READS_BACK or (func == aten.index.Tensor and _has_mask(inputs[1:])):
+            if reads_back(func, inputs):
                 raise NotCapturableError(f"{func} reads a value back inside a step")
             if foreign := [each for each, is_known in zip(inputs, known) if not is_known and each.ndim]:
                 raise NotCapturableError(
@@ -207,7 +254,7 @@ class _Operations(TorchDispatchMode):
         elif func not in _MADE_ON_THE_DEVICE:
             return func(*args, **kwargs)  # on the host, such as a scheduler's own numbers
         result = func(*args, **kwargs)
-        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        outputs = tensors_in(result)
         before = {_storage(each) for each in inputs}
         made = [each for each in outputs if _storage(each) not in before]
         for each in made:
@@ -216,16 +263,15 @@ class _Operations(TorchDispatchMode):
             self._calls.append((func, args, kwargs, outputs))
         return result
 
+    def run_compiled(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        with _disable_current_modes(), _pop_mode_temporarily():
+            return self.call(function, args, {})
+
     def replay(self) -> None:
         for func, args, kwargs, outputs in self._calls:
-            again = [each for each in tree_leaves(func(*args, **kwargs)) if isinstance(each, Tensor)]
-            for recorded, new in zip(outputs, again, strict=True):
+            for recorded, new in zip(outputs, tensors_in(func(*args, **kwargs)), strict=True):
                 if _storage(new) != _storage(recorded):
                     recorded.copy_(new)
-
-
-def _has_mask(indices: Sequence[Tensor]) -> bool:
-    return any(each.dtype == torch.bool for each in indices)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -233,13 +279,9 @@ def _storage(tensor: Tensor) -> int:
 
 
 def call_recorded(function: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """Call a compiled function, as one operation where the twin records."""
+    """Call a compiled function, as one operation where steps are recorded or checked."""
     mode = _get_current_dispatch_mode()
-    if not isinstance(mode, _Operations):
-        return function(*args)
-    # As it was compiled: Dynamo guards on the modes that are there.
-    with _disable_current_modes(), _pop_mode_temporarily():
-        return mode.call(function, tuple(args), {})
+    return mode.run_compiled(function, tuple(args)) if isinstance(mode, StepMode) else function(*args)
 
 
 def make_recorder(device: torch.device, known: Iterable[Tensor]) -> Recorder:

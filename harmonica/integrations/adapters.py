@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harmonica.integrations.timestep_reader import on_host
 from harmonica.models.base import BranchedTransformer, Fingerprint
 from harmonica.models.dit.diffusers_view import DiffusersDiT, base_parameters
 from harmonica.models.pixart.model import PixArt
@@ -45,6 +46,8 @@ class Call:
 
     sample_NCHW: Tensor
     timestep_N: Tensor
+    given_timestep_N: Tensor
+    """The same values where they were given, which may be the host."""
     arguments: dict[str, Any]
     """All of them, by diffusers' names."""
 
@@ -78,8 +81,14 @@ class PipelineTransformer(ABC):
                 f"{name} has {', '.join(for_processors)}: under a plan attention processors "
                 "are given nothing, leave it out or harmonica.remove first"
             )
-        timestep = torch.as_tensor(given.arguments["timestep"], device=sample.device)
-        return Call(sample, timestep.reshape(-1).expand(len(sample)), given.arguments)
+        timestep = torch.as_tensor(given.arguments["timestep"]).reshape(-1)
+        placed = timestep
+        if timestep.device != sample.device and len(timestep) == 1 and on_host(timestep):
+            # A fill by the device itself: to copy a number from the host would wait for the device.
+            placed = torch.full((1,), timestep.item(), dtype=timestep.dtype, device=sample.device)
+        rows = len(sample)
+        placed = placed.to(sample.device)
+        return Call(sample, placed.expand(rows), timestep.expand(rows), given.arguments)
 
     @abstractmethod
     def forget(self) -> None:
@@ -252,7 +261,9 @@ class _PipelineSana(_PipelinePixArt):
 
     def read(self, *args: Any, **kwargs: Any) -> Call:
         call = super().read(*args, **kwargs)  # whose timestep the pipeline has scaled
-        return replace(call, timestep_N=call.timestep_N / self.transformer.config.timestep_scale)
+        scale = self.transformer.config.timestep_scale
+        given_N = call.given_timestep_N / scale
+        return replace(call, timestep_N=call.timestep_N / scale, given_timestep_N=given_N)
 
     def condition(self, arguments: dict[str, Any]) -> ProjectedText:
         # The scale of adapters is set by the very forward that a plan replaces.

@@ -11,10 +11,11 @@ pick from the plan inside a compiled graph. The walk does not call the blocks th
 those (group offloading, a device map) are refused.
 
 What a transformer is not told is not checked: the guidance scale, and a scheduler that visits the right
-timesteps by another rule. The timestep is read back once a step, which waits for the device. A transformer
-follows one call at a time, and refuses a second that comes meanwhile. Under `torch.compile` each distinct
-row of the plan (with forecasts, each step) is a graph of its own, compiled in the first trajectory; with
-`execution` compiled instead, each kind of branch is one.
+timesteps by another rule. The first timestep, or those of the scheduler, are read back once a call; others
+are compared at its end (`harmonica.integrations.timestep_reader`), so no step between waits for the device. A
+transformer follows one call at a time, and refuses a second that comes meanwhile. Under `torch.compile` each
+distinct row of the plan (with forecasts, each step) is a graph of its own, compiled in the first trajectory;
+with `execution` compiled instead, each kind of branch is one.
 """
 
 import types

@@ -14,6 +14,7 @@ from harmonica.core.plan import Plan
 from harmonica.integrations.adapters import Call, PipelineTransformer
 from harmonica.integrations.scheduler_guard import SecondCallError
 from harmonica.integrations.step_tracker import StepCounter
+from harmonica.integrations.timestep_reader import TimestepReader, read_all
 from harmonica.integrations.trajectory_claim import TrajectoryClaim
 from harmonica.models.base import BranchedTransformer, Execution
 
@@ -63,6 +64,7 @@ class PlannedForward:
         self._cache: BranchCache | None = None
         self._shape: tuple[int, ...] = ()
         self._claim = TrajectoryClaim()
+        self._timesteps = TimestepReader()
 
     def __getstate__(self) -> dict[str, Any]:
         steps = copy.copy(self._steps)
@@ -93,6 +95,8 @@ class PlannedForward:
             step = i if self._reuse == "forecast" else 0
             row = self._plan.compute[i]
             output_NCHW = self._graphs[self._graph(i)](self._model.view, row, self._cache, step, inputs)
+            if i == 0:
+                self._check_timesteps()
         except SecondCallError:
             raise
         except BaseException:
@@ -103,10 +107,7 @@ class PlannedForward:
     @torch.compiler.disable
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, Call, tuple[Any, ...]]:
         call = self._model.read(*args, **kwargs)
-        timesteps = set(call.timestep_N.tolist())
-        if len(timesteps) != 1:
-            raise ValueError(f"timestep is {sorted(timesteps)}: a plan has one step for the whole batch")
-        (timestep,) = timesteps
+        timestep = self._timesteps.read(call.given_timestep_N, self._expected_timestep)
         self._claim.take(lambda *_: self._steps.begins(timestep))
         i = self._steps.next_step(timestep)
         shape = tuple(call.sample_NCHW.shape)
@@ -121,6 +122,24 @@ class PlannedForward:
                 "as it is for all its steps, run the other after it"
             )
         return i, call, (call.sample_NCHW, call.timestep_N, self._model.condition(call.arguments))
+
+    def _expected_timestep(self) -> float | None:
+        """Return the next step's timestep within the pipeline's call that began the trajectory."""
+        return self._steps.expected if self._claim.is_callers() else None
+
+    @torch.compiler.disable
+    def _check_timesteps(self) -> None:
+        """Compare the timesteps that were taken for what they should be; waits for the device.
+
+        Raises:
+            ValueError: one was another.
+        """
+        wanted = [each for each, _ in self._timesteps.postponed]
+        found = read_all([each for _, each in self._timesteps.postponed])
+        self._timesteps.forget()
+        for one, other in zip(wanted, found, strict=True):
+            if one != other:
+                raise self._steps.mismatch(other, one)
 
     def _execution_on(self, device: torch.device) -> Execution:
         if self._execution == "auto":
@@ -146,6 +165,12 @@ class PlannedForward:
                 interrupted: it has other steps than the router.
         """
         calls = self._steps.calls
+        try:
+            if self._claim.is_callers():
+                self._check_timesteps()
+        except ValueError:
+            self.reset()
+            raise
         if self.reset():
             self._claim.check_end(calls, self._plan.num_steps, is_checked=self._steps.is_checked)
 
@@ -161,4 +186,5 @@ class PlannedForward:
 
     def _forget(self) -> None:
         self._model.forget()
+        self._timesteps.forget()
         self._cache, self._shape = None, ()

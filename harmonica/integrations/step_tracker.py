@@ -40,6 +40,11 @@ class StepCounter:
         """Whether each call's timestep is compared with the router's."""
         return self._timesteps is not None
 
+    @property
+    def expected(self) -> float | None:
+        """The timestep of the next call, where it is known and goes on with a trajectory."""
+        return self._timesteps[-1 - self.calls] if self._timesteps is not None and self.calls else None
+
     def begins(self, timestep: float) -> bool:
         """Return whether a call with this timestep begins a trajectory."""
         if self._timesteps is None:
@@ -64,12 +69,18 @@ class StepCounter:
         self._calls = 0 if self.begins(timestep) else self.calls  # the last one may have been broken off
         wanted = timesteps[-1 - self._calls]
         if timestep != wanted:
-            raise ValueError(
-                f"timestep is {timestep:g} in call {self._calls + 1} of the trajectory and the router was "
-                f"made for {wanted:g}: give the pipeline num_inference_steps {self.num_steps} and the "
-                f"scheduler {self.sampler}, or apply with allow_other_sampler; to call the transformer by "
-                "itself, harmonica.remove first"
-            )
+            raise self.mismatch(timestep, wanted)
+
+    def mismatch(self, timestep: float, wanted: float) -> ValueError:
+        """Return the error of a call that has another timestep than its step's."""
+        assert self._timesteps is not None, "without them nothing is compared"
+        call = self.num_steps - list(self._timesteps).index(wanted)
+        return ValueError(
+            f"timestep is {timestep:g} in call {call} of the trajectory and the router was "
+            f"made for {wanted:g}: give the pipeline num_inference_steps {self.num_steps} and the "
+            f"scheduler {self.sampler}, or apply with allow_other_sampler; to call the transformer by "
+            "itself, harmonica.remove first"
+        )
 
     def _count(self, timestep: float) -> None:
         if self._rises(timestep):

@@ -44,6 +44,13 @@ class TrajectoryClaim:
         self._following.add(threading.get_ident())
         return is_first_step
 
+    def is_callers(self) -> bool:
+        """Return whether the trajectory belongs to the pipeline's call that is running in this thread."""
+        owner, guard = self._owner, self._guard
+        if owner is None or owner.pipeline_call is None or guard is None or not guard.is_on:
+            return False
+        return owner == CallOwner.current()
+
     def _guard_scheduler(self, owner: CallOwner) -> None:
         scheduler = getattr(current_pipeline(), "scheduler", None)
         if owner.pipeline_call is not None and hasattr(scheduler, "set_timesteps"):

@@ -109,13 +109,15 @@ class Generation:
     full: Collection[int] = ()
     errors: dict[int, list[float]] | None = None
     """Where given, the mean squared error of each step's calls against the full output is added."""
+    _rows: list[list[bool]] | None = None
 
     @torch.no_grad()
     def compute(self, step: TransformerStep) -> Any:
         if not len(step.kept):
             return step.full()
-        scores_B = self.router.scores(step.i)
-        row = (scores_B > self.threshold).tolist()
+        if self._rows is None:
+            self._rows = self.router.rows_above(self.threshold)
+        scores_B, row = self.router.scores(step.i), self._rows[step.i]
         if step.i in self.full:
             return step.planned([False] * len(row)) if self.is_hard and all(row) else step.full()
         target = step.plain() if self.errors is not None else None
@@ -143,6 +145,7 @@ class SdtPolicy:
     beta: float
     on_gradient: Callable[[int, Tensor], object] | None = None
     updates: list[Update] = field(default_factory=list)
+    _rows: list[list[bool]] | None = None
     _scores_B: Tensor | None = None
     _measured: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
     _is_fixed: bool = False
@@ -164,7 +167,9 @@ class SdtPolicy:
             with torch.enable_grad():
                 self._scores_B = trainer.router.scores(step.i)
         scores_B = self._scores_B
-        row = (scores_B.detach() > trainer.config.threshold).tolist()
+        if self._rows is None:
+            self._rows = trainer.refresh_rows(step.i)
+        row = self._rows[step.i]
         is_hard = trainer.config.student == "hard"
         with trainer.stopwatch.measure("teacher"):
             target = step.plain()

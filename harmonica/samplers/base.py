@@ -18,6 +18,7 @@ from torch import Tensor
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers.config import GuidanceChannels, SamplerConfig
 from harmonica.samplers.noise import SampleKeys
+from harmonica.samplers.step_noise import StepNoise
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,8 @@ class State:
     x_MCHW: Tensor
     conditions_T: Sequence[Any]
     """The outputs of the model's `prepare` for labels or embedded prompts, one for each step."""
-    keys: SampleKeys | None = None
-    """The samples' keys, for samplers that draw noise."""
     step_noise: Sequence[Tensor] = ()
-    """The noise of each step (N, C, H, W), if it was drawn ahead."""
+    """The noise of each step (N, C, H, W), for samplers that draw it."""
     solver: Any = None
     """A multistep solver's memory of earlier steps."""
 
@@ -130,10 +129,12 @@ class Sampler(ABC):
                 f"sampler.name is {self.config.name}, which draws noise at every step: give `keys`, the "
                 "(seed, index) of each row"
             )
+        if self.is_stochastic and not step_noise and keys is not None:
+            step_noise = StepNoise(keys, self.num_steps, noise_NCHW)
         if not self.is_guided:
-            return State(noise_NCHW, self.model.prepare(condition_N, self.timesteps), keys, step_noise)
+            return State(noise_NCHW, self.model.prepare(condition_N, self.timesteps), step_noise)
         conditions_T = self.model.prepare(self.model.guided_condition(condition_N), self.timesteps)
-        return State(torch.cat([noise_NCHW, noise_NCHW]), conditions_T, keys, step_noise)
+        return State(torch.cat([noise_NCHW, noise_NCHW]), conditions_T, step_noise)
 
     def embed(self, i: int, state: State) -> tuple[Tensor, Any]:
         """Return the model's hidden state and conditioning at step i."""
@@ -183,12 +184,7 @@ class Sampler(ABC):
 
     def _draw(self, i: int, state: State) -> Tensor:
         """Draw the rows' noise of step i (M, C, H, W); both halves of a row get the same."""
-        x = state.x_MCHW
-        if state.step_noise:
-            noise = state.step_noise[i]
-        else:
-            assert state.keys is not None, "start() has asked for them"
-            noise = torch.from_numpy(state.keys.step_noise(i, tuple(x.shape[1:]))).to(x)
+        noise = state.step_noise[i]
         return torch.cat([noise, noise]) if self.is_guided else noise
 
     def _moved(self, state: State, x_MCHW: Tensor, solver: Any = None) -> State:

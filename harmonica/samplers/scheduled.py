@@ -4,10 +4,10 @@ They are DPM-Solver++, SA-Solver, and the scheduler of a model's folder.
 """
 
 import copy
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -22,18 +22,25 @@ from harmonica.samplers.config import SamplerConfig
 from harmonica.samplers.noise import SampleKeys
 
 
+def _given_noise(shape: Any, generator: Tensor, **_: Any) -> Tensor:
+    """Take the place of diffusers' `randn_tensor`."""
+    return generator
+
+
 class _SASolver(SASolverScheduler):
-    """An SA-Solver that is given its noise by row.
+    """An SA-Solver that is given its noise by row, as `generator`.
 
     diffusers draws it by batch.
     """
 
-    sample_noise: Tensor
-    last_noise: Tensor
-
-    def stochastic_adams_bashforth_update(self, *args: Any, noise: Tensor, **kwargs: Any) -> Tensor:
-        self.last_noise = self.sample_noise  # what the corrector of the next step is given
-        return super().stochastic_adams_bashforth_update(*args, noise=self.sample_noise, **kwargs)
+    # diffusers' own step, with another function in place of the one that draws: a draw with its generator
+    # cannot be part of a CUDA graph.
+    step = types.FunctionType(
+        SASolverScheduler.step.__code__,
+        {**SASolverScheduler.step.__globals__, "randn_tensor": _given_noise},
+        "step",
+        SASolverScheduler.step.__defaults__,
+    )
 
 
 # Schedulers whose whole memory is attributes and lists of tensors, one model call a step.
@@ -161,9 +168,7 @@ class Scheduled(Sampler):
         if self._is_sde:
             drawn = {"variance_noise": self._draw(i, state)}
         elif self.is_stochastic:
-            scheduler.sample_noise = self._draw(i, state)
-            # The library draws too; from a generator of its own, the global one stays untouched.
-            drawn = {"generator": torch.Generator(state.x_MCHW.device)}
+            drawn = {"generator": self._draw(i, state)}
         timestep = scheduler.timesteps[self.num_steps - 1 - i]
         predicted_MCHW = guided_MCHW[:, : self.model.in_channels]
         x_MCHW = scheduler.step(predicted_MCHW, timestep, state.x_MCHW, return_dict=False, **drawn)[0]

@@ -40,6 +40,7 @@ class BetaController:
         self.beta = 0.0
         self.worth_TB = torch.zeros(num_steps - 1, len(costs_B))
         self._latest_TB = torch.zeros_like(self.worth_TB)
+        self._observed: list[tuple[int, Tensor, Tensor]] = []
         self._updates = 0
 
     def spare(self, i: int) -> None:
@@ -47,13 +48,21 @@ class BetaController:
         self.worth_TB[i] = self._latest_TB[i] = _BEYOND_PRICE
 
     def observe(self, i: int, logit_gradient_B: Tensor, logits_B: Tensor) -> None:
-        """Take step i's gradient of the loss, under the present beta, before the update."""
-        r = logits_B.detach().sigmoid().cpu()
-        score_gradient = logit_gradient_B.detach().cpu() / (r * (1 - r)).clamp_min(_STEEPEST)
-        self._latest_TB[i] = (self.beta - score_gradient / self.costs_B) / (1 - r).clamp_min(_STEEPEST)
+        """Take step i's gradient of the loss, under the present beta, before the update.
+
+        It stays on its device until the trajectory is over, since reading it back waits for the device.
+        """
+        self._observed.append((i, logits_B.detach().sigmoid(), logit_gradient_B.detach().clone()))
 
     def update(self) -> float:
         """Return the next beta; called once a trajectory, after all its steps."""
+        if self._observed:
+            steps, scores, gradients = zip(*self._observed)
+            r, gradient = torch.stack([torch.stack(scores), torch.stack(gradients)]).cpu()
+            score_gradient = gradient / (r * (1 - r)).clamp_min(_STEEPEST)
+            worth = (self.beta - score_gradient / self.costs_B) / (1 - r).clamp_min(_STEEPEST)
+            self._latest_TB[list(steps)] = worth.to(self._latest_TB.dtype)
+            self._observed.clear()
         decay = DECAY if self._updates else 0.0
         self.worth_TB = torch.lerp(self._latest_TB, self.worth_TB, decay)
         self._updates += 1

@@ -20,7 +20,7 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import soft_pass
 from harmonica.core.router import Router
-from harmonica.core.trajectory import planned_step
+from harmonica.core.trajectory import full_step, planned_step
 from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler, State
 from harmonica.training.sdt import SdtConfig, Student
@@ -37,12 +37,17 @@ class _Generation:
         self,
         sampler: Sampler,
         router: Router,
-        threshold: float,
+        refresh_rows: Sequence[Sequence[bool]],
         student: Student,
         state: State,
         cache: BranchCache,
     ) -> None:
-        self.sampler, self.router, self.threshold, self.student = sampler, router, threshold, student
+        """Go on from a state and its cache.
+
+        Args:
+            refresh_rows: where the router's scores exceed tau (T x B).
+        """
+        self.sampler, self.router, self.refresh_rows, self.student = sampler, router, refresh_rows, student
         self.state, self.cache = state, cache
 
     @property
@@ -54,7 +59,7 @@ class _Generation:
 
         What the two share is never written in place.
         """
-        settings = (self.sampler, self.router, self.threshold, self.student)
+        settings = (self.sampler, self.router, self.refresh_rows, self.student)
         return _Generation(*settings, self.state, self.cache.copy())
 
     def full_step(self, i: int) -> Tensor:
@@ -75,14 +80,11 @@ class _Generation:
         Under a plan that computes all of step i that would be the same again, and say of the step that it is
         free: there it is reused, all of it.
         """
-        if self.student == "hard" and all(self._refresh_row(i)):
+        if self.student == "hard" and all(self.refresh_rows[i]):
             nothing = (False,) * self.router.num_branches
             self.state, guided = planned_step(self.sampler, i, self.state, nothing, self.cache)
             return guided
         return self.full_step(i)
-
-    def _refresh_row(self, i: int) -> list[bool]:
-        return (self.router.scores(i) > self.threshold).tolist()
 
     def soft_step(self, i: int) -> Tensor:
         """Run step i under the soft weights, or their plan.
@@ -91,7 +93,7 @@ class _Generation:
         """
         sampler = self.sampler
         scores_B = self.router.scores(i)
-        refresh_row = self._refresh_row(i)
+        refresh_row = self.refresh_rows[i]
         if self.student == "hard":
             self.state, guided = planned_step(sampler, i, self.state, refresh_row, self.cache)
             return guided
@@ -115,8 +117,7 @@ class _Generation:
         """
         sampler, state = self.sampler, self.state
         for i in range(first, -1, -1):
-            guided = sampler.guide(sampler.model.full_pass(*sampler.embed(i, state)))
-            state = sampler.advance(i, state, guided)
+            state, _ = full_step(sampler, i, state)
         return state.x_MCHW
 
 
@@ -150,9 +151,10 @@ def image_error_proxy(
     count = sampler.num_steps - 1
     measured_2T = batches[0].noise_NCHW.new_zeros(2, count)
     num_samples = sum(map(len, batches))
+    refresh_rows = router.rows_above(config.threshold)  # read back once, not at each step of each run
     for batch in batches:
         cache = BranchCache(router.num_branches, config.reuse)
-        main = _Generation(sampler, router, config.threshold, config.student, batch.start(sampler), cache)
+        main = _Generation(sampler, router, refresh_rows, config.student, batch.start(sampler), cache)
         measure = _cumulative if kind == "cumulative" else _leave_one_out
         measured_2T += len(batch) / num_samples * measure(main)  # mean over all samples
     if average is not None:

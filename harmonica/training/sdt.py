@@ -140,19 +140,33 @@ class SdtTrainer:
         beta = self.config.beta if beta is None else beta
         parts = [self._start(batch) for batch in batches]
         updated: list[Update] = []
+        refresh_rows: list[list[bool]] = []
         for i in reversed(range(sampler.num_steps - 1)):
             if not self.trains(i):
                 for part in parts:
                     self._full_step(i, part)
                 continue
+            refresh_rows = refresh_rows or self.refresh_rows(i)
             scores_B = self.router.scores(i)
-            measured = [self._step(i, part, scores_B) for part in parts]
+            measured = [self._step(i, part, scores_B, refresh_rows[i]) for part in parts]
             update = self.update(
                 i, scores_B, measured, lambda_T[i], beta=beta, average=average, on_gradient=on_gradient
             )
             updated.append(update)
         records = records_of(updated)
         return records, torch.cat([sampler.finish(part.state) for part in parts])
+
+    def refresh_rows(self, first: int) -> list[list[bool]]:
+        """Return where r > tau in every row (T x B), as it will be when a trajectory gets there.
+
+        Reading a row back would wait for the device at each update. All can be read at once: an update moves
+        its own row, which the trajectory has then passed, and clamps those that are still to come.
+
+        Args:
+            first: row of the trajectory's first update.
+        """
+        config = self.config
+        return self.router.rows_above(config.threshold, limit=config.clamp, limited=first)
 
     def update(
         self,
@@ -210,14 +224,18 @@ class SdtTrainer:
         self._full_step(self.sampler.num_steps - 1, part)
         return part
 
-    def _step(self, i: int, part: _MicroBatch, scores_B: Tensor) -> tuple[Tensor, Tensor, int]:
+    def _step(
+        self, i: int, part: _MicroBatch, scores_B: Tensor, row: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, int]:
         """Take the samples past step i.
+
+        Args:
+            row: where r > tau.
 
         Returns:
             The sum of squared errors, its gradient in the scores (B,), and the number of elements.
         """
         sampler, model, config = self.sampler, self.sampler.model, self.config
-        row = (scores_B.detach() > config.threshold).tolist()
         is_hard = config.student == "hard" and config.objective == "stepwise"
         with torch.no_grad(), self.stopwatch.measure("teacher"):
             hidden, conditioning = sampler.embed(i, part.state)

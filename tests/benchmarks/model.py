@@ -20,11 +20,11 @@ from tests.benchmarks.hardware import Hardware, compile_each
 from tests.benchmarks.timing import Aim, Row, time_arms
 
 
-def as_diffusers(model: DiT, hardware: Hardware, *, mode: str = "") -> Callable[..., Tensor]:
-    """diffusers' module with the same weights, its blocks compiled where our branches are.
+def make_diffusers_dit(model: DiT, hardware: Hardware, kind: Any = None) -> Any:
+    """diffusers' module with the same weights, all of it in one precision.
 
     Args:
-        mode: of torch.compile, for the whole module instead of its blocks.
+        kind: its class, or one made from it.
     """
     ensure_torchvision_imports()
     from diffusers import DiTTransformer2DModel
@@ -32,7 +32,7 @@ def as_diffusers(model: DiT, hardware: Hardware, *, mode: str = "") -> Callable[
     from harmonica.models.dit.diffusers_layout import tensors_to_diffusers
 
     config = model.config
-    theirs: Any = DiTTransformer2DModel(
+    theirs: Any = (kind or DiTTransformer2DModel)(
         sample_size=config.sample_size,
         patch_size=config.patch_size,
         in_channels=config.in_channels,
@@ -46,15 +46,16 @@ def as_diffusers(model: DiT, hardware: Hardware, *, mode: str = "") -> Callable[
     tensors: dict[str, tuple[Tensor, ...]] = {name: (tensor,) for name, tensor in model.state_dict().items()}
     stored = StoredModel(config=config, tensors=tensors, class_names=())
     theirs.load_state_dict(tensors_to_diffusers(stored), strict=False)
-    theirs.to(hardware.device, hardware.dtype).eval().requires_grad_(False)
-    if mode:
-        theirs.compile(mode=mode)
-    elif hardware.compiled:
+    return theirs.to(hardware.device, hardware.dtype).eval().requires_grad_(False)
+
+
+def as_diffusers(model: DiT, hardware: Hardware) -> Callable[..., Tensor]:
+    """diffusers' module with the same weights, its blocks compiled where our branches are."""
+    theirs = make_diffusers_dit(model, hardware)
+    if hardware.compiled:
         compile_each(theirs.transformer_blocks)
 
     def run(sample: Tensor, *inputs: Tensor) -> Tensor:
-        if mode:
-            torch.compiler.cudagraph_mark_step_begin()  # the last output may be overwritten
         return theirs(sample.to(hardware.dtype), *inputs, return_dict=False)[0].float()
 
     return run

@@ -69,8 +69,10 @@ def _dit(name: str, size: int, steps: int, hardware: Hardware, **settings: Any) 
     yield from planned(f"{name}, batch {size}", sampler, make_batch(model, size), aim=0.95, **settings)
 
 
-def make_pixart(latent_size: int, layers: int, hardware: Hardware = PLAIN) -> BranchedTransformer:
-    """A random PixArt-Sigma of some of its 28 blocks."""
+def make_pixart(
+    latent_size: int, layers: int, hardware: Hardware = PLAIN, *, width: int = 1152
+) -> BranchedTransformer:
+    """A random PixArt-Sigma of some of its 28 blocks; narrower for a trial."""
     ensure_torchvision_imports()
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
@@ -78,7 +80,13 @@ def make_pixart(latent_size: int, layers: int, hardware: Hardware = PLAIN) -> Br
 
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
-        sample_size=latent_size, num_layers=layers, caption_channels=4096, use_additional_conditions=False
+        sample_size=latent_size,
+        num_layers=layers,
+        num_attention_heads=width // 72 or 1,
+        attention_head_dim=min(width, 72),
+        cross_attention_dim=width,
+        caption_channels=4096,
+        use_additional_conditions=False,
     )
     transformer.eval().requires_grad_(False)
     return hardware.place(PixArt(transformer, text_tokens=300))

@@ -4,6 +4,7 @@ Most tests leave code generation out (`aot_eager`): what Dynamo guards on, and s
 does not depend on it. On CUDA nothing of this was run.
 """
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,11 @@ import tiny_sana
 import torch
 from execution_cases import STEPS, ddim, draw, fresh, graphs, make_batch, make_dit, ways
 from tiny_dit import write_model
+from torch._inductor import metrics
 
 from harmonica.core.router import Router
 from harmonica.data.batch import Batch
+from harmonica.execution import branch_functions as functions
 from harmonica.execution import compiled
 from harmonica.execution.compiled import RecompileLimitError
 from harmonica.execution.values import KeptValues, extrapolate
@@ -80,6 +83,21 @@ def test_coefficients_are_those_of_the_extrapolation(count, order):
     kept = KeptValues.of(values, weights)
     added = sum(c * v for c, v in zip(kept.coefficients, kept.values, strict=True))
     torch.testing.assert_close(added, extrapolate(values, weights))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++ on a CPU")
+def test_neighbours_that_are_reused_are_one_kernel():
+    fresh()
+    hidden = torch.randn(4, 16, 24)
+    gates, factor = (torch.randn(4, 1, 24),) * 2, torch.full((), 0.5)
+    for factors in ((), (factor, factor)):
+        values = tuple((torch.randn(4, 16, 24),) * max(1, len(factors)) for _ in gates)
+        metrics.reset()
+        with torch._inductor.config.patch(force_disable_caches=True), torch.inference_mode():
+            torch.compile(functions.reuse, fullgraph=True)(hidden, gates, values, (factors,) * 2)
+        assert metrics.generated_kernel_count == 1
+    fresh()
 
 
 @pytest.mark.slow

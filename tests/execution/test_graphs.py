@@ -7,6 +7,8 @@ import copy
 import itertools
 import logging
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,8 +19,10 @@ from execution_cases import STEPS, ddim, draw, even_plan, make_batch, make_dit, 
 from torch import Tensor
 
 from harmonica.core.sampling import sample
+from harmonica.execution import recorders
+from harmonica.execution.capture_check import NotCapturableError
 from harmonica.execution.graphs import BUCKETS, GraphStore, RecordedTrajectory, bucket_of
-from harmonica.execution.recorders import HostRecorder, NotCapturableError
+from harmonica.execution.recorders import CudaRecorder, HostRecorder
 from harmonica.models.step_conditionings import StepConditionings
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
@@ -72,9 +76,10 @@ def test_a_replay_computes_from_what_the_buffers_hold():
         (lambda x: x + torch.rand_like(x), "draws numbers"),
     ],
 )
-def test_what_a_capture_would_refuse_is_refused(step, why):
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_what_a_capture_would_refuse_is_refused(step, why, is_inference):
     buffer = torch.ones(2)
-    with pytest.raises(NotCapturableError, match=why):
+    with torch.inference_mode(is_inference), pytest.raises(NotCapturableError, match=why):
         recorded(lambda: step(buffer), buffer)
 
 
@@ -145,7 +150,7 @@ def test_text_to_image_models(kind):
     assert len(store_of(sampler)) == 1
 
 
-@pytest.mark.parametrize("name", ["iddpm", "dpm-solver++"])
+@pytest.mark.parametrize("name", ["iddpm", "dpm-solver++", "sa-solver"])
 def test_samplers_that_draw_noise_or_remember_steps(name):
     config = SamplerConfig(name=name, num_inference_steps=STEPS, clip_sample=False)
     sampler = make_sampler(make_dit(), config)
@@ -156,14 +161,15 @@ def test_samplers_that_draw_noise_or_remember_steps(name):
 
 
 def test_what_cannot_be_recorded_runs_compiled_and_says_so_once(caplog):
-    config = SamplerConfig(name="sa-solver", num_inference_steps=STEPS, clip_sample=False)
-    sampler, keys = make_sampler(make_dit(), config), SampleKeys.of(0, range(2))
+    unipc = {"_class_name": "UniPCMultistepScheduler"}  # it solves for its weights on the device
+    config = SamplerConfig(name="diffusers", scheduler=unipc, num_inference_steps=STEPS, clip_sample=False)
+    sampler = make_sampler(make_dit(), config)
     with caplog.at_level(logging.WARNING, "harmonica"):
-        check_replays(sampler, [make_batch(2)] * 3, keys=keys)
-        check_replays(sampler, [make_batch(33)] * 2, keys=SampleKeys.of(0, range(33)))
+        check_replays(sampler, [make_batch(2)] * 3)
+        check_replays(sampler, [make_batch(33)] * 2)
     said = [record.getMessage() for record in caplog.records if record.name.startswith("harmonica")]
     assert len(said) == 2 and len(store_of(sampler)) == 0
-    assert "draws numbers inside a step" in said[0] and "33 is larger than 32" in said[1]
+    assert "copied from the host inside a step" in said[0] and "33 is larger than 32" in said[1]
 
 
 def test_previews_come_between_the_steps():
@@ -249,6 +255,100 @@ def test_copies_of_a_model_begin_without_recordings():
 def test_buckets():
     assert [bucket_of(size) for size in (1, 2, 3, 5, 16, 17, 32, 33)] == [1, 2, 4, 8, 16, 32, 32, None]
     assert BUCKETS == (1, 2, 4, 8, 16, 32)
+
+
+# The recorder of CUDA, with stand-ins
+
+
+class _Calls:
+    """What stands in for `torch.cuda`: the order of calls is kept, and nothing is captured."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        self.current: Any = "served"
+        for place in ("graph_pool_handle", "empty_cache", "memory_snapshot"):
+            patch.setattr(torch.cuda, place, self.named(place, (0, 7) if "handle" in place else []))
+        for place in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool"):
+            patch.setattr(torch._C, place, self.named(place), raising=False)
+        patch.setattr(torch.cuda, "current_stream", lambda device: self)
+        patch.setattr(torch.cuda, "stream", self.stream)
+        patch.setattr(torch.cuda, "Stream", lambda device: self)
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        recorders._capture_stream.cache_clear()
+
+    device = torch.device("cuda", 0)
+    fails = False
+
+    def named(self, name: str, result: Any = None) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.names.append(name)
+            return result
+
+        return call
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def wait_stream(self, other: Any) -> None:
+        self.names.append("wait")
+
+    def capture_begin(self, **how: Any) -> None:
+        assert self.current is self and not torch.is_inference_mode_enabled()
+        assert how == {"pool": (0, 7), "capture_error_mode": "thread_local"}
+        self.names.append("begin")
+
+    def capture_end(self) -> None:
+        assert self.current is self
+        self.names.append("end")
+        if self.fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def replay(self) -> None:
+        self.names.append("replay")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Calls]:
+    yield _Calls(monkeypatch)
+    recorders._capture_stream.cache_clear()
+
+
+def test_what_a_capture_does_in_its_order(cuda):
+    """Not what it captures: that takes a GPU."""
+    recorder = CudaRecorder(torch.device("cuda"))
+    cuda.names.clear()
+    with torch.inference_mode(), recorder.recording():
+        recorder.warm_up(lambda: cuda.names.append("run"))
+        for _ in range(2):
+            _, replay = recorder.record(lambda: cuda.names.append("step"))
+    replay()
+    clear, around = "_cuda_clearCublasWorkspaces", ["begin", "step", "end"]
+    assert cuda.names == ["wait", "run", "wait", "empty_cache", clear, *around, *around, clear, "replay"]
+    assert cuda.current == "served" and recorder.nbytes == 0
+
+
+def test_a_capture_that_fails_leaves_the_stream_and_the_allocator_and_says_why(cuda):
+    recorder, cuda.fails = CudaRecorder(torch.device("cuda")), True
+
+    def step() -> None:
+        raise RuntimeError("the reason")
+
+    with pytest.raises(RuntimeError, match="the reason"), recorder.recording():
+        recorder.record(step)
+    assert cuda.names[-3:] == ["end", "_cuda_endAllocateToPool", "_cuda_clearCublasWorkspaces"]
+    assert cuda.current == "served" and not recorders._capture_lock().locked()
+
+
+def test_a_step_that_cannot_be_captured_is_found_before_the_capture(cuda):
+    recorder = CudaRecorder(torch.device("cuda"))
+    with pytest.raises(NotCapturableError), recorder.recording():
+        recorder.warm_up(lambda: torch.ones(2, device="meta").sum().item())
+    assert "begin" not in cuda.names and cuda.current == "served"
 
 
 # On a GPU

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,8 +83,16 @@ def test_the_command_in_half_precision_and_compiled(tmp_path, monkeypatch):
     assert rows[0]["what"].endswith("[CPU, bfloat16, compiled]")
 
 
-def test_the_script_for_a_gpu_runs_on_something_small(tmp_path, monkeypatch, no_codegen, capsys):
+def run_gpu(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     output = tmp_path / "gpu.json"
+    gpu.main(
+        ["--device", "cpu", "--tiny", "--rounds", "1", "--batches", "2", f"--output={output}", *arguments]
+    )
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def test_the_script_for_a_gpu_runs_on_something_small(tmp_path, monkeypatch, no_codegen, capsys):
     written: list[int] = []
     write = Path.write_text
 
@@ -92,20 +101,35 @@ def test_the_script_for_a_gpu_runs_on_something_small(tmp_path, monkeypatch, no_
         return write(path, text)
 
     monkeypatch.setattr(Path, "write_text", watched)
-    gpu.main(["--device", "cpu", "--tiny", "--rounds", "1", "--batches", "2", f"--output={output}"])
-    arms = json.loads(output.read_text())["arms"]
+    found = run_gpu(tmp_path, "--sections", "dit-256", "dit-256-more")
+    arms = found["arms"]
     # diffusers' own; full, and three plans held and forecast, by graphs of two residual streams, then eagerly
     # and compiled.
     assert len(arms) == 1 + (2 + 2) * (1 + 3 * 2)
     assert written == list(range(1, len(arms) + 1)), "a cut loses nothing"
     names = {(arm["name"], batch) for arm in arms for batch in (1, 8)}
-    assert set(gpu.REFERENCE_MS) <= names, "each number of the card stands beside an arm"
-    assert all(arm["of_diffusers"] > 0 for arm in arms[1:])
+    assert len(names) == 2 * len(arms) and set(gpu.REFERENCE_MS) <= names, "each number has its arm"
+    assert all(arm["of_diffusers"] > 0 for arm in arms)
     assert {arm["realised_share"] is None for arm in arms if arm["ideal"] > 1} == {False}
-    assert capsys.readouterr().out.count("| graphed weights") == 7
+    assert all(seconds > 0 for seconds in found["first_image"].values())
+    table = capsys.readouterr().out.partition("all, each")[2]
+    assert table.count("| graphed weights") == 7
+
+
+def test_its_other_sections_run_too(tmp_path, no_codegen):
+    others = ("sdt", "caches", "pixart-1024", "dit-512", "pixart-2048", "static")
+    arms = run_gpu(tmp_path, "--sections", *others)["arms"]
+    assert [arm["section"] for arm in arms if arm["section"] not in ("caches",)] == (
+        ["sdt"] * 2 + ["pixart-1024"] * 6 + ["dit-512"] * 6 + ["pixart-2048"] * 6 + ["dit-256"] * 2
+    )
+    assert {arm["name"] for arm in arms if arm["section"] == "caches"} >= {"diffusers TaylorSeer"}
+    for arm in arms:
+        assert (arm["updates_per_s"] is not None) == (arm["section"] == "sdt")
+        assert (arm["of_diffusers"] is not None) == (arm["section"].startswith(("pixart", "dit-512")))
+        assert (arm["realised_share"] is not None) == (arm["ideal"] > 1)
 
 
 def test_the_script_for_a_gpu_begins_nothing_when_its_time_is_up(tmp_path, capsys):
     output = f"--output={tmp_path / 'gpu.json'}"
-    gpu.main(["--device", "cpu", "--tiny", "--batches", "1", "--seconds", "-1", "--levels", "eager", output])
-    assert capsys.readouterr().err.count("no time left") == 8
+    gpu.main(["--device", "cpu", "--tiny", "--batches", "1", "--minutes", "-1", "--levels", "eager", output])
+    assert capsys.readouterr().err.count("no time left") == len(gpu.SECTIONS)
