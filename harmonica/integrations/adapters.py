@@ -1,4 +1,4 @@
-"""Adapters of the transformers in diffusers' pipelines.
+"""Adapt the transformers of diffusers' pipelines to their branches.
 
 An adapter has all that `harmonica.apply` needs to know of an architecture: another one is one more class.
 Shapes: N batch, C channels, H W image.
@@ -41,7 +41,7 @@ _HARMLESS_HOOKS = (
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a transformer's forward."""
+    """Holds one call of a transformer's forward."""
 
     sample_NCHW: Tensor
     timestep_N: Tensor
@@ -50,7 +50,7 @@ class Call:
 
 
 class PipelineTransformer(ABC):
-    """A diffusers module, its view as branches and its calling convention."""
+    """Joins a diffusers module, its view as branches and its calling convention."""
 
     view: BranchedTransformer
     processor_arguments = "cross_attention_kwargs"
@@ -274,7 +274,7 @@ _KNOWN: dict[str, Callable[[Any, dict[str, Any]], PipelineTransformer]] = {
 
 
 def pipeline_transformer(transformer: nn.Module, identity: dict[str, Any]) -> PipelineTransformer:
-    """Return the adapter of `transformer`.
+    """Return the adapter of a transformer by its class.
 
     Args:
         identity: of the model that the router was made for; it says what is a branch.

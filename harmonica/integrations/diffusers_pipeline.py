@@ -1,4 +1,4 @@
-"""Use of a router in an unmodified diffusers pipeline: `apply` and `remove`.
+"""Use a router in an unmodified diffusers pipeline: `apply` and `remove`.
 
     pipe = PixArtSigmaPipeline.from_pretrained(...)
     harmonica.apply(pipe.transformer, "router/")

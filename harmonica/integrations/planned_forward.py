@@ -1,4 +1,4 @@
-"""The replacement of a transformer's forward: each call is a step of a plan."""
+"""Replace a transformer's forward: each call is a step of a plan."""
 
 import copy
 import types
