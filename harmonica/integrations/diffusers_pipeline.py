@@ -25,7 +25,8 @@ from typing import Any, get_args
 from torch import nn
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.integrations.adapters import PipelineTransformer, pipeline_transformer
+from harmonica.integrations.adapters import pipeline_transformer
+from harmonica.integrations.pipeline_transformer import PipelineTransformer
 from harmonica.integrations.planned_forward import PipelineExecution, PlannedForward
 from harmonica.integrations.recorded.pipelines import is_recorded, planned_calls, transformers_of
 from harmonica.integrations.recorded.trajectory import TransformerCall

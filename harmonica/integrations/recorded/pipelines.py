@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.integrations.adapters import refuse_other_caches
+from harmonica.integrations.pipeline_transformer import refuse_other_caches
 from harmonica.integrations.recorded.branches import describe
 from harmonica.integrations.recorded.planned_trajectory import PlannedTrajectory
 from harmonica.integrations.recorded.trajectory import TransformerCall
