@@ -1,10 +1,11 @@
-"""HarmoniCa: learned feature caching for Diffusion Transformers (ICML 2025, arXiv 2410.01723).
+"""Learn feature caching for Diffusion Transformers by HarmoniCa.
 
-The method alone, without Ray or MLflow: a transformer is seen as a list of residual branches
-(`harmonica.models`). Three passes walk that list: the full one (`BranchedTransformer.forward`), and the soft
-and the planned one of `core.passes`. A router says which branches may reuse their last value (`core.router`,
-`core.plan`). It is trained by SDT with the IEPO objective (`training.sdt`, `training.iepo`), or its plan is
-searched (`training.plans.search`).
+HarmoniCa is from ICML 2025, arXiv 2410.01723. This package has the method alone, without Ray or MLflow.
+
+A transformer is seen as a list of residual branches (`harmonica.models`). Three passes walk that list: the
+full one (`BranchedTransformer.forward`), and the soft and the planned one of `core.passes`. A router says
+which branches may reuse their last value (`core.router`, `core.plan`). It is trained by SDT with the IEPO
+objective (`training.sdt`, `training.iepo`), or its plan is searched (`training.plans.search`).
 
 `harmonica.apply(pipe, router)` and `harmonica.remove(pipe)` put a trained plan on a diffusers pipeline and
 take it off; `harmonica.train_pipeline(pipe, prompts)` trains one for any pipeline with a transformer. The
@@ -50,7 +51,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first access: all of them need torch, which takes seconds to import."""
+    """Import a public name on first access, since importing torch takes seconds."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,6 @@
-"""The command `harmonica`, which is `python -m harmonica`: it hands its arguments to one of `harmonica.cli`.
+"""Run the command `harmonica`, which is `python -m harmonica`.
+
+It hands its arguments to one of the commands in `harmonica.cli`.
 
 harmonica sample --help
 """
@@ -27,7 +29,9 @@ USAGE = "\n".join(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code, which is 2 if there is no such command or an extra is missing.
+    """Run a command and return its exit code.
+
+    The code is 2 if there is no such command, or an extra is missing.
 
     Args:
         arguments: the command's name and its options; those of the process if None.

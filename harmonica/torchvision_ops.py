@@ -1,4 +1,4 @@
-"""Let torchvision be imported where its compiled operators do not fit torch's build.
+"""Let torchvision be imported where its operators do not fit torch's build.
 
 A CPU build of torch beside PyPI's torchvision, which is built for CUDA, leaves torchvision without its
 compiled operators. Its Python files then fail at import, because they describe operators that nobody
@@ -26,7 +26,7 @@ _KEEP_ALIVE: list[torch.library.Library] = []  # a Library's definitions go when
 
 
 class _BeforeTorchvision:
-    """Finds no module: it defines the schemas when torchvision is looked for, and is then done."""
+    """Defines the schemas when torchvision is looked for; finds no module itself."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -37,7 +37,7 @@ class _BeforeTorchvision:
 
 
 def ensure_torchvision_imports() -> None:
-    """Make the first import of torchvision define the schemas that it needs, where its own cannot load.
+    """Make torchvision's first import define the schemas that it lacks, if any.
 
     Until then nothing is looked for or loaded.
     """

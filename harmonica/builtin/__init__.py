@@ -1,4 +1,7 @@
-"""What ships with the code: a real DiT and a real PixArt on Fashion-MNIST, a classifier, a trained router."""
+"""Locate the models that ship with the code.
+
+They are a DiT and a PixArt of Fashion-MNIST, a classifier and a trained router.
+"""
 
 from pathlib import Path
 

@@ -20,7 +20,7 @@ from harmonica.samplers.noise import SampleKeys
 
 
 def full_step(sampler: Sampler, i: int, state: State) -> tuple[State, Tensor]:
-    """Compute every branch at step i, caching none; returns the next state and the guided output."""
+    """Compute every branch at step i; return the next state and the guided output."""
     hidden, conditioning = sampler.embed(i, state)
     model = sampler.model
     guided = sampler.guide(runner_of(model).full_pass(model, hidden, conditioning))

@@ -1,1 +1,1 @@
-"""The inputs of a model: batches of noise, class names, prompts and their embeddings."""
+"""Make a model's inputs: batches of noise, class names and embedded prompts."""

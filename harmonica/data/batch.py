@@ -1,4 +1,4 @@
-"""Batches of samples: noise, conditions, and the keys of further noise."""
+"""Define batches of samples: noise, conditions and the keys of further noise."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from harmonica.samplers.noise import SampleKeys
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """N samples on the device that draws their images."""
+    """Holds N samples on the device that makes their images."""
 
     noise_NCHW: Tensor
     condition_N: Any

@@ -1,4 +1,4 @@
-"""Class labels by class name."""
+"""Find class labels by class name."""
 
 import difflib
 
@@ -6,7 +6,7 @@ _NAMED_CLASSES = 20  # more than these are not listed in an error
 
 
 class UnknownClass(ValueError):
-    """No class has the name, or several have."""
+    """Raised for a name that no class has, or several have."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
@@ -15,7 +15,9 @@ class UnknownClass(ValueError):
 
 
 def find_class(name: str, class_names: tuple[str, ...]) -> int:
-    """Return the label of a class by its name in any case, one of its synonyms, or its number.
+    """Return the label of a class by its name, one of its synonyms or its number.
+
+    Upper and lower case are the same.
 
     Raises:
         UnknownClass: unknown, or a synonym of several classes.

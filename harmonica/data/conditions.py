@@ -1,4 +1,4 @@
-"""The conditions of images as a model takes them: labels, or prompts embedded at once.
+"""Make the conditions of images as a model takes them: labels or prompts.
 
 Training reads embeddings from a store (`harmonica.data.prompts`); this is for serving and single samplings.
 Shapes: N rows, S text tokens, C width of the text encoder.
@@ -29,10 +29,10 @@ _CACHED_PROMPTS = 128
 
 
 class Conditions(Protocol):
-    """A factory of batch conditions."""
+    """Makes the conditions of batches."""
 
     def check(self, subject: int | str, negative_prompt: str) -> None:
-        """Prepare a row before its batch, from any thread, or raise if it cannot be drawn.
+        """Prepare a row before its batch, or refuse it; any thread may call this.
 
         Raises:
             PromptTooLong: the prompt is over the limit, and such prompts are refused.
@@ -45,20 +45,21 @@ class Conditions(Protocol):
 
 
 class Labels:
-    """The conditions of a class-conditional model, which are labels."""
+    """Makes the conditions of a class-conditional model, which are labels."""
 
     def __init__(self, device: str | torch.device) -> None:
         self._device = device
 
     def check(self, subject: int | str, negative_prompt: str) -> None:
-        pass
+        """Accept any row; a label needs no preparation."""
 
     def of(self, subjects: Sequence[int | str], negative_prompts: Sequence[str]) -> Tensor:
+        """Return the labels (N,)."""
         return torch.tensor(subjects, device=self._device)
 
 
 class Prompts:
-    """The conditions of a text-to-image model; the last prompts' embeddings are kept.
+    """Makes the conditions of a text-to-image model; keeps the last embeddings.
 
     A prompt is embedded alone, so that its embedding does not depend on who asked at the same time.
     """
@@ -83,6 +84,11 @@ class Prompts:
             )
 
     def check(self, subject: int | str, negative_prompt: str) -> None:
+        """Embed the prompts of a row and keep their embeddings.
+
+        Raises:
+            PromptTooLong: names the field that is over the limit, where such prompts are refused.
+        """
         for name, prompt in (("prompt", str(subject)), ("negative_prompt", negative_prompt)):
             try:
                 self._embedded(prompt)
@@ -91,6 +97,7 @@ class Prompts:
                 raise PromptTooLong(message, error.tokens, name) from error
 
     def of(self, subjects: Sequence[int | str], negative_prompts: Sequence[str]) -> TextCondition:
+        """Return the embeddings of N prompts and N negative prompts."""
         positive = [self._embedded(str(prompt)) for prompt in subjects]
         negative = [self._embedded(prompt) for prompt in negative_prompts]
         sizes: dict[str, Tensor] = {}
@@ -125,7 +132,7 @@ def make_conditions(
     over_limit: OverLimit = "truncate",
     dtype: EncoderDtype = "bfloat16",
 ) -> Conditions:
-    """Return the conditions of a loaded model, with its text encoder if it takes prompts.
+    """Return a loaded model's conditions, with its text encoder if it needs one.
 
     Raises:
         ValueError: the model takes prompts and has no text encoder.

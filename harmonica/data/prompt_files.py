@@ -1,4 +1,4 @@
-"""The file format of embedded prompts: a folder of Parquet parts and a `store.json`.
+"""Define the files of embedded prompts: Parquet parts and a `store.json`.
 
 `store.json` is written last. A row of a part holds a prompt, its number of tokens and their embeddings, as
 the bits of bfloat16. Padding is not stored, since it is zeros.
@@ -26,7 +26,7 @@ _SCHEMA = pa.schema([("prompt", pa.string()), ("tokens", pa.int32()), ("embeddin
 
 
 class PromptRows(NamedTuple):
-    """Embedded prompts: N of them, padded to S tokens, of width C."""
+    """Holds N embedded prompts, padded to S tokens, of width C."""
 
     embeddings: Tensor
     """Embeddings (N, S, C)."""
@@ -38,7 +38,7 @@ class PromptRows(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """The description of a store, as `store.json` holds it."""
+    """Describes a store, as `store.json` holds it."""
 
     encoder: dict[str, Any]
     """The `text_encoder.encoder_identity` of the encoder that embedded."""
@@ -62,7 +62,10 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Return the digest of the encoder and of all prompts in order; part names hold the latter."""
+        """Return the digest of the encoder and of all prompts in order.
+
+        The prompts are in it by the names of their parts, which hold digests of them.
+        """
         said = json.dumps(asdict(self), sort_keys=True)
         return f"sha256:{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
@@ -82,8 +85,8 @@ def stored_parts(uri: str) -> set[str]:
 def part_bytes(batches: Iterable[PromptRows]) -> bytes:
     """Return the content of a part, a Parquet file.
 
-    A row group a row, so that a row is read without its neighbours; neither compressed nor in a
-    dictionary, so that to read it is to copy it.
+    Each row is a row group, so that it is read without its neighbours. It is neither compressed nor in a
+    dictionary, so that reading it copies it.
     """
     sink = pa.BufferOutputStream()
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False}

@@ -1,4 +1,4 @@
-"""Stores of embedded prompts; training reads their rows by number, without a text encoder.
+"""Read stores of embedded prompts; training needs no text encoder then.
 
 Row i is the i-th distinct prompt of the input, whoever embedded it and however often that broke off. The
 negative prompt "" is kept apart, so that no row is ever drawn from it. Padding comes back as zeros, which
@@ -26,7 +26,7 @@ _OPEN_PARTS = 16  # the footer of an open one takes some 170 bytes a row
 
 
 class PromptStore:
-    """A finished store of embedded prompts.
+    """Reads the rows of a finished store of embedded prompts by number.
 
     A pickled store holds the address alone, and opens the store again when it is loaded.
     """
@@ -111,7 +111,9 @@ class PromptStore:
         return embeddings[0], mask[0], prompts[0]
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> PromptRows:
-        """Return rows in the order given, embeddings (N, S, C) in bfloat16 with zeros at padding.
+        """Return rows in the order given.
+
+        Embeddings (N, S, C) are bfloat16, with zeros at padding.
 
         Raises:
             ValueError: there is no such row, or its part is missing or damaged.
@@ -133,7 +135,7 @@ class PromptStore:
         return {"embedding": embeddings.view(torch.int16).numpy(), "mask": mask.numpy()}
 
     def negative(self) -> tuple[Tensor, Tensor]:
-        """Return the embedding (1, S, C) and mask (1, S) of the negative prompt; it is read once."""
+        """Return the negative prompt's embedding (1, S, C) and mask (1, S), read once."""
         if self._negative is None:
             rows = self._read([(self.manifest.negative, 0)])
             self._negative = rows.embeddings, rows.mask

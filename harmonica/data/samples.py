@@ -1,4 +1,4 @@
-"""Samples for training and evaluation: index, label, noise, and for text the embedding.
+"""Make samples for training and evaluation: index, label, noise and embedding.
 
 A sample is a pure function of (seed, index), without any image. Its label is a class, or the number of a
 prompt in its store. Which samples form trajectory k is a function of k and the global batch size alone, never
@@ -21,7 +21,7 @@ from harmonica.samplers.noise import SampleKeys, sample_label, sample_noise
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """The seed and shape of a run's samples; pickled prompts are an address."""
+    """Describes a run's samples by seed and shape; pickles prompts as an address."""
 
     seed: int
     num_classes: int
@@ -50,7 +50,7 @@ class SampleSpec:
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of a sample in memory."""
+        """Return the bytes of a sample in memory."""
         return 4 * math.prod(self.shape) + (self.prompts.row_bytes if self.prompts else 0)
 
     def to_batch(self, columns: Mapping[str, Any], device: torch.device | str) -> Batch:
@@ -67,10 +67,11 @@ class SampleSpec:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The samples of one worker: trajectory k is samples kB ... kB+B-1, split evenly by rank.
+    """Selects the samples of one worker.
 
-    It is a pure function of k and the global batch size B, so the number of workers changes who makes a
-    sample and never which samples make a trajectory.
+    Trajectory k is samples kB ... kB+B-1, split evenly by rank. It depends on k and the global batch size B
+    alone, so the number of workers changes which of them makes a sample and never which samples make a
+    trajectory.
     """
 
     batch_size: int
@@ -79,11 +80,14 @@ class Shard:
 
     @property
     def size(self) -> int:
-        """Number of samples of one trajectory on this worker."""
+        """Return the number of samples of one trajectory on this worker."""
         return self.batch_size // self.world_size
 
     def indices(self, positions: np.ndarray, first_trajectory: int) -> np.ndarray:
-        """Return the index of this worker's 0th, 1st, ... sample counted from `first_trajectory`."""
+        """Return the indices of this worker's samples at these positions.
+
+        Position 0 is its first sample of `first_trajectory`.
+        """
         trajectory = first_trajectory + positions // self.size
         indices: np.ndarray = trajectory * self.batch_size + self.rank * self.size + positions % self.size
         return indices

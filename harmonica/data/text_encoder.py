@@ -1,4 +1,4 @@
-"""The text encoder of a PixArt pipeline: it embeds prompts as diffusers' `encode_prompt` does.
+"""Embed prompts by a PixArt pipeline's T5, as diffusers' `encode_prompt` does.
 
 Embeddings are made once (`pipelines.data.embed_prompts`) and then read, so that no training of a router
 loads the encoder. Shapes: N prompts, S max_tokens, C width of the encoder.
@@ -34,7 +34,7 @@ _PROBE = "a photo of 2 cats, 3/4 view; it's café № 5 - 猫 🙂 <b>\ttab</b>"
 
 
 def preprocess(prompt: str) -> str:
-    """Preprocess a prompt as diffusers' `_text_preprocessing` does without `clean_caption`."""
+    """Preprocess a prompt as diffusers does without `clean_caption`."""
     return prompt.lower().strip()
 
 
@@ -57,7 +57,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
-    """Return the number of tokens of each preprocessed prompt, with its end token, untruncated."""
+    """Return each preprocessed prompt's number of tokens, with its end token.
+
+    Prompts are not truncated.
+    """
     if not prompts:
         return []
     # verbose: the tokenizer's own limit says nothing of the model's.
@@ -65,7 +68,9 @@ def token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
 
 
 def check_text_encoder(folder: Path, width: int) -> None:
-    """Check that a pipeline's folder has all that `TextEncoder.load` reads; load its config alone.
+    """Check that a pipeline's folder has all that `TextEncoder.load` reads.
+
+    No weights are loaded.
 
     Args:
         width: of the embeddings that the model takes.
@@ -84,7 +89,7 @@ def check_text_encoder(folder: Path, width: int) -> None:
 
 
 class PromptTooLong(ValueError):
-    """A prompt is refused because it has more tokens than the model reads.
+    """Raised for a prompt that has more tokens than the model reads.
 
     Args:
         message: the whole message.
@@ -101,13 +106,13 @@ class PromptTooLong(ValueError):
 
 
 def over_limit_message(prompt: str, tokens: int, many: int, total: int, max_tokens: int) -> str:
-    """Return the message about prompts that are too long; `prompt` is the first of them."""
+    """Return the message about too long prompts; `prompt` is the first of them."""
     shown = prompt if len(prompt) <= 60 else f"{prompt[:60]}..."
     return f"{many} of {total} prompts have more than {max_tokens} tokens, the first {tokens}: {shown!r}"
 
 
 def encoder_identity(folder: Path, max_tokens: int) -> dict[str, Any]:
-    """Return what embeddings depend on, as JSON values, without loading the weights.
+    """Return as JSON values what embeddings depend on, without loading weights.
 
     Precision is no part of it, nor is the format that weights and tokenizer are stored in.
     """
@@ -130,7 +135,7 @@ def encoder_identity(folder: Path, max_tokens: int) -> dict[str, Any]:
 
 
 class TextEncoder:
-    """A frozen T5 encoder and its tokenizer."""
+    """Embeds prompts by a frozen T5 encoder and its tokenizer."""
 
     def __init__(self, folder: Path, tokenizer: Any, model: Any) -> None:
         self.folder, self.tokenizer, self.model = folder, tokenizer, model
@@ -139,7 +144,7 @@ class TextEncoder:
     def load(
         cls, folder: Path, device: str | torch.device = "cpu", dtype: EncoderDtype = "bfloat16"
     ) -> "TextEncoder":
-        """Load the encoder of a pipeline's folder, which has `tokenizer/` and `text_encoder/`.
+        """Load the encoder from `tokenizer/` and `text_encoder/` of a pipeline's folder.
 
         Raises:
             ValueError: a part is missing, or is not of a T5.
@@ -160,7 +165,7 @@ class TextEncoder:
 
     @property
     def width(self) -> int:
-        """Return C, the width of the embeddings."""
+        """Return the width C of the embeddings."""
         return int(self.model.config.d_model)
 
     def identity(self, max_tokens: int) -> dict[str, Any]:
@@ -171,7 +176,9 @@ class TextEncoder:
     def encode(
         self, prompts: Sequence[str], max_tokens: int, over_limit: OverLimit = "truncate"
     ) -> tuple[Tensor, Tensor]:
-        """Return the embeddings (N, S, C) in the encoder's precision and the mask (N, S) bool, on its device.
+        """Return the embeddings (N, S, C) and the mask (N, S) bool of prompts.
+
+        Both are on the encoder's device, the embeddings in its precision.
 
         As in diffusers, padding has embeddings too, which attention has to mask.
 
@@ -223,7 +230,10 @@ class TextEncoder:
 
 
 def _part(folder: Path, name: str, needed: str) -> Path:
-    """Return a subfolder; refuse a missing one, which transformers would take for a hub id."""
+    """Return a subfolder, or refuse a missing one.
+
+    transformers would take the path of a missing one for a hub id.
+    """
     if not (folder / name / needed).is_file():
         held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Metrics of images, against the uncached ones and against real ones, and pictures of them."""
+"""Measure and plot images: against uncached samples and against real images."""

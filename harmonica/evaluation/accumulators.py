@@ -1,4 +1,6 @@
-"""Accumulate metrics of a variant's images in one pass: values of each, sums over all, features of some.
+"""Accumulate metrics of a variant's images in one pass.
+
+It keeps values of each image, sums over all of them, and features of some.
 
 Values are stored by row index, so the order of arrival and the batch size change nothing but the rounding of
 float64 sums.
@@ -21,7 +23,7 @@ _SPLIT = 5_000  # images behind one Inception Score, as in ADM's evaluator
 
 
 class FeatureSums:
-    """Sums of a feature and of its products, for mean and covariance of any number of images."""
+    """Sums features and their products, for the mean and covariance of many images."""
 
     def __init__(self, size: int) -> None:
         self.count = 0
@@ -29,13 +31,14 @@ class FeatureSums:
         self.products_FF = torch.zeros(size, size, dtype=torch.float64)
 
     def add(self, features_NF: Tensor) -> None:
+        """Add the features of a batch (N, F)."""
         features = features_NF.double()
         self.count += len(features)
         self.sum_F += features.sum(0)
         self.products_FF.addmm_(features.T, features)
 
     def statistics(self) -> FeatureStatistics:
-        """Return mean and covariance of all rows so far.
+        """Return the mean and covariance of all rows so far.
 
         Raises:
             ValueError: fewer than two rows.
@@ -48,7 +51,7 @@ class FeatureSums:
 
 
 class _ScoreSums:
-    """Sums behind the Inception Score, a set for every 5,000 images."""
+    """Holds the sums behind the Inception Score, a set for every 5,000 images."""
 
     def __init__(self, num_rows: int, num_classes: int) -> None:
         splits = -(-num_rows // _SPLIT)
@@ -83,7 +86,7 @@ class MetricAccumulator:
         self._scores: _ScoreSums | None = None
 
     def add(self, index_N: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
-        """Add a batch: values (N,), and `pooled`, `spatial` and `logits` (N, ...) if there are any."""
+        """Add a batch: values (N,), and features and logits (N, ...) if there are any."""
         index = torch.from_numpy(index_N.astype(np.int64))
         for name, column in columns.items():
             values = torch.tensor(column)

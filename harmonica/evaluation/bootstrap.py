@@ -1,4 +1,6 @@
-"""Confidence intervals by the bootstrap: images drawn again with replacement, always the same ones.
+"""Compute confidence intervals by the bootstrap.
+
+Images are drawn with replacement, the same ones at every call.
 
 Shapes: N images, R resamples.
 """
@@ -11,9 +13,9 @@ COVERAGE = 0.95
 
 
 def resample_weights(count: int, resamples: int, seed: int = 0) -> Tensor:
-    """Return how often each image is in each resample, (R, N) float64; every row sums to N.
+    """Return each image's count in each resample, (R, N) float64; rows sum to N.
 
-    A function of its arguments alone, so two variants that are resampled by it keep their pairs.
+    They follow from the arguments alone, so two variants that are resampled by them keep their pairs.
     """
     generator = np.random.Generator(np.random.Philox(seed))
     return torch.from_numpy(generator.multinomial(count, np.full(count, 1 / count), resamples)).double()
@@ -30,8 +32,9 @@ def interval(
 ) -> list[float]:
     """Return the 95% interval [low, high] of a number, from its values on resamples.
 
-    These are centred upon the number: an image that is drawn twice makes a Frechet distance larger, which
-    says nothing of its spread. So the interval says how far the number moves with other images, as many.
+    The resampled values are centred upon the number, because an image that is drawn twice makes a Frechet
+    distance larger, which says nothing of its spread. The interval says how far the number moves with
+    other images, as many.
 
     Args:
         count: images behind `value`.

@@ -1,4 +1,4 @@
-"""Rows of a sample sheet that show the amplified differences of images from their reference.
+"""Make rows of a sample sheet that show amplified differences of images.
 
 Shapes: N images of a row, C channels, H W image.
 """
@@ -14,16 +14,18 @@ _SHARE_WITHIN = 0.995
 
 
 def amplification(differences: Tensor) -> int:
-    """Return the largest of some round factors that leaves nearly all differences within [-1, 1]."""
+    """Return the largest round factor that keeps most differences in [-1, 1]."""
     sizes = differences.abs().float().flatten()
     largest = float(sizes.kthvalue(max(1, int(_SHARE_WITHIN * len(sizes)))).values)
     return max((factor for factor in _FACTORS if factor * largest <= 1), default=1)
 
 
 def with_differences(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the rows, each but the first followed by its amplified difference from it; zero is mid grey.
+    """Return the rows, each but the first followed by its difference from the first.
 
-    One factor for all, said in their labels, so that they can be compared.
+    Differences are amplified, and zero is mid grey.
+
+    All have one factor, which their labels tell, so that they can be compared.
 
     Args:
         rows: by title, each (N, C, H, W) in [-1, 1], the full sampler's first. What stands before a title's

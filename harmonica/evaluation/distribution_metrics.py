@@ -1,4 +1,4 @@
-"""Distances between sets of images in feature space, also on resamples for confidence intervals.
+"""Compute distances between sets of images in feature space, also on resamples.
 
 A resample is a row of weights: how often each image is in it (`harmonica.evaluation.bootstrap`). All is
 float64. Shapes: N M images of two sets, F features, K classes, R resamples.
@@ -33,9 +33,11 @@ def _root(covariance_FF: Tensor) -> Tensor:
 
 
 def frechet_resampled(features_NF: Tensor, other: Tensor | FeatureStatistics, weights_RN: Tensor) -> Tensor:
-    """Return Frechet distances (R,) of resamples to the same rows of another set, or to statistics.
+    """Return Frechet distances (R,) of resamples to another set, or to statistics.
 
-    As `metrics.frechet_distance`, by symmetric roots: tr sqrt(AB) = tr sqrt(sqrt(B) A sqrt(B)).
+    The other set is resampled by the same weights.
+
+    It equals `image_metrics.frechet_distance`, by symmetric roots: tr sqrt(AB) = tr sqrt(sqrt(B) A sqrt(B)).
     """
     x = features_NF.double()
     fixed = _root(other.covariance) if isinstance(other, FeatureStatistics) else None
@@ -57,7 +59,10 @@ def frechet_resampled(features_NF: Tensor, other: Tensor | FeatureStatistics, we
 def _kernel_means(
     x_NF: Tensor, y_MF: Tensor, x_weights_RN: Tensor, y_weights_RM: Tensor, *, skip_same: bool
 ) -> Tensor:
-    """Return the mean (R,) of the cubic kernel over pairs; `skip_same` omits a row with itself."""
+    """Return the mean (R,) of the cubic kernel over pairs of rows.
+
+    `skip_same` omits pairs of a row with itself.
+    """
     sums = torch.zeros(len(x_weights_RN), dtype=torch.float64)
     for start in range(0, len(x_NF), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -72,10 +77,10 @@ def _kernel_means(
 
 
 def kernel_distances(x_NF: Tensor, y_MF: Tensor, weights_RN: Tensor, *, same_rows: bool) -> Tensor:
-    """Return KID (R,), the unbiased squared MMD with the cubic kernel (Binkowski et al. 2018).
+    """Return KID (R,), the unbiased squared MMD (Binkowski et al. 2018).
 
-    Of all images at once, not the mean over subsets: the same expectation with less noise. Slightly below 0
-    where the sets are alike.
+    The kernel is cubic. All images are compared at once, not subsets whose distances are averaged: the
+    expectation is the same, with less noise. It is slightly below 0 where the sets are alike.
 
     Args:
         same_rows: row i of both sets was made from the same noise, so the two are resampled together and
@@ -97,7 +102,9 @@ def _radii(features_NF: Tensor, neighbours: int) -> Tensor:
 
 
 def in_manifold(points_NF: Tensor, of_MF: Tensor, neighbours: int = 3) -> Tensor:
-    """Return whether each point (N,) is within the k-th neighbour radius of a point of the other set.
+    """Return whether each point (N,) is in the manifold of the other set.
+
+    It is if it is within the radius of a point of that set, the distance to that point's k-th neighbour.
 
     Kynkaanniemi et al. 2019, eq. 1 and 2: the mean is precision for generated points among real ones, recall
     for real points among generated ones.
@@ -121,7 +128,10 @@ def class_information(logits_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inception_score(mean_p_RK: Tensor, mean_p_log_p_R: Tensor) -> Tensor:
-    """Return exp of the mean KL divergence of p(class | image) from p(class) (R,) (Salimans et al. 2016)."""
+    """Return the Inception Score (R,) (Salimans et al. 2016).
+
+    It is exp of the mean KL divergence of p(class | image) from p(class).
+    """
     entropy = torch.special.entr(mean_p_RK).sum(-1)
     score_R: Tensor = (mean_p_log_p_R + entropy).exp()
     return score_R

@@ -1,4 +1,4 @@
-"""The report of an evaluation: the speed and the metrics of each variant, typed, and its JSON.
+"""Define the report of an evaluation: speed and metrics of variants, and JSON.
 
 In JSON the variants are under the key `arms`, and a metric's 95% interval is a list [low, high] beside its
 number: `psnr_to_full_interval` beside `psnr_to_full`. `harmonica.evaluation.bootstrap` has how it is made.
@@ -28,20 +28,23 @@ _METHOD, _VARIANTS = "method", "arms"
 
 
 def family_variant(name: str) -> str:
-    """Return the name in reports of a family's member."""
+    """Return the name that a family's member has in reports."""
     return f"{CACHED} {name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number, and its 95% interval if one was computed."""
+    """Holds a number, and its 95% interval if one was computed."""
 
     value: float
     interval: tuple[float, float] | None = None
 
 
 def estimates_from_json(flat: Mapping[str, Any]) -> dict[str, Estimate]:
-    """Return the numbers of a flat JSON object with their intervals, in order; the rest is left out."""
+    """Return the numbers of a flat JSON object in order, with their intervals.
+
+    Other values are left out.
+    """
     found: dict[str, Estimate] = {}
     for key, value in flat.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -51,7 +54,7 @@ def estimates_from_json(flat: Mapping[str, Any]) -> dict[str, Estimate]:
 
 
 def estimates_to_json(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
-    """Return numbers as a flat JSON object, each followed by its interval if it has one."""
+    """Return numbers as a flat JSON object, each followed by its interval, if any."""
     flat: dict[str, Any] = {}
     for key, estimate in estimates.items():
         flat[key] = estimate.value
@@ -62,7 +65,7 @@ def estimates_to_json(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class RouterSpeeds:
-    """How much a router reuses, and its speedups in MACs and in measured time."""
+    """Holds a router's share of reuse and its speedups in MACs and measured time."""
 
     cur: float
     """Share of the entries of its plan that are reused (Cache Usage Ratio, from 0 to 1)."""
@@ -99,7 +102,7 @@ _SPEED_KEYS: Final = (_METHOD, CUR, IDEAL_SPEEDUP, MEASURED_SPEEDUP, REALISED_SH
 
 @dataclass(frozen=True, slots=True)
 class VariantResult:
-    """The times and the metrics of one variant; what was not measured is None or missing."""
+    """Holds times and metrics of a variant; those not measured are None or missing."""
 
     num_inference_steps: int | None = None
     seconds_per_image: float | None = None
@@ -126,7 +129,7 @@ class VariantResult:
 
     @property
     def frechet_to_full(self) -> float | None:
-        """Return the Fréchet distance to the full sampler's images, None if it was not measured."""
+        """Return the Fréchet distance to the full sampler's images, None if unmeasured."""
         found = self.metrics.get(FRECHET_TO_FULL)
         return found.value if found else None
 
@@ -137,7 +140,7 @@ class VariantResult:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "VariantResult":
-        """Read a variant; numbers under keys that nobody knew of are metrics too.
+        """Read a variant; numbers under unknown keys are metrics too.
 
         Raises:
             ValueError: a router's speeds are there in part.
@@ -158,7 +161,7 @@ _TIME_KEYS: Final = tuple(one.name for one in fields(VariantResult) if one.name 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """What an evaluation measured."""
+    """Holds the results of an evaluation, by variant."""
 
     variants: Mapping[str, VariantResult]
     speeds: RouterSpeeds
@@ -223,7 +226,7 @@ class EvaluationReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as it is stored: what it lacks has no key."""
+        """Return the report as it is stored; values that it lacks have no key."""
         plain = {key: value for key in _PLAIN_KEYS if (value := getattr(self, key)) is not None}
         ends = {key: plain.pop(key) for key in ("worth_having", "verdict") if key in plain}
         report = plain | self.speeds.to_json() | {_VARIANTS: _to_json(self.variants)}

@@ -1,4 +1,4 @@
-"""Captions made from Fashion-MNIST: its labels as text, and a tone measured on the image.
+"""Make captions from Fashion-MNIST: labels as text, and a measured tone.
 
 They are what the built-in text-to-image model was trained on, and how its images are evaluated: every
 caption says which class it asks for, and about half of them whether the thing is dark or light.
@@ -59,7 +59,7 @@ _FOREGROUND = 16  # grey level: below it is the background
 
 
 def brightness(images: np.ndarray) -> np.ndarray:
-    """Return the mean grey level (N,), 0 to 255, of the foreground of uint8 images (N, 1, H, W)."""
+    """Return the foreground's mean grey level (N,), 0 to 255, of (N, 1, H, W) uint8."""
     pixels = images.reshape(len(images), -1)
     is_thing = pixels >= _FOREGROUND
     mean_N: np.ndarray = (pixels * is_thing).sum(axis=1) / np.maximum(is_thing.sum(axis=1), 1)
@@ -81,7 +81,10 @@ def tones(images: np.ndarray, labels: np.ndarray) -> list[Tone | None]:
 
 
 def is_of_tone(images: np.ndarray, labels: np.ndarray, asked: list[Tone]) -> np.ndarray:
-    """Return whether each image is on the requested side of its class's middle; chance is 1/2."""
+    """Return whether each image is on its tone's side of its class's middle.
+
+    By chance, half of them are.
+    """
     middle = np.array(TONE_LIMITS)[labels].mean(axis=1)
     matches_N: np.ndarray = (brightness(images) > middle) == np.array([tone == "light" for tone in asked])
     return matches_N
@@ -126,7 +129,7 @@ def meaning(caption: str) -> tuple[int, Tone | None]:
 
 
 def plain_caption(label: int, tone: Tone | None = None) -> str:
-    """Return a caption with the first noun of the class, as in `a photo of a dark coat`."""
+    """Return a caption with the class's first noun: `a photo of a dark coat`."""
     return _phrase("a photo of {}", NOUNS[label][0], "" if tone is None else TONE_WORDS[tone][0])
 
 

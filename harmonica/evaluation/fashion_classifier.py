@@ -1,4 +1,4 @@
-"""A small Fashion-MNIST classifier, which evaluates the built-in model's images.
+"""Classify Fashion-MNIST, to evaluate the built-in model's images.
 
 Its labels say whether a sample shows what was asked for; its penultimate features stand where
 Inception's stand in FID (Heusel et al. 2017), whose network means little on 28 x 28 grey pictures.
@@ -34,7 +34,7 @@ def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: 
 
 
 class Classifier(nn.Module):
-    """Four convolutions and a linear layer for (N, 1, 28, 28) images in [-1, 1]."""
+    """Applies four convolutions and a linear layer to (N, 1, 28, 28) in [-1, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,6 +90,6 @@ def load_classifier(folder: Path = BUILTIN_FOLDER) -> Classifier:
 def features_and_logits(
     classifier: Classifier, images_NCHW: Tensor, batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """Return features (N, F) and logits (N, K) of any number of images, computed in batches."""
+    """Return features (N, F) and logits (N, K) of images, computed in batches."""
     features = torch.cat([classifier.features(batch) for batch in images_NCHW.split(batch_size)])
     return features, classifier.head(features)

@@ -1,4 +1,7 @@
-"""Fashion-MNIST (Zalando Research, MIT licence): the images the built-in model was trained on."""
+"""Load Fashion-MNIST (Zalando Research, MIT licence).
+
+The built-in models were trained on its images.
+"""
 
 import gzip
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Networks that extract the features between which distances of image sets are computed.
+"""Extract the features between which distances of image sets are computed.
 
 Shapes: N batch, C channels, H W image, F pooled features, S spatial ones, K classes.
 """
@@ -22,7 +22,7 @@ _CLASSIFIER_CHANNELS = 2  # x 7 x 7: about as many values as it has pooled featu
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """The features of a batch of images; float32, on the CPU."""
+    """Holds the features of a batch of images, float32 on the CPU."""
 
     pooled_NF: Tensor
     """Output of the last layer before the classes, for Frechet distance, KID, precision and recall."""
@@ -32,7 +32,7 @@ class Features:
 
 
 class FeatureExtractor(Protocol):
-    """A network that maps images (N, C, H, W) in [-1, 1] to features."""
+    """Maps images (N, C, H, W) in [-1, 1] to features by a network."""
 
     def __call__(self, images_NCHW: Tensor) -> Features: ...
 
@@ -43,7 +43,10 @@ def _spatial(activations_NCHW: Tensor, channels: int) -> Tensor:
 
 
 class ClassifierFeatures:
-    """The shipped Fashion-MNIST classifier, for (N, 1, 28, 28): 96 pooled and 98 spatial features."""
+    """Applies the shipped Fashion-MNIST classifier to images (N, 1, 28, 28).
+
+    It gives 96 pooled and 98 spatial features.
+    """
 
     def __init__(self, folder: Path = BUILTIN_FOLDER) -> None:
         self.classifier = load_classifier(folder)
@@ -57,7 +60,9 @@ class ClassifierFeatures:
 
 
 class InceptionFeatures:
-    """FID's Inception-v3 of 2015 by torch-fidelity: 2,048 pooled and 2,023 spatial features.
+    """Applies FID's Inception-v3 of 2015, by torch-fidelity.
+
+    It gives 2,048 pooled and 2,023 spatial features.
 
     The spatial ones are the first 7 channels of `mixed_6/conv`, as in ADM's evaluator; the logits are
     without their bias, as the Inception Score takes them.
@@ -98,7 +103,10 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def of_pixels(self, pixels_NCHW: Tensor) -> Features:
-        """Return features of uint8 pixels, grey or RGB, scaled to 299 x 299 as TensorFlow 1 did."""
+        """Return features of uint8 pixels, grey or RGB.
+
+        Images are scaled to 299 x 299 as TensorFlow 1 did.
+        """
         pixels = pixels_NCHW.to(self.device).expand(-1, 3, -1, -1)
         middle: list[Tensor] = []
         hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: middle.append(call[2]))

@@ -1,4 +1,4 @@
-"""The mean and covariance of a set of images' features, as a Frechet distance compares them.
+"""Compute the mean and covariance of features, as a Frechet distance needs them.
 
 Shapes: N images, F features.
 """
@@ -16,7 +16,7 @@ from harmonica.io.tensor_files import write_tensors
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureStatistics:
-    """The Gaussian that stands for a set of images in a Frechet distance."""
+    """Describes a set of images by a Gaussian of their features."""
 
     mean: Tensor
     """(F,) float64."""
@@ -27,7 +27,7 @@ class FeatureStatistics:
 
     @classmethod
     def from_features(cls, features_NF: Tensor) -> Self:
-        """Statistics of a set of features.
+        """Return the statistics of a set of features.
 
         Raises:
             ValueError: not a table of at least two rows.
@@ -40,10 +40,12 @@ class FeatureStatistics:
         return cls(features.mean(dim=0), torch.cov(features.T), len(features))
 
     def save(self, path: Path) -> None:
+        """Write the statistics as safetensors."""
         tensors = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count)}
         write_tensors({name: tensor.cpu() for name, tensor in tensors.items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> Self:
+        """Read statistics that `save` wrote."""
         tensors = load_file(path)
         return cls(tensors["mean"], tensors["covariance"], int(tensors["count"]))

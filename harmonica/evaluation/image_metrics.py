@@ -1,4 +1,6 @@
-"""How close cached samples are to uncached ones (PSNR, SSIM, label agreement), and how good they are.
+"""Compute metrics of images: PSNR, SSIM, label agreement and label accuracy.
+
+They tell how close cached samples are to uncached ones, and how good they are.
 
 Shapes: N batch, C channels, H W image, K classes.
 """
@@ -25,7 +27,7 @@ DATA_RANGE = 2.0  # images live in [-1, 1]
 
 
 def psnr(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (N,) in dB of each image; infinite where the two are equal."""
+    """Return the peak signal-to-noise ratio (N,) in dB; infinite for equal images."""
     _check_same_shape(images_NCHW, reference_NCHW)
     return peak_signal_noise_ratio(
         images_NCHW.float(), reference_NCHW.float(), data_range=DATA_RANGE, reduction="none", dim=(1, 2, 3)
@@ -33,7 +35,10 @@ def psnr(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
 
 
 def ssim(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
-    """Structural similarity (N,) of each image, at most 1 (Wang et al. 2004: Gaussian window, sigma 1.5)."""
+    """Return the structural similarity (N,), at most 1 (Wang et al. 2004).
+
+    The window is a Gaussian of sigma 1.5.
+    """
     _check_same_shape(images_NCHW, reference_NCHW)
     value = structural_similarity_index_measure(
         images_NCHW.float(), reference_NCHW.float(), data_range=DATA_RANGE, reduction="none"
@@ -48,7 +53,7 @@ def _check_same_shape(images: Tensor, reference: Tensor) -> None:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Squared Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6).
+    """Return two Gaussians' squared Frechet distance (Heusel et al. 2017, eq. 6).
 
     It is biased upwards for few images: compare numbers of equal `count` only.
     """
@@ -59,10 +64,10 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def label_accuracy(logits_NK: Tensor, label_N: Tensor) -> float:
-    """Share of images the classifier sees as the class they were asked to be."""
+    """Return the share of images that the classifier gives the requested label."""
     return (logits_NK.argmax(dim=1) == label_N).double().mean().item()
 
 
 def label_agreement(logits_NK: Tensor, reference_logits_NK: Tensor) -> float:
-    """Share of images the classifier sees as the same class as their uncached twin."""
+    """Return the share of images whose label is that of their uncached counterpart."""
     return label_accuracy(logits_NK, reference_logits_NK.argmax(dim=1))

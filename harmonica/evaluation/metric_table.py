@@ -1,4 +1,6 @@
-"""The metrics of reports: the key of each in JSON, its shown name, format, unit and better direction.
+"""Define the metrics of reports.
+
+Each has a key in JSON, a shown name, a format, a unit and a better direction.
 
 The keys are stored in reports, comparisons, MLflow and the registry, and stay. A number that is not in the
 table is shown too, under its key in words.
@@ -38,7 +40,7 @@ LABEL_AGREEMENT: Final = "label_agreement"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A number of a report, and how it is shown."""
+    """Describes a number of a report and its presentation."""
 
     key: str
     """Its key in JSON."""
@@ -107,10 +109,10 @@ METRICS: Mapping[str, Metric] = MappingProxyType({metric.key: metric for metric 
 
 
 def interval_key(key: str) -> str:
-    """Return the key of a metric's 95% interval, [low, high], which is stored beside its number."""
+    """Return the key of a metric's 95% interval, [low, high]."""
     return f"{key}_interval"
 
 
 def metric_of(key: str) -> Metric:
-    """Return a key's metric; a key that is not known gets a name of its words."""
+    """Return a key's metric; an unknown key is named by its own words."""
     return METRICS.get(key) or Metric(key, key.replace("_", " "))

@@ -1,4 +1,6 @@
-"""Metrics of single images by a network: LPIPS to another image, and the CLIP score to a prompt.
+"""Compute network metrics of single images: LPIPS, and the CLIP score.
+
+LPIPS compares an image with another one, the CLIP score with a prompt.
 
 Shapes: N batch, C channels, H W image.
 """
@@ -19,7 +21,7 @@ _LPIPS_SIDE = 64  # AlexNet's layers leave nothing of much smaller images
 
 
 class Lpips:
-    """Learned perceptual distance (Zhang et al. 2018) with AlexNet, by torchmetrics."""
+    """Computes LPIPS (Zhang et al. 2018) with AlexNet, by torchmetrics."""
 
     def __init__(self, weights: str | Path, device: torch.device | str = "cpu") -> None:
         """Load AlexNet's weights and LPIPS's own layers.
@@ -55,7 +57,10 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
-        """Return the distance (N,) of images in [-1, 1], grey or RGB; those under 64 pixels are enlarged."""
+        """Return the distance (N,) of images in [-1, 1], grey or RGB.
+
+        Images under 64 pixels are enlarged.
+        """
         pair = [self._prepared(images) for images in (images_NCHW, reference_NCHW)]
         distance_N: Tensor = self.network(*pair).flatten().cpu()
         return distance_N
@@ -68,7 +73,10 @@ class Lpips:
 
 
 class ClipScore:
-    """100 max(cos, 0) of a picture's and its prompt's CLIP embeddings (Hessel et al. 2021, without 2.5)."""
+    """Computes the CLIP score of images to their prompts (Hessel et al. 2021).
+
+    It is 100 max(cos, 0) of the two CLIP embeddings, without the paper's factor 2.5.
+    """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
         """Load a CLIP model.
@@ -99,7 +107,7 @@ class ClipScore:
 
     @torch.no_grad()
     def __call__(self, images_NCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score (N,) of images in [-1, 1]; prompts are truncated to CLIP's 77 tokens."""
+        """Return the score (N,) of images in [-1, 1]; prompts are cut to 77 tokens."""
         pixels = ((images_NCHW.float() + 1) * 127.5).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
         given = self.processor(
             text=list(prompts),

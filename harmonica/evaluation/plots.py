@@ -1,4 +1,4 @@
-"""Plots: sample sheets and router heat maps, as Figures that need no display.
+"""Plot sample sheets and router heat maps, as Figures that need no display.
 
 Shapes: N batch, C channels, H W image, T steps, N branches (of a router's table).
 """
@@ -53,14 +53,14 @@ def encode_picture(image_CHW: Tensor, kind: PictureFormat = "png", quality: int 
 
 
 def _figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
-    """Create a figure without pyplot, whose global list would grow in a long-lived worker."""
+    """Create a figure without pyplot, which keeps all its figures in a global list."""
     return Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout=layout)
 
 
 def sample_sheet(
     rows: dict[str, Tensor], column_names: Sequence[str], path: Path | None = None, *, title: str = ""
 ) -> Figure:
-    """Draw rows of images (columns, C, H, W), each with its title at the left, with named columns.
+    """Draw rows of images (columns, C, H, W) with titles of rows and columns.
 
     Long names, prompts for example, take up to three lines and lose the rest.
 
@@ -108,14 +108,16 @@ def sample_sheet(
 
 
 def cached_title(name: str, cur: float, method: str) -> str:
-    """Return the title of a row of cached images: name, share reused, and the plan's method."""
+    """Return the title of a row of cached images: name, share reused and method."""
     return "\n".join([f"{name}, CUR {cur:.0%}", *textwrap.wrap(method, _TITLE_WIDTH)])
 
 
 def router_heat_map(
     scores_TN: Tensor, plan_TN: Tensor, branch_names: Sequence[str], path: Path | None = None
 ) -> Figure:
-    """Draw the router's scores, first run step at the top; entries that the plan reuses have a dot.
+    """Draw the router's scores, with a dot at entries that the plan reuses.
+
+    The step that runs first is at the top.
 
     Args:
         scores_TN: sigmoid of the logits, in 0 to 1; row T-1 is the noisiest and runs first.

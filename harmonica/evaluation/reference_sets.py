@@ -1,4 +1,6 @@
-"""The real images that samples are compared with: the shipped test images, or ADM's reference batches.
+"""Read statistics of the real images that samples are compared with.
+
+They are the shipped test images, or ADM's reference batches.
 
 Shapes: M reference images, F pooled features, S spatial ones, H W image.
 """
@@ -29,7 +31,7 @@ _LARGEST_SIDE = 4096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReferenceSet:
-    """Statistics of real images; metrics that need one that is None are left out."""
+    """Holds statistics of real images; metrics that need a missing one are left out."""
 
     pooled: FeatureStatistics | None = None
     spatial: FeatureStatistics | None = None
@@ -38,7 +40,7 @@ class ReferenceSet:
 
 
 def builtin_reference(folder: Path = BUILTIN_FOLDER) -> ReferenceSet:
-    """Return the classifier's statistics of the 10,000 test images, with the features of 2,000."""
+    """Return the classifier's statistics of 10,000 test images, features of 2,000."""
     return ReferenceSet(
         FeatureStatistics.load(folder / STATISTICS_FILE),
         FeatureStatistics.load(folder / SPATIAL_FILE),
@@ -47,7 +49,7 @@ def builtin_reference(folder: Path = BUILTIN_FOLDER) -> ReferenceSet:
 
 
 def read_adm_reference(path: str | Path, extractor: InceptionFeatures | None = None) -> ReferenceSet:
-    """Read an `.npz` of ADM's evaluation suite, such as VIRTUAL_imagenet256_labeled.npz.
+    """Read an `.npz` of ADM's suite, such as VIRTUAL_imagenet256_labeled.npz.
 
     It may hold `mu` and `sigma` of pooled features, `mu_s` and `sigma_s` of spatial ones, and the images
     as `arr_0` (M, H, W, 3) uint8. Nothing is unpickled, and images are read some at a time.

@@ -30,7 +30,10 @@ _KINDS = {"frechet": POOLED, "spatial_frechet": SPATIAL}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Resamples:
-    """The bootstrap weights shared by all variants of a report, so that pairs stay pairs."""
+    """Holds the bootstrap weights that all variants of a report share.
+
+    So an image and its counterpart in another variant are resampled together.
+    """
 
     all_RN: Tensor
     """Weights for metrics of every image."""
@@ -50,7 +53,7 @@ class Resamples:
 
 
 class _Report:
-    """The metrics of one variant and their intervals."""
+    """Collects the metrics of one variant and their intervals."""
 
     def __init__(self, resamples: Resamples) -> None:
         self.resamples, self.numbers = resamples, dict[str, Any]()
@@ -72,7 +75,9 @@ def variant_metrics(
     resamples: Resamples,
     real_name: str = "test",
 ) -> dict[str, Any]:
-    """Return the metrics of a variant's images, JSON-ready, also against those of its reference.
+    """Return the metrics of a variant's images, as JSON values.
+
+    Those against the images of its reference are among them.
 
     Args:
         full: the reference that it is compared with; None if the variant is the reference.

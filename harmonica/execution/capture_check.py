@@ -1,4 +1,4 @@
-"""A check, before a capture, that steps do nothing that a capture on CUDA refuses.
+"""Check before a capture that steps do nothing that CUDA refuses in one.
 
 A capture that fails cannot be undone: torch ends it by an error before its allocator has left the capture,
 and what the process does on the device afterwards may fail. So steps are checked while they run as they are.
@@ -56,7 +56,7 @@ class StepMode(TorchDispatchMode, ABC):
 
 
 class CaptureCheck(StepMode):
-    """Refuses operations that read a device's values, copy from the host or draw numbers."""
+    """Refuses operations that read values, copy from the host or draw numbers."""
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = tensors_in((args, kwargs))
@@ -94,13 +94,13 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def reads_back(func: Any, inputs: Sequence[Tensor]) -> bool:
-    """Return whether the shape or the value of an operation's result has to be read from the device."""
+    """Return whether an operation's result has to be read from the device."""
     is_masked = func == aten.index.Tensor and any(each.dtype == torch.bool for each in inputs[1:])
     return func in READS_BACK or is_masked
 
 
 def draws_numbers(func: Any) -> bool:
-    """Return whether an operation draws random numbers; attention has the tag for its dropout alone."""
+    """Return whether an operation draws random numbers."""
     return torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.name()
 
 

@@ -1,1 +1,1 @@
-"""Routers in unmodified diffusers pipelines: `harmonica.apply` and `remove`."""
+"""Use routers in unmodified diffusers pipelines: `harmonica.apply` and `remove`."""

@@ -1,20 +1,18 @@
-"""Adapters of the transformers in diffusers' pipelines.
+"""Adapt the transformers of diffusers' pipelines to their branches.
 
 An adapter has all that `harmonica.apply` needs to know of an architecture: another one is one more class.
 Shapes: N batch, C channels, H W image.
 """
 
-import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harmonica.integrations.timestep_reader import on_host
-from harmonica.models.base import BranchedTransformer, Fingerprint
+from harmonica.integrations.pipeline_transformer import Call, PipelineTransformer
+from harmonica.models.base import Fingerprint
 from harmonica.models.dit.diffusers_view import DiffusersDiT, base_parameters
 from harmonica.models.pixart.model import PixArt
 from harmonica.models.sana.model import Sana
@@ -30,132 +28,6 @@ _EQUAL_PROCESSORS = (
     "SanaAttnProcessor2_0",
     "XFormersAttnProcessor",
 )
-# They move or convert a layer's weights just before it runs, and leave what it computes as it is.
-_HARMLESS_HOOKS = (
-    "group_offloading",
-    "layer_execution_tracker",
-    "lazy_prefetch_group_offloading",
-    "layerwise_casting",
-    "peft_autocast_disable",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of a transformer's forward."""
-
-    sample_NCHW: Tensor
-    timestep_N: Tensor
-    given_timestep_N: Tensor
-    """The same values where they were given, which may be the host."""
-    arguments: dict[str, Any]
-    """All of them, by diffusers' names."""
-
-
-class PipelineTransformer(ABC):
-    """A diffusers module, its view as branches and its calling convention."""
-
-    view: BranchedTransformer
-    processor_arguments = "cross_attention_kwargs"
-    """The forward's argument that is passed on to attention processors."""
-
-    def __init__(self, transformer: nn.Module) -> None:
-        self.transformer: Any = transformer
-        blocks: Any = transformer.transformer_blocks
-        self._blocks = list(blocks)
-
-    def read(self, *args: Any, **kwargs: Any) -> Call:
-        """Read the arguments of a forward.
-
-        Raises:
-            ValueError: an argument that the branches do not take.
-        """
-        signature = inspect.signature(type(self.transformer).forward)
-        given = signature.bind(self.transformer, *args, **kwargs)
-        given.apply_defaults()
-        sample, name = given.arguments["hidden_states"], self.processor_arguments
-        for_processors = given.arguments[name]
-        # diffusers ignores `scale` too: adapters have their own.
-        if set(for_processors or ()) - {"scale"}:
-            raise ValueError(
-                f"{name} has {', '.join(for_processors)}: under a plan attention processors "
-                "are given nothing, leave it out or harmonica.remove first"
-            )
-        timestep = torch.as_tensor(given.arguments["timestep"]).reshape(-1)
-        placed = timestep
-        if timestep.device != sample.device and len(timestep) == 1 and on_host(timestep):
-            # A fill by the device itself: to copy a number from the host would wait for the device.
-            placed = torch.full((1,), timestep.item(), dtype=timestep.dtype, device=sample.device)
-        rows = len(sample)
-        placed = placed.to(sample.device)
-        return Call(sample, placed.expand(rows), timestep.expand(rows), given.arguments)
-
-    @abstractmethod
-    def forget(self) -> None:
-        """Drop what is cached of the condition, at the end of a trajectory."""
-
-    def check(self) -> None:
-        """Refuse other caches, and hooks on modules that a plan does not call.
-
-        Raises:
-            ValueError: names the module, what it has, and the cure.
-        """
-        blocks = list(self.transformer.transformer_blocks)
-        if len(blocks) != len(self._blocks) or any(one is not new for one, new in zip(self._blocks, blocks)):
-            raise ValueError(
-                "transformer.transformer_blocks are not those that the plan was put on: something, such as "
-                "another cache (cache-dit), has replaced them. Take that off, or harmonica.remove first"
-            )
-        refuse_other_caches(self.transformer)
-        for name, module in self.bypassed():
-            hooks = [type(module._hf_hook).__name__] if hasattr(module, "_hf_hook") else []
-            hooks += _diffusers_hooks(module)
-            plain = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-            hooks += [getattr(hook, "__name__", type(hook).__name__) for hook in plain]
-            if hooks:
-                raise ValueError(
-                    f"transformer.{name} has the hook {', '.join(hooks)}, and a plan does not call that "
-                    "module: take it off (to save memory, use pipe.enable_model_cpu_offload), or "
-                    "harmonica.remove first"
-                )
-
-    @abstractmethod
-    def fingerprint(self) -> Fingerprint:
-        """Return the fingerprint of the weights without adapters."""
-
-    @abstractmethod
-    def condition(self, arguments: dict[str, Any]) -> Any:
-        """Return the condition for the view's `embed` from a forward's arguments.
-
-        Raises:
-            ValueError: an argument that the branches do not take.
-        """
-
-    @abstractmethod
-    def bypassed(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield modules that diffusers calls and the view does not, with their names."""
-
-
-def refuse_other_caches(transformer: nn.Module) -> None:
-    """Refuse diffusers' hooks that change what is computed.
-
-    Raises:
-        ValueError: names the module, its hook, and the cure.
-    """
-    for name, module in transformer.named_modules():
-        hooks = [hook for hook in _diffusers_hooks(module) if hook not in _HARMLESS_HOOKS]
-        if hooks:
-            raise ValueError(
-                f"{f'transformer.{name}'.rstrip('.')} has the hook {', '.join(hooks)}, which changes "
-                "what is computed, as diffusers' own caches do: use that or a plan, not both. Take it "
-                "off, or harmonica.remove first"
-            )
-
-
-def _diffusers_hooks(module: nn.Module) -> list[str]:
-    """Return the names of a module's hooks in diffusers' registry."""
-    registry = getattr(module, "_diffusers_hook", None)
-    return [] if registry is None else list(registry.hooks)
 
 
 class _PipelineDiT(PipelineTransformer):
@@ -285,7 +157,7 @@ _KNOWN: dict[str, Callable[[Any, dict[str, Any]], PipelineTransformer]] = {
 
 
 def pipeline_transformer(transformer: nn.Module, identity: dict[str, Any]) -> PipelineTransformer:
-    """Return the adapter of `transformer`.
+    """Return the adapter of a transformer by its class.
 
     Args:
         identity: of the model that the router was made for; it says what is a branch.

@@ -1,4 +1,4 @@
-"""The thread and pipeline call that a trajectory belongs to, read from the stack.
+"""Read from the stack which thread and pipeline call a trajectory belongs to.
 
 Pipelines do not pass it on. A call is running as long as its frame is on the stack of its thread; a call that
 raised leaves no other sign, and its thread may live on, as a server's does.
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class CallOwner:
-    """A thread, and the call of a diffusers pipeline that it is in."""
+    """Identifies a thread and the call of a diffusers pipeline that it is in."""
 
     thread: int
     thread_name: str
@@ -23,7 +23,7 @@ class CallOwner:
 
     @classmethod
     def current(cls) -> "CallOwner":
-        """Return who runs the present call: its thread, and the pipeline's call that it is part of."""
+        """Return the present thread and the pipeline's call that it is in."""
         thread = threading.current_thread()
         call = next((frame for frame in _stack(sys._getframe()) if _is_pipeline_call(frame)), None)
         return cls(threading.get_ident(), thread.name, None if call is None else id(call))

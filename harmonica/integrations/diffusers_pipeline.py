@@ -1,4 +1,4 @@
-"""Use of a router in an unmodified diffusers pipeline: `apply` and `remove`.
+"""Use a router in an unmodified diffusers pipeline: `apply` and `remove`.
 
     pipe = PixArtSigmaPipeline.from_pretrained(...)
     harmonica.apply(pipe.transformer, "router/")
@@ -26,7 +26,8 @@ from typing import Any, get_args
 from torch import nn
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.integrations.adapters import PipelineTransformer, pipeline_transformer
+from harmonica.integrations.adapters import pipeline_transformer
+from harmonica.integrations.pipeline_transformer import PipelineTransformer
 from harmonica.integrations.planned_forward import PipelineExecution, PlannedForward
 from harmonica.integrations.recorded.pipelines import is_recorded, planned_calls, transformers_of
 from harmonica.integrations.recorded.trajectory import TransformerCall

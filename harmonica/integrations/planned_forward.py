@@ -1,4 +1,4 @@
-"""The replacement of a transformer's forward: each call is a step of a plan."""
+"""Replace a transformer's forward: each call is a step of a plan."""
 
 import copy
 import types
@@ -11,7 +11,7 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan
-from harmonica.integrations.adapters import Call, PipelineTransformer
+from harmonica.integrations.pipeline_transformer import Call, PipelineTransformer
 from harmonica.integrations.scheduler_guard import SecondCallError
 from harmonica.integrations.step_tracker import StepCounter
 from harmonica.integrations.timestep_reader import TimestepReader, read_all

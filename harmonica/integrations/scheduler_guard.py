@@ -1,4 +1,4 @@
-"""Protection of a running call's scheduler against a second call.
+"""Protect a running call's scheduler against a second call.
 
 A diffusers pipeline sets its scheduler's timesteps before it calls its transformer. When the transformer
 refuses the call, a scheduler of several steps has lost what it knew of the first one, whose image would then
@@ -53,7 +53,7 @@ class SchedulerGuard:
 
     @property
     def is_on(self) -> bool:
-        """Whether nobody has set the scheduler's timesteps since, as the start of every call does."""
+        """Return whether nothing has set the scheduler's timesteps since."""
         return vars(self._scheduler).get(_METHOD) is self
 
     def take_off(self) -> None:

@@ -1,4 +1,4 @@
-"""Tracking of a trajectory's steps by the timesteps that a pipeline passes."""
+"""Track a trajectory's steps by the timesteps that a pipeline passes."""
 
 import logging
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ class StepCounter:
 
     @property
     def calls(self) -> int:
-        """Calls of the trajectory so far; 0 before the first and after the last."""
+        """Return the trajectory's calls so far; 0 before the first and after the last."""
         return self._calls % self.num_steps
 
     @property
     def is_checked(self) -> bool:
-        """Whether each call's timestep is compared with the router's."""
+        """Return whether each call's timestep is compared with the router's."""
         return self._timesteps is not None
 
     @property

@@ -1,4 +1,4 @@
-"""The claim of a pipeline's call on a transformer: a second call is refused while the first one runs."""
+"""Claim a transformer for one pipeline call; refuse a second one meanwhile."""
 
 import logging
 import threading
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrajectoryClaim:
-    """Who a trajectory belongs to, and the guard of that pipeline's scheduler."""
+    """Records a trajectory's owner and guards that pipeline's scheduler."""
 
     def __init__(self) -> None:
         self._owner: CallOwner | None = None
@@ -77,7 +77,7 @@ class TrajectoryClaim:
             return True
 
     def check_end(self, steps: int, wanted: int, *, is_checked: bool) -> None:
-        """Say what was wrong with a pipeline's call that has ended.
+        """Report what was wrong with a pipeline's call that has ended.
 
         Args:
             steps: of the trajectory that it left unfinished; 0 for none.

@@ -1,4 +1,4 @@
-"""The check that a pipeline's weights are those that a router was made for."""
+"""Check that a pipeline's weights are those that a router was made for."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ def matched_fingerprint(
     *,
     check_weights: bool,
 ) -> Fingerprint:
-    """Return the fingerprint to compare with the artifact's: the weights', or what rounding makes of it.
+    """Return the weights' fingerprint, rounded where the artifact's is.
 
     Args:
         parameters: the transformer's, for their precisions.

@@ -1,6 +1,6 @@
-"""The noise that a stochastic sampler draws at its steps, copied to the device for many steps at once.
+"""Draw the noise of a stochastic sampler's steps and copy it to the device.
 
-Shapes: N images, T steps, C channels, H W image.
+A copy from the host waits for the device, so one copy has many steps. Shapes: N images, T steps, C channels, H W image.
 """
 
 import math
@@ -27,7 +27,7 @@ def drawn_noise(keys: SampleKeys, steps: range, like_NCHW: Tensor) -> Tensor:
 
 
 class StepNoise(Sequence[Tensor]):
-    """The noise (N, C, H, W) of every step; a copy from the host waits for the device, so there are few."""
+    """The noise (N, C, H, W) of every step, copied in few parts."""
 
     def __init__(self, keys: SampleKeys, num_steps: int, like_NCHW: Tensor) -> None:
         """Draw nothing yet.

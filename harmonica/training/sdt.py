@@ -157,7 +157,7 @@ class SdtTrainer:
         return records, torch.cat([sampler.finish(part.state) for part in parts])
 
     def refresh_rows(self, first: int) -> list[list[bool]]:
-        """Return where r > tau in every row (T x B), as it will be when a trajectory gets there.
+        """Return where r > tau in every row (T x B), read back once a trajectory.
 
         Reading a row back would wait for the device at each update. All can be read at once: an update moves
         its own row, which the trajectory has then passed, and clamps those that are still to come.

@@ -1,1 +1,1 @@
-"""Any diffusers transformer seen as branches: calls of sub-modules inside its unmodified forward."""
+"""Find the branches of any diffusers transformer by recording its forward."""

@@ -1,4 +1,4 @@
-"""Branches of a recorded forward: what is kept, what a reused one leaves out, what it costs."""
+"""Find a recorded forward's branches: what each keeps, skips and costs."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from harmonica.models.base import Macs
 
 @dataclass(frozen=True)
 class RecordedBranch:
-    """One or more units whose outputs are kept together."""
+    """Names one or more units whose outputs are kept together."""
 
     name: str
     """Path of the sub-module whose output is kept, the first where there are several."""
@@ -25,7 +25,7 @@ class RecordedBranch:
 
 
 class BlockGraph:
-    """The units of a forward and who reads whom."""
+    """Holds the units of a forward and which of them read which."""
 
     def __init__(self, recording: Recording) -> None:
         self.units = {unit.name: unit for unit in recording.units}
@@ -37,7 +37,7 @@ class BlockGraph:
                     self._readers[name].append(unit.name)
 
     def skippable(self, reused: Container[str], kept: Container[str] = ()) -> set[str]:
-        """Return the units that nothing reads but these reused units and other skippable ones.
+        """Return the units read only by these reused units and other skippable ones.
 
         Args:
             kept: units whose output is kept, and which are computed where they are not reused.
@@ -52,7 +52,7 @@ class BlockGraph:
         return found
 
     def ends(self, unit: Unit) -> frozenset[str]:
-        """Return the units whose outputs stand for a unit's: itself, or those that all of it flows into.
+        """Return the units to keep in place of a unit: itself, or all it flows into.
 
         A unit after it stands for it if it reads nothing of the block's own input: the projection at the
         end of a single-stream block, or the norm of an attention's output.
@@ -64,7 +64,7 @@ class BlockGraph:
 
     @cached_property
     def branches(self) -> tuple[RecordedBranch, ...]:
-        """All branches of the forward, in the order of calls."""
+        """Return all branches of the forward, in the order of calls."""
         groups: list[tuple[set[str], set[RecordedKind]]] = []
         for unit in self.units.values():
             if unit.kind is None or not self._counts(unit):

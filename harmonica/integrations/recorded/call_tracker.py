@@ -1,4 +1,4 @@
-"""Which step of a trajectory a call of a transformer is, and which of that step's calls.
+"""Track which step a transformer's call belongs to, and its place in the step.
 
 A step may have several calls: guidance by two calls, at one timestep, or two transformers. What separates
 steps is the scheduler's own count where it has one, else the timestep, whether that falls or rises.
@@ -15,7 +15,7 @@ CallKey = tuple[int, str, int]
 
 
 def steps_of(pipe: Any) -> int | None:
-    """Return the number of steps that a running pipeline is to make, or None if it does not say."""
+    """Return a running pipeline's number of steps, or None if it does not say."""
     scheduler = getattr(pipe, "scheduler", None)
     timesteps = getattr(scheduler, "timesteps", None)
     given = getattr(pipe, "_num_timesteps", None)
@@ -52,7 +52,7 @@ class CallTracker:
 
     @property
     def unfinished(self) -> int:
-        """Steps of a trajectory that has not had all of them; 0 where there is none."""
+        """Return the steps done of an unfinished trajectory; 0 if there is none."""
         return self.steps % self.num_steps
 
     def begins(self, place: Hashable) -> bool:

@@ -1,4 +1,4 @@
-"""The kept outputs of a forward's units, in `BranchCache`s: one tensor or a tuple of them."""
+"""Keep the outputs of units, tensors or tuples of them, in `BranchCache`s."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _TENSOR = object()  # marks the place of a tensor in an output
 
 
 class KeptValues:
-    """The last outputs of every unit that is kept, for the calls of one trajectory."""
+    """Holds the last outputs of every kept unit, for the calls of one trajectory."""
 
     def __init__(
         self, branch_of: dict[str, int], reuse: Reuse = "hold", learned: Forecast | None = None
@@ -64,5 +64,5 @@ class KeptValues:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the kept values."""
+        """Return the bytes of the kept values."""
         return sum(cache.nbytes for cache in self._caches.values())

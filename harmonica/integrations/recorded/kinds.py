@@ -1,4 +1,4 @@
-"""The kind of a sub-module, by its name, and what single classes declare of their own.
+"""Tell a sub-module's kind from its name, or from what its class declares.
 
 The names are those of diffusers' blocks: `attn`, `attn1`, `attention`, `self_attn`; `attn2`, `cross_attn`;
 `ff`, `ffn`, `mlp`, `feed_forward`, `img_mlp`, `ff_context`. A class that needs nothing else is in no table.
@@ -21,7 +21,7 @@ _OTHER = re.compile(r"norm|_ln$|mod|embed|gate|scale|drop|act")
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a class says of its branches beyond what their names say."""
+    """Declares what the names of a class's branches do not tell."""
 
     kinds: Mapping[str, RecordedKind | None] = field(default_factory=dict)
     """The kind of sub-modules by the last part of their name; None is no branch."""
@@ -44,7 +44,7 @@ DECLARATIONS: dict[str, Declaration] = {
 
 
 def declaration_of(transformer: object) -> Declaration:
-    """Return what the transformer's class declares; nothing for a class that is in no table."""
+    """Return the declaration of the transformer's class, empty if it has none."""
     return DECLARATIONS.get(type(transformer).__name__, Declaration())
 
 

@@ -1,4 +1,4 @@
-"""A recorded router's plan on the transformers of a pipeline, and its removal."""
+"""Put a recorded router's plan on the transformers of a pipeline."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.integrations.adapters import refuse_other_caches
+from harmonica.integrations.pipeline_transformer import refuse_other_caches
 from harmonica.integrations.recorded.branches import describe
 from harmonica.integrations.recorded.planned_trajectory import PlannedTrajectory
 from harmonica.integrations.recorded.trajectory import TransformerCall
@@ -21,7 +21,7 @@ _MORE_TRANSFORMERS = ("transformer_2", "unconditional_transformer")
 
 
 def transformers_of(pipe: Any) -> list[nn.Module]:
-    """Return the transformers that share a pipeline's trajectories; the first one decides the branches.
+    """Return a pipeline's transformers; the first one decides the branches.
 
     Args:
         pipe: a diffusers pipeline, or its transformer.
@@ -68,7 +68,7 @@ def planned_calls(
     allow_other_sampler: bool,
     check_weights: bool,
 ) -> Iterator[TransformerCall]:
-    """Yield what takes the place of each transformer's forward.
+    """Yield the call that replaces each transformer's forward.
 
     Raises:
         ValueError: another cache is on, or the router was made for another class or other weights.

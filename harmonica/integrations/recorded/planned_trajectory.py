@@ -1,4 +1,4 @@
-"""The trajectory of a pipeline's transformers under a plan."""
+"""Run the trajectory of a pipeline's transformers under a plan."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from harmonica.integrations.recorded.view import RecordedTransformer
 
 
 class PlannedTrajectory(Trajectory):
-    """Each call computes, reuses or leaves out units as the plan's row of its step says.
+    """Computes, reuses or skips units as the plan's row of a step says.
 
     A call whose values are not there computes everything: a second transformer's first call, and one of a
     batch that has shrunk.

@@ -1,4 +1,4 @@
-"""The recording of one forward: which sub-modules of its blocks are called, what each costs and feeds.
+"""Record one forward: the sub-modules that it calls, their costs and readers.
 
 A unit is a call of a sub-module inside a block of a `nn.ModuleList`: one of a kind (`kinds`), or a leaf such
 as a norm or a linear layer. Tags on tensors tell which units each one reads, and which reach the block's
@@ -19,7 +19,7 @@ from harmonica.integrations.recorded.tensor_tags import INPUT, tagged, tags_of, 
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Count the kernel that attention takes on the CPU, for which torch has no formula; takes shapes."""
+    """Return the FLOPs of CPU attention, for which torch has no formula, by shapes."""
     return int(sdpa_flop_count(query, key, value))
 
 
@@ -28,7 +28,7 @@ _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _a
 
 @dataclass
 class Unit:
-    """A call of a sub-module, in the order of calls."""
+    """Describes one call of a sub-module."""
 
     name: str
     """Path of the sub-module, with `#1` for its second call in one forward."""
@@ -47,7 +47,7 @@ class Unit:
 
 @dataclass
 class Recording:
-    """The units of one forward and its costs."""
+    """Holds the units of one forward, in the order of calls, and its costs."""
 
     units: list[Unit] = field(default_factory=list)
     macs: int = 0
@@ -85,7 +85,7 @@ def _has_kind(block: nn.Module, declared: Declaration) -> bool:
 
 
 class _Recorder:
-    """Hooks on every module of the blocks, for one forward."""
+    """Hooks every module of the blocks, for one forward."""
 
     def __init__(self, transformer: nn.Module) -> None:
         self._declared = declaration_of(transformer)
@@ -164,7 +164,7 @@ class _Recorder:
 
 @torch.no_grad()
 def record(transformer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Recording:
-    """Record one forward of a transformer; its output is what it would be unrecorded.
+    """Record one forward of a transformer, whose output stays as it is.
 
     Args:
         forward: the transformer's own; its other arguments are what a pipeline gives it.

@@ -1,4 +1,4 @@
-"""Stand-ins for values that nothing reads: outputs of norms and projections of reused branches only.
+"""Stand in for values that nothing reads, such as norms of reused branches.
 
 A block's forward goes on as it is, so it scales and shifts the stand-in, reshapes it and hands it to the
 branch, which ignores it. Each of those operations computes a shape and no values.
@@ -15,7 +15,7 @@ _META = torch.device("meta")
 
 
 class SkippedTensor(Tensor):
-    """A tensor with a shape, a precision and a device, and without values."""
+    """Has the shape, precision and device of a tensor, and no values."""
 
     shape_only: Tensor
 

@@ -1,4 +1,4 @@
-"""Tensors that know which sub-modules their values came from, while a forward is recorded."""
+"""Tag tensors with the sub-modules that they came from, during a recording."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ INPUT = "input"
 
 
 class TaggedTensor(Tensor):
-    """A tensor with names of sub-modules; whatever is computed from it has its names too."""
+    """Carries names of sub-modules on to whatever is computed from the tensor."""
 
     tags: frozenset[str] = frozenset()
 

@@ -1,4 +1,4 @@
-"""A trajectory of a pipeline's transformers: whose it is, which step a call is, what is kept."""
+"""Hold a trajectory's state: its owner, its step and its kept values."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -28,7 +28,7 @@ _TIMESTEPS = ("timestep", "timesteps", "t")  # the arguments' names in diffusers
 
 
 class Trajectory(ABC):
-    """The state of one trajectory, shared by all transformers of a pipeline.
+    """Holds the state of one trajectory for all transformers of a pipeline.
 
     Each call of a step has values of its own: the conditional and the unconditional one, and those of each
     transformer. They begin anew where a call's inputs have another shape than at the step before, as they
@@ -118,7 +118,7 @@ class Trajectory(ABC):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Return what a call of step i gives.
+        """Return the output of a call of step i.
 
         Args:
             kept: the call's values; empty where the call has to compute everything.
@@ -176,7 +176,7 @@ class Trajectory(ABC):
 
 
 class TransformerCall:
-    """Takes the place of a transformer's forward."""
+    """Replaces a transformer's forward by a call in a trajectory."""
 
     def __init__(self, trajectory: Trajectory, number: int) -> None:
         self.trajectory, self.number = trajectory, number

@@ -1,4 +1,4 @@
-"""Replaced forwards of a transformer's units: what they do is up to the pass that runs.
+"""Replace the forwards of a transformer's units while a pass runs.
 
 Outside of a pass they are the module's own forward.
 """
@@ -15,7 +15,7 @@ _HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they 
 
 
 class UnitPass(Protocol):
-    """One forward of the transformer under a plan, or in training."""
+    """Decides about the units of one forward, under a plan or in training."""
 
     def run(self, unit: str, forward: Callable[[], Any]) -> Any:
         """Return a unit's output; `forward` computes it."""
@@ -23,7 +23,7 @@ class UnitPass(Protocol):
 
 
 class Switchboard:
-    """The pass that runs now, and how often each module has been called in it."""
+    """Holds the running pass and counts each module's calls in it."""
 
     def __init__(self) -> None:
         self.running: UnitPass | None = None
@@ -31,7 +31,7 @@ class Switchboard:
 
     @contextmanager
     def during(self, unit_pass: UnitPass) -> Iterator[None]:
-        """Let units follow a pass."""
+        """Let the units follow a pass inside this context."""
         self.running, before = unit_pass, self.running
         self._counts.clear()
         try:
@@ -51,7 +51,7 @@ class Switchboard:
 
 
 class UnitCall:
-    """Takes the place of one module's forward."""
+    """Replaces one module's forward."""
 
     def __init__(self, path: str, forward: Callable[..., Any], board: Switchboard) -> None:
         self.path, self.forward, self.board = path, forward, board

@@ -1,4 +1,4 @@
-"""The passes of a recorded transformer: under a plan, and with the scores of a router.
+"""Run a recorded transformer under a plan, or with the scores of a router.
 
 They are the counterparts of `harmonica.core.passes`, with the transformer's own forward for the walk.
 """
@@ -16,7 +16,7 @@ from harmonica.integrations.recorded.skipped import skipped_like
 
 
 class PlannedPass:
-    """One forward under a row of a plan: units are computed and kept, handed out, or skipped."""
+    """Runs a forward under a plan's row: computes, reuses or skips each unit."""
 
     def __init__(
         self,
@@ -39,6 +39,7 @@ class PlannedPass:
         self._skipped, self._shapes, self._overwritten = skipped, shapes, overwritten
 
     def run(self, unit: str, forward: Callable[[], Any]) -> Any:
+        """Return a unit's output: computed, kept or a stand-in."""
         branch = self._kept.branch_of.get(unit)
         if branch is None:
             return self._run_other(unit, forward)
@@ -60,7 +61,7 @@ class PlannedPass:
 
 
 class MixedPass:
-    """One forward of training: each branch gives `r * computed + (1 - r) * kept`."""
+    """Runs a forward of training: each branch gives `r * computed + (1-r) * kept`."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class MixedPass:
         *,
         overwritten: Container[str] = (),
     ) -> None:
-        """Mix in one step what is kept and what is computed.
+        """Mix kept and computed outputs in one step.
 
         Args:
             scores_B: r of each branch (B,).
@@ -82,6 +83,7 @@ class MixedPass:
         self._before = kept.copy()
 
     def run(self, unit: str, forward: Callable[[], Any]) -> Any:
+        """Return a unit's output: the kept and the computed one, mixed by its score."""
         branch = self._kept.branch_of.get(unit)
         if branch is None:
             return forward()

@@ -1,4 +1,4 @@
-"""A diffusers transformer with the branches that a recording of its forward found."""
+"""View a diffusers transformer as the branches that a recording found."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ class RefusedTransformer(ValueError):
 
 
 class RecordedTransformer:
-    """A transformer's branches, and its forward under a plan or with the scores of a router.
+    """Runs a transformer's branches under a plan or with the scores of a router.
 
     Its modules' forwards are replaced while it is in use; outside of a pass they are their own.
     """
@@ -62,10 +62,13 @@ class RecordedTransformer:
 
     @property
     def is_recorded(self) -> bool:
+        """Return whether the branches are known, as they are after the first call."""
         return self._graph is not None
 
     def record(self, *args: Any, **kwargs: Any) -> Any:
-        """Find the branches in one forward with a pipeline's arguments; returns what the forward gives.
+        """Find the branches in one forward, and return its output.
+
+        Its arguments are those of a pipeline's call.
 
         Raises:
             RefusedTransformer: the class has no branches that a plan can reuse.
@@ -204,7 +207,7 @@ def fingerprint_of(transformers: Sequence[nn.Module]) -> Fingerprint:
 def recorded(
     transformer: nn.Module, *args: Any, cacheable: Sequence[str] = KINDS, **kwargs: Any
 ) -> Iterator[RecordedTransformer]:
-    """Yield the view of a transformer after one recorded forward, and restore the transformer."""
+    """Yield a transformer's view after one recorded forward; restore it at the end."""
     view = RecordedTransformer(transformer, transformer.forward, cacheable=cacheable)
     view.record(*args, **kwargs)
     try:
