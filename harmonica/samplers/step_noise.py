@@ -1,6 +1,7 @@
 """Draw the noise of a stochastic sampler's steps and copy it to the device.
 
-A copy from the host waits for the device, so one copy has many steps. Shapes: N images, T steps, C channels, H W image.
+A copy from the host waits for the device, so one copy has many steps. Shapes: N images, T steps, C channels,
+H W image.
 """
 
 import math
