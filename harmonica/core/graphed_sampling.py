@@ -24,7 +24,9 @@ from harmonica.samplers.noise import SampleKeys
 from harmonica.samplers.step_noise import drawn_noise
 
 OnStep = Callable[[int, Callable[[], Tensor]], None]
-"""Called after step i with what makes the predicted x_0 (N, C, H, W): progress bars, previews."""
+"""Called after step i with what makes the predicted x_0 (N, C, H, W): progress bars, previews.
+
+To be made before the callback returns: recorded steps write over what it is made of."""
 
 
 def sample_graphed(

@@ -14,7 +14,6 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, cast
 
@@ -72,14 +71,25 @@ def _call(function: Callable[..., Any], kind: str, *args: Any) -> Any:
     """
     compiled = _compiled(function, kind)
     try:
-        with nullcontext() if _HAS_LIMIT else torch._dynamo.config.patch(recompile_limit=GRAPHS_PER_KIND):
-            return call_recorded(compiled, args)
+        return _call_within_limit(compiled, args)
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         reason = _why(compiled, args)
         raise RecompileLimitError(
             f"the compiled branches of kind {kind} have {GRAPHS_PER_KIND} graphs and these inputs need "
             f"another: {reason}. Keep precision, grad mode and TF32 as they are, or set model.execution eager"
         ) from error
+
+
+def _call_within_limit(compiled: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    try:
+        return call_recorded(compiled, args)
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        if _HAS_LIMIT:
+            raise
+        # Before torch 2.13 the limit is one of the process. It is raised for the call that needs another
+        # graph: doing so for every call would take longer than some calls.
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS_PER_KIND):
+            return call_recorded(compiled, args)
 
 
 def _why(compiled: Callable[..., Any], args: tuple[Any, ...]) -> str:

@@ -74,6 +74,17 @@ def test_a_recompile_beyond_the_limit_is_an_error_that_names_the_cause(no_codege
         draw(ddim(make_dit(dtype=torch.float64)), make_batch(2), "compiled")
 
 
+def test_before_torch_2_13_the_limit_is_raised_where_it_is_hit(no_codegen, monkeypatch):
+    monkeypatch.setattr(compiled, "_HAS_LIMIT", False)
+    monkeypatch.setattr(compiled, "GRAPHS_PER_KIND", 2)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            draw(ddim(make_dit(dtype=dtype)), make_batch(2), "compiled")
+        assert torch._dynamo.config.recompile_limit == 1
+        with pytest.raises(RecompileLimitError, match="DiTBranch attn have 2 graphs"):
+            draw(ddim(make_dit(dtype=torch.bfloat16)), make_batch(2), "compiled")
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_coefficients_are_those_of_the_extrapolation(count, order):
