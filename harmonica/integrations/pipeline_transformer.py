@@ -31,7 +31,7 @@ class Call:
     sample_NCHW: Tensor
     timestep_N: Tensor
     arguments: dict[str, Any]
-    """All of them, by diffusers' names."""
+    """All arguments of the call, by diffusers' names."""
 
 
 class PipelineTransformer(ABC):
