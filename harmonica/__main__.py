@@ -14,7 +14,7 @@ from harmonica.version import __version__
 COMMANDS = {
     "train": "train a router without Ray, alone or under torchrun",
     "sample": "sample with and without a router, timed",
-    "apply": "put a router on a diffusers pipeline and draw with it",
+    "apply": "put a router on a diffusers pipeline and make images",
     "convert": "convert a DiT between the public layout and a diffusers folder",
     "memory": "estimate the memory of training and of sampling",
 }

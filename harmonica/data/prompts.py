@@ -1,7 +1,7 @@
 """Read stores of embedded prompts; training needs no text encoder then.
 
-Row i is the i-th distinct prompt of the input, whoever embedded it and however often that broke off. The
-negative prompt "" is kept apart, so that no row is ever drawn from it. Padding comes back as zeros, which
+Row i is the i-th distinct prompt of the input, whichever worker embedded it and after however many retries.
+The negative prompt "" is kept apart, so that no row is it. Padding comes back as zeros, which
 differ from what the encoder has there, but nothing that heeds the mask can tell.
 Shapes: N rows, S tokens of a padded prompt, C width of the text encoder.
 """

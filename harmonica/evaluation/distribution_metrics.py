@@ -16,7 +16,7 @@ ensure_torchvision_imports()
 
 from torchmetrics.image.kid import poly_kernel  # noqa: E402  (the schemas first)
 
-_ROWS = 1000  # of a block of a kernel or of distances
+_ROWS = 1000  # computed at once of a kernel or of distances
 
 
 def _weighted_moments(features_NF: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -112,9 +112,9 @@ class VariantResult:
     speedup: float | None = None
     """Measured against full sampling."""
     metrics: Mapping[str, Estimate] = field(default_factory=dict)
-    """In the order in which tables show them; by the keys of `harmonica.evaluation.metric_table`."""
+    """Metrics by the keys of `harmonica.evaluation.metric_table`, in the order of tables."""
     router: RouterSpeeds | None = None
-    """Of a family's member, whose router is not the report's own."""
+    """Speeds of a family's member, whose router is not the report's own."""
 
     @property
     def psnr_to_full(self) -> float:
@@ -176,9 +176,9 @@ class EvaluationReport:
     """Whether the router beats fewer steps at equal time; None in the report of a family's member."""
     verdict: str | None = None
     run_id: str | None = None
-    """Of the workflow's run, in the stored report."""
+    """Identity of the workflow's run, in the stored report."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """What a report of another version has under keys that this one does not know."""
+    """Values that a report of another version has under keys that are unknown here."""
 
     @property
     def full(self) -> VariantResult:
@@ -206,7 +206,7 @@ class EvaluationReport:
         """Read a report, this version's or an older one's.
 
         Raises:
-            ValueError: a key without which nothing can be said is missing.
+            ValueError: a required key is missing.
         """
         speeds = RouterSpeeds.from_json(found)
         if missing := [key for key in (_VARIANTS, "samples") if key not in found]:

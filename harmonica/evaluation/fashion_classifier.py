@@ -1,7 +1,7 @@
 """Classify Fashion-MNIST, to evaluate the built-in model's images.
 
-Its labels say whether a sample shows what was asked for; its penultimate features stand where
-Inception's stand in FID (Heusel et al. 2017), whose network means little on 28 x 28 grey pictures.
+The labels tell whether a sample shows the requested class. The penultimate features replace those of
+Inception in FID (Heusel et al. 2017), which mean little for 28 x 28 grey images.
 `harmonica.pretraining.train_classifier` trained it.
 Shapes: N batch, C channels, H W image, F features, K classes.
 """

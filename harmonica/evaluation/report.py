@@ -1,6 +1,6 @@
 """Compute a variant's metrics, each with its 95% interval, from its accumulator.
 
-`psnr_to_full` stands beside `psnr_to_full_interval`, [low, high]: `harmonica.evaluation.bootstrap` has how.
+The interval of `psnr_to_full` is `psnr_to_full_interval`, [low, high] (`harmonica.evaluation.bootstrap`).
 """
 
 from dataclasses import dataclass
@@ -143,7 +143,7 @@ def _kid(report: _Report, name: str, ours: MetricAccumulator, other: Tensor, *, 
     features, weights = ours.kept[POOLED], report.resamples.kept_RN
     once = torch.ones(1, len(features), dtype=torch.float64)
     values = kernel_distances(features, other, torch.cat([once, weights]), same_rows=same_rows)
-    # Of the kept images alone, the number too.
+    # Only kept images have features, so the number itself is of those too.
     report.put(name, values[0].item(), values[1:])
 
 
@@ -170,7 +170,7 @@ def _put_distances_to_real(
     if real.features_MF is None:
         return
     _kid(report, f"kid_to_{real_name}", ours, real.features_MF, same_rows=False)
-    # As many of each: recall grows with the images that span the manifold.
+    # Both sets have equally many images, since recall grows with those that span the manifold.
     count = min(ours.num_kept, len(real.features_MF))
     drawn, existing = ours.kept[POOLED][:count], real.features_MF[:count]
     weights = resample_weights(count, len(report.resamples), report.resamples.reference_seed)

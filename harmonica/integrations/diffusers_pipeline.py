@@ -10,7 +10,7 @@ calls: a reused branch costs one fused multiply-add, and the images are ours. Ho
 pick from the plan inside a compiled graph. The walk does not call the blocks themselves, so hooks on
 those (group offloading, a device map) are refused.
 
-What a transformer is not told is not checked: the guidance scale, and a scheduler that visits the right
+Nothing checks what a transformer does not see: the guidance scale, and a scheduler that visits the right
 timesteps by another rule. The first timestep, or those of the scheduler, are read back once a call; others
 are compared at its end (`harmonica.integrations.timestep_reader`), so no step between waits for the device. A
 transformer follows one call at a time, and refuses a second that comes meanwhile. Under `torch.compile` each

@@ -34,7 +34,7 @@ class Call:
     given_timestep_N: Tensor
     """The same values where they were given, which may be the host."""
     arguments: dict[str, Any]
-    """All of them, by diffusers' names."""
+    """All arguments of the call, by diffusers' names."""
 
 
 class PipelineTransformer(ABC):

@@ -54,8 +54,8 @@ class BlockGraph:
     def ends(self, unit: Unit) -> frozenset[str]:
         """Return the units to keep in place of a unit: itself, or all it flows into.
 
-        A unit after it stands for it if it reads nothing of the block's own input: the projection at the
-        end of a single-stream block, or the norm of an attention's output.
+        A later unit replaces it if that reads nothing of the block's own input, as do the projection at the
+        end of a single-stream block and the norm of an attention's output.
         """
         follow = [self.units[name] for name in self._readers[unit.name]]
         if unit.reaches_output or not follow or any(INPUT in each.reads for each in follow):

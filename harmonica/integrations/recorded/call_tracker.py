@@ -11,7 +11,7 @@ from typing import Any
 from harmonica.integrations.call_owner import current_pipeline
 
 CallKey = tuple[int, str, int]
-"""Number of the transformer, name of the cache context, and the how manieth call of both in its step."""
+"""Number of the transformer, name of the cache context, and index of the call among theirs in the step."""
 
 
 def steps_of(pipe: Any) -> int | None:
