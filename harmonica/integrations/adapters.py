@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonica.models.base import BranchedTransformer, Fingerprint
+from harmonica.models.base import BranchedTransformer
 from harmonica.models.dit.diffusers_view import DiffusersDiT, base_parameters
+from harmonica.models.fingerprint import Fingerprint
 from harmonica.models.pixart.model import PixArt
 from harmonica.models.sana.model import Sana
 from harmonica.models.text_blocks import ProjectedText
