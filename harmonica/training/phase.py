@@ -37,6 +37,7 @@ class Phase(ABC):
 
     @property
     def is_done(self) -> bool:
+        """Return whether all of its trajectories are done."""
         return self.done == self.trajectories
 
     @staticmethod

@@ -63,6 +63,7 @@ class RouterTrainer:
 
     @property
     def router(self) -> Router:
+        """Return the router that is trained."""
         return self.context.router
 
     @property
