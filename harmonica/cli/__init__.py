@@ -1,4 +1,7 @@
-"""The commands `harmonica train`, `sample`, `apply`, `convert` and `memory`, and `check_reference`."""
+"""The commands of `harmonica`, which need the extra `cli`.
+
+They are `harmonica train`, `sample`, `apply`, `convert` and `memory`, and `check_reference`.
+"""
 
 from harmonica.validation.extras import need
 

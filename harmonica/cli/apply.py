@@ -1,4 +1,6 @@
-"""Draw with a diffusers pipeline, plain and under a router, on the same noise, timed.
+"""Sample from a diffusers pipeline with and without a router, timed.
+
+Both runs begin from the same noise.
 
     harmonica apply --pipeline PIPELINE --router ROUTER --prompts "a harmonica on a table"
 
@@ -50,7 +52,9 @@ class ApplyCommand:
 
 
 def run(command: ApplyCommand) -> Path:
-    """Draw with and without the router, report the seconds of each and write the picture.
+    """Sample with and without the router, and write the images.
+
+    The seconds of each are reported.
 
     Raises:
         ValueError: a setting is refused, or the router does not fit the pipeline.
@@ -75,9 +79,9 @@ def run(command: ApplyCommand) -> Path:
         local_files_only=True,
     ).to(device)
     pipe.set_progress_bar_config(disable=True)
-    rows = [_draw(pipe, command, artifact, "plain")]
+    rows = [_sample_row(pipe, command, artifact, "plain")]
     apply(pipe.transformer, artifact, allow_other_sampler=command.allow_other_sampler)
-    rows.append(_draw(pipe, command, artifact, "router"))
+    rows.append(_sample_row(pipe, command, artifact, "router"))
     remove(pipe.transformer)
     say(f"ideal speedup {artifact.ideal_speedup:.2f}x, {artifact.method}")
     output = local(command.output, "output")
@@ -86,8 +90,8 @@ def run(command: ApplyCommand) -> Path:
     return output
 
 
-def _draw(pipe: Any, command: ApplyCommand, artifact: RouterArtifact, way: str) -> list[Any]:
-    """Draw the images of one row and say how many seconds they took."""
+def _sample_row(pipe: Any, command: ApplyCommand, artifact: RouterArtifact, way: str) -> list[Any]:
+    """Sample the images of one row and say how many seconds they took."""
     subjects: Any = list(command.prompts or command.classes)
     started = time.perf_counter()
     images: list[Any] = pipe(
@@ -110,7 +114,7 @@ def _write(rows: list[list[Any]], output: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; return 0 if it drew, and 2 for unusable input."""
+    """Run the command; return 0 if it sampled, and 2 for unusable input."""
     try:
         run(parse_settings(ApplyCommand, arguments, "harmonica apply"))
     except ValueError as error:

@@ -2,9 +2,9 @@
 
     python -m harmonica.cli.check_reference DIR [--tolerance 1e-5]
 
-DIR holds `case.json`, `dit_official.pt`, `router_official.pt` and `golden.safetensors`. One line a
-recorded key with its relative error; exit code 1 if any exceeds the tolerance, 2 if the folder is
-unusable. A case need not record every key.
+DIR holds `case.json`, `dit_official.pt`, `router_official.pt` and `golden.safetensors`. The command prints a
+line for each recorded key, with its relative error; the exit code is 1 if any exceeds the tolerance, and 2
+if the folder is unusable. A case need not record every key.
 """
 
 import json
@@ -36,7 +36,7 @@ _INPUTS = ("noise", "labels", "sdt.noise", "sdt.labels")
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One recorded key against ours."""
+    """The error of our value for one recorded key."""
 
     key: str
     error: float
@@ -62,7 +62,7 @@ def _model(case: dict[str, Any], folder: Path) -> DiT:
 
 
 class _Case:
-    """Everything of one case that several keys need."""
+    """Holds the parts of one case that several keys need."""
 
     def __init__(self, folder: Path) -> None:
         self.case = json.loads((folder / "case.json").read_text())
@@ -86,18 +86,18 @@ class _Case:
         )
 
     def recorded(self, key: str) -> Tensor:
-        """An input of the keys compared."""
+        """Return a recorded input of the keys compared."""
         if key not in self.golden:
             raise ValueError(f"golden.safetensors lacks the input '{key}': add it")
         return self.golden[key]
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """Noise and labels."""
+        """Return noise and labels."""
         return self.recorded("noise"), self.recorded("labels")
 
     def compute(self, wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Our value of the wanted keys that we know, cheap ones first."""
+        """Yield our value of each wanted key that is known, cheap ones first."""
         plan = self.router.plan(self.sdt_config.threshold)
         values: dict[str, Callable[[], Tensor]] = {
             "timesteps": lambda: torch.tensor(self.sampler.timesteps),
@@ -169,7 +169,7 @@ def _relative_error(ours: Tensor, recorded: Tensor) -> float:
 
 
 def compare(folder: Path) -> Iterator[Comparison]:
-    """Every recorded key that is not an input, in the order computed.
+    """Yield the error of every recorded key but inputs, in the order computed.
 
     Raises:
         ValueError: the folder is not a case, or records a key this version does not know.

@@ -1,4 +1,4 @@
-"""What the commands share: a preset with overrides, and a refused value as one line."""
+"""Parsing of options and printing, which the commands share."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ Settings = TypeVar("Settings")
 
 
 def parse(arguments: list[str], presets: Mapping[str, Callable[[], Settings]], prog: str) -> Settings:
-    """A preset (the first one where none is named) with its overrides.
+    """Return a preset with its overrides; the first preset if none is named.
 
     Raises:
         ValueError: unknown preset, or a value its field refuses. An unknown or malformed option ends
@@ -36,14 +36,14 @@ def parse(arguments: list[str], presets: Mapping[str, Callable[[], Settings]], p
 def parse_settings(
     kind: type[Settings], arguments: list[str], prog: str, default: Settings | None = None
 ) -> Settings:
-    """Parse options with tyro, but raise the settings' own error for a value that they refuse.
+    """Parse options with tyro, raising the settings' own error for a bad value.
 
     tyro prints such an error in a box, folded to the terminal's width, and exits; its own messages
     (unknown option, not a number) stay as they are.
 
     Args:
         kind: the class of the settings.
-        default: the values of options that are not given; by itself what the class has.
+        default: the values of options that are not given; if None, the defaults of the class.
 
     Raises:
         SettingError: a value is refused.
@@ -65,12 +65,15 @@ def parse_settings(
 
 
 def say(text: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def fail(error: BaseException | str, *, code: int) -> int:
-    """One line for the user on standard error; a stage's own fault comes with its traceback above."""
+    """Print an error as one line on standard error, and return the exit code.
+
+    Code 1 is a stage's own fault: its traceback is printed above the line.
+    """
     if isinstance(error, BaseException) and code == 1:
         traceback.print_exception(error)
     console = Console(stderr=True, highlight=False, soft_wrap=True)

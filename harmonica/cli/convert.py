@@ -37,7 +37,7 @@ _PIPELINE_NULL_CLASS = 1000  # written into DiTPipeline
 
 @settings()
 class ConvertCommand:
-    """What to convert."""
+    """Settings of one conversion."""
 
     source: Annotated[str, tyro.conf.Positional]
     """Like `model.path` everywhere: a file or folder, an s3:// URI or a Hugging Face id."""
@@ -59,7 +59,7 @@ class ConvertCommand:
 
 
 def read_labels(path: Path, count: int) -> tuple[str, ...]:
-    """Class names in label order.
+    """Return class names in label order.
 
     Raises:
         ValueError: unreadable, or not one name for each of `count` classes.
@@ -78,7 +78,10 @@ def read_labels(path: Path, count: int) -> tuple[str, ...]:
 
 
 def convention_of(to: str, config: DiTConfig) -> DiTConfig:
-    """The configuration whose function the code of the layout `to` computes with these weights."""
+    """Return the configuration that the code of the layout `to` assumes.
+
+    With these weights, that code computes this configuration's function.
+    """
     if to == "diffusers":
         return replace(config, downscale_freq_shift=1)  # its config.json carries norm_eps
     return replace(config, downscale_freq_shift=0, norm_eps=1e-6)
@@ -86,7 +89,10 @@ def convention_of(to: str, config: DiTConfig) -> DiTConfig:
 
 @torch.inference_mode()
 def outputs_move_by(stored: StoredModel, target: DiTConfig) -> float:
-    """||difference|| / ||output|| of one forward under the source's and the target's convention."""
+    """Return by how much outputs change under the target's convention.
+
+    The change is ||difference|| / ||output|| of one forward under the source's and the target's convention.
+    """
     model, other = stored.assemble(), skeleton(target)
     other.load_state_dict(model.state_dict(), assign=True)
     shape = (1, target.in_channels, target.sample_size, target.sample_size)
@@ -98,7 +104,10 @@ def outputs_move_by(stored: StoredModel, target: DiTConfig) -> float:
 
 @contextmanager
 def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A path beside `out` to write to; it takes the place of `out` once all is written."""
+    """Yield a path beside `out` to write to, which then replaces `out`.
+
+    If writing fails, `out` stays as it was.
+    """
     if out.exists() and not overwrite:
         raise ValueError(f"out {out} exists: give another path, or --overwrite")
     if out.is_dir() and not find_transformer(out):
@@ -121,7 +130,7 @@ def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _write_folder(command: ConvertCommand, stored: StoredModel, folder: Path) -> bool:
-    """Everything of the pipeline's folder; whether it has a VAE."""
+    """Write the pipeline's folder, and return whether it has a VAE."""
     vae = find_vae(local_path(command.vae, field="vae")) if command.vae else stored.vae_folder
     if command.vae and vae is None:
         raise ValueError(f"vae {command.vae} holds no AutoencoderKL: give its folder")
@@ -190,7 +199,7 @@ def _say_convention(stored: StoredModel, target: DiTConfig) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when written, 2 for unusable input."""
+    """Run the command; return 0 if it wrote, and 2 for unusable input."""
     try:
         run(parse_settings(ConvertCommand, arguments, "python -m harmonica.cli.convert"))
     except ValueError as error:

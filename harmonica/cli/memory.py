@@ -1,4 +1,4 @@
-"""Expected memory of router training and of sampling, from a model's shape.
+"""Compute the expected memory of training and sampling from a model's shape.
 
     python -m harmonica.cli.memory                                            # a table for the public models
     python -m harmonica.cli.memory pixart-sigma-2048 --batch-size 8 --micro-batch-size 1 --processes 4
@@ -16,8 +16,8 @@ state (4 beside half precision), G blocks, B branches:
                  backward, E (2r + 10s) without one
     lambda       two caches of a micro-batch and that working memory; no activations
 
-Not in it: the CUDA context and libraries (about 1 GiB a process), and the allocator's fragmentation.
-Shapes: M model rows (two a picture under guidance), L tokens, D width, S text tokens.
+Not included are the CUDA context and libraries (about 1 GiB a process), and the allocator's fragmentation.
+Shapes: M model rows (two an image under guidance), L tokens, D width, S text tokens.
 """
 
 import sys
@@ -38,7 +38,7 @@ from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.training.memory_model import Memory, Shape
 
 NUM_STEPS = 20
-"""Of a trajectory, where nothing else is said."""
+"""Number of steps of a trajectory, by default."""
 
 
 def training_memory(
@@ -52,12 +52,14 @@ def training_memory(
     processes: int = 1,
     num_steps: int = NUM_STEPS,
 ) -> Memory:
-    """Peak of one worker's router training, when every branch is refreshed: SDT's or lambda's.
+    """Return the peak memory of one worker's router training.
+
+    Every branch is refreshed; the peak is that of SDT or of lambda, whichever is larger.
 
     Args:
-        batch_size: rows of the worker.
-        micro_batch_size: of these at a time; 0 is all.
-        processes: that the model is sharded over.
+        batch_size: number of the worker's rows.
+        micro_batch_size: number of these rows that run at a time; 0 is all.
+        processes: number of processes that the model is sharded over.
     """
     per_row, kept = 1 + is_guided, values_kept(reuse)
     size = micro_batch_size or batch_size
@@ -84,7 +86,7 @@ def sampling_memory(
     processes: int = 1,
     num_steps: int = NUM_STEPS,
 ) -> Memory:
-    """Peak of sampling; the images' decoder is not in it."""
+    """Return the peak memory of sampling, without the images' decoder."""
     rows, kept = (1 + is_guided) * batch_size, values_kept(reuse, forecast_order)
     caches = kept * shape.num_branches * shape.value(rows) + shape.prepared(rows, num_steps)
     return Memory(shape.weights(processes), caches, 0, shape.working(rows))
@@ -117,10 +119,10 @@ MODELS: dict[str, Callable[[], BranchedTransformer]] = {
 
 
 def public_shape(name: str, dtype: torch.dtype) -> Shape:
-    """Of a public model as it is loaded in a precision.
+    """Return the shape of a public model as it is loaded in a precision.
 
     Raises:
-        ValueError: no such model.
+        ValueError: there is no such model.
     """
     if name not in MODELS:
         raise ValueError(f"model is {name!r}: give some of {', '.join(MODELS)}")
@@ -159,10 +161,10 @@ def print_table(
     dtype: Dtype = "bfloat16",
     processes: int = 1,
 ) -> int:
-    """Print what each model takes on one GPU in GiB, under guidance, as a Markdown table.
+    """Print each model's memory on one GPU in GiB, as a Markdown table.
 
-    Caches are the batch's when values are held; sampling holds them. `recomputed` is training with
-    `train.sdt.activation_checkpointing`.
+    Sampling and training are under guidance. Caches are the batch's when values are held; sampling holds
+    them. `recomputed` is training with `train.sdt.activation_checkpointing`.
     """
     try:
         shapes = {name: public_shape(name, getattr(torch, dtype)) for name in models}

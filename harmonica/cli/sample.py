@@ -81,7 +81,7 @@ class SampleCommand:
 
 
 def own_sampler(loaded: LoadedModel, path: str) -> SamplerConfig:
-    """How a model is sampled where no router says it."""
+    """Return the sampler of a model for which no router names one."""
     if path == BUILTIN:
         return SamplerConfig()
     if loaded.scheduler is not None:
@@ -112,7 +112,7 @@ def _load_router(command: SampleCommand, loaded: LoadedModel) -> RouterArtifact 
 
 
 def _make_sampler(command: SampleCommand, loaded: LoadedModel, router: RouterArtifact | None) -> Sampler:
-    """The sampler asked for, checked against the router."""
+    """Return the sampler asked for, checked against the router."""
     base = router.sampler if router else own_sampler(loaded, command.model.path)
     asked: dict[str, Any] = {
         "name": command.sampler,
@@ -141,7 +141,7 @@ def _label(name: str, class_names: tuple[str, ...]) -> int:
 
 
 def _subjects(command: SampleCommand, loaded: LoadedModel) -> tuple[Sequence[int | str], list[str]]:
-    """What is asked for, labels or prompts, and what the pictures are called."""
+    """Return the labels or prompts asked for, and the images' titles."""
     if not loaded.model.num_classes:
         if command.classes or not command.prompts:
             field, given = ("classes", command.classes) if command.classes else ("prompts", command.prompts)
@@ -163,7 +163,10 @@ def _subjects(command: SampleCommand, loaded: LoadedModel) -> tuple[Sequence[int
 def _timed(
     sampler: Sampler, batch: tuple[Tensor, Any], keys: SampleKeys, router: RouterArtifact | None, rounds: int
 ) -> tuple[Tensor, list[float]]:
-    """What is sampled (the same every time), and seconds of each round after those to warm up."""
+    """Return the samples, and the seconds of each round after the warm-ups.
+
+    The samples are the same in every round.
+    """
     plan, reuse = (router.plan, router.reuse) if router else (None, "hold")
     seconds, first = [], warm_ups(sampler.model)
     for _ in range(rounds + first):
@@ -176,7 +179,11 @@ def _timed(
 
 
 def run(command: SampleCommand) -> dict[str, Tensor]:
-    """Sample as asked, say how long it took, write the pictures; images or latents by way."""
+    """Sample as asked, say how long it took, and write the images.
+
+    Returns:
+        Images or latents by way: `full`, and `cached` if there is a router.
+    """
     device = pick_device(command.device)
     loaded = load_model(command.model, device)
     model, router = loaded.model, _load_router(command, loaded)
@@ -238,7 +245,10 @@ def _write(
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when sampled, 2 for unusable input, 1 where what is drawn is not finite."""
+    """Run the command and return the exit code.
+
+    It is 0 when sampled, 2 for unusable input, and 1 if samples are not finite.
+    """
     try:
         run(parse_settings(SampleCommand, arguments, "python -m harmonica.cli.sample"))
     except ValueError as error:

@@ -44,7 +44,7 @@ from harmonica.validation.finite import NotFinite
 from harmonica.validation.settings import Cure, Field, settings
 
 _SAY_EVERY_S = 5.0
-# How the model is run moves values by roundings.
+# Settings of how the model is run change values by rounding alone.
 _FREE_TO_CHANGE = ("output", "device", "model.compile", "model.execution", "model.graph_memory")
 _METRICS = "metrics"
 
@@ -70,7 +70,7 @@ class TrainCommand:
 
 
 def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """This process's device; under torchrun each has its own GPU."""
+    """Return this process's device; under torchrun each has its own GPU."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -79,7 +79,7 @@ def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """A reader sees the old content or the new, never a part."""
+    """Replace a file at once: a reader sees the old content or the new."""
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(data)
     part.replace(path)
@@ -87,7 +87,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _process_group(device: torch.device, batch_size: int) -> Iterator[Shard]:
-    """torchrun's process group where there is one, and this process's shard of the rows."""
+    """Join torchrun's process group, if any, and yield this process's shard."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if batch_size % world_size:
         raise ValueError(f"train.batch_size is {batch_size}: give a multiple of the {world_size} processes")
@@ -99,7 +99,7 @@ def _process_group(device: torch.device, batch_size: int) -> Iterator[Shard]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Shard(batch_size, rank, world_size)
-        dist.barrier()  # a process that leaves while another still speaks to it brings that one down
+        dist.barrier()  # a process that leaves while another still communicates with it ends that one too
     finally:
         dist.destroy_process_group()
 
@@ -110,10 +110,10 @@ def _as_json(command: TrainCommand) -> dict[str, Any]:
 
 
 class _Folder:
-    """The output folder: what a run leaves, and what it resumes from. Only rank 0 writes.
+    """The output folder of a run, from which it resumes; only rank 0 writes.
 
-    The state has the lines of metrics since the one before, and where in the file they belong: whatever was
-    cut short between the two, the next process puts the file right.
+    The state also holds the lines of metrics since the state before, and the byte of the file where they
+    begin. If a process ends between writing the state and writing the file, the next one completes the file.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -138,7 +138,10 @@ class _Folder:
             run.load_state(self._read_state(run.device))
 
     def mend(self, device: torch.device) -> None:
-        """Have the file of metrics as the last state says; without a state, metrics begin anew."""
+        """Restore the file of metrics as the last state says.
+
+        Without a state, metrics begin anew.
+        """
         if not self._state.is_file():
             self._metrics.unlink(missing_ok=True)
         elif metrics := self._read_state(device).get(_METRICS):
@@ -153,7 +156,10 @@ class _Folder:
         self._pending.append(json.dumps({"trajectory": trajectory} | metrics) + "\n")
 
     def save(self, run: MultiTargetTrainer) -> None:
-        """The state first, since it says what the file of metrics is to hold."""
+        """Write the state, and then the metrics.
+
+        The state comes first, since it says what the file of metrics is to hold.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         _replace(self.path / "settings.json", (json.dumps(self.settings, indent=1) + "\n").encode())
         start = self._metrics.stat().st_size if self._metrics.exists() else 0
@@ -165,12 +171,13 @@ class _Folder:
         self._pending.clear()
 
     def _write(self, start: int, text: str) -> None:
-        """Have the file of metrics end with the text, which begins at that byte."""
+        """Make the file of metrics end with the text, which begins at byte `start`."""
         with self._metrics.open("ab") as file:
             file.truncate(min(start, file.tell()))
             file.write(text.encode())
 
     def finish(self, run: MultiTargetTrainer) -> RouterArtifact:
+        """Write the routers and a picture of the first one, and return that one."""
         from harmonica.evaluation.plots import router_heat_map
 
         artifact = run.artifact(**self.settings["train"])
@@ -208,7 +215,10 @@ def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArt
 
 
 def trained(run: MultiTargetTrainer, spec: SampleSpec, shard: Shard) -> Iterator[dict[str, float]]:
-    """Train the trajectories that are left, on rows made here; the metrics after each."""
+    """Train the trajectories that are left, and yield the metrics of each.
+
+    Their rows are made here.
+    """
     while run.next_trajectories:
         indices = shard.indices(np.arange(shard.size), run.next_trajectories.start)
         yield run.train_one(spec.to_batch(make_samples(indices, spec), run.device))
@@ -241,7 +251,10 @@ def _preset(recipe: Callable[[], Recipe]) -> TrainCommand:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when trained, 2 for unusable input, 1 where what is computed is not finite."""
+    """Run the command and return the exit code.
+
+    It is 0 when trained, 2 for unusable input, 1 if a computed value is not finite, and 130 if interrupted.
+    """
     presets = {name: functools.partial(_preset, recipe) for name, recipe in RECIPES.items()}
     try:
         train(parse(arguments, presets, "python -m harmonica.cli.train"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from harmonica.io.repository_files import ENCODER_STEMS
 from harmonica.io.safe_load import read_tensors
 from harmonica.io.weight_files import contents, find_weights
-from harmonica.models.base import FINGERPRINT_VALUES, weights_fingerprint
+from harmonica.models.fingerprint import FINGERPRINT_VALUES, weights_fingerprint
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.validation.extras import need
 from harmonica.validation.finite import check_finite

@@ -29,7 +29,7 @@ class Addition:
 
 
 class EagerRunner:
-    """Runs branches one operation at a time; the other runners are tested by it."""
+    """Runs branches one operation at a time; the other runners are compared with it."""
 
     def compute(
         self, branch: Branch, index: int, hidden_NLD: Tensor, conditioning: Any

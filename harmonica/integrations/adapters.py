@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.integrations.pipeline_transformer import Call, PipelineTransformer
-from harmonica.models.base import Fingerprint
 from harmonica.models.dit.diffusers_view import DiffusersDiT, base_parameters
+from harmonica.models.fingerprint import Fingerprint
 from harmonica.models.pixart.model import PixArt
 from harmonica.models.sana.model import Sana
 from harmonica.models.text_blocks import ProjectedText

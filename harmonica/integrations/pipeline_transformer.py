@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.integrations.timestep_reader import on_host
-from harmonica.models.base import BranchedTransformer, Fingerprint
+from harmonica.models.base import BranchedTransformer
+from harmonica.models.fingerprint import Fingerprint
 
 # They move or convert a layer's weights just before it runs, and leave what it computes as it is.
 _HARMLESS_HOOKS = (

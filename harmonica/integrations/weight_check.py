@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.models.base import Fingerprint
+from harmonica.models.fingerprint import Fingerprint
 
 
 def matched_fingerprint(

@@ -1,1 +1,4 @@
-"""Local and remote files: paths, object stores, the hub, and the safe reading of weights."""
+"""Local and remote files, and the reading of weights without pickle.
+
+Files lie under paths, in object stores or on the hub.
+"""

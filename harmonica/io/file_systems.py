@@ -1,7 +1,7 @@
 """The opening of paths and URIs for all code that reads or writes files.
 
 S3 is set up as Amazon's own tools are, by environment and `~/.aws`, so that pyarrow, boto3 and MLflow agree;
-`pipelines.run_state.storage.settle_endpoint` tells those that read less than others.
+`pipelines.run_state.storage.settle_endpoint` sets the address that pyarrow does not read from `~/.aws`.
 """
 
 from pyarrow import fs
@@ -13,11 +13,13 @@ _PATIENT_TRIES = 10
 
 
 def open_uri(uri: str, field: str, *, patient: bool = False) -> tuple[fs.FileSystem, str]:
-    """Return the file system of a path or URI, and the path in it, which ends in no slash.
+    """Return the file system of a path or URI, and the path in it.
+
+    The path ends in no slash.
 
     Args:
-        field: what errors call `uri`.
-        patient: go on trying where an S3 store does not answer, some 50 s in all.
+        field: the name of `uri` in errors.
+        patient: whether to go on trying where an S3 store does not answer, some 50 s in all.
 
     Raises:
         ValueError: the URI cannot be used; never shows credentials.
@@ -38,6 +40,9 @@ def open_uri(uri: str, field: str, *, patient: bool = False) -> tuple[fs.FileSys
 
 
 def _patient(filesystem: fs.S3FileSystem) -> fs.S3FileSystem:
-    """Make the file system again as unpickling does, since a URI cannot set the number of retries."""
+    """Return the file system with more retries.
+
+    A URI cannot set their number, so the file system is made again as unpickling does.
+    """
     _, (settings,) = filesystem.__reduce__()
     return fs.S3FileSystem(**settings, retry_strategy=fs.AwsDefaultS3RetryStrategy(_PATIENT_TRIES))

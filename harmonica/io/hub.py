@@ -1,4 +1,7 @@
-"""Models of the Hugging Face hub at a pinned revision, in huggingface_hub's own cache."""
+"""Models of the Hugging Face hub, which are read at a pinned revision.
+
+They are kept in huggingface_hub's own cache.
+"""
 
 import glob
 import logging
@@ -14,7 +17,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def from_hub(repo: str, revision: str, field: str) -> Path:
-    """Return the snapshot's folder, downloaded unless cached; HF_HUB_OFFLINE uses the cache alone.
+    """Return the snapshot's folder, downloaded unless cached.
+
+    HF_HUB_OFFLINE uses the cache alone.
 
     Raises:
         ValueError: there is no revision, or the snapshot is not cached and cannot be downloaded.

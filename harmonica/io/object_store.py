@@ -1,7 +1,8 @@
-"""Models of an object store, copied once to `$HARMONICA_CACHE` (default `~/.cache/harmonica`).
+"""Models of an object store, which are copied once to a local folder.
 
-A copy is keyed by the URI and by names, sizes and times of the objects, so a changed object is fetched
-anew; copies are never deleted, since a running model may be mapped from one.
+The folder is `$HARMONICA_CACHE`, by default `~/.cache/harmonica`. A copy is keyed by the URI and by names,
+sizes and times of the objects, so a changed object is fetched anew; copies are never deleted, since a
+running model may be mapped from one.
 """
 
 import hashlib
@@ -23,11 +24,11 @@ _CHUNK = 16 * 2**20  # each read is a request to the store
 
 
 def from_store(uri: str, field: str) -> Path:
-    """Return the local copy of a file or of a model folder, fetched if it is not there.
+    """Return the local copy of a file or model folder, fetched if need be.
 
     Args:
-        uri: as `harmonica.io.paths.resolved` gives it.
-        field: what errors call `uri`.
+        uri: the URI that `harmonica.io.paths.resolved` returned.
+        field: the name of `uri` in errors.
 
     Raises:
         ValueError: it is not there, holds no model, or cannot be fetched; never shows credentials.

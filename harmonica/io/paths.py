@@ -8,17 +8,21 @@ import re
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-_PUBLIC_QUERY = ("endpoint_override", "region", "scheme")  # the rest of a query may hold keys
+_PUBLIC_QUERY = ("endpoint_override", "region", "scheme")  # the rest of a query may hold credentials
 _STORES = ("s3", "gs")
 # One slash too: what has gone through `Path` has lost the other. One letter is a drive's.
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _CURE = "give a local path, a file:// URI, s3://bucket/prefix or gs://bucket/prefix"
-# Of the characters that have no place in a URI, and of a percent sign that stands for itself.
+# Characters that a URI keeps unescaped, and a percent sign that begins no escape.
 _IN_A_URI, _BARE_PERCENT = "%/:@+;,!$&'()*=~", re.compile("%(?![0-9A-Fa-f]{2})")
 
 
 def is_remote(path: str) -> bool:
-    """Return whether a URI, or a path that `resolved` has returned, lies in an object store."""
+    """Return whether a path lies in an object store.
+
+    Args:
+        path: a URI, or a path that `resolved` has returned.
+    """
     return "://" in path and _URI.match(path) is not None
 
 
@@ -36,7 +40,10 @@ def without_secrets(uri: str) -> str:
 
 
 def scrubbed(text: str, uri: str) -> str:
-    """Return a library's message about a URI, with `...` for whatever in it may be a secret."""
+    """Return a library's message about a URI without the URI's secrets.
+
+    Each part of the URI that may be a secret becomes `...`.
+    """
     parts = urlsplit(uri)
     secrets = [value for name, value in parse_qsl(parts.query) if name not in _PUBLIC_QUERY]
     user = parts.netloc.rpartition("@")[0]
@@ -47,11 +54,11 @@ def scrubbed(text: str, uri: str) -> str:
 
 
 def resolved(path: str | Path, field: str) -> str:
-    """Return what a path stands for, wherever the process that uses it runs.
+    """Return the absolute path or the URI that a path stands for.
 
     Args:
         path: absolute, relative, with `~` or `~user`, a file:// URI, or an s3:// or gs:// URI.
-        field: what errors call `path`.
+        field: the name of `path` in errors.
 
     Returns:
         An absolute local path, with whatever characters it has; or the URI of an object store, escaped as
@@ -85,7 +92,7 @@ def resolved(path: str | Path, field: str) -> str:
 
 
 def local(path: str | Path, field: str) -> Path:
-    """Return what a path stands for, which has to be on this machine.
+    """Return the absolute path that a path on this machine stands for.
 
     Raises:
         ValueError: as `resolved`, and if the path is in an object store.

@@ -1,8 +1,9 @@
-"""The choice of files to read of a model's folder, which is local, in a store or on the hub.
+"""The choice of the files that are read of a model's folder.
 
-A folder may hold its weights several times. Those in full precision are loaded, else the variant `bf16`, else
-`fp16` (diffusers' `variant=`); of each, safetensors before `.bin`, one file before shards. The configured
-precision does not matter, so that every machine has the same weights and hence the same identity.
+The folder is local, in a store or on the hub, and may hold its weights several times. Those in full
+precision are loaded, else the variant `bf16`, else `fp16` (diffusers' `variant=`); of each, safetensors
+before `.bin`, one file before shards. The configured precision does not matter, so that every machine has
+the same weights and hence the same identity.
 """
 
 import json
@@ -83,9 +84,9 @@ def choose_weights(names: Iterable[str], stems: tuple[str, ...]) -> Weights | No
 
 
 def bare_checkpoint(names: Iterable[str], source: str) -> str:
-    """Return the one checkpoint of a folder without a configuration; "" if there is none.
+    """Return the one checkpoint of a folder that has no configuration.
 
-    Of files of one name it is the safetensors.
+    Of files of one name it is the safetensors; "" if there is none.
 
     Raises:
         ValueError: there are several.
@@ -125,7 +126,7 @@ def wanted(names: Iterable[str], read: Callable[[str], bytes], source: str) -> l
     Args:
         names: paths of all files, relative and with slashes.
         read: the contents of one of them, asked for the index alone.
-        source: what errors call the repository.
+        source: the name of the repository in errors.
 
     Raises:
         ValueError: the index is no JSON object, or nothing says which of several checkpoints is meant.

@@ -1,4 +1,7 @@
-"""The safe reading of weights: safetensors, or `weights_only` loads that execute no pickle."""
+"""The reading of weights, which executes no pickle.
+
+Files are safetensors, or are loaded with `weights_only`.
+"""
 
 import argparse
 import pickle
@@ -76,7 +79,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
-    """Read a safetensors file, or one that `torch.save` wrote, if it holds tensors only.
+    """Read a file of safetensors or `torch.save` that holds tensors only.
 
     Tensors are memory-mapped, except in the old format of `torch.save`, before PyTorch 1.6. The mapping is
     private: writing to a tensor leaves the file alone. Replace a file that may be loaded by
@@ -103,7 +106,9 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Read the state dict of a checkpoint of any trainer (`harmonica.io.state_dicts`).
+    """Read the state dict of a checkpoint of any trainer.
+
+    `harmonica.io.state_dicts` finds it in the file.
 
     Raises:
         ValueError: the file is unreadable, or holds no state dict.

@@ -36,7 +36,7 @@ def find_state(contents: Any, source: str) -> dict[str, Any]:
     if not found:
         raise ValueError(f"{source} holds no named tensors{_described(contents)}: give a state dict")
     passed_over = []
-    # Of one alone all values are checked when it is put together: nothing is to be chosen here.
+    # One state dict alone needs no choice; all its values are checked when the model is assembled.
     for place, state in found if len(found) > 1 else ():
         if not (fault := first_fault(state)):
             break

@@ -51,7 +51,9 @@ def find_weights(folder: Path, stems: tuple[str, ...] = MODEL_STEMS) -> Weights:
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
-    """Read the weights of a transformer's folder, memory-mapped, of one file or of shards.
+    """Read the weights of a transformer's folder, memory-mapped.
+
+    They are in one file or in shards.
 
     Raises:
         ValueError: they are missing or unreadable.

@@ -1,4 +1,4 @@
-"""Checks of the values of weights: finite, and not zero where no trained model's are.
+"""Checks that weights are finite, and not zero where they must not be.
 
 The tensors that may be all zero follow from the arithmetic. Biases and the gains of norms, of one dimension,
 may; so may the layers that adaLN-Zero starts at zero, `adaLN_modulation` and the output layer, and PixArt's
@@ -33,7 +33,7 @@ def _looked_at(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def check_values(state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights with a tensor that is not finite, or is zero throughout where it must not be.
+    """Refuse weights with a tensor that is not finite, or wrongly all zero.
 
     Every value is read once, some 8 GB a second and core from memory, and nothing is allocated. On a GPU the
     host waits for it once.
@@ -72,10 +72,11 @@ def check_values(state: Mapping[str, Tensor], source: str) -> None:
 
 
 def first_fault(state: Mapping[str, Any]) -> str:
-    """Return the first fault of a state dict by the first values of each tensor; "" for none.
+    """Return the first fault found in a state dict; "" for none.
 
-    Cheap on a memory map: training that diverges leaves no tensor finite, and an average that was never
-    updated is zero throughout, so the first values tell; a tensor that begins with zeros is read in full.
+    It reads the first values of each tensor, which is cheap on a memory map, and enough: training that
+    diverges leaves no tensor finite, and an average that was never updated is zero throughout. A tensor that
+    begins with zeros is read in full.
     """
     for name, value in _looked_at(state).items():
         first = value.detach().flatten()[:_FIRST]

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from harmonica.models.base import Fingerprint, freeze
+from harmonica.models.base import freeze
 from harmonica.models.diffusers_folder import PipelineParts, find_transformer
 from harmonica.models.diffusers_module import StoredModule
+from harmonica.models.fingerprint import Fingerprint
 from harmonica.models.text_blocks import Kind
 from harmonica.models.text_transformer import TextTransformer
 from harmonica.torchvision_ops import ensure_torchvision_imports

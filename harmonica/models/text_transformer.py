@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harmonica.models.base import BranchedTransformer, Fingerprint, run_all, unpatchify
+from harmonica.models.base import BranchedTransformer, run_all, unpatchify
+from harmonica.models.fingerprint import Fingerprint
 from harmonica.models.text_blocks import (
     KINDS,
     Kind,

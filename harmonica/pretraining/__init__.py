@@ -1,1 +1,4 @@
-"""Training of the built-in models: an example that needs a clone, not part of the installed package."""
+"""Training of the built-in models, which is an example.
+
+It needs a clone, and is not part of the installed package.
+"""

@@ -1,4 +1,4 @@
-"""Evaluate the built-in text-to-image model: does an image show what its caption asks for?
+"""Evaluate whether the built-in model's images show what captions ask for.
 
 Shapes: N images, C channels, H W image.
 """
@@ -38,7 +38,10 @@ _BATCH = 100
 
 
 class TextToImageSampler:
-    """Samples images from a pipeline's folder without VAE, with the scheduler of that folder."""
+    """Samples images from a pipeline's folder that has no VAE.
+
+    The scheduler is that of the folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer", local_files_only=True)
@@ -87,7 +90,7 @@ def random_captions(count: int, seed: int) -> list[str]:
 
 
 def caption_metrics(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]:
-    """Return class accuracy, tone accuracy and the Frechet distance to the test images."""
+    """Return class and tone accuracy and the Frechet distance to test images."""
     images_NCHW = images_NCHW.clamp(-1, 1)
     meant = [captions.meaning(prompt) for prompt in prompts]
     labels = np.array([label for label, _ in meant])
@@ -104,7 +107,7 @@ def caption_metrics(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]
 
 
 def evaluate_text_model(folder: Path, count: int, *, seed: int = 0) -> dict[str, Any]:
-    """Evaluate a folder's model, and write `report.json` and `samples.png` into the folder."""
+    """Evaluate a folder's model and write `report.json` and `samples.png` there."""
     sampler, prompts = TextToImageSampler(folder), random_captions(count, seed)
     report: dict[str, Any] = {"samples": count, "steps": NUM_STEPS, "seed": seed, "guidance": {}}
     for scale in GUIDANCE_SCALES:

@@ -20,13 +20,16 @@ _MAX_WEIGHT = 20.0
 
 
 def learning_rate_factor(step: int, *, warmup: int, total: int, decay: int) -> float:
-    """Return the fraction of the peak learning rate at `step`: warm-up, plateau, linear decay."""
+    """Return the fraction of the peak learning rate at `step`.
+
+    It rises in the warm-up, stays at 1, and falls linearly to 0.
+    """
     return min(1.0, (step + 1) / warmup, max(0.0, (total - step) / decay))
 
 
 @settings()
 class LearningConfig:
-    """How long and how fast to learn."""
+    """Settings of the optimisers and of the learning rate's course."""
 
     steps: Count
     """Optimiser steps in all."""
@@ -45,7 +48,10 @@ class LearningConfig:
 def make_optimizers(
     model: nn.Module, learning_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Return Muon for the blocks' matrices, and AdamW for embeddings, biases and head."""
+    """Return Muon for the blocks' matrices, and AdamW for the other parameters.
+
+    The others are embeddings, biases and the head.
+    """
     named = list(model.named_parameters())
     is_matrix = {name: p.ndim == 2 and "blocks." in name and "table" not in name for name, p in named}
     matrices = [p for name, p in named if is_matrix[name]]
@@ -59,23 +65,30 @@ def make_optimizers(
 
 
 def drop(n: int, share: float, generator: torch.Generator) -> Tensor:
-    """Draw which of n rows (N,) bool train without their condition, for classifier-free guidance."""
+    """Draw the rows (N,) bool that train without their condition.
+
+    Classifier-free guidance needs them.
+    """
     return torch.rand(n, generator=generator) < share
 
 
 @dataclass(frozen=True, slots=True)
 class NoisyBatch:
-    """Clean images with noise added at uniformly drawn timesteps (Ho et al. 2020, algorithm 1)."""
+    """Images with noise added at random timesteps.
+
+    Timesteps are drawn uniformly (Ho et al. 2020, algorithm 1).
+    """
 
     images: Tensor
     """x_t (N, C, H, W)."""
     timesteps: Tensor
     """(N,) int64."""
     noise: Tensor
-    """(N, C, H, W): what the model is to predict."""
+    """(N, C, H, W); the model learns to predict it."""
 
     @classmethod
     def draw(cls, clean_NCHW: Tensor, generator: torch.Generator) -> Self:
+        """Add noise to clean images (N, C, H, W) at timesteps drawn for each."""
         n, device = clean_NCHW.shape[0], clean_NCHW.device
         # Drawn where the generator lives, so that every device trains on the same numbers.
         noise = torch.randn(clean_NCHW.shape, generator=generator).to(device)
@@ -84,10 +97,10 @@ class NoisyBatch:
 
 
 def distillation_loss(predicted_NCHW: Tensor, teacher_NCHW: Tensor, timestep_N: Tensor) -> Tensor:
-    """Return the mean squared distance from a teacher's noise, limited as an error of x_0.
+    """Return the mean squared distance from a teacher's predicted noise.
 
-    What an image is of is settled at high noise, where predictions of the noise hardly differ: there
-    the error counts up to `_MAX_WEIGHT` times.
+    The distance is weighted as an error of x_0, by at most `_MAX_WEIGHT`: the content of an image is
+    settled at high noise, where predictions of the noise hardly differ.
     """
     signal_N = torch.as_tensor(alphas_cumprod(), device=timestep_N.device)[timestep_N]
     weight_N = ((1 - signal_N) / signal_N).clamp(max=_MAX_WEIGHT).to(predicted_NCHW.dtype)
@@ -110,7 +123,7 @@ class Learner:
         get_ema_multi_avg_fn(decay)(averaged, current, num_averaged)
 
     def averaged_parameters(self) -> dict[str, Tensor]:
-        """The exponential moving averages by the parameters' names, without gradients."""
+        """Return the parameters' moving averages by name, without gradients."""
         return {name: p.detach() for name, p in self.ema.module.named_parameters()}
 
     @property
@@ -133,6 +146,7 @@ class Learner:
         self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state of the model, its averages and the optimisers."""
         return {
             "model": self.model.state_dict(),
             "ema": self.averaged_parameters(),
@@ -141,6 +155,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         for name, averaged in self.averaged_parameters().items():
             averaged.copy_(state["ema"][name])

@@ -1,7 +1,8 @@
-"""The built-in text-to-image model: a small PixArt on pixels, and a T5 with its captions' vocabulary.
+"""The built-in text-to-image model, which is a small PixArt on pixels.
 
-It lies in `builtin/fashion-pixart` as a diffusers pipeline's folder without VAE;
-`pipelines.pretrain.text_to_image` made it. Shapes: N batch, C channels, H W image, S text tokens.
+Its text encoder is a T5 with the vocabulary of the captions. The model lies in `builtin/fashion-pixart` as
+a diffusers pipeline's folder without VAE; `pipelines.pretrain.text_to_image` made it. Shapes: N batch, C
+channels, H W image, S text tokens.
 """
 
 import json
@@ -23,7 +24,7 @@ ensure_torchvision_imports()
 
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel  # noqa: E402
 
-if TYPE_CHECKING:  # whoever only samples from a PixArt with embedded prompts does not have it installed
+if TYPE_CHECKING:  # sampling with embedded prompts does not need it installed
     from transformers import T5EncoderModel, T5Tokenizer
 
 TEXT_TOKENS, TEXT_WIDTH = 16, 64
@@ -32,7 +33,10 @@ SPECIAL = ("<pad>", "</s>", UNKNOWN)  # ids 0, 1, 2, as T5 has them
 
 
 def make_tokenizer() -> "T5Tokenizer":
-    """Make a tokenizer with one token for each word of the captions; other words are unknown."""
+    """Make a tokenizer with one token for each word of the captions.
+
+    Other words are unknown.
+    """
     from transformers import T5Tokenizer
 
     words = sorted({word for text in all_captions() for word in text.split()})
@@ -75,7 +79,7 @@ def load_dit(start: str) -> DiT:
     """Load the model to start from, frozen.
 
     Raises:
-        ValueError: it is no DiT.
+        ValueError: the model is no DiT.
     """
     dit = load_model(ModelConfig(path=start)).model
     if not isinstance(dit, DiT):
@@ -84,7 +88,10 @@ def load_dit(start: str) -> DiT:
 
 
 def make_model(start: str, seed: int) -> TextToImage:
-    """Make a PixArt of the DiT `start`'s shape, warm-started from it, with a new text encoder."""
+    """Make a PixArt that is warm-started from the DiT `start`.
+
+    It has the DiT's shape, and a new text encoder.
+    """
     from transformers import T5Config, T5EncoderModel
 
     dit = load_dit(start)
@@ -122,9 +129,10 @@ def make_model(start: str, seed: int) -> TextToImage:
 
 
 def save_pipeline(model: TextToImage, folder: Path) -> None:
-    """Save the folder of a diffusers `PixArtAlphaPipeline`, the denoiser in half precision.
+    """Save the folder of a diffusers `PixArtAlphaPipeline`.
 
-    The text encoder stays in float32: it is small, and transformers loads the precision it finds.
+    The denoiser is saved in half precision. The text encoder stays in float32: it is small, and
+    transformers loads the precision it finds.
     """
     scheduler = DPMSolverMultistepScheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2

@@ -1,4 +1,4 @@
-"""Train the built-in classifier, and write its weights and the reference statistics.
+"""Train the built-in classifier and write its reference statistics.
 
     python -m harmonica.pretraining.train_classifier --out harmonica/builtin/classifier
 
@@ -109,7 +109,10 @@ def train_classifier(config: ClassifierTraining) -> Classifier:
 
 
 def write_builtin_reference(folder: Path, data_folder: Path = fashion_mnist.DEFAULT_FOLDER) -> None:
-    """Write the files of `builtin_reference` other than the pooled statistics, with the classifier there."""
+    """Write the reference files that are computed with the classifier in `folder`.
+
+    They are the files of `builtin_reference` other than the pooled statistics.
+    """
     images = torch.tensor(fashion_mnist.load_fashion_mnist("test", data_folder)[0]).float() / 127.5 - 1
     seen = [ClassifierFeatures(folder)(batch) for batch in images.split(_BATCH)]
     pooled = torch.cat([features.pooled_NF for features in seen])

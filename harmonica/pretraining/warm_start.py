@@ -1,6 +1,6 @@
-"""Start a text-conditional PixArt from a class-conditional DiT, as PixArt-alpha itself did.
+"""Start a text-conditional PixArt from a class-conditional DiT.
 
-Source: arXiv 2310.00426, section 2.3.
+PixArt-alpha itself began from a DiT (arXiv 2310.00426, section 2.3).
 
 Shapes: T timesteps, G blocks, D width.
 """
@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def warm_start(transformer: "PixArtTransformer2DModel", dit: DiT) -> set[str]:
-    """Copy what the two have in common, fit what PixArt shares between blocks, silence cross-attention.
+    """Start a PixArt from the parameters of a DiT.
+
+    Parameters that both have are copied, those that PixArt shares between blocks are fitted, and
+    cross-attention is set to zero.
 
     Returns:
-        Names of the parameters that keep their random values: how the text is read.
+        Names of the parameters that keep their random values, which are those that read the text.
 
     Raises:
-        ValueError: another width, depth, patch or channels.
+        ValueError: the two differ in width, depth, patch or channels.
     """
     config: Any = transformer.config
     names = ("num_layers", "hidden_size", "num_attention_heads", "patch_size", "in_channels", "out_channels")
@@ -73,7 +76,9 @@ def _copied(dit: DiT) -> dict[str, Tensor]:
 
 
 def _fitted_modulation(dit: DiT, ridge: float = 1e-3) -> dict[str, Tensor]:
-    """Fit adaLN-single: one linear map of the timestep for all blocks, and a table for each.
+    """Fit adaLN-single to the DiT's modulations.
+
+    adaLN-single is one linear map of the timestep for all blocks, and a table for each.
 
     The DiT's modulations, with classes averaged, are taken at every timestep. A block's table is its
     mean over time; the shared map is the least-squares fit of what is left, averaged over blocks.

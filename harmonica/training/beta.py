@@ -85,7 +85,9 @@ class BetaController:
         return float(worth[lower].lerp(worth[upper], weight))
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the controller's state for a checkpoint."""
         return {"beta": self.beta, "worth": self.worth_TB, "updates": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
         self.beta, self.worth_TB, self._updates = state["beta"], state["worth"].cpu(), state["updates"]

@@ -46,10 +46,12 @@ class TrainingContext:
 
     @property
     def router(self) -> Router:
+        """Return the router that is trained."""
         return self.sdt.router
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the router's logits."""
         device: torch.device = self.router.rows[0].device
         return device
 

@@ -27,6 +27,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Return the sum of all parts in bytes."""
         return self.weights + self.caches + self.activations + self.working
 
 
@@ -87,6 +88,7 @@ class Shape:
 
     @property
     def num_branches(self) -> int:
+        """Return the number of branches that can be cached."""
         return self.layers * len(self.cacheable)
 
     def weights(self, processes: int = 1) -> int:

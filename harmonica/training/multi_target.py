@@ -67,10 +67,12 @@ class MultiTargetTrainer:
 
     @property
     def router(self) -> Router:
+        """Return the router of the current target."""
         return self.current.router
 
     @property
     def plan(self) -> Plan:
+        """Return the present plan of the current target's router."""
         return self.current.plan
 
     def train_one(self, batch: Batch, average: Callable[[Tensor], None] = average) -> dict[str, float]:

@@ -8,9 +8,8 @@ every branch computed. A reused step counts as nothing, a backward through activ
 """
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,66 +18,12 @@ from harmonica.data.batch import Batch
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
 from harmonica.training.loss_weights import StepWeights
+from harmonica.training.phase import Phase, assumed_speedup
 from harmonica.training.plans.builders import even_plan, logits_of, speedup_of
 from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.plans.search import StepSearch, fastest_plan
 from harmonica.training.plans.selection import PlanSelector
-from harmonica.training.progress import PhaseBudget, PhaseName
-
-_UNKNOWN_SPEEDUP = 1.5
-"""The speed that cost estimates assume of a plan without a target."""
-
-
-class Phase(ABC):
-    """One part of a router's training, which is a number of trajectories of one kind.
-
-    `begin` is called once before its first trajectory, `step` for each of them, `finish` after the last.
-    """
-
-    name: ClassVar[PhaseName]
-    state_key: ClassVar[str]
-    """Key of its state in a checkpoint."""
-
-    def __init__(self, context: TrainingContext) -> None:
-        self.context, self.config = context, context.config
-        self.trajectories = len(self.costs(context.config, context.sampler.num_steps))
-        self.done = 0
-        """Number of its trajectories that are done."""
-
-    @property
-    def is_done(self) -> bool:
-        return self.done == self.trajectories
-
-    @staticmethod
-    @abstractmethod
-    def costs(config: TrainingConfig, num_steps: int) -> list[float]:
-        """Return the cost of each of its trajectories, in full samplings of its samples."""
-
-    def begin(self) -> None:  # noqa: B027  # most phases need nothing
-        """Prepare the phase from the context that the phases before have left."""
-
-    @abstractmethod
-    def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
-        """Do one trajectory and return the metrics to log.
-
-        Args:
-            average: averages a tensor over all workers in place.
-        """
-
-    def finish(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
-        """Leave the outcome in the context and return more metrics.
-
-        `batch` is that of the last step.
-        """
-        return {}
-
-    @abstractmethod
-    def state(self) -> Any:
-        """Return the phase's state for a checkpoint besides `done`, or None."""
-
-    @abstractmethod
-    def load_state(self, state: Any) -> None:
-        """Load what `state` returned; the context is loaded before."""
+from harmonica.training.progress import PhaseBudget
 
 
 class StartPhase(Phase):
@@ -166,7 +111,7 @@ class RouterPhase(Phase):
         update = (step * trained + (num_steps - trained)) / num_steps
         generation = 1.0
         if sdt.student == "hard" and sdt.objective == "stepwise":
-            generation = 1 / _speedup(config)
+            generation = 1 / assumed_speedup(config)
             update += generation
         refresh = generation * (num_steps + 1) / 2 if config.iepo != "none" else 0.0
         return [update + refresh * (k % config.iepo_every == 0) for k in range(config.trajectories)]
@@ -216,7 +161,7 @@ class ChoicePhase(Phase):
         The plans are two starts and the trained one, or one start and the trained one.
         """
         plans = 3 if config.start_trajectories else 2
-        return [1 + plans / _speedup(config)] * config.choice_trajectories
+        return [1 + plans / assumed_speedup(config)] * config.choice_trajectories
 
     def begin(self) -> None:
         """Take the starts, and what was trained unless it misses the target."""
@@ -261,7 +206,7 @@ class ForecastPhase(Phase):
     def costs(config: TrainingConfig, num_steps: int) -> list[float]:
         """Count a full and a planned trajectory, and a backward for each probe."""
         forecast = config.forecast
-        return [1 + (1 + forecast.probes) / _speedup(config)] * forecast.trajectories
+        return [1 + (1 + forecast.probes) / assumed_speedup(config)] * forecast.trajectories
 
     def begin(self) -> None:
         self.fit = ForecastFit(self.context.plan, self.config.forecast)
@@ -283,13 +228,6 @@ class ForecastPhase(Phase):
 
 PHASES: tuple[type[Phase], ...] = (StartPhase, RouterPhase, ChoicePhase, ForecastPhase)
 """The phases in the order in which they run."""
-
-
-def _speedup(config: TrainingConfig) -> float:
-    """Return the speed of the plan to be trained, as far as the settings say it."""
-    if config.target_cur:
-        return 1 / (1 - config.target_cur)
-    return config.target_speedup or _UNKNOWN_SPEEDUP
 
 
 def phase_budgets(config: TrainingConfig, num_steps: int, *, target: float = 0.0) -> tuple[PhaseBudget, ...]:

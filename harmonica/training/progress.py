@@ -31,6 +31,7 @@ class PhaseBudget:
 
     @property
     def trajectories(self) -> int:
+        """Return the number of trajectories."""
         return len(self.costs)
 
     @property

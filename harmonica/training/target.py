@@ -29,6 +29,7 @@ class TargetController:
         self._controller = self._make_controller()
 
     def set_speedup(self, speedup: float) -> None:
+        """Set the speed to reach, with a new controller of beta."""
         self.speedup = speedup
         self._controller = self._make_controller()
 
@@ -89,10 +90,12 @@ class TargetController:
         return abs(plan.ideal_speedup(self._trainer.sampler.model.macs()) / self.speedup - 1) < _MET
 
     def state(self) -> dict[str, Any]:
+        """Return the speed and the controller's state for a checkpoint."""
         controller = self._controller.state_dict() if self._controller else None
         return {"speedup": self.speedup, "controller": controller}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Load what `state` returned."""
         if state["speedup"] != self.speedup:
             self.set_speedup(state["speedup"])
         if self._controller:

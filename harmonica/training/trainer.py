@@ -21,7 +21,8 @@ from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
-from harmonica.training.phases import PHASES, ForecastPhase, Phase, StartPhase
+from harmonica.training.phase import Phase
+from harmonica.training.phases import PHASES, ForecastPhase, StartPhase
 from harmonica.validation.finite import CURE, NotFinite, check_finite, not_finite
 
 
@@ -62,6 +63,7 @@ class RouterTrainer:
 
     @property
     def router(self) -> Router:
+        """Return the router that is trained."""
         return self.context.router
 
     @property

@@ -1,1 +1,4 @@
-"""Settings and values that are checked before work starts, and the messages of what is refused."""
+"""Checks of settings and values, which run before work starts.
+
+The messages of what is refused are made here too.
+"""

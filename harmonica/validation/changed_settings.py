@@ -1,4 +1,4 @@
-"""The difference between a run's settings and those that it was started with, in words."""
+"""The difference, in words, between a run's settings and its first ones."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -12,7 +12,9 @@ def changed_settings(
     free: Collection[str] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return what differs, such as `compare.samples was 64 and is 32`; "" if nothing does.
+    """Return the settings that differ, in words; "" if none does.
+
+    An example is `compare.samples was 64 and is 32`.
 
     Args:
         before: as JSON has it, nested by section.
@@ -44,5 +46,8 @@ def _walk(
 
 
 def _shown(value: Any) -> str:
-    """Return a value as the message shows it; for a missing section, just that it was not given."""
+    """Return a value as the message shows it.
+
+    A section is shown as given or not given.
+    """
     return "given" if isinstance(value, Mapping) else "not given" if value is None else repr(value)

@@ -1,4 +1,7 @@
-"""Checks of optional dependencies, whose errors name the extra that installs them."""
+"""Checks that optional dependencies are installed.
+
+The errors name the extra that installs them.
+"""
 
 import importlib.util
 

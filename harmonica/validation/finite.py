@@ -35,5 +35,5 @@ def check_finite(values_N: Tensor, what: str, cure: str = CURE) -> None:
 
 
 def not_finite(metrics: Mapping[str, float]) -> str:
-    """Return the first of some numbers that is not finite, with its value; "" if all are finite."""
+    """Return the first number that is not finite, with its value; "" for none."""
     return next((f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)), "")

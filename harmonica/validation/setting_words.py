@@ -1,4 +1,7 @@
-"""Descriptions of the values that a setting accepts, made from its annotation, for errors."""
+"""Descriptions of the values that a setting accepts, for errors.
+
+They are made from the setting's annotation.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +12,10 @@ _NOUNS = {int: "a whole number", float: "a finite number", bool: "True or False"
 
 
 class Cure(str):
-    """Words for what to give where type and bounds do not say it: `Annotated[int, Cure("0 for none")]`."""
+    """The words of an error that say what to give.
+
+    They are needed where type and bounds do not say it, as in `Annotated[int, Cure("0 for none")]`.
+    """
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Classes of settings, which declare their bounds and are checked when they are made.
+"""Classes of settings, whose values are checked when they are made.
 
 A field says what it takes by its type and by `Field`, as in `rounds: Annotated[int, Field(ge=1)]`; pydantic
 holds every value to that. Numbers are finite, and neither True nor "3" is a number. What several fields must
@@ -64,7 +64,9 @@ def require(condition: bool, field_name: str, value: object, cure: str) -> None:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
 def settings(section: str = "", *, slots: bool = True) -> Callable[[type[_Class]], type[_Class]]:
-    """Return a class decorator that makes a frozen dataclass of keywords with checked values.
+    """Return a class decorator that makes a class of checked settings.
+
+    The class becomes a frozen dataclass with keyword fields.
 
     Args:
         section: the prefix of the fields' names on the command line, such as `train.sdt`.
@@ -99,7 +101,9 @@ def settings(section: str = "", *, slots: bool = True) -> Callable[[type[_Class]
 
 
 def told(error: "ValidationError", cls: type) -> SettingError:
-    """Return in one sentence why pydantic refuses settings from a dictionary, such as of YAML.
+    """Return the error, in one sentence, for settings that pydantic refuses.
+
+    The settings come from a dictionary, such as one read from YAML.
 
     Args:
         cls: the class of settings that they were for.
@@ -146,7 +150,10 @@ def _class_of(annotation: Any) -> type | None:
 
 
 def _strict(annotation: Any) -> Any:
-    """Make the numbers and switches of an annotation strict; lists still make tuples, as YAML needs."""
+    """Make the numbers and switches of an annotation strict.
+
+    Lists still make tuples, as YAML needs.
+    """
     if annotation in (bool, int, float):
         return Annotated[annotation, Strict()]
     origin, inner = get_origin(annotation), get_args(annotation)

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
-from harmonica.models.base import Fingerprint
+from harmonica.models.fingerprint import Fingerprint
 from harmonica.models.pixart.model import PixArt
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import make_sampler

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
-from harmonica.models.base import Fingerprint
+from harmonica.models.fingerprint import Fingerprint
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.models.sana.model import FULL_PRECISION_PARTS, Sana
 from harmonica.models.text_condition import TextCondition

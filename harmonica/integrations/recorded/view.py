@@ -18,8 +18,9 @@ from harmonica.integrations.recorded.skipped import has_skipped
 from harmonica.integrations.recorded.tensor_tags import tensors_of
 from harmonica.integrations.recorded.unit_calls import Switchboard, install, uninstall
 from harmonica.integrations.recorded.unit_passes import MixedPass, PlannedPass
-from harmonica.models.base import Fingerprint, Macs
+from harmonica.models.base import Macs
 from harmonica.models.dit.diffusers_view import base_parameters
+from harmonica.models.fingerprint import Fingerprint
 
 ARCHITECTURE_KEY = "diffusers_class"
 """Key of an artifact's model that says that its branches were found by recording."""

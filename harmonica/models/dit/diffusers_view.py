@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harmonica.models.base import FINGERPRINT_VALUES, BranchedTransformer, Fingerprint, Macs, unpatchify
+from harmonica.models.base import BranchedTransformer, Macs, unpatchify
 from harmonica.models.dit.conditioning import DiTConditioning
 from harmonica.models.dit.diffusers_layout import config_from_diffusers, tensors_from_diffusers
 from harmonica.models.dit.model import DiTBranch, modulate
 from harmonica.models.dit.stored import skeleton
+from harmonica.models.fingerprint import FINGERPRINT_VALUES, Fingerprint
 
 if TYPE_CHECKING:  # seconds to import, and whoever has the module has imported it
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from harmonica.io.weight_values import check_values
-from harmonica.models.base import FINGERPRINT_VALUES, Fingerprint, freeze
+from harmonica.models.base import freeze
 from harmonica.models.dit.config import DiTConfig
 from harmonica.models.dit.model import DiT, sincos_position_embedding
+from harmonica.models.fingerprint import FINGERPRINT_VALUES, Fingerprint
 
 POSITIONS = "pos_embed"
 

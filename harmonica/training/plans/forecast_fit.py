@@ -220,6 +220,7 @@ class ForecastFit:
         return {"forecast.ridge": chosen.ridge, "forecast.promise": chosen.promise}
 
     def state(self) -> dict[str, Any]:
+        """Return the weights and the sums of the round for a checkpoint."""
         return {
             "weights": self.weights_TBK,
             "folds": [(fold.matrix_PP, fold.right_P) for fold in self._folds],
@@ -227,6 +228,7 @@ class ForecastFit:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Load what `state` returned."""
         self.weights_TBK, self.trajectories = state["weights"].cpu(), state["trajectories"]
         self._begin_round()
         for fold, (matrix_PP, right_P) in zip(self._folds, state["folds"], strict=True):

@@ -18,6 +18,7 @@ class NormalEquations:
         self.right_P = torch.zeros(count, dtype=torch.float64)
 
     def add(self, matrix_PP: Tensor, right_P: Tensor) -> None:
+        """Add the sums (P, P) and (P,) of more rows."""
         self.matrix_PP += matrix_PP
         self.right_P += right_P
 
@@ -49,10 +50,7 @@ def sum_of(equations: Sequence[NormalEquations]) -> NormalEquations:
 
 @dataclass(frozen=True, slots=True)
 class RidgeChoice:
-    """The ridge with the least error on rows left out, and its gain.
-
-    The gain is the change of the sum of squares on these rows.
-    """
+    """The ridge with the least error on rows left out, and that error's change."""
 
     ridge: float
     promise: float

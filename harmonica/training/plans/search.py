@@ -174,9 +174,11 @@ class StepSearch:
         return best
 
     def state(self) -> Tensor:
+        """Return the Gram matrix (E, E) for a checkpoint."""
         return self.gram_EE
 
     def load_state(self, state: Tensor) -> None:
+        """Load what `state` returned."""
         self.gram_EE = state.cpu()
 
 

@@ -65,7 +65,9 @@ class PlanSelector:
         return 10 * (math.log10(_RANGE**2) - mean_log)
 
     def state(self) -> dict[str, Tensor]:
+        """Return the sums over the observed trajectories for a checkpoint."""
         return {"total": self.total_P, "trajectories": torch.tensor(self.trajectories)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Load what `state` returned."""
         self.total_P, self.trajectories = state["total"].cpu(), int(state["trajectories"])
