@@ -183,7 +183,7 @@ class PipelineTrainer:
             return self.calls.run(policy, prompts, rows)
 
         changes_2T = image_changes(run, self.calls.num_steps, config.iepo)
-        lambda_T = lambda_of(changes_2T.to(self.lambda_T), config.iepo, average)
+        lambda_T = lambda_of([(len(rows), changes_2T.to(self.lambda_T))], config.iepo, average)
         measured = {f"lambda.step_{i:03d}": value for i, value in enumerate(lambda_T.tolist())}
         if config.has_target:
             lambda_T = lambda_T / lambda_T.mean().clamp_min(_SMALLEST)
