@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_attached
 import torch
 from all_phases import ALL_PHASES
 from diffusers import PixArtSigmaPipeline
+from pixart_views import PixartViews, tiny_views
 from tiny_recorded_pipelines import KINDS, STEPS, Case, make_case
 from tiny_text_pipeline import write_text_pipeline
 from torch import Tensor
@@ -17,15 +17,11 @@ from torch import Tensor
 import harmonica
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
-from harmonica.data.batch import Batch
 from harmonica.pipeline_training.pipeline_calls import batched
 from harmonica.pipeline_training.trainer import PipelineTrainer
-from harmonica.samplers import make_sampler
-from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.iepo import image_error_proxy
 from harmonica.training.sdt import SdtConfig, SdtTrainer
-from harmonica.training.trainer import RouterTrainer
 from harmonica.validation.settings import SettingError
 
 
@@ -171,99 +167,40 @@ def test_all_phases_reach_the_pipeline_that_a_router_is_applied_to(kind):
 # The trainer of the branch files
 
 
-class _Pixart:
-    """A PixArt by its own file and in its pipeline, in float64."""
-
-    def __init__(self, scale: float = 1.0, num_steps: int = STEPS) -> None:
-        self.case = tiny_attached.make_case("alpha 1024", None)  # with cross-attention
-        config = tiny_attached.config(guidance_scale=scale, num_inference_steps=num_steps)
-        self.sampler = make_sampler(self.case.model, config)
-        condition = self.case.condition
-        self.batch = Batch(self.case.noise, condition)
-        self.call = {
-            "negative_prompt": None,
-            "latents": self.case.noise,
-            "height": 2 * self.case.noise.shape[2],
-            "width": 2 * self.case.noise.shape[3],
-            "use_resolution_binning": False,
-            "guidance_scale": scale,
-            "num_inference_steps": num_steps,
-        }
-        self.prompts = [
-            {
-                "prompt_embeds": condition.embeddings[row : row + 1],
-                "prompt_attention_mask": condition.mask[row : row + 1].long(),
-                "negative_prompt_embeds": condition.negative_embeddings[row : row + 1],
-                "negative_prompt_attention_mask": condition.negative_mask[row : row + 1].long(),
-            }
-            for row in range(2)
-        ]
-
-    def train(self, config: TrainingConfig) -> tuple[Any, dict[str, float]]:
-        metrics: dict[str, float] = {}
-        artifact = harmonica.train_pipeline(
-            self.case.pipe,
-            self.prompts,
-            config,
-            call=self.call,
-            on_trajectory=lambda _, found: metrics.update(found),
-        )
-        return artifact, metrics
+def train(views: PixartViews, config: TrainingConfig) -> tuple[Any, dict[str, float]]:
+    """The artifact, and the metrics of the last trajectory."""
+    metrics: dict[str, float] = {}
+    artifact = harmonica.train_pipeline(
+        views.pipe,
+        views.prompts,
+        config,
+        call=views.call,
+        on_trajectory=lambda _, found: metrics.update(found),
+    )
+    return artifact, metrics
 
 
 @pytest.mark.parametrize("reuse", ["hold", "forecast"])
 @pytest.mark.parametrize("student", ["soft", "hard"])
 def test_an_update_is_that_of_the_trainer_of_branch_files(student, reuse):
-    pixart, sdt = _Pixart(), SdtConfig(beta=0.01, student=student, learning_rate=0.5, reuse=reuse)
-    router = Router(STEPS, len(pixart.case.model.branches), 1.0)
-    trainer = SdtTrainer(pixart.sampler, router, sdt)
-    records, _ = trainer.train_trajectory([pixart.batch], torch.ones(STEPS - 1))
+    views, sdt = tiny_views(), SdtConfig(beta=0.01, student=student, learning_rate=0.5, reuse=reuse)
+    router = Router(STEPS, len(views.sampler.model.branches), 1.0)
+    trainer = SdtTrainer(views.sampler, router, sdt)
+    records, _ = trainer.train_trajectory([views.batch(0, 2)], torch.ones(STEPS - 1))
     config = settings(trajectories=1, initial_logit=1.0, sdt=sdt)
-    artifact, metrics = pixart.train(config)
+    artifact, metrics = train(views, config)
     assert torch.allclose(artifact.logits_TB, router.logits(), atol=1e-4)
     assert metrics["mse"] == pytest.approx(sum(r.mse for r in records) / len(records), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["leave_one_out", "cumulative", "sensitivity"])
 def test_lambda_is_that_of_the_branch_files(kind):
-    pixart = _Pixart()
-    router = Router(STEPS, len(pixart.case.model.branches), 0.5)
-    wanted_T = image_error_proxy(pixart.sampler, router, [pixart.batch], kind=kind, config=SdtConfig())
-    _, metrics = pixart.train(settings(trajectories=1, initial_logit=0.5, iepo=kind))
+    views = tiny_views()
+    router = Router(STEPS, len(views.sampler.model.branches), 0.5)
+    wanted_T = image_error_proxy(views.sampler, router, [views.batch(0, 2)], kind=kind, config=SdtConfig())
+    _, metrics = train(views, settings(trajectories=1, initial_logit=0.5, iepo=kind))
     found_T = [metrics[f"lambda.step_{i:03d}"] for i in range(STEPS - 1)]
     assert found_T == pytest.approx(wanted_T.tolist(), rel=1e-3)
-
-
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_all_phases_are_those_of_the_branch_files(scale):
-    """Guided too, but for the updates: a pipeline's errors are those before guidance."""
-    pixart, steps = _Pixart(scale, num_steps=6), 6
-    config = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_cur=0.4, iepo="leave_one_out")
-    if scale > 1:
-        config = dataclasses.replace(config, sdt=dataclasses.replace(config.sdt, learning_rate=1e-9))
-    run = RouterTrainer(pixart.sampler, config, seed=0)
-    with PipelineTrainer(pixart.case.pipe, pixart.prompts, config, call=pixart.call) as trainer:
-        for k in range(config.all_trajectories):
-            keys = SampleKeys.of(0, range(2 * k, 2 * k + 2))
-            theirs = run.train_one(Batch(pixart.batch.noise_NCHW, pixart.batch.condition_N, keys))
-            ours = trainer.train_one()
-            wanted = {
-                n: v for n, v in theirs.items() if n.startswith(("loss", "choice", "forecast", "lambda"))
-            }
-            if scale == 1 or k not in (1, 2):
-                assert {n: ours[n] for n in wanted} == pytest.approx(wanted, rel=1e-3), k
-            if k == 0:
-                wanted_EE = run.phases[0].state()
-                torch.testing.assert_close(trainer.run.phases[0].state(), wanted_EE, rtol=1e-6, atol=1e-9)
-        ours, theirs = trainer.artifact(), run.artifact()
-    assert trainer.run.context.starts.keys() == run.context.starts.keys() == {"even", "measured"}
-    for name, logits_TB in run.context.starts.items():
-        assert torch.equal(trainer.run.context.starts[name], logits_TB)
-    assert ours.plan.compute == theirs.plan.compute and 0 < ours.plan.cur < 1
-    assert ours.training["chosen"] == theirs.training["chosen"]
-    torch.testing.assert_close(ours.logits_TB, theirs.logits_TB, rtol=0, atol=1e-4)
-    torch.testing.assert_close(ours.forecast_TBK, theirs.forecast_TBK, rtol=1e-4, atol=1e-5)
-    assert len(ours.plan.compute) == steps
 
 
 # Refusals
