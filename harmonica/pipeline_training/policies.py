@@ -7,14 +7,16 @@ the student's on the same input; the pipeline's scheduler goes on from the stude
 calls, the step's update is made of both.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from harmonica.core.cache import Reuse
 from harmonica.core.router import FIXED_LOGIT, Router
 from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.tensor_tags import tensors_of
@@ -51,16 +53,19 @@ class TransformerStep:
         return self.view.mixed(scores_B, refresh_row, self.kept, self.i, self.args, self.kwargs)
 
 
-class Policy(Protocol):
+class Policy(ABC):
     """A policy decides what each call of a trajectory returns."""
 
+    def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
+        """Return the empty values of one of a step's calls."""
+        return view.new_kept(reuse)
+
+    @abstractmethod
     def compute(self, step: TransformerStep) -> Any:
         """Return what the call gives the pipeline."""
-        ...
 
-    def finish_step(self, i: int) -> None:
+    def finish_step(self, i: int) -> None:  # noqa: B027  # most policies need nothing
         """See the end of step i, when all its calls have been made."""
-        ...
 
 
 class PolicyTrajectory(Trajectory):
@@ -80,6 +85,9 @@ class PolicyTrajectory(Trajectory):
             self.policy.finish_step(self._last)
         self.reset()
 
+    def new_kept(self, view: RecordedTransformer) -> KeptValues:
+        return self.policy.new_kept(view, self.reuse)
+
     def compute(
         self,
         view: RecordedTransformer,
@@ -96,7 +104,7 @@ class PolicyTrajectory(Trajectory):
 
 
 @dataclass
-class Generation:
+class Generation(Policy):
     """A generation under the router's soft weights, or its plan.
 
     Steps in `full` compute everything. Under a plan that does so anyway, they are reused instead: else the
@@ -127,12 +135,9 @@ class Generation:
             self.errors.setdefault(step.i, []).append(float(error) / count)
         return output
 
-    def finish_step(self, i: int) -> None:
-        pass
-
 
 @dataclass
-class SdtPolicy:
+class SdtPolicy(Policy):
     """Trains by SDT on one trajectory.
 
     It updates the router at every step but the first one run.
@@ -143,12 +148,15 @@ class SdtPolicy:
     trainer: SdtTrainer
     lambda_T: Tensor
     beta: float
+    average: Callable[[Tensor], None] | None = None
+    """Averages a tensor over all workers in place; none on one worker."""
     on_gradient: Callable[[int, Tensor], object] | None = None
     updates: list[Update] = field(default_factory=list)
+    fixed: set[int] = field(default_factory=set)
+    """Steps at which a call had nothing to reuse."""
     _rows: list[list[bool]] | None = None
     _scores_B: Tensor | None = None
     _measured: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
-    _is_fixed: bool = False
 
     @property
     def records(self) -> list[StepRecord]:
@@ -159,7 +167,7 @@ class SdtPolicy:
     def compute(self, step: TransformerStep) -> Any:
         trainer = self.trainer
         if not len(step.kept):
-            self._is_fixed = True
+            self.fixed.add(step.i)
             return step.full()
         if not trainer.trains(step.i):
             return step.full()
@@ -183,7 +191,7 @@ class SdtPolicy:
         return step.planned(row) if is_hard else _detached(output)
 
     def finish_step(self, i: int) -> None:
-        if self._is_fixed and i < self.trainer.router.num_steps - 1:
+        if i in self.fixed and i < self.trainer.router.num_steps - 1:
             with torch.no_grad():
                 self.trainer.router.rows[i].fill_(FIXED_LOGIT)
         elif self._measured:
@@ -194,10 +202,11 @@ class SdtPolicy:
                 self._measured,
                 self.lambda_T[i],
                 beta=self.beta,
+                average=self.average,
                 on_gradient=self.on_gradient,
             )
             self.updates.append(update)
-        self._scores_B, self._measured, self._is_fixed = None, [], False
+        self._scores_B, self._measured = None, []
 
 
 def squared_error(output: Any, target: Any) -> tuple[Tensor, int]:
@@ -206,7 +215,7 @@ def squared_error(output: Any, target: Any) -> tuple[Tensor, int]:
     The sum is in float32 or better.
     """
     pairs = list(zip(tensors_of(_values(output)), tensors_of(_values(target)), strict=True))
-    errors = [(_precise(ours) - _precise(theirs)).square().sum() for ours, theirs in pairs]
+    errors = [(precise(ours) - precise(theirs)).square().sum() for ours, theirs in pairs]
     return torch.stack(errors).sum(), sum(ours.numel() for ours, _ in pairs)
 
 
@@ -215,7 +224,8 @@ def _values(output: Any) -> Any:
     return output.to_tuple() if hasattr(output, "to_tuple") else output
 
 
-def _precise(tensor: Tensor) -> Tensor:
+def precise(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 or better."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from harmonica.data.batch import Batch
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
 from harmonica.training.progress import PhaseName
@@ -49,14 +48,14 @@ class Phase(ABC):
         """Prepare the phase from the context that the phases before have left."""
 
     @abstractmethod
-    def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+    def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         """Do one trajectory and return the metrics to log.
 
         Args:
             average: averages a tensor over all workers in place.
         """
 
-    def finish(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+    def finish(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         """Leave the outcome in the context and return more metrics.
 
         `batch` is that of the last step.

@@ -1,24 +1,25 @@
 """`harmonica.train_pipeline`: SDT and lambda in a pipeline's own loop, and what it refuses."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_attached
 import torch
+from all_phases import ALL_PHASES
 from diffusers import PixArtSigmaPipeline
+from pixart_views import PixartViews, tiny_views
 from tiny_recorded_pipelines import KINDS, STEPS, Case, make_case
 from tiny_text_pipeline import write_text_pipeline
 from torch import Tensor
 
 import harmonica
+from harmonica.core.plan import Plan
 from harmonica.core.router import Router
-from harmonica.data.batch import Batch
 from harmonica.pipeline_training.pipeline_calls import batched
-from harmonica.samplers import make_sampler
+from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.config import TrainingConfig
-from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.iepo import image_error_proxy
 from harmonica.training.sdt import SdtConfig, SdtTrainer
 from harmonica.validation.settings import SettingError
@@ -132,66 +133,72 @@ def test_hard_students_and_forecasts_are_trained():
     assert artifact.reuse == "forecast" and 0 < artifact.plan.cur < 0.6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_phases_reach_the_pipeline_that_a_router_is_applied_to(kind):
+    """What the last plan and forecasts draw in training is what the pipeline draws under the router."""
+    case = make_case(kind)
+    prompts, call = prompts_of(case)
+    call["num_inference_steps"] = 6
+    config = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_cur=1 / 3)
+    with PipelineTrainer(case.pipe, prompts, config, call=call) as trainer:
+        metrics = [trainer.train_one() for _ in trainer.next_trajectories]
+        artifact = trainer.artifact()
+        linear = Plan(artifact.plan.compute)
+        # So far from linear that they are seen, whatever was fitted.
+        artifact = dataclasses.replace(artifact, forecast_TBK=artifact.forecast_TBK + 0.1)
+        images = trainer.backend.images
+        drawn, others = images(trainer._batch(0), artifact.plan, "forecast"), [images(trainer._batch(0))]
+        others.append(images(trainer._batch(0), linear, "forecast"))
+    fixed = trainer.state()["fixed_steps"]
+    assert len(fixed) == (kind in ("wan 2.2", "z-image truncated"))
+    assert all(all(artifact.plan.compute[i]) for i in fixed)
+    assert artifact.training["chosen"] in ("measured", "even", "trained") and artifact.plan.cur > 0
+    assert "choice.measured_db" in metrics[3] and "forecast.ridge" in metrics[-1]
+    harmonica.apply(case.pipe, artifact)
+    generator = [torch.Generator().manual_seed(row) for row in range(2)]
+    settings = {"output_type": "latent", "return_dict": False, "generator": generator}
+    applied = case.pipe(**call, **batched(prompts), **settings)[0]
+    if not isinstance(applied, Tensor):
+        applied = torch.stack(list(applied))
+    assert torch.equal(applied.float(), drawn)
+    assert not any(torch.allclose(drawn, other, rtol=1e-4) for other in others)
+
+
 # The trainer of the branch files
 
 
-class _Pixart:
-    """A PixArt by its own file and in its pipeline, unguided, in float64."""
-
-    def __init__(self) -> None:
-        self.case = tiny_attached.make_case("alpha 1024", None)  # with cross-attention
-        config = tiny_attached.config(guidance_scale=1.0)
-        self.sampler = make_sampler(self.case.model, config)
-        condition = self.case.condition
-        self.batch = Batch(self.case.noise, condition)
-        self.call = {
-            "negative_prompt": None,
-            "latents": self.case.noise,
-            "height": 2 * self.case.noise.shape[2],
-            "width": 2 * self.case.noise.shape[3],
-            "use_resolution_binning": False,
-            "guidance_scale": 1.0,
-            "num_inference_steps": STEPS,
-        }
-        self.prompts = [
-            {
-                "prompt_embeds": condition.embeddings[row : row + 1],
-                "prompt_attention_mask": condition.mask[row : row + 1].long(),
-            }
-            for row in range(2)
-        ]
-
-    def train(self, config: TrainingConfig) -> tuple[Any, dict[str, float]]:
-        metrics: dict[str, float] = {}
-        artifact = harmonica.train_pipeline(
-            self.case.pipe,
-            self.prompts,
-            config,
-            call=self.call,
-            on_trajectory=lambda _, found: metrics.update(found),
-        )
-        return artifact, metrics
+def train(views: PixartViews, config: TrainingConfig) -> tuple[Any, dict[str, float]]:
+    """The artifact, and the metrics of the last trajectory."""
+    metrics: dict[str, float] = {}
+    artifact = harmonica.train_pipeline(
+        views.pipe,
+        views.prompts,
+        config,
+        call=views.call,
+        on_trajectory=lambda _, found: metrics.update(found),
+    )
+    return artifact, metrics
 
 
 @pytest.mark.parametrize("reuse", ["hold", "forecast"])
 @pytest.mark.parametrize("student", ["soft", "hard"])
 def test_an_update_is_that_of_the_trainer_of_branch_files(student, reuse):
-    pixart, sdt = _Pixart(), SdtConfig(beta=0.01, student=student, learning_rate=0.5, reuse=reuse)
-    router = Router(STEPS, len(pixart.case.model.branches), 1.0)
-    trainer = SdtTrainer(pixart.sampler, router, sdt)
-    records, _ = trainer.train_trajectory([pixart.batch], torch.ones(STEPS - 1))
+    views, sdt = tiny_views(), SdtConfig(beta=0.01, student=student, learning_rate=0.5, reuse=reuse)
+    router = Router(STEPS, len(views.sampler.model.branches), 1.0)
+    trainer = SdtTrainer(views.sampler, router, sdt)
+    records, _ = trainer.train_trajectory([views.batch(0, 2)], torch.ones(STEPS - 1))
     config = settings(trajectories=1, initial_logit=1.0, sdt=sdt)
-    artifact, metrics = pixart.train(config)
+    artifact, metrics = train(views, config)
     assert torch.allclose(artifact.logits_TB, router.logits(), atol=1e-4)
     assert metrics["mse"] == pytest.approx(sum(r.mse for r in records) / len(records), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["leave_one_out", "cumulative", "sensitivity"])
 def test_lambda_is_that_of_the_branch_files(kind):
-    pixart = _Pixart()
-    router = Router(STEPS, len(pixart.case.model.branches), 0.5)
-    wanted_T = image_error_proxy(pixart.sampler, router, [pixart.batch], kind=kind, config=SdtConfig())
-    _, metrics = pixart.train(settings(trajectories=1, initial_logit=0.5, iepo=kind))
+    views = tiny_views()
+    router = Router(STEPS, len(views.sampler.model.branches), 0.5)
+    wanted_T = image_error_proxy(views.sampler, router, [views.batch(0, 2)], kind=kind, config=SdtConfig())
+    _, metrics = train(views, settings(trajectories=1, initial_logit=0.5, iepo=kind))
     found_T = [metrics[f"lambda.step_{i:03d}"] for i in range(STEPS - 1)]
     assert found_T == pytest.approx(wanted_T.tolist(), rel=1e-3)
 
@@ -202,20 +209,8 @@ def test_lambda_is_that_of_the_branch_files(kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"initial": "measured", "start_trajectories": 1, "target_speedup": 1.3},
-            "train.initial is measured",
-        ),
-        (
-            {"initial": "even", "choice_trajectories": 1, "target_speedup": 1.3},
-            "train.choice_trajectories is 1",
-        ),
         ({"target_speedup": 1.3, "targets": (1.5,)}, r"train.targets is \(1.5,\)"),
         ({"micro_batch_size": 1}, "train.micro_batch_size is 1"),
-        (
-            {"forecast": ForecastConfig(trajectories=4), "sdt": SdtConfig(reuse="forecast")},
-            "train.forecast.trajectories is 4",
-        ),
     ],
 )
 def test_settings_without_a_counterpart_are_refused(changes, message):

@@ -1,0 +1,199 @@
+"""The training of a router in a pipeline on one worker, from first to last trajectory, with its checkpoints.
+
+It knows nothing of who the other workers are, as `harmonica.training.trainer`: each draws its own rows of
+the batch with its own copy of the pipeline, and what the router learns from is averaged over all.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.plan import Plan
+from harmonica.core.router import Router
+from harmonica.data.samples import Shard
+from harmonica.integrations.recorded.kinds import KINDS
+from harmonica.integrations.recorded.pipelines import transformers_of
+from harmonica.integrations.recorded.view import fingerprint_of
+from harmonica.pipeline_training.backend import PipelineBackend, PipelineBatch
+from harmonica.pipeline_training.pipeline_calls import PipelineCalls, Prompt
+from harmonica.samplers.noise import SampleKeys
+from harmonica.training.config import TrainingConfig
+from harmonica.training.feasibility import check_training
+from harmonica.training.trainer import RouterTrainer, average
+from harmonica.validation.settings import SettingError
+
+logger = logging.getLogger(__name__)
+
+
+class PipelineTrainer:
+    """The training of one router in a diffusers pipeline; to be used in a `with` statement.
+
+    Inside, the pipeline's transformers are recorded and their forwards replaced; afterwards the pipeline is
+    as it was.
+    """
+
+    run: RouterTrainer
+    """The training itself, once the pipeline is recorded."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[Prompt],
+        config: TrainingConfig,
+        *,
+        call: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        cacheable: Sequence[str] = KINDS,
+        shard: Shard | None = None,
+    ) -> None:
+        """Check the settings; nothing is computed before the `with` statement.
+
+        Args:
+            pipe: a pipeline with a transformer, or with two that share trajectories.
+            prompts: of all workers, each a text or what `encode_prompt` gave; rows take them in turn.
+            call: arguments of every call of the pipeline.
+            seed: of the noise and of random logits.
+            cacheable: kinds of sub-modules that are branches.
+            shard: this worker's rows of each batch; by default all.
+
+        Raises:
+            SettingError: a setting that training in a pipeline has no counterpart of.
+            ValueError: no prompts, or a pipeline without a transformer.
+        """
+        check_settings(config)
+        if not prompts:
+            raise ValueError("prompts is empty: give one or more")
+        self.prompts, self.config, self.seed = prompts, config, seed
+        self.shard = shard or Shard(config.batch_size)
+        self.calls = PipelineCalls(pipe, call or {}, seed=seed, cacheable=cacheable, reuse=config.sdt.reuse)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Record the pipeline's first step.
+
+        Raises:
+            SettingError: a target that is out of reach.
+            ValueError: the pipeline refuses the call, or its transformer has no plan.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self.calls.opened(self._batch(0).prompts))
+            self._begin()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def _begin(self) -> None:
+        self.backend = backend = PipelineBackend(self.calls)
+        # A recorded transformer has branches and costs as a model of a branch file does.
+        sampler: Any = backend.sampler
+        check_training(self.config, sampler.model, sampler.num_steps)
+        self.run = RouterTrainer(sampler, self.config, seed=self.seed, device=backend.device, backend=backend)
+
+    @property
+    def sampler(self) -> Any:
+        """What has `num_steps`, and a `model` with `branches` and `macs()`."""
+        return self.run.sampler
+
+    @property
+    def device(self) -> torch.device | str:
+        return self.run.device
+
+    @property
+    def router(self) -> Router:
+        return self.run.router
+
+    @property
+    def plan(self) -> Plan:
+        """Return the router's present plan, with linear forecasts."""
+        return self.run.plan
+
+    @property
+    def trajectory(self) -> int:
+        """Number of trajectories done, of all phases."""
+        return self.run.trajectory
+
+    @property
+    def next_trajectories(self) -> range:
+        """Trajectories that are still to be done, of all phases; empty when all are."""
+        return range(self.trajectory, self.config.all_trajectories)
+
+    def _batch(self, trajectory: int) -> PipelineBatch:
+        """Return this worker's rows of a trajectory."""
+        rows = self.shard.indices(np.arange(self.shard.size), trajectory).tolist()
+        prompts = [self.prompts[row % len(self.prompts)] for row in rows]
+        return PipelineBatch(prompts, SampleKeys.of(self.seed, rows))
+
+    def train_one(self, average: Callable[[Tensor], None] = average) -> dict[str, float]:
+        """Do the next trajectory and return the metrics to log.
+
+        Args:
+            average: averages a tensor over all workers in place; by default over the process group.
+
+        Raises:
+            NotFinite: a metric is infinite or NaN, on all workers alike.
+        """
+        return self.run.train_one(self._batch(self.trajectory), average)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: tensors and plain values, the same on every worker."""
+        return self.run.state() | {"fixed_steps": sorted(self.backend.fixed_steps)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.backend.fixed_steps = frozenset(state["fixed_steps"])  # first, since phases begin with it
+        self.run.load_state(state)
+
+    def artifact(self, **provenance: Any) -> RouterArtifact:
+        """Return the router as it stands, with what it was trained for."""
+        calls, view, logits_TB = self.calls, self.calls.view, self.router.logits().cpu()
+        target, macs, forecast_TBK = self.run.context.target, view.macs(), self.run.forecast_TBK
+        plan = target.plan_of(logits_TB)
+        if self.config.has_target and not target.is_met_by(plan):
+            logger.warning(
+                "the router's plan is %.2fx and reuses %.0f%%, which is not what it was trained for: give "
+                "more trajectories; steps at which a second transformer or a smaller batch begins are "
+                "always computed",
+                *(plan.ideal_speedup(macs), 100 * plan.cur),
+            )
+        weights = fingerprint_of(transformers_of(calls.pipe))
+        shared = {"transformers": len(calls.transformers)}
+        settings = {"initial": self.config.initial, "prompts": len(self.prompts)} | provenance
+        return RouterArtifact(
+            logits_TB=logits_TB.float(),
+            threshold=target.threshold_of(logits_TB),
+            sampler=calls.sampler_config(),
+            reuse=self.config.sdt.reuse,
+            forecast_TBK=None if forecast_TBK is None else forecast_TBK.float(),
+            model={**view.shape(), **shared, "weights": weights.exact},
+            rounded_weights=weights.rounded,
+            ideal_speedup=plan.ideal_speedup(macs),
+            macs_full=macs.full * plan.num_steps,
+            training=self.run.provenance(pipeline=type(calls.pipe).__name__, **settings),
+        )
+
+
+def check_settings(config: TrainingConfig) -> None:
+    """Refuse settings that need what a pipeline's loop does not give: states to go on from in the middle.
+
+    Raises:
+        SettingError: names the setting, its value and what to give instead.
+    """
+    one_by_one = {
+        "train.targets": (config.targets, bool(config.targets), "none, and train each"),
+        "train.target_psnr": (config.target_psnr, config.target_psnr > 0, "train.target_speedup"),
+        "train.micro_batch_size": (config.micro_batch_size, config.micro_batch_size > 0, 0),
+        "train.shard_model": (config.shard_model, config.shard_model, False),
+        "train.sdt.objective": (config.sdt.objective, config.sdt.objective == "pairwise", "stepwise"),
+        "train.sdt.activation_checkpointing": (True, config.sdt.activation_checkpointing, False),
+    }
+    for name, (value, is_refused, cure) in one_by_one.items():
+        if is_refused:
+            raise SettingError(f"{name} is {value}, which training in a pipeline does not do: give {cure}")
