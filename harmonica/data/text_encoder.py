@@ -57,10 +57,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
-    """Return each preprocessed prompt's number of tokens, with its end token.
-
-    Prompts are not truncated.
-    """
+    """Return untruncated prompts' numbers of tokens, each with its end token."""
     if not prompts:
         return []
     # verbose: the tokenizer's own limit says nothing of the model's.
@@ -230,10 +227,7 @@ class TextEncoder:
 
 
 def _part(folder: Path, name: str, needed: str) -> Path:
-    """Return a subfolder, or refuse a missing one.
-
-    transformers would take the path of a missing one for a hub id.
-    """
+    """Return a subfolder; refuse a missing one, which would be taken for a hub id."""
     if not (folder / name / needed).is_file():
         held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         raise ValueError(
