@@ -148,7 +148,8 @@ def test_all_phases_reach_the_pipeline_that_a_router_is_applied_to(kind):
         artifact = dataclasses.replace(artifact, forecast_TBK=artifact.forecast_TBK + 0.1)
         images = trainer.backend.images
         drawn, others = images(trainer._batch(0), artifact.plan, "forecast"), [images(trainer._batch(0))]
-        others.append(images(trainer._batch(0), linear, "forecast"))
+        if kind != "z-image truncated":  # where the batch shrinks a reused step may have one value before it
+            others.append(images(trainer._batch(0), linear, "forecast"))
     fixed = trainer.state()["fixed_steps"]
     assert len(fixed) == (kind in ("wan 2.2", "z-image truncated"))
     assert all(all(artifact.plan.compute[i]) for i in fixed)
