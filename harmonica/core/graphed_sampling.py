@@ -17,8 +17,7 @@ from torch import Tensor
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.trajectory import Trajectory
-from harmonica.execution.graphs import BUCKETS, GraphStore, RecordedTrajectory, bucket_of
-from harmonica.execution.recorders import make_recorder
+from harmonica.execution.graphs import BUCKETS, GraphStore, RecordedTrajectory, bucket_of, make_recorder
 from harmonica.samplers import Sampler, State
 from harmonica.samplers.noise import SampleKeys
 from harmonica.samplers.step_noise import drawn_noise

@@ -3,14 +3,16 @@
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from harmonica.execution.compiled import RecompileLimitError
-from harmonica.execution.recorders import Recorder, Replay
+from harmonica.execution.cuda_recorder import CudaRecorder
+from harmonica.execution.recorders import HostRecorder, Recorder, Replay
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,11 @@ def bucket_of(size: int) -> int | None:
 def sizes_up_to(most: int) -> tuple[int, ...]:
     """Return batch sizes up to `most` that fill every bucket such batches need."""
     return (*(each for each in BUCKETS if each < most), most)
+
+
+def make_recorder(device: torch.device, known: Iterable[Tensor]) -> Recorder:
+    """Return what records on a device."""
+    return CudaRecorder(device) if device.type == "cuda" else HostRecorder(known)
 
 
 @dataclass

@@ -19,10 +19,11 @@ from execution_cases import STEPS, ddim, draw, even_plan, make_batch, make_dit, 
 from torch import Tensor
 
 from harmonica.core.sampling import sample
-from harmonica.execution import recorders
+from harmonica.execution import cuda_recorder
 from harmonica.execution.capture_check import NotCapturableError
+from harmonica.execution.cuda_recorder import CudaRecorder
 from harmonica.execution.graphs import BUCKETS, GraphStore, RecordedTrajectory, bucket_of
-from harmonica.execution.recorders import CudaRecorder, HostRecorder
+from harmonica.execution.recorders import HostRecorder
 from harmonica.models.step_conditionings import StepConditionings
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
@@ -274,7 +275,7 @@ class _Calls:
         patch.setattr(torch.cuda, "stream", self.stream)
         patch.setattr(torch.cuda, "Stream", lambda device: self)
         patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
-        recorders._capture_stream.cache_clear()
+        cuda_recorder._capture_stream.cache_clear()
 
     device = torch.device("cuda", 0)
     fails = False
@@ -315,7 +316,7 @@ class _Calls:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Calls]:
     yield _Calls(monkeypatch)
-    recorders._capture_stream.cache_clear()
+    cuda_recorder._capture_stream.cache_clear()
 
 
 def test_what_a_capture_does_in_its_order(cuda):
@@ -341,7 +342,7 @@ def test_a_capture_that_fails_leaves_the_stream_and_the_allocator_and_says_why(c
     with pytest.raises(RuntimeError, match="the reason"), recorder.recording():
         recorder.record(step)
     assert cuda.names[-3:] == ["end", "_cuda_endAllocateToPool", "_cuda_clearCublasWorkspaces"]
-    assert cuda.current == "served" and not recorders._capture_lock().locked()
+    assert cuda.current == "served" and not cuda_recorder._capture_lock().locked()
 
 
 def test_a_step_that_cannot_be_captured_is_found_before_the_capture(cuda):
