@@ -11,7 +11,6 @@ The output folder gets `router/` (the artifact), those of `train.targets` in `fa
 
 import dataclasses
 import functools
-import io
 import json
 import os
 import sys
@@ -27,10 +26,10 @@ import torch
 import torch.distributed as dist
 
 from harmonica.cli.common import fail, parse, say
+from harmonica.cli.training_folder import TrainingFolder
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.prompts import PromptStore
 from harmonica.data.samples import SampleSpec, Shard, make_samples
-from harmonica.io.paths import local
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.samplers.noise import MAX_SEED
@@ -39,14 +38,10 @@ from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budget
 from harmonica.training.presets import RECIPES, Recipe
 from harmonica.training.progress import Progress
 from harmonica.training.sharding import shard_weights
-from harmonica.validation.changed_settings import changed_settings
 from harmonica.validation.finite import NotFinite
 from harmonica.validation.settings import Cure, Field, settings
 
 _SAY_EVERY_S = 5.0
-# Settings of how the model is run change values by rounding alone.
-_FREE_TO_CHANGE = ("output", "device", "model.compile", "model.execution", "model.graph_memory")
-_METRICS = "metrics"
 
 
 @settings()
@@ -78,13 +73,6 @@ def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Replace a file at once: a reader sees the old content or the new."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(data)
-    part.replace(path)
-
-
 @contextmanager
 def _process_group(device: torch.device, batch_size: int) -> Iterator[Shard]:
     """Join torchrun's process group, if any, and yield this process's shard."""
@@ -109,92 +97,11 @@ def _as_json(command: TrainCommand) -> dict[str, Any]:
     return found
 
 
-class _Folder:
-    """The output folder of a run, from which it resumes; only rank 0 writes.
-
-    The state also holds the lines of metrics since the state before, and the byte of the file where they
-    begin. If a process ends between writing the state and writing the file, the next one completes the file.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.settings = local(path, "output"), settings
-        self._state, self._metrics = self.path / "state.pt", self.path / "metrics.jsonl"
-        self._pending: list[str] = []
-
-    def check(self) -> None:
-        """Refuse to go on with other settings than the run was started with."""
-        path = self.path / "settings.json"
-        if not self._state.is_file() or not path.is_file():
-            return
-        before, defaults = json.loads(path.read_text()), _as_json(TrainCommand())
-        if others := changed_settings(before, self.settings, _FREE_TO_CHANGE, defaults):
-            raise ValueError(
-                f"{others}: resume the run in {self.path} with its own settings, or give another output"
-            )
-
-    def load(self, run: MultiTargetTrainer) -> None:
-        """Go on from the last state, if there is one; all ranks call it."""
-        if self._state.is_file():
-            run.load_state(self._read_state(run.device))
-
-    def mend(self, device: torch.device) -> None:
-        """Restore the file of metrics as the last state says.
-
-        Without a state, metrics begin anew.
-        """
-        if not self._state.is_file():
-            self._metrics.unlink(missing_ok=True)
-        elif metrics := self._read_state(device).get(_METRICS):
-            self._write(**metrics)
-
-    def _read_state(self, device: torch.device | str) -> dict[str, Any]:
-        state: dict[str, Any] = torch.load(self._state, weights_only=True, map_location=device)
-        return state
-
-    def log(self, trajectory: int, metrics: dict[str, float]) -> None:
-        """Keep a line until the next state, so that a replayed trajectory is logged once."""
-        self._pending.append(json.dumps({"trajectory": trajectory} | metrics) + "\n")
-
-    def save(self, run: MultiTargetTrainer) -> None:
-        """Write the state, and then the metrics.
-
-        The state comes first, since it says what the file of metrics is to hold.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        _replace(self.path / "settings.json", (json.dumps(self.settings, indent=1) + "\n").encode())
-        start = self._metrics.stat().st_size if self._metrics.exists() else 0
-        metrics: dict[str, Any] = {"start": start, "text": "".join(self._pending)}
-        buffer = io.BytesIO()
-        torch.save(run.state() | {_METRICS: metrics}, buffer)
-        _replace(self._state, buffer.getvalue())
-        self._write(**metrics)
-        self._pending.clear()
-
-    def _write(self, start: int, text: str) -> None:
-        """Make the file of metrics end with the text, which begins at byte `start`."""
-        with self._metrics.open("ab") as file:
-            file.truncate(min(start, file.tell()))
-            file.write(text.encode())
-
-    def finish(self, run: MultiTargetTrainer) -> RouterArtifact:
-        """Write the routers and a picture of the first one, and return that one."""
-        from harmonica.evaluation.plots import router_heat_map
-
-        artifact = run.artifact(**self.settings["train"])
-        artifact.save(self.path / "router")
-        for name, other in run.extra_artifacts(**self.settings["train"]).items():
-            other.save(self.path / "family" / name)
-        names = [branch.name for branch in run.sampler.model.branches]
-        scores_TB = artifact.logits_TB.sigmoid()
-        router_heat_map(scores_TB, artifact.plan.to_tensor(), names, self.path / "router.png")
-        return artifact
-
-
 def train(command: TrainCommand, tell: Callable[[str], None] = say) -> RouterArtifact:
     """Train, or go on training; every process returns the router."""
     device = pick_device(command.device)
-    folder = _Folder(command.output, _as_json(command))
-    folder.check()
+    folder = TrainingFolder(command.output, _as_json(command))
+    folder.check(_as_json(TrainCommand()))
     with _process_group(device, command.train.batch_size) as shard:
         loaded = load_model(command.model.for_training(), "cpu" if command.train.shard_model else device)
         if command.train.shard_model:
@@ -225,7 +132,11 @@ def trained(run: MultiTargetTrainer, spec: SampleSpec, shard: Shard) -> Iterator
 
 
 def _train(
-    run: MultiTargetTrainer, spec: SampleSpec, shard: Shard, folder: _Folder, tell: Callable[[str], None]
+    run: MultiTargetTrainer,
+    spec: SampleSpec,
+    shard: Shard,
+    folder: TrainingFolder,
+    tell: Callable[[str], None],
 ) -> None:
     config, last_said, last_saved = run.config, 0.0, time.monotonic()
     progress = Progress(all_phase_budgets(config, run.sampler.num_steps))

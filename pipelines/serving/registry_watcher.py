@@ -13,7 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
-from harmonica.cli.sample import own_sampler
+from harmonica.cli.sample_command import own_sampler
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import check_sample
 from harmonica.io.paths import local

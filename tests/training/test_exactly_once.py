@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_dit import write_model
 
-from harmonica.cli.train import _Folder, _train
+from harmonica.cli.train import _train
+from harmonica.cli.training_folder import TrainingFolder
 from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
@@ -64,7 +65,7 @@ def go_on(model: BranchedTransformer, output: Path) -> None:
     """Train in that folder as the command does, from its last state to the end; a state a trajectory."""
     settings = TrainingConfig(trajectories=2, batch_size=2, initial="normal", checkpoint_interval_s=0.0)
     sampler = make_sampler(model, SamplerConfig(num_inference_steps=3))
-    run, folder = MultiTargetTrainer(sampler, settings, seed=0), _Folder(output, {"seed": 0})
+    run, folder = MultiTargetTrainer(sampler, settings, seed=0), TrainingFolder(output, {"seed": 0})
     folder.load(run)
     folder.mend(run.device)
     _train(run, SampleSpec.of(model, 0), Shard(settings.batch_size), folder, lambda _: None)

@@ -10,7 +10,7 @@ import pytest
 from s3_server import BUCKET, s3_server
 from tiny_dit import make_artifact, write_model
 
-from harmonica.cli.train import _Folder
+from harmonica.cli.training_folder import TrainingFolder
 from harmonica.core.artifact import RouterArtifact
 from harmonica.io.file_systems import open_uri
 from harmonica.io.paths import is_remote, local, resolved, scrubbed, shown
@@ -137,7 +137,7 @@ def test_all_who_take_a_path_mean_the_same_place(name, home, tmp_path, monkeypat
         database_of(given).touch()
         assert tracking_uri(given) in server_command(UiCommand(storage_path=given))
         if given != "./~":  # which is ~ once it is a `Path`
-            assert _Folder(Path(given), {}).path == tmp_path / name
+            assert TrainingFolder(Path(given), {}).path == tmp_path / name
     assert {path.name for path in tmp_path.iterdir()} == {name}, "and nowhere else"
 
 
