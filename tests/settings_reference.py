@@ -20,6 +20,7 @@ from harmonica.cli.convert import ConvertCommand
 from harmonica.cli.sample import SampleCommand
 from harmonica.cli.train import TrainCommand
 from harmonica.validation.setting_words import Wanted
+from pipelines.capacity.command import CapacityCommand
 from pipelines.config.workflow import WorkflowConfig
 from pipelines.serve import ServeCommand
 from pipelines.ui import UiCommand
@@ -35,6 +36,7 @@ COMMANDS: dict[str, type] = {
     "harmonica.cli.convert": ConvertCommand,
     "pipelines.serve": ServeCommand,
     "pipelines.ui": UiCommand,
+    "pipelines.capacity": CapacityCommand,
 }
 WHEN = {
     "workflow.py": "Touch these to name a run, to place it, and to choose its stages.",
@@ -55,6 +57,7 @@ WHEN = {
     "harmonica.cli.apply": "Touch it on each call: which pipeline, router and prompts.",
     "harmonica.cli.convert": "Touch it on each call: what to convert, and into which layout.",
     "pipelines.serve": "Touch it to serve another router than the registry's champion.",
+    "pipelines.capacity": "Touch it before hardware is rented: model, GPU, rate and nodes.",
     "pipelines.ui": "Touch it if the runs are elsewhere or the port is taken.",
 }
 """When a section of settings is worth touching."""

@@ -92,11 +92,17 @@ def sampling_memory(
     return Memory(shape.weights(processes), caches, 0, shape.working(rows))
 
 
-def _dit(image_size: int) -> BranchedTransformer:
+def dit_skeleton(image_size: int) -> BranchedTransformer:
+    """Return DiT-XL/2 for an image size, without storage.
+
+    Raises:
+        ValueError: an image size that gives no whole number of patches.
+    """
     return skeleton(dit_shape("DiT-XL/2", image_size))
 
 
-def _pixart(image_size: int, text_tokens: int) -> BranchedTransformer:
+def pixart_skeleton(image_size: int, text_tokens: int) -> BranchedTransformer:
+    """Return PixArt-alpha or PixArt-Sigma, which differ in their text, for an image size, without storage."""
     ensure_torchvision_imports()
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
@@ -108,12 +114,12 @@ def _pixart(image_size: int, text_tokens: int) -> BranchedTransformer:
 
 
 MODELS: dict[str, Callable[[], BranchedTransformer]] = {
-    "dit-xl-2-256": lambda: _dit(256),
-    "dit-xl-2-512": lambda: _dit(512),
-    "pixart-alpha-256": lambda: _pixart(256, 120),
-    "pixart-alpha-512": lambda: _pixart(512, 120),
-    "pixart-alpha-1024": lambda: _pixart(1024, 120),
-    "pixart-sigma-2048": lambda: _pixart(2048, 300),
+    "dit-xl-2-256": lambda: dit_skeleton(256),
+    "dit-xl-2-512": lambda: dit_skeleton(512),
+    "pixart-alpha-256": lambda: pixart_skeleton(256, 120),
+    "pixart-alpha-512": lambda: pixart_skeleton(512, 120),
+    "pixart-alpha-1024": lambda: pixart_skeleton(1024, 120),
+    "pixart-sigma-2048": lambda: pixart_skeleton(2048, 300),
 }
 """The public models by name and image size, without storage."""
 
@@ -126,7 +132,11 @@ def public_shape(name: str, dtype: torch.dtype) -> Shape:
     """
     if name not in MODELS:
         raise ValueError(f"model is {name!r}: give some of {', '.join(MODELS)}")
-    model = MODELS[name]()
+    return loaded_shape(MODELS[name](), dtype)
+
+
+def loaded_shape(model: BranchedTransformer, dtype: torch.dtype) -> Shape:
+    """Return the shape of a model as a loader leaves it in a precision; changes the model."""
     for parameter_name, parameter in model.named_parameters():
         if not parameter_name.startswith(model.full_precision_parts):
             parameter.data = parameter.data.to(dtype)

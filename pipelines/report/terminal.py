@@ -82,7 +82,7 @@ def results_table(report: EvaluationReport) -> None:
         numbers = report.noise_floor.numbers
         table.add_section()
         table.add_row("full, other noise", *(_cell(key, numbers) for key in shown))
-    _console().print(table)
+    wide_console().print(table)
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> None:
@@ -104,13 +104,13 @@ def comparison_table(comparison: Mapping[str, Any]) -> None:
         made_for = f"{target:.1f}x" if target is not None else ""
         seed = str(point.get("seed", ""))
         table.add_row(made_for, shown_name(point), seed, *(_cell(key, numbers) for key in _COMPARED))
-    console = _console()
+    console = wide_console()
     console.print(table)
     if missing := comparison.get("not_measured"):
         console.print(summary_of(missing), markup=False)
 
 
-def _console() -> Console:
+def wide_console() -> Console:
     """Return a console that does not fold tables to 80 columns in files and logs."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=140)

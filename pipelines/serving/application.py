@@ -11,8 +11,11 @@ from ..config.serve import ServeConfig
 from .deployments import GENERATION_DEPLOYMENT, GenerationDeployment, api_builder
 from .registry_watcher import ServeArgs
 
-_HEALTH: dict[str, Any] = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
+HEALTH_CHECK_PERIOD_S = 2.0
+_HEALTH: dict[str, Any] = {"health_check_period_s": HEALTH_CHECK_PERIOD_S, "health_check_timeout_s": 30.0}
 """How often Serve checks a replica, and how long it waits for the answer, before it replaces the replica."""
+API_MAX_ONGOING = 1000
+"""Number of requests that a replica of `Api` holds at most."""
 JSON_LOGS = {"log_level": "INFO", "encoding": "JSON"}
 
 
@@ -53,7 +56,7 @@ def make_application(args: ServeArgs, logging_config: dict[str, Any]) -> serve.A
         name="Api",
         num_replicas=config.api_replicas,
         ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=1000,
+        max_ongoing_requests=API_MAX_ONGOING,
         max_queued_requests=100,
         logging_config=logging_config,
         **_HEALTH,

@@ -22,6 +22,7 @@ from harmonica.cli.sample import SampleCommand
 from harmonica.cli.train import TrainCommand
 from harmonica.models.dit.model import DiTConfig
 from harmonica.version import __version__
+from pipelines.capacity.command import CapacityCommand
 from pipelines.config.workflow import WorkflowConfig
 from pipelines.presets import PRESETS
 from pipelines.pretrain.dit import DiTPretrainConfig
@@ -46,6 +47,7 @@ COMMANDS = (
     ConvertCommand,
     ServeCommand,
     UiCommand,
+    CapacityCommand,
     DiTPretrainConfig,
     TextPretrainConfig,
 )

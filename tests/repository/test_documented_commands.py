@@ -23,6 +23,7 @@ from harmonica.cli.sample import SampleCommand
 from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.training.presets import RECIPES
+from pipelines.capacity.command import CapacityCommand
 from pipelines.presets import PRESETS
 from pipelines.serving.images_api import create_app
 from tests.integrations.test_pipeline_training import prompts_of
@@ -35,6 +36,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "-m harmonica.cli.train": lambda given: parse(given, TRAIN_PRESETS, "train"),
     "-m harmonica.cli.sample": lambda given: parse_settings(SampleCommand, given, "sample"),
     "-m harmonica.cli.convert": lambda given: parse_settings(ConvertCommand, given, "convert"),
+    "-m pipelines.capacity": lambda given: parse_settings(CapacityCommand, given, "capacity"),
 }
 """Programs of ours: what follows their name is read by their own parser."""
 RUN_BY = {

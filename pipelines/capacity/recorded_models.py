@@ -1,0 +1,142 @@
+"""FLUX.1-dev and Wan 2.1 from their configurations: the branches that a recorded forward has.
+
+The forward runs on `torch.device("meta")`, where nothing is computed; its MACs are those that
+`harmonica.integrations.recorded` counts for a router.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from harmonica.integrations.recorded.branches import BlockGraph
+from harmonica.integrations.recorded.kinds import KINDS
+from harmonica.integrations.recorded.recording import record
+from harmonica.models.base import Macs
+from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.training.memory_model import Shape
+from harmonica.training.sharding import sharded_layers
+from harmonica.validation.settings import SettingError
+
+from .sizes import Size, SizedModel, prompt_bytes
+
+_VALUE_BYTES, _VAE_SCALE = 2, 8
+
+
+def _recorded(module: Any, **inputs: Any) -> tuple[Macs, int, int]:
+    """Return MACs of a row, and the weights' bytes that can be sharded and the others.
+
+    Args:
+        module: a transformer of diffusers on `torch.device("meta")`.
+        inputs: of its forward, for one row.
+    """
+    graph = BlockGraph(record(module.eval(), module.forward, **inputs))
+    whole = sum(p.numel() for p in module.parameters()) * _VALUE_BYTES
+    sharded = sum(p.numel() for layer in sharded_layers(module) for p in layer.parameters()) * _VALUE_BYTES
+    return graph.macs_of(graph.chosen(KINDS)), sharded, whole - sharded
+
+
+def _latent(size: Size, patch: int) -> tuple[int, int]:
+    """Return height and width of the latents.
+
+    Raises:
+        SettingError: they are no whole number of patches.
+    """
+    unit = _VAE_SCALE * patch
+    for field, pixels in (("height", size.height), ("width", size.width)):
+        if pixels % unit:
+            raise SettingError(f"{field} is {pixels}: give a multiple of {unit} for this model")
+    return size.height // _VAE_SCALE, size.width // _VAE_SCALE
+
+
+def flux(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
+    """Return FLUX.1-dev: distilled guidance, so that an image is one row; 512 text tokens.
+
+    Its single-stream blocks keep one value for attention and feed-forward together.
+    """
+    ensure_torchvision_imports()
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+    height, width = _latent(size, 2)
+    image, text = height * width // 4, 512
+    with torch.device("meta"):
+        module = FluxTransformer2DModel.from_config({"guidance_embeds": True, **config})
+        macs, sharded, other = _recorded(
+            module,
+            hidden_states=torch.empty(1, image, module.config.in_channels),
+            encoder_hidden_states=torch.empty(1, text, module.config.joint_attention_dim),
+            pooled_projections=torch.empty(1, module.config.pooled_projection_dim),
+            timestep=torch.empty(1),
+            img_ids=torch.empty(image, 3),
+            txt_ids=torch.empty(text, 3),
+            guidance=torch.empty(1),
+        )
+    heads = module.config.num_attention_heads
+    double = Shape(
+        kinds=("attn", "mlp"),
+        cacheable=("attn", "mlp"),
+        layers=module.config.num_layers,
+        width=heads * module.config.attention_head_dim,
+        heads=heads,
+        tokens=image + text,
+        text_tokens=0,
+        value_bytes=_VALUE_BYTES,
+        hidden_bytes=_VALUE_BYTES,
+        sharded_weights=sharded,
+        other_weights=other,
+    )
+    layers = module.config.num_single_layers
+    single = replace(double, cacheable=("mlp",), layers=layers, sharded_weights=0, other_weights=0)
+    return SizedModel(
+        name=name,
+        size=size,
+        macs=macs,
+        shapes=(double, single),
+        num_steps=28,
+        is_guided=False,
+        sample_bytes=4 * 16 * height * width + prompt_bytes(text) + 2 * module.config.pooled_projection_dim,
+    )
+
+
+def wan(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
+    """Return Wan 2.1, the one of 14B without a config: two rows a video, a latent frame for every four."""
+    ensure_torchvision_imports()
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    height, width = _latent(size, 2)
+    if size.frames % 4 != 1:
+        raise SettingError(f"frames is {size.frames}: give a multiple of 4 and one more for this model")
+    frames, text = (size.frames - 1) // 4 + 1, 512
+    with torch.device("meta"):
+        module = WanTransformer3DModel.from_config(dict(config))
+        macs, sharded, other = _recorded(
+            module,
+            hidden_states=torch.empty(1, module.config.in_channels, frames, height, width),
+            timestep=torch.empty(1),
+            encoder_hidden_states=torch.empty(1, text, module.config.text_dim),
+        )
+    heads, kinds = module.config.num_attention_heads, ("attn", "cross", "mlp")
+    shape = Shape(
+        kinds=kinds,
+        cacheable=kinds,
+        layers=module.config.num_layers,
+        width=heads * module.config.attention_head_dim,
+        heads=heads,
+        tokens=frames * height * width // 4,
+        text_tokens=text,
+        value_bytes=_VALUE_BYTES,
+        hidden_bytes=_VALUE_BYTES,
+        sharded_weights=sharded,
+        other_weights=other,
+    )
+    return SizedModel(
+        name=name,
+        size=size,
+        macs=macs,
+        shapes=(shape,),
+        num_steps=50,
+        is_guided=True,
+        sample_bytes=4 * math.prod((16, frames, height, width)) + prompt_bytes(text),
+    )
