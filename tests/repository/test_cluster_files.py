@@ -22,6 +22,7 @@ from pipelines.serving.registry_watcher import ServeArgs
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
+BASE = CLUSTER / "base"
 CRDS = ROOT.parent / "shared" / "kuberay"
 KUBERAY_FILES = {
     "raycluster.yaml": "ray.io_rayclusters.yaml.gz",
@@ -35,8 +36,8 @@ RAY_CLUSTER_SPEC = {
 }
 
 
-def load(name: str) -> Any:
-    return yaml.safe_load((CLUSTER / name).read_text())
+def load(name: str, folder: Path = BASE) -> Any:
+    return yaml.safe_load((folder / name).read_text())
 
 
 def at(document: Any, *path: str | int) -> Any:
@@ -229,11 +230,11 @@ def test_job_runs_the_workflow_of_the_image():
 
 
 def test_ray_up_file_is_what_ray_up_reads():
-    assert errors(ray_up_validator(), load("ray-up.yaml")) == []
+    assert errors(ray_up_validator(), load("ray-up.yaml", CLUSTER)) == []
 
 
 def test_a_spoilt_ray_up_file_is_found():
-    document = load("ray-up.yaml")
+    document = load("ray-up.yaml", CLUSTER)
     document["worker_nodes"] = {}
     document["provider"].pop("type")
     found = " ".join(errors(ray_up_validator(), document))
