@@ -70,7 +70,8 @@ def json_schema(schema: Any) -> Any:
     return converted
 
 
-def crd_validator(file: str) -> Draft7Validator:
+def crd_schema(file: str) -> Any:
+    """Of the resource of a file in cluster/base; the test is skipped where KubeRay's CRD is not."""
     crd_path = CRDS / KUBERAY_FILES[file]
     if not crd_path.exists():
         pytest.skip(f"KubeRay's CRD {crd_path.name} is not in ../shared/kuberay")
@@ -79,7 +80,11 @@ def crd_validator(file: str) -> Draft7Validator:
     version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
     schema = json_schema(version["schema"]["openAPIV3Schema"])
     schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}
-    return Draft7Validator(schema)
+    return schema
+
+
+def crd_validator(file: str) -> Draft7Validator:
+    return Draft7Validator(crd_schema(file))
 
 
 def errors(validator: Draft7Validator, document: Any) -> list[str]:
