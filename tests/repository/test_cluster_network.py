@@ -122,6 +122,22 @@ def test_every_port_of_ray_is_closed_to_all_but_its_own_cluster(rendered: list[A
                 assert admits(policies, pod, port, source) == expected, (component, name, source)
 
 
+def test_prometheus_reaches_the_metrics_and_nothing_else():
+    documents = render(BASE) + render(CLUSTER / "monitoring")
+    policies, ports = by_kind(documents, "NetworkPolicy"), rays_ports(documents)
+    monitor = one(documents, "PodMonitor")["spec"]
+    assert monitor.keys() == {"selector", "podMetricsEndpoints"}
+    assert monitor["podMetricsEndpoints"] == [{"port": "metrics", "path": "/metrics", "interval": "10s"}]
+    for component in COMPONENTS.values():
+        pod = {PART: "harmonica", COMPONENT: component}
+        assert selects(monitor["selector"], pod)
+        for port in ports.values():
+            for namespace in ("monitoring", "default"):
+                source = (namespace, {"app.kubernetes.io/name": "prometheus"})
+                expected = (namespace, port) == ("monitoring", METRICS)
+                assert admits(policies, pod, port, source) == expected, (component, port)
+
+
 def test_the_submitter_is_the_job_s():
     assert SUBMITTER[1]["batch.kubernetes.io/job-name"] == one(render(BASE), "RayJob")["metadata"]["name"]
 

@@ -1,5 +1,6 @@
 """The overlays of cluster/, rendered and read by the schemas of Kubernetes and by our own parsers."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -128,7 +129,7 @@ def test_a_spoilt_core_document_is_found(kind: str, path: str, value: Any):
     assert len(errors(Draft7Validator(core_schemas()[kind]), document)) == 1
 
 
-@pytest.mark.parametrize("overlay", ["../base", *OVERLAYS])
+@pytest.mark.parametrize("overlay", ["../base", "../monitoring", *OVERLAYS])
 def test_kustomize_renders_the_same(overlay: str):
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
@@ -240,3 +241,19 @@ def test_every_manifest_is_in_the_base():
     listed = yaml.safe_load((BASE / "kustomization.yaml").read_text())["resources"]
     assert {*listed, "kustomization.yaml"} == {path.name for path in BASE.iterdir()}
     assert KUBERAY_FILES.keys() <= set(listed)
+
+
+def test_the_commands_of_the_pages_take_what_they_say():
+    """`kubectl apply -k FOLDER -l SELECTOR`: a route takes its own component, and what has none."""
+    text = (CLUSTER / "README.md").read_text()
+    taken = []
+    for folder, excluded in re.findall(r"kubectl apply -k (\S+) -l '\S+ notin \((.*)\)'", text):
+        out = set(excluded.split(", "))
+        assert out < set(COMPONENTS.values())
+        documents = render(CLUSTER.parent / folder)
+        kept = [d for d in documents if d["metadata"].get("labels", {}).get(COMPONENT) not in out]
+        (cluster,) = (d for d in kept if d["kind"] in RAY_FILES)
+        taken.append(cluster["kind"])
+        assert {d["kind"] for d in kept} == VERSIONS.keys() - RAY_FILES.keys() | {cluster["kind"]}
+    assert taken == ["RayCluster", "RayJob", "RayService"]
+    assert render(CLUSTER / "monitoring") and "kubectl apply -k cluster/monitoring " in text
