@@ -102,7 +102,10 @@ def dit_skeleton(image_size: int) -> BranchedTransformer:
 
 
 def pixart_skeleton(image_size: int, text_tokens: int) -> BranchedTransformer:
-    """Return PixArt-alpha or PixArt-Sigma, which differ in their text, for an image size, without storage."""
+    """Return a PixArt of an image size, without storage.
+
+    PixArt-alpha and PixArt-Sigma differ in their text.
+    """
     ensure_torchvision_imports()
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
@@ -136,7 +139,7 @@ def public_shape(name: str, dtype: torch.dtype) -> Shape:
 
 
 def loaded_shape(model: BranchedTransformer, dtype: torch.dtype) -> Shape:
-    """Return the shape of a model as a loader leaves it in a precision; changes the model."""
+    """Return a model's shape as a loader leaves it in a precision; change the model."""
     for parameter_name, parameter in model.named_parameters():
         if not parameter_name.startswith(model.full_precision_parts):
             parameter.data = parameter.data.to(dtype)

@@ -12,7 +12,9 @@ from harmonica.execution.recorders import Recorder, Replay, Result
 
 
 class CudaRecorder(Recorder):
-    """CUDA graphs in one memory pool: what a step leaves, later ones read where it lies.
+    """Records CUDA graphs in one memory pool.
+
+    Later steps read a step's results at the address where it left them.
 
     Written after torch's documentation and its source; no GPU has run it.
     """

@@ -124,12 +124,12 @@ class PlannedForward:
         return i, call, (call.sample_NCHW, call.timestep_N, self._model.condition(call.arguments))
 
     def _expected_timestep(self) -> float | None:
-        """Return the next step's timestep within the pipeline's call that began the trajectory."""
+        """Return the next step's timestep, within the call that began the trajectory."""
         return self._steps.expected if self._claim.is_callers() else None
 
     @torch.compiler.disable
     def _check_timesteps(self) -> None:
-        """Compare the timesteps that were taken for what they should be; waits for the device.
+        """Compare the timesteps that were assumed; waits for the device.
 
         Raises:
             ValueError: one was another.

@@ -1,4 +1,4 @@
-"""The timesteps of a pipeline's calls, read without waiting for the device at each of them.
+"""Read the timesteps of a pipeline's calls without waiting for the device.
 
 Reading a tensor back waits until the device has done all that was queued before. A pipeline's call
 therefore waits twice at most: for its first timestep or all of its scheduler's, and at its end.
@@ -14,7 +14,7 @@ from harmonica.integrations.call_owner import current_pipeline
 
 
 class TimestepReader:
-    """Reads timesteps from the host where it has them, and remembers those that are to be compared later."""
+    """Reads timesteps from the host, or remembers those to compare later."""
 
     def __init__(self) -> None:
         self._schedule: tuple[Tensor, int | None, list[float]] | None = None
@@ -68,7 +68,7 @@ def on_host(tensor: Tensor) -> bool:
 
 
 def _is_entry(timestep_N: Tensor, timesteps_T: Tensor) -> bool:
-    """Return whether all rows are one entry of a scheduler's timesteps (T,), in its own memory."""
+    """Return whether all rows are one entry of a scheduler's own timesteps (T,)."""
     place = timestep_N.storage_offset() - timesteps_T.storage_offset()
     return (
         timestep_N.untyped_storage()._cdata == timesteps_T.untyped_storage()._cdata

@@ -45,7 +45,7 @@ class TrajectoryClaim:
         return is_first_step
 
     def is_callers(self) -> bool:
-        """Return whether the trajectory belongs to the pipeline's call that is running in this thread."""
+        """Return whether the trajectory belongs to the call running in this thread."""
         owner, guard = self._owner, self._guard
         if owner is None or owner.pipeline_call is None or guard is None or not guard.is_on:
             return False

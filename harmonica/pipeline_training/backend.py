@@ -46,7 +46,7 @@ class PipelineBatch:
 
 @dataclass(frozen=True)
 class _Steps:
-    """What training asks of a sampler: how many steps, and what branches cost."""
+    """The sampler as training sees it: its steps, and what branches cost."""
 
     num_steps: int
     model: RecordedTransformer

@@ -18,7 +18,7 @@ Run = Callable[[Collection[int], Errors | None], Tensor]
 
 
 def image_changes(run: Run, num_steps: int, kind: IepoKind) -> Tensor:
-    """Return (2, T-1): the mean squared changes of the final latents, and the steps' own errors.
+    """Return the latents' mean squared changes and the steps' own errors (2, T-1).
 
     The kinds are those of `harmonica.training.iepo.image_error_proxy`, whose `lambda_of` makes lambda of
     both; the errors are zeros unless it is a sensitivity.

@@ -1,4 +1,7 @@
-"""Calls of a transformer under a fixed plan, as they are and with a derivative in the forecast weights."""
+"""Run calls of a transformer under a fixed plan, also with derivatives.
+
+The derivatives are in the forecast weights.
+"""
 
 from typing import Any
 
@@ -14,7 +17,7 @@ from harmonica.training.plans.forecast_fit import ProbedCache, Unknown
 
 
 class PlanPolicy(Policy):
-    """Each call computes or reuses what a plan says, and everything where it has nothing to reuse."""
+    """Each call follows a plan, and computes all where it has nothing to reuse."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -49,7 +52,7 @@ class ProbedPolicy(PlanPolicy):
         return self._planned(step)
 
     def handles(self) -> dict[Unknown, list[Tensor]]:
-        """Return the zeros (M,) that were added for each weight, of all calls and tensors."""
+        """Return the zeros (M,) added for each weight, of all calls and tensors."""
         found: dict[Unknown, list[Tensor]] = {}
         for branch, cache in self._caches:
             for (step, _, k), handle_M in cache.handles.items():

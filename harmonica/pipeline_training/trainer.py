@@ -1,7 +1,7 @@
-"""The training of a router in a pipeline on one worker, from first to last trajectory, with its checkpoints.
+"""Train a router in a pipeline on one worker, with checkpoints.
 
-It knows nothing of who the other workers are, as `harmonica.training.trainer`: each draws its own rows of
-the batch with its own copy of the pipeline, and what the router learns from is averaged over all.
+As in `harmonica.training.trainer`, it is not told who the other workers are: each draws its own rows of the
+batch with its own copy of the pipeline, and what the router learns from is averaged over all.
 """
 
 import logging
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 class PipelineTrainer:
-    """The training of one router in a diffusers pipeline; to be used in a `with` statement.
+    """Trains one router in a diffusers pipeline.
 
-    Inside, the pipeline's transformers are recorded and their forwards replaced; afterwards the pipeline is
-    as it was.
+    It is used in a `with` statement. Inside, the pipeline's transformers are recorded and their forwards
+    replaced; afterwards the pipeline is as it was.
     """
 
     run: RouterTrainer
@@ -99,7 +99,7 @@ class PipelineTrainer:
 
     @property
     def sampler(self) -> Any:
-        """What has `num_steps`, and a `model` with `branches` and `macs()`."""
+        """Return an object with `num_steps`, and a `model` with `branches` and `macs()`."""
         return self.run.sampler
 
     @property
@@ -143,7 +143,7 @@ class PipelineTrainer:
         return self.run.train_one(self._batch(self.trajectory), average)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: tensors and plain values, the same on every worker."""
+        """Return a checkpoint's tensors and plain values, the same on every worker."""
         return self.run.state() | {"fixed_steps": sorted(self.backend.fixed_steps)}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ class PipelineTrainer:
 
 
 def check_settings(config: TrainingConfig) -> None:
-    """Refuse settings that need what a pipeline's loop does not give: states to go on from in the middle.
+    """Refuse settings that need states from which a pipeline could go on.
 
     Raises:
         SettingError: names the setting, its value and what to give instead.

@@ -1,4 +1,6 @@
-"""The interface of what runs a training's trajectories: a sampler's steps, or calls of a pipeline.
+"""Define the interface of what runs the trajectories of a training.
+
+That is a sampler, step by step, or a pipeline, call by call.
 
 Shapes: N images, T steps, B branches, X elements of an image's latents, R = N * probes, P weights.
 """
@@ -45,7 +47,7 @@ class TrajectoryBackend(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the latents are."""
+        """Return the device of the latents."""
 
     @abstractmethod
     def images(self, batch: Any, plan: Plan | None = None, reuse: Reuse = "hold") -> Tensor:
@@ -61,7 +63,7 @@ class TrajectoryBackend(ABC):
 
     @abstractmethod
     def image_changes(self, router: Router, batch: Any, config: TrainingConfig) -> Tensor:
-        """Return (2, T-1): the changes that `config.iepo` asks for, and the steps' own errors."""
+        """Return the changes that `config.iepo` wants and the steps' errors (2, T-1)."""
 
     @abstractmethod
     def train_trajectory(
@@ -74,11 +76,11 @@ class TrajectoryBackend(ABC):
         average: Callable[[Tensor], None],
         on_gradient: Callable[[int, Tensor], object],
     ) -> list[StepRecord]:
-        """Update every trained row once, as `SdtTrainer.train_trajectory`; returns the updates' records."""
+        """Update every trained row once, and return the updates' records."""
 
     @abstractmethod
     def sketch(self, plan: Plan, batch: Any, *, order: int, probes: int) -> Sketch:
-        """Linearise the change from full to planned latents in the plan's forecast weights.
+        """Linearise the change from full to planned latents in the forecast weights.
 
         Args:
             plan: with forecast weights, around which the change is linearised.

@@ -49,7 +49,7 @@ class TrainingContext:
 
     @property
     def sampler(self) -> Any:
-        """What has `num_steps`, and a `model` with `branches` and `macs()`."""
+        """Return an object with `num_steps`, and a `model` with `branches` and `macs()`."""
         return self.backend.sampler
 
     @property

@@ -1,4 +1,7 @@
-"""Trajectories of a training step by step, with the sampler of a model that has a branch file."""
+"""Run the trajectories of a training with a sampler, step by step.
+
+Its model has a branch file.
+"""
 
 from collections.abc import Callable, Sequence
 

@@ -37,7 +37,7 @@ _SINGLES = 4
 
 @settings()
 class CapacityCommand:
-    """What training a router and serving it take: time, memory, network and cost, and what breaks first."""
+    """Compute what training and serving a router take, and what breaks first."""
 
     model: str = "dit-xl-2"
     """`dit-xl-2`, `pixart-alpha`, `pixart-sigma`, `flux` (FLUX.1-dev) or `wan-14b` (Wan 2.1); or a model

@@ -24,7 +24,7 @@ ExecutionLevel = Literal["graphed", "eager"]
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """What is realised of a GPU's peak rates."""
+    """The fractions of a GPU's peak rates that are realised."""
 
     share: float
     """Share of the peak FLOP/s while products run (model FLOPs utilisation without fixed times)."""
@@ -72,7 +72,7 @@ def sampling_seconds(
     speedup: float = 1.0,
     share: float = 0.0,
 ) -> float:
-    """Return the seconds of a trajectory of a batch of images, without text encoder and VAE.
+    """Return the seconds of a batch's trajectory, without text encoder and VAE.
 
     Args:
         speedup: the plan's, in MACs (`Plan.ideal_speedup`); 1 computes everything.

@@ -1,4 +1,4 @@
-"""Limits of Ray, MLflow and this program, and the number of nodes at which each binds.
+"""List limits of Ray, MLflow and this program, and when each binds.
 
 The constants are read from the installed packages. What they are held against are rates: those of Ray's own
 release tests (release/perf_metrics in Ray's repository: microbenchmark.json, benchmarks/many_actors.json and
@@ -63,7 +63,7 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """What the limits are computed for."""
+    """The training and serving for which limits are computed."""
 
     model: SizedModel
     gpu: Gpu
@@ -79,7 +79,7 @@ class Cluster:
         return nodes * self.gpus_per_node
 
     def update_s(self, nodes: int) -> float:
-        """Return the seconds of an update without its all-reduce, with at least one sample a worker."""
+        """Return the seconds of an update, without its all-reduce."""
         images = max(1.0, self.train.batch_size / self.gpus(nodes))
         return 3 * forward_in_training(self.model, self.gpu, images, 1)
 

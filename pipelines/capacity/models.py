@@ -1,4 +1,4 @@
-"""The models that capacity is computed for: public ones by name, and model folders.
+"""Load the models that capacity is computed for, by name or folder.
 
 MACs are the model's own (`BranchedTransformer.macs`), on `torch.device("meta")` for a public model.
 """

@@ -1,4 +1,6 @@
-"""Replicas for a request rate and a latency: a formula, and a simulation that checks it.
+"""Compute replicas for a request rate and a latency.
+
+A formula gives them, and a simulation checks it.
 
 Batches are the customers: they arrive at rate / b, and each of c replicas serves them in s seconds.
 
@@ -35,7 +37,7 @@ def erlang_c(servers: int, load: float) -> float:
 
 
 def wait_quantile(servers: int, rate: float, batch: int, seconds: float, quantile: float) -> float:
-    """Return the seconds that this share of batches wait no longer than, by the formula above.
+    """Return the seconds that a share of batches wait at most, by the formula.
 
     Args:
         rate: images a second, of all replicas.
@@ -62,7 +64,7 @@ def replicas_for(rate: float, batch: int, seconds: float, target_s: float, quant
 
 
 class _Replica:
-    """A replica that takes up to `batch` of the images that wait, as soon as it is free."""
+    """A replica that takes up to `batch` waiting images as soon as it is free."""
 
     def __init__(self, batch: int, seconds: Callable[[int], float]) -> None:
         self._batch, self._seconds = batch, seconds

@@ -1,4 +1,4 @@
-"""FLUX.1-dev and Wan 2.1 from their configurations: the branches that a recorded forward has.
+"""Record the branches of FLUX.1-dev and Wan 2.1 from their configurations.
 
 The forward runs on `torch.device("meta")`, where nothing is computed; its MACs are those that
 `harmonica.integrations.recorded` counts for a router.
@@ -26,7 +26,7 @@ _VALUE_BYTES, _VAE_SCALE = 2, 8
 
 
 def _recorded(module: Any, **inputs: Any) -> tuple[Macs, int, int]:
-    """Return MACs of a row, and the weights' bytes that can be sharded and the others.
+    """Return MACs of a row, and bytes of weights: those sharded and the others.
 
     Args:
         module: a transformer of diffusers on `torch.device("meta")`.
@@ -52,7 +52,9 @@ def _latent(size: Size, patch: int) -> tuple[int, int]:
 
 
 def flux(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
-    """Return FLUX.1-dev: distilled guidance, so that an image is one row; 512 text tokens.
+    """Return FLUX.1-dev with 512 text tokens.
+
+    Its guidance is distilled, so that an image is one row.
 
     Its single-stream blocks keep one value for attention and feed-forward together.
     """
@@ -101,7 +103,10 @@ def flux(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
 
 
 def wan(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
-    """Return Wan 2.1, the one of 14B without a config: two rows a video, a latent frame for every four."""
+    """Return Wan 2.1, the one of 14B, with two rows a video.
+
+    There is a latent frame for every four.
+    """
     ensure_torchvision_imports()
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 

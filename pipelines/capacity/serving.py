@@ -139,7 +139,10 @@ def _memory(model: SizedModel, images: int, reuse: Reuse | None, num_steps: int)
 def _most_that_fit(
     model: SizedModel, gpu: Gpu, config: ServeConfig, reuse: Reuse | None, num_steps: int
 ) -> int:
-    """Return the largest batch up to `serve.max_batch_size` that the GPU holds, at least 1."""
+    """Return the largest batch that the GPU holds, at least 1.
+
+    It is at most `serve.max_batch_size`.
+    """
     sizes = range(config.max_batch_size, 1, -1)
     fitting = (size for size in sizes if _memory(model, size, reuse, num_steps).total < gpu.memory)
     return next(fitting, 1)

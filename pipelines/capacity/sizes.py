@@ -73,5 +73,8 @@ class SizedModel:
 
 
 def prompt_bytes(tokens: int, width: int = _T5_WIDTH) -> int:
-    """Return the bytes of a stored prompt in bfloat16, padded, and of its mask (`PromptStore.row_bytes`)."""
+    """Return the bytes of a stored prompt in bfloat16, with its mask.
+
+    It is padded; see `PromptStore.row_bytes`.
+    """
     return tokens * (2 * width + 1)

@@ -164,7 +164,7 @@ def serving_section(
 
 
 def limits_section(limits: Sequence[Limit], nodes: Sequence[int]) -> Section:
-    """Return the limits in the order in which they bind, and what is exceeded at each number of nodes."""
+    """Return the limits in the order in which they bind, and what exceeds them."""
     rows = tuple(
         (
             limit.name,
@@ -184,7 +184,7 @@ def limits_section(limits: Sequence[Limit], nodes: Sequence[int]) -> Section:
 
 
 def _exceeded(limits: Sequence[Limit], nodes: int) -> str:
-    """Return in one sentence which limits a number of nodes exceeds, and how often over."""
+    """Return in a sentence which limits a number of nodes exceeds, and by how much."""
     over = [(limit.load(nodes) / limit.capacity, limit.name) for limit in limits]
     words = [f"{name} (load {_times(times)} times the limit)" for times, name in over if times > 1]
     return f"At {nodes:,} nodes: {'; '.join(words) or 'no limit is exceeded'}."

@@ -1,5 +1,6 @@
 """The YAML in cluster/ against the schemas of those who read it: KubeRay, Ray Serve, `ray up`."""
 
+import copy
 import gzip
 import json
 import os
@@ -15,6 +16,7 @@ import yaml
 from jsonschema import Draft7Validator
 from pydantic import ValidationError
 from ray._common.utils import import_attr
+from ray._private import ray_constants
 
 import harmonica
 from pipelines.serving import proxy
@@ -22,6 +24,7 @@ from pipelines.serving.registry_watcher import ServeArgs
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
+BASE = CLUSTER / "base"
 CRDS = ROOT.parent / "shared" / "kuberay"
 KUBERAY_FILES = {
     "raycluster.yaml": "ray.io_rayclusters.yaml.gz",
@@ -35,8 +38,8 @@ RAY_CLUSTER_SPEC = {
 }
 
 
-def load(name: str) -> Any:
-    return yaml.safe_load((CLUSTER / name).read_text())
+def load(name: str, folder: Path = BASE) -> Any:
+    return yaml.safe_load((folder / name).read_text())
 
 
 def at(document: Any, *path: str | int) -> Any:
@@ -69,7 +72,8 @@ def json_schema(schema: Any) -> Any:
     return converted
 
 
-def crd_validator(file: str) -> Draft7Validator:
+def crd_schema(file: str) -> Any:
+    """Of the resource of a file in cluster/base; the test is skipped where KubeRay's CRD is not."""
     crd_path = CRDS / KUBERAY_FILES[file]
     if not crd_path.exists():
         pytest.skip(f"KubeRay's CRD {crd_path.name} is not in ../shared/kuberay")
@@ -78,7 +82,11 @@ def crd_validator(file: str) -> Draft7Validator:
     version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
     schema = json_schema(version["schema"]["openAPIV3Schema"])
     schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}
-    return Draft7Validator(schema)
+    return schema
+
+
+def crd_validator(file: str) -> Draft7Validator:
+    return Draft7Validator(crd_schema(file))
 
 
 def errors(validator: Draft7Validator, document: Any) -> list[str]:
@@ -228,16 +236,46 @@ def test_job_runs_the_workflow_of_the_image():
     assert f"WORKDIR {folder}\n" in (CLUSTER / "Containerfile").read_text()
 
 
-def test_ray_up_file_is_what_ray_up_reads():
-    assert errors(ray_up_validator(), load("ray-up.yaml")) == []
+RAY_UP_FILES = ["ray-up.yaml", "ray-up-aws.yaml"]
+
+
+@pytest.mark.parametrize("file", RAY_UP_FILES)
+def test_ray_up_file_is_what_ray_up_reads(file: str):
+    document = load(file, CLUSTER)
+    assert errors(ray_up_validator(), document) == []
+    for role in ("head", "worker"):
+        *_, started = document[f"{role}_start_ray_commands"]
+        assert "ray start --" in started and "RAY_AUTH_MODE=token " in started
+        assert "--dashboard-host" not in started, "the dashboard stays on loopback"
+    assert document["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
 
 
 def test_a_spoilt_ray_up_file_is_found():
-    document = load("ray-up.yaml")
+    document = load("ray-up.yaml", CLUSTER)
     document["worker_nodes"] = {}
     document["provider"].pop("type")
     found = " ".join(errors(ray_up_validator(), document))
     assert "worker_nodes" in found and "'type'" in found
+
+
+def test_ray_fills_up_the_file_for_aws():
+    """What `ray up` does before it asks Amazon for anything."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    given = load("ray-up-aws.yaml", CLUSTER)
+    filled = prepare_config(copy.deepcopy(given))
+    validate_config(filled)
+    types = filled["available_node_types"]
+    assert types.keys() == {"head", "cpu-worker", "gpu-worker"}, "and not Ray's own"
+    assert sum(each.get("max_workers", 0) for each in types.values()) <= filled["max_workers"]
+    assert types["head"]["max_workers"] == 0
+    images = [filled["docker"]["head_image"], filled["docker"]["worker_image"]]
+    images += [types["gpu-worker"]["docker"]["worker_image"]]
+    image = f"registry.example.com/harmonica-ray:{harmonica.__version__}"
+    assert images == [image, image, f"{image}-gpu"]
+    for commands in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
+        assert filled[commands] == [], "all is in the image"
+    assert "security_group" not in given["provider"], "Ray's opens SSH alone"
 
 
 def dashboard_metrics() -> set[str]:
@@ -266,6 +304,16 @@ def test_the_dashboard_is_one_that_grafana_reads():
     for panel in document["panels"]:
         assert panel["datasource"]["uid"] == "${datasource}"
         assert all(target["expr"] for target in panel["targets"])
+
+
+def test_prometheus_finds_the_nodes_where_ray_writes_them():
+    document = load("prometheus.yml", CLUSTER)
+    assert document.keys() == {"global", "scrape_configs"}
+    (job,) = document["scrape_configs"]
+    assert job == {
+        "job_name": "ray",
+        "file_sd_configs": [{"files": [f"/tmp/ray/{ray_constants.PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}],
+    }, "and under /metrics, as is the default"
 
 
 def test_serve_build_writes_a_configuration_that_serve_reads(tmp_path):

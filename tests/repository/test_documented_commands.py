@@ -61,9 +61,9 @@ NEEDS = {
     "podman build": "podman and the package index",
     "kubectl ": "a Kubernetes cluster; test_cluster_files.py checks the manifests",
     "ray get-auth-token": "a home folder that it may write to",
-    "ray up cluster/ray-up.yaml": "machines that are reached over SSH; test_cluster_files.py checks the file",
-    "ray dashboard cluster/ray-up.yaml": "the same",
-    "ray down cluster/ray-up.yaml": "the same",
+    "ray up cluster/ray-up": "machines that are reached over SSH; test_cluster_files.py checks the file",
+    "ray dashboard cluster/ray-up": "the same",
+    "ray down cluster/ray-up": "the same",
 }
 """Beginning of a command that no test runs -> what it needs."""
 TARGETS = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))

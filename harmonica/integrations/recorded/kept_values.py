@@ -55,7 +55,7 @@ class KeptValues:
         return BranchCache(count, self.reuse, self.forecast_of(unit, count))
 
     def forecast_of(self, unit: str, count: int) -> Forecast | None:
-        """Return the forecasts' weights of a unit's tensors, which are those of its branch."""
+        """Return the forecast weights of a unit's tensors: those of its branch."""
         if self.learned is None:
             return None
         return tuple((row[self.branch_of[unit]],) * count for row in self.learned)

@@ -137,7 +137,7 @@ def sketch_of(
     num_steps: int,
     probes: int,
 ) -> Sketch:
-    """Project the change from full to planned latents on random probes, and differentiate it.
+    """Project the change of the latents on random probes, and differentiate it.
 
     Args:
         full_NX: the full sampler's latents (N, ...).

@@ -56,7 +56,7 @@ def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Route
 
 
 def step_effects(sampler: Sampler, batch: Batch, reuse: Reuse) -> Tensor:
-    """Return the changes of the final latents (E, N, CHW) by reuse of step i, for `SamplerBackend`."""
+    """Return the changes of the final latents (E, N, CHW) by reuse of step i."""
     last, branches = sampler.num_steps - 1, len(sampler.model.branches)
     everything, nothing = (True,) * branches, (False,) * branches
     state, cache = batch.start(sampler), BranchCache(branches, reuse)

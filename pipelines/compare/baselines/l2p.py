@@ -42,7 +42,7 @@ class _Recorder(BranchCache):
 
 @torch.no_grad()
 def l2p(plan: Plan, sampler: Sampler, batches: Sequence[Batch], order: int = 3) -> Plan:
-    """Return the plan with predictors fitted on the full trajectories of some batches."""
+    """Return the plan with predictors fitted on full trajectories of some batches."""
     everything = (True,) * plan.num_branches
     sums: dict[tuple[int, int], Tensor] = {}
     for batch in batches:
