@@ -199,7 +199,7 @@ def test_a_released_router_gives_the_recorded_plan(tmp_path, capsys, tiny_shape)
     latents = sample.run(command)
     assert load_file(tmp_path / "out.safetensors").keys() == latents.keys() == {"full", "cached"}
     assert "give --model.vae for pictures" in capsys.readouterr().out
-    router = sample._load_router(command, load_model(command.model))
+    router = sample.load_router(command, load_model(command.model))
     recorded = load_file(CASE / "golden.safetensors")["plan.compute"]
     assert router is not None and torch.equal(router.plan.to_tensor(), recorded.bool())
 
