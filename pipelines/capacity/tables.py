@@ -35,7 +35,7 @@ class Section:
         table = Table(title=self.title, title_style="bold", title_justify="left", show_lines=False)
         for place, heading in enumerate(self.headings):
             is_words = place == 0 or heading in _WORDS
-            table.add_column(heading, justify="left" if is_words else "right")
+            table.add_column(heading, justify="left" if is_words else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         console: Console = wide_console()
