@@ -9,31 +9,32 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from harmonica.training.iepo import SMALLEST_ERROR, IepoKind
+from harmonica.pipeline_training.policies import precise
+from harmonica.training.iepo import IepoKind
 
 Errors = dict[int, list[float]]
 Run = Callable[[Collection[int], Errors | None], Tensor]
 """Latents of a generation in which some steps compute everything; fills the errors of the others."""
 
 
-def image_error(run: Run, num_steps: int, kind: IepoKind) -> Tensor:
-    """Return lambda (T-1,), the mean squared change of the final latents.
+def image_changes(run: Run, num_steps: int, kind: IepoKind) -> Tensor:
+    """Return (2, T-1): the mean squared changes of the final latents, and the steps' own errors.
 
-    The kinds are those of `harmonica.training.iepo.image_error_proxy`.
+    The kinds are those of `harmonica.training.iepo.image_error_proxy`, whose `lambda_of` makes lambda of
+    both; the errors are zeros unless it is a sensitivity.
     """
     steps = range(num_steps - 1)
     errors: Errors | None = {} if kind == "sensitivity" else None
     if kind == "cumulative":
         finals = [run([i for i in steps if i < soft], None) for soft in (*steps, num_steps - 1)]
-        return torch.stack([_mean_squared(finals[i], finals[i + 1]) for i in steps])
-    all_soft = run((), errors)
-    change_T = torch.stack([_mean_squared(run((i,), None), all_soft) for i in steps])
-    if errors is None:
-        return change_T
+        change_T = torch.stack([_mean_squared(finals[i], finals[i + 1]) for i in steps])
+    else:
+        all_soft = run((), errors)
+        change_T = torch.stack([_mean_squared(run((i,), None), all_soft) for i in steps])
     # A step without an entry had nothing to reuse, and cost nothing.
-    error_T = torch.tensor([sum(errors.get(i, [0.0])) / len(errors.get(i, [0.0])) for i in steps])
-    return change_T / error_T.to(change_T).clamp_min(SMALLEST_ERROR)
+    each = [(errors or {}).get(i, [0.0]) for i in steps]
+    return torch.stack([change_T, change_T.new_tensor([sum(found) / len(found) for found in each])])
 
 
 def _mean_squared(ours: Tensor, other: Tensor) -> Tensor:
-    return (ours - other).float().square().mean()
+    return precise(ours - other).square().mean()

@@ -137,6 +137,8 @@ class SdtPolicy:
     trainer: SdtTrainer
     lambda_T: Tensor
     beta: float
+    average: Callable[[Tensor], None] | None = None
+    """Averages a tensor over all workers in place; none on one worker."""
     on_gradient: Callable[[int, Tensor], object] | None = None
     updates: list[Update] = field(default_factory=list)
     _scores_B: Tensor | None = None
@@ -185,6 +187,7 @@ class SdtPolicy:
                 self._measured,
                 self.lambda_T[i],
                 beta=self.beta,
+                average=self.average,
                 on_gradient=self.on_gradient,
             )
             self.updates.append(update)
@@ -194,7 +197,7 @@ class SdtPolicy:
 def squared_error(output: Any, target: Any) -> tuple[Tensor, int]:
     """Return the sum of squared differences of all tensors, in float32 or better, and their number."""
     pairs = list(zip(tensors_of(_values(output)), tensors_of(_values(target)), strict=True))
-    errors = [(_precise(ours) - _precise(theirs)).square().sum() for ours, theirs in pairs]
+    errors = [(precise(ours) - precise(theirs)).square().sum() for ours, theirs in pairs]
     return torch.stack(errors).sum(), sum(ours.numel() for ours, _ in pairs)
 
 
@@ -203,7 +206,8 @@ def _values(output: Any) -> Any:
     return output.to_tuple() if hasattr(output, "to_tuple") else output
 
 
-def _precise(tensor: Tensor) -> Tensor:
+def precise(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 or better."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

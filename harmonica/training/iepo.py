@@ -140,6 +140,15 @@ def image_error_proxy(
         main = _Generation(sampler, router, config.threshold, config.student, batch.start(sampler), cache)
         measure = _cumulative if kind == "cumulative" else _leave_one_out
         measured_2T += len(batch) / num_samples * measure(main)  # mean over all samples
+    return lambda_of(measured_2T, kind, average)
+
+
+def lambda_of(measured_2T: Tensor, kind: IepoKind, average: Callable[[Tensor], None] | None = None) -> Tensor:
+    """Return lambda (T-1,) from the changes of the final latents and the steps' own errors (2, T-1).
+
+    Args:
+        average: averages a tensor over all workers in place.
+    """
     if average is not None:
         average(measured_2T)  # before the division: a mean of ratios would depend on who has which rows
     change_T: Tensor
