@@ -1,10 +1,11 @@
-"""Ray Serve: an HTTP endpoint in the shape of OpenAI's Images API that samples under the champion router.
+"""Serve an HTTP endpoint in the shape of OpenAI's Images API, on Ray Serve.
 
     python -m pipelines.serve --serve.port 8000        # make serve
     serve deploy with import_path: pipelines.serve:build
 
-There are two deployments: `Api` serves HTTP, and `Sampler` holds the model and generates. A request for n
-images is split into n requests to the engine, which share batches with those of other clients.
+It samples under the champion router. There are two deployments: `Api` serves HTTP, and `Sampler` holds the
+model and generates. A request for n images is split into n requests to the engine, which share batches with
+those of other clients.
 """
 
 import signal

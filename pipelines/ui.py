@@ -1,4 +1,4 @@
-"""The MLflow UI over the local runs, on this machine only.
+"""Show the local runs in MLflow's UI, on this machine only.
 
 python -m pipelines.ui          # make ui
 """
@@ -16,7 +16,7 @@ from .tracking.mlflow_store import artifacts_of, database_of, tracking_uri
 
 @settings()
 class UiCommand:
-    """Where the runs are and where to show them."""
+    """Show the runs of a folder in MLflow's UI until Ctrl-C."""
 
     storage_path: str = "runs"
     """Folder that holds runs, as given to workflow.py."""
@@ -27,7 +27,7 @@ class UiCommand:
 
 
 def server_command(command: UiCommand) -> list[str]:
-    """The MLflow server's command line.
+    """Return the MLflow server's command line.
 
     Raises:
         ValueError: there is nothing to show, or a server shows it already.
@@ -63,7 +63,7 @@ def main() -> None:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
-        # MLflow's own matter; of a warning Python takes the words that it begins with.
+        # The warning is about MLflow's code, not the user's. Python compares the beginning of a message.
         "PYTHONWARNINGS": "ignore:starlette.middleware.wsgi is deprecated",
     }
     os.execve(sys.executable, arguments, {**quiet, **os.environ})

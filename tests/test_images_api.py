@@ -117,7 +117,13 @@ def test_its_own_size_and_name_are_accepted(client, size):
         ({"prompt": "x" * 4097}, 400, "prompt", "invalid_value", "at most 4096 characters"),
         ({"prompt": 3}, 400, "prompt", "invalid_value", "prompt is 3: it should be a valid string"),
         ({"prompt": "\ud800"}, 400, None, "invalid_json", "the body is not JSON"),
-        ({"prompt": " \t\u3000\u200b\n"}, 400, "prompt", "invalid_value", "which is blank: say what to draw"),
+        (
+            {"prompt": " \t\u3000\u200b\n"},
+            400,
+            "prompt",
+            "invalid_value",
+            "blank: say what to generate",
+        ),
         ({"n": 0}, 400, "n", "invalid_value", "n is 0: it should be greater than or equal to 1"),
         ({"n": 5}, 400, "n", "integer_above_max_value", "n is 5: give 1 to 4"),
         ({"n": "2"}, 400, "n", "invalid_value", "n is '2': it should be a valid integer"),
@@ -164,7 +170,7 @@ def test_its_own_size_and_name_are_accepted(client, size):
         ),
         ({"guidance_scale": 0.5}, 400, "guidance_scale", "invalid_value", "greater than or equal to 1"),
         ({"guidance_scale": float("nan")}, 400, None, "invalid_json", "the body is not JSON"),
-        ({"size": "1024x1024"}, 400, "size", "invalid_value", "this model draws 28x28"),
+        ({"size": "1024x1024"}, 400, "size", "invalid_value", "this model generates 28x28"),
         ({"model": "dall-e-3"}, 404, "model", "model_not_found", "this endpoint serves 'tiny'"),
         ({"sed": 3}, 400, "sed", "unknown_parameter", "unknown parameter sed"),
         ({"a b": 3}, 400, "'a b'", "unknown_parameter", "unknown parameter 'a b'"),
@@ -478,10 +484,11 @@ def test_a_row_that_is_not_finite_fails_alone(client, source, spoilt, caplog):
     assert [answer.status_code for answer in answers] == [200, 500, 200]
     assert all(len(answers[i].json()["data"]) == 2 for i in (0, 2))
     message = refused(answers[1], 500, None, "internal_error")
-    assert message == "drawing failed: the server's log says why"
+    assert message == "generating failed: the server's log says why"
     said = [record.getMessage() for record in caplog.records]
     assert said and all(
-        line.startswith("image not drawn, quality medium with champion 3, seed 13, index ") for line in said
+        line.startswith("image not generated, quality medium with champion 3, seed 13, index ")
+        for line in said
     )
     assert "images are not finite (1 of 1)" in said[0]
     assert not any(record.exc_info for record in caplog.records), "one line, no page of stack"

@@ -39,8 +39,8 @@ def test_what_is_not_followed_is_named_and_the_picture_is_the_model_s_own(client
     answer = ask(clients[True], **ALWAYS).json()
     said = {each["param"]: each["message"] for each in answer["warnings"]}
     assert said == {
-        "model": "model is 'gpt-image-1': this endpoint serves 'tiny', which has drawn",
-        "size": "size is '512x512': this model draws 28x28, and has drawn that",
+        "model": "model is 'gpt-image-1': this endpoint serves 'tiny', which has generated the images",
+        "size": "size is '512x512': this model generates 28x28, and has generated that",
         "response_format": "response_format is 'url': this endpoint keeps no pictures, so url is a data URL "
         "that holds the picture",
     }

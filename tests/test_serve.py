@@ -288,6 +288,24 @@ def test_a_model_that_does_not_fit_the_router_is_refused_at_start(folders, confi
         lifecycle.deploy(config, other, registered_model=NAME, router=str(folders / "first"))
 
 
+UNFIT = "The deployment failed to start 1 times in a row. Error:\nTraceback ...\nValueError: num_layers is 2"
+NO_CARD = "Retrying 2 more time(s). Error:\nRuntimeError: ASGI lifespan startup failed. Check replica logs."
+
+
+@pytest.mark.parametrize("names", [("Sampler", "Api"), ("Api", "Sampler")])
+def test_the_reason_for_a_failed_start_is_the_model_s_whichever_deployment_is_listed_first(names):
+    """`Api` asks `Sampler` for the model card, so it fails too; seen under load on a cluster."""
+
+    def reason(**messages):
+        return lifecycle.failure_reason({name: messages[name] for name in names})
+
+    assert reason(Sampler=UNFIT, Api="") == "ValueError: num_layers is 2"
+    assert reason(Sampler=UNFIT, Api=NO_CARD) == "ValueError: num_layers is 2"
+    assert reason(Sampler="", Api="Error:\nValueError: no keys here") == "ValueError: no keys here"
+    assert "ASGI lifespan" in reason(Sampler="", Api=NO_CARD)
+    assert reason(Sampler="", Api="waiting for resources") == ""
+
+
 def test_arguments_from_yaml():
     args = ServeArgs.model_validate({"serve": {"max_batch_size": 4}, "tracking_uri": "http://mlflow:5000"})
     assert args.serve.max_batch_size == 4 and args.serve.min_replicas == 1

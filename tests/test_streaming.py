@@ -122,7 +122,7 @@ def test_a_failure_in_the_middle_reaches_the_client(source, api, monkeypatch):
 
     monkeypatch.setattr(source.images, "generate", fail)
     seen = []
-    with pytest.raises(openai.APIError, match="drawing failed: the server's log says why"):
+    with pytest.raises(openai.APIError, match="generating failed: the server's log says why"):
         for event in api.images.generate(prompt="Bag", stream=True, partial_images=2):
             seen.append(event)
     assert len(seen) == 2

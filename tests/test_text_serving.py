@@ -80,7 +80,8 @@ def test_another_size_is_refused(clients, size):
     answer = clients["truncate"].post(PATH, json={"prompt": "a dress", "size": size})
     assert answer.status_code == 400
     assert (
-        answer.json()["error"]["message"] == f"size is '{size}': this model draws 28x28, give that or 'auto'"
+        answer.json()["error"]["message"]
+        == f"size is '{size}': this model generates 28x28, give that or 'auto'"
     )
 
 

@@ -1,4 +1,4 @@
-"""Requests to the HTTP endpoint: OpenAI's Images API with extensions.
+"""Define the requests to the HTTP endpoint: OpenAI's Images API with extensions.
 
 OpenAI's own client sends such fields as its `extra_body`.
 """
@@ -98,7 +98,7 @@ class GenerateRequest(BaseModel):
 
     @property
     def served_quality(self) -> Quality:
-        """The quality that is served for the one asked for."""
+        """Return the quality that is served for the one asked for."""
         return _QUALITIES[self.quality]
 
     @property

@@ -1,4 +1,7 @@
-"""The Serve application: an `Api` deployment that serves HTTP, and one that generates images."""
+"""Build the Serve application from its two deployments.
+
+`Api` serves HTTP, and `Sampler` holds the model and generates images.
+"""
 
 from typing import Any
 
@@ -14,7 +17,10 @@ JSON_LOGS = {"log_level": "INFO", "encoding": "JSON"}
 
 
 def build(args: ServeArgs) -> serve.Application:
-    """Build the application for a Serve YAML file, with `import_path: pipelines.serve:build`."""
+    """Build the application for a Serve YAML file.
+
+    The file has `import_path: pipelines.serve:build`.
+    """
     return make_application(args, JSON_LOGS)
 
 
@@ -71,7 +77,10 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> serve.Application:
-    """Build `app` on access: `serve build pipelines.serving.application:app` takes no builder function."""
+    """Build `app` when it is accessed.
+
+    `serve build pipelines.serving.application:app` takes an application, not the function that builds it.
+    """
     if name != "app":
         raise AttributeError(f"module {__name__} has no attribute {name}")
     return build(ServeArgs.model_validate({}))

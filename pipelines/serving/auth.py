@@ -1,4 +1,4 @@
-"""Bearer keys, of which every request for images has to send one."""
+"""Admit only requests that send one of the endpoint's bearer keys."""
 
 import hashlib
 import hmac
@@ -63,7 +63,7 @@ def key_headers(file: str) -> dict[bytes, bytes]:
 
 
 class RequireKey:
-    """ASGI middleware that answers 401 to requests without one of the keys.
+    """ASGI middleware answers 401 to requests without one of the keys.
 
     It keeps only digests of the keys.
     """
@@ -83,13 +83,13 @@ class RequireKey:
         await error.response()(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> str | None:
-        """Return why the request is refused, or None; repeats nothing that was sent."""
+        """Return why the request is refused, or None; nothing that was sent is repeated."""
         sent = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
         if len(sent) != 1:
             return f"there is {'no' if not sent else 'more than one'} Authorization header: {_HOW}"
         scheme, _, key = sent[0].partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
-        # All of them, by digests of one length: the time taken says neither which nor how much fits.
+        # Every key is compared, as a digest of fixed length: the time taken reveals nothing of a key.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != b"bearer":
             return f"the Authorization header is of another scheme than Bearer: {_HOW}"

@@ -1,10 +1,10 @@
-"""Dynamic batching: items with equal keys are worked on together, one batch at a time.
+"""Batch items dynamically: those with equal keys are worked on together.
 
-A batch is closed when the worker becomes free, not after a fixed delay: Ray Serve's `@serve.batch` closes
-one when its delay is over, even while the batch before still runs. So batches grow with the load. The
-batcher waits, briefly, only for items that it expects: the remaining images of a request, and closed-loop
-clients that were just answered. Without the latter such clients split into two groups that alternate, and
-each waits for two batches.
+One batch runs at a time. A batch is closed when the worker becomes free, not after a fixed delay: Ray
+Serve's `@serve.batch` closes one when its delay is over, even while the batch before still runs. Batches
+therefore grow with the load. The batcher waits, briefly, only for items that it expects: the remaining images
+of a request, and the next requests of closed-loop clients that were just answered. Without the latter wait
+such clients split into two groups that alternate, and each waits for two batches.
 """
 
 import asyncio
@@ -86,11 +86,12 @@ class Batcher(Generic[Key, Item, Result]):
 
     @property
     def num_waiting(self) -> int:
+        """Return the number of items in the queue, those being worked on not counted."""
         return len(self._waiting)
 
     @property
     def is_busy(self) -> bool:
-        """Whether a batch is being worked on."""
+        """Return whether a batch is being worked on."""
         return self._is_busy
 
     def check_room(self) -> None:
@@ -106,7 +107,9 @@ class Batcher(Generic[Key, Item, Result]):
     async def submit(
         self, key: Key, item: Item, *, group_size: int = 1, timeout_s: float | None = None
     ) -> Result:
-        """Queue an item and return its result; if cancelled before its batch starts, it leaves the queue.
+        """Queue an item, and return its result.
+
+        An item whose submitter is cancelled before its batch starts leaves the queue.
 
         Args:
             group_size: number of items that are submitted together, this one included.
@@ -145,7 +148,10 @@ class Batcher(Generic[Key, Item, Result]):
                 await self._run_batch(batch)
 
     async def _close_batch(self) -> list[_QueuedItem[Key, Item, Result]]:
-        """Take the next batch off the queue; it is empty if every item has left the queue meanwhile."""
+        """Take the next batch off the queue.
+
+        It is empty if every item has left the queue meanwhile.
+        """
         loop = asyncio.get_running_loop()
         while self._waiting:
             oldest = self._waiting[0]
@@ -173,7 +179,7 @@ class Batcher(Generic[Key, Item, Result]):
         return self._latency_models[key].largest((self._target_s - self._wait_s) / 2, self.max_batch_size)
 
     def _closing_time(self, oldest: _QueuedItem[Key, Item, Result], size: int) -> float:
-        """Return when a batch that has this many items now is closed, on the loop's clock."""
+        """Return the time, on the loop's clock, at which a batch of this size is closed."""
         closing = 0.0
         if size < oldest.group_size:
             closing = oldest.arrived + self._wait_s
@@ -201,7 +207,7 @@ class Batcher(Generic[Key, Item, Result]):
                 queued.result.set_result(result)
 
     def _record(self, key: Key, size: int, started: float, ended: float) -> None:
-        """Record a finished batch, from which the next one's size and closing time follow."""
+        """Record a finished batch; the size and closing time of the next follow from it."""
         self._freed_at, self._last_s = ended, ended - started
         self._expected = {key: size + sum(queued.key == key for queued in self._waiting)}
         if key not in self._latency_models and len(self._latency_models) == _MAX_LATENCY_MODELS:

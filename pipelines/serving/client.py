@@ -1,4 +1,4 @@
-"""Requests of this program to a running endpoint: a first image, and a command for users to try."""
+"""Ask a running endpoint for an image, and make a command with which users can."""
 
 import json
 import shlex
@@ -14,7 +14,9 @@ _GENERATE_TIMEOUT_S = 600.0
 
 
 def first_image(url: str, prompt: str, seed: int, *, api_keys_file: str = "") -> dict[str, Any]:
-    """Ask a running endpoint for one image, waiting while it starts or is busy; return the decoded answer.
+    """Ask a running endpoint for one image, and return the decoded answer.
+
+    It waits while the endpoint starts or is busy.
 
     Args:
         api_keys_file: the endpoint's own `serve.api_keys_file`; its first key is used.
@@ -43,7 +45,9 @@ def first_image(url: str, prompt: str, seed: int, *, api_keys_file: str = "") ->
 
 
 def curl_command(url: str, headers: dict[bytes, bytes]) -> str:
-    """Return a shell command that writes an image of the model's first class, or of a prompt, to image.png.
+    """Return a shell command that writes an image to image.png.
+
+    The image is of the model's first class, or of a prompt.
 
     Args:
         headers: with a key, if the endpoint needs one.

@@ -1,4 +1,8 @@
-"""Ray Serve's deployments: one holds the model and generates, the other serves HTTP, and their link."""
+"""Define the two deployments of Ray Serve, and the link between them.
+
+`GenerationDeployment` holds the model and generates; the function of `api_builder` makes the app that serves
+HTTP; `RemoteEngine` calls the former from the latter.
+"""
 
 import asyncio
 import logging
@@ -44,7 +48,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class GenerationDeployment:
-    """A replica with the model: a generation engine whose routers are kept up to date with the registry."""
+    """A replica holds the model in a generation engine, and follows the registry."""
 
     async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         config = args.serve
@@ -64,6 +68,7 @@ class GenerationDeployment:
         self._engine.check_health()
 
     async def describe(self) -> ModelCard:
+        """Describe the model, its routers and the queue."""
         return await self._engine.describe()
 
     async def generate(self, request: EngineRequest) -> GeneratedImage | Exception:
@@ -79,7 +84,10 @@ class GenerationDeployment:
     async def generate_stream(
         self, request: EngineRequest
     ) -> AsyncIterator[Progress | Preview | GeneratedImage | Exception]:
-        """Yield an image's events; an expected error is yielded, as `generate` returns it."""
+        """Yield the events of one image.
+
+        An expected error is yielded and not raised, as `generate` returns it.
+        """
         try:
             async for event in self._engine.generate_stream(request):
                 yield event
@@ -113,7 +121,7 @@ def _checked(result: Any) -> Any:
 
 
 class RemoteEngine:
-    """An `ImageSource` that calls `GenerationDeployment` through its Serve handle.
+    """This image source calls `GenerationDeployment` through its Serve handle.
 
     Serve does not retry the calls of a lost replica. Here they are: the image is the same on any replica.
     """
@@ -122,24 +130,19 @@ class RemoteEngine:
         self._handle = handle
 
     async def describe(self) -> ModelCard:
-        card: ModelCard = await self._call("describe")
+        """Describe the model, its routers and the queue of one replica."""
+        card: ModelCard = await self._call_until_kept("describe")
         return card
 
     async def generate(self, request: EngineRequest) -> GeneratedImage:
-        image: GeneratedImage
-        for pause_s in _PAUSES_S:
-            try:
-                image = await self._call("generate", request)
-            except _LOST:
-                await asyncio.sleep(pause_s)
-            else:
-                return image
-        image = await self._call("generate", request)
+        """Generate one image, on another replica if one is lost."""
+        image: GeneratedImage = await self._call_until_kept("generate", request)
         return image
 
     async def generate_stream(
         self, request: EngineRequest
     ) -> AsyncIterator[Progress | Preview | GeneratedImage]:
+        """Yield the events of one image, from another replica if one is lost."""
         last_step = 0  # another replica begins anew: events that the client has had are not sent again
         for pause_s in (*_PAUSES_S, None):
             try:
@@ -152,6 +155,15 @@ class RemoteEngine:
                 if pause_s is None:
                     raise
                 await asyncio.sleep(pause_s)
+
+    async def _call_until_kept(self, method: str, *args: Any) -> Any:
+        """Call a method, and again on another replica while the one called is lost."""
+        for pause_s in _PAUSES_S:
+            try:
+                return await self._call(method, *args)
+            except _LOST:
+                await asyncio.sleep(pause_s)
+        return await self._call(method, *args)
 
     async def _call(self, method: str, *args: Any) -> Any:
         response = getattr(self._handle, method).remote(*args)

@@ -1,4 +1,4 @@
-"""The generation engine: it batches requests, samples them, and encodes images and previews, without Ray.
+"""Batch the requests for images, sample them and encode the results, without Ray.
 
 Trajectories run in a thread of their own and image files are encoded in others, so that the event loop
 always answers.
@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from harmonica.validation.finite import NotFinite
 from ..config.serve import ServeConfig
 from .batching import Batcher, Overloaded, TimedOut
 from .image_sampler import ImageSampler
-from .jobs import Job, SampledImage, preview_steps, report_step
+from .jobs import Job, Metrics, SampledImage, preview_steps, report_step
 from .requests import EngineRequest, GeneratedImage, ModelCard, Preview, Progress, RejectedRouter
 from .router_cards import router_cards
 from .served_plan import ServedPlan
@@ -31,17 +30,8 @@ from .served_plan import ServedPlan
 logger = logging.getLogger("ray.serve")
 
 
-class Metrics(Protocol):
-    """Receives the engine's measurements."""
-
-    def trajectory(self, served: ServedPlan, waits_s: Sequence[float], seconds: float) -> None: ...
-    def waiting(self, count: int) -> None: ...
-    def rejected(self, reason: str) -> None: ...
-    def serving(self, version: str, rejected: str) -> None: ...
-
-
 class GenerationEngine:
-    """An `ImageSource` in this process: a queue, an image sampler and image encoders."""
+    """This image source has a queue, an image sampler and image encoders."""
 
     def __init__(
         self, images: ImageSampler, model: str, config: ServeConfig, metrics: Metrics | None = None
@@ -60,7 +50,10 @@ class GenerationEngine:
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="encoder")
 
     async def fix_batch_size(self) -> None:
-        """Fix the batch size if `serve.reproducible` is set; call it once there is a router."""
+        """Fix the batch size if `serve.reproducible` is set.
+
+        Call it once there is a router.
+        """
         if not self._config.reproducible:
             return
         # On a CPU an image that waits alone costs twelve times as much in a full batch of 16.
@@ -71,11 +64,15 @@ class GenerationEngine:
         self.batcher.max_batch_size = size
 
     async def warm_up(self, served: ServedPlan) -> None:
-        """Warm a plan up at every batch size that is recorded; batches of the others run in between."""
+        """Warm a plan up at every batch size that is recorded.
+
+        Batches under the other plans run in between.
+        """
         for size in sizes_up_to(self._config.max_batch_size):
             await self.batcher.run_between_batches(partial(self.images.warm_up, served, size))
 
     async def describe(self) -> ModelCard:
+        """Describe the model, its routers and the queue."""
         images = self.images
         return ModelCard(
             model=self._model,
@@ -91,6 +88,7 @@ class GenerationEngine:
         )
 
     async def generate(self, request: EngineRequest) -> GeneratedImage:
+        """Generate one image, as `ImageSource` says."""
         with self._log_not_finite(request):
             served = await self._admit(request)
             sampled = await self._submit(request, served, Job(request.image))
@@ -99,6 +97,7 @@ class GenerationEngine:
     async def generate_stream(
         self, request: EngineRequest
     ) -> AsyncIterator[Progress | Preview | GeneratedImage]:
+        """Yield the events of one image, as `ImageSource` says."""
         with self._log_not_finite(request):
             async with aclosing(self._stream(request)) as events:
                 async for event in events:
@@ -106,16 +105,16 @@ class GenerationEngine:
 
     @contextmanager
     def _log_not_finite(self, request: EngineRequest) -> Iterator[None]:
-        """Log and count an image with values that are not finite, which the client learns no more about.
+        """Log and count an image that has values that are not finite.
 
-        It fails alone: the other images of its batch are answered.
+        The client is told only that generating failed. The other images of its batch are answered.
         """
         try:
             yield
         except NotFinite as error:
             image, version = request.image, self.images.version
             logger.error(
-                "image not drawn, quality %s with champion %s, seed %d, index %d: %s",
+                "image not generated, quality %s with champion %s, seed %d, index %d: %s",
                 *(request.quality, version, image.seed, image.index, error),
             )
             self._count_rejected("not_finite")
@@ -215,7 +214,7 @@ class GenerationEngine:
         config, guidance_scale = served.sampler.config, request.image.guidance_scale
         about = {"router_version": served.version, "batch_size": sampled.batch_size}
         seconds = {"waited_s": round(sampled.waited_s, 4), "seconds": round(sampled.seconds, 4)}
-        logger.info("image drawn", extra={**about, **seconds})  # fields of Serve's JSON logs
+        logger.info("image generated", extra={**about, **seconds})  # fields of Serve's JSON logs
         return GeneratedImage(
             picture=await self._encode(request, sampled.image_CHW),
             router_version=served.version,

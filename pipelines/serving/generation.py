@@ -1,4 +1,7 @@
-"""Translation between the HTTP API and the engine: a body to requests, and images to an answer."""
+"""Translate between the HTTP API and the engine.
+
+A body becomes requests to the engine, and generated images become an answer.
+"""
 
 import asyncio
 import base64
@@ -33,12 +36,15 @@ _MAX_UNKNOWN = 20
 def check(
     body: GenerateRequest, card: ModelCard, *, lenient: bool = False
 ) -> tuple[int | str, list[api.Warned]]:
-    """Check a body against the served model; return its label or prompt, and its warnings.
+    """Check a body against the served model.
 
     Args:
         body: the request as it was parsed.
         card: description of the served model.
         lenient: warn of another model or size, of a URL and of unknown fields, in place of rejecting them.
+
+    Returns:
+        The class label or the prompt, and the warnings.
 
     Raises:
         ApiError: the model cannot do what is asked.
@@ -54,12 +60,12 @@ def check(
             message = f"{name} is {getattr(body, name)} and nothing is streamed: set stream, or leave it out"
             raise ApiError(400, message, name, "invalid_value")
     if not any(letter.isprintable() and not letter.isspace() for letter in body.prompt):
-        message = f"prompt is {body.prompt[:20]!r}, which is blank: say what to draw"
+        message = f"prompt is {body.prompt[:20]!r}, which is blank: say what to generate"
         raise ApiError(400, message, "prompt", "invalid_value")
     if not card.class_names:
         return body.prompt, warnings
     if body.negative_prompt:
-        message = f"negative_prompt is set and {card.model!r} draws classes: leave it out"
+        message = f"negative_prompt is set and {card.model!r} generates classes: leave it out"
         raise ApiError(400, message, "negative_prompt", "invalid_value")
     try:
         return find_class(body.prompt, card.class_names), warnings
@@ -69,7 +75,9 @@ def check(
 
 
 def _unsupported(body: GenerateRequest, card: ModelCard, *, lenient: bool) -> list[api.Warned]:
-    """Return warnings of fields that clients of other endpoints send and this one cannot follow.
+    """Return warnings of the fields that this endpoint cannot follow.
+
+    Clients of other endpoints send them.
 
     Raises:
         ApiError: the body asks for another model or size, and the endpoint is not lenient.
@@ -79,12 +87,12 @@ def _unsupported(body: GenerateRequest, card: ModelCard, *, lenient: bool) -> li
         asked = f"model is {body.model[:_MAX_ECHO]!r}: this endpoint serves {card.model!r}"
         if not lenient:
             raise ApiError(404, f"{asked}, give that or leave it out", "model", "model_not_found")
-        warnings.append(api.Warned(param="model", message=f"{asked}, which has drawn"))
+        warnings.append(api.Warned(param="model", message=f"{asked}, which has generated the images"))
     if body.size not in (None, "auto", card.size):
-        asked = f"size is {body.size[:_MAX_ECHO]!r}: this model draws {card.size}"
+        asked = f"size is {body.size[:_MAX_ECHO]!r}: this model generates {card.size}"
         if not lenient:
             raise ApiError(400, f"{asked}, give that or 'auto'", "size", "invalid_value")
-        warnings.append(api.Warned(param="size", message=f"{asked}, and has drawn that"))
+        warnings.append(api.Warned(param="size", message=f"{asked}, and has generated that"))
     if body.wants_url:
         kept = "this endpoint keeps no pictures"
         message = f"response_format is 'url': {kept}, so url is a data URL that holds the picture"
@@ -98,7 +106,10 @@ def _unsupported(body: GenerateRequest, card: ModelCard, *, lenient: bool) -> li
 
 
 def make_requests(body: GenerateRequest, subject: int | str, seed: int) -> list[EngineRequest]:
-    """Make one request for each image, so that they share trajectories with those of other clients."""
+    """Make one request for each image.
+
+    The images then share trajectories with those of other clients.
+    """
     return [
         EngineRequest(
             ImageRequest(subject, seed, index, body.negative_prompt or "", body.guidance_scale),
@@ -116,7 +127,10 @@ def make_requests(body: GenerateRequest, subject: int | str, seed: int) -> list[
 
 
 async def generate_all(source: ImageSource, requests: Sequence[EngineRequest]) -> list[GeneratedImage]:
-    """Generate all images; after the first error the others leave the queue, and it is raised."""
+    """Generate all images.
+
+    After the first error the other images leave the queue, and the error is raised.
+    """
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(source.generate(request)) for request in requests]

@@ -1,4 +1,4 @@
-"""Errors of the endpoint, in the shape of OpenAI's: `{"error": {message, type, param, code}}`."""
+"""Answer errors in OpenAI's shape: `{"error": {message, type, param, code}}`."""
 
 from typing import Any
 
@@ -36,6 +36,7 @@ class ApiError(Exception):
         self._headers = headers
 
     def body(self) -> ErrorBody:
+        """Return the body of the answer."""
         return ErrorBody(
             error=ErrorDetail(
                 message=self.message,
@@ -46,11 +47,15 @@ class ApiError(Exception):
         )
 
     def response(self) -> JSONResponse:
+        """Return the answer, with its status and headers."""
         return JSONResponse(self.body().model_dump(), self.status, self._headers)
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Map an exception to the error shown to the client; internal details are not exposed."""
+    """Map an exception to the error that the client is shown.
+
+    Internal details are not exposed.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Overloaded):
@@ -64,11 +69,11 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, error.message, error.field, "string_above_max_length")
     if isinstance(error, SettingRejected):
         return ApiError(400, error.message, error.field, "invalid_value")
-    return ApiError(500, "drawing failed: the server's log says why", None, "internal_error")
+    return ApiError(500, "generating failed: the server's log says why", None, "internal_error")
 
 
 def _explain(error: Any) -> ApiError:
-    """Turn one of pydantic's validation errors into a message with field, value and cure."""
+    """Turn pydantic's validation error into a message with field, value and cure."""
     kind, location = error["type"], error["loc"]
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON: {error['ctx']['error']}", None, "invalid_json")
@@ -112,7 +117,10 @@ def answer_errors(app: FastAPI) -> None:
 
 
 class AssignRequestId:
-    """ASGI middleware that answers X-Request-Id: the client's own if it is valid, else a new one."""
+    """ASGI middleware adds X-Request-Id to every answer.
+
+    It has the client's own id if that is valid, else a new one.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

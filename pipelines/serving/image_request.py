@@ -1,4 +1,4 @@
-"""The request of one image to the image sampler, and the error of a setting that it cannot follow."""
+"""Describe one image to generate, and reject a setting that it cannot have."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ Quality = Literal["low", "medium", "high"]
 
 
 class SettingRejected(ValueError):
-    """A setting of a request that this model or router cannot generate with.
+    """A request has a setting that this model or router cannot generate with.
 
     Args:
         field: name of the request's field.
@@ -30,7 +30,11 @@ class SettingRejected(ValueError):
 
 @contextmanager
 def rejecting(field: str) -> Iterator[None]:
-    """Turn an error of the sampler's settings into one of the request's field of the same name."""
+    """Turn an error of the sampler's settings into a `SettingRejected`.
+
+    Args:
+        field: name of the request's field, which is that of the sampler's setting.
+    """
     try:
         yield
     except SettingError as error:
@@ -42,7 +46,7 @@ def rejecting(field: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """The inputs of one image; under one router the image depends on nothing else."""
+    """These inputs determine one image: under one router it depends on nothing else."""
 
     subject: int | str = field(repr=False)  # prompts are kept out of logs
     """A class label, or a prompt."""

@@ -1,4 +1,4 @@
-"""Sampling of a batch of image requests in one trajectory, without Ray.
+"""Sample a batch of image requests in one trajectory, without Ray.
 
 Shapes: N images, C channels, H W image.
 """
@@ -18,7 +18,7 @@ from harmonica.data.text_encoder import OverLimit
 from harmonica.execution.levels import warm_ups
 from harmonica.models.loading import LoadedModel
 from harmonica.models.vae import decode_latents, draws_pixels, pixels_per_latent
-from harmonica.samplers import Sampler, SamplerConfig, make_sampler
+from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 
 from .image_request import ImageRequest, Quality, SettingRejected, rejecting
@@ -34,7 +34,10 @@ images (N, C, H, W) of the given batch indices."""
 
 
 class ImageSampler:
-    """A loaded model with the plans it generates under, which may be exchanged between two trajectories."""
+    """A loaded model generates images under plans.
+
+    The plans may be exchanged between two trajectories.
+    """
 
     def __init__(
         self,
@@ -57,18 +60,18 @@ class ImageSampler:
 
     @property
     def champion(self) -> ServedPlan:
-        """The champion router's plan."""
+        """Return the champion router's plan."""
         assert "medium" in self._plans, "use() comes first"
         return self._plans["medium"]
 
     @property
     def image_size(self) -> int:
-        """Height and width of the images, in pixels."""
+        """Return the height and width of the images, in pixels."""
         return self.model.sample_size * (1 if self._vae is None else pixels_per_latent(self._vae))
 
     @property
     def version(self) -> str:
-        """Version of the champion in use; empty before the first call of `use`."""
+        """Return the version of the champion in use; "" before the first call of `use`."""
         return self.champion.version if self._plans else ""
 
     def fix_batch_size(self, most: int) -> int:
@@ -94,9 +97,10 @@ class ImageSampler:
         return self.fixed_batch_size
 
     def warm_up(self, served: ServedPlan, size: int) -> None:
-        """Compile, and record where steps are recorded, what batches of this size run under a plan.
+        """Compile a plan for batches of this size, and record its steps.
 
-        Nothing where branches run eagerly. Call it from the thread that runs trajectories.
+        Steps are recorded where the execution is graphed, and nothing is done where branches run eagerly.
+        Call it from the thread that runs trajectories.
         """
         if self.model.execution != "eager":
             request = ImageRequest(0 if self.class_names else "", 0, 0)
@@ -118,7 +122,9 @@ class ImageSampler:
         )
 
     def make_uncached(self, config: SamplerConfig) -> ServedPlan:
-        """Make a plan that computes every branch, also used as champion of a model that has no router.
+        """Make a plan that computes every branch.
+
+        It is also the champion of a model that has no router.
 
         Raises:
             ValueError: the sampler does not fit the model.
@@ -127,7 +133,12 @@ class ImageSampler:
         return ServedPlan(make_sampler(self.model, config), plan, "hold", UNCACHED)
 
     def use(self, champion: ServedPlan, fastest: ServedPlan | None = None) -> None:
-        """Use these plans from the next request on; without a faster one `low` uses the champion too."""
+        """Use these plans from the next request on.
+
+        Args:
+            champion: the plan of quality medium.
+            fastest: the plan of quality low. Default: the champion's.
+        """
         self._plans = {"medium": champion, "low": fastest or champion}
         is_uncached = champion.version == UNCACHED
         self._uncached = {champion.plan.num_steps: champion} if is_uncached else {}
@@ -135,7 +146,9 @@ class ImageSampler:
     def plan_for(
         self, quality: Quality, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> ServedPlan:
-        """Return the plan of a quality; only `high` leaves a choice of steps and guidance.
+        """Return the plan of a quality.
+
+        Only `high` leaves a choice of steps and guidance.
 
         Raises:
             SettingRejected: the router was made for other settings, or there is no such setting.
@@ -175,7 +188,9 @@ class ImageSampler:
         return served
 
     def check(self, request: ImageRequest) -> None:
-        """Check a request's prompts, and embed them before its trajectory starts. Any thread may call it.
+        """Check a request's prompts, and embed them before its trajectory starts.
+
+        Any thread may call it.
 
         Raises:
             PromptTooLong: a prompt has more tokens than the model reads, and `over_limit` is refuse.
@@ -188,12 +203,15 @@ class ImageSampler:
         served: ServedPlan | None = None,
         on_preview: OnPreview | None = None,
     ) -> Tensor:
-        """Generate all requests in one trajectory: images (N, C, H, W) in [-1, 1], on the CPU.
+        """Generate the images of all requests in one trajectory.
 
         Args:
             requests: after `fix_batch_size` no more than that; the batch is padded with copies of the first.
             served: the plan to generate under. Default: the champion's.
             on_preview: called after every step.
+
+        Returns:
+            Images (N, C, H, W) in [-1, 1], on the CPU.
         """
         served, num_asked = served or self.champion, len(requests)
         if self.fixed_batch_size:
@@ -211,7 +229,9 @@ class ImageSampler:
                 on_preview(served.plan.num_steps - i, partial(self._preview, predict))
 
         samples_NCHW = sample(
-            self._guided(served, [request.guidance_scale for request in requests]),
+            served.guided_sampler(
+                [request.guidance_scale for request in requests], has_fixed_shape=bool(self.fixed_batch_size)
+            ),
             noise.to(self.device),
             condition,
             served.plan,
@@ -220,17 +240,6 @@ class ImageSampler:
             on_step=on_step,
         )
         return self._decode(samples_NCHW[:num_asked])
-
-    def _guided(self, served: ServedPlan, scales: Sequence[float | None]) -> Sampler:
-        """Return the plan's sampler, with a guidance scale for each image if any has its own."""
-        sampler = served.sampler
-        # Guidance doubles the batch, whichever image asks for it: with a fixed shape, always or never.
-        may_guide = served.version == UNCACHED or sampler.is_guided
-        if not may_guide if self.fixed_batch_size else all(scale is None for scale in scales):
-            return sampler
-        default = sampler.config.guidance_scale
-        filled = [default if scale is None else scale for scale in scales]
-        return sampler.with_guidance(filled, always=bool(self.fixed_batch_size))
 
     def _preview(self, predict: Callable[[], Tensor], indices: Sequence[int]) -> Tensor:
         return self._decode(predict()[list(indices)])

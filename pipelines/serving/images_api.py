@@ -1,4 +1,4 @@
-"""The HTTP endpoint: a FastAPI app in the shape of OpenAI's Images API, over any image source.
+"""Make the HTTP endpoint: a FastAPI app in the shape of OpenAI's Images API.
 
 The prompt of a class-conditional model is the name of a class. Parameters of OpenAI's API that these models
 have no use for (style, user, ...) are accepted and ignored. Unknown parameters are rejected, as OpenAI does,
@@ -107,7 +107,10 @@ def create_app(
         return model_card
 
     async def refreshed() -> bool:
-        """Refresh the card; return whether the source has answered. If not, the last card stays."""
+        """Refresh the card, and return whether the source has answered.
+
+        If it has not, the last card stays.
+        """
         try:
             app.state.card = await asyncio.wait_for(source.describe(), _HEALTH_TIMEOUT_S)
         except (TimeoutError, Overloaded):
@@ -119,7 +122,10 @@ def create_app(
         return api.Model(id=served.model, size=served.size, class_names=list(served.class_names))
 
     async def generate(body: GenerateRequest) -> Response | api.GenerateResponse:
-        """Generate images; with `stream`, send previews and progress while they are generated."""
+        """Generate images.
+
+        With `stream`, previews and progress are sent while they are generated.
+        """
         served = card()
         subject, warnings = check(body, served, lenient=lenient)
         name = subject if isinstance(subject, str) else served.class_names[subject]
@@ -140,7 +146,10 @@ def create_app(
         )
 
     async def generate_leniently(body: LenientGenerateRequest) -> Response | api.GenerateResponse:
-        """Generate images, as far as the model can; `warnings` names what was not followed."""
+        """Generate images, as far as the model can.
+
+        `warnings` names what was not followed.
+        """
         return await generate(body)
 
     v1.post(
@@ -175,7 +184,10 @@ def create_app(
     @app.get("/health", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> api.Health:
-        """Return the state of the endpoint and its router; `refused` is a champion that cannot be served."""
+        """Return the state of the endpoint and its router.
+
+        `refused` is a champion that cannot be served.
+        """
         has_answered = await refreshed()
         served = card()
         return api.Health(
@@ -189,14 +201,20 @@ def create_app(
 
     @app.get("/readyz", responses=errors(503))
     async def readyz() -> api.Ready:
-        """Answer whether a request would be accepted now: 503 if no replica answers, or its queue is full."""
+        """Answer whether a request would be accepted now.
+
+        The answer is 503 if no replica answers, or if its queue is full.
+        """
         if not await refreshed() or card().is_full:
             raise ApiError(503, "no image can be taken now", None, "not_ready", {"retry-after": "1"})
         return api.Ready()
 
     @app.get("/livez")
     async def livez() -> api.Live:
-        """Answer while this process runs, whatever the state of the replicas that generate."""
+        """Answer while this process runs.
+
+        The state of the replicas that generate does not matter.
+        """
         return api.Live()
 
     @app.get("/", include_in_schema=False)

@@ -1,4 +1,4 @@
-"""Images in the engine's queue: jobs, their reports while they are sampled, and their results.
+"""Define the jobs of the engine's queue, their results and their measurements.
 
 Shapes: C channels, H W image.
 """
@@ -6,15 +6,17 @@ Shapes: C channels, H W image.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 from .image_request import ImageRequest
+from .served_plan import ServedPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A queued image, and the callback that reports its steps."""
+    """A job is a queued image, with the callback that reports its steps."""
 
     image: ImageRequest
     arrived: float = field(default_factory=time.perf_counter)
@@ -26,7 +28,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class SampledImage:
-    """An image that its trajectory has finished, and how that went."""
+    """A sampled image comes with the size and times of its trajectory."""
 
     image_CHW: Tensor
     batch_size: int
@@ -34,8 +36,30 @@ class SampledImage:
     seconds: float
 
 
+class Metrics(Protocol):
+    """The receiver of the engine's measurements is called from any thread."""
+
+    def trajectory(self, served: ServedPlan, waits_s: Sequence[float], seconds: float) -> None:
+        """Record a trajectory that has ended, and how long each of its images had waited."""
+
+    def waiting(self, count: int) -> None:
+        """Set the number of images in the queue."""
+
+    def rejected(self, reason: str) -> None:
+        """Count an image that is not generated."""
+
+    def serving(self, version: str, rejected: str) -> None:
+        """Set the champion's version, and that of a rejected one ("" if there is none)."""
+
+
 def report_step(jobs: Sequence[Job], step: int, predict: Callable[[Sequence[int]], Tensor]) -> None:
-    """Call the jobs' callbacks; only images that are previewed at this step are predicted and decoded."""
+    """Call the callbacks of all jobs after a step.
+
+    Only images that are previewed at this step are predicted and decoded.
+
+    Args:
+        predict: returns the predicted images (N, C, H, W) at the given indices.
+    """
     indices = [index for index, job in enumerate(jobs) if step in job.preview_steps]
     previews = dict(zip(indices, predict(indices))) if indices else {}
     for index, job in enumerate(jobs):
@@ -44,6 +68,9 @@ def report_step(jobs: Sequence[Job], step: int, predict: Callable[[Sequence[int]
 
 
 def preview_steps(num_steps: int, count: int) -> tuple[int, ...]:
-    """Return the steps after which previews are sent: evenly spaced, and fewer if there are too few steps."""
+    """Return the steps after which previews are sent.
+
+    They are evenly spaced, and fewer than `count` if there are too few steps.
+    """
     steps = {round(num_steps * (i + 1) / (count + 1)) for i in range(count)}
     return tuple(sorted(steps - {0, num_steps}))

@@ -1,11 +1,14 @@
-"""A linear model of how long a batch takes by its size, fitted to the batches that have run."""
+"""Predict how long a batch of a size takes, from the batches that have run."""
 
 _DECAY = 0.9
 """Weight of every earlier batch after each new one."""
 
 
 class LatencyModel:
-    """An exponentially weighted least squares fit of `seconds = a + b * size`."""
+    """This model fits `seconds = a + b * size` by least squares.
+
+    The weight of a batch falls exponentially with every batch after it.
+    """
 
     def __init__(self) -> None:
         self._weight = self._size = self._squares = self._seconds = self._product = 0.0
@@ -30,6 +33,6 @@ class LatencyModel:
         return max(0.0, (self._seconds - slope * self._size) / self._weight) + slope * size
 
     def largest(self, limit_s: float, at_most: int) -> int:
-        """Return the largest size that is predicted to take no longer than the limit, at least 1."""
+        """Return the largest size that should take no longer than the limit, at least 1."""
         sizes = range(at_most, 1, -1)
         return next((size for size in sizes if self.seconds(size) <= limit_s), 1)

@@ -1,8 +1,9 @@
-"""Start the endpoint on the connected Ray cluster, wait until it answers, and stop it."""
+"""Start the endpoint on the connected Ray cluster, wait for it, and stop it."""
 
 import re
 import socket
 import time
+from collections.abc import Mapping
 
 import httpx
 from ray import serve
@@ -13,9 +14,13 @@ from ..config.serve import ServeConfig
 from ..runtime.ray_runtime import is_private
 from . import proxy
 from .application import JSON_LOGS, make_application
+from .deployments import GENERATION_DEPLOYMENT
 from .registry_watcher import FOLLOW_S, ServeArgs
 
 APP_NAME = "harmonica"
+_NO_CARD = "ASGI lifespan startup failed"
+"""Serve's words for a replica of `Api` that got no model card."""
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
 _READY_TIMEOUT_S = 60.0
 
 
@@ -28,7 +33,9 @@ def deploy(
     router: str = "",
     follow_s: float = FOLLOW_S,
 ) -> str:
-    """Serve on the connected cluster until `shutdown`, replacing what it served; returns the URL.
+    """Serve on the connected cluster until `shutdown`, and return the URL.
+
+    An endpoint that it served before is replaced.
 
     Raises:
         ValueError: the port is taken, or the router cannot be found.
@@ -72,12 +79,40 @@ def shutdown() -> None:
 
 
 def _why_failed() -> str:
-    """Return the error that a replica raised; Serve's own only names the deployment."""
-    application = serve.status().applications.get(APP_NAME)
-    messages = [deployment.message for deployment in application.deployments.values()] if application else []
-    lines = [line for message in messages for line in message.splitlines()]
-    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
-    return raised[-1] if raised else ""
+    """Return the error that a replica raised; Serve's own only names the deployment.
+
+    If `Api` has failed for want of `Sampler` alone, it waits for the outcome of `Sampler`.
+    """
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while True:
+        application = serve.status().applications.get(APP_NAME)
+        deployments = application.deployments if application else {}
+        reason = failure_reason({name: deployment.message for name, deployment in deployments.items()})
+        generation = deployments.get(GENERATION_DEPLOYMENT)
+        is_starting = generation is not None and generation.status == "UPDATING"
+        if _NO_CARD not in reason or not is_starting or time.monotonic() > deadline:
+            return reason
+        time.sleep(0.2)
+
+
+def failure_reason(messages: Mapping[str, str]) -> str:
+    """Return the error that explains the others in Serve's messages on deployments.
+
+    `Api` asks `Sampler` for the model card when it starts. If its replica has heard that `Sampler` cannot
+    start before it asks, it fails too, and of that Serve says only that the ASGI lifespan failed. An error of
+    `Sampler` therefore goes before one of `Api`.
+
+    Args:
+        messages: by name of the deployment; "" for one that has not failed.
+
+    Returns:
+        The last line that names an exception, such as "ValueError: ..."; "" if there is none.
+    """
+    for name in sorted(messages, key=lambda name: name != GENERATION_DEPLOYMENT):
+        raised = [line for line in messages[name].splitlines() if _EXCEPTION.match(line)]
+        if raised:
+            return raised[-1]
+    return ""
 
 
 def _is_serving() -> bool:

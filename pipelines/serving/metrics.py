@@ -1,4 +1,4 @@
-"""Prometheus metrics of a replica, exported by Ray beside Ray Serve's own.
+"""Export the Prometheus metrics of a replica, beside those of Ray Serve.
 
 Ray puts `ray_` before the names; cluster/grafana.json shows them.
 """
@@ -15,16 +15,16 @@ _ROUTER = ("router_version",)
 
 
 class ServeMetrics:
-    """The metrics of one replica, set from its event loop and from its trajectories' thread."""
+    """These metrics of one replica are set by its event loop and its sampling thread."""
 
     def __init__(self) -> None:
-        self._images = Counter("harmonica_images", "Images drawn.", _ROUTER)
+        self._images = Counter("harmonica_images", "Images generated.", _ROUTER)
         self._cache_ratio = Gauge("harmonica_cache_ratio", "Share of branches reused: CUR.", _ROUTER)
         self._step = Histogram("harmonica_step_seconds", "A step of a trajectory.", _SECONDS, _ROUTER)
         self._wait = Histogram("harmonica_queue_wait_seconds", "An image's wait.", _SECONDS, _ROUTER)
         self._batch = Histogram("harmonica_batch_size", "Images of a trajectory.", _SIZES, _ROUTER)
         self._waiting = Gauge("harmonica_waiting", "Images in the queue.")
-        self._rejected = Counter("harmonica_refused", "Images not drawn, by reason.", ("reason",))
+        self._rejected = Counter("harmonica_refused", "Images not generated, by reason.", ("reason",))
         self._champion = Gauge("harmonica_champion", "1 for the champion that is served.", _ROUTER)
         self._champion_rejected = Gauge("harmonica_champion_refused", "1 for one that cannot be.", _ROUTER)
         self._shown: dict[Gauge, str] = {}
@@ -40,14 +40,24 @@ class ServeMetrics:
             self._wait.observe(wait_s, tags)
 
     def waiting(self, count: int) -> None:
+        """Set the number of images in the queue."""
         self._waiting.set(count)
 
     def rejected(self, reason: str) -> None:
-        """Count an image that is not generated; the reason is overloaded, timeout or not_finite."""
+        """Count an image that is not generated.
+
+        Args:
+            reason: overloaded, timeout or not_finite.
+        """
         self._rejected.inc(1, {"reason": reason})
 
     def serving(self, version: str, rejected: str) -> None:
-        """Set which champion is served, and which one of the registry's cannot be, empty if there is none."""
+        """Set the champion that is served, and the registry's if that is another one.
+
+        Args:
+            version: the champion that is served.
+            rejected: the registry's champion if it cannot be served, else "".
+        """
         for gauge, now in ((self._champion, version), (self._champion_rejected, rejected)):
             before = self._shown.get(gauge, "")
             if before and before != now:

@@ -1,4 +1,4 @@
-"""The endpoint's OpenAPI document, completed by errors and events."""
+"""Complete the endpoint's OpenAPI document by errors and events."""
 
 from typing import Any
 

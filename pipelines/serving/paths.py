@@ -1,10 +1,10 @@
-"""ASGI middleware that normalizes a request's path and method before anything else reads them."""
+"""Normalize a request's path and method before anything else reads them."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class NormalizePath:
-    """Removes a slash at the end of the path, and answers HEAD as GET without the body.
+    """ASGI middleware removes a final slash, and answers HEAD as GET without a body.
 
     Starlette would redirect to a URL made from the Host header, which the client can choose freely.
     """

@@ -1,4 +1,4 @@
-"""Middleware of Serve's HTTP proxy that repeats a request if its replica is lost.
+"""Repeat a request if its replica is lost, by middleware of Serve's HTTP proxy.
 
 Serve answers such a request with 500, or not at all. Generating has no side effects, so repeating is safe
 until a part of an answer has been sent. The proxy's own errors are answered in the shape of OpenAI's, and an
@@ -43,7 +43,7 @@ class _Repeatable:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the request can be sent again."""
+        """Return whether the request can be sent again."""
         return self._size <= _MAX_BODY_BYTES
 
     def again(self) -> Receive:
@@ -69,7 +69,7 @@ class _Repeatable:
 
 
 class RetryLost:
-    """ASGI middleware that asks up to four replicas, then answers 503."""
+    """ASGI middleware asks up to four replicas, then answers 503."""
 
     def __init__(self, app: App) -> None:
         self._app = app

@@ -1,4 +1,7 @@
-"""Keep a replica's routers up to date: poll the registry, test a new champion, and change over to it."""
+"""Keep a replica's routers up to date with the registry.
+
+The registry is polled; a new champion is tested on the replica, which then changes over to it.
+"""
 
 import asyncio
 import logging
@@ -32,7 +35,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class ServeArgs(BaseModel):
-    """The settings of the application, `args:` in a Serve YAML file."""
+    """These are the settings of the application, `args:` in a Serve YAML file."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -70,7 +73,10 @@ class ServeArgs(BaseModel):
         )
 
     def current_version(self) -> str:
-        """Return the version that is to be served now: the champion's, or the name of the artifact folder."""
+        """Return the version that is to be served now.
+
+        It is the champion's, or the name of the artifact folder.
+        """
         if self.tracking_uri:
             return registry.resolve(self.registered_model, registry.CHAMPION, self.tracking_uri)
         if self.router == UNCACHED:
@@ -84,14 +90,17 @@ class ServeArgs(BaseModel):
         return RouterArtifact.load(self.router)
 
     def versions(self) -> list[str]:
-        """Return the registered versions, newest first; for an artifact folder there are none."""
+        """Return the registered versions, newest first.
+
+        There are none if an artifact folder is served.
+        """
         if not self.tracking_uri:
             return []
         return registry.newest_versions(self.registered_model, self.tracking_uri, _MOST_VERSIONS)
 
 
 class RegistryWatcher:
-    """Keeps an engine's routers up to date with the registry.
+    """A watcher keeps an engine's routers up to date with the registry.
 
     A router that does not load, or whose sample is another here than where it was registered, is rejected:
     the router before it stays in use, and the engine's card names the rejected one.
@@ -104,7 +113,9 @@ class RegistryWatcher:
         self._seen: tuple[str, ...] = ()
 
     async def poll(self) -> None:
-        """Poll the registry once, change over if there is a new router, and report what is served.
+        """Poll the registry once, and change over if there is a new router.
+
+        The metrics then name the version that is served.
 
         Raises:
             ValueError: the first router is rejected, so that there is none to serve.
@@ -162,7 +173,7 @@ class RegistryWatcher:
         )
 
     async def _try_out(self, version: str) -> ServedPlan:
-        """Load a version, check that its sample is reproduced here, warm it up; return its plan."""
+        """Load a version, check that it reproduces its sample, and warm its plan up."""
         images = self._engine.images
         if version == UNCACHED:
             own = own_sampler(images.loaded, self._args.model.path)
@@ -177,7 +188,7 @@ class RegistryWatcher:
         return served
 
     async def _change(self, champion: ServedPlan) -> None:
-        """Use a champion, and the fastest registered router that works here for quality low."""
+        """Use a champion, and for quality low the fastest registered router that works."""
         fastest = champion
         self._seen = tuple(await asyncio.to_thread(self._args.versions))
         versions = self._seen
@@ -193,7 +204,10 @@ class RegistryWatcher:
         self._engine.images.use(champion, fastest)
 
     async def _cost(self, version: str) -> float:
-        """Return the multiply-accumulates of an image; infinite if the version does not fit this model."""
+        """Return the number of multiply-accumulates of an image.
+
+        It is infinite if the version does not fit this model.
+        """
         if version not in self._loaded:  # a registered version never changes
             try:
                 artifact = await asyncio.to_thread(self._args.load, version)

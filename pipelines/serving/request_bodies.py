@@ -1,4 +1,4 @@
-"""Reading of request bodies: complete, small, in time, and strictly JSON."""
+"""Read request bodies: complete, small, in time, and strictly JSON."""
 
 import asyncio
 import codecs
@@ -18,7 +18,7 @@ _CLOSE = {"connection": "close"}
 
 
 class ReadBody:
-    """ASGI middleware that reads the body before it calls the application.
+    """ASGI middleware reads the body before it calls the application.
 
     It answers 413 if the body is too large, and 408 if it is not complete in time.
     """

@@ -1,4 +1,4 @@
-"""Request ids: the client's X-Request-Id if it is valid, else a new one.
+"""Name each request: by the client's X-Request-Id if that is valid, else anew.
 
 Serve's proxies import this file too, and must not load torch.
 """

@@ -1,4 +1,4 @@
-"""Descriptions of the routers that an image sampler generates under, for the model card."""
+"""Describe the routers that an image sampler generates under, for the model card."""
 
 from .image_request import Quality
 from .image_sampler import ImageSampler

@@ -1,4 +1,7 @@
-"""Choose the router that `python -m pipelines.serve` starts with; it has to fit the model."""
+"""Choose the router that `python -m pipelines.serve` starts with.
+
+It has to fit the model.
+"""
 
 import os
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from .served_plan import UNCACHED
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A router to serve; at most one of `tracking_uri` and `router` is set."""
+    """This is the router to serve; at most one of `tracking_uri` and `router` is set."""
 
     tracking_uri: str = ""
     """The MLflow whose champion is served."""
@@ -29,9 +32,10 @@ class Choice:
 
 
 def choose_router(model: ModelConfig, router: str, registered_model: str, storage_path: str) -> Choice:
-    """Return the router asked for, else the first that fits: the registry's champion or the built-in one.
+    """Return the router that was asked for, else the first that fits.
 
-    If neither fits, every branch is computed; but if the registry has a champion, that is an error.
+    The registry's champion is tried first, then the built-in one. If neither fits, every branch is computed;
+    but if the registry has a champion, that is an error.
 
     Args:
         model: the denoiser that the router has to fit.
@@ -104,7 +108,7 @@ def _champion(registered_model: str, storage_path: str) -> _Champion:
 
 
 def _mismatch(artifact: RouterArtifact | None, loaded: LoadedModel) -> str:
-    """Return how the model differs from the one the router was made for; empty if the router fits."""
+    """Return how the model differs from the router's; "" if the router fits."""
     assert artifact is not None, "there is an artifact unless `why_not` says why there is none"
     try:
         artifact.check(loaded.model, artifact.sampler)

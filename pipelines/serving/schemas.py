@@ -1,4 +1,4 @@
-"""Answers of the HTTP endpoint: OpenAI's Images API with extensions.
+"""Define the answers of the HTTP endpoint: OpenAI's Images API with extensions.
 
 OpenAI's own client passes fields it does not know through.
 """

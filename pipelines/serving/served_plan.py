@@ -1,5 +1,6 @@
-"""A plan that images are generated under, with all that belongs to it."""
+"""Define the plan that images are generated under, and what belongs to it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from harmonica.core.cache import Reuse
@@ -12,10 +13,10 @@ UNCACHED = "uncached"
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ServedPlan:
-    """A plan with the sampler it was made for, and the version of its router.
+    """A served plan has the sampler it was made for, and the version of its router.
 
-    It is compared by identity: a request is generated under the plan that it was checked against, even if
-    another router becomes champion meanwhile.
+    Served plans are compared by identity: a request is generated under the plan that it was checked against,
+    even if another router becomes champion meanwhile.
     """
 
     sampler: Sampler
@@ -25,3 +26,19 @@ class ServedPlan:
     ideal_speedup: float = 1.0
     scores: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
     """The router's scores, steps by branches, rounded, for display."""
+
+    def guided_sampler(self, scales: Sequence[float | None], *, has_fixed_shape: bool) -> Sampler:
+        """Return the sampler, guided by the images' own scales if any has one.
+
+        Args:
+            scales: guidance scale of each image; None takes the sampler's.
+            has_fixed_shape: guide either every batch under this plan or none, since guidance doubles the
+                batch whichever of its images asks for it.
+        """
+        sampler = self.sampler
+        may_guide = self.version == UNCACHED or sampler.is_guided
+        if not may_guide if has_fixed_shape else all(scale is None for scale in scales):
+            return sampler
+        default = sampler.config.guidance_scale
+        filled = [default if scale is None else scale for scale in scales]
+        return sampler.with_guidance(filled, always=has_fixed_shape)

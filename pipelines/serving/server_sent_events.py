@@ -1,4 +1,4 @@
-"""Server-sent events: the streams of several images as one answer."""
+"""Answer the streams of several images as one stream of server-sent events."""
 
 import asyncio
 import logging
@@ -56,16 +56,16 @@ async def _encoded(first: BaseModel, rest: AsyncIterator[BaseModel]) -> AsyncIte
         async for event in rest:
             yield _encode(event)
     except Exception as error:  # the status has been sent: OpenAI's client looks for `error` in the data
-        told = as_api_error(error)
-        if told.status == 500:
-            logger.error("drawing failed", exc_info=error)
-        yield format_sse_event(event="error", data_str=told.body().model_dump_json())
+        api_error = as_api_error(error)
+        if api_error.status == 500:
+            logger.error("generating failed", exc_info=error)
+        yield format_sse_event(event="error", data_str=api_error.body().model_dump_json())
 
 
 async def stream_events(events: AsyncIterator[BaseModel]) -> EventSourceResponse:
     """Wait for the first event, and return the answer that streams all of them.
 
-    What fails before the first event is thus answered by a status.
+    An error before the first event is thus answered by a status.
 
     Args:
         events: models with a `type`, which names the event.
