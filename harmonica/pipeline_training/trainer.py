@@ -236,6 +236,7 @@ class PipelineTrainer:
                 "seed": self.seed,
                 "final_beta": self.target.beta,
                 "prompts": len(self.prompts),
+                "call": calls.described_call(self.prompts[:1]),
                 **provenance,
                 "trajectories": self.trajectory,
             },
