@@ -1,1 +1,1 @@
-"""The gate, the decision about the champion, and the stages `register` and `serve`."""
+"""Register and serve routers, and decide which of them becomes the champion."""

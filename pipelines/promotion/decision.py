@@ -1,4 +1,4 @@
-"""Decide whether a registered version becomes the champion, and record the checks of the gate."""
+"""Decide whether a registered version becomes the champion, and record why."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from .gate import (
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome of a version, and the checks behind it."""
+    """The decision is whether a version is promoted, with the checks behind that."""
 
     mode: Promote
     model: str
@@ -50,7 +50,10 @@ class Decision:
 
     @property
     def blocking_checks(self) -> list[Check]:
-        """Return the failed checks that count: all of them with `gate`, else only `finite`."""
+        """Return the failed checks that count.
+
+        These are all of them if the mode is `gate`, else only `finite`.
+        """
         return [check for check in self.failed if self.mode == "gate" or check.name == FINITE]
 
     @property
@@ -88,7 +91,10 @@ class Decision:
         return f"{name} is kept and not promoted, {stays}: {why}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `promotion.json` has; its key for a message is `words`, as in older runs."""
+        """Return the contents of `promotion.json`.
+
+        The key of a message is `words`, as in older runs.
+        """
         known = {name: value for name, value in asdict(self).items() if name != "tags"}
         known["checks"] = [{"name": c.name, "passed": c.passed, "words": c.message} for c in self.checks]
         return known | {"promoted": self.is_promoted, "outcome": self.outcome, "words": self.message}
@@ -114,9 +120,12 @@ def measurements(
 
 
 def reproduction_error(config: WorkflowConfig, artifact: RouterArtifact) -> str:
-    """Return why a router does not reproduce its golden sample with this run's model, "" if it does."""
+    """Return why a router does not reproduce its golden sample; "" if it does.
+
+    The sample is generated with this run's model.
+    """
     if artifact.sample_CHW is None:
-        return "the version has no recorded sample to hold it to"
+        return "the version has no recorded sample to compare with"
     model = load_model(config.model, device_of(config.evaluate.use_gpu)).model
     try:
         artifact.check(model, config.sampler)
@@ -127,7 +136,7 @@ def reproduction_error(config: WorkflowConfig, artifact: RouterArtifact) -> str:
 
 
 def _reproduces(config: WorkflowConfig, version: str, uri: str) -> Check:
-    """Check on a worker that the version, as loaded from the registry, reproduces its sample."""
+    """Check on a worker that the registered version reproduces its sample."""
     try:
         artifact = registry.load_version(config.registered_model, version, uri)
     except ValueError as error:
@@ -145,7 +154,9 @@ def decide(
     version: str,
     run: StageRun,
 ) -> Decision:
-    """Run the checks that `promote` and `promotion` ask for, without changing anything.
+    """Run the checks that `promote` and `promotion` ask for.
+
+    Nothing is changed in the registry.
 
     Args:
         report: the report of the evaluation; None only if `promote` is not `gate`.
@@ -186,7 +197,10 @@ def _champion_check(
 
 
 def apply_decision(decision: Decision, run: StageRun) -> None:
-    """Write the decision and its numbers to the registry, then move the alias if it is promoted."""
+    """Write the decision to the registry, then move the alias if it is a promotion.
+
+    The version gets the decision and its numbers as tags.
+    """
     answers = {True: "passed", False: "failed", None: "not asked or not comparable"}
     tags = {f"{registry.GATE}.{c.name}": f"{answers[c.passed]}: {c.message}" for c in decision.checks}
     tags |= decision.tags | {registry.GATE: decision.outcome, f"{registry.GATE}.decision": decision.message}

@@ -1,4 +1,4 @@
-"""Checks of the promotion gate on a version's measurements: quality, speed, and the current champion.
+"""Check a version's quality and speed, against bounds and against the champion.
 
 A version's score is its PSNR to the full sampler's images plus `promotion.db_per_doubling` dB for every
 doubling of measured speed: at equal speed the higher PSNR wins, and at equal PSNR the faster router.
@@ -35,7 +35,7 @@ FINITE = "finite"
 
 @dataclass(frozen=True)
 class Check:
-    """One check of the gate and its result."""
+    """A check of the gate has a name, a result and the reason for it."""
 
     name: str
     passed: bool | None
@@ -44,7 +44,7 @@ class Check:
 
 
 def finite_check(artifact: RouterArtifact, report: EvaluationReport | None) -> Check:
-    """Check that all numbers of a version are finite, whatever `promote` is."""
+    """Check that all numbers of a version, and its golden sample, are finite."""
     found = {IDEAL_SPEEDUP: artifact.ideal_speedup}
     if report is not None:
         found[MEASURED_SPEEDUP] = report.speeds.measured_speedup
@@ -56,7 +56,7 @@ def finite_check(artifact: RouterArtifact, report: EvaluationReport | None) -> C
 
 
 def score(psnr_db: float, speedup: float, db_per_doubling: float) -> float:
-    """Return the score in dB; higher is better."""
+    """Return the score of a version in dB; higher is better."""
     return psnr_db + db_per_doubling * math.log2(speedup)
 
 

@@ -1,4 +1,7 @@
-"""Register an evaluated router, promote it if it passes the gate, and serve the champion."""
+"""Run the stages `register` and `serve`.
+
+An evaluated router is registered and, if it passes the gate, promoted; the champion is served.
+"""
 
 import base64
 from collections.abc import Iterator, Mapping
@@ -21,7 +24,10 @@ from .decision import Decision, apply_decision, decide, measurements
 def _with_recorded_sample(
     config: WorkflowConfig, storage: RunStorage, path: str
 ) -> Iterator[tuple[Path, RouterArtifact]]:
-    """Yield a router and its local folder, drawing its golden sample if it has none."""
+    """Yield a router's local folder and the router, with a golden sample.
+
+    A router that has no golden sample gets one, also on the storage.
+    """
     from ..evaluation.stage import with_sample
 
     with storage.local_folder(path) as folder:
@@ -47,7 +53,12 @@ def register_beside(
 
     Args:
         path: the router's folder on the storage.
+        report: the router's numbers; None if it was not evaluated.
         run: the MLflow run of this router.
+        tags: tags of the version, beside those of its numbers.
+
+    Returns:
+        The version.
     """
     name = config.registered_model
     with _with_recorded_sample(config, storage, path) as (folder, artifact):
@@ -59,10 +70,10 @@ def register_beside(
 
 
 class Publisher:
-    """The stages `register` and `serve` of one run."""
+    """A publisher runs the stages `register` and `serve` of one run."""
 
     def __init__(self, config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun) -> None:
-        """Publish nothing yet.
+        """Prepare the two stages; nothing is published before they are called.
 
         Args:
             run: the MLflow run of the whole workflow.
@@ -131,10 +142,13 @@ class Publisher:
             raise
         if not config.serve.keep:
             shutdown()
-        return f"{self.url} drew {prompt!r} in {answer['inference_time_s']:.2f} s{version}"
+        return f"{self.url} generated {prompt!r} in {answer['inference_time_s']:.2f} s{version}"
 
     def _champion(self) -> tuple[str, str]:
-        """Return which other version is the champion, if one is, and why it cannot be served."""
+        """Return which other version is the champion, and why it cannot be served.
+
+        Either is "" if there is no such version, or no reason.
+        """
         decision = self.decision
         if decision is None or decision.is_promoted:
             return "", ""

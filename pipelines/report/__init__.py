@@ -1,1 +1,1 @@
-"""The report of a run: HTML, tables, charts and the terminal's summary."""
+"""Report on a run, as an HTML page with tables and charts, and on the terminal."""

@@ -1,4 +1,4 @@
-"""Charts for a run's report, as Figures that need no display."""
+"""Plot the charts of a run's report, as Figures that need no display."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -31,10 +31,14 @@ def _name(axes: Axes, title: str, x: str, y: str = "") -> None:
 
 
 def training_curves(loss: Curve, cur: Curve, target_cur: float = 0.0) -> Figure:
-    """Plot the loss, on a logarithmic scale if it is positive, and the share of reused entries.
+    """Plot the loss and the cache utilisation ratio (CUR) of a training.
+
+    The loss has a logarithmic scale if it is positive.
 
     Args:
-        target_cur: drawn as a line where above 0.
+        loss: the training's loss.
+        cur: the share of branch outputs that are reused.
+        target_cur: shown as a line if it is above 0.
     """
     figure, (left, right) = _axes(2)
     left.plot(*zip(*loss), color=_LINE, linewidth=1.2)
@@ -53,7 +57,7 @@ def lambda_curves(curves: Mapping[int, Sequence[float]]) -> Figure:
     """Plot lambda of every step after each refresh, the last one darkest.
 
     Args:
-        curves: by trajectory, lambda of steps 0, 1, ...
+        curves: lambda of steps 0, 1, ..., by trajectory.
     """
     figure, (axes,) = _axes(1)
     last = max(curves)

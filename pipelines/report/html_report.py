@@ -1,4 +1,7 @@
-"""The report page of a run: a single HTML file without scripts or external resources."""
+"""Write the report page of a run.
+
+The page is a single HTML file without scripts or external resources.
+"""
 
 import base64
 import logging
@@ -42,10 +45,11 @@ History = Mapping[str, list[tuple[int, float]]]
 def write_page(
     config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun, versions: Mapping[str, str]
 ) -> None:
-    """Write the page from the results of the run's stages, into its folder and MLflow.
+    """Write the page from the stages' results, into the run's folder and MLflow.
 
     Args:
-        run: the workflow's.
+        run: the MLflow run of the workflow.
+        versions: versions of the libraries and of the code, by name.
     """
     page = render(config, storage, _training_history(config), versions)
     storage.write_bytes(PAGE, page.encode())
@@ -64,7 +68,7 @@ def render(config: WorkflowConfig, storage: RunStorage, history: History, versio
     pictures |= {name: _data_uri(png_of(figure)) for name, figure in _curves(history, config).items()}
     settings, done = config.to_dict(), {"gate": decision is not None, "served": SERVED in pictures}
     done |= {"comparison": compared is not None, "sweep": swept is not None}
-    # Nothing that is put into it is taken for HTML: prompts and names are other people's words.
+    # All inserted text is escaped: prompts and names come from users.
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE.read_text())
     return template.render(
         run_id=config.run_id,
@@ -100,14 +104,17 @@ def _curves(history: History, config: WorkflowConfig) -> dict[str, Figure]:
 
 
 def _training_history(config: WorkflowConfig) -> History:
-    """Return the training's metrics from MLflow; empty, with a warning, if they cannot be read."""
+    """Return the training's metrics from MLflow.
+
+    If they cannot be read, there is a warning and the result is empty.
+    """
     try:
         run = mlflow_runs.find_run("train", config.run_id, config.storage_path)
         if run is None:
             return {}
         names = [n for n in run.metric_names() if n in ("loss", "cur") or n.startswith(_LAMBDA)]
         return {name: run.history(name) for name in names}
-    except Exception as error:  # of many libraries; curves are not worth a page
+    except Exception as error:  # of many libraries; a page without curves is better than none
         logger.warning("training's curves are not in the report (%s: %s)", type(error).__name__, error)
         return {}
 

@@ -1,4 +1,4 @@
-"""The end of a workflow: write the report page, print the table, and say where the results are."""
+"""End a workflow: write its report page, and say on the terminal how it went."""
 
 import importlib.metadata
 import logging
@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 def git_revision() -> str:
-    """Return the git revision, "unknown" in a job's unpacked folder or on a machine without git."""
+    """Return the git revision of the working folder.
+
+    It is "unknown" in a job's unpacked folder, and on a machine without git.
+    """
     if shutil.which("git") is None:
         return "unknown"
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -49,8 +52,8 @@ def summarise(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.Stag
     """Write the run's page, and say on the terminal how the run went.
 
     Args:
-        run: MLflow's, of the whole workflow.
-        url: of the endpoint, "" where none was started.
+        run: the MLflow run of the whole workflow.
+        url: URL of the endpoint; "" if none was started.
     """
     try:
         write_page(config, storage, run, versions() | {"git revision": git_revision()})
@@ -73,7 +76,10 @@ def summarise(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.Stag
 
 
 def _wait() -> None:
-    """Wait until interrupted on a private cluster, whose endpoint lives as long as this process."""
+    """Wait until interrupted if the cluster is private.
+
+    Its endpoint lives as long as this process.
+    """
     if is_private():
         say("          until Ctrl-C")
         try:

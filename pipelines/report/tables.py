@@ -1,6 +1,6 @@
-"""The tables of a run's report page: plain strings, from the JSON that the stages wrote.
+"""Make the tables of a run's report page from the JSON that the stages wrote.
 
-Numbers that nobody knew of when this was written are shown all the same, under their own names.
+All cells are strings. A number whose key is not in the table of metrics is shown under its key.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from harmonica.evaluation.metric_table import (
 from ..compare.names import shown_name
 from ..compare.ranking import missing_name
 
-# What an evaluation can measure, by one of its names, and what it takes.
+# The sentence for a metric that an evaluation can measure and has not, by the metric's key.
 _MEASURABLE = {
     FRECHET_TO_FULL: "distances between sets of images (Frechet, KID, ...): no feature extractor",
     SSIM_TO_FULL: "SSIM to full",
@@ -30,7 +30,7 @@ Row = tuple[str, list[str]]
 
 
 def shown(key: str, of: Mapping[str, Estimate]) -> str:
-    """Return a number with its unit and its 95% interval, "" if there is no such number."""
+    """Return a number with its unit and its 95% interval; "" if there is none."""
     metric, found = metric_of(key), of.get(key)
     if found is None:
         return ""
@@ -45,7 +45,7 @@ def _keys(of: Sequence[Mapping[str, Estimate]]) -> list[str]:
 
 
 def results(report: EvaluationReport) -> tuple[list[str], list[Row]]:
-    """Return columns and rows of the results: a column for each variant, a row for each metric."""
+    """Return the columns of the results, one a variant, and the rows, one a metric."""
     variants = {**report.variants, **report.transfer}
     if report.noise_floor is not None:
         variants["two seeds of full"] = report.noise_floor
@@ -55,7 +55,11 @@ def results(report: EvaluationReport) -> tuple[list[str], list[Row]]:
 
 
 def comparison(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], list[Row]]]:
-    """Return a table for each target: title, columns, and a row for each method and seed."""
+    """Return a table for each target speed.
+
+    Returns:
+        For each table its title, its columns, and a row for each method and seed.
+    """
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for point in points:
         groups.setdefault(point.get("target_speedup"), []).append(point)
@@ -95,8 +99,9 @@ def not_measured(
     """Return sentences that say what this run did not measure.
 
     Args:
-        settings: the workflow's.
-        done: whether a comparison, a sweep and so on are there, by name.
+        settings: the settings of the workflow.
+        report: the report of its evaluation; None if nothing was evaluated.
+        done: whether there are a comparison, a sweep and so on, by name.
     """
     missing = []
     if report is None:
@@ -107,7 +112,7 @@ def not_measured(
         if report.full.seconds_per_image is not None and not settings["evaluate"]["use_gpu"]:
             missing.append("Speed on a GPU: all times are of a CPU.")
         if not settings["evaluate"]["transfer"]:
-            missing.append("What the plan is worth under other samplers (evaluate.transfer).")
+            missing.append("The plan under other samplers (evaluate.transfer).")
     if str(settings["model"]["path"]).startswith("builtin:"):
         missing.append("Public models: this is a small one that is built in.")
     words = {

@@ -1,4 +1,4 @@
-"""Tables printed to the terminal at the end of a workflow."""
+"""Print tables on the terminal at the end of a workflow."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +51,7 @@ _COMPARED = {
 
 
 def _cell(key: str, of: Mapping[str, Estimate]) -> str:
-    """Return the number, with half the width of its 95% interval if it has one."""
+    """Return a number, with half the width of its 95% interval if it has one."""
     if key not in of:
         return ""
     form, ends = METRICS[key].column_form, of[key].interval
@@ -60,7 +60,7 @@ def _cell(key: str, of: Mapping[str, Estimate]) -> str:
 
 
 def results_table(report: EvaluationReport) -> None:
-    """Print the results of all variants, and below them the noise floor of the distances."""
+    """Print the results of all variants, and below them the distances' noise floor."""
     speeds, share = report.speeds, report.speeds.realised_share
     title = (
         (f"cached by {speeds.method}\n" if speeds.method else "")
@@ -86,9 +86,9 @@ def results_table(report: EvaluationReport) -> None:
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> None:
-    """Print all points of a comparison by target speed; libraries, which have none, come last.
+    """Print all points of a comparison by target speed.
 
-    Under the table: what was not measured, and why.
+    Libraries, which have no target, come last. A list below the table says what was not measured, and why.
     """
     title = f"{comparison['sampler']}, {comparison['num_inference_steps']} steps"
     table = Table(title=title, title_style="bold", title_justify="left")
@@ -111,6 +111,6 @@ def comparison_table(comparison: Mapping[str, Any]) -> None:
 
 
 def _console() -> Console:
-    """Return a console that does not fold tables to 80 columns in a file or a job's log."""
+    """Return a console that does not fold tables to 80 columns in files and logs."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=140)

@@ -1,4 +1,4 @@
-"""MLflow tracking: runs, metrics, and the registry of routers."""
+"""Keep runs, metrics and the registry of routers in MLflow."""
 
 from harmonica.validation.extras import need
 

@@ -1,4 +1,4 @@
-"""The log of training metrics for MLflow, which receives each of them exactly once.
+"""Send training metrics to MLflow, each of them exactly once.
 
 Metrics that MLflow has not confirmed go into the next checkpoint, so they outlive the worker. Points that it
 has are not sent again, even if the confirmation was lost or the trajectory was trained again.
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 _LAST = "loss"
 """The metric that every trajectory has and that is sent last: if MLflow has it, it has the others too."""
 _RETRY_S = 2.0
-# Of MLflow's errors, those that pass by themselves; no answer at all is an INTERNAL_ERROR to its client.
+# Codes of MLflow's errors that pass by themselves; its client makes an INTERNAL_ERROR of no answer.
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
 
 
 class MetricLog:
-    """The metrics of rank 0 that MLflow has not confirmed yet."""
+    """The log holds the metrics of rank 0 that MLflow has not confirmed yet."""
 
     def __init__(self, run: StageRun, pending: list[Any] | None = None) -> None:
         """Start with what an earlier log had pending.

@@ -1,4 +1,7 @@
-"""MLflow runs: one for each workflow, a nested one for each stage, reused after a restart."""
+"""Make the MLflow runs: one for each workflow, and a nested one for each stage.
+
+A restarted workflow goes on with the runs it has.
+"""
 
 import os
 import time
@@ -31,7 +34,7 @@ def make_client(uri: str) -> MlflowClient:
 
 
 class Point(NamedTuple):
-    """The metrics of one step with the time of their measurement, which later sending keeps."""
+    """A point has the metrics of one step, and the time when they were measured."""
 
     step: int
     time_ms: int
@@ -40,7 +43,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class StageRun:
-    """A handle on one MLflow run, of plain values so that it can be sent to a worker."""
+    """This handle names one MLflow run; it can be sent to a worker."""
 
     uri: str
     mlflow_run_id: str
@@ -60,11 +63,10 @@ class StageRun:
         self.log_points([Point(step, int(time.time() * 1000), metrics)])
 
     def log_points(self, points: Sequence[Point]) -> None:
-        """Log metrics of many steps, in order, in as few requests as MLflow's limits allow.
+        """Log the metrics of many steps, in as few requests as MLflow's limits allow.
 
-        Each step is in one request.
-
-        Points sent twice are stored once, since MLflow identifies them by step and time.
+        Points are sent in order, and the metrics of a step in one request. Points that are sent twice are
+        stored once, since MLflow identifies them by step and time.
         """
         client = self.client
         batch: list[Metric] = []
@@ -118,7 +120,7 @@ def _experiment_id(client: MlflowClient, storage_path: str) -> str:
         found = client.get_experiment_by_name(EXPERIMENT)
         if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
             raise
-        return found.experiment_id  # of a workflow that started at the same moment
+        return found.experiment_id  # another workflow has made it at the same moment
 
 
 def _mlflow_run_id(client: MlflowClient, experiment_id: str, stage: str, run_id: str) -> str:
@@ -145,10 +147,12 @@ def find_or_create(
     *,
     generation: int = 1,
 ) -> StageRun:
-    """Return the MLflow run of (run id, stage), made if there is none, so that there is just one.
+    """Return the MLflow run of (run id, stage); make it if there is none.
 
     Args:
-        generation: above 1 for a stage that is done again, whose run exists beside the earlier one until it
+        config: settings, which are logged as the parameters of a new run.
+        parent: the run of the workflow, in which that of a stage is nested.
+        generation: above 1 for a stage that is done again; its run exists beside the earlier one until it
             replaces that.
     """
     uri = tracking_uri(storage_path)
@@ -194,7 +198,10 @@ def stage_run(
     *,
     generation: int = 1,
 ) -> Iterator[StageRun]:
-    """Yield the stage's run; close it as finished, or as failed or killed if the body raises."""
+    """Yield the stage's run, and close it at the end.
+
+    It is closed as finished, or as failed or killed if the body raises.
+    """
     run = find_or_create(stage, run_id, storage_path, config, parent, generation=generation)
     try:
         yield run
@@ -210,9 +217,10 @@ def stage_run(
 
 
 def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numbers of a nested report as MLflow metrics, such as `arms.cached.psnr_to_full`.
+    """Return the numbers of a nested report as MLflow metrics.
 
-    An interval makes two metrics: `arms.cached.psnr_to_full_interval.low` and `.high`.
+    Names are such as `arms.cached.psnr_to_full`. An interval makes two metrics:
+    `arms.cached.psnr_to_full_interval.low` and `.high`.
     """
     flat: dict[str, float] = {}
     for name, value in report.items():
@@ -221,6 +229,6 @@ def numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif name.endswith("_interval"):
             flat |= numbers(dict(zip(("low", "high"), value)), f"{prefix}{name}.")
         elif isinstance(value, int | float):
-            # MLflow has no plus in its names, and DPM-Solver++ two.
+            # MLflow allows no plus in names; "DPM-Solver++" has two.
             flat[(prefix + name).replace("+", "p")] = float(value)
     return flat

@@ -1,4 +1,7 @@
-"""The store of MLflow's runs and registry: one URI for all processes, checked early."""
+"""Find and check the store of MLflow's runs and registry.
+
+All processes use the same URI, which is checked before any work starts.
+"""
 
 import os
 import re
@@ -31,21 +34,21 @@ def database_of(storage_path: str) -> Path:
 
 
 def artifacts_of(storage_path: str) -> Path:
-    """Return the folder beside the runs of a local storage path that gets MLflow's files."""
+    """Return the folder of MLflow's files, beside the runs of a local storage path."""
     return local(storage_path, "storage_path") / "mlartifacts"
 
 
 def sqlite_uri(database: Path) -> str:
-    """Return the URI by which SQLAlchemy opens a file, whatever characters its path has."""
+    """Return the URI of a SQLite file, whatever characters its path has."""
     path = str(database.absolute())
     if not {"%", "?"} & set(path):
         return f"sqlite:///{path}"
-    # With its driver named, MLflow leaves the folder alone; else it makes one that is called as the URI is.
+    # If the URI names the driver, MLflow makes no folder for the file; else it makes one named as the URI is.
     return "sqlite+pysqlite:///" + path.replace("%", "%25").replace("?", "%3F")
 
 
 def tracking_uri(storage_path: str) -> str:
-    """Return `MLFLOW_TRACKING_URI` where set, else SQLite in the folder that holds the runs.
+    """Return `MLFLOW_TRACKING_URI` if set, else SQLite in the folder of the runs.
 
     It is the same store in every process, wherever that runs.
 
@@ -101,36 +104,40 @@ def _settled(uri: str) -> str:
 
 
 def check_store(storage_path: str) -> None:
-    """Refuse a store that cannot record runs; change nothing.
+    """Check that the store can record runs, without changing anything.
 
     Raises:
         ValueError: the store is unusable; the message names the variable, its value and the cure.
     """
     uri = tracking_uri(storage_path)
-    said, scheme = f"{_VARIABLE} is {without_credentials(uri)}", _scheme(uri)
+    store, scheme = f"{_VARIABLE} is {without_credentials(uri)}", _scheme(uri)
     if scheme == "sqlite":
         name = make_url(uri).database or ""
         if not Path(name).exists():
             return  # it will be made
-        said = f"MLflow's store is {name}"
+        store = f"MLflow's store is {name}"
     elif scheme in _PORTS:
-        _check_answers(uri, scheme, said)
+        _check_answers(uri, scheme, store)
     try:
         found = MlflowClient(uri, registry_uri=uri).get_experiment_by_name(EXPERIMENT)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{said}, which cannot be used ({without_credentials(why[0])}): correct it or its server"
+            f"{store}, which cannot be used ({without_credentials(why[0])}): correct it or its server"
         ) from error
     if found is not None and found.lifecycle_stage == "deleted":
         raise ValueError(
-            f"{said}, in which the experiment {EXPERIMENT!r} is deleted: restore it with `mlflow experiments "
-            f"restore --experiment-id {found.experiment_id}`, or remove it for good with `mlflow gc`"
+            f"{store}, in which the experiment {EXPERIMENT!r} is deleted: restore it with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or remove it for good with "
+            "`mlflow gc`"
         )
 
 
-def _check_answers(uri: str, scheme: str, said: str) -> None:
-    """Check within seconds that the server answers; MLflow's own client tries for minutes."""
+def _check_answers(uri: str, scheme: str, store: str) -> None:
+    """Check within seconds that the server answers.
+
+    MLflow's own client tries for minutes.
+    """
     try:
         if scheme in _DATABASES:
             url = make_url(uri)
@@ -141,6 +148,6 @@ def _check_answers(uri: str, scheme: str, said: str) -> None:
             httpx.get(f"{uri.rstrip('/')}/health", timeout=_PATIENCE_S)  # any answer is one
     except (OSError, httpx.HTTPError, httpx.InvalidURL, SQLAlchemyError) as error:
         raise ValueError(
-            f"{said}, where nothing answers ({str(error) or type(error).__name__}): start the server, or "
+            f"{store}, where nothing answers ({str(error) or type(error).__name__}): start the server, or "
             "correct the address"
         ) from error

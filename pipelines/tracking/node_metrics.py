@@ -1,4 +1,4 @@
-"""System metrics of every node (CPU, memory, GPUs) in the workflow's MLflow run.
+"""Log the CPU, memory and GPUs of every node in the workflow's MLflow run.
 
 An idle actor on each node reads them and a thread of the driver sends them under MLflow's own names, so that
 training waits for neither. MLflow's own monitor stops for good if its server fails to answer once.
@@ -30,14 +30,17 @@ _NVIDIA_QUERY = "index,utilization.gpu,memory.used,memory.total,power.draw"
 
 
 class NodeReader:
-    """An actor that reads the metrics of its node."""
+    """This actor reads the metrics of its node."""
 
     def __init__(self) -> None:
         self._nvidia = shutil.which("nvidia-smi")  # comes with the driver, so no package is needed
         psutil.cpu_percent()  # each call measures since the one before
 
     def read(self) -> dict[str, float]:
-        """Return metrics such as `cpu_utilization_percentage` and `gpu_0_memory_usage_megabytes`."""
+        """Return the node's metrics.
+
+        Names are such as `cpu_utilization_percentage` and `gpu_0_memory_usage_megabytes`.
+        """
         memory = psutil.virtual_memory()
         metrics = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -51,16 +54,22 @@ class NodeReader:
             return {}
         command = [self._nvidia, f"--query-gpu={_NVIDIA_QUERY}", "--format=csv,noheader,nounits"]
         try:
-            said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE_S)
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE_S)
         except (OSError, subprocess.SubprocessError):
             return {}
-        return gpu_metrics(said.stdout)
+        return gpu_metrics(done.stdout)
 
 
-def gpu_metrics(said: str) -> dict[str, float]:
-    """Return the metrics in nvidia-smi's lines, without those that a GPU does not report."""
+def gpu_metrics(table: str) -> dict[str, float]:
+    """Return the metrics in nvidia-smi's table.
+
+    Those that a GPU does not report are left out.
+
+    Args:
+        table: a line of comma-separated values for each GPU.
+    """
     metrics: dict[str, float] = {}
-    for line in said.strip().splitlines():
+    for line in table.strip().splitlines():
         index, *numbers = (cell.strip() for cell in line.split(","))
         busy, used_mib, total_mib, watts = map(_number, numbers)
         found = {"utilization_percentage": busy, "power_usage_watts": watts}
@@ -79,13 +88,16 @@ def _number(cell: str) -> float | None:
 
 
 class Nodes:
-    """The readers of a cluster, one on each node; nodes may join and leave."""
+    """The nodes of a cluster are read by an actor on each; they may join and leave."""
 
     def __init__(self) -> None:
         self._readers: dict[str, Any] = {}
 
     def read(self) -> dict[str, float]:
-        """Return the metrics of all nodes that answer, such as `system/<node>/cpu_utilization_percentage`."""
+        """Return the metrics of all nodes that answer.
+
+        Names are such as `system/<node>/cpu_utilization_percentage`.
+        """
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         self._readers = {one: reader for one, reader in self._readers.items() if one in alive}
         for node_id in alive - self._readers.keys():
@@ -108,7 +120,7 @@ class Nodes:
 
 
 def _watch(run: StageRun, interval_s: float, stopped: threading.Event) -> None:
-    nodes, pending, is_told = Nodes(), deque[Point](maxlen=_MOST_PENDING), False
+    nodes, pending, has_warned = Nodes(), deque[Point](maxlen=_MOST_PENDING), False
     while not stopped.wait(interval_s):
         try:
             metrics = nodes.read()
@@ -117,9 +129,9 @@ def _watch(run: StageRun, interval_s: float, stopped: threading.Event) -> None:
             run.log_points(list(pending))
             pending.clear()
         except Exception as error:  # of Ray, or of MLflow; no reason to end a run
-            if not is_told:
+            if not has_warned:
                 logger.warning("metrics of the nodes wait for MLflow (%s)", type(error).__name__)
-            is_told = True
+            has_warned = True
 
 
 @contextmanager

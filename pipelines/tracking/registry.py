@@ -1,4 +1,4 @@
-"""Router artifacts in MLflow's registry, as versions of a registered model.
+"""Keep router artifacts in MLflow's registry, as versions of a registered model.
 
 A version's source is the folder `router/` of the MLflow run that made it: `router.safetensors` and
 `config.json` as they are, no MLflow flavour and so no pickle.
@@ -36,13 +36,15 @@ def register(
     alias: str | None = CHAMPION,
     tags: Mapping[str, str] | None = None,
 ) -> str:
-    """Upload the folder to the MLflow run and point the alias at it; returns the version.
+    """Upload an artifact to the MLflow run, register it, and return the version.
 
-    Called again for the same MLflow run it makes no second version, leaves the first one's files alone, since
-    a registered version never changes, and the alias where it is by then.
+    Called again for the same MLflow run, it makes no second version and leaves the first one's files as they
+    are, since a registered version never changes. It also leaves the alias where it is by then.
 
     Args:
-        alias: None leaves that to a later `promote`.
+        name: name of the registered model.
+        alias: alias to point at the version. None leaves that to a later `promote`.
+        tags: tags of a new version.
 
     Raises:
         ValueError: the folder is no router artifact.
@@ -79,7 +81,7 @@ def was_promoted(version: ModelVersion, alias: str = CHAMPION) -> bool:
 
 
 def set_tags(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
-    """Set those of the tags that the version does not have."""
+    """Set the tags that the version does not have."""
     before = client.get_model_version(name, version).tags
     for key, value in tags.items():
         if before.get(key) != value:
@@ -139,7 +141,13 @@ def load_version(name: str, version: str, uri: str) -> RouterArtifact:
 
 
 def newest_versions(name: str, uri: str, most: int) -> list[str]:
-    """Return at most `most` versions, newest first, without those that are not promoted."""
+    """Return the newest versions, newest first.
+
+    Versions that the gate has kept back are left out.
+
+    Args:
+        most: largest number of versions.
+    """
     found = make_client(uri).search_model_versions(
         f"name = '{name}'", max_results=most, order_by=["version_number DESC"]
     )
@@ -155,7 +163,11 @@ def _ensure_registered_model(client: MlflowClient, name: str) -> None:
 
 
 def _raise_if_unknown(client: MlflowClient, name: str, alias: str, uri: str) -> None:
-    """Raise ValueError if the server answers and lacks the name, the alias or its version."""
+    """Check that the server has the name, the alias and the version that carries it.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
     where = without_credentials(uri)
     known = {model.name: model for model in client.search_registered_models()}
     if name not in known:

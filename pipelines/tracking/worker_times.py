@@ -1,7 +1,7 @@
-"""The node of each worker and its times by activity, gathered at checkpoints.
+"""Gather each worker's node, and its times by activity, at checkpoints.
 
-They show a slow node: the worker that the others wait for has the least of `reduce`, and the most of
-something else.
+They show a slow node: the worker that the others wait for has the shortest time of `reduce`, and a longer
+time than the others of another activity.
 """
 
 import time
@@ -46,7 +46,7 @@ def _gather_times(mine: dict[str, float]) -> list[dict[str, float]]:
 
 
 class WorkerTimes:
-    """The times of one worker since the last checkpoint, by the names of its metrics."""
+    """The times of one worker are summed by activity since the last checkpoint."""
 
     def __init__(self) -> None:
         self._seconds = {_DATA: 0.0}
@@ -59,6 +59,7 @@ class WorkerTimes:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
+        """Add the time of the body to that of waiting for data."""
         started = time.perf_counter()
         yield
         self._count(_DATA, time.perf_counter() - started)
@@ -73,14 +74,14 @@ class WorkerTimes:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def gather(self, rank: int) -> dict[str, float]:
-        """Return mean seconds of a trajectory by worker and kind, such as `worker.1.student_s`.
+        """Return the mean seconds of a trajectory by worker and activity.
 
-        All ranks call it.
+        Names are such as `worker.1.student_s`. All ranks call it.
         """
         mean = {name: total / max(1, self._trajectories) for name, total in self._seconds.items()}
         for name, seconds in mean.items():
             self._gauge.set(seconds, {"rank": str(rank), "kind": name})
-        # The names stay: what is not done any more takes no time, and a curve in MLflow ends at 0.
+        # The names stay: an activity that has ended takes no time, and its curve in MLflow ends at 0.
         self._seconds, self._trajectories = dict.fromkeys(self._seconds, 0.0), 0
         return {
             f"worker.{worker}.{name}_s": seconds
