@@ -84,7 +84,7 @@ class GenerationEngine:
             image_size=images.image_size,
             sizes=images.sizes,
             has_previews=images.has_previews,
-            takes_pictures=images.takes_pictures,
+            max_pictures=images.max_pictures,
             needs_pictures=images.needs_pictures,
             max_images=self._config.max_images_per_request,
             routers=router_cards(images),

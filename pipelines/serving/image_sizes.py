@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import NoReturn
 
 from .image_request import SettingRejected
 
@@ -40,7 +41,7 @@ class SizeBounds:
             self._refuse(text, f"give width times height up to {self.max_pixels}")
         return width, height
 
-    def _refuse(self, text: str, cure: str) -> None:
+    def _refuse(self, text: str, cure: str) -> NoReturn:
         raise SettingRejected("size", f"size is {text[:_MAX_ECHO]!r}: {cure}")
 
     def _rounded(self, pixels: float) -> int:

@@ -33,8 +33,10 @@ class PlannedSampler(ABC, Generic[Served]):
     """The sizes that a request may ask for; None where there is one, `image_size`."""
     has_previews = True
     """Whether intermediate images can be predicted."""
-    takes_pictures = False
+    max_pictures = 0
+    """Number of pictures that a request may edit at most."""
     needs_pictures = False
+    """Whether nothing is generated without a picture."""
 
     def __init__(self, max_steps: int) -> None:
         self._max_steps = max_steps

@@ -175,9 +175,9 @@ class RegistryWatcher:
         images = self._engine.images
         if version == UNCACHED:
             own = images.own_sampler(self._args.model.path)
-            served = await asyncio.to_thread(images.make_uncached, own)
-            await self._engine.warm_up(served)
-            return served
+            uncached: ServedPlan = await asyncio.to_thread(images.make_uncached, own)
+            await self._engine.warm_up(uncached)
+            return uncached
         artifact = await asyncio.to_thread(self._args.load, version)
         served: ServedPlan = await asyncio.to_thread(images.make_plan, artifact, version)
         # In the trajectories' thread: two trajectories at once would slow down each other.

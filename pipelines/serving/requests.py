@@ -122,8 +122,8 @@ class ModelCard:
     sizes: SizeBounds | None = None
     """The sizes that a request may ask for; None where there is one."""
     has_previews: bool = True
-    takes_pictures: bool = False
-    """Whether pictures can be edited."""
+    max_pictures: int = 0
+    """Number of pictures that a request may edit at most; 0 where the model takes none."""
     needs_pictures: bool = False
     """Whether nothing is generated without a picture."""
     routers: tuple[RouterCard, ...] = ()
