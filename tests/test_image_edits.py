@@ -2,6 +2,8 @@
 
 import base64
 import io
+import re
+from pathlib import Path
 
 import numpy as np
 import openai
@@ -106,6 +108,17 @@ def test_openais_client_edits_a_picture(engine, folder):
             **settings,
         ).images
         assert same(pixels(answer.data[index].b64_json), np.round(theirs * 255).astype(int))
+
+
+def test_the_documented_example_runs(engine, tmp_path):
+    page = (Path(__file__).parents[1] / "docs/pages/guides/serve.md").read_text()
+    (code,) = [each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "images.edit(" in each]
+    assert '"in.png"' in code
+    (tmp_path / "in.png").write_bytes(picture())
+    with running(create_app(engine)) as url, openai.OpenAI(api_key="x", base_url=f"{url}v1") as client:
+        names = {"client": client}
+        exec(code.replace('"in.png"', repr(str(tmp_path / "in.png"))), names)
+    assert names["edited"].size == "128x64" and names["edited"].data[0].b64_json
 
 
 def test_a_plan_edits_and_generates_and_the_picture_counts(client):
