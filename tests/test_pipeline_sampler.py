@@ -1,5 +1,6 @@
 """A diffusers pipeline behind the endpoint's engine, without Ray."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -17,12 +18,14 @@ from harmonica.validation.settings import SettingError
 from pipelines.config.serve import ServeConfig
 from pipelines.serving.api_requests import GenerateRequest
 from pipelines.serving.deployments import make_sampler
+from pipelines.serving.engine import GenerationEngine
 from pipelines.serving.generation import check
 from pipelines.serving.http_errors import ApiError
 from pipelines.serving.image_request import ImageRequest, Picture, SettingRejected
 from pipelines.serving.image_sizes import SizeBounds
 from pipelines.serving.pipeline_folder import PipelineFolder, pipeline_folder
 from pipelines.serving.pipeline_sampler import PipelineSampler
+from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
 from pipelines.serving.requests import ModelCard
 from pipelines.serving.router_choice import choose_router
 
@@ -336,3 +339,31 @@ def test_a_pipeline_that_only_edits_says_so():
     assert check(body, card, num_pictures=1) == ("a", [])
     with pytest.raises(ApiError, match="'tiny' takes 0: leave it out, and POST to /v1/images/generations"):
         check(body, dataclasses.replace(card, max_pictures=0, needs_pictures=False), num_pictures=1)
+
+
+@pytest.mark.parametrize("router", ["trained", "uncached"])
+def test_a_replica_tries_its_router_out(folder, artifact, tmp_path, router):
+    path = str(artifact.save(tmp_path / "trained")) if router == "trained" else router
+    args = ServeArgs(model=ModelConfig(path=str(folder)), router=path, registered_model="tiny").resolved()
+    images = make_sampler(args.model, args.serve)
+    engine = GenerationEngine(images, "tiny", args.serve)
+
+    async def start():
+        await RegistryWatcher(engine, args).poll()
+        return await engine.describe()
+
+    card = asyncio.run(start())
+    assert (card.router_version, card.class_names, card.has_previews) == (router, (), False)
+    by_quality = {quality: each for each in card.routers for quality in each.quality}
+    assert by_quality["high"].version == "uncached" and by_quality["medium"].version == router
+    assert by_quality["high"].num_inference_steps == (tiny.STEPS if router == "trained" else 28)
+    assert by_quality["medium"].guidance_scale == (3.0 if router == "trained" else 3.5)
+
+
+def test_a_replica_refuses_a_router_whose_branches_are_others(folder, artifact, tmp_path):
+    fewer = {**artifact.model, "branches": artifact.model["branches"][1:]}
+    path = str(dataclasses.replace(artifact, model=fewer).save(tmp_path / "router"))
+    args = ServeArgs(model=ModelConfig(path=str(folder)), router=path).resolved()
+    engine = GenerationEngine(make_sampler(args.model, args.serve), "tiny", args.serve)
+    with pytest.raises(ValueError, match="they differ in"):
+        asyncio.run(RegistryWatcher(engine, args).poll())
