@@ -21,6 +21,7 @@ from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.forecast_fit import ForecastFit, linear_weights, sketch_image_error, unknowns
+from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.sdt import SdtConfig
 from harmonica.training.trainer import RouterTrainer
 
@@ -83,7 +84,7 @@ def test_a_fit_holds_for_images_it_has_not_seen(sampler):
     fit = ForecastFit(alternating(), replace(FIT, trajectories=16, probes=4))
     before = error(sampler, fit.planned(), 100, 16)
     for k in range(16):
-        metrics = fit.observe(sampler, [rows(4 * k)], lambda sums: None)
+        metrics = fit.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
         assert ("forecast.ridge" in metrics) == (k in (7, 15)), "a round ends after half of the trajectories"
     assert error(sampler, fit.planned(), 100, 16) < 0.8 * before
 
@@ -93,7 +94,7 @@ def test_rows_at_once_change_nothing(sampler):
     for size in (1, 4):
         fit = ForecastFit(alternating(), FIT)
         for k in range(4):
-            fit.observe(sampler, rows(4 * k).split(size), lambda sums: None)
+            fit.observe(SamplerBackend(sampler), rows(4 * k).split(size), lambda sums: None)
         fits.append(fit.weights_TBK)
     torch.testing.assert_close(*fits, rtol=1e-5, atol=1e-6)
 
@@ -162,7 +163,7 @@ def test_a_plan_that_reuses_nothing_has_nothing_to_fit(tiny_sampler, batch):
     noise, labels = batch
     for k in range(4):
         parts = [Batch(noise, labels, SampleKeys.of(0, range(4 * k, 4 * k + 4)))]
-        assert fit.observe(tiny_sampler, parts, lambda tensor: None)["loss"] < 1e-20
+        assert fit.observe(SamplerBackend(tiny_sampler), parts, lambda tensor: None)["loss"] < 1e-20
     assert not fit.weights_TBK.any()
 
 

@@ -28,6 +28,7 @@ from harmonica.training.plans.builders import (
 )
 from harmonica.training.plans.search import StepSearch, step_effects
 from harmonica.training.plans.selection import PlanSelector
+from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.sdt import SdtConfig
 from harmonica.training.trainer import RouterTrainer
 
@@ -134,7 +135,7 @@ def test_a_measured_start_is_nearer_than_an_even_one(sampler):
     train(run, 2)
     plans = {name: Plan.from_scores(logits.sigmoid(), 0.5) for name, logits in run.context.starts.items()}
     choice = PlanSelector(plans, "forecast")
-    choice.observe(sampler, [rows(100, 16)], lambda tensor: None)
+    choice.observe(SamplerBackend(sampler), [rows(100, 16)], lambda tensor: None)
     assert choice.best == "measured"
 
 
@@ -194,7 +195,7 @@ def test_a_quality_is_met_by_the_fastest_start_that_has_it(sampler):
     search = StepSearch(STEPS)
     batch = rows(0)
     noise, labels, keys = batch.noise_NCHW, batch.condition_N, batch.keys
-    search.observe(sampler, [batch], "forecast", lambda tensor: None)
+    search.observe(SamplerBackend(sampler), [batch], "forecast", lambda tensor: None)
     full = sample(sampler, noise, labels, keys=keys)
 
     def psnr(count: int) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harmonica.core.plan import Plan
 from harmonica.core.router import FIXED_LOGIT, Router
-from harmonica.samplers import Sampler
+from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.plans.search import initial_router
 from harmonica.training.sdt import SdtTrainer
@@ -19,7 +19,7 @@ from harmonica.training.target import TargetController
 class TrainingContext:
     """One router in training, with the state that more than one phase reads or changes."""
 
-    sampler: Sampler
+    backend: TrajectoryBackend
     config: TrainingConfig
     sdt: SdtTrainer
     """The router and its optimiser."""
@@ -31,15 +31,23 @@ class TrainingContext:
     """Name of the selected plan, whose images are nearest to the full sampler's; "" until it is known."""
 
     @classmethod
-    def create(cls, sampler: Sampler, config: TrainingConfig, seed: int, device: torch.device | str) -> Self:
+    def create(
+        cls, backend: TrajectoryBackend, config: TrainingConfig, seed: int, device: torch.device | str
+    ) -> Self:
         """Return the context of a training that has not begun."""
+        sampler = backend.sampler
         router = initial_router(sampler, config, seed).to(device)
         sdt = SdtTrainer(sampler, router, config.sdt)
         with torch.no_grad():
             for i, row in enumerate(router.rows):
                 if not sdt.trains(i):
                     row.fill_(FIXED_LOGIT)
-        return cls(sampler, config, sdt, TargetController(sdt, config), {"start": router.logits()})
+        return cls(backend, config, sdt, TargetController(sdt, config), {"start": router.logits()})
+
+    @property
+    def sampler(self) -> Any:
+        """What has `num_steps`, and a `model` with `branches` and `macs()`."""
+        return self.backend.sampler
 
     @property
     def router(self) -> Router:

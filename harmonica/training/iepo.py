@@ -9,7 +9,7 @@ Runs that differ only from step i on share everything before it: each branches o
 that gets to step i, so a refresh costs (T+1)/2T of T full generations, and only two caches at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -107,7 +107,6 @@ class _Generation:
         return state.x_MCHW
 
 
-@torch.no_grad()  # not inference_mode: lambda enters a loss that is differentiated
 def image_error_proxy(
     sampler: Sampler,
     router: Router,
@@ -132,28 +131,40 @@ def image_error_proxy(
     """
     if kind not in KINDS:
         raise ValueError(f"iepo.kind is {kind!r}: give one of {', '.join(KINDS)}")
-    count = sampler.num_steps - 1
-    measured_2T = batches[0].noise_NCHW.new_zeros(2, count)
-    num_samples = sum(map(len, batches))
-    for batch in batches:
-        cache = BranchCache(router.num_branches, config.reuse)
-        main = _Generation(sampler, router, config.threshold, config.student, batch.start(sampler), cache)
-        measure = _cumulative if kind == "cumulative" else _leave_one_out
-        measured_2T += len(batch) / num_samples * measure(main)  # mean over all samples
-    return lambda_of(measured_2T, kind, average)
+    changes = (
+        (len(batch), image_changes(sampler, router, batch, kind=kind, config=config)) for batch in batches
+    )
+    return lambda_of(changes, kind, average)
 
 
-def lambda_of(measured_2T: Tensor, kind: IepoKind, average: Callable[[Tensor], None] | None = None) -> Tensor:
-    """Return lambda (T-1,) from the changes of the final latents and the steps' own errors (2, T-1).
+def lambda_of(
+    changes: Iterable[tuple[int, Tensor]], kind: IepoKind, average: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """Return lambda (T-1,) from what was measured of each part of the samples.
 
     Args:
+        changes: the number of samples of each part, and the mean changes of their final latents and the
+            steps' own errors (2, T-1).
         average: averages a tensor over all workers in place.
     """
+    parts = list(changes)
+    num_samples = sum(count for count, _ in parts)
+    measured_2T = torch.stack([count / num_samples * each_2T for count, each_2T in parts]).sum(0)
     if average is not None:
         average(measured_2T)  # before the division: a mean of ratios would depend on who has which rows
     change_T: Tensor
     change_T, error_T = measured_2T
     return change_T / error_T.clamp_min(SMALLEST_ERROR) if kind == "sensitivity" else change_T
+
+
+@torch.no_grad()  # not inference_mode: lambda enters a loss that is differentiated
+def image_changes(
+    sampler: Sampler, router: Router, batch: Batch, *, kind: IepoKind, config: SdtConfig
+) -> Tensor:
+    """Return (2, T-1): the mean squared changes of a batch's final latents, and the steps' own errors."""
+    cache = BranchCache(router.num_branches, config.reuse)
+    main = _Generation(sampler, router, config.threshold, config.student, batch.start(sampler), cache)
+    return _cumulative(main) if kind == "cumulative" else _leave_one_out(main)
 
 
 def _leave_one_out(main: _Generation) -> Tensor:

@@ -1,15 +1,15 @@
 """Lambda, the weight of a step's error in the loss: all ones, or measured every C trajectories by IEPO."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from harmonica.core.router import Router
-from harmonica.data.batch import Batch
-from harmonica.samplers import Sampler
+from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import TrainingConfig
-from harmonica.training.iepo import image_error_proxy
+from harmonica.training.iepo import lambda_of
 
 _SMALLEST = 1e-30
 
@@ -27,22 +27,16 @@ class StepWeights:
 
     def refresh(
         self,
-        sampler: Sampler,
+        backend: TrajectoryBackend,
         router: Router,
-        batches: Sequence[Batch],
+        batches: Sequence[Any],
         average: Callable[[Tensor], None],
     ) -> dict[str, float]:
         """Measure lambda under the router as it stands and return the metrics to log."""
         config = self.config
         assert config.iepo != "none"
-        self.lambda_T = image_error_proxy(
-            sampler,
-            router,
-            batches,
-            kind=config.iepo,
-            config=config.sdt,
-            average=average,
-        )
+        changes = ((len(batch), backend.image_changes(router, batch, config)) for batch in batches)
+        self.lambda_T = lambda_of(changes, config.iepo, average)
         measured = {f"lambda.step_{i:03d}": value for i, value in enumerate(self.lambda_T.tolist())}
         if config.has_target:
             # Beta follows, so only ratios count; lambda as measured may lie below what AdamW rounds off.

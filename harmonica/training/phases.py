@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harmonica.data.batch import Batch
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
 from harmonica.training.loss_weights import StepWeights
@@ -58,14 +57,14 @@ class Phase(ABC):
         """Prepare the phase from the context that the phases before have left."""
 
     @abstractmethod
-    def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+    def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         """Do one trajectory and return the metrics to log.
 
         Args:
             average: averages a tensor over all workers in place.
         """
 
-    def finish(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+    def finish(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         """Leave the outcome in the context and return more metrics; `batch` is that of the last step."""
         return {}
 
@@ -97,18 +96,18 @@ class StartPhase(Phase):
             costs[-1] += 1 + sum(1 - count / num_steps for count in range(1, num_steps // 2 + 1))
         return costs
 
-    def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+    def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         context, batches = self.context, batch.split(self.config.micro_batch_size)
         with context.sdt.stopwatch.measure("start"):
-            return self.search.observe(context.sampler, batches, self.config.sdt.reuse, average)
+            return self.search.observe(context.backend, batches, self.config.sdt.reuse, average)
 
-    def finish(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+    def finish(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         """Find the speed that a wanted quality allows, and have the router begin with the best steps."""
         context, metrics = self.context, dict[str, float]()
         if self.config.target_psnr:
             batches, reuse = batch.split(self.config.micro_batch_size), self.config.sdt.reuse
             psnr = self.config.target_psnr
-            plan, found = fastest_plan(self.search, context.sampler, batches, psnr, reuse, average)
+            plan, found = fastest_plan(self.search, context.backend, batches, psnr, reuse, average)
             context.target.set_speedup(plan.ideal_speedup(context.sampler.model.macs()))
             metrics = {"target_speedup": context.target.speedup, "psnr": found}
         self._set_starts()
@@ -121,12 +120,12 @@ class StartPhase(Phase):
         self._set_starts()
 
     def _set_starts(self) -> None:
-        context = self.context
+        context, fixed = self.context, self.context.backend.fixed_steps
         num_steps, macs = context.sampler.num_steps, context.sampler.model.macs()
         speedup = context.target.speedup or speedup_of(self.config.target_cur, macs)
         plans = {
-            "even": even_plan(num_steps, macs, speedup),
-            "measured": self.search.plan(macs, speedup),
+            "even": even_plan(num_steps, macs, speedup, fixed),
+            "measured": self.search.plan(macs, speedup, fixed),
         }
         logit, device = self.config.initial_logit, context.device
         context.starts = {name: logits_of(plan, logit).to(device) for name, plan in plans.items()}
@@ -162,14 +161,15 @@ class RouterPhase(Phase):
         refresh = generation * (num_steps + 1) / 2 if config.iepo != "none" else 0.0
         return [update + refresh * (k % config.iepo_every == 0) for k in range(config.trajectories)]
 
-    def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+    def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         context, started = self.context, time.monotonic()
         sdt, target = context.sdt, context.target
         batches, metrics = batch.split(self.config.micro_batch_size), dict[str, float]()
         if self.weights.is_due(self.done):
             with sdt.stopwatch.measure("lambda"):
-                metrics = self.weights.refresh(context.sampler, sdt.router, batches, average)
-        records, _ = sdt.train_trajectory(
+                metrics = self.weights.refresh(context.backend, sdt.router, batches, average)
+        records = context.backend.train_trajectory(
+            sdt,
             batches,
             self.weights.lambda_T,
             beta=target.beta,
@@ -180,6 +180,7 @@ class RouterPhase(Phase):
         average(means)
         metrics |= dict(zip(("loss", "mse", "l1"), means.tolist(), strict=True)) | {"beta": target.beta}
         metrics["updates_per_s"] = (context.sampler.num_steps - 1) / (time.monotonic() - started)
+        target.spare(context.backend.fixed_steps)
         target.update()
         return metrics
 
@@ -207,17 +208,20 @@ class ChoicePhase(Phase):
         """Take the starts, and what was trained unless it misses the target."""
         context = self.context
         plans = {name: context.target.plan_of(logits_TB) for name, logits_TB in context.starts.items()}
+        # A start from before these steps were known may reuse them, and be slower than it says.
+        fixed = context.backend.fixed_steps
+        plans = {name: plan for name, plan in plans.items() if all(all(plan.compute[i]) for i in fixed)}
         if context.target.is_met_by(context.plan) or not plans:
             plans["trained"] = context.plan
         self.selector = PlanSelector(plans, self.config.sdt.reuse)
 
-    def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+    def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         assert self.selector is not None, "begin() makes it"
         context = self.context
         with context.sdt.stopwatch.measure("choice"):
-            return self.selector.observe(context.sampler, batch.split(self.config.micro_batch_size), average)
+            return self.selector.observe(context.backend, batch.split(self.config.micro_batch_size), average)
 
-    def finish(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+    def finish(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         """Set the router to the nearest plan."""
         assert self.selector is not None, "begin() makes it"
         context, best = self.context, self.selector.best
@@ -251,11 +255,11 @@ class ForecastPhase(Phase):
     def begin(self) -> None:
         self.fit = ForecastFit(self.context.plan, self.config.forecast)
 
-    def step(self, batch: Batch, average: Callable[[Tensor], None]) -> dict[str, float]:
+    def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         assert self.fit is not None, "begin() makes it"
         size = self.config.micro_batch_size or self.config.forecast.rows_at_once
         with self.context.sdt.stopwatch.measure("forecast"):
-            return self.fit.observe(self.context.sampler, batch.split(size), average)
+            return self.fit.observe(self.context.backend, batch.split(size), average)
 
     def state(self) -> dict[str, Any] | None:
         return self.fit.state() if self.fit else None

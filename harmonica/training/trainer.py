@@ -14,12 +14,12 @@ from torch import Tensor
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
-from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler
+from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
 from harmonica.training.phases import PHASES, ForecastPhase, Phase, StartPhase
+from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.validation.finite import CURE, NotFinite, check_finite, not_finite
 
 
@@ -34,10 +34,21 @@ class RouterTrainer:
     """The training of one router: its phases and their context, all kept in checkpoints."""
 
     def __init__(
-        self, sampler: Sampler, config: TrainingConfig, *, seed: int, device: torch.device | str = "cpu"
+        self,
+        sampler: Sampler,
+        config: TrainingConfig,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        backend: TrajectoryBackend | None = None,
     ) -> None:
+        """Begin a training.
+
+        Args:
+            backend: what runs the trajectories, where it is not the sampler itself.
+        """
         self.sampler, self.config, self.seed, self.device = sampler, config, seed, device
-        self.context = TrainingContext.create(sampler, config, seed, device)
+        self.context = TrainingContext.create(backend or SamplerBackend(sampler), config, seed, device)
         phases = [phase(self.context) for phase in PHASES]
         self.phases = [phase for phase in phases if phase.trajectories]
         self.phase.begin()
@@ -87,7 +98,7 @@ class RouterTrainer:
             ours.skip(theirs)
             self.phase.begin()
 
-    def train_one(self, batch: Batch, average: Callable[[Tensor], None] = average) -> dict[str, float]:
+    def train_one(self, batch: Any, average: Callable[[Tensor], None] = average) -> dict[str, float]:
         """Do one trajectory of the current phase and return the metrics to log.
 
         Raises:
@@ -107,16 +118,16 @@ class RouterTrainer:
         metrics |= {f"seconds.{name}": took for name, took in self.context.sdt.stopwatch.take().items()}
         return metrics
 
-    def _check(self, metrics: dict[str, float], batch: Batch) -> None:
+    def _check(self, metrics: dict[str, float], batch: Any) -> None:
         """Raise where a metric is not finite.
 
         Metrics are averages over workers, so all workers raise together.
         """
         if not (found := not_finite(metrics)):
             return
-        images_NCHW = sample(self.sampler, batch.noise_NCHW, batch.condition_N, keys=batch.keys)
         check_finite(
-            images_NCHW, f"trajectory {self.trajectory}: {found}, since the full sampler's images are"
+            self.context.backend.images(batch),
+            f"trajectory {self.trajectory}: {found}, since the full sampler's images are",
         )
         raise NotFinite(
             f"trajectory {self.trajectory}: {found}, though the full sampler's images are finite: {CURE}; or "
@@ -125,16 +136,27 @@ class RouterTrainer:
 
     def artifact(self, **provenance: Any) -> RouterArtifact:
         """Return the present router, with the settings that it was trained for."""
-        context, last = self.context, self.phases[-1]
-        settings = {"seed": self.seed, "final_beta": context.target.beta, **provenance}
+        logits_TB = self.router.logits()
+        return RouterArtifact.build(
+            logits_TB,
+            self.sampler,
+            threshold=self.context.target.threshold_of(logits_TB),
+            reuse=self.config.sdt.reuse,
+            forecast_TBK=self.forecast_TBK,
+            training=self.provenance(**provenance),
+        )
+
+    @property
+    def forecast_TBK(self) -> Tensor | None:
+        """Return the fitted forecast weights; None where forecasts are linear."""
+        last = self.phases[-1]
+        fit = last.fit if isinstance(last, ForecastPhase) else None
+        return fit.weights_TBK if fit else None
+
+    def provenance(self, **more: Any) -> dict[str, Any]:
+        """Return what an artifact says of its training, as JSON values."""
+        context = self.context
+        settings = {"seed": self.seed, "final_beta": context.target.beta, **more}
         if context.chosen:
             settings["chosen"] = context.chosen
-        fit = last.fit if isinstance(last, ForecastPhase) else None
-        return RouterArtifact.build(
-            self.router.logits(),
-            self.sampler,
-            threshold=context.target.threshold_of(self.router.logits()),
-            reuse=self.config.sdt.reuse,
-            forecast_TBK=fit.weights_TBK if fit else None,
-            training=settings | {"trajectories": self.trajectory},
-        )
+        return settings | {"trajectories": self.trajectory}

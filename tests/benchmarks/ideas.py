@@ -32,6 +32,7 @@ from harmonica.training.plans.builders import even_plan, logits_of
 from harmonica.training.plans.search import StepSearch
 from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.presets import fashion
+from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.sdt import SdtTrainer, Student
 from harmonica.training.target import TargetController
 
@@ -103,7 +104,7 @@ def starts_of(sampler: Sampler, config: TrainingConfig, seed: int) -> dict[str, 
     search, macs = StepSearch(sampler.num_steps), sampler.model.macs()
     for trajectory in range(config.start_trajectories):
         batch = rows(sampler, seed, trajectory * config.batch_size, config.batch_size)
-        search.observe(sampler, [batch], config.sdt.reuse, on_one_worker)
+        search.observe(SamplerBackend(sampler), [batch], config.sdt.reuse, on_one_worker)
     return {
         "even": even_plan(sampler.num_steps, macs, config.target_speedup),
         "measured": search.plan(macs, config.target_speedup),
@@ -128,7 +129,7 @@ def trained_plan(
         first = (config.start_trajectories + trajectory) * config.batch_size
         batches = [rows(sampler, seed, first, config.batch_size)]
         if weights.is_due(trajectory):
-            weights.refresh(sampler, router, batches, on_one_worker)
+            weights.refresh(SamplerBackend(sampler), router, batches, on_one_worker)
         trainer.train_trajectory(batches, weights.lambda_T, beta=target.beta, on_gradient=target.observe)
         target.update()
     return target.plan_of(router.logits())
@@ -137,7 +138,7 @@ def trained_plan(
 def psnr_of(sampler: Sampler, plan: Plan, reuse: Reuse, seed: int) -> float:
     """To the full sampler's images, in dB, the mean over rows."""
     choice = PlanSelector({"": plan}, reuse)
-    choice.observe(sampler, [rows(sampler, seed, FIRST_JUDGED, JUDGED_ROWS)], on_one_worker)
+    choice.observe(SamplerBackend(sampler), [rows(sampler, seed, FIRST_JUDGED, JUDGED_ROWS)], on_one_worker)
     return choice.psnr("")
 
 

@@ -4,7 +4,7 @@ Speed is counted in multiply-accumulates, full over planned; `tests/benchmarks` 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -54,11 +54,17 @@ def reusable_fraction(num_steps: int, macs: Macs, speedup: float) -> float:
     return (1 - 1 / speedup) * num_steps * macs.full / ((num_steps - 1) * sum(macs.branches))
 
 
-def even_steps(num_steps: int, count: int) -> list[int]:
+def even_steps(num_steps: int, count: int, fixed: Collection[int] = ()) -> list[int]:
     """Return `count` of the steps 0 ... T-2, evenly spread.
 
     No two are consecutive as long as they are at most half of all.
+
+    Args:
+        fixed: steps that are computed in any case; where too few others are left, all of those are returned.
     """
+    if fixed:
+        free = [i for i in range(num_steps - 1) if i not in fixed]
+        return [free[place] for place in even_steps(len(free) + 1, min(count, len(free)))]
     gap = (num_steps - 2) / max(1, count)
     if (
         gap >= 2
@@ -94,16 +100,19 @@ def with_part(plan: Plan, step: int, fraction: float, macs: Macs) -> Plan:
     return Plan(tuple(rows))
 
 
-def even_plan(num_steps: int, macs: Macs, speedup: float) -> Plan:
+def even_plan(num_steps: int, macs: Macs, speedup: float, fixed: Collection[int] = ()) -> Plan:
     """Return the plan of a speed that reuses whole steps, evenly spread.
 
     The middle one is reused in part, as far as the speed needs. Consecutive reuse hurts images most, and
     reuse of different blocks at different steps is worse than of whole steps (tests/benchmarks/RESULTS.md).
+
+    Args:
+        fixed: steps that are computed in any case.
     """
     count, fraction = steps_for(num_steps, macs, speedup)
-    chosen = even_steps(num_steps, count)
+    chosen = even_steps(num_steps, count, fixed)
     plan = stepwise_plan(num_steps, len(macs.branches), chosen)
-    return plan if fraction == 1 else with_part(plan, chosen[count // 2], fraction, macs)
+    return plan if fraction == 1 else with_part(plan, chosen[len(chosen) // 2], fraction, macs)
 
 
 def logits_of(plan: Plan, logit: float) -> Tensor:

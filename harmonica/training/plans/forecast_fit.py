@@ -12,8 +12,7 @@ Shapes: N images, M model rows, C H W image, P weights, R = N * probes rows of t
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,12 +20,14 @@ import torch
 from torch import Tensor
 
 from harmonica.core.cache import BranchCache
-from harmonica.core.plan import Plan, forecast_of
+from harmonica.core.plan import Forecast, Plan, forecast_of
 from harmonica.core.sampling import sample
 from harmonica.core.trajectory import planned_step
 from harmonica.data.batch import Batch
 from harmonica.execution.values import KeptValues, extrapolate
 from harmonica.samplers import Sampler
+from harmonica.samplers.noise import SampleKeys
+from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.forecast_config import FOLDS, ForecastConfig
 from harmonica.training.plans.least_squares import NormalEquations, choose_ridge, sum_of
 
@@ -63,10 +64,13 @@ def linear_weights(plan: Plan, order: int) -> Tensor:
     return weights_TBK
 
 
-class _ProbedCache(BranchCache):
+class ProbedCache(BranchCache):
     """A cache that is differentiable in every forecast weight of every image."""
 
-    handles: dict[Unknown, Tensor]
+    def __init__(self, num_branches: int, learned: Forecast | None) -> None:
+        super().__init__(num_branches, "forecast", learned)
+        self.handles: dict[Unknown, Tensor] = {}
+        """Of each weight that was used, zeros (M,) of the rows."""
 
     def write(self, branch: int, step: int, value: Tensor) -> None:
         self._keep(branch, step, value)
@@ -78,24 +82,14 @@ class _ProbedCache(BranchCache):
             # A zero that is added: its gradient, in float32, is what moving the weight would do.
             handle_M = torch.zeros(len(forecast), device=forecast.device, requires_grad=True)
             difference = (newer - older).detach().float()
-            forecast = forecast + (handle_M[:, None, None] * difference).to(forecast.dtype)
+            forecast = forecast + (handle_M.view(-1, *[1] * (difference.ndim - 1)) * difference).to(
+                forecast.dtype
+            )
             self.handles[step, branch, k] = handle_M
         return forecast
 
     def kept(self, branch: int, step: int) -> KeptValues:
         return KeptValues.of([self.read(branch, step)], ())
-
-
-@dataclass(frozen=True, slots=True)
-class Sketch:
-    """Random projections of the image error of a batch under a plan."""
-
-    error_N: Tensor
-    """Mean squared change of each image's latents (N,)."""
-    residual_R: Tensor
-    """The change projected on each probe (R,)."""
-    jacobian_RP: Tensor
-    """The derivative of the residuals in the weights (R, P)."""
 
 
 def sketch_image_error(
@@ -114,32 +108,59 @@ def sketch_image_error(
     """
     assert batch.keys is not None, "training's samples have keys"
     full_NCHW = sample(sampler, batch.noise_NCHW, batch.condition_N, keys=batch.keys).clone()
-    cache = _ProbedCache(plan.num_branches, "forecast", plan.forecast)
-    cache.handles = {}
+    cache = ProbedCache(plan.num_branches, plan.forecast)
     with torch.enable_grad():
         state = batch.start(sampler)
         for i in reversed(range(plan.num_steps)):
             state, _ = planned_step(sampler, i, state, plan.compute[i], cache)
         images_NCHW = sampler.finish(state)
-    names = unknowns(plan, order)
-    handles = [cache.handles[name] for name in names]
-    change_NCHW = images_NCHW.detach() - full_NCHW
-    size = change_NCHW[0].numel()
+    handles = {name: [handle_M] for name, handle_M in cache.handles.items()}
+    return sketch_of(
+        full_NCHW, images_NCHW, handles, unknowns(plan, order), batch.keys, plan.num_steps, probes
+    )
+
+
+def sketch_of(
+    full_NX: Tensor,
+    images_NX: Tensor,
+    handles: Mapping[Unknown, Sequence[Tensor]],
+    names: Sequence[Unknown],
+    keys: SampleKeys,
+    num_steps: int,
+    probes: int,
+) -> Sketch:
+    """Project the change from full to planned latents on random probes, and differentiate it.
+
+    Args:
+        full_NX: the full sampler's latents (N, ...).
+        images_NX: those under the plan, with the graph of the handles.
+        handles: of each weight, zeros (M,) that were added, M being rows of images, as often as it takes.
+        names: the weights to differentiate in; one without handles had nothing to weigh.
+        keys: of the images; they determine the probes.
+    """
+    change_NX = images_NX.detach() - full_NX
+    size, count = change_NX[0].numel(), len(full_NX)
+    flat = [handle_M for name in names for handle_M in handles.get(name, ())]
     residuals, jacobians = [], []
     for probe in range(probes):
         # Steps from T on are nobody's noise.
-        drawn = torch.from_numpy(batch.keys.step_noise(plan.num_steps + probe, tuple(change_NCHW.shape[1:])))
-        u_NCHW = drawn.to(change_NCHW) / size**0.5
-        residuals.append((change_NCHW * u_NCHW).flatten(1).sum(1))
-        if not handles:  # nothing is reused that has two values before it
-            jacobians.append(change_NCHW.new_zeros(len(batch), 0))
-            continue
-        moved = torch.autograd.grad(
-            (images_NCHW * u_NCHW).sum(), handles, retain_graph=probe < probes - 1, materialize_grads=True
-        )
-        # Guidance has two rows an image, with one weight.
-        jacobians.append(torch.stack(moved, 1).unflatten(0, (-1, len(batch))).sum(0))
-    return Sketch(change_NCHW.square().flatten(1).mean(1), torch.cat(residuals), torch.cat(jacobians))
+        drawn = torch.from_numpy(keys.step_noise(num_steps + probe, tuple(change_NX.shape[1:])))
+        u_NX = drawn.to(change_NX) / size**0.5
+        residuals.append((change_NX * u_NX).flatten(1).sum(1))
+        moved: list[Tensor] = []
+        if flat:  # else nothing is reused that has two values before it
+            moved = list(
+                torch.autograd.grad(
+                    (images_NX * u_NX).sum(), flat, retain_graph=probe < probes - 1, materialize_grads=True
+                )
+            )
+        columns = []
+        for name in names:
+            # Guidance has two rows an image, or two calls, with one weight.
+            rows = [moved.pop(0).unflatten(0, (-1, count)).sum(0) for _ in handles.get(name, ())]
+            columns.append(torch.stack(rows).sum(0) if rows else change_NX.new_zeros(count))
+        jacobians.append(torch.stack(columns, 1) if columns else change_NX.new_zeros(count, 0))
+    return Sketch(change_NX.square().flatten(1).mean(1), torch.cat(residuals), torch.cat(jacobians))
 
 
 class ForecastFit:
@@ -160,7 +181,7 @@ class ForecastFit:
         return Plan(self.plan.compute, forecast_of(self.weights_TBK))
 
     def observe(
-        self, sampler: Sampler, batches: Sequence[Batch], average: Callable[[Tensor], None]
+        self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """Measure one batch, given in parts, solve where a round ends, and return the metrics.
 
@@ -168,10 +189,10 @@ class ForecastFit:
         """
         config, count = self.config, len(self.unknowns)
         # Matrix and right side of the normal equations, and below them the mean error.
-        sums = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=batches[0].noise_NCHW.device)
+        sums = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=backend.device)
         num_images = sum(map(len, batches))
         for batch in batches:
-            sums += self._measure(sampler, batch) / num_images
+            sums += self._measure(backend, batch) / num_images
         average(sums)
         sums = sums.cpu()
         self._folds[self.trajectories % FOLDS].add(sums[:-1, :-1], sums[:-1, -1])
@@ -184,10 +205,10 @@ class ForecastFit:
             self._begin_round()
         return metrics
 
-    def _measure(self, sampler: Sampler, batch: Batch) -> Tensor:
+    def _measure(self, backend: TrajectoryBackend, batch: Any) -> Tensor:
         """Return the sums of products over a batch's images (P + 1, P + 1)."""
         config = self.config
-        seen = sketch_image_error(sampler, self.planned(), batch, order=config.order, probes=config.probes)
+        seen = backend.sketch(self.planned(), batch, order=config.order, probes=config.probes)
         weight_R = (1 / seen.error_N.clamp_min(_SMALLEST_ERROR)).repeat(
             config.probes
         ).double() / config.probes

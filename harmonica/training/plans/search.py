@@ -8,7 +8,8 @@ the best set for a speed is found by search. No two steps running are reused: th
 Ours; `tests/benchmarks/RESULTS.md` has what it is worth. Shapes: N images, T steps, E = 2(T-1) effects.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from harmonica.core.trajectory import planned_step
 from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
 from harmonica.samplers import Sampler, State
+from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.plans.builders import (
     even_plan,
@@ -54,11 +56,7 @@ def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Route
 
 
 def step_effects(sampler: Sampler, batch: Batch, reuse: Reuse) -> Tensor:
-    """Return the changes of the final latents (E, N, CHW) by reuse of step i.
-
-    The first T-1 are of step i reused alone, the others of step i reused after step i + 2; where there is no
-    step i + 2 to reuse, the two are equal.
-    """
+    """Return the changes of the final latents (E, N, CHW) by reuse of step i, for `SamplerBackend`."""
     last, branches = sampler.num_steps - 1, len(sampler.model.branches)
     everything, nothing = (True,) * branches, (False,) * branches
     state, cache = batch.start(sampler), BranchCache(branches, reuse)
@@ -85,7 +83,18 @@ def step_effects(sampler: Sampler, batch: Batch, reuse: Reuse) -> Tensor:
         if i >= 2:
             state, _ = planned_step(sampler, i - 2, state, nothing, cache)
             after[i - 2] = change(i - 3, state, cache)
-    return torch.stack(alone + [after[i] - alone[i + 2] if i in after else alone[i] for i in range(last)])
+    return stacked_effects(alone, after)
+
+
+def stacked_effects(alone: Sequence[Tensor], after: Mapping[int, Tensor]) -> Tensor:
+    """Return the effects (E, N, X) from the changes of the final latents (N, X).
+
+    Args:
+        alone: of step i reused.
+        after: of steps i and i + 2 reused, where there is a step i + 2 to reuse.
+    """
+    places = range(len(alone))
+    return torch.stack([*alone, *(after[i] - alone[i + 2] if i in after else alone[i] for i in places)])
 
 
 class StepSearch:
@@ -99,8 +108,8 @@ class StepSearch:
     @torch.no_grad()
     def observe(
         self,
-        sampler: Sampler,
-        batches: Sequence[Batch],
+        backend: TrajectoryBackend,
+        batches: Sequence[Any],
         reuse: Reuse,
         average: Callable[[Tensor], None],
     ) -> dict[str, float]:
@@ -108,11 +117,11 @@ class StepSearch:
 
         Each image is weighted by the inverse of the sum of its single effects, so that no few images decide.
         """
-        gram_EE = torch.zeros_like(self.gram_EE, device=batches[0].noise_NCHW.device)
+        gram_EE = torch.zeros_like(self.gram_EE, device=backend.device)
         loss = torch.zeros(1, dtype=torch.float64, device=gram_EE.device)
         count = sum(map(len, batches))
         for batch in batches:
-            effects_ENX = step_effects(sampler, batch, reuse).double()
+            effects_ENX = backend.step_effects(batch, reuse).double()
             scale_N = effects_ENX[: self.num_steps - 1].square().sum((0, 2)).clamp_min(_SMALLEST_EFFECT)
             gram_EE += torch.einsum("inx,jnx,n->ij", effects_ENX, effects_ENX, 1 / scale_N) / count
             loss += effects_ENX.square().mean() * len(batch) / count
@@ -127,25 +136,35 @@ class StepSearch:
         places = [i + (self.num_steps - 1 if i + 2 in chosen else 0) for i in chosen]
         return max(0.0, float(self.gram_EE[places][:, places].sum()))  # below 0 by rounding
 
-    def plan(self, macs: Macs, speedup: float) -> Plan:
-        """Return the best plan found for a speed; its costliest step is reused in part."""
+    def plan(self, macs: Macs, speedup: float, fixed: Collection[int] = ()) -> Plan:
+        """Return the best plan found for a speed; its costliest step is reused in part.
+
+        Args:
+            fixed: steps that are computed in any case.
+        """
         count, fraction = steps_for(self.num_steps, macs, speedup)
-        steps = self.best(count)
+        steps = self.best(count, fixed)
         plan = stepwise_plan(self.num_steps, len(macs.branches), steps)
         if fraction == 1:
             return plan
         left_out = {step: self.cost([other for other in steps if other != step]) for step in steps}
         return with_part(plan, min(left_out, key=lambda step: left_out[step]), fraction, macs)
 
-    def best(self, count: int) -> list[int]:
-        """Return the best `count` steps, ascending; evenly spread ones where some must be consecutive."""
-        even = even_steps(self.num_steps, count)
+    def best(self, count: int, fixed: Collection[int] = ()) -> list[int]:
+        """Return the best `count` steps, ascending; evenly spread ones where some must be consecutive.
+
+        Args:
+            fixed: steps that are computed in any case.
+        """
+        even = even_steps(self.num_steps, count, fixed)
         if any(i + 1 in even for i in even):
             return even
-        found = [self._search(even, np.random.default_rng(start)) for start in range(_STARTS)]
+        found = [self._search(even, np.random.default_rng(start), fixed) for start in range(_STARTS)]
         return sorted(min([even, *found], key=self.cost))
 
-    def _search(self, start: Sequence[int], generator: np.random.Generator) -> list[int]:
+    def _search(
+        self, start: Sequence[int], generator: np.random.Generator, fixed: Collection[int]
+    ) -> list[int]:
         """Run simulated annealing over moves of one step; it is deterministic for a given form."""
         best = chosen = list(start)
         best_cost = cost = self.cost(chosen)
@@ -154,7 +173,9 @@ class StepSearch:
             place = int(generator.integers(len(chosen)))
             moved = chosen[place] + int(generator.choice(_MOVES))
             others = chosen[:place] + chosen[place + 1 :]
-            if not 0 <= moved < self.num_steps - 1 or {moved - 1, moved, moved + 1} & set(others):
+            if not 0 <= moved < self.num_steps - 1 or moved in fixed:
+                continue
+            if {moved - 1, moved, moved + 1} & set(others):
                 continue
             new = self.cost([*others, moved])
             # Branches that are silent, as an untrained model's are, cost nothing.
@@ -173,8 +194,8 @@ class StepSearch:
 
 def fastest_plan(
     search: StepSearch,
-    sampler: Sampler,
-    batches: Sequence[Batch],
+    backend: TrajectoryBackend,
+    batches: Sequence[Any],
     psnr: float,
     reuse: Reuse,
     average: Callable[[Tensor], None],
@@ -184,12 +205,13 @@ def fastest_plan(
     Args:
         psnr: in dB, of values in [-1, 1]. Where no plan reaches it, the plan reuses a single step.
     """
+    sampler, fixed = backend.sampler, backend.fixed_steps
     num_steps, num_branches = sampler.num_steps, len(sampler.model.branches)
     plans = {
-        str(count): stepwise_plan(num_steps, num_branches, search.best(count))
+        str(count): stepwise_plan(num_steps, num_branches, search.best(count, fixed))
         for count in range(1, num_steps // 2 + 1)
     }
     measured = PlanSelector(plans, reuse)
-    measured.observe(sampler, batches, average)
+    measured.observe(backend, batches, average)
     near = [name for name in plans if measured.psnr(name) >= psnr] or ["1"]
     return plans[near[-1]], measured.psnr(near[-1])

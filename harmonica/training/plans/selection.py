@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
-from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch
-from harmonica.samplers import Sampler
+from harmonica.training.backend import TrajectoryBackend
 
 _SMALLEST_ERROR = 1e-12
 _RANGE = 2.0
@@ -29,17 +28,16 @@ class PlanSelector:
 
     @torch.no_grad()
     def observe(
-        self, sampler: Sampler, batches: Sequence[Batch], average: Callable[[Tensor], None]
+        self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
         """Measure some samples and return the metrics to log, errors in decibels below 1."""
         count = sum(map(len, batches))
-        sums_P = torch.zeros(len(self.plans) + 1, dtype=torch.float64, device=batches[0].noise_NCHW.device)
+        sums_P = torch.zeros(len(self.plans) + 1, dtype=torch.float64, device=backend.device)
         for batch in batches:
-            inputs = (sampler, batch.noise_NCHW, batch.condition_N)
-            full_NCHW = sample(*inputs, keys=batch.keys)
+            full_NX = backend.images(batch)
             for place, plan in enumerate(self.plans.values()):
-                images_NCHW = sample(*inputs, plan, reuse=self.reuse, keys=batch.keys)
-                error_N = (images_NCHW - full_NCHW).double().square().flatten(1).mean(1)
+                images_NX = backend.images(batch, plan, self.reuse)
+                error_N = (images_NX - full_NX).double().square().flatten(1).mean(1)
                 sums_P[place] += error_N.clamp_min(_SMALLEST_ERROR).log10().sum() / count
             sums_P[-1] += error_N.sum() / count  # of the last one, the plan as trained
         average(sums_P)

@@ -1,0 +1,85 @@
+"""The interface of what runs a training's trajectories: a sampler's steps, or calls of a pipeline.
+
+Shapes: N images, T steps, B branches, X elements of an image's latents, R = N * probes, P weights.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import Reuse
+from harmonica.core.plan import Plan
+from harmonica.core.router import Router
+from harmonica.training.config import TrainingConfig
+from harmonica.training.sdt import SdtTrainer, StepRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """Random projections of the image error of a batch under a plan."""
+
+    error_N: Tensor
+    """Mean squared change of each image's latents (N,)."""
+    residual_R: Tensor
+    """The change projected on each probe (R,)."""
+    jacobian_RP: Tensor
+    """The derivative of the residuals in the weights (R, P)."""
+
+
+class TrajectoryBackend(ABC):
+    """Runs the trajectories that a router is trained on.
+
+    A batch is a backend's own: it has a length, the number of its images, and `split(size)`, which returns
+    parts of at most so many (`harmonica.data.batch.Batch`).
+    """
+
+    sampler: Any
+    """Has `num_steps`, and a `model` with `branches` and `macs()`."""
+    fixed_steps: frozenset[int] = frozenset()
+    """Steps below T-1 that compute everything under any plan, as far as they are known."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the latents are."""
+
+    @abstractmethod
+    def images(self, batch: Any, plan: Plan | None = None, reuse: Reuse = "hold") -> Tensor:
+        """Return the final latents (N, ...), with every branch computed or under a plan."""
+
+    @abstractmethod
+    def step_effects(self, batch: Any, reuse: Reuse) -> Tensor:
+        """Return the changes of the final latents (2(T-1), N, X) by reuse of step i.
+
+        The first T-1 are of step i reused alone, the others of step i reused after step i + 2; where there
+        is no step i + 2 to reuse, the two are equal.
+        """
+
+    @abstractmethod
+    def image_changes(self, router: Router, batch: Any, config: TrainingConfig) -> Tensor:
+        """Return (2, T-1): the changes that `config.iepo` asks for, and the steps' own errors."""
+
+    @abstractmethod
+    def train_trajectory(
+        self,
+        sdt: SdtTrainer,
+        batches: Sequence[Any],
+        lambda_T: Tensor,
+        *,
+        beta: float,
+        average: Callable[[Tensor], None],
+        on_gradient: Callable[[int, Tensor], object],
+    ) -> list[StepRecord]:
+        """Update every trained row once, as `SdtTrainer.train_trajectory`; returns the updates' records."""
+
+    @abstractmethod
+    def sketch(self, plan: Plan, batch: Any, *, order: int, probes: int) -> Sketch:
+        """Linearise the change from full to planned latents in the plan's forecast weights.
+
+        Args:
+            plan: with forecast weights, around which the change is linearised.
+        """

@@ -1,0 +1,60 @@
+"""Trajectories of a training step by step, with the sampler of a model that has a branch file."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import Reuse
+from harmonica.core.plan import Plan
+from harmonica.core.router import Router
+from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
+from harmonica.samplers import Sampler
+from harmonica.training.backend import Sketch, TrajectoryBackend
+from harmonica.training.config import TrainingConfig
+from harmonica.training.iepo import image_changes
+from harmonica.training.plans.forecast_fit import sketch_image_error
+from harmonica.training.plans.search import step_effects
+from harmonica.training.sdt import SdtTrainer, StepRecord
+
+
+class SamplerBackend(TrajectoryBackend):
+    """Runs that differ only from some step on share what lies before it."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(iter(self.sampler.model.parameters())).device
+        return device
+
+    def images(self, batch: Batch, plan: Plan | None = None, reuse: Reuse = "hold") -> Tensor:
+        inputs = (self.sampler, batch.noise_NCHW, batch.condition_N)
+        return sample(*inputs, plan, reuse=reuse, keys=batch.keys)
+
+    def step_effects(self, batch: Batch, reuse: Reuse) -> Tensor:
+        return step_effects(self.sampler, batch, reuse)
+
+    def image_changes(self, router: Router, batch: Batch, config: TrainingConfig) -> Tensor:
+        assert config.iepo != "none"
+        return image_changes(self.sampler, router, batch, kind=config.iepo, config=config.sdt)
+
+    def train_trajectory(
+        self,
+        sdt: SdtTrainer,
+        batches: Sequence[Batch],
+        lambda_T: Tensor,
+        *,
+        beta: float,
+        average: Callable[[Tensor], None],
+        on_gradient: Callable[[int, Tensor], object],
+    ) -> list[StepRecord]:
+        records, _ = sdt.train_trajectory(
+            batches, lambda_T, beta=beta, average=average, on_gradient=on_gradient
+        )
+        return records
+
+    def sketch(self, plan: Plan, batch: Batch, *, order: int, probes: int) -> Sketch:
+        return sketch_image_error(self.sampler, plan, batch, order=order, probes=probes)
