@@ -5,42 +5,26 @@ Shapes: N images, C channels, H W image.
 
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan
-from harmonica.integrations.exchanged_plans import ExchangedPlans, PipelinePlan
+from harmonica.integrations.exchanged_plans import ExchangedPlans
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig
 
 from .image_request import ImageRequest, Picture, SettingRejected
 from .image_sizes import SizeBounds
+from .pipeline_call import PipelineServedPlan, call_arguments
 from .pipeline_folder import PipelineFolder
 from .planned_sampler import OnPreview, PlannedSampler
-from .served_plan import UNCACHED, ServedPlan
+from .served_plan import UNCACHED
 
-_SET_HERE = (
-    *("num_inference_steps", "height", "width", "generator", "output_type", "return_dict", "latents"),
-    *("prompt", "num_images_per_prompt", "image", "callback_on_step_end"),
-)
-"""Arguments of a call that each batch sets itself."""
 _PROBE_SIDE = 256
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class PipelineServedPlan(ServedPlan):
-    """A pipeline's plan has the forwards that follow it, and the arguments it was trained with."""
-
-    forwards: PipelinePlan | None = field(default=None, kw_only=True, repr=False)
-    """None computes everything."""
-    arguments: Mapping[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
-    is_guided: bool = field(default=True, kw_only=True)
-    """False where guidance needs a negative prompt, and none was trained with."""
 
 
 class PipelineSampler(PlannedSampler[PipelineServedPlan]):
@@ -238,7 +222,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
             ValueError: the pipeline refuses its arguments, or makes another size.
         """
         served, num_asked = served or self.champion, len(requests)
-        call = self._call(self.padded(requests), served)
+        call = call_arguments(self.folder, self.padded(requests), served, self.size_of(requests[0]))
         if on_preview is not None and "callback_on_step_end" in self.folder.defaults:
             call["callback_on_step_end"] = _telling(on_preview)
         with self._exchanged.under(served.forwards), torch.no_grad():
@@ -250,41 +234,6 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
                 f"{self.folder.class_name} made {width}x{height} of {call['width']}x{call['height']}"
             )
         return images_NCHW
-
-    def _call(self, requests: Sequence[ImageRequest], served: PipelineServedPlan) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call."""
-        defaults, first = self.folder.defaults, requests[0]
-        width, height = self.size_of(first)
-        call = {name: value for name, value in served.arguments.items() if name not in _SET_HERE}
-        call |= {
-            "num_inference_steps": served.plan.num_steps,
-            "height": height,
-            "width": width,
-            "generator": [torch.Generator().manual_seed(each.seed + each.index) for each in requests],
-            "output_type": "pt",
-        }
-        if "max_area" in defaults:  # FLUX Kontext scales every size to this area
-            call["max_area"] = width * height
-        if "use_resolution_binning" in defaults:
-            call["use_resolution_binning"] = False
-        if first.guidance_scale is not None:
-            call[self.folder.guidance] = first.guidance_scale
-        negative = call.pop("negative_prompt", None)
-        is_asked = any(each.negative_prompt for each in requests) or first.guidance_scale is not None
-        if self.folder.guides_by_negative_prompt and (served.is_guided or is_asked):
-            negative = negative or ""
-        negatives = [each.negative_prompt or negative or "" for each in requests]
-        if "negative_prompt" in defaults and (negative is not None or any(negatives)):
-            call["negative_prompt"] = negatives
-        call["prompt"] = [each.subject for each in requests]
-        if first.pictures:
-            pictures = [
-                Image.frombytes("RGB", (each.width, each.height), each.rgb) for each in first.pictures
-            ]
-            call["image"] = pictures[0] if len(pictures) == 1 else pictures
-            call |= {name: call[name][0] for name in ("prompt", "negative_prompt") if name in call}
-            call["num_images_per_prompt"] = len(requests)
-        return call
 
 
 def _telling(on_preview: OnPreview) -> Callable[..., dict[str, Any]]:
