@@ -18,7 +18,6 @@ distinct row of the plan (with forecasts, each step) is a graph of its own, comp
 with `execution` compiled instead, each kind of branch is one.
 """
 
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -27,6 +26,15 @@ from torch import nn
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.adapters import pipeline_transformer
+from harmonica.integrations.forward_slots import (
+    STATE,
+    check_own_forward,
+    own_forward,
+    put_on,
+    slot,
+    take_off,
+    unwrapped,
+)
 from harmonica.integrations.pipeline_transformer import PipelineTransformer
 from harmonica.integrations.planned_forward import PipelineExecution, PlannedForward
 from harmonica.integrations.recorded.pipelines import is_recorded, planned_calls, transformers_of
@@ -35,11 +43,6 @@ from harmonica.integrations.step_tracker import StepCounter
 from harmonica.integrations.weight_check import matched_fingerprint, other_weights
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers import make_sampler
-
-_STATE = "_harmonica"
-_END_OF_CALL = "_reset_stateful_cache"  # diffusers' pipelines call it when they have their images
-_CONTEXT = "cache_context"  # names a step's calls, where a class has it
-_HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they wrap
 
 
 def apply(
@@ -74,8 +77,8 @@ def apply(
     """
     if execution not in get_args(PipelineExecution):
         raise ValueError(f"execution is {execution!r}: give one of {', '.join(get_args(PipelineExecution))}")
-    modules = [_unwrapped(each) for each in transformers_of(transformer)]
-    if any(hasattr(module, _STATE) for module in modules):
+    modules = [unwrapped(each) for each in transformers_of(transformer)]
+    if any(hasattr(module, STATE) for module in modules):
         raise ValueError("transformer has a plan already: harmonica.remove(transformer) first")
     if not isinstance(artifact, RouterArtifact):
         artifact = RouterArtifact.load(artifact)
@@ -87,7 +90,7 @@ def apply(
             )
         calls = planned_calls(
             modules,
-            [_own_forward(module) for module in modules],
+            [own_forward(module) for module in modules],
             artifact,
             allow_other_sampler=allow_other_sampler,
             check_weights=check_weights,
@@ -101,16 +104,9 @@ def apply(
             )
         ]
     for module, _ in replaced:
-        if getattr(module, _slot(module)) != _own_forward(module):
-            raise ValueError(
-                "transformer.forward is not the class's own, something wraps it: take that off, or load the "
-                "transformer anew, apply, and put it on again"
-            )
+        check_own_forward(module)
     for module, planned in replaced:
-        for name, value in ((_slot(module), planned), (_END_OF_CALL, planned.end_of_call), (_STATE, planned)):
-            setattr(module, name, value)
-        if isinstance(planned, TransformerCall) and hasattr(type(module), _CONTEXT):
-            setattr(module, _CONTEXT, planned.cache_context)
+        put_on(module, planned)
 
 
 def _planned_forward(
@@ -137,38 +133,20 @@ def remove(transformer: Any) -> None:
     Raises:
         ValueError: there is no plan, or something wraps it.
     """
-    modules = [_unwrapped(each) for each in transformers_of(transformer)]
+    modules = [unwrapped(each) for each in transformers_of(transformer)]
     plans: list[PlannedForward | TransformerCall | None] = [
-        getattr(module, _STATE, None) for module in modules
+        getattr(module, STATE, None) for module in modules
     ]
     for module, planned in zip(modules, plans):
         if planned is None:
             raise ValueError("transformer has no plan: harmonica.apply puts one on")
-        if vars(module).get(_slot(module)) != planned:
+        if vars(module).get(slot(module)) != planned:
             raise ValueError("transformer.forward is not the plan's, something wraps it: take that off first")
         planned.reset()
         if isinstance(planned, TransformerCall):
             planned.close()
     for module in modules:
-        if _HOOKED in vars(module):
-            setattr(module, _HOOKED, _own_forward(module))
-        else:
-            del module.forward
-        for name in (_END_OF_CALL, _STATE, _CONTEXT):
-            if name in vars(module):
-                delattr(module, name)
-
-
-def _slot(module: nn.Module) -> str:
-    return _HOOKED if _HOOKED in vars(module) else "forward"
-
-
-def _unwrapped(transformer: nn.Module) -> nn.Module:
-    return getattr(transformer, "_orig_mod", transformer)  # torch.compile's
-
-
-def _own_forward(module: nn.Module) -> types.MethodType:
-    return types.MethodType(type(module).forward, module)
+        take_off(module)
 
 
 def _check_weights_and_shape(

@@ -189,6 +189,18 @@ class PipelineCalls:
             output = call(self.pipe, **settings | self.call | batched(prompts), generator=generators)[0]
         return output if isinstance(output, Tensor) else torch.stack(list(output))
 
+    def described_call(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Return a call's plain arguments and the names of a prompt's, for an artifact.
+
+        An endpoint calls the pipeline with them.
+        """
+        plain = {
+            name: value
+            for name, value in self.call.items()
+            if value is None or isinstance(value, (str, int, float, bool))
+        }
+        return {"arguments": plain, "prompt_arguments": sorted(batched(prompts))}
+
     def sampler_config(self) -> SamplerConfig:
         """Return how the pipeline samples, for an artifact."""
         scale = float(self.call.get("guidance_scale") or self.call.get("true_cfg_scale") or 1.0)

@@ -176,7 +176,11 @@ class PipelineTrainer:
             rounded_weights=weights.rounded,
             ideal_speedup=plan.ideal_speedup(macs),
             macs_full=macs.full * plan.num_steps,
-            training=self.run.provenance(pipeline=type(calls.pipe).__name__, **settings),
+            training=self.run.provenance(
+                pipeline=type(calls.pipe).__name__,
+                call=calls.described_call(self.prompts[:1]),
+                **settings,
+            ),
         )
 
 

@@ -75,6 +75,11 @@ class ServeConfig:
     max_steps: Annotated[int, Field(ge=2)] = 100
     """Largest `num_inference_steps` of a request that uses no router; the champion's own number is always
     allowed. Lower it to bound what a request costs."""
+    max_pixels: Count = 2**22
+    """Largest area of an image, width times height, where the served pipeline leaves the size to requests;
+    the size that it has by default is always allowed. Lower it to bound what a request costs."""
+    max_upload_bytes: Count = 20 * 2**20
+    """Largest body of a request that edits pictures; raise it for larger pictures."""
     api_keys_file: str = ""
     """File with one bearer key a line; clients must then send one of them. Empty: the keys are those in
     HARMONICA_API_KEYS, separated by commas; if that is empty too, no key is needed. Give keys before the

@@ -52,7 +52,10 @@ class GenerateRequest(BaseModel):
         le=MAX_SEED,
         description="The same seed gives the same images, up to rounding. Absent: random.",
     )
-    size: str | None = Field("auto", description="`auto`, or the model's own size.")
+    size: str | None = Field(
+        "auto",
+        description="WIDTHxHEIGHT where the model leaves it to requests, else `auto` or the model's own.",
+    )
     quality: RequestedQuality | None = Field(
         "auto",
         description="`high` (`hd`, ...) computes every branch, `medium` (`auto`, `standard`) uses the "
@@ -125,3 +128,17 @@ class LenientGenerateRequest(GenerateRequest):
     def wants_url(self) -> bool:
         """Whether images are answered as data URLs."""
         return self.response_format == "url"
+
+
+class EditRequest(GenerateRequest):
+    """Hold the text fields of the form of `POST /v1/images/edits`."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+    input_fidelity: Any = Field(None, description="Ignored.")
+
+
+class LenientEditRequest(LenientGenerateRequest, EditRequest):
+    """Hold the same fields for a server that is lenient."""
+
+    model_config = ConfigDict(extra="allow", strict=False)

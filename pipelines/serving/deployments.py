@@ -17,7 +17,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, TaskCancelledE
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from harmonica.models.loading import load_model
+from harmonica.models.loading import ModelConfig, load_model
+from harmonica.validation.settings import require
 
 from ..config.serve import ServeConfig
 from .auth import ENVIRONMENT, load_keys
@@ -26,6 +27,9 @@ from .engine import GenerationEngine
 from .image_sampler import ImageSampler
 from .images_api import create_app
 from .metrics import ServeMetrics
+from .pipeline_folder import pipeline_folder
+from .pipeline_sampler import PipelineSampler
+from .planned_sampler import PlannedSampler
 from .registry_watcher import RegistryWatcher, ServeArgs
 from .requests import (
     REJECTIONS,
@@ -47,16 +51,34 @@ Serve notices."""
 logger = logging.getLogger("ray.serve")
 
 
+def make_sampler(model: ModelConfig, config: ServeConfig) -> PlannedSampler[Any]:
+    """Load what generates: a model with a branch file, or a diffusers pipeline.
+
+    Raises:
+        ValueError: the model cannot be loaded or cannot generate images, or settings that it does not follow.
+    """
+    device = "cuda" if config.use_gpu else "cpu"
+    folder = pipeline_folder(model)
+    if folder is None:
+        loaded = load_model(model, device)
+        return ImageSampler(loaded, device, over_limit=config.over_limit, max_steps=config.max_steps)
+    require(
+        config.over_limit == "truncate",
+        "serve.over_limit",
+        config.over_limit,
+        "give truncate, since a diffusers pipeline reads as much of a prompt as it takes",
+    )
+    limits = {"max_steps": config.max_steps, "max_pixels": config.max_pixels}
+    return PipelineSampler(folder, model, device, **limits)
+
+
 class GenerationDeployment:
     """A replica holds the model in a generation engine, and follows the registry."""
 
     async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         config = args.serve
         torch.set_num_threads(max(1, int(config.num_cpus)))
-        device = "cuda" if config.use_gpu else "cpu"
-        images = ImageSampler(
-            load_model(args.model, device), device, over_limit=config.over_limit, max_steps=config.max_steps
-        )
+        images = make_sampler(args.model, config)
         self._engine = GenerationEngine(images, args.registered_model, config, ServeMetrics())
         watcher = RegistryWatcher(self._engine, args)
         await _first_poll(watcher)
@@ -215,6 +237,7 @@ def api_builder(config: ServeConfig) -> Callable[[], FastAPI]:
             assign_request_ids=False,
             lenient=config.lenient,
             read_timeout_s=config.read_timeout_s,
+            max_upload_bytes=config.max_upload_bytes,
         )
 
     return build_api

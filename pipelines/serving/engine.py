@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -21,11 +22,12 @@ from harmonica.validation.finite import NotFinite
 
 from ..config.serve import ServeConfig
 from .batching import Batcher, Overloaded, TimedOut
-from .image_sampler import ImageSampler
+from .image_sizes import as_text
 from .jobs import Job, Metrics, SampledImage, preview_steps, report_step
+from .planned_sampler import PlannedSampler
 from .requests import EngineRequest, GeneratedImage, ModelCard, Preview, Progress, RejectedRouter
 from .router_cards import router_cards
-from .served_plan import ServedPlan
+from .served_plan import BatchKey, ServedPlan
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,13 +36,13 @@ class GenerationEngine:
     """This image source has a queue, an image sampler and image encoders."""
 
     def __init__(
-        self, images: ImageSampler, model: str, config: ServeConfig, metrics: Metrics | None = None
+        self, images: PlannedSampler[Any], model: str, config: ServeConfig, metrics: Metrics | None = None
     ) -> None:
         self.images, self._model, self._config = images, model, config
         self.metrics = metrics
         self._began: float | None = None
         self.rejected: RejectedRouter | None = None
-        self.batcher: Batcher[ServedPlan, Job, SampledImage] = Batcher(
+        self.batcher: Batcher[BatchKey[ServedPlan], Job, SampledImage] = Batcher(
             self._trajectory,
             max_batch_size=config.max_batch_size,
             wait_s=config.batch_wait_s,
@@ -80,6 +82,10 @@ class GenerationEngine:
             cur=images.champion.plan.cur,
             class_names=images.class_names,
             image_size=images.image_size,
+            sizes=images.sizes,
+            has_previews=images.has_previews,
+            max_pictures=images.max_pictures,
+            needs_pictures=images.needs_pictures,
             max_images=self._config.max_images_per_request,
             routers=router_cards(images),
             rejected=self.rejected,
@@ -122,7 +128,8 @@ class GenerationEngine:
 
     async def _stream(self, request: EngineRequest) -> AsyncGenerator[Progress | Preview | GeneratedImage]:
         served = await self._admit(request)
-        steps = preview_steps(served.plan.num_steps, request.partial_images)
+        count = request.partial_images if self.images.has_previews else 0
+        steps = preview_steps(served.plan.num_steps, count)
         loop, num_steps = asyncio.get_running_loop(), served.plan.num_steps
         reports: asyncio.Queue[tuple[int, Tensor | None] | None] = asyncio.Queue()
 
@@ -155,16 +162,19 @@ class GenerationEngine:
             self._count_rejected("overloaded")
             raise
         image = request.image
-        served = self.images.plan_for(request.quality, request.num_inference_steps, image.guidance_scale)
+        served: ServedPlan = self.images.plan_for(
+            request.quality, request.num_inference_steps, image.guidance_scale
+        )
         if isinstance(image.subject, str):
-            await asyncio.to_thread(self.images.check, image)
+            await asyncio.to_thread(self.images.check, image, served)
         return served
 
     async def _submit(self, request: EngineRequest, served: ServedPlan, job: Job) -> SampledImage:
         bound = self._config.timeout_s
         timeout_s = bound if request.timeout_s is None else min(bound, request.timeout_s)
+        key = BatchKey(served, self.images.shared_with(request.image, served))
         try:
-            return await self.batcher.submit(served, job, group_size=request.group_size, timeout_s=timeout_s)
+            return await self.batcher.submit(key, job, group_size=request.group_size, timeout_s=timeout_s)
         except (Overloaded, TimedOut) as error:
             self._count_rejected("timeout" if isinstance(error, TimedOut) else "overloaded")
             raise
@@ -176,7 +186,8 @@ class GenerationEngine:
         if self.metrics:
             self.metrics.rejected(reason)
 
-    def _trajectory(self, served: ServedPlan, jobs: Sequence[Job]) -> list[SampledImage]:
+    def _trajectory(self, key: BatchKey[ServedPlan], jobs: Sequence[Job]) -> list[SampledImage]:
+        served = key.served
         self._began = started = time.perf_counter()
         try:
             requests = [job.image for job in jobs]
@@ -211,7 +222,7 @@ class GenerationEngine:
     async def _finish(
         self, request: EngineRequest, served: ServedPlan, sampled: SampledImage
     ) -> GeneratedImage:
-        config, guidance_scale = served.sampler.config, request.image.guidance_scale
+        config, guidance_scale = served.config, request.image.guidance_scale
         about = {"router_version": served.version, "batch_size": sampled.batch_size}
         seconds = {"waited_s": round(sampled.waited_s, 4), "seconds": round(sampled.seconds, 4)}
         logger.info("image generated", extra={**about, **seconds})  # fields of Serve's JSON logs
@@ -219,6 +230,7 @@ class GenerationEngine:
             picture=await self._encode(request, sampled.image_CHW),
             router_version=served.version,
             cur=served.plan.cur,
+            size=as_text((sampled.image_CHW.shape[2], sampled.image_CHW.shape[1])),
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
             batch_size=sampled.batch_size,

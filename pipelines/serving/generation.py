@@ -17,7 +17,7 @@ from harmonica.evaluation.plots import PictureFormat
 from . import schemas as api
 from .api_requests import GenerateRequest
 from .http_errors import ApiError
-from .image_request import ImageRequest
+from .image_request import ImageRequest, Picture, SettingRejected
 from .requests import (
     EngineRequest,
     GeneratedImage,
@@ -34,7 +34,7 @@ _MAX_UNKNOWN = 20
 
 
 def check(
-    body: GenerateRequest, card: ModelCard, *, lenient: bool = False
+    body: GenerateRequest, card: ModelCard, *, lenient: bool = False, num_pictures: int = 0
 ) -> tuple[int | str, list[api.Warned]]:
     """Check a body against the served model.
 
@@ -42,6 +42,7 @@ def check(
         body: the request as it was parsed.
         card: description of the served model.
         lenient: warn of another model or size, of a URL and of unknown fields, in place of rejecting them.
+        num_pictures: number of pictures to edit.
 
     Returns:
         The class label or the prompt, and the warnings.
@@ -50,6 +51,7 @@ def check(
         ApiError: the model cannot do what is asked.
     """
     warnings = _unsupported(body, card, lenient=lenient)
+    _check_pictures(body, card, num_pictures)
     if (body.n or 1) > card.max_images:
         raise ApiError(400, f"n is {body.n}: give 1 to {card.max_images}", "n", "integer_above_max_value")
     if body.output_format in (None, "png") and body.output_compression not in (None, 100):
@@ -88,11 +90,23 @@ def _unsupported(body: GenerateRequest, card: ModelCard, *, lenient: bool) -> li
         if not lenient:
             raise ApiError(404, f"{asked}, give that or leave it out", "model", "model_not_found")
         warnings.append(api.Warned(param="model", message=f"{asked}, which has generated the images"))
-    if body.size not in (None, "auto", card.size):
+    if card.sizes is not None:
+        try:
+            card.sizes.parse(body.size) if body.size not in (None, "auto") else None
+        except SettingRejected as error:
+            if not lenient:
+                raise
+            warnings.append(api.Warned(param="size", message=error.message))
+    elif body.size not in (None, "auto", card.size):
         asked = f"size is {body.size[:_MAX_ECHO]!r}: this model generates {card.size}"
         if not lenient:
             raise ApiError(400, f"{asked}, give that or 'auto'", "size", "invalid_value")
         warnings.append(api.Warned(param="size", message=f"{asked}, and has generated that"))
+    if body.partial_images and not card.has_previews:
+        asked = f"partial_images is {body.partial_images} and {card.model!r} has no previews"
+        if not lenient:
+            raise ApiError(400, f"{asked}: leave it out", "partial_images", "invalid_value")
+        warnings.append(api.Warned(param="partial_images", message=asked))
     if body.wants_url:
         kept = "this endpoint keeps no pictures"
         message = f"response_format is 'url': {kept}, so url is a data URL that holds the picture"
@@ -105,14 +119,50 @@ def _unsupported(body: GenerateRequest, card: ModelCard, *, lenient: bool) -> li
     return warnings
 
 
-def make_requests(body: GenerateRequest, subject: int | str, seed: int) -> list[EngineRequest]:
+def _check_pictures(body: GenerateRequest, card: ModelCard, num_pictures: int) -> None:
+    if num_pictures > card.max_pictures:
+        cure = (
+            f"give at most {card.max_pictures}"
+            if card.max_pictures
+            else "leave it out, and POST to /v1/images/generations"
+        )
+        message = f"image is there {num_pictures} times and {card.model!r} takes {card.max_pictures}: {cure}"
+        raise ApiError(400, message, "image", "invalid_value")
+    if card.needs_pictures and not num_pictures:
+        message = f"image is missing and {card.model!r} edits pictures: POST one to /v1/images/edits"
+        raise ApiError(400, message, "image", "missing_required_parameter")
+
+
+def _size(body: GenerateRequest, card: ModelCard) -> tuple[int, int] | None:
+    """Return the size asked for, or None for the model's own.
+
+    A size that has been warned of is None too.
+    """
+    if card.sizes is None or body.size in (None, "auto"):
+        return None
+    try:
+        return card.sizes.parse(body.size)
+    except SettingRejected:
+        return None
+
+
+def make_requests(
+    body: GenerateRequest,
+    subject: int | str,
+    seed: int,
+    card: ModelCard,
+    pictures: tuple[Picture, ...] = (),
+) -> list[EngineRequest]:
     """Make one request for each image.
 
     The images then share trajectories with those of other clients.
     """
+    size = _size(body, card)
     return [
         EngineRequest(
-            ImageRequest(subject, seed, index, body.negative_prompt or "", body.guidance_scale),
+            ImageRequest(
+                *(subject, seed, index, body.negative_prompt or "", body.guidance_scale, size, pictures)
+            ),
             body.served_quality,
             num_inference_steps=body.num_inference_steps,
             group_size=body.n or 1,
@@ -185,5 +235,5 @@ async def stream_bodies(
             about |= {"step": event.step, "num_inference_steps": event.num_steps}
             yield api.PartialImageEvent(**about, partial_image_index=event.index)
         else:
-            about |= {"revised_prompt": name, "warnings": warnings}
+            about |= {"revised_prompt": name, "warnings": warnings, "size": event.size or size}
             yield api.CompletedEvent(**about, **generation_details(request.image.seed, [event]))

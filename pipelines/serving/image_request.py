@@ -45,6 +45,15 @@ def rejecting(field: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture to edit is kept as its pixels, in rows of three bytes each."""
+
+    width: int
+    height: int
+    rgb: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRequest:
     """These inputs determine one image: under one router it depends on nothing else."""
 
@@ -57,3 +66,7 @@ class ImageRequest:
     """What the image should not show, for models that take prompts."""
     guidance_scale: float | None = None
     """Default: the sampler's own; where a router is used no other scale is allowed."""
+    size: tuple[int, int] | None = None
+    """Width and height, where the model leaves the choice. Default: the model's own, or a picture's shape."""
+    pictures: tuple[Picture, ...] = field(default=(), repr=False)
+    """Pictures to edit, for models that take some."""

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib import resources
 
-from fastapi import APIRouter, FastAPI, Security
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, Response
 
@@ -32,15 +32,18 @@ from .generation import (
     stream_bodies,
 )
 from .http_errors import ApiError, AssignRequestId, answer_errors
-from .openapi import describe_fully, errors, events
+from .multipart import Part
+from .openapi import EDIT_BODY, describe_fully, errors, events
 from .paths import NormalizePath
 from .request_bodies import ReadBody, StrictJsonRoute
 from .requests import ImageSource, ModelCard
 from .server_sent_events import stream_events
+from .uploads import decode_pictures, read_form
 
 MAX_BODY_BYTES = 64 * 1024
 # JavaScript reads integers above this inexactly, and then cannot ask for the same image again.
 _RANDOM_SEEDS = 2**53
+EDITS = "/images/edits"
 _HEALTH_TIMEOUT_S = 2.0
 # The page is one file: nothing else may be loaded by it, and nobody may frame it.
 _PAGE_POLICY = (
@@ -57,6 +60,7 @@ def create_app(
     assign_request_ids: bool = True,
     lenient: bool = False,
     read_timeout_s: float = 30.0,
+    max_upload_bytes: int = 20 * 2**20,
 ) -> FastAPI:
     """Make the app of an endpoint; it asks the source what it serves when it starts.
 
@@ -68,6 +72,7 @@ def create_app(
         lenient: if a client asks for another model, size or kind of answer, or for an unknown field,
             generate what the model can and warn of it in the answer.
         read_timeout_s: how long a client may take to send a body.
+        max_upload_bytes: largest body of a request that edits pictures.
     """
 
     @asynccontextmanager
@@ -83,7 +88,12 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    app.add_middleware(ReadBody, max_bytes=MAX_BODY_BYTES, timeout_s=read_timeout_s)
+    app.add_middleware(
+        ReadBody,
+        max_bytes=MAX_BODY_BYTES,
+        timeout_s=read_timeout_s,
+        larger={EDITS: max_upload_bytes},
+    )
     if keys:
         app.add_middleware(RequireKey, keys=keys)
     if cors_origins:  # outside of the keys: a browser's preflight request has none
@@ -119,18 +129,22 @@ def create_app(
 
     def model_entry() -> api.Model:
         served = card()
-        return api.Model(id=served.model, size=served.size, class_names=list(served.class_names))
+        sizes = api.Sizes(**asdict(served.sizes)) if served.sizes else None
+        return api.Model(
+            id=served.model,
+            size=served.size,
+            class_names=list(served.class_names),
+            sizes=sizes,
+            max_pictures=served.max_pictures,
+        )
 
-    async def generate(body: GenerateRequest) -> Response | api.GenerateResponse:
-        """Generate images.
-
-        With `stream`, previews and progress are sent while they are generated.
-        """
+    async def answer(body: GenerateRequest, uploads: Sequence[Part] = ()) -> Response | api.GenerateResponse:
         served = card()
-        subject, warnings = check(body, served, lenient=lenient)
+        subject, warnings = check(body, served, lenient=lenient, num_pictures=len(uploads))
+        pictures = await asyncio.to_thread(decode_pictures, uploads) if uploads else ()
         name = subject if isinstance(subject, str) else served.class_names[subject]
         seed = secrets.randbelow(_RANDOM_SEEDS) if body.seed is None else body.seed
-        requests = make_requests(body, subject, seed)
+        requests = make_requests(body, subject, seed, served, pictures)
         if body.stream:
             return await stream_events(stream_bodies(source, requests, served.size, name, warnings))
         images = await generate_all(source, requests)
@@ -140,17 +154,21 @@ def create_app(
             data=[as_image(image.picture, kind, name, as_url=body.wants_url) for image in images],
             output_format=kind,
             quality=requests[0].quality,
-            size=served.size,
+            size=images[0].size or served.size,
             warnings=warnings,
             **generation_details(seed, images),
         )
+
+    async def generate(body: GenerateRequest) -> Response | api.GenerateResponse:
+        """Generate images; with `stream`, send previews and progress meanwhile."""
+        return await answer(body)
 
     async def generate_leniently(body: LenientGenerateRequest) -> Response | api.GenerateResponse:
         """Generate images, as far as the model can.
 
         `warnings` names what was not followed.
         """
-        return await generate(body)
+        return await answer(body)
 
     v1.post(
         "/images/generations",
@@ -158,6 +176,22 @@ def create_app(
         response_model_exclude_none=True,
         responses=events() | errors(400, 401, 404, 408, 413, 500, 503, 504),
     )(generate_leniently if lenient else generate)
+
+    @v1.post(
+        EDITS,
+        response_model=api.GenerateResponse,
+        response_model_exclude_none=True,
+        responses=events() | errors(400, 401, 404, 408, 413, 500, 503, 504),
+        openapi_extra=EDIT_BODY,
+    )
+    async def edit(request: Request) -> Response | api.GenerateResponse:
+        """Edit pictures by a prompt, where the model takes pictures.
+
+        The form is that of OpenAI's client.
+        """
+        content_type = request.headers.get("content-type", "")
+        form, uploads = read_form(content_type, await request.body(), lenient=lenient)
+        return await answer(form, uploads)
 
     @v1.get("/models", responses=errors(401))
     async def models() -> api.ModelList:

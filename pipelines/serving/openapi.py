@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from .api_requests import EditRequest
 from .schemas import CompletedEvent, ErrorBody, PartialImageEvent, ProgressEvent
 
 _REASONS = {
@@ -18,6 +19,16 @@ _REASONS = {
     503: "Too many images are waiting.",
     504: "The image has waited for too long.",
 }
+_EDIT_FORM = "EditForm"
+EDIT_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": {"$ref": f"#/components/schemas/{_EDIT_FORM}"}},
+        },
+    }
+}
+"""`openapi_extra=` of the route that edits pictures."""
 _EVENTS = (PartialImageEvent, ProgressEvent, CompletedEvent)
 
 
@@ -50,6 +61,21 @@ def events() -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {"text/event-stream": {"schema": {"oneOf": described}}}}}
 
 
+def _edit_form() -> dict[str, Any]:
+    """Return the schema of a form with pictures."""
+    schema = EditRequest.model_json_schema()
+    files = {"type": "string", "contentMediaType": "application/octet-stream"}
+    image = {
+        "anyOf": [files, {"type": "array", "items": files}],
+        "description": "A png, jpeg or webp file, or several as `image[]` where the model takes several.",
+    }
+    return schema | {
+        "title": _EDIT_FORM,
+        "properties": {"image": image} | schema["properties"],
+        "required": ["image", *schema["required"]],
+    }
+
+
 def describe_fully(app: FastAPI) -> None:
     """Replace FastAPI's document by one that is complete.
 
@@ -64,6 +90,7 @@ def describe_fully(app: FastAPI) -> None:
             schemas = made["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
+            schemas[_EDIT_FORM] = _edit_form()
             for event in _EVENTS:
                 schema = event.model_json_schema(
                     ref_template="#/components/schemas/{model}", mode="serialization"

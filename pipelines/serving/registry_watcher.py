@@ -13,9 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
-from harmonica.cli.sample_command import own_sampler
 from harmonica.core.artifact import RouterArtifact
-from harmonica.core.golden_sample import check_sample
 from harmonica.io.paths import local
 from harmonica.models.loading import ModelConfig
 from harmonica.validation.settings import told
@@ -176,14 +174,14 @@ class RegistryWatcher:
         """Load a version, check that it reproduces its sample, and warm its plan up."""
         images = self._engine.images
         if version == UNCACHED:
-            own = own_sampler(images.loaded, self._args.model.path)
-            served = await asyncio.to_thread(images.make_uncached, own)
-            await self._engine.warm_up(served)
-            return served
+            own = images.own_sampler(self._args.model.path)
+            uncached: ServedPlan = await asyncio.to_thread(images.make_uncached, own)
+            await self._engine.warm_up(uncached)
+            return uncached
         artifact = await asyncio.to_thread(self._args.load, version)
-        served = await asyncio.to_thread(images.make_plan, artifact, version)
+        served: ServedPlan = await asyncio.to_thread(images.make_plan, artifact, version)
         # In the trajectories' thread: two trajectories at once would slow down each other.
-        await self._engine.batcher.run_between_batches(partial(check_sample, artifact, served.sampler))
+        await self._engine.batcher.run_between_batches(partial(images.try_out, artifact, served))
         await self._engine.warm_up(served)  # before it takes over: a replica that is ready is warm
         return served
 

@@ -3,7 +3,7 @@
 import asyncio
 import codecs
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import Request, Response
@@ -23,8 +23,21 @@ class ReadBody:
     It answers 413 if the body is too large, and 408 if it is not complete in time.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, timeout_s: float, larger: Mapping[str, int] | None = None
+    ) -> None:
+        """Bound the bodies of an application.
+
+        Args:
+            max_bytes: the largest body.
+            timeout_s: how long a body may take.
+            larger: the largest body by the end of the path, where it is another.
+        """
         self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s
+        self._larger = larger or {}
+
+    def _limit(self, path: str) -> int:
+        return next((most for end, most in self._larger.items() if path.endswith(end)), self._max_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,7 +45,7 @@ class ReadBody:
             return
         try:
             async with asyncio.timeout(self._timeout_s):
-                body = await self._read(receive)
+                body = await self._read(receive, self._limit(scope["path"]))
         except TimeoutError:
             text = f"the body was not whole after {self._timeout_s:g} s: send the request again"
             error = ApiError(408, text, None, "request_timeout", _CLOSE)
@@ -50,15 +63,15 @@ class ReadBody:
 
         await self._app(scope, replay, send)
 
-    async def _read(self, receive: Receive) -> bytes | None:
+    async def _read(self, receive: Receive, max_bytes: int) -> bytes | None:
         body = bytearray()
         while True:
             message = await receive()
             if message["type"] != "http.request":
                 return None
             body += message.get("body", b"")
-            if len(body) > self._max_bytes:
-                text = f"the body has more than {self._max_bytes} bytes: send less"
+            if len(body) > max_bytes:
+                text = f"the body has more than {max_bytes} bytes: send less"
                 raise ApiError(413, text, None, "request_too_large", _CLOSE)
             if not message.get("more_body", False):
                 return bytes(body)

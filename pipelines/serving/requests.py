@@ -13,6 +13,7 @@ from harmonica.validation.finite import NotFinite
 
 from .batching import Overloaded, TimedOut
 from .image_request import ImageRequest, Quality, SettingRejected
+from .image_sizes import SizeBounds, as_text
 
 MAX_PARTIAL_IMAGES = 3
 REJECTIONS = (Overloaded, TimedOut, SettingRejected, PromptTooLong, NotFinite)
@@ -74,6 +75,8 @@ class GeneratedImage:
     """Number of images that shared the trajectory."""
     seconds: float
     """Duration of the trajectory."""
+    size: str = ""
+    """Width and height, as in 64x32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +116,16 @@ class ModelCard:
     class_names: tuple[str, ...]
     """Empty where the model takes text."""
     image_size: int
+    """Height and width where `sizes` is None."""
     max_images: int
     """Upper bound of `n`."""
+    sizes: SizeBounds | None = None
+    """The sizes that a request may ask for; None where there is one."""
+    has_previews: bool = True
+    max_pictures: int = 0
+    """Number of pictures that a request may edit at most; 0 where the model takes none."""
+    needs_pictures: bool = False
+    """Whether nothing is generated without a picture."""
     routers: tuple[RouterCard, ...] = ()
     rejected: RejectedRouter | None = None
     """The registry's champion, if it cannot be served and an earlier router still is."""
@@ -131,7 +142,7 @@ class ModelCard:
     @property
     def size(self) -> str:
         """Return the images' width and height in pixels, as OpenAI's API writes them."""
-        return f"{self.image_size}x{self.image_size}"
+        return as_text(self.sizes.default if self.sizes else (self.image_size, self.image_size))
 
 
 class ImageSource(Protocol):

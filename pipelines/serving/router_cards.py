@@ -1,12 +1,14 @@
 """Describe the routers that an image sampler generates under, for the model card."""
 
+from typing import Any
+
 from .image_request import Quality
-from .image_sampler import ImageSampler
+from .planned_sampler import PlannedSampler
 from .requests import RouterCard
 from .served_plan import ServedPlan
 
 
-def router_cards(images: ImageSampler) -> tuple[RouterCard, ...]:
+def router_cards(images: PlannedSampler[Any]) -> tuple[RouterCard, ...]:
     """Return a card for each router in use, with the qualities that it is used for."""
     uses: dict[ServedPlan, tuple[Quality, ...]] = {}
     qualities: tuple[Quality, ...] = ("high", "medium", "low")
@@ -17,7 +19,7 @@ def router_cards(images: ImageSampler) -> tuple[RouterCard, ...]:
 
 
 def _card(served: ServedPlan, quality: tuple[Quality, ...]) -> RouterCard:
-    config = served.sampler.config
+    config = served.config
     return RouterCard(
         version=served.version,
         quality=quality,

@@ -4,18 +4,22 @@ It has to fit the model.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from mlflow.exceptions import MlflowException
 
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.core.artifact import RouterArtifact
+from harmonica.integrations.recorded.view import ARCHITECTURE_KEY
 from harmonica.io.paths import local
 from harmonica.models.loading import LoadedModel, ModelConfig, load_model
 
 from ..tracking import registry
 from ..tracking.mlflow_store import database_of, tracking_uri, without_credentials
 from .model_check import check_is_whole
+from .pipeline_folder import PipelineFolder, pipeline_folder
 from .served_plan import UNCACHED
 
 
@@ -47,21 +51,20 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
         ValueError: the model cannot be loaded or cannot generate images, or no router fits; the message names
             the setting that helps.
     """
-    loaded = load_model(model)
-    check_is_whole(loaded)
+    mismatch = _mismatch_of(model)
     if router == UNCACHED:
         return Choice(router=router, summary="every branch computed (--router uncached)")
     if router:
         router = str(local(router, "router"))
-        if why_not := _mismatch(RouterArtifact.load(router), loaded):
+        if why_not := mismatch(RouterArtifact.load(router)):
             raise ValueError(f"router is {router}, which does not fit model.path {model.path}: {why_not}")
         return Choice(router=router, summary=f"the router in {router}")
     champion = _champion(registered_model, storage_path)
-    why_no_champion = champion.why_not or _mismatch(champion.artifact, loaded)
+    why_no_champion = champion.why_not or mismatch(champion.artifact)
     if not why_no_champion:
         which = f"version {champion.version} of {registered_model}, the champion in MLflow"
         return Choice(tracking_uri=champion.uri, summary=which)
-    why_not_builtin = _mismatch(RouterArtifact.load(BUILTIN_CHAMPION), loaded)
+    why_not_builtin = mismatch(RouterArtifact.load(BUILTIN_CHAMPION))
     if not why_not_builtin:
         return Choice(router=str(BUILTIN_CHAMPION), summary=f"the built-in champion ({why_no_champion})")
     if champion.artifact is None:
@@ -107,8 +110,33 @@ def _champion(registered_model: str, storage_path: str) -> _Champion:
         ) from error
 
 
-def _mismatch(artifact: RouterArtifact | None, loaded: LoadedModel) -> str:
-    """Return how the model differs from the router's; "" if the router fits."""
+def _mismatch_of(model: ModelConfig) -> Callable[[RouterArtifact | None], str]:
+    """Return a function that says how the model differs from a router's.
+
+    What it returns is empty if the router fits.
+
+    Raises:
+        ValueError: the model cannot generate images.
+    """
+    folder = pipeline_folder(model)
+    if folder is not None:  # weights are compared where they are loaded, on the replicas
+        return partial(_other_class, folder)
+    loaded = load_model(model)
+    check_is_whole(loaded)
+    return partial(_other_model, loaded)
+
+
+def _other_class(folder: PipelineFolder, artifact: RouterArtifact | None) -> str:
+    assert artifact is not None, "there is an artifact unless `why_not` says why there is none"
+    made_for = artifact.model.get(ARCHITECTURE_KEY)
+    if made_for is None:
+        return f"it was made for a {artifact.model.get('architecture')} outside of any pipeline"
+    if made_for != folder.transformer_class:
+        return f"it was made for a {made_for}, and {folder.class_name} has a {folder.transformer_class}"
+    return ""
+
+
+def _other_model(loaded: LoadedModel, artifact: RouterArtifact | None) -> str:
     assert artifact is not None, "there is an artifact unless `why_not` says why there is none"
     try:
         artifact.check(loaded.model, artifact.sampler)

@@ -110,6 +110,15 @@ class ProgressEvent(_Event):
     num_inference_steps: int
 
 
+class Sizes(BaseModel):
+    """Bound the sizes that a request may ask for."""
+
+    default: tuple[int, int] = Field(description="Width and height.")
+    multiple: int = Field(description="Width and height are multiples of this.")
+    max_pixels: int = Field(description="Largest width times height.")
+    max_side: int = Field(description="Largest width, and largest height.")
+
+
 class Model(BaseModel):
     """Extend OpenAI's `Model` by what it generates."""
 
@@ -119,6 +128,8 @@ class Model(BaseModel):
     owned_by: str = "harmonica"
     size: str
     class_names: list[str] = Field(description="Empty if the model takes text.")
+    sizes: Sizes | None = Field(None, description="Null if `size` is the only one.")
+    max_pictures: int = Field(0, description="Number of pictures that a request may edit at most.")
 
 
 class ModelList(BaseModel):

@@ -83,6 +83,9 @@ def test_a_target_of_speed_is_met_and_the_artifact_travels(tmp_path):
     artifact = harmonica.train_pipeline(case.pipe, prompts, config, call=call)
     assert artifact.ideal_speedup == pytest.approx(1.3, rel=0.02)
     assert artifact.sampler.scheduler["_class_name"] == type(case.pipe.scheduler).__name__
+    plain = {"height": 64, "width": 96, "num_inference_steps": STEPS}
+    named = {"arguments": plain, "prompt_arguments": ["pooled_prompt_embeds", "prompt_embeds"]}
+    assert artifact.training["call"] == named
     before = case.run()
     harmonica.apply(case.pipe, artifact.save(tmp_path / "router"))
     assert 1e-5 < float((case.run() - before).norm() / before.norm()) < 0.2

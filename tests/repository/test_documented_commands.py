@@ -25,6 +25,7 @@ from harmonica.models.loading import ModelConfig, load_model
 from harmonica.training.presets import RECIPES
 from pipelines.capacity.command import CapacityCommand
 from pipelines.presets import PRESETS
+from pipelines.serve import ServeCommand
 from pipelines.serving.images_api import create_app
 from tests.integrations.test_pipeline_training import prompts_of
 
@@ -35,6 +36,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "workflow.py": lambda given: parse(given, PRESETS, "workflow.py"),
     "-m harmonica.cli.train": lambda given: parse(given, TRAIN_PRESETS, "train"),
     "-m harmonica.cli.sample": lambda given: parse_settings(SampleCommand, given, "sample"),
+    "-m pipelines.serve": lambda given: parse_settings(ServeCommand, given, "serve"),
     "-m harmonica.cli.convert": lambda given: parse_settings(ConvertCommand, given, "convert"),
     "-m pipelines.capacity": lambda given: parse_settings(CapacityCommand, given, "capacity"),
 }
@@ -128,8 +130,8 @@ def test_what_is_listed_is_in_a_page():
 
 
 def test_every_example_is_run_by_a_test():
-    """`harmonica.apply` by test_attach_readme.py, the others below."""
-    keys = ("harmonica.apply(", "harmonica.train_pipeline(", "CHAMPION", "OpenAI(")
+    """`harmonica.apply` by test_attach_readme.py, `images.edit` by test_image_edits.py, the others below."""
+    keys = ("harmonica.apply(", "harmonica.train_pipeline(", "CHAMPION", "OpenAI(", "images.edit(")
     for page in PAGES:
         for block in blocks_of(str(page.relative_to(ROOT))):
             assert any(key in block for key in keys), f"{page}:\n{block}"

@@ -14,7 +14,8 @@ from harmonica.models.loading import load_model
 from pipelines.serving.images_api import create_app
 
 PATH = "/v1/images/generations"
-PATHS = {PATH, "/v1/models", "/v1/models/{model}", "/v1/routers", "/healthz", "/livez", "/readyz"}
+EDITS = "/v1/images/edits"
+PATHS = {PATH, EDITS, "/v1/models", "/v1/models/{model}", "/v1/routers", "/healthz", "/livez", "/readyz"}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tiny_engine import make_engine
 from harmonica.models.loading import load_model
 from pipelines.serving.images_api import create_app
 
-PATH = "/v1/images/generations"
+PATH, EDITS = "/v1/images/generations", "/v1/images/edits"
 ASSETS = {"prompt": "Bag", "size": "auto", "model": "tiny"}
 # Which classes, sizes and models there are is not the document's to say: good data may be a 400.
 EXCLUDED = [positive_data_acceptance]
@@ -67,6 +67,8 @@ def try_all(schema, count):
     statuses = try_out(draw, good, count * 3 // 10, meant_well)
     assert statuses[200] > count // 20, "most of these are drawn"
     statuses += try_out(draw, good, count * 3 // 10) + try_out(draw, bad, count * 3 // 10)
+    edit = schema[EDITS]["POST"]  # forms; this model takes no picture, and refuses them all
+    statuses += try_out(edit, good, count // 20) + try_out(edit, bad, count // 20)
     for operation in (result.ok() for result in schema.get_all_operations()):
         if operation.method == "get":
             statuses += try_out(operation, good, count // 10)

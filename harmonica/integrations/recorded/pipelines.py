@@ -1,6 +1,6 @@
 """Put a recorded router's plan on the transformers of a pipeline."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from harmonica.integrations.recorded.view import (
     fingerprint_of,
 )
 from harmonica.integrations.weight_check import matched_fingerprint, other_weights
+from harmonica.models.fingerprint import Fingerprint
 
 _MORE_TRANSFORMERS = ("transformer_2", "unconditional_transformer")
 
@@ -73,6 +74,29 @@ def planned_calls(
     Raises:
         ValueError: another cache is on, or the router was made for another class or other weights.
     """
+    check_router(transformers, artifact, lambda: fingerprint_of(transformers), check_weights=check_weights)
+    views = [
+        RecordedTransformer(transformer, forward, cacheable=artifact.model["cacheable"])
+        for transformer, forward in zip(transformers, forwards, strict=True)
+    ]
+    return calls_of(views, artifact, allow_other_sampler=allow_other_sampler)
+
+
+def check_router(
+    transformers: Sequence[nn.Module],
+    artifact: RouterArtifact,
+    fingerprint: Callable[[], Fingerprint],
+    *,
+    check_weights: bool,
+) -> None:
+    """Check that a router was made for these transformers.
+
+    Args:
+        fingerprint: reads it from their weights.
+
+    Raises:
+        ValueError: another cache is on, or the router was made for another class or other weights.
+    """
     model = artifact.model
     if (count := model.get("transformers", 1)) != len(transformers):
         raise ValueError(
@@ -88,21 +112,20 @@ def planned_calls(
             )
         refuse_other_caches(transformer)
     parameters = [each for transformer in transformers for each in transformer.parameters()]
-    found = matched_fingerprint(
-        parameters, lambda: fingerprint_of(transformers), artifact, check_weights=check_weights
-    )
+    found = matched_fingerprint(parameters, fingerprint, artifact, check_weights=check_weights)
     if found.exact not in (model["weights"], *artifact.rounded_weights.values()):
         raise other_weights(found, artifact)
 
-    views = [
-        RecordedTransformer(transformer, forward, cacheable=model["cacheable"])
-        for transformer, forward in zip(transformers, forwards, strict=True)
-    ]
+
+def calls_of(
+    views: Sequence[RecordedTransformer], artifact: RouterArtifact, *, allow_other_sampler: bool
+) -> Iterator[TransformerCall]:
+    """Yield what takes the place of each transformer's forward."""
     trajectory = PlannedTrajectory(
         views,
         artifact.plan,
         artifact.reuse,
-        check_view=_BranchCheck(model),
+        check_view=_BranchCheck(artifact.model),
         check_pipeline=_SchedulerCheck(artifact, allow_other_sampler),
     )
     return (TransformerCall(trajectory, number) for number in range(len(views)))

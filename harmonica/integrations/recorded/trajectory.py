@@ -50,12 +50,13 @@ class Trajectory(ABC):
         Args:
             reuse: what a reused branch hands out.
             learned: the forecasts' weights, if they are not linear.
-            check_view: refuses a transformer that has just been recorded.
+            check_view: refuses a transformer, when it is first called.
             check_pipeline: refuses a pipeline, at the first step of a trajectory.
         """
         self.views, self.num_steps = list(views), num_steps
         self.reuse, self.learned = reuse, learned
         self._check_view, self._check_pipeline = check_view, check_pipeline
+        self._checked: set[int] = set()  # views, which several plans may share
         self.tracker = CallTracker(num_steps)
         self._set_up()
 
@@ -100,8 +101,9 @@ class Trajectory(ABC):
         i, key = self.tracker.locate(place, number, self._contexts[number])
         if not view.is_recorded:
             view.record(*args, **kwargs)
-            if self._check_view is not None:
-                self._check_view(view)
+        if number not in self._checked and self._check_view is not None:
+            self._check_view(view)
+            self._checked.add(number)
         shapes = [each.shape for each in _pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if self._inputs.get(key) != shapes:
             self._kept[key] = self.new_kept(view)

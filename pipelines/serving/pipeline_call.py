@@ -1,0 +1,75 @@
+"""The arguments of a pipeline's call for a batch of image requests."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from harmonica.integrations.exchanged_plans import PipelinePlan
+
+from .image_request import ImageRequest
+from .pipeline_folder import PipelineFolder
+from .served_plan import ServedPlan
+
+_SET_HERE = (
+    *("num_inference_steps", "height", "width", "generator", "output_type", "return_dict", "latents"),
+    *("prompt", "num_images_per_prompt", "image", "callback_on_step_end"),
+)
+"""Arguments of a call that each batch sets itself."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PipelineServedPlan(ServedPlan):
+    """A plan of a pipeline, with its forwards and the arguments of its training."""
+
+    forwards: PipelinePlan | None = field(default=None, kw_only=True, repr=False)
+    """None computes everything."""
+    arguments: Mapping[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
+    is_guided: bool = field(default=True, kw_only=True)
+    """False where guidance needs a negative prompt, and none was trained with."""
+
+
+def call_arguments(
+    folder: PipelineFolder,
+    requests: Sequence[ImageRequest],
+    served: PipelineServedPlan,
+    size: tuple[int, int],
+) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call for requests that share one.
+
+    Args:
+        folder: says what a call of the class takes.
+        size: width and height.
+    """
+    defaults, first = folder.defaults, requests[0]
+    width, height = size
+    call = {name: value for name, value in served.arguments.items() if name not in _SET_HERE}
+    call |= {
+        "num_inference_steps": served.plan.num_steps,
+        "height": height,
+        "width": width,
+        "generator": [torch.Generator().manual_seed(each.seed + each.index) for each in requests],
+        "output_type": "pt",
+    }
+    if "max_area" in defaults:  # FLUX Kontext scales every size to this area
+        call["max_area"] = width * height
+    if "use_resolution_binning" in defaults:
+        call["use_resolution_binning"] = False
+    if first.guidance_scale is not None:
+        call[folder.guidance] = first.guidance_scale
+    negative = call.pop("negative_prompt", None)
+    is_asked = any(each.negative_prompt for each in requests) or first.guidance_scale is not None
+    if folder.guides_by_negative_prompt and (served.is_guided or is_asked):
+        negative = negative or ""
+    negatives = [each.negative_prompt or negative or "" for each in requests]
+    if "negative_prompt" in defaults and (negative is not None or any(negatives)):
+        call["negative_prompt"] = negatives
+    call["prompt"] = [each.subject for each in requests]
+    if first.pictures:
+        pictures = [Image.frombytes("RGB", (each.width, each.height), each.rgb) for each in first.pictures]
+        call["image"] = pictures[0] if len(pictures) == 1 else pictures
+        call |= {name: call[name][0] for name in ("prompt", "negative_prompt") if name in call}
+        call["num_images_per_prompt"] = len(requests)
+    return call

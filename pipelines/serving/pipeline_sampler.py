@@ -1,0 +1,254 @@
+"""Sample a batch of requests in one call of a diffusers pipeline, without Ray.
+
+Shapes: N images, C channels, H W image.
+"""
+
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.plan import Plan
+from harmonica.integrations.exchanged_plans import ExchangedPlans
+from harmonica.models.loading import ModelConfig
+from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig
+
+from .image_request import ImageRequest, Picture, SettingRejected
+from .image_sizes import SizeBounds
+from .pipeline_call import PipelineServedPlan, call_arguments
+from .pipeline_folder import PipelineFolder
+from .planned_sampler import OnPreview, PlannedSampler
+from .served_plan import UNCACHED
+
+_PROBE_SIDE = 256
+
+
+class PipelineSampler(PlannedSampler[PipelineServedPlan]):
+    """A diffusers pipeline generates images in its own loop.
+
+    Each image has a generator of its own: image i of seed s is diffusers' image of a generator on the CPU
+    with seed s + i, up to rounding, whatever is in its batch.
+    """
+
+    has_previews = False
+
+    def __init__(
+        self,
+        folder: PipelineFolder,
+        config: ModelConfig,
+        device: str = "cpu",
+        *,
+        max_steps: int = 100,
+        max_pixels: int = 2**22,
+    ) -> None:
+        """Load the pipeline.
+
+        Args:
+            max_steps: largest number of steps of an image without a router.
+            max_pixels: largest area of an image; the pipeline's own size is always allowed.
+        """
+        super().__init__(max_steps)
+        self.folder = folder
+        self.pipe = folder.load(config, device)
+        self._exchanged = ExchangedPlans(self.pipe)
+        self.max_pictures, self.needs_pictures = folder.max_pictures, folder.needs_pictures
+        self._max_pixels = max_pixels
+        self.sizes: SizeBounds = self._bounds({})
+
+    def _bounds(self, arguments: Mapping[str, Any]) -> SizeBounds:
+        """Return the sizes of requests; that of the champion's training is the default."""
+        pipe, transformer = self.pipe, self.pipe.transformer.config
+        factor = int(getattr(pipe, "vae_scale_factor", 8))
+        patch = transformer.get("patch_size") or 1
+        patch = max(patch) if isinstance(patch, (tuple, list)) else int(patch)
+        # Two latents a side become one token, by patches or by packing.
+        multiple = factor * max(2, patch)
+        own = getattr(pipe, "default_sample_size", None) or transformer.get("sample_size")
+        side = self.folder.defaults["height"] or (int(own) * factor if isinstance(own, int) else 1024)
+        sides = [arguments.get(name) or side for name in ("width", "height")]
+        width, height = (max(1, each // multiple) * multiple for each in sides)
+        table = transformer.get("pos_embed_max_size")
+        max_side = table * patch * factor if table else max(16 * max(width, height), 4096)
+        return SizeBounds((width, height), multiple, max(self._max_pixels, width * height), max_side)
+
+    @property
+    def image_size(self) -> int:
+        """Return the width of images whose request asks for no size, in pixels."""
+        return self.sizes.default[0]
+
+    def use(self, champion: PipelineServedPlan, fastest: PipelineServedPlan | None = None) -> None:
+        """Use these plans, and the champion's size, from the next request on."""
+        self.sizes = self._bounds(champion.arguments)
+        super().use(champion, fastest)
+
+    def make_plan(self, artifact: RouterArtifact, version: str) -> PipelineServedPlan:
+        """Make the plan of a router that was trained in a pipeline.
+
+        Raises:
+            ValueError: the router was made for another class, for other weights or in no pipeline.
+        """
+        call = artifact.training.get("call", {})
+        arguments = {
+            name: value for name, value in call.get("arguments", {}).items() if name in self.folder.defaults
+        }
+        named = {*arguments, *call.get("prompt_arguments", ())}
+        has_negative = any(name.startswith("negative_prompt") for name in named)
+        is_guided = has_negative or not self.folder.guides_by_negative_prompt
+        scale = self._guidance_scale(arguments) if is_guided else 1.0
+        scores = [[round(score, 3) for score in row] for row in artifact.logits_TB.sigmoid().tolist()]
+        return PipelineServedPlan(
+            replace(artifact.sampler, guidance_scale=scale),
+            artifact.plan,
+            artifact.reuse,
+            version,
+            artifact.ideal_speedup,
+            tuple(map(tuple, scores)),
+            forwards=self._exchanged.make(artifact),
+            arguments=arguments,
+            is_guided=is_guided,
+        )
+
+    def make_uncached(self, config: SamplerConfig) -> PipelineServedPlan:
+        """Make a plan that computes everything, for calls with the champion's arguments."""
+        champion = self._plans.get("medium")
+        branches = len(champion.plan.compute[0]) if champion else 1
+        return PipelineServedPlan(
+            config,
+            Plan.full(config.num_inference_steps, branches),
+            "hold",
+            UNCACHED,
+            arguments=champion.arguments if champion else {},
+            is_guided=champion.is_guided if champion else True,
+        )
+
+    def own_sampler(self, path: str) -> SamplerConfig:
+        """Return the settings that the pipeline's call has by default."""
+        return SamplerConfig(
+            name="diffusers",
+            num_inference_steps=int(self.folder.defaults.get("num_inference_steps") or 50),
+            guidance_scale=self._guidance_scale({}),
+            scheduler=json.loads(self.pipe.scheduler.to_json_string()),
+        )
+
+    def _guidance_scale(self, arguments: Mapping[str, Any]) -> float:
+        name = self.folder.guidance
+        scale = arguments.get(name, self.folder.defaults.get(name)) if name else 1.0
+        return min(max(float(scale or 1.0), 1.0), MAX_GUIDANCE_SCALE)
+
+    def try_out(self, artifact: RouterArtifact, served: PipelineServedPlan) -> None:
+        """Generate a small image under a plan, which records the transformer's forward.
+
+        Raises:
+            ValueError: the router was made for other branches or steps, or the image is not finite.
+        """
+        if not self.generate([self.probe()], served).isfinite().all():
+            raise ValueError("the router's sample is not finite: the weights or the router are damaged")
+
+    def probe(self) -> ImageRequest:
+        """Return a request for a small image."""
+        width, height = self.sizes.default
+        side = max(self.sizes.multiple, _PROBE_SIDE // self.sizes.multiple * self.sizes.multiple)
+        grey = Picture(side, side, bytes([128]) * (3 * side * side))
+        pictures = (grey,) if self.needs_pictures else ()
+        return ImageRequest("a photo", 0, 0, size=(min(side, width), min(side, height)), pictures=pictures)
+
+    def check(self, request: ImageRequest, served: PipelineServedPlan | None = None) -> None:
+        """Check that the pipeline takes what a request has.
+
+        Raises:
+            SettingRejected: it does not.
+        """
+        served, name = served or self.champion, self.folder.class_name
+        if request.negative_prompt and not self.folder.takes_negative_prompts:
+            raise SettingRejected(
+                "negative_prompt", f"negative_prompt is set and a {name} is not guided by one: leave it out"
+            )
+        if request.negative_prompt and served.version != UNCACHED and not served.is_guided:
+            raise SettingRejected(
+                "negative_prompt",
+                f"negative_prompt is set and router {served.version} was trained without: leave it out, or "
+                "give quality high, which uses no router",
+            )
+        small = min((min(each.width, each.height) for each in request.pictures), default=1 << 30)
+        if small < self.sizes.multiple:
+            raise SettingRejected(
+                "image", f"image has a side of {small} pixels: give {self.sizes.multiple} or more"
+            )
+        if request.guidance_scale is not None and not self.folder.guidance:
+            raise SettingRejected(
+                "guidance_scale", f"guidance_scale is set and a {name} has none: leave it out"
+            )
+
+    def size_of(self, request: ImageRequest) -> tuple[int, int]:
+        """Return the width and height of a request's image.
+
+        A picture's shape is kept by default.
+        """
+        if request.size is not None:
+            return request.size
+        if request.pictures:
+            return self.sizes.like(request.pictures[0].width, request.pictures[0].height)
+        return self.sizes.default
+
+    def shared_with(self, request: ImageRequest, served: PipelineServedPlan) -> Hashable:
+        """Return what one call of the pipeline has for all its images.
+
+        Pipelines differ in what several pictures or several prompts with pictures mean to them: images of one
+        picture and prompt are made together, by `num_images_per_prompt`.
+        """
+        shared = (self.size_of(request), request.guidance_scale, bool(request.negative_prompt))
+        if not request.pictures:
+            return shared
+        return (*shared, request.subject, request.negative_prompt, request.pictures)
+
+    def generate(
+        self,
+        requests: Sequence[ImageRequest],
+        served: PipelineServedPlan | None = None,
+        on_preview: OnPreview | None = None,
+    ) -> Tensor:
+        """Generate the images of all requests in one call.
+
+        They share what `shared_with` returns.
+
+        Args:
+            requests: after `fix_batch_size` no more than that; the batch is padded with copies of the first.
+            served: the plan to generate under. Default: the champion's.
+            on_preview: called after every step, where the pipeline tells of them; nothing is predicted.
+
+        Returns:
+            Images (N, C, H, W) in [-1, 1], on the CPU.
+
+        Raises:
+            ValueError: the pipeline refuses its arguments, or makes another size.
+        """
+        served, num_asked = served or self.champion, len(requests)
+        call = call_arguments(self.folder, self.padded(requests), served, self.size_of(requests[0]))
+        if on_preview is not None and "callback_on_step_end" in self.folder.defaults:
+            call["callback_on_step_end"] = _telling(on_preview)
+        with self._exchanged.under(served.forwards), torch.no_grad():
+            images = self.pipe(**call, return_dict=False)[0]
+        images_NCHW: Tensor = images[:num_asked].float().cpu() * 2 - 1
+        if images_NCHW.shape[2:] != (call["height"], call["width"]):
+            height, width = images_NCHW.shape[2:]
+            raise ValueError(
+                f"{self.folder.class_name} made {width}x{height} of {call['width']}x{call['height']}"
+            )
+        return images_NCHW
+
+
+def _telling(on_preview: OnPreview) -> Callable[..., dict[str, Any]]:
+    """Return a pipeline's `callback_on_step_end` that counts steps."""
+
+    def predict(indices: Sequence[int]) -> Tensor:
+        raise NotImplementedError("a pipeline predicts no previews: has_previews is False")
+
+    def tell(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_preview(i + 1, predict)
+        return tensors
+
+    return tell
