@@ -10,8 +10,8 @@ from harmonica.training.feasibility import check_training
 from harmonica.validation.settings import require
 
 from .config.workflow import Stage, WorkflowConfig
-from .evaluation.latency import transfer_samplers
 from .evaluation.metric_networks import check_metric_settings
+from .evaluation.variants import transfer_samplers
 from .run_state import resume
 from .run_state.resume import ROUTER
 from .run_state.routers import load_router

@@ -22,7 +22,8 @@ from harmonica.models.loading import load_model
 
 from ..config.workflow import TrainConfig, WorkflowConfig
 from ..data.stream import sample_spec
-from ..evaluation.latency import SEED_OFFSET, Variant, device_of
+from ..evaluation.latency import SEED_OFFSET, device_of
+from ..evaluation.variants import Variant
 from ..run_state.resume import work_folder
 from ..run_state.routers import load_router
 from ..run_state.storage import RunStorage

@@ -4,55 +4,30 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.core.cache import Reuse
-from harmonica.core.plan import Plan
-from harmonica.core.sampling import sample
 from harmonica.data.batch import Batch
 from harmonica.data.samples import SampleSpec, make_samples
-from harmonica.evaluation.evaluation_report import CACHED, FEWER, FULL, family_variant
+from harmonica.evaluation.evaluation_report import CACHED, FULL
 from harmonica.execution.levels import warm_ups
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import load_model
 from harmonica.models.vae import decode_latents, draws_pixels
-from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.validation.finite import check_finite
 
 from ..config.workflow import WorkflowConfig
 from ..data.stream import sample_spec
+from .variants import Variant, make_family_variants, make_variants
 
 SEED_OFFSET = 1
 """Offset from the training seed, so that evaluation samples other rows than training."""
 _SHEET = 10
 _TRIES = 3
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to sample the same noise."""
-
-    name: str
-    sampler: SamplerConfig
-    plan: Plan | None = None
-    reuse: Reuse = "hold"
-    reference: str = FULL
-    """Name of the variant whose images these are compared with."""
-
-    @property
-    def num_inference_steps(self) -> int:
-        return self.sampler.num_inference_steps
-
-    def sample(self, model: BranchedTransformer, batch: Batch) -> Tensor:
-        sampler = make_sampler(model, self.sampler)
-        return sample(
-            sampler, batch.noise_NCHW, batch.condition_N, self.plan, reuse=self.reuse, keys=batch.keys
-        )
 
 
 @dataclass(frozen=True)
@@ -102,43 +77,6 @@ def median_times(
     medians = {name: statistics.median(values) for name, values in times.items()}
     spread = {name: (max(v) - min(v)) / medians[name] for name, v in times.items()}
     return medians, spread
-
-
-def make_variants(config: WorkflowConfig, artifact: RouterArtifact, fewer_steps: int = 2) -> list[Variant]:
-    """Return the variants full, cached and fewer steps, in this order."""
-    cached = Variant(CACHED, config.sampler, artifact.plan, artifact.reuse)
-    fewer = replace(config.sampler, num_inference_steps=fewer_steps)
-    return [Variant(FULL, config.sampler), cached, Variant(FEWER, fewer)]
-
-
-def make_family_variants(config: WorkflowConfig, family: Mapping[str, RouterArtifact]) -> list[Variant]:
-    """Return one variant for each member, named by `family_variant`."""
-    return [
-        Variant(family_variant(name), config.sampler, one.plan, one.reuse) for name, one in family.items()
-    ]
-
-
-def transfer_samplers(config: WorkflowConfig) -> dict[str, SamplerConfig]:
-    """Return by title each other sampler, guidance scale and step count of `evaluate`."""
-    others: dict[str, SamplerConfig] = {}
-    for name in config.evaluate.transfer:
-        others[name] = replace(config.sampler, name=name, scheduler=None)
-    for scale in config.evaluate.transfer_guidance:
-        others[f"guidance {scale:g}"] = replace(config.sampler, guidance_scale=scale)
-    for steps in config.evaluate.transfer_steps:
-        others[f"{steps} steps"] = replace(config.sampler, num_inference_steps=steps)
-    return others
-
-
-def make_transfer_variants(config: WorkflowConfig, artifact: RouterArtifact) -> list[Variant]:
-    """Return full and cached under each of `transfer_samplers`, for which the plan was not made."""
-    variants = []
-    for title, other in transfer_samplers(config).items():
-        plan = artifact.plan.at_steps(other.num_inference_steps)
-        full = f"{title} {FULL}"
-        variants.append(Variant(full, other, reference=full))
-        variants.append(Variant(f"{title} {CACHED}", other, plan, artifact.reuse, reference=full))
-    return variants
 
 
 def steps_as_long(total: int, seconds: Mapping[str, float]) -> int:

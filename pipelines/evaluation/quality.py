@@ -28,8 +28,9 @@ from ..config.evaluate import EvaluateConfig
 from ..config.workflow import WorkflowConfig
 from ..data.stream import stream_samples
 from ..runtime.ray_runtime import quiet_libraries
-from .latency import Variant, device_of
+from .latency import device_of
 from .metric_networks import MetricSuite, feature_kind, read_reference
+from .variants import Variant
 
 NOISE_FLOOR = "noise_floor"
 _OTHER_SEED = 1  # from the evaluation's: rows that neither training nor any variant has seen

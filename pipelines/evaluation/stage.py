@@ -29,16 +29,9 @@ from harmonica.samplers import make_sampler
 
 from ..config.workflow import TrainConfig, WorkflowConfig
 from ..runtime.ray_runtime import plainly
-from .latency import (
-    Timing,
-    Variant,
-    device_of,
-    make_family_variants,
-    make_transfer_variants,
-    make_variants,
-    measure,
-)
+from .latency import Timing, device_of, measure
 from .quality import NOISE_FLOOR, evaluate_images
+from .variants import Variant, make_family_variants, make_transfer_variants, make_variants
 
 
 @plainly()
