@@ -5,23 +5,21 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.data.batch import Batch
-from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.evaluation.evaluation_report import CACHED, FULL
-from harmonica.execution.levels import warm_ups
-from harmonica.models.base import BranchedTransformer
-from harmonica.models.loading import load_model
-from harmonica.models.vae import decode_latents, draws_pixels
+from harmonica.models.vae import decode_latents
 from harmonica.validation.finite import check_finite
 
 from ..config.workflow import WorkflowConfig
-from ..data.stream import sample_spec
+from ..data.rows import Rows
+from .evaluated_model import EvaluatedModel
+from .open_model import open_model
 from .variants import Variant, make_family_variants, make_variants
 
 SEED_OFFSET = 1
@@ -34,7 +32,7 @@ _TRIES = 3
 class Timing:
     """Times that one worker measured, and ten images of each variant from the same noise."""
 
-    rows: SampleSpec
+    rows: Rows
     """The model's rows, kept so that the model need not be loaded again to know them."""
     seconds_per_image: dict[str, float]
     spread: dict[str, float]
@@ -55,20 +53,20 @@ def device_of(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def _seconds(variant: Variant, model: BranchedTransformer, batch: Batch) -> float:
+def _seconds(variant: Variant, model: EvaluatedModel, batch: Any) -> float:
     started = time.perf_counter()
-    variant.sample(model, batch)
-    if batch.noise_NCHW.is_cuda:
+    model.run(variant, batch)
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 def median_times(
-    variants: list[Variant], model: BranchedTransformer, batch: Batch, rounds: int
+    variants: list[Variant], model: EvaluatedModel, batch: Any, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return median seconds per image and the relative spread; variants alternate after warming up."""
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    first = warm_ups(model)
+    first = model.warm_ups
     for turn in range(rounds + first):
         for variant in variants:
             seconds = _seconds(variant, model, batch) / len(batch)
@@ -94,10 +92,9 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
         NotFinite: a variant's images are not finite.
     """
     settings, device = config.evaluate, device_of(config.evaluate.use_gpu)
-    loaded = load_model(config.model, device)
-    model = loaded.model
-    spec = sample_spec(config, model, config.seed + SEED_OFFSET)
-    batch = spec.to_batch(make_samples(np.arange(settings.timing_batch_size), spec), device)
+    model = open_model(config, device)
+    spec = model.rows(config.seed + SEED_OFFSET)
+    batch = spec.to_batch(spec.make(np.arange(settings.timing_batch_size)), device)
     total = config.sampler.num_inference_steps
     variants, steps = make_variants(config, artifact)[:2], total
     seconds, spread = median_times(variants, model, batch, min(2, settings.timing_rounds))
@@ -107,21 +104,21 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
         seconds, spread = median_times(variants, model, batch, settings.timing_rounds)
         if steps_as_long(total, seconds) == steps:
             break
-    columns, names = _sheet_rows(spec, loaded.class_names)
+    columns, names = _sheet_rows(spec, model.class_names)
     shown = spec.to_batch(columns, device)
-    sheet = {variant.name: variant.sample(model, shown) for variant in variants}
-    if not draws_pixels(model) and (vae := loaded.load_vae(device)) is not None:
+    sheet = {variant.name: model.sample(variant, shown) for variant in variants}
+    if not model.draws_pixels and (vae := model.load_vae()) is not None:
         sheet = {name: decode_latents(vae, latents) for name, latents in sheet.items()}
     sheet = {name: images.cpu() for name, images in sheet.items()}
     for name, images in sheet.items():
         check_finite(images, f"images of variant {name!r} are")
-    return Timing(spec, seconds, spread, steps, sheet, names, tuple(b.name for b in model.branches))
+    return Timing(spec, seconds, spread, steps, sheet, names, model.branch_names(artifact))
 
 
-def _sheet_rows(spec: SampleSpec, class_names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _sheet_rows(spec: Rows, class_names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return the rows of the sheet and their names: one of each class, or the first prompts."""
-    columns = make_samples(np.arange(_SHEET), spec)
-    if spec.prompts is not None:
-        return columns, spec.prompts.rows(columns["label"]).prompts
-    labels = np.arange(_SHEET) % spec.num_classes
+    columns = spec.make(np.arange(_SHEET))
+    if (prompts := spec.texts(columns["label"])) is not None:
+        return columns, prompts
+    labels = np.arange(_SHEET) % len(class_names)
     return columns | {"label": labels}, [class_names[label] for label in labels]

@@ -27,6 +27,8 @@ class Variant:
     reuse: Reuse = "hold"
     reference: str = FULL
     """Name of the variant whose images these are compared with."""
+    artifact: RouterArtifact | None = None
+    """The router whose plan it is, for a pipeline, whose transformer takes no plan alone."""
 
     @property
     def num_inference_steps(self) -> int:
@@ -41,7 +43,7 @@ class Variant:
 
 def make_variants(config: WorkflowConfig, artifact: RouterArtifact, fewer_steps: int = 2) -> list[Variant]:
     """Return the variants full, cached and fewer steps, in this order."""
-    cached = Variant(CACHED, config.sampler, artifact.plan, artifact.reuse)
+    cached = Variant(CACHED, config.sampler, artifact.plan, artifact.reuse, artifact=artifact)
     fewer = replace(config.sampler, num_inference_steps=fewer_steps)
     return [Variant(FULL, config.sampler), cached, Variant(FEWER, fewer)]
 
@@ -49,7 +51,8 @@ def make_variants(config: WorkflowConfig, artifact: RouterArtifact, fewer_steps:
 def make_family_variants(config: WorkflowConfig, family: Mapping[str, RouterArtifact]) -> list[Variant]:
     """Return one variant for each member, named by `family_variant`."""
     return [
-        Variant(family_variant(name), config.sampler, one.plan, one.reuse) for name, one in family.items()
+        Variant(family_variant(name), config.sampler, one.plan, one.reuse, artifact=one)
+        for name, one in family.items()
     ]
 
 
