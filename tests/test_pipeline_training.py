@@ -1,5 +1,6 @@
 """`harmonica.train_pipeline`: SDT and lambda in a pipeline's own loop, and what it refuses."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -7,20 +8,24 @@ from typing import Any
 import pytest
 import tiny_attached
 import torch
+from all_phases import ALL_PHASES
 from diffusers import PixArtSigmaPipeline
 from tiny_recorded_pipelines import KINDS, STEPS, Case, make_case
 from tiny_text_pipeline import write_text_pipeline
 from torch import Tensor
 
 import harmonica
+from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.data.batch import Batch
 from harmonica.pipeline_training.pipeline_calls import batched
+from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.samplers import make_sampler
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
-from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.iepo import image_error_proxy
 from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.trainer import RouterTrainer
 from harmonica.validation.settings import SettingError
 
 
@@ -132,15 +137,46 @@ def test_hard_students_and_forecasts_are_trained():
     assert artifact.reuse == "forecast" and 0 < artifact.plan.cur < 0.6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_phases_reach_the_pipeline_that_a_router_is_applied_to(kind):
+    """What the last plan and forecasts draw in training is what the pipeline draws under the router."""
+    case = make_case(kind)
+    prompts, call = prompts_of(case)
+    call["num_inference_steps"] = 6
+    config = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_cur=1 / 3)
+    with PipelineTrainer(case.pipe, prompts, config, call=call) as trainer:
+        metrics = [trainer.train_one() for _ in trainer.next_trajectories]
+        artifact = trainer.artifact()
+        linear = Plan(artifact.plan.compute)
+        # So far from linear that they are seen, whatever was fitted.
+        artifact = dataclasses.replace(artifact, forecast_TBK=artifact.forecast_TBK + 0.1)
+        images = trainer.backend.images
+        drawn, others = images(trainer._batch(0), artifact.plan, "forecast"), [images(trainer._batch(0))]
+        others.append(images(trainer._batch(0), linear, "forecast"))
+    fixed = trainer.state()["fixed_steps"]
+    assert len(fixed) == (kind in ("wan 2.2", "z-image truncated"))
+    assert all(all(artifact.plan.compute[i]) for i in fixed)
+    assert artifact.training["chosen"] in ("measured", "even", "trained") and artifact.plan.cur > 0
+    assert "choice.measured_db" in metrics[3] and "forecast.ridge" in metrics[-1]
+    harmonica.apply(case.pipe, artifact)
+    generator = [torch.Generator().manual_seed(row) for row in range(2)]
+    settings = {"output_type": "latent", "return_dict": False, "generator": generator}
+    applied = case.pipe(**call, **batched(prompts), **settings)[0]
+    if not isinstance(applied, Tensor):
+        applied = torch.stack(list(applied))
+    assert torch.equal(applied.float(), drawn)
+    assert not any(torch.allclose(drawn, other, rtol=1e-4) for other in others)
+
+
 # The trainer of the branch files
 
 
 class _Pixart:
-    """A PixArt by its own file and in its pipeline, unguided, in float64."""
+    """A PixArt by its own file and in its pipeline, in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float = 1.0, num_steps: int = STEPS) -> None:
         self.case = tiny_attached.make_case("alpha 1024", None)  # with cross-attention
-        config = tiny_attached.config(guidance_scale=1.0)
+        config = tiny_attached.config(guidance_scale=scale, num_inference_steps=num_steps)
         self.sampler = make_sampler(self.case.model, config)
         condition = self.case.condition
         self.batch = Batch(self.case.noise, condition)
@@ -150,13 +186,15 @@ class _Pixart:
             "height": 2 * self.case.noise.shape[2],
             "width": 2 * self.case.noise.shape[3],
             "use_resolution_binning": False,
-            "guidance_scale": 1.0,
-            "num_inference_steps": STEPS,
+            "guidance_scale": scale,
+            "num_inference_steps": num_steps,
         }
         self.prompts = [
             {
                 "prompt_embeds": condition.embeddings[row : row + 1],
                 "prompt_attention_mask": condition.mask[row : row + 1].long(),
+                "negative_prompt_embeds": condition.negative_embeddings[row : row + 1],
+                "negative_prompt_attention_mask": condition.negative_mask[row : row + 1].long(),
             }
             for row in range(2)
         ]
@@ -196,26 +234,46 @@ def test_lambda_is_that_of_the_branch_files(kind):
     assert found_T == pytest.approx(wanted_T.tolist(), rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_all_phases_are_those_of_the_branch_files(scale):
+    """Guided too, but for the updates: a pipeline's errors are those before guidance."""
+    pixart, steps = _Pixart(scale, num_steps=6), 6
+    config = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_cur=0.4, iepo="leave_one_out")
+    if scale > 1:
+        config = dataclasses.replace(config, sdt=dataclasses.replace(config.sdt, learning_rate=1e-9))
+    run = RouterTrainer(pixart.sampler, config, seed=0)
+    with PipelineTrainer(pixart.case.pipe, pixart.prompts, config, call=pixart.call) as trainer:
+        for k in range(config.all_trajectories):
+            keys = SampleKeys.of(0, range(2 * k, 2 * k + 2))
+            theirs = run.train_one(Batch(pixart.batch.noise_NCHW, pixart.batch.condition_N, keys))
+            ours = trainer.train_one()
+            wanted = {
+                n: v for n, v in theirs.items() if n.startswith(("loss", "choice", "forecast", "lambda"))
+            }
+            if scale == 1 or k not in (1, 2):
+                assert {n: ours[n] for n in wanted} == pytest.approx(wanted, rel=1e-3), k
+            if k == 0:
+                wanted_EE = run.phases[0].state()
+                torch.testing.assert_close(trainer.run.phases[0].state(), wanted_EE, rtol=1e-6, atol=1e-9)
+        ours, theirs = trainer.artifact(), run.artifact()
+    assert trainer.run.context.starts.keys() == run.context.starts.keys() == {"even", "measured"}
+    for name, logits_TB in run.context.starts.items():
+        assert torch.equal(trainer.run.context.starts[name], logits_TB)
+    assert ours.plan.compute == theirs.plan.compute and 0 < ours.plan.cur < 1
+    assert ours.training["chosen"] == theirs.training["chosen"]
+    torch.testing.assert_close(ours.logits_TB, theirs.logits_TB, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours.forecast_TBK, theirs.forecast_TBK, rtol=1e-4, atol=1e-5)
+    assert len(ours.plan.compute) == steps
+
+
 # Refusals
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"initial": "measured", "start_trajectories": 1, "target_speedup": 1.3},
-            "train.initial is measured",
-        ),
-        (
-            {"initial": "even", "choice_trajectories": 1, "target_speedup": 1.3},
-            "train.choice_trajectories is 1",
-        ),
         ({"target_speedup": 1.3, "targets": (1.5,)}, r"train.targets is \(1.5,\)"),
         ({"micro_batch_size": 1}, "train.micro_batch_size is 1"),
-        (
-            {"forecast": ForecastConfig(trajectories=4), "sdt": SdtConfig(reuse="forecast")},
-            "train.forecast.trajectories is 4",
-        ),
     ],
 )
 def test_settings_without_a_counterpart_are_refused(changes, message):

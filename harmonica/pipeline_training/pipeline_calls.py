@@ -1,5 +1,6 @@
 """Calls of a pipeline for rows of prompts, with its transformers' forwards replaced."""
 
+import inspect
 import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,7 +96,8 @@ class PipelineCalls:
             ValueError: the pipeline refuses the call, or its transformer has no plan.
         """
         training = [(each, each.training) for each in self.transformers]
-        learned = [p for each in self.transformers for p in each.parameters() if p.requires_grad]
+        parts = [each for each in self.pipe.components.values() if isinstance(each, nn.Module)]
+        learned = [p for each in (*parts, *self.transformers) for p in each.parameters() if p.requires_grad]
         progress = getattr(self.pipe, "_progress_bar_config", None)
         try:
             for each in self.transformers:
@@ -144,11 +146,14 @@ class PipelineCalls:
         if self.num_steps < 2:
             raise ValueError(f"the pipeline makes {self.num_steps} steps: give num_inference_steps 2 or more")
 
-    def run(self, policy: Policy, prompts: Sequence[Prompt], rows: Sequence[int]) -> Tensor:
+    def run(
+        self, policy: Policy, prompts: Sequence[Prompt], rows: Sequence[int], *, has_gradient: bool = False
+    ) -> Tensor:
         """Call the pipeline under a policy; returns the latents (N, ...).
 
         Args:
             rows: the rows' names: the noise of each is the same in every call.
+            has_gradient: keep the graph of what the policy's calls give, through the pipeline's loop.
         """
         trajectory = self._trajectory
         assert trajectory is not None, "only while opened"
@@ -162,7 +167,7 @@ class PipelineCalls:
                 if hasattr(type(transformer), "cache_context"):
                     transformer.cache_context = call.cache_context  # type: ignore[assignment]
                     replaced.append((transformer, "cache_context"))
-            latents = self._call(prompts, rows)
+            latents = self._call(prompts, rows, has_gradient)
             trajectory.finish()
         finally:
             trajectory.reset()
@@ -170,11 +175,15 @@ class PipelineCalls:
                 delattr(transformer, name)
         return latents
 
-    def _call(self, prompts: Sequence[Prompt], rows: Sequence[int]) -> Tensor:
+    def _call(self, prompts: Sequence[Prompt], rows: Sequence[int], has_gradient: bool = False) -> Tensor:
         device = getattr(self.pipe, "_execution_device", "cpu")
         generators = [torch.Generator(device).manual_seed((self.seed << 32) + row) for row in rows]
         settings = {"output_type": "latent", "return_dict": False}
-        output = self.pipe(**settings | self.call | batched(prompts), generator=generators)[0]
+        call = type(self.pipe).__call__
+        if has_gradient:
+            call = inspect.unwrap(call)  # diffusers' decorator, torch.no_grad
+        with torch.set_grad_enabled(has_gradient):
+            output = call(self.pipe, **settings | self.call | batched(prompts), generator=generators)[0]
         return output if isinstance(output, Tensor) else torch.stack(list(output))
 
     def sampler_config(self) -> SamplerConfig:

@@ -5,14 +5,16 @@ the student's on the same input; the pipeline's scheduler goes on from the stude
 calls, the step's update is made of both.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from harmonica.core.cache import Reuse
 from harmonica.core.router import FIXED_LOGIT, Router
 from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.tensor_tags import tensors_of
@@ -49,16 +51,19 @@ class TransformerStep:
         return self.view.mixed(scores_B, refresh_row, self.kept, self.i, self.args, self.kwargs)
 
 
-class Policy(Protocol):
+class Policy(ABC):
     """What each call of a trajectory gives."""
 
+    def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
+        """Return the empty values of one of a step's calls."""
+        return view.new_kept(reuse)
+
+    @abstractmethod
     def compute(self, step: TransformerStep) -> Any:
         """Return what the call gives the pipeline."""
-        ...
 
-    def finish_step(self, i: int) -> None:
+    def finish_step(self, i: int) -> None:  # noqa: B027  # most policies need nothing
         """See the end of step i, when all its calls have been made."""
-        ...
 
 
 class PolicyTrajectory(Trajectory):
@@ -78,6 +83,9 @@ class PolicyTrajectory(Trajectory):
             self.policy.finish_step(self._last)
         self.reset()
 
+    def new_kept(self, view: RecordedTransformer) -> KeptValues:
+        return self.policy.new_kept(view, self.reuse)
+
     def compute(
         self,
         view: RecordedTransformer,
@@ -94,7 +102,7 @@ class PolicyTrajectory(Trajectory):
 
 
 @dataclass
-class Generation:
+class Generation(Policy):
     """A generation under the router's soft weights, or its plan.
 
     Steps in `full` compute everything. Under a plan that does so anyway, they are reused instead: else the
@@ -123,12 +131,9 @@ class Generation:
             self.errors.setdefault(step.i, []).append(float(error) / count)
         return output
 
-    def finish_step(self, i: int) -> None:
-        pass
-
 
 @dataclass
-class SdtPolicy:
+class SdtPolicy(Policy):
     """SDT of one trajectory: an update of the router at every step but the first one run.
 
     Rows of steps at which a call has nothing to reuse are fixed: they always compute.
@@ -141,9 +146,10 @@ class SdtPolicy:
     """Averages a tensor over all workers in place; none on one worker."""
     on_gradient: Callable[[int, Tensor], object] | None = None
     updates: list[Update] = field(default_factory=list)
+    fixed: set[int] = field(default_factory=set)
+    """Steps at which a call had nothing to reuse."""
     _scores_B: Tensor | None = None
     _measured: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
-    _is_fixed: bool = False
 
     @property
     def records(self) -> list[StepRecord]:
@@ -154,7 +160,7 @@ class SdtPolicy:
     def compute(self, step: TransformerStep) -> Any:
         trainer = self.trainer
         if not len(step.kept):
-            self._is_fixed = True
+            self.fixed.add(step.i)
             return step.full()
         if not trainer.trains(step.i):
             return step.full()
@@ -176,7 +182,7 @@ class SdtPolicy:
         return step.planned(row) if is_hard else _detached(output)
 
     def finish_step(self, i: int) -> None:
-        if self._is_fixed and i < self.trainer.router.num_steps - 1:
+        if i in self.fixed and i < self.trainer.router.num_steps - 1:
             with torch.no_grad():
                 self.trainer.router.rows[i].fill_(FIXED_LOGIT)
         elif self._measured:
@@ -191,7 +197,7 @@ class SdtPolicy:
                 on_gradient=self.on_gradient,
             )
             self.updates.append(update)
-        self._scores_B, self._measured, self._is_fixed = None, [], False
+        self._scores_B, self._measured = None, []
 
 
 def squared_error(output: Any, target: Any) -> tuple[Tensor, int]:

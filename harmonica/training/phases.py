@@ -180,6 +180,7 @@ class RouterPhase(Phase):
         average(means)
         metrics |= dict(zip(("loss", "mse", "l1"), means.tolist(), strict=True)) | {"beta": target.beta}
         metrics["updates_per_s"] = (context.sampler.num_steps - 1) / (time.monotonic() - started)
+        target.spare(context.backend.fixed_steps)
         target.update()
         return metrics
 
@@ -207,6 +208,9 @@ class ChoicePhase(Phase):
         """Take the starts, and what was trained unless it misses the target."""
         context = self.context
         plans = {name: context.target.plan_of(logits_TB) for name, logits_TB in context.starts.items()}
+        # A start from before these steps were known may reuse them, and be slower than it says.
+        fixed = context.backend.fixed_steps
+        plans = {name: plan for name, plan in plans.items() if all(all(plan.compute[i]) for i in fixed)}
         if context.target.is_met_by(context.plan) or not plans:
             plans["trained"] = context.plan
         self.selector = PlanSelector(plans, self.config.sdt.reuse)

@@ -1,5 +1,6 @@
 """The target of a training, a speed or a share of reuse: beta and the threshold of plans follow from it."""
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -56,6 +57,12 @@ class TargetController:
         """Take step i's gradient, before its update."""
         if self._controller:
             self._controller.observe(i, gradient_B, self._trainer.router.rows[i])
+
+    def spare(self, steps: Collection[int]) -> None:
+        """Keep steps from reuse that compute everything in any case."""
+        if self._controller:
+            for i in steps:
+                self._controller.spare(i)
 
     def update(self) -> None:
         """Move beta on; called once a trajectory."""

@@ -22,7 +22,7 @@ class KeptValues:
         Args:
             branch_of: the branch of each unit that is kept.
         """
-        self.branch_of, self.reuse, self._learned = branch_of, reuse, learned
+        self.branch_of, self.reuse, self.learned = branch_of, reuse, learned
         self._caches: dict[str, BranchCache] = {}
         self._layouts: dict[str, tuple[list[Any], Any]] = {}
 
@@ -44,20 +44,25 @@ class KeptValues:
         leaves, layout = _pytree.tree_flatten(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if unit not in self._caches:
-            self._caches[unit] = BranchCache(len(tensors), self.reuse, self._forecast(unit, len(tensors)))
+            self._caches[unit] = self.new_cache(unit, len(tensors))
         marks = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._layouts[unit] = marks, layout
         for place, tensor in enumerate(tensors):
             self._caches[unit].write(place, step, tensor)
 
-    def _forecast(self, unit: str, count: int) -> Forecast | None:
-        if self._learned is None:
+    def new_cache(self, unit: str, count: int) -> BranchCache:
+        """Return the empty cache of a unit that gives so many tensors."""
+        return BranchCache(count, self.reuse, self.forecast_of(unit, count))
+
+    def forecast_of(self, unit: str, count: int) -> Forecast | None:
+        """Return the forecasts' weights of a unit's tensors, which are those of its branch."""
+        if self.learned is None:
             return None
-        return tuple((row[self.branch_of[unit]],) * count for row in self._learned)
+        return tuple((row[self.branch_of[unit]],) * count for row in self.learned)
 
     def copy(self) -> "KeptValues":
         """Return a second one that shares the values, which are never overwritten."""
-        twin = KeptValues(self.branch_of, self.reuse, self._learned)
+        twin = KeptValues(self.branch_of, self.reuse, self.learned)
         twin._caches = {unit: cache.copy() for unit, cache in self._caches.items()}
         twin._layouts = dict(self._layouts)
         return twin

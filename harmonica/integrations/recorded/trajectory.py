@@ -104,9 +104,13 @@ class Trajectory(ABC):
                 self._check_view(view)
         shapes = [each.shape for each in _pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if self._inputs.get(key) != shapes:
-            self._kept[key] = view.new_kept(self.reuse, self.learned)
+            self._kept[key] = self.new_kept(view)
             self._shapes[key], self._inputs[key] = {}, shapes
         return self.compute(view, i, self._kept[key], self._shapes[key], args, kwargs)
+
+    def new_kept(self, view: RecordedTransformer) -> KeptValues:
+        """Return the empty values of one of the trajectory's calls."""
+        return view.new_kept(self.reuse, self.learned)
 
     @abstractmethod
     def compute(

@@ -8,7 +8,7 @@ the best set for a speed is found by search. No two steps running are reused: th
 Ours; `tests/benchmarks/RESULTS.md` has what it is worth. Shapes: N images, T steps, E = 2(T-1) effects.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,18 @@ def step_effects(sampler: Sampler, batch: Batch, reuse: Reuse) -> Tensor:
         if i >= 2:
             state, _ = planned_step(sampler, i - 2, state, nothing, cache)
             after[i - 2] = change(i - 3, state, cache)
-    return torch.stack(alone + [after[i] - alone[i + 2] if i in after else alone[i] for i in range(last)])
+    return stacked_effects(alone, after)
+
+
+def stacked_effects(alone: Sequence[Tensor], after: Mapping[int, Tensor]) -> Tensor:
+    """Return the effects (E, N, X) from the changes of the final latents (N, X).
+
+    Args:
+        alone: of step i reused.
+        after: of steps i and i + 2 reused, where there is a step i + 2 to reuse.
+    """
+    places = range(len(alone))
+    return torch.stack([*alone, *(after[i] - alone[i + 2] if i in after else alone[i] for i in places)])
 
 
 class StepSearch:

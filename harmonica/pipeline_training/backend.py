@@ -1,0 +1,135 @@
+"""Trajectories of a training by whole calls of a pipeline.
+
+A pipeline's loop cannot be entered in the middle, so runs share nothing of what lies before the step that
+they differ at: a measured start takes 2T-3 calls a batch, and a refresh of lambda T.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import Reuse
+from harmonica.core.plan import Plan
+from harmonica.core.router import Router
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.pipeline_training.image_error import Errors, image_changes
+from harmonica.pipeline_training.pipeline_calls import PipelineCalls, Prompt
+from harmonica.pipeline_training.plan_policy import PlanPolicy, ProbedPolicy
+from harmonica.pipeline_training.policies import Generation, Policy, SdtPolicy, precise
+from harmonica.samplers.noise import SampleKeys
+from harmonica.training.backend import Sketch, TrajectoryBackend
+from harmonica.training.config import TrainingConfig
+from harmonica.training.plans.builders import stepwise_plan
+from harmonica.training.plans.forecast_fit import sketch_of, unknowns
+from harmonica.training.plans.search import stacked_effects
+from harmonica.training.sdt import SdtTrainer, StepRecord
+
+
+@dataclass(frozen=True)
+class PipelineBatch:
+    """N prompts, and the keys of their rows."""
+
+    prompts: Sequence[Prompt]
+    keys: SampleKeys
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def split(self, size: int) -> list["PipelineBatch"]:
+        """Return the rows in order, at most `size` at a time; 0 leaves them together."""
+        size = size or len(self)
+        parts = (slice(first, first + size) for first in range(0, len(self), size))
+        return [PipelineBatch(self.prompts[part], self.keys[part]) for part in parts]
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What training asks of a sampler: how many steps, and what branches cost."""
+
+    num_steps: int
+    model: RecordedTransformer
+
+
+class PipelineBackend(TrajectoryBackend):
+    """Runs trajectories by calls of a pipeline that is open."""
+
+    def __init__(self, calls: PipelineCalls) -> None:
+        self.calls = calls
+        self.sampler = _Steps(calls.num_steps, calls.view)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.calls.transformers[0].parameters()).device
+        return device
+
+    def images(self, batch: PipelineBatch, plan: Plan | None = None, reuse: Reuse = "hold") -> Tensor:
+        assert plan is None or reuse == self.calls.reuse, "the calls keep what their own reuse needs"
+        shape = (self.calls.num_steps, len(self.calls.view.branches))
+        policy = PlanPolicy(plan or Plan.full(*shape))
+        latents_NX = self._run(policy, batch)
+        self._find_fixed(policy.fixed)
+        return latents_NX
+
+    def _run(self, policy: Policy, batch: PipelineBatch, *, has_gradient: bool = False) -> Tensor:
+        rows = batch.keys.indices
+        return precise(self.calls.run(policy, batch.prompts, rows, has_gradient=has_gradient))
+
+    def _find_fixed(self, steps: Collection[int]) -> None:
+        self.fixed_steps |= frozenset(steps) - {self.calls.num_steps - 1}
+
+    def step_effects(self, batch: PipelineBatch, reuse: Reuse) -> Tensor:
+        num_steps, count = self.calls.num_steps, len(self.calls.view.branches)
+        full_NX = self.images(batch).flatten(1)
+
+        def change(*reused: int) -> Tensor:
+            plan = stepwise_plan(num_steps, count, reused)
+            return self.images(batch, plan, reuse).flatten(1) - full_NX
+
+        alone = [change(i) for i in range(num_steps - 1)]
+        return stacked_effects(alone, {i - 2: change(i, i - 2) for i in range(2, num_steps - 1)})
+
+    def image_changes(self, router: Router, batch: PipelineBatch, config: TrainingConfig) -> Tensor:
+        assert config.iepo != "none"
+        is_hard = config.sdt.student == "hard"
+
+        def run(full: Collection[int], errors: Errors | None) -> Tensor:
+            policy = Generation(router, config.sdt.threshold, is_hard, full, errors)
+            return self._run(policy, batch)
+
+        return image_changes(run, self.calls.num_steps, config.iepo).to(self.device, torch.float32)
+
+    def train_trajectory(
+        self,
+        sdt: SdtTrainer,
+        batches: Sequence[PipelineBatch],
+        lambda_T: Tensor,
+        *,
+        beta: float,
+        average: Callable[[Tensor], None],
+        on_gradient: Callable[[int, Tensor], object],
+    ) -> list[StepRecord]:
+        (batch,) = batches  # a call of the pipeline draws a whole trajectory, so parts cannot share a step
+        policy = SdtPolicy(sdt, lambda_T, beta, average, on_gradient)
+        self._run(policy, batch)
+        self._find_fixed(policy.fixed)
+        if not (records := policy.records):
+            raise ValueError("no step of the pipeline reuses anything of another: there is nothing to train")
+        return records
+
+    def sketch(self, plan: Plan, batch: PipelineBatch, *, order: int, probes: int) -> Sketch:
+        full_NX, policy = self.images(batch), ProbedPolicy(plan)
+        planned_NX, handles = self._run(policy, batch, has_gradient=True), policy.handles()
+        if handles and not planned_NX.requires_grad:
+            raise ValueError(
+                f"{type(self.calls.pipe).__name__} lets no gradient through its loop, which the fit of "
+                "forecasts needs: give train.forecast.trajectories 0"
+            )
+        if any(len(handle_M) % len(batch) for each in handles.values() for handle_M in each):
+            raise ValueError(
+                "a reused branch of the transformer has other rows than the batch, and forecasts are fitted "
+                "row by row: give train.forecast.trajectories 0"
+            )
+        names = unknowns(plan, order)
+        return sketch_of(full_NX, planned_NX, handles, names, batch.keys, plan.num_steps, probes)

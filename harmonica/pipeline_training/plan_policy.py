@@ -1,0 +1,70 @@
+"""Calls of a transformer under a fixed plan, as they are and with a derivative in the forecast weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import BranchCache, Reuse
+from harmonica.core.plan import Plan
+from harmonica.integrations.recorded.kept_values import KeptValues
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.pipeline_training.policies import Policy, TransformerStep
+from harmonica.training.plans.forecast_fit import ProbedCache, Unknown
+
+
+class PlanPolicy(Policy):
+    """Each call computes or reuses what a plan says, and everything where it has nothing to reuse."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.fixed: set[int] = set()
+        """Steps at which a call had nothing to reuse."""
+
+    def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
+        return view.new_kept(reuse, self.plan.forecast)
+
+    @torch.no_grad()
+    def compute(self, step: TransformerStep) -> Any:
+        return self._planned(step)
+
+    def _planned(self, step: TransformerStep) -> Any:
+        if not len(step.kept):
+            self.fixed.add(step.i)
+            return step.full()
+        return step.planned(self.plan.compute[step.i])
+
+
+class ProbedPolicy(PlanPolicy):
+    """Calls that are differentiable in every forecast weight of every row."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self._caches: list[tuple[int, ProbedCache]] = []
+
+    def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
+        return _ProbedValues(view.new_kept(reuse, self.plan.forecast), self._caches)
+
+    def compute(self, step: TransformerStep) -> Any:
+        return self._planned(step)
+
+    def handles(self) -> dict[Unknown, list[Tensor]]:
+        """Return the zeros (M,) that were added for each weight, of all calls and tensors."""
+        found: dict[Unknown, list[Tensor]] = {}
+        for branch, cache in self._caches:
+            for (step, _, k), handle_M in cache.handles.items():
+                found.setdefault((step, branch, k), []).append(handle_M)
+        return found
+
+
+class _ProbedValues(KeptValues):
+    """Kept values in probed caches, which it hands to the policy."""
+
+    def __init__(self, like: KeptValues, caches: list[tuple[int, ProbedCache]]) -> None:
+        super().__init__(like.branch_of, like.reuse, like.learned)
+        self._probed = caches
+
+    def new_cache(self, unit: str, count: int) -> BranchCache:
+        cache = ProbedCache(count, self.forecast_of(unit, count))
+        self._probed.append((self.branch_of[unit], cache))
+        return cache
