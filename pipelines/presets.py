@@ -94,6 +94,8 @@ def pipeline() -> WorkflowConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], WorkflowConfig]] = {"fashion": fashion, "fashion-text": fashion_text} | {
-    name: partial(_on_gpus, name) for name in presets.RECIPES if not name.startswith("fashion")
-} | {"pipeline": pipeline}
+PRESETS: dict[str, Callable[[], WorkflowConfig]] = (
+    {"fashion": fashion, "fashion-text": fashion_text}
+    | {name: partial(_on_gpus, name) for name in presets.RECIPES if not name.startswith("fashion")}
+    | {"pipeline": pipeline}
+)

@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from tiny_pipeline_folder import SIZE, make_pipeline, write_pipeline_folder
+from tiny_recorded_pipelines import make_case
 from torch import Tensor
 
 from harmonica.data.embedding_store import (
@@ -27,6 +28,7 @@ from harmonica.data.embedding_store import (
 from harmonica.data.prompt_files import MANIFEST, part_path
 from harmonica.pipeline_training.pipeline_folder import PipelineFolder
 from harmonica.pipeline_training.prompt_encoding import PipelinePromptEncoder, embedding_names
+from harmonica.pipeline_training.sampling import sample_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +206,25 @@ def test_a_mask_that_a_pipeline_leaves_out_is_stored_whole() -> None:
         "negative_prompt_embeds": (1, 3, 4),
         "negative_prompt_embeds_mask": (1, 3),
     }
+
+
+def test_prompts_of_other_lengths_make_a_batch_where_they_have_masks() -> None:
+    case = make_case("qwen")
+    rows = [
+        {
+            name: value[:1, :length] if isinstance(value, Tensor) else value
+            for name, value in case.call.items()
+        }
+        for length in (3, 5)
+    ]
+    rows = [{name: value for name, value in row.items() if isinstance(value, Tensor)} for row in rows]
+    call = {name: value for name, value in case.call.items() if not isinstance(value, Tensor)}
+    call["num_inference_steps"] = 2
+
+    def latents(prompts: list[dict[str, Any]], names: list[int]) -> Tensor:
+        return sample_pipeline(case.pipe, call, prompts, names, seed=0)
+
+    both = latents(rows, [0, 1])
+    for place, row in enumerate(rows):
+        torch.testing.assert_close(both[place : place + 1], latents([row], [place]), rtol=0, atol=1e-5)
+    assert not torch.allclose(both[:1], latents(rows[:1], [1]), atol=1e-2), "each row has its own noise"

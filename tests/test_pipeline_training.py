@@ -18,7 +18,7 @@ import harmonica
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.data.batch import Batch
-from harmonica.pipeline_training.pipeline_calls import batched
+from harmonica.pipeline_training.sampling import batched
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.samplers import make_sampler
 from harmonica.samplers.noise import SampleKeys

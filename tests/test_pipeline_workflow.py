@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,11 +34,12 @@ from pipelines.evaluation.open_model import open_model
 from pipelines.evaluation.quality import VariantSampler
 from pipelines.evaluation.variants import make_variants
 from pipelines.run_state.storage import RunStorage
-from pipelines.tracking import registry
+from pipelines.tracking import registry, worker_times
 from pipelines.tracking.mlflow_runs import find_run
 from pipelines.tracking.mlflow_store import tracking_uri
+from pipelines.training import stage
 from pipelines.training.checkpoints import Checkpoints
-from pipelines.training.jobs import opened_job
+from pipelines.training.jobs import build_artifacts, opened_job
 
 ROOT = Path(workflow.__file__).parents[1]
 PROMPTS = ("a red cat", "the moon", "a blue dog on the moon")
@@ -191,6 +194,52 @@ def test_a_target_out_of_reach_is_told_when_the_pipeline_is_recorded(config: Wor
         opened_job(dataclasses.replace(config, train=train), torch.device("cpu"), Shard(2)),
     ):
         pass
+
+
+class _Deaf:
+    """Takes whatever it is told: a board of the watchdog, a client of MLflow, a gauge, a log of metrics."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.mlflow_run_id = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return _Deaf()
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return []
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_worker_goes_on_from_its_checkpoint_and_leaves_the_router(
+    config: WorkflowConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[int] = []
+
+    def report(metrics: dict[str, float]) -> None:
+        reported.append(int(metrics["trajectory"]))
+        if reported == [1, 2, 3]:
+            raise _Killed
+
+    alone = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(stage.ray.train, "get_context", lambda: alone)
+    monkeypatch.setattr(stage.ray.train, "report", report)
+    monkeypatch.setattr(stage.ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(stage.ray.train.collective, "broadcast_from_rank_zero", lambda found: found)
+    monkeypatch.setattr(stage.ray, "get", lambda found: found)
+    monkeypatch.setattr(stage, "worker_nodes", lambda _: ["here"])
+    monkeypatch.setattr(stage, "MetricLog", _Deaf)
+    monkeypatch.setattr(worker_times, "Gauge", _Deaf)
+    job = {"config": config, "mlflow": _Deaf(), "board": _Deaf()}
+    with pytest.raises(_Killed):
+        stage._train_loop(job)
+    stage._train_loop(job)
+    assert reported == list(range(1, TRAJECTORIES + 1))
+    left, family = build_artifacts(config, RunStorage(config.storage_path, config.run_id))
+    assert torch.equal(left.logits_TB, _trained(config).logits_TB) and not family
+    assert left.training["run_id"] == "p1" and left.training["trajectories"] == TRAJECTORIES
 
 
 @pytest.mark.slow

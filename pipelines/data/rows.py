@@ -1,6 +1,6 @@
 """The rows that a run samples: labels and noise, or the prompts of a diffusers pipeline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from harmonica.data.embedding_store import EmbeddingStore
+from harmonica.pipeline_training.backend import PipelineBatch
+from harmonica.samplers.noise import SampleKeys
 
 
 class Rows(Protocol):
@@ -39,18 +41,6 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class PipelineBatch:
-    """Prompts of a diffusers pipeline, and the names of their noise."""
-
-    prompts: Sequence[Mapping[str, Any] | str]
-    rows: Sequence[int]
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-@dataclass(frozen=True, slots=True)
 class PipelineRows:
     """Rows of a diffusers pipeline: row i has prompt i of the store, again from the first after the last."""
 
@@ -66,7 +56,7 @@ class PipelineRows:
 
     def to_batch(self, columns: Mapping[str, Any], device: torch.device | str) -> PipelineBatch:
         prompts = [self.prompts[int(label)] for label in columns["label"]]
-        return PipelineBatch(prompts, [int(row) for row in columns["index"]], self.seed)
+        return PipelineBatch(prompts, SampleKeys.of(self.seed, [int(row) for row in columns["index"]]))
 
     def texts(self, labels: np.ndarray) -> list[str]:
         return [self.prompts.text(int(label)) for label in labels]

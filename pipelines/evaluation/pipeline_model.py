@@ -13,13 +13,14 @@ from harmonica.core.golden_sample import compare_samples
 from harmonica.data.embedding_store import EmbeddingStore
 from harmonica.integrations.diffusers_pipeline import apply
 from harmonica.integrations.recorded.pipelines import transformers_of
+from harmonica.pipeline_training.backend import PipelineBatch
 from harmonica.pipeline_training.pipeline_folder import PipelineFolder
 from harmonica.pipeline_training.sampling import sample_pipeline
 from harmonica.validation.finite import check_finite
 
 from ..config.workflow import WorkflowConfig
 from ..data.pipeline_prompts import open_prompts, pipeline_call
-from ..data.rows import PipelineBatch, PipelineRows
+from ..data.rows import PipelineRows
 from .evaluated_model import EvaluatedModel
 from .variants import Variant
 
@@ -59,8 +60,9 @@ class PipelineModel(EvaluatedModel):
         pipe, call = self.pipe, self.call | {"num_inference_steps": variant.num_inference_steps}
         if variant.artifact is not None:
             pipe = self._twin(variant.name, variant.artifact)
+        keys = batch.keys
         return sample_pipeline(
-            pipe, call, batch.prompts, batch.rows, seed=batch.seed, output_type=output_type
+            pipe, call, batch.prompts, keys.indices, seed=keys.seeds[0], output_type=output_type
         )
 
     def _twin(self, name: str, artifact: RouterArtifact) -> Any:

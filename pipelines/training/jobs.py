@@ -115,7 +115,7 @@ class PipelineJob(TrainingJob):
         """Leave the router: to make it of a checkpoint takes the whole pipeline."""
         with TemporaryDirectory() as folder:
             made = self.trainer.artifact(**provenance(config)).save(Path(folder) / ROUTER)
-            storage.replace_folder(made, _left(storage))
+            storage.upload_folder(made, _left(storage))
 
 
 def start_run(
