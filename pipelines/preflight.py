@@ -1,23 +1,94 @@
 """Check before any work what a run's stages need of each other and the model."""
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 from harmonica.data.conditions import check_conditions
 from harmonica.models.base import BranchedTransformer
-from harmonica.models.loading import LoadedModel
-from harmonica.samplers import SamplerConfig, make_sampler
+from harmonica.models.loading import LoadedModel, load_model
+from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.training.feasibility import check_training
 from harmonica.validation.settings import require
 
 from .config.workflow import Stage, WorkflowConfig
-from .evaluation.latency import transfer_samplers
-from .evaluation.metric_networks import check_metric_settings
+from .data.read_prompts import check_prompts
+from .evaluation.metric_networks import check_metric_files, check_metric_settings
+from .evaluation.variants import transfer_samplers
+from .pipeline_settings import refuse_settings
 from .run_state import resume
 from .run_state.resume import ROUTER
 from .run_state.routers import load_router
 from .run_state.storage import RunStorage
 from .serving.auth import load_keys
 from .serving.model_check import check_is_whole
+
+
+def check_model(config: WorkflowConfig, storage: RunStorage) -> tuple[WorkflowConfig, tuple[str, ...]]:
+    """Check the model and that every stage asked for has what it works on.
+
+    Returns:
+        The settings, with the sampler as the model's own scheduler completes it, and the names of classes.
+
+    Raises:
+        ValueError: names field, value and cure.
+    """
+    if config.pipeline.enabled:
+        check_pipeline(config, storage)
+        return config, ()
+    loaded = load_model(config.model)
+    sampler = with_scheduler(config.sampler, loaded.scheduler)
+    config = dataclasses.replace(config, sampler=sampler)
+    make_sampler(loaded.model, sampler)
+    check_stages(config, storage, loaded)
+    return config, loaded.class_names
+
+
+def check_pipeline(config: WorkflowConfig, storage: RunStorage) -> None:
+    """Check a diffusers pipeline by what its folder says, before any of it is loaded.
+
+    Raises:
+        ValueError: names field, value and cure.
+    """
+    from harmonica.pipeline_training.pipeline_folder import PipelineFolder
+
+    refuse_settings(config)
+    if not config.model.path:
+        raise ValueError("model.path is '': give the folder of a diffusers pipeline")
+    folder = PipelineFolder.read(config.model.path, config.model.revision)
+    folder.check(config.pipeline.call(config.sampler.num_inference_steps))
+    _check_router(config, storage)
+    _check_promotion(config, storage)
+    to_do = {stage for stage in config.stages if not resume.is_finished(stage, config, storage)}
+    if resume.is_finished("prompts", config, storage):
+        pass
+    elif late := _before(config.stages, "prompts", ("train", "evaluate", "register", "serve")):
+        raise ValueError(_no_prompts(config, late))
+    else:
+        check_prompts(config.prompts)
+    if "evaluate" in to_do:
+        _check_pipeline_metrics(config, folder.has_vae)
+    if "serve" in to_do:
+        load_keys(config.serve.api_keys_file)
+
+
+def _check_pipeline_metrics(config: WorkflowConfig, has_vae: bool) -> None:
+    settings = config.evaluate
+    looking = {
+        "features": settings.features if settings.features != "auto" else "",
+        "clip_path": settings.clip_path,
+        "lpips_path": settings.lpips_path,
+    }
+    name = next((name for name, value in looking.items() if value), "")
+    if settings.features == "classifier" or (name and not has_vae):
+        what = "it knows grey pictures of 28 x 28" if has_vae else f"{config.model.path} has no VAE"
+        raise ValueError(f"evaluate.{name} is {looking[name]!r} and {what}: leave it out")
+    check_metric_files(config)
+
+
+def _check_router(config: WorkflowConfig, storage: RunStorage) -> None:
+    late = _before(config.stages, "train", {"evaluate", "register"})
+    if late and not resume.is_finished("train", config, storage):
+        raise ValueError(_no_router(config, late))
 
 
 def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedModel) -> None:
@@ -36,10 +107,7 @@ def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMode
     if resume.is_finished("train", config, storage):
         load_router(storage, ROUTER).check(model, config.sampler)
     elif late := _before(stages, "train", {"evaluate", "register"}):
-        raise ValueError(
-            f"stages is {stages} and run_id {config.run_id} has no router yet: "
-            f"add the stage train before {late}, or give the --run-id of a trained run"
-        )
+        raise ValueError(_no_router(config, late))
     _check_promotion(config, storage)
     _check_prompts(config, storage, loaded)
     to_do = {stage for stage in stages if not resume.is_finished(stage, config, storage)}
@@ -111,6 +179,20 @@ def _before(stages: Sequence[Stage], needed: Stage, by: Collection[Stage]) -> St
     return next((stage for stage in stages[:first] if stage in by), None)
 
 
+def _no_router(config: WorkflowConfig, late: Stage) -> str:
+    return (
+        f"stages is {config.stages} and run_id {config.run_id} has no router yet: "
+        f"add the stage train before {late}, or give the --run-id of a trained run"
+    )
+
+
+def _no_prompts(config: WorkflowConfig, late: Stage) -> str:
+    return (
+        f"stages is {config.stages} and run_id {config.run_id} has no embedded prompts yet: add the "
+        f"stage prompts before {late}"
+    )
+
+
 def _check_promotion(config: WorkflowConfig, storage: RunStorage) -> None:
     stages, is_evaluated = config.stages, resume.is_finished("evaluate", config, storage)
     if config.promote != "gate" or "register" not in stages or is_evaluated:
@@ -136,10 +218,7 @@ def _check_prompts(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMo
     if resume.is_finished("prompts", config, storage):
         return
     if late := _before(stages, "prompts", ("train", "evaluate", "sweep", "compare", "serve")):
-        raise ValueError(
-            f"stages is {stages} and run_id {config.run_id} has no embedded prompts yet: add the "
-            f"stage prompts before {late}"
-        )
+        raise ValueError(_no_prompts(config, late))
     if "prompts" in stages and not prompts.path:
         raise ValueError("prompts.path is '' and the model takes prompts: give a file of prompts")
     check_conditions(loaded)

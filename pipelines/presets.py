@@ -9,10 +9,14 @@ from functools import partial
 from typing import Any
 
 from harmonica.builtin import CAPTIONS
+from harmonica.models.loading import ModelConfig
+from harmonica.samplers import SamplerConfig
 from harmonica.training import presets
 from harmonica.training.presets import Recipe
+from harmonica.training.sdt import SdtConfig
 
 from .config.evaluate import EvaluateConfig
+from .config.pipeline import PipelineConfig
 from .config.promotion import PromoteConfig
 from .config.serve import ServeConfig
 from .config.workflow import (
@@ -78,6 +82,32 @@ def _on_gpus(name: str) -> WorkflowConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], WorkflowConfig]] = {"fashion": fashion, "fashion-text": fashion_text} | {
-    name: partial(_on_gpus, name) for name in presets.RECIPES if not name.startswith("fashion")
-}
+def pipeline() -> WorkflowConfig:
+    """Any text-to-image pipeline of diffusers, in its own loop; wants `model.path` and `prompts.path`."""
+    return WorkflowConfig(
+        preset="pipeline",
+        registered_model="harmonica-pipeline",
+        stages=TEXT_STAGES,
+        model=ModelConfig(path="", dtype="bfloat16"),
+        sampler=SamplerConfig(name="diffusers", num_inference_steps=28),
+        pipeline=PipelineConfig(enabled=True),
+        train=TrainConfig(
+            target_speedup=1.8,
+            initial="even",
+            initial_logit=2.0,
+            trajectories=40,
+            batch_size=2,
+            sdt=SdtConfig(learning_rate=0.05, threshold=0.5, reuse="forecast", penalty="macs"),
+            iepo="none",
+            checkpoint_interval_s=300,
+        ),
+        evaluate=EvaluateConfig(samples=64, batch_size=2, timing_rounds=2, timing_batch_size=1),
+        promotion=PromoteConfig(min_psnr_to_full=20, min_speedup=1.2),
+    )
+
+
+PRESETS: dict[str, Callable[[], WorkflowConfig]] = (
+    {"fashion": fashion, "fashion-text": fashion_text}
+    | {name: partial(_on_gpus, name) for name in presets.RECIPES if not name.startswith("fashion")}
+    | {"pipeline": pipeline}
+)

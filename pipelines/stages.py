@@ -11,16 +11,15 @@ from typing import Any
 
 from harmonica.cli.common import say
 from harmonica.core.artifact import RouterArtifact
+from harmonica.data.embedding_store import EmbeddingStore
 from harmonica.data.prompts import PromptStore
 from harmonica.io.paths import resolved
 from harmonica.io.resolve import pinned
-from harmonica.models.loading import load_model
-from harmonica.samplers import make_sampler, with_scheduler
 from harmonica.training.multi_target import target_name
 
 from .compare.ranking import missing_name
 from .config.workflow import Stage, WorkflowConfig
-from .preflight import check_stages
+from .preflight import check_model
 from .promotion.publishing import Publisher
 from .report.charts import png_of
 from .report.summary import git_revision, summarise, versions
@@ -82,12 +81,7 @@ class Workflow:
             from .serving.lifecycle import check_port
 
             check_port(self.config.serve)
-        loaded = load_model(self.config.model)
-        model, self._class_names = loaded.model, loaded.class_names
-        sampler = with_scheduler(self.config.sampler, loaded.scheduler)
-        self.config = dataclasses.replace(self.config, sampler=sampler)
-        make_sampler(model, sampler)
-        check_stages(self.config, self.storage, loaded)
+        self.config, self._class_names = check_model(self.config, self.storage)
         if self.storage.is_local:
             self.storage.check_writable()
         resume.check(self.config, self.storage)
@@ -152,12 +146,23 @@ class Workflow:
         from .data.embed_prompts import embed_prompts
 
         model, uri = self.config.model, self.storage.uri(work_folder("prompts", self.storage))
+        if self.config.pipeline.enabled:
+            return self._pipeline_prompts(uri)
         if self._is_finished("prompts"):
             return f"{len(PromptStore(uri))} prompts, done before"
         path = pinned(model.path, model.revision)
         with self._stage("prompts"):
             store = embed_prompts(self.config.prompts, path, uri)
         return f"{len(store)} prompts, {store.mean_stored_bytes:,.0f} bytes each"
+
+    def _pipeline_prompts(self, uri: str) -> str:
+        from .data.embed_for_pipeline import embed_for_pipeline
+
+        if self._is_finished("prompts"):
+            return f"{len(EmbeddingStore(uri))} prompts, done before"
+        with self._stage("prompts"):
+            store = embed_for_pipeline(self.config, uri)
+        return f"{len(store)} prompts, {', '.join(store.manifest.names) or 'as texts'}"
 
     def _train(self) -> str:
         from .training.stage import train
@@ -229,10 +234,16 @@ class Workflow:
         return verdict
 
     def _serve(self) -> str:
+        if self.config.pipeline.enabled:
+            return (
+                "skipped: the endpoint does not serve a pipeline's own loop yet; harmonica.apply takes the "
+                "registered router"
+            )
         return self.publisher.serve(self._class_names[-1] if self._class_names else self._first_prompt())
 
     def _first_prompt(self) -> str:
-        return PromptStore(self.storage.uri(work_folder("prompts", self.storage))).row(0)[2]
+        uri = self.storage.uri(work_folder("prompts", self.storage))
+        return EmbeddingStore(uri).text(0) if self.config.pipeline.enabled else PromptStore(uri).row(0)[2]
 
     def summarise(self) -> None:
         """Write the report, print its table, and keep the endpoint up if it is to stay."""

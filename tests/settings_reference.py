@@ -43,6 +43,7 @@ WHEN = {
     "model": "Touch `path` for another model than the preset's, and `dtype` and `compile` on GPUs.",
     "model.shape": "Touch it for a bare checkpoint file of an unusual DiT only; folders bring their own.",
     "sampler": "Set it to what you will sample with: a router is refused under other settings.",
+    "pipeline": "Touch it in the preset `pipeline`: the size and the guidance of the pipeline's calls.",
     "prompts": "Touch it for text-to-image models: `path` always, the rest for large sets.",
     "train": "Touch the target first, then the workers. The rest is the preset's recipe.",
     "train.sdt": "Research settings: the presets have what the paper or our measurements found.",

@@ -52,7 +52,18 @@ def check_sample(artifact: RouterArtifact, sampler: Sampler) -> None:
     Raises:
         ValueError: what is drawn is not finite, or differs from what was recorded.
     """
-    drawn, recorded = draw_sample(artifact, sampler), artifact.sample_CHW
+    compare_samples(draw_sample(artifact, sampler), artifact.sample_CHW)
+
+
+def compare_samples(drawn: Tensor, recorded: Tensor | None) -> None:
+    """Compare a sample that was drawn again with the one that was recorded, if there is one.
+
+    Args:
+        drawn, recorded: an image or latents, of any shape.
+
+    Raises:
+        ValueError: what is drawn is not finite, or differs from what was recorded.
+    """
     if not drawn.isfinite().all():
         raise ValueError("the router's sample is not finite: the weights or the router are damaged")
     if recorded is None:

@@ -7,7 +7,7 @@ of the number of workers.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,18 @@ class SampleSpec:
     def sample_bytes(self) -> int:
         """Return the bytes of a sample in memory."""
         return 4 * math.prod(self.shape) + (self.prompts.row_bytes if self.prompts else 0)
+
+    def make(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the columns of n samples, as `make_samples` does."""
+        return make_samples(indices, self)
+
+    def texts(self, labels: np.ndarray) -> list[str] | None:
+        """Return the prompts of labels; None where labels are classes."""
+        return self.prompts.rows(labels).prompts if self.prompts is not None else None
+
+    def with_other_noise(self, offset: int) -> "SampleSpec":
+        """Return the spec of other samples of the same shape, at another seed."""
+        return replace(self, seed=self.seed + offset)
 
     def to_batch(self, columns: Mapping[str, Any], device: torch.device | str) -> Batch:
         """Return the batch of `make_samples`' columns, numpy's or torch's.

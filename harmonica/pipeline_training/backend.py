@@ -15,9 +15,10 @@ from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.pipeline_training.image_error import Errors, image_changes
-from harmonica.pipeline_training.pipeline_calls import PipelineCalls, Prompt
+from harmonica.pipeline_training.pipeline_calls import PipelineCalls
 from harmonica.pipeline_training.plan_policy import PlanPolicy, ProbedPolicy
 from harmonica.pipeline_training.policies import Generation, Policy, SdtPolicy, precise
+from harmonica.pipeline_training.sampling import Prompt
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.config import TrainingConfig

@@ -3,14 +3,12 @@
 Its transformers' forwards are replaced for the call.
 """
 
-import inspect
 import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from harmonica.core.cache import Reuse
@@ -20,42 +18,12 @@ from harmonica.integrations.recorded.pipelines import transformers_of
 from harmonica.integrations.recorded.trajectory import TransformerCall
 from harmonica.integrations.recorded.view import RecordedTransformer, RefusedTransformer
 from harmonica.pipeline_training.policies import Policy, PolicyTrajectory
+from harmonica.pipeline_training.sampling import Prompt, batched, sample_pipeline
 from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig
-
-Prompt = str | Mapping[str, Any]
-"""A prompt, or the tensors of one prompt that the pipeline's `encode_prompt` gave, by the names of the
-pipeline's arguments, as in `prompt_embeds`: each (1, ...), or a list of one."""
 
 
 class _RecordedEnough(BaseException):
     """Ends a call of a pipeline when its first step has been recorded."""
-
-
-def batched(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Return a pipeline's arguments for several prompts.
-
-    Raises:
-        ValueError: texts among embeddings, or embeddings of different names or lengths.
-    """
-    if all(isinstance(prompt, str) for prompt in prompts):
-        return {"prompt": list(prompts)}
-    if any(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("prompts are texts and embeddings: give the one or the other")
-    rows: list[Mapping[str, Any]] = [prompt for prompt in prompts if not isinstance(prompt, str)]
-    if any(row.keys() != rows[0].keys() for row in rows):
-        raise ValueError("prompts are embedded under different names: give all the same arguments")
-    arguments: dict[str, Any] = {}
-    for name, first in rows[0].items():
-        values = [row[name] for row in rows]
-        if isinstance(first, Tensor):
-            if len({value.shape[1:] for value in values}) > 1:
-                raise ValueError(
-                    f"prompts have {name} of different shapes: embed all with one max_sequence_length"
-                )
-            arguments[name] = torch.cat(values)
-        else:
-            arguments[name] = [each for value in values for each in value]
-    return arguments
 
 
 class PipelineCalls:
@@ -179,15 +147,7 @@ class PipelineCalls:
         return latents
 
     def _call(self, prompts: Sequence[Prompt], rows: Sequence[int], has_gradient: bool = False) -> Tensor:
-        device = getattr(self.pipe, "_execution_device", "cpu")
-        generators = [torch.Generator(device).manual_seed((self.seed << 32) + row) for row in rows]
-        settings = {"output_type": "latent", "return_dict": False}
-        call = type(self.pipe).__call__
-        if has_gradient:
-            call = inspect.unwrap(call)  # diffusers' decorator, torch.no_grad
-        with torch.set_grad_enabled(has_gradient):
-            output = call(self.pipe, **settings | self.call | batched(prompts), generator=generators)[0]
-        return output if isinstance(output, Tensor) else torch.stack(list(output))
+        return sample_pipeline(self.pipe, self.call, prompts, rows, seed=self.seed, has_gradient=has_gradient)
 
     def described_call(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Return a call's plain arguments and the names of a prompt's, for an artifact.

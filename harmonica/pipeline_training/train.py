@@ -8,7 +8,7 @@ from typing import Any
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.recorded.kinds import KINDS
-from harmonica.pipeline_training.pipeline_calls import Prompt
+from harmonica.pipeline_training.sampling import Prompt
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.config import TrainingConfig
 

@@ -21,7 +21,8 @@ from harmonica.integrations.recorded.kinds import KINDS
 from harmonica.integrations.recorded.pipelines import transformers_of
 from harmonica.integrations.recorded.view import fingerprint_of
 from harmonica.pipeline_training.backend import PipelineBackend, PipelineBatch
-from harmonica.pipeline_training.pipeline_calls import PipelineCalls, Prompt
+from harmonica.pipeline_training.pipeline_calls import PipelineCalls
+from harmonica.pipeline_training.sampling import Prompt
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training

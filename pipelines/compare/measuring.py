@@ -21,7 +21,7 @@ from harmonica.evaluation.reference_sets import ReferenceSet
 from harmonica.evaluation.report import Resamples, distances_to_full, variant_metrics
 
 from ..config.workflow import WorkflowConfig
-from ..evaluation.latency import Variant, median_times
+from ..evaluation.latency import median_times
 from ..evaluation.quality import (
     NOISE_FLOOR,
     VariantSampler,
@@ -30,6 +30,7 @@ from ..evaluation.quality import (
     real_images,
     real_name,
 )
+from ..evaluation.variants import Variant
 from ..runtime.ray_runtime import quiet_libraries
 
 _RETRIES = 2

@@ -20,7 +20,7 @@ from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.builders import even_plan, threshold_for
 
 from ..config.workflow import TrainConfig
-from ..evaluation.latency import Variant
+from ..evaluation.variants import Variant
 from .names import FEWER_STEPS, OURS, PAPER, RELEASED
 
 _RANDOM_SEED = 7

@@ -20,7 +20,8 @@ from harmonica.training.plans.builders import even_plan
 
 from ..config.workflow import WorkflowConfig
 from ..data.stream import sample_spec
-from ..evaluation.latency import Variant, device_of
+from ..evaluation.latency import device_of
+from ..evaluation.variants import Variant
 from ..run_state.storage import RunStorage
 from ..runtime.ray_runtime import quiet_libraries
 from .baselines.budcache import budcache

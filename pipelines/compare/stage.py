@@ -25,12 +25,13 @@ from harmonica.models.loading import load_model
 
 from ..config.workflow import TrainConfig, WorkflowConfig
 from ..data.stream import sample_spec
-from ..evaluation.latency import SEED_OFFSET, Variant, device_of
+from ..evaluation.latency import SEED_OFFSET, device_of
+from ..evaluation.variants import Variant
 from ..run_state.resume import work_folder
 from ..run_state.routers import load_router
 from ..run_state.storage import RunStorage
 from ..runtime.ray_runtime import plainly, quiet_libraries
-from ..training.stage import start_run
+from ..training.jobs import start_run
 from .measuring import Bench, reason_of
 from .methods import Entry, full_variant, learned_methods, learned_variant, untrained_methods
 from .names import OURS, label_of, shown_name

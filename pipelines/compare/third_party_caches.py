@@ -25,7 +25,7 @@ from harmonica.models.loading import ModelConfig, read_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
-from ..evaluation.latency import Variant
+from ..evaluation.variants import Variant
 
 UNCACHED = "diffusers, uncached"
 _WARMUP_STEPS = 2

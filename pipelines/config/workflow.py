@@ -20,6 +20,7 @@ from harmonica.validation.settings import Count, Cure, Field, Natural, Positive,
 
 from .compare import CompareConfig
 from .evaluate import EvaluateConfig
+from .pipeline import PipelineConfig
 from .promotion import Promote, PromoteConfig
 from .serve import ServeConfig
 from .sweep import SweepConfig
@@ -160,6 +161,8 @@ class WorkflowConfig:
     """The denoiser."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How it samples."""
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    """The calls of a diffusers pipeline, where the model is run in its loop."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     """What a text-to-image model is trained and evaluated on."""
     train: TrainConfig = field(default_factory=TrainConfig)

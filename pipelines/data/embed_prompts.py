@@ -9,8 +9,10 @@ not.
 import hashlib
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -36,7 +38,7 @@ from harmonica.io.resolve import local_path
 
 from ..config.workflow import PromptsConfig
 from ..run_state.storage import RunStorage
-from .read_prompts import Text, distinct_texts
+from .read_prompts import Text, distinct_texts, prepared_for_t5
 
 __all__ = ["PromptsConfig", "embed_prompts"]
 
@@ -46,7 +48,7 @@ ROWS_PER_PART = 256
 """Prompts in a part, at most 630 MB with 300 tokens of width 4096; a kill costs an actor one part."""
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A range of consecutive distinct prompts."""
 
     name: str
@@ -55,8 +57,24 @@ class _Part(NamedTuple):
     """Reference to a table of one row, name and prompts, in Ray's object store."""
 
 
-class PartEmbedder:
+class PartWriter(ABC):
     """A Ray Data actor that embeds a part at each call and writes it."""
+
+    storage: RunStorage
+    """The store's folder."""
+
+    def __call__(self, table: Any) -> Any:
+        name, prompts = table["name"][0].as_py(), table["prompts"][0].as_py()
+        self.storage.write_bytes(part_path(name), self.content(prompts))
+        return table.select(["name"])
+
+    @abstractmethod
+    def content(self, prompts: list[str]) -> bytes:
+        """Return the file of a part with these prompts."""
+
+
+class PartEmbedder(PartWriter):
+    """Embeds by the T5 of a PixArt or Sana folder."""
 
     def __init__(self, config: PromptsConfig, model_path: str, out_uri: str) -> None:
         from transformers.utils.logging import disable_progress_bar
@@ -65,12 +83,10 @@ class PartEmbedder:
         logging.getLogger(text_encoder.__name__).setLevel(logging.ERROR)  # the driver warned of all at once
         device = "cuda" if config.use_gpu else "cpu"
         self.encoder = TextEncoder.load(local_path(model_path), device, config.dtype)
-        self.config, self.storage = config, _storage(out_uri)
+        self.config, self.storage = config, store_folder(out_uri)
 
-    def __call__(self, table: Any) -> Any:
-        name, prompts = table["name"][0].as_py(), table["prompts"][0].as_py()
-        self.storage.write_bytes(part_path(name), part_bytes(self._embedded(prompts)))
-        return table.select(["name"])
+    def content(self, prompts: list[str]) -> bytes:
+        return part_bytes(self._embedded(prompts))
 
     def _embedded(self, prompts: list[str]) -> Iterator[PromptRows]:
         """Embed a part in batches of its own.
@@ -94,19 +110,19 @@ def embed_prompts(config: PromptsConfig, model_path: str, out_uri: str) -> Promp
     Raises:
         ValueError: there are no prompts, invalid ones or no text encoder, or `out_uri` holds another store.
     """
-    storage = _storage(out_uri)
+    storage = store_folder(out_uri)
     out_uri = storage.uri()  # absolute, as actors may run elsewhere
     storage.check_writable()
     identity = text_encoder.encoder_identity(local_path(model_path), config.max_tokens)
     salt = json.dumps([identity, config.dtype], sort_keys=True)
     parts, count, tokens, truncated = [], 0, 0, 0
-    texts = distinct_texts(config, model_path)
+    texts = distinct_texts(config, partial(prepared_for_t5, model_path=model_path))
     while batch := list(islice(texts, ROWS_PER_PART)):
-        parts.append(_make_part(f"{count:09d}", batch, salt))
+        parts.append(make_part(f"{count:09d}", batch, salt))
         count += len(batch)
         tokens += sum(min(text.tokens, config.max_tokens) for text in batch)
         truncated += sum(text.tokens > config.max_tokens for text in batch)
-    negative = _make_part("negative", [Text("", b"", 1)], salt)
+    negative = make_part("negative", [Text("", b"", 1)], salt)
     manifest = Manifest(
         encoder=identity,
         dtype=config.dtype,
@@ -119,28 +135,25 @@ def embed_prompts(config: PromptsConfig, model_path: str, out_uri: str) -> Promp
         negative=negative.name,
     )
     _check_unused(out_uri, manifest)
-    stored = stored_parts(out_uri)
-    missing = [part for part in (*parts, negative) if part.name not in stored]
-    logger.info("%d prompts in %d parts, %d to embed", count, len(parts) + 1, len(missing))
-    if missing:
-        _embed(missing, config, model_path, out_uri)
+    settings = {"config": config, "model_path": model_path, "out_uri": out_uri}
+    write_missing([*parts, negative], config, out_uri, PartEmbedder, settings)
     storage.write_json(MANIFEST, asdict(manifest))
     return PromptStore(out_uri)
 
 
-def _storage(out_uri: str) -> RunStorage:
+def store_folder(out_uri: str) -> RunStorage:
     place = resolved(out_uri, "prompt store")
     base, mark, query = place.partition("?") if is_remote(place) else (place, "", "")
     parent, _, name = base.rpartition("/")
     return RunStorage(f"{parent or '/'}{mark}{query}", name)
 
 
-def _make_part(label: str, texts: list[Text], salt: str) -> _Part:
+def make_part(label: str, texts: list[Text], salt: str) -> Part:
     """Make a part; `salt` is what embeddings depend on besides the prompts."""
     content = hashlib.sha256(salt.encode() + b"".join(text.digest for text in texts)).hexdigest()[:16]
     name, prompts = f"{label}-{content}", [text.prompt for text in texts]
     table = pa.table({"name": [name], "prompts": pa.array([prompts], pa.list_(pa.string()))})
-    return _Part(name, len(texts), ray.put(table))
+    return Part(name, len(texts), ray.put(table))
 
 
 def _check_unused(out_uri: str, manifest: Manifest) -> None:
@@ -154,16 +167,28 @@ def _check_unused(out_uri: str, manifest: Manifest) -> None:
     )
 
 
-def _embed(parts: list[_Part], config: PromptsConfig, model_path: str, out_uri: str) -> None:
-    tables = ray.data.from_arrow_refs([part.table for part in parts])
+def write_missing(
+    parts: list[Part], config: PromptsConfig, out_uri: str, writer: type[PartWriter], settings: dict[str, Any]
+) -> None:
+    """Write those of the parts that the store lacks.
+
+    Args:
+        writer: made with `settings` on each actor.
+    """
+    stored = stored_parts(out_uri)
+    missing = [part for part in parts if part.name not in stored]
+    logger.info("%d prompts in %d parts, %d to embed", sum(p.rows for p in parts), len(parts), len(missing))
+    if not missing:
+        return
+    tables = ray.data.from_arrow_refs([part.table for part in missing])
     written = tables.map_batches(
-        PartEmbedder,
-        fn_constructor_kwargs={"config": config, "model_path": model_path, "out_uri": out_uri},
-        compute=ActorPoolStrategy(size=min(config.num_actors, len(parts))),
+        writer,
+        fn_constructor_kwargs=settings,
+        compute=ActorPoolStrategy(size=min(config.num_actors, len(missing))),
         batch_format="pyarrow",
         batch_size=1,
         num_cpus=1,
         num_gpus=1 if config.use_gpu else None,
     )
     names = {name for batch in written.iter_batches(batch_size=None) for name in batch["name"]}
-    assert names == {part.name for part in parts}
+    assert names == {part.name for part in missing}

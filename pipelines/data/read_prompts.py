@@ -3,10 +3,11 @@
 The driver keeps 16 bytes of each prompt; the text itself goes through it and on.
 """
 
+import codecs
 import hashlib
 import logging
-from collections.abc import Iterator
-from functools import cache, partial
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from ..config.workflow import PromptsConfig
 
 logger = logging.getLogger(__name__)
 
-_TEXTS_PER_TASK = 4096
+_TEXTS_PER_TASK, _BLOCK = 4096, 2**20
 _SCHEMA = pa.schema([("prompt", pa.string()), ("digest", pa.binary()), ("tokens", pa.int32())])
 
 
@@ -35,17 +36,24 @@ class Text(NamedTuple):
     tokens: int
 
 
-def distinct_texts(config: PromptsConfig, model_path: str) -> Iterator[Text]:
+Prepare = Callable[[Any], Any]
+"""Makes the columns prompt, digest and tokens of rows of text in one column; drops empty rows."""
+
+
+def distinct_texts(config: PromptsConfig, prepare: Prepare) -> Iterator[Text]:
     """Yield every distinct prompt, in the order of first occurrence.
 
     Empty prompts are left out.
+
+    Args:
+        prepare: `prepared_for_t5`, or `prepared`.
 
     Raises:
         ValueError: there are none, or some are too long and are to be refused; raised once all are read.
     """
     seen: set[bytes] = set()
     first_over, over = None, 0
-    for text in _all_texts(config, model_path):
+    for text in _all_texts(config, prepare):
         if text.digest not in seen:
             seen.add(text.digest)
             if text.tokens > config.max_tokens:
@@ -93,12 +101,15 @@ def _source(config: PromptsConfig) -> ray.data.Dataset:
     if names[0].endswith(".txt"):  # and a byte-order mark is no part of the first prompt
         return ray.data.read_text(names, filesystem=filesystem, encoding="utf-8-sig")
     with filesystem.open_input_file(names[0]) as file:
-        schema = pq.read_schema(file)
+        _check_column(pq.read_schema(file), config)
+    return ray.data.read_parquet(names, filesystem=filesystem).select_columns([config.column])
+
+
+def _check_column(schema: pa.Schema, config: PromptsConfig) -> None:
     kind = schema.field(config.column).type if config.column in schema.names else None
     if kind not in (pa.string(), pa.large_string()):
         held = ", ".join(f"{one.name} ({one.type})" for one in schema)
         raise ValueError(f"prompts.column is {config.column!r}: give a column of text, of {held}")
-    return ray.data.read_parquet(names, filesystem=filesystem).select_columns([config.column])
 
 
 @cache
@@ -107,25 +118,61 @@ def _tokenizer(model_path: str) -> Any:
     return text_encoder.load_tokenizer(local_path(model_path))
 
 
-def _prepare(rows: Any, model_path: str) -> Any:
-    """Preprocess text and drop empty prompts.
-
-    Return the columns prompt, digest and tokens.
-    """
+def prepared_for_t5(rows: Any, model_path: str) -> Any:
+    """Prepare text as a PixArt pipeline does, and count its tokens."""
     prompts = [text_encoder.preprocess(text) for text in rows[0].to_pylist() if text is not None]
     prompts = [prompt for prompt in prompts if prompt]
+    return _table(prompts, text_encoder.token_counts(_tokenizer(model_path), prompts))
+
+
+def prepared(rows: Any) -> Any:
+    """Strip text, and count no tokens: what is too long is the encoding pipeline's matter."""
+    prompts = [text.strip() for text in rows[0].to_pylist() if text is not None and text.strip()]
+    return _table(prompts, [0] * len(prompts))
+
+
+def _table(prompts: list[str], tokens: list[int]) -> Any:
     digests = [hashlib.blake2b(prompt.encode(), digest_size=16).digest() for prompt in prompts]
-    tokens = text_encoder.token_counts(_tokenizer(model_path), prompts)
     return pa.table([prompts, digests, tokens], schema=_SCHEMA)
 
 
-def _all_texts(config: PromptsConfig, model_path: str) -> Iterator[Text]:
+def check_prompts(config: PromptsConfig) -> None:
+    """Check, without Ray, that there is a prompt in the files.
+
+    Raises:
+        ValueError: files cannot be read, or hold no prompt; names field, value and cure.
+    """
+    filesystem, names = _files(config.path)
+    for name in names:
+        try:
+            with filesystem.open_input_file(name) as file:
+                if _has_prompt(file, name, config):
+                    return
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(
+                f"prompts.path {shown(config.path)} cannot be read ({type(error).__name__}): give a .txt or "
+                ".parquet file, or a folder of them"
+            ) from None
+    raise ValueError(f"prompts.path {shown(config.path)} holds no prompts: give at least one line of text")
+
+
+def _has_prompt(file: Any, name: str, config: PromptsConfig) -> bool:
+    if name.endswith(".txt"):
+        blocks = iter(lambda: file.read(_BLOCK), b"")
+        return any(block.removeprefix(codecs.BOM_UTF8).strip() for block in blocks)
+    parquet = pq.ParquetFile(file)
+    _check_column(parquet.schema_arrow, config)
+    batches = parquet.iter_batches(columns=[config.column])
+    return any(text and text.strip() for batch in batches for text in batch[0].to_pylist())
+
+
+def _all_texts(config: PromptsConfig, prepare: Prepare) -> Iterator[Text]:
     """Yield every prompt of the input that is not empty, in order."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.use_datasource_v2 = False  # V2 starts 32 actors to read Parquet's footers
     prepared = _source(config).map_batches(
-        partial(_prepare, model_path=model_path),
+        prepare,
         batch_format="pyarrow",
         batch_size=_TEXTS_PER_TASK,
     )

@@ -11,12 +11,13 @@ import ray.data
 from ray.data import TaskPoolStrategy
 
 from harmonica.data.prompts import PromptStore
-from harmonica.data.samples import SampleSpec, Shard, make_samples
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.base import BranchedTransformer
 
 from ..config.workflow import WorkflowConfig
 from ..run_state.resume import work_folder
 from ..run_state.storage import RunStorage
+from .rows import Rows
 
 _SAMPLES_PER_BLOCK, _BYTES_PER_BLOCK = 256, 32 * 2**20
 # A row costs microseconds, so its tasks claim no core: they would wait for ever where workers have them
@@ -37,7 +38,7 @@ def sample_spec(config: WorkflowConfig, model: BranchedTransformer, seed: int) -
 
 
 def stream_samples(
-    spec: SampleSpec,
+    spec: Rows,
     shard: Shard,
     *,
     first_trajectory: int = 0,
@@ -58,7 +59,7 @@ def stream_samples(
     context.execution_options.preserve_order = True
 
     def make(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return make_samples(shard.indices(batch["id"], first_trajectory), spec)
+        return spec.make(shard.indices(batch["id"], first_trajectory))
 
     # Not `ray.data.range`, whose own tasks each claim a core.
     firsts = range(0, count, samples_per_block)

@@ -4,57 +4,28 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.core.cache import Reuse
-from harmonica.core.plan import Plan
-from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch
-from harmonica.data.samples import SampleSpec, make_samples
-from harmonica.evaluation.evaluation_report import CACHED, FEWER, FULL, family_variant
-from harmonica.execution.levels import warm_ups
-from harmonica.models.base import BranchedTransformer
-from harmonica.models.loading import load_model
-from harmonica.models.vae import decode_latents, draws_pixels
-from harmonica.samplers import SamplerConfig, make_sampler
+from harmonica.evaluation.evaluation_report import CACHED, FULL
+from harmonica.models.vae import decode_latents
 from harmonica.validation.finite import check_finite
 
 from ..config.workflow import WorkflowConfig
-from ..data.stream import sample_spec
+from ..data.rows import Rows
+from .evaluated_model import EvaluatedModel
+from .open_model import open_model
+from .variants import Variant, make_family_variants, make_variants
 
 SEED_OFFSET = 1
 """Offset from the training seed, so that evaluation samples other rows than training."""
 _SHEET = 10
 _TRIES = 3
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to sample the noise that all variants share."""
-
-    name: str
-    sampler: SamplerConfig
-    plan: Plan | None = None
-    reuse: Reuse = "hold"
-    reference: str = FULL
-    """Name of the variant whose images these are compared with."""
-
-    @property
-    def num_inference_steps(self) -> int:
-        """Return the number of steps of the variant's sampler."""
-        return self.sampler.num_inference_steps
-
-    def sample(self, model: BranchedTransformer, batch: Batch) -> Tensor:
-        """Return images (N, C, H, W) from a batch's noise."""
-        sampler = make_sampler(model, self.sampler)
-        return sample(
-            sampler, batch.noise_NCHW, batch.condition_N, self.plan, reuse=self.reuse, keys=batch.keys
-        )
 
 
 @dataclass(frozen=True)
@@ -64,7 +35,7 @@ class Timing:
     The images are from the same noise.
     """
 
-    rows: SampleSpec
+    rows: Rows
     """The model's rows, kept so that the model need not be loaded again to know them."""
     seconds_per_image: dict[str, float]
     spread: dict[str, float]
@@ -85,23 +56,23 @@ def device_of(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def _seconds(variant: Variant, model: BranchedTransformer, batch: Batch) -> float:
+def _seconds(variant: Variant, model: EvaluatedModel, batch: Any) -> float:
     started = time.perf_counter()
-    variant.sample(model, batch)
-    if batch.noise_NCHW.is_cuda:
+    model.run(variant, batch)
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 def median_times(
-    variants: list[Variant], model: BranchedTransformer, batch: Batch, rounds: int
+    variants: list[Variant], model: EvaluatedModel, batch: Any, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return median seconds per image and the relative spread.
 
     The variants alternate after warming up.
     """
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    first = warm_ups(model)
+    first = model.warm_ups
     for turn in range(rounds + first):
         for variant in variants:
             seconds = _seconds(variant, model, batch) / len(batch)
@@ -110,49 +81,6 @@ def median_times(
     medians = {name: statistics.median(values) for name, values in times.items()}
     spread = {name: (max(v) - min(v)) / medians[name] for name, v in times.items()}
     return medians, spread
-
-
-def make_variants(config: WorkflowConfig, artifact: RouterArtifact, fewer_steps: int = 2) -> list[Variant]:
-    """Return the variants full, cached and fewer steps, in this order."""
-    cached = Variant(CACHED, config.sampler, artifact.plan, artifact.reuse)
-    fewer = replace(config.sampler, num_inference_steps=fewer_steps)
-    return [Variant(FULL, config.sampler), cached, Variant(FEWER, fewer)]
-
-
-def make_family_variants(config: WorkflowConfig, family: Mapping[str, RouterArtifact]) -> list[Variant]:
-    """Return one variant for each member, named by `family_variant`."""
-    return [
-        Variant(family_variant(name), config.sampler, one.plan, one.reuse) for name, one in family.items()
-    ]
-
-
-def transfer_samplers(config: WorkflowConfig) -> dict[str, SamplerConfig]:
-    """Return by title each other sampler, scale and step count of `evaluate`.
-
-    The scale is that of guidance.
-    """
-    others: dict[str, SamplerConfig] = {}
-    for name in config.evaluate.transfer:
-        others[name] = replace(config.sampler, name=name, scheduler=None)
-    for scale in config.evaluate.transfer_guidance:
-        others[f"guidance {scale:g}"] = replace(config.sampler, guidance_scale=scale)
-    for steps in config.evaluate.transfer_steps:
-        others[f"{steps} steps"] = replace(config.sampler, num_inference_steps=steps)
-    return others
-
-
-def make_transfer_variants(config: WorkflowConfig, artifact: RouterArtifact) -> list[Variant]:
-    """Return full and cached sampling under each of `transfer_samplers`.
-
-    The plan was not made for them.
-    """
-    variants = []
-    for title, other in transfer_samplers(config).items():
-        plan = artifact.plan.at_steps(other.num_inference_steps)
-        full = f"{title} {FULL}"
-        variants.append(Variant(full, other, reference=full))
-        variants.append(Variant(f"{title} {CACHED}", other, plan, artifact.reuse, reference=full))
-    return variants
 
 
 def steps_as_long(total: int, seconds: Mapping[str, float]) -> int:
@@ -173,10 +101,9 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
         NotFinite: a variant's images are not finite.
     """
     settings, device = config.evaluate, device_of(config.evaluate.use_gpu)
-    loaded = load_model(config.model, device)
-    model = loaded.model
-    spec = sample_spec(config, model, config.seed + SEED_OFFSET)
-    batch = spec.to_batch(make_samples(np.arange(settings.timing_batch_size), spec), device)
+    model = open_model(config, device)
+    spec = model.rows(config.seed + SEED_OFFSET)
+    batch = spec.to_batch(spec.make(np.arange(settings.timing_batch_size)), device)
     total = config.sampler.num_inference_steps
     variants, steps = make_variants(config, artifact)[:2], total
     seconds, spread = median_times(variants, model, batch, min(2, settings.timing_rounds))
@@ -186,24 +113,24 @@ def measure(config: WorkflowConfig, artifact: RouterArtifact, family: Mapping[st
         seconds, spread = median_times(variants, model, batch, settings.timing_rounds)
         if steps_as_long(total, seconds) == steps:
             break
-    columns, names = _sheet_rows(spec, loaded.class_names)
+    columns, names = _sheet_rows(spec, model.class_names)
     shown = spec.to_batch(columns, device)
-    sheet = {variant.name: variant.sample(model, shown) for variant in variants}
-    if not draws_pixels(model) and (vae := loaded.load_vae(device)) is not None:
+    sheet = {variant.name: model.sample(variant, shown) for variant in variants}
+    if not model.draws_pixels and (vae := model.load_vae()) is not None:
         sheet = {name: decode_latents(vae, latents) for name, latents in sheet.items()}
     sheet = {name: images.cpu() for name, images in sheet.items()}
     for name, images in sheet.items():
         check_finite(images, f"images of variant {name!r} are")
-    return Timing(spec, seconds, spread, steps, sheet, names, tuple(b.name for b in model.branches))
+    return Timing(spec, seconds, spread, steps, sheet, names, model.branch_names(artifact))
 
 
-def _sheet_rows(spec: SampleSpec, class_names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _sheet_rows(spec: Rows, class_names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return the rows of the sheet and their names.
 
     They are one row of each class, or those of the first prompts.
     """
-    columns = make_samples(np.arange(_SHEET), spec)
-    if spec.prompts is not None:
-        return columns, spec.prompts.rows(columns["label"]).prompts
-    labels = np.arange(_SHEET) % spec.num_classes
+    columns = spec.make(np.arange(_SHEET))
+    if (prompts := spec.texts(columns["label"])) is not None:
+        return columns, prompts
+    labels = np.arange(_SHEET) % len(class_names)
     return columns | {"label": labels}, [class_names[label] for label in labels]

@@ -15,6 +15,7 @@ from harmonica.models.vae import check_vae, decode_latents, draws_pixels
 
 from ..config.evaluate import EvaluateConfig, FeatureKind
 from ..config.workflow import WorkflowConfig
+from .evaluated_model import EvaluatedModel
 
 _CLASSIFIER_SHAPE = (1, 28)
 _PSNR_OF_EQUALS = 100.0  # dB, for a mean that stays finite
@@ -42,16 +43,16 @@ def _extractor(
 class MetricSuite:
     """The metric networks, which each actor loads once."""
 
-    def __init__(self, config: WorkflowConfig, loaded: LoadedModel, device: torch.device) -> None:
+    def __init__(self, config: WorkflowConfig, model: EvaluatedModel, device: torch.device) -> None:
         settings = config.evaluate
         self.extractor: FeatureExtractor | None = _extractor(config, device)
         self.is_classifier = isinstance(self.extractor, ClassifierFeatures)
         self.clip = ClipScore(settings.clip_path, device) if settings.clip_path else None
         self.lpips = Lpips(settings.lpips_path, device) if settings.lpips_path else None
-        self.shows_pixels = draws_pixels(loaded.model)
+        self.shows_pixels = model.draws_pixels
         self.vae = None
         if not self.shows_pixels and _wants_pixels(config):
-            self.vae = loaded.load_vae(device)
+            self.vae = model.load_vae()
             self.shows_pixels = True
 
     def decode(self, samples_NCHW: Tensor) -> Tensor:
@@ -138,6 +139,16 @@ def check_metric_settings(config: WorkflowConfig, loaded: LoadedModel) -> None:
         raise ValueError(
             f"evaluate.clip_path is {settings.clip_path!r} and the model takes labels: leave it out"
         )
+    check_metric_files(config)
+
+
+def check_metric_files(config: WorkflowConfig) -> None:
+    """Check that the files of the metric networks can be read.
+
+    Raises:
+        ValueError: names field, value and cure.
+    """
+    settings = config.evaluate
     if settings.reference_statistics:
         read_adm_reference(settings.reference_statistics)
     _extractor(config, "cpu")

@@ -6,7 +6,6 @@ code serves 50,000 samples.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,28 +15,28 @@ from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from harmonica.data.samples import SampleSpec, Shard, make_samples
+from harmonica.data.samples import Shard
 from harmonica.evaluation import fashion_captions as captions
 from harmonica.evaluation.accumulators import MetricAccumulator
 from harmonica.evaluation.reference_sets import ReferenceSet
 from harmonica.evaluation.report import Resamples, distances_to_full, variant_metrics
-from harmonica.models.loading import load_model
 from harmonica.validation.finite import check_finite
 
 from ..config.evaluate import EvaluateConfig
 from ..config.workflow import WorkflowConfig
+from ..data.rows import Rows
 from ..data.stream import stream_samples
 from ..runtime.ray_runtime import quiet_libraries
-from .latency import Variant, device_of
+from .latency import device_of
 from .metric_networks import MetricSuite, feature_kind, read_reference
+from .open_model import open_model
+from .variants import Variant
 
 NOISE_FLOOR = "noise_floor"
 _OTHER_SEED = 1  # from the evaluation's: rows that neither training nor any variant has seen
 
 
-def evaluate_images(
-    config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]
-) -> dict[str, dict[str, Any]]:
+def evaluate_images(config: WorkflowConfig, spec: Rows, variants: list[Variant]) -> dict[str, dict[str, Any]]:
     """Return the metrics of each variant by name, JSON-ready.
 
     They are over `evaluate.samples` images.
@@ -116,12 +115,11 @@ def _check_variants(variants: list[Variant]) -> None:
 class VariantSampler:
     """A Ray Data actor that samples variants and returns metric columns, no images."""
 
-    def __init__(self, config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]) -> None:
+    def __init__(self, config: WorkflowConfig, spec: Rows, variants: list[Variant]) -> None:
         self.variants, self.spec = variants, spec
         self.device = device_of(config.evaluate.use_gpu)
-        loaded = load_model(config.model, self.device)
-        self.model = loaded.model
-        self.metrics = MetricSuite(config, loaded, self.device)
+        self.model = open_model(config, self.device)
+        self.metrics = MetricSuite(config, self.model, self.device)
         self.has_noise_floor = config.evaluate.noise_floor and self.metrics.extractor is not None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -148,7 +146,7 @@ class VariantSampler:
         prompts = self._prompts(batch["label"])
         out = {"index": batch["index"], "label": self._classes(batch["label"], prompts)}
         for variant in variants:
-            sampled[variant.name] = samples = variant.sample(self.model, rows)
+            sampled[variant.name] = samples = self.model.sample(variant, rows)
             images[variant.name] = decoded = self.metrics.decode(samples)
             check_finite(decoded, f"images of variant {variant.name!r} are")
             columns = self.metrics.features(decoded) | self.metrics.prompt_scores(decoded, prompts)
@@ -159,8 +157,8 @@ class VariantSampler:
 
     def measure_other_noise(self, index: np.ndarray, reference: Variant) -> dict[str, np.ndarray]:
         """Return features of a reference's samples under another seed."""
-        other = replace(self.spec, seed=self.spec.seed + _OTHER_SEED)
-        samples = reference.sample(self.model, other.to_batch(make_samples(index, other), self.device))
+        other = self.spec.with_other_noise(_OTHER_SEED)
+        samples = self.model.sample(reference, other.to_batch(other.make(index), self.device))
         images = self.metrics.decode(samples)
         check_finite(images, f"images of variant {reference.name!r} are")
         columns = self.metrics.features(images)
@@ -169,14 +167,14 @@ class VariantSampler:
     def _prompts(self, labels: np.ndarray) -> list[str] | None:
         """Return the text of the prompts if a metric uses it."""
         read = self.metrics.is_classifier or self.metrics.clip is not None
-        return self.spec.prompts.rows(labels).prompts if self.spec.prompts and read else None
+        return self.spec.texts(labels) if read else None
 
     def _classes(self, labels: np.ndarray, prompts: list[str] | None) -> np.ndarray:
         """Return the class that each image should show.
 
         It is -1 for prompts whose class is not known.
         """
-        if self.spec.prompts is None:
+        if self.spec.texts(labels[:0]) is None:
             return labels
         known, texts = set(captions.all_captions()), [prompt.lower() for prompt in prompts or []]
         meant = [captions.meaning(text)[0] if text in known else -1 for text in texts]
@@ -184,7 +182,7 @@ class VariantSampler:
 
 
 def _accumulate_on_worker(
-    config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]
+    config: WorkflowConfig, spec: Rows, variants: list[Variant]
 ) -> dict[str, MetricAccumulator]:
     quiet_libraries()
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -192,7 +190,7 @@ def _accumulate_on_worker(
 
 
 def _metric_batches(
-    config: WorkflowConfig, spec: SampleSpec, variants: list[Variant]
+    config: WorkflowConfig, spec: Rows, variants: list[Variant]
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield batches of per-image metrics and features of every variant."""
     settings: EvaluateConfig = config.evaluate

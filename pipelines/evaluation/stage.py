@@ -12,7 +12,6 @@ import ray
 from matplotlib.figure import Figure
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.core.golden_sample import record_sample
 from harmonica.evaluation.differences import with_differences
 from harmonica.evaluation.evaluation_report import (
     CACHED,
@@ -26,21 +25,13 @@ from harmonica.evaluation.evaluation_report import (
 )
 from harmonica.evaluation.metric_table import FRECHET_TO_FULL, METRICS, PSNR_TO_FULL
 from harmonica.evaluation.plots import cached_title, router_heat_map, sample_sheet
-from harmonica.models.loading import load_model
-from harmonica.samplers import make_sampler
 
 from ..config.workflow import TrainConfig, WorkflowConfig
 from ..runtime.ray_runtime import plainly
-from .latency import (
-    Timing,
-    Variant,
-    device_of,
-    make_family_variants,
-    make_transfer_variants,
-    make_variants,
-    measure,
-)
+from .latency import Timing, device_of, measure
+from .open_model import open_model
 from .quality import NOISE_FLOOR, evaluate_images
+from .variants import Variant, make_family_variants, make_transfer_variants, make_variants
 
 
 @plainly()
@@ -114,8 +105,7 @@ def with_sample(config: WorkflowConfig, artifact: RouterArtifact) -> RouterArtif
     """
 
     def record() -> RouterArtifact:
-        model = load_model(config.model, device_of(config.evaluate.use_gpu)).model
-        return record_sample(artifact, make_sampler(model, artifact.sampler))
+        return open_model(config, device_of(config.evaluate.use_gpu)).record_sample(artifact)
 
     return ray.get(ray.remote(num_cpus=1, num_gpus=int(config.evaluate.use_gpu))(record).remote())
 

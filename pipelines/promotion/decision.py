@@ -9,15 +9,13 @@ import ray
 from mlflow.entities.model_registry import ModelVersion
 
 from harmonica.core.artifact import RouterArtifact
-from harmonica.core.golden_sample import check_sample
 from harmonica.evaluation.evaluation_report import EvaluationReport
 from harmonica.evaluation.metric_table import CUR, IDEAL_SPEEDUP, NUM_INFERENCE_STEPS
-from harmonica.models.loading import load_model
-from harmonica.samplers import make_sampler
 
 from ..config.promotion import Promote
 from ..config.workflow import WorkflowConfig
 from ..evaluation.latency import device_of
+from ..evaluation.open_model import open_model
 from ..tracking import registry
 from ..tracking.mlflow_runs import StageRun, numbers
 from .gate import (
@@ -126,10 +124,9 @@ def reproduction_error(config: WorkflowConfig, artifact: RouterArtifact) -> str:
     """
     if artifact.sample_CHW is None:
         return "the version has no recorded sample to compare with"
-    model = load_model(config.model, device_of(config.evaluate.use_gpu)).model
+    model = open_model(config, device_of(config.evaluate.use_gpu))
     try:
-        artifact.check(model, config.sampler)
-        check_sample(artifact, make_sampler(model, artifact.sampler))
+        model.check_sample(artifact)
     except ValueError as error:
         return str(error)
     return ""

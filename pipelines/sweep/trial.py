@@ -121,7 +121,7 @@ def run_trial(chosen: dict[str, Any], *, config: WorkflowConfig) -> None:
         chosen: a `Trial`, by field.
         config: the run's settings, with an absolute storage path.
     """
-    from ..training.stage import start_run
+    from ..training.jobs import start_run
 
     quiet_libraries()
     trial = Trial(**chosen["trial"])

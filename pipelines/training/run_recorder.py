@@ -5,11 +5,11 @@ import time
 from typing import Any
 
 from harmonica.evaluation.plots import router_heat_map
-from harmonica.training.multi_target import MultiTargetTrainer
 
 from ..tracking.metric_log import MetricLog
 from ..tracking.mlflow_runs import StageRun
 from .checkpoints import Checkpoints
+from .jobs import TrainingRun
 from .watchdog import Reached
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class RunRecorder:
     def __init__(
         self,
         checkpoints: Checkpoints,
-        run: MultiTargetTrainer,
+        run: TrainingRun,
         stage: StageRun,
         board: Any,
         pending: list[Any],

@@ -40,7 +40,7 @@ class _Board:
     def __init__(self) -> None:
         self._said: dict[int, tuple[str, float]] = {}
         self._reached: Reached | None = None
-        self._stopped = ""
+        self._stopped: Exception | None = None
 
     def tell(self, rank: int, doing: str) -> None:
         self._said[rank] = (doing, time.monotonic())
@@ -48,11 +48,11 @@ class _Board:
     def reach(self, reached: Reached) -> None:
         self._reached = reached
 
-    def stop(self, words: str) -> None:
+    def stop(self, error: Exception) -> None:
         """End training here, since going on or trying again would not help."""
-        self._stopped = words
+        self._stopped = error
 
-    def why_stopped(self) -> str:
+    def why_stopped(self) -> Exception | None:
         return self._stopped
 
     def read(self) -> tuple[dict[int, tuple[str, float]], Reached | None]:

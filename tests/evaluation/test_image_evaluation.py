@@ -23,9 +23,9 @@ from harmonica.io.resolve import local_path
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig, load_model
 from harmonica.samplers import SamplerConfig
 from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
-from pipelines.evaluation.latency import Variant
 from pipelines.evaluation.metric_networks import check_metric_settings, feature_kind
 from pipelines.evaluation.quality import NOISE_FLOOR, VariantSampler, evaluate_images
+from pipelines.evaluation.variants import Variant
 from pipelines.runtime.ray_runtime import connect
 
 SAMPLER = SamplerConfig(num_inference_steps=3)

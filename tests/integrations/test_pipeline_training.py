@@ -17,7 +17,7 @@ from torch import Tensor
 import harmonica
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
-from harmonica.pipeline_training.pipeline_calls import batched
+from harmonica.pipeline_training.sampling import batched
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.config import TrainingConfig
 from harmonica.training.iepo import image_error_proxy

@@ -28,7 +28,7 @@ from pipelines.presets import fashion
 from pipelines.run_state.routers import load_router
 from pipelines.run_state.storage import RunStorage
 from pipelines.training.checkpoints import Checkpoints
-from pipelines.training.stage import start_run
+from pipelines.training.jobs import start_run
 
 logger = logging.getLogger(__name__)
 

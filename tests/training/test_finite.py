@@ -31,8 +31,9 @@ from harmonica.training.sdt import SdtConfig
 from harmonica.training.trainer import RouterTrainer
 from harmonica.validation.finite import NotFinite, check_finite, not_finite
 from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
-from pipelines.evaluation.latency import Variant, measure
+from pipelines.evaluation.latency import measure
 from pipelines.evaluation.quality import VariantSampler
+from pipelines.evaluation.variants import Variant
 from pipelines.presets import fashion
 from pipelines.runtime.ray_runtime import plainly
 from pipelines.sweep.trial import _Probe

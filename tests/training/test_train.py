@@ -22,7 +22,8 @@ from pipelines.run_state.storage import RunStorage
 from pipelines.runtime.ray_runtime import connect
 from pipelines.tracking.mlflow_runs import find_or_create, make_client, tracking_uri
 from pipelines.tracking.worker_times import WorkerTimes
-from pipelines.training.stage import start_run, train
+from pipelines.training.jobs import start_run
+from pipelines.training.stage import train
 
 TRAJECTORIES = 4
 

@@ -31,8 +31,8 @@ from pipelines.compare.ranking import leaders, ranking_summary
 from pipelines.compare.results import Results, compared, is_complete, record
 from pipelines.compare.third_party_caches import library_variants
 from pipelines.config.compare import CompareConfig, free_to_change
-from pipelines.evaluation.latency import Variant
 from pipelines.evaluation.quality import NOISE_FLOOR
+from pipelines.evaluation.variants import Variant
 from pipelines.presets import fashion
 from pipelines.report.html_report import render
 from pipelines.report.terminal import comparison_table

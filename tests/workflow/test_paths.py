@@ -15,7 +15,7 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.io.file_systems import open_uri
 from harmonica.io.paths import is_remote, local, resolved, scrubbed, shown
 from harmonica.io.resolve import local_path
-from pipelines.data.embed_prompts import _storage
+from pipelines.data.embed_prompts import store_folder
 from pipelines.run_state.storage import RunStorage
 from pipelines.tracking.mlflow_runs import find_or_create, find_run
 from pipelines.tracking.mlflow_store import artifacts_of, database_of, tracking_uri
@@ -132,7 +132,7 @@ def test_all_who_take_a_path_mean_the_same_place(name, home, tmp_path, monkeypat
         filesystem, path = open_uri(f"{given.rstrip('/')}/r1/folder/a", "prompts.path")
         with filesystem.open_input_stream(path) as stream:
             assert stream.read() == b"x"
-        assert _storage(f"{given.rstrip('/')}/r1").path("folder") == path.removesuffix("/a")
+        assert store_folder(f"{given.rstrip('/')}/r1").path("folder") == path.removesuffix("/a")
         assert local_path(f"{given.rstrip('/')}/r1") == tmp_path / name / "r1"
         database_of(given).touch()
         assert tracking_uri(given) in server_command(UiCommand(storage_path=given))

@@ -1,0 +1,195 @@
+"""What a worker of the stage train trains, of whichever kind the model is.
+
+There are two kinds: `BranchedJob` trains a model with a branch file on streamed rows, for one target or
+several; `PipelineJob` trains in the loop of a diffusers pipeline, which makes its noise itself.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.plan import Plan
+from harmonica.core.router import Router
+from harmonica.data.batch import Batch
+from harmonica.data.samples import SampleSpec, Shard
+from harmonica.models.loading import load_model
+from harmonica.samplers import make_sampler
+from harmonica.training.multi_target import MultiTargetTrainer
+from harmonica.training.sharding import shard_weights
+
+from ..config.workflow import WorkflowConfig
+from ..data.stream import sample_spec, stream_samples
+from ..run_state.resume import ROUTER, work_folder
+from ..run_state.routers import load_router
+from ..run_state.storage import RunStorage
+from ..tracking.worker_times import WorkerTimes
+from .checkpoints import Checkpoints
+
+Routers = tuple[RouterArtifact, dict[str, RouterArtifact]]
+Tell = Callable[[str], object]
+
+
+class TrainingRun(Protocol):
+    """What the stage asks of a trainer."""
+
+    @property
+    def trajectory(self) -> int: ...
+    @property
+    def router(self) -> Router: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def sampler(self) -> Any: ...
+    @property
+    def device(self) -> torch.device | str: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class TrainingJob(ABC):
+    """A training on one worker."""
+
+    run: TrainingRun
+
+    @abstractmethod
+    def trained(self, shard: Shard, times: WorkerTimes, tell: Tell) -> Iterator[dict[str, float]]:
+        """Train every trajectory still to do, and yield its metrics.
+
+        Raises:
+            NotFinite: what is computed is not finite, on all workers alike.
+        """
+
+    @abstractmethod
+    def leave(self, config: WorkflowConfig, storage: RunStorage) -> None:
+        """Leave on the storage what the driver cannot make of the last checkpoint; on one worker."""
+
+
+class BranchedJob(TrainingJob):
+    """A training of a model with a branch file."""
+
+    run: MultiTargetTrainer
+
+    def __init__(self, run: MultiTargetTrainer, spec: SampleSpec) -> None:
+        self.run, self.spec = run, spec
+
+    def trained(self, shard: Shard, times: WorkerTimes, tell: Tell) -> Iterator[dict[str, float]]:
+        for batch in self._batches(shard, times, tell):
+            yield self.run.train_one(batch)
+
+    def leave(self, config: WorkflowConfig, storage: RunStorage) -> None:
+        pass
+
+    def _batches(self, shard: Shard, times: WorkerTimes, tell: Tell) -> Iterator[Batch]:
+        """Yield this worker's rows of every trajectory still to train."""
+        run = self.run
+        while wanted := run.next_trajectories:  # those of one target after another
+            rows = stream_samples(self.spec, shard, first_trajectory=wanted.start, trajectories=len(wanted))
+            batches = iter(rows.iter_batches(batch_size=shard.size, prefetch_batches=4, batch_format="numpy"))
+            for _ in wanted:
+                tell(f"rows of trajectory {run.trajectory}")
+                with times.waiting_for_data():
+                    batch = self.spec.to_batch(next(batches), run.device)
+                tell(f"trajectory {run.trajectory}, its updates and the other workers' gradients")
+                yield batch
+
+
+class PipelineJob(TrainingJob):
+    """A training in the loop of a diffusers pipeline."""
+
+    def __init__(self, run: Any) -> None:
+        """Train by a `PipelineTrainer` whose pipeline is recorded."""
+        self.trainer = self.run = run
+
+    def trained(self, shard: Shard, times: WorkerTimes, tell: Tell) -> Iterator[dict[str, float]]:
+        while self.trainer.next_trajectories:
+            tell(f"trajectory {self.run.trajectory}, its updates and the other workers' gradients")
+            yield self.trainer.train_one()
+
+    def leave(self, config: WorkflowConfig, storage: RunStorage) -> None:
+        """Leave the router: to make it of a checkpoint takes the whole pipeline."""
+        with TemporaryDirectory() as folder:
+            made = self.trainer.artifact(**provenance(config)).save(Path(folder) / ROUTER)
+            storage.upload_folder(made, _left(storage))
+
+
+def start_run(
+    config: WorkflowConfig, device: torch.device, *, shard_model: bool = False
+) -> tuple[MultiTargetTrainer, SampleSpec]:
+    """A run at its first trajectory, and what its rows look like."""
+    model = load_model(config.model.for_training(), "cpu" if shard_model else device).model
+    if shard_model:
+        shard_weights(model)
+    sampler = make_sampler(model, config.sampler)
+    run = MultiTargetTrainer(sampler, config.train, seed=config.seed, device=device)
+    return run, sample_spec(config, model, config.seed)
+
+
+@contextmanager
+def opened_job(config: WorkflowConfig, device: torch.device, shard: Shard) -> Iterator[TrainingJob]:
+    """Yield the training of the configured model at its first trajectory.
+
+    Raises:
+        ValueError: the model cannot be loaded, or trained for the target.
+    """
+    if not config.pipeline.enabled:
+        yield BranchedJob(*start_run(config, device, shard_model=config.train.shard_model))
+        return
+    # Here, since diffusers' pipelines take seconds to import.
+    from harmonica.pipeline_training.pipeline_folder import PipelineFolder
+    from harmonica.pipeline_training.trainer import PipelineTrainer
+
+    from ..data.pipeline_prompts import open_prompts, pipeline_call
+
+    folder = PipelineFolder.read(config.model.path, config.model.revision)
+    prompts = open_prompts(config)
+    pipe = folder.load_denoiser(
+        dtype=getattr(torch, config.model.dtype), device=device, embedded=bool(prompts.manifest.names)
+    )
+    trainer = PipelineTrainer(
+        pipe,
+        prompts,
+        config.train,
+        call=pipeline_call(config, folder),
+        seed=config.seed,
+        cacheable=config.pipeline.cacheable,
+        shard=shard,
+    )
+    with trainer:
+        yield PipelineJob(trainer)
+
+
+def provenance(config: WorkflowConfig) -> dict[str, Any]:
+    """Return what a router records of its run."""
+    settings: dict[str, Any] = config.to_dict()["train"]
+    return {"run_id": config.run_id} | settings
+
+
+def _left(storage: RunStorage) -> str:
+    return f"{work_folder('train', storage)}/{ROUTER}"
+
+
+def build_artifacts(config: WorkflowConfig, storage: RunStorage) -> Routers:
+    """Return the routers of a finished training: the main target's, and the others' by name.
+
+    Raises:
+        RuntimeError: its last whole checkpoint is of an earlier trajectory.
+    """
+    if config.pipeline.enabled:
+        return load_router(storage, _left(storage)), {}
+    checkpoints = Checkpoints.of_training(storage)
+    run, _ = start_run(config, torch.device("cpu"))
+    name = checkpoints.last()
+    if name:
+        run.load_state(checkpoints.load(name))
+    if run.trajectory < config.train.all_trajectories:
+        raise RuntimeError(
+            f"training of {config.run_id} ended and its last whole checkpoint is of trajectory "
+            f"{run.trajectory} of {config.train.all_trajectories}: run again with the same run id"
+        )
+    return run.artifact(**provenance(config)), run.extra_artifacts(**provenance(config))

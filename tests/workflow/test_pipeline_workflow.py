@@ -1,0 +1,305 @@
+"""The chain of the preset `pipeline`: any text-to-image pipeline of diffusers, from prompts to a champion."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from tiny_pipeline_folder import SIZE, make_pipeline, write_pipeline_folder
+
+import harmonica
+from harmonica.core.artifact import RouterArtifact
+from harmonica.data.embedding_store import EmbeddingManifest
+from harmonica.data.prompt_files import MANIFEST, part_path
+from harmonica.data.samples import Shard
+from harmonica.evaluation.evaluation_report import CACHED, FULL
+from harmonica.evaluation.image_metrics import psnr
+from harmonica.pipeline_training.sampling import sample_pipeline
+from pipelines import workflow
+from pipelines.config.workflow import WorkflowConfig
+from pipelines.data.embed_for_pipeline import PipelinePartWriter
+from pipelines.data.pipeline_prompts import open_prompts
+from pipelines.evaluation.latency import SEED_OFFSET
+from pipelines.evaluation.open_model import open_model
+from pipelines.evaluation.quality import VariantSampler
+from pipelines.evaluation.variants import make_variants
+from pipelines.run_state.storage import RunStorage
+from pipelines.tracking import registry, worker_times
+from pipelines.tracking.mlflow_runs import find_run
+from pipelines.tracking.mlflow_store import tracking_uri
+from pipelines.training import stage
+from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.jobs import build_artifacts, opened_job
+
+ROOT = Path(workflow.__file__).parents[1]
+PROMPTS = ("a red cat", "the moon", "a blue dog on the moon")
+TRAJECTORIES = 6
+SMALL = [
+    "--model.dtype=float32",
+    "--prompts.dtype=float32",
+    "--sampler.num-inference-steps=4",
+    f"--pipeline.height={SIZE}",
+    f"--pipeline.width={SIZE}",
+    "--pipeline.guidance-scale=3",
+    "--pipeline.max-sequence-length=16",
+    "--train.target-speedup=1.4",
+    f"--train.trajectories={TRAJECTORIES}",
+    "--train.batch-size=2",
+    "--train.checkpoint-interval-s=0",
+    "--evaluate.samples=16",
+    "--evaluate.batch-size=8",
+    "--evaluate.timing-rounds=1",
+    "--evaluate.resamples=0",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pipeline_folder(tmp_path_factory.mktemp("pipeline") / "chroma")
+
+
+def _arguments(folder: Path, place: Path) -> list[str]:
+    place.mkdir(parents=True, exist_ok=True)
+    prompts = place / "prompts.txt"
+    prompts.write_text("\n".join([*PROMPTS, "", PROMPTS[0]]) + "\n")
+    given = [f"--model.path={folder}", f"--prompts.path={prompts}", f"--storage-path={place / 'runs'}"]
+    return ["pipeline", *given, "--run-id=p1", *SMALL]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--model.path="], ["model.path is ''", "give the folder of a diffusers pipeline"]),
+        (["--model.path=builtin:fashion-dit"], ["has no readable model_index.json", "save_pretrained"]),
+        (["--prompts.path="], ["prompts.path is ''", "give a .txt or .parquet file"]),
+        (["--pipeline.true-cfg-scale=2"], ["pipeline.true_cfg_scale is 2", "leave it out"]),
+        (["--sampler.guidance-scale=3"], ["sampler.guidance_scale is 3", "give pipeline.guidance_scale"]),
+        (["--sampler.name=ddim"], ["sampler.name is ddim", "give diffusers"]),
+        (["--prompts.max-tokens=8"], ["prompts.max_tokens is 8", "give pipeline.max_sequence_length"]),
+        (["--model.execution=compiled"], ["model.execution is compiled", "give eager"]),
+        (["--evaluate.transfer-steps=9"], ["evaluate.transfer_steps is (9,)", "leave it out"]),
+        (["--evaluate.features=classifier"], ["evaluate.features is 'classifier'", "leave it out"]),
+        (["--evaluate.lpips-path=/no/such"], ["/no/such does not exist"]),
+        (["--train.micro-batch-size=1"], ["train.micro_batch_size is 1", "give 0"]),
+        (["--stages", "prompts", "sweep"], ["stages is ('prompts', 'sweep')", "leave it out"]),
+        (["--stages", "train"], ["no embedded prompts yet", "add the stage prompts before train"]),
+        (["--stages", "prompts", "evaluate"], ["no router yet", "add the stage train before evaluate"]),
+        (["--stages", "prompts", "train", "register"], ["promote is 'gate'", "add the stage evaluate"]),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(
+    changes: list[str], words: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert workflow.main([*_arguments(folder, tmp_path), *changes]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error
+    for word in words:
+        assert word in error
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "\ufeff\n"])
+def test_an_empty_prompts_file_is_refused(
+    text: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = _arguments(folder, tmp_path)
+    (tmp_path / "prompts.txt").write_text(text)
+    assert workflow.main(arguments) == 2
+    assert "holds no prompts: give at least one line of text" in capsys.readouterr().err
+
+
+@pytest.fixture
+def config(folder: Path, tmp_path: Path) -> WorkflowConfig:
+    """A run whose stage prompts is done, here and without Ray."""
+    made = workflow.Workflow(workflow.parse(_arguments(folder, tmp_path), workflow.PRESETS, "workflow.py"))
+    made.check()
+    writer = PipelinePartWriter(made.config, made.storage.uri("prompts"))
+    writer.storage.write_bytes(part_path("all"), writer.content(list(PROMPTS)))
+    manifest = EmbeddingManifest(
+        pipeline={},
+        dtype="float32",
+        max_sequence_length=16,
+        negative_prompt="",
+        names=["prompt_embeds"],
+        count=len(PROMPTS),
+        parts=[["all", len(PROMPTS)]],
+    )
+    writer.storage.write_json(MANIFEST, dataclasses.asdict(manifest))
+    return made.config
+
+
+class _NoTimes:
+    """Takes no times."""
+
+
+def _trained(config: WorkflowConfig) -> RouterArtifact:
+    shard = Shard(config.train.batch_size)
+    with opened_job(config, torch.device("cpu"), shard) as job:
+        for _ in job.trained(shard, _NoTimes(), lambda _: None):  # type: ignore[arg-type]
+            pass
+        return job.run.artifact()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_a_router_is_judged_by_what_apply_makes_of_the_whole_pipeline(config: WorkflowConfig) -> None:
+    artifact = _trained(config)
+    assert 0 < artifact.plan.cur < 1
+    model = open_model(config, torch.device("cpu"))
+    rows = model.rows(config.seed + SEED_OFFSET)
+    full, cached = make_variants(config, artifact)[:2]
+    batch = rows.to_batch(rows.make(np.arange(3)), "cpu")
+    images = {one.name: model.sample(one, batch) for one in (full, cached, full)}
+    whole = make_pipeline()
+    call = {"num_inference_steps": 4, "height": SIZE, "width": SIZE, "guidance_scale": 3.0}
+    call |= {"negative_prompt": "", "max_sequence_length": 16}
+
+    def drawn() -> torch.Tensor:
+        seed = config.seed + SEED_OFFSET
+        return sample_pipeline(whole, call, PROMPTS, range(3), seed=seed, output_type="pt") * 2 - 1
+
+    # Prompts are encoded one by one there and together here.
+    torch.testing.assert_close(images[FULL], drawn(), rtol=0, atol=1e-4)
+    harmonica.apply(whole, artifact)
+    torch.testing.assert_close(images[CACHED], drawn(), rtol=0, atol=1e-4)
+    assert (images[CACHED] - images[FULL]).abs().max() > 1e-3, "the plan changes the images"
+    columns = VariantSampler(config, rows, [full, cached])(rows.make(np.arange(3)))
+    np.testing.assert_allclose(columns["cached.psnr"], psnr(images[CACHED], images[FULL]).numpy(), rtol=1e-3)
+    assert (columns["label"] == -1).all() and columns["cached.ssim"].shape == (3,)
+
+
+def test_a_golden_sample_is_drawn_again_and_another_plan_is_not(config: WorkflowConfig) -> None:
+    artifact = _trained(config)
+    model = open_model(config, torch.device("cpu"))
+    recorded = model.record_sample(artifact)
+    assert recorded.sample_CHW is not None and recorded.sample_CHW.isfinite().all()
+    open_model(config, torch.device("cpu")).check_sample(recorded)
+    other = dataclasses.replace(recorded, logits_TB=-recorded.logits_TB.abs())
+    with pytest.raises(ValueError, match=r"differs by .* from the one recorded with it"):
+        model.check_sample(other)
+
+
+def test_a_target_out_of_reach_is_told_when_the_pipeline_is_recorded(config: WorkflowConfig) -> None:
+    train = dataclasses.replace(config.train, target_speedup=90.0)
+    with (
+        pytest.raises(ValueError, match=r"train.target_speedup is 90.0: 4 steps .* at most"),
+        opened_job(dataclasses.replace(config, train=train), torch.device("cpu"), Shard(2)),
+    ):
+        pass
+
+
+class _Deaf:
+    """Takes whatever it is told: a board of the watchdog, a client of MLflow, a gauge, a log of metrics."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.mlflow_run_id = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return _Deaf()
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return []
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_worker_goes_on_from_its_checkpoint_and_leaves_the_router(
+    config: WorkflowConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[int] = []
+
+    def report(metrics: dict[str, float]) -> None:
+        reported.append(int(metrics["trajectory"]))
+        if reported == [1, 2, 3]:
+            raise _Killed
+
+    alone = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(stage.ray.train, "get_context", lambda: alone)
+    monkeypatch.setattr(stage.ray.train, "report", report)
+    monkeypatch.setattr(stage.ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(stage.ray.train.collective, "broadcast_from_rank_zero", lambda found: found)
+    monkeypatch.setattr(stage.ray, "get", lambda found: found)
+    monkeypatch.setattr(stage, "worker_nodes", lambda _: ["here"])
+    monkeypatch.setattr(stage, "MetricLog", _Deaf)
+    monkeypatch.setattr(worker_times, "Gauge", _Deaf)
+    job = {"config": config, "mlflow": _Deaf(), "board": _Deaf()}
+    with pytest.raises(_Killed):
+        stage._train_loop(job)
+    stage._train_loop(job)
+    assert reported == list(range(1, TRAJECTORIES + 1))
+    left, family = build_artifacts(config, RunStorage(config.storage_path, config.run_id))
+    assert torch.equal(left.logits_TB, _trained(config).logits_TB) and not family
+    assert left.training["run_id"] == "p1" and left.training["trajectories"] == TRAJECTORIES
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_the_chain_goes_on_after_an_interruption_and_ends_in_a_version_that_apply_takes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    arguments = _arguments(folder, tmp_path)
+    storage = RunStorage(str(tmp_path / "runs"), "p1")
+    _interrupt(arguments, storage, tmp_path / "log")
+    before = int(Checkpoints.of_training(storage).last()[:9])
+    assert 0 < before < TRAJECTORIES
+    try:
+        assert workflow.main([*arguments, "--promote=always"]) == 0, capsys.readouterr().err
+    finally:
+        ray.shutdown()
+    said = capsys.readouterr().out
+    assert f"[prompts] {len(PROMPTS)} prompts, done before" in said
+    assert "[serve] skipped: the endpoint does not serve a pipeline's own loop yet" in said
+    config = workflow.parse(arguments, workflow.PRESETS, "workflow.py")
+    uri = tracking_uri(config.storage_path)
+    artifact, version = registry.load("harmonica-pipeline", registry.CHAMPION, uri)
+    assert version == "1" and artifact.training["run_id"] == "p1"
+    run = find_run("train", "p1", config.storage_path)
+    assert run is not None
+    assert [step for step, _ in run.history("loss")] == list(range(1, TRAJECTORIES + 1)), "each just once"
+    # Two workers and an interruption change the order of sums.
+    torch.testing.assert_close(artifact.logits_TB, _trained(config).logits_TB, rtol=0, atol=1e-3)
+    report = json.loads((tmp_path / "runs" / "p1" / "report.json").read_text())
+    assert report["samples"] == 16
+    assert report["arms"]["cached"]["psnr_to_full"] == pytest.approx(_psnr_here(config, artifact), abs=0.1)
+    assert {"ssim_to_full", "speedup", "seconds_per_image"} <= set(report["arms"]["cached"])
+    for name in ("samples.png", "router.png", "report.html"):
+        assert (tmp_path / "runs" / "p1" / name).exists()
+
+
+def _interrupt(arguments: list[str], storage: RunStorage, log: Path) -> None:
+    """Run the command until its training has left two checkpoints, and stop it as a scheduler does."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, str(ROOT / "workflow.py"), *arguments, "--promote=always"]
+    with log.open("w") as output:
+        driver = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        checkpoints, deadline = Checkpoints.of_training(storage), time.monotonic() + 400
+        while len(storage.names(checkpoints.folder)) < 2:
+            assert driver.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.05)
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(120) == 143, log.read_text()[-3000:]
+    finally:
+        driver.kill()
+
+
+def _psnr_here(config: WorkflowConfig, artifact: RouterArtifact) -> float:
+    model = open_model(config, torch.device("cpu"))
+    rows = model.rows(config.seed + SEED_OFFSET)
+    batch = rows.to_batch(rows.make(np.arange(16)), "cpu")
+    full, cached = (model.sample(one, batch) for one in make_variants(config, artifact)[:2])
+    assert len(open_prompts(config)) == len(PROMPTS)
+    return float(psnr(cached, full).clamp(max=100).mean())
