@@ -1,4 +1,4 @@
-"""Settings that have no counterpart where a model is run in the loop of its diffusers pipeline."""
+"""Refuse settings without a counterpart in the loop of a diffusers pipeline."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def refuse_settings(config: WorkflowConfig) -> None:
 
 
 def _without_counterpart(config: WorkflowConfig) -> list[tuple[str, Any, Any, str]]:
-    """Return such settings with their values, the values that say nothing, and what to give instead."""
+    """Return such settings: value, the value that says nothing, and the cure."""
     model, sampler, prompts = ModelConfig(), SamplerConfig(), PromptsConfig()
     cures = {
         "guidance_scale": "give pipeline.guidance_scale",

@@ -83,7 +83,10 @@ def _on_gpus(name: str) -> WorkflowConfig:
 
 
 def pipeline() -> WorkflowConfig:
-    """Any text-to-image pipeline of diffusers, in its own loop; wants `model.path` and `prompts.path`."""
+    """Any text-to-image pipeline of diffusers, in its own loop.
+
+    It wants `model.path` and `prompts.path`.
+    """
     return WorkflowConfig(
         preset="pipeline",
         registered_model="harmonica-pipeline",

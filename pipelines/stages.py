@@ -234,11 +234,6 @@ class Workflow:
         return verdict
 
     def _serve(self) -> str:
-        if self.config.pipeline.enabled:
-            return (
-                "skipped: the endpoint does not serve a pipeline's own loop yet; harmonica.apply takes the "
-                "registered router"
-            )
         return self.publisher.serve(self._class_names[-1] if self._class_names else self._first_prompt())
 
     def _first_prompt(self) -> str:

@@ -56,7 +56,7 @@ def check_sample(artifact: RouterArtifact, sampler: Sampler) -> None:
 
 
 def compare_samples(drawn: Tensor, recorded: Tensor | None) -> None:
-    """Compare a sample that was drawn again with the one that was recorded, if there is one.
+    """Compare a sample that was made again with the recorded one, if there is one.
 
     Args:
         drawn, recorded: an image or latents, of any shape.

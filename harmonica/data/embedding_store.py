@@ -1,4 +1,4 @@
-"""Stores of what a diffusers pipeline's `encode_prompt` gave, whatever tensors the pipeline names.
+"""Store what a diffusers pipeline's `encode_prompt` gave, by its own names.
 
 A folder of Parquet parts and a `store.json`, which is written last. A row of a part holds a prompt and its
 tensors as safetensors, under the names of the pipeline's arguments. What the negative prompt gave is the
@@ -53,7 +53,10 @@ class EmbeddingManifest:
 
     @property
     def digest(self) -> str:
-        """Return the digest of the encoders and of all prompts in order; part names hold the latter."""
+        """Return the digest of the encoders and of all prompts in order.
+
+        Part names hold the latter.
+        """
         said = json.dumps(asdict(self), sort_keys=True)
         return f"sha256:{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 

@@ -1,4 +1,4 @@
-"""Folders of diffusers pipelines: what they hold, whether they can be trained, and their parts.
+"""Read folders of diffusers pipelines: their parts, and what can be trained.
 
 Nothing is loaded to tell whether a pipeline can be trained: `model_index.json` names the classes.
 """
@@ -78,7 +78,10 @@ class PipelineFolder:
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """Return the parts that only encode prompts: training leaves them out where it has embeddings."""
+        """Return the parts that only encode prompts.
+
+        Training leaves them out where it has embeddings.
+        """
         return tuple(name for name, (library, _) in self.parts.items() if library == "transformers")
 
     @property
@@ -86,7 +89,7 @@ class PipelineFolder:
         return "vae" in self.parts
 
     def check(self, call: Mapping[str, Any]) -> None:
-        """Check that a router can be trained in this pipeline with the arguments of its call.
+        """Check that a router can be trained in this pipeline with these arguments.
 
         Args:
             call: the arguments that are given, with their values.
@@ -130,7 +133,10 @@ class PipelineFolder:
         return argument in inspect.signature(self.pipeline_class.__call__).parameters
 
     def identity(self) -> dict[str, Any]:
-        """Return the pipeline's class, and digests of what encodes prompts: file names, sizes, configs."""
+        """Return the pipeline's class, and digests of what encodes prompts.
+
+        They are of file names, sizes and configurations.
+        """
         digests = {}
         for name in self.encoders:
             seen = hashlib.sha256()

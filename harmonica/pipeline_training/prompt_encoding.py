@@ -1,4 +1,4 @@
-"""Encoding of prompts by a pipeline's own `encode_prompt`, under the names of the pipeline's arguments.
+"""Encode prompts by a pipeline's own `encode_prompt`, under its arguments' names.
 
 A pipeline's `encode_prompt` returns a tuple; what its members are called is read from the pipeline's own
 `__call__`, which assigns them and takes them again as arguments: `prompt_embeds`, `pooled_prompt_embeds`.

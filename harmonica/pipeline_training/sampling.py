@@ -1,4 +1,4 @@
-"""Calls of a diffusers pipeline for rows of prompts, each row with noise of its own."""
+"""Call a diffusers pipeline for rows of prompts, each with noise of its own."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ def sample_pipeline(
 
 
 def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a tensor, or those of a list, on the device, in the transformer's precision."""
+    """Return a tensor, or a list's, on the device in the transformer's precision."""
     if isinstance(value, list):
         return [_placed(each, device, dtype) for each in value]
     if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The encoding of prompts by a diffusers pipeline's own `encode_prompt`, into the store that training reads.
+"""Encode prompts by a pipeline's own `encode_prompt`, for training to read.
 
 Parts, actors and resumption are those of `embed_prompts`; prompts are encoded one by one.
 """

@@ -1,4 +1,4 @@
-"""The prompts of a run in a diffusers pipeline, and the arguments of the pipeline's calls."""
+"""Read a run's prompts for a pipeline, and the arguments of its calls."""
 
 from typing import Any
 

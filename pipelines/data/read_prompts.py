@@ -126,7 +126,7 @@ def prepared_for_t5(rows: Any, model_path: str) -> Any:
 
 
 def prepared(rows: Any) -> Any:
-    """Strip text, and count no tokens: what is too long is the encoding pipeline's matter."""
+    """Strip text, and count no tokens: the encoding pipeline sees what is too long."""
     prompts = [text.strip() for text in rows[0].to_pylist() if text is not None and text.strip()]
     return _table(prompts, [0] * len(prompts))
 

@@ -1,4 +1,4 @@
-"""The rows that a run samples: labels and noise, or the prompts of a diffusers pipeline."""
+"""Make the rows that a run samples: labels and noise, or a pipeline's prompts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +42,10 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PipelineRows:
-    """Rows of a diffusers pipeline: row i has prompt i of the store, again from the first after the last."""
+    """Rows of a diffusers pipeline, of which row i has prompt i of the store.
+
+    After the last prompt comes the first again.
+    """
 
     seed: int
     prompts: EmbeddingStore

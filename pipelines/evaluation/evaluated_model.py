@@ -1,4 +1,4 @@
-"""What an evaluation asks of a model, of whichever kind it is."""
+"""Define what an evaluation asks of a model, of whichever kind it is."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -12,7 +12,7 @@ from .variants import Variant
 
 
 class EvaluatedModel(ABC):
-    """A loaded model that samples variants, and records and checks a router's golden sample.
+    """A loaded model that samples variants, and checks a router's golden sample.
 
     There are two kinds: that of a model with a branch file (`open_model`), and that of any diffusers pipeline
     (`pipeline_model`).

@@ -1,4 +1,4 @@
-"""A diffusers pipeline that is evaluated: full, with fewer steps, and under `harmonica.apply`."""
+"""Evaluate a pipeline: full, with fewer steps, and under `harmonica.apply`."""
 
 import copy
 from dataclasses import replace
@@ -28,7 +28,9 @@ _GOLDEN_SEED = 0
 
 
 class PipelineModel(EvaluatedModel):
-    """A pipeline and, for each router, a twin of it with the same weights that runs under the plan.
+    """A pipeline and, for each router, a twin that runs under the plan.
+
+    Twins have the same weights.
 
     Twins keep what their first call recorded, so that variants can be timed in turn.
     """
@@ -91,7 +93,7 @@ class PipelineModel(EvaluatedModel):
 
 
 def sharing_weights(pipe: Any) -> Any:
-    """Return another pipeline whose transformers are modules of their own with the same tensors."""
+    """Return a pipeline whose transformers are other modules with the same tensors."""
     twin = copy.copy(pipe)
     for name, part in vars(pipe).items():
         if any(part is each for each in transformers_of(pipe)):

@@ -57,7 +57,7 @@ def make_family_variants(config: WorkflowConfig, family: Mapping[str, RouterArti
 
 
 def transfer_samplers(config: WorkflowConfig) -> dict[str, SamplerConfig]:
-    """Return by title each other sampler, guidance scale and step count of `evaluate`."""
+    """Return by title each other sampler, guidance and step count of `evaluate`."""
     others: dict[str, SamplerConfig] = {}
     for name in config.evaluate.transfer:
         others[name] = replace(config.sampler, name=name, scheduler=None)
@@ -69,7 +69,10 @@ def transfer_samplers(config: WorkflowConfig) -> dict[str, SamplerConfig]:
 
 
 def make_transfer_variants(config: WorkflowConfig, artifact: RouterArtifact) -> list[Variant]:
-    """Return full and cached under each of `transfer_samplers`, for which the plan was not made."""
+    """Return full and cached sampling under each of `transfer_samplers`.
+
+    The plan was not made for them.
+    """
     variants = []
     for title, other in transfer_samplers(config).items():
         plan = artifact.plan.at_steps(other.num_inference_steps)

@@ -1,4 +1,4 @@
-"""What a worker of the stage train trains, of whichever kind the model is.
+"""Define what a worker of the stage train trains, of either kind of model.
 
 There are two kinds: `BranchedJob` trains a model with a branch file on streamed rows, for one target or
 several; `PipelineJob` trains in the loop of a diffusers pipeline, which makes its noise itself.
@@ -36,7 +36,7 @@ Tell = Callable[[str], object]
 
 
 class TrainingRun(Protocol):
-    """What the stage asks of a trainer."""
+    """The trainer as the stage sees it."""
 
     @property
     def trajectory(self) -> int: ...
@@ -67,7 +67,10 @@ class TrainingJob(ABC):
 
     @abstractmethod
     def leave(self, config: WorkflowConfig, storage: RunStorage) -> None:
-        """Leave on the storage what the driver cannot make of the last checkpoint; on one worker."""
+        """Leave on the storage what the driver cannot make of the last checkpoint.
+
+        One worker alone does.
+        """
 
 
 class BranchedJob(TrainingJob):
@@ -175,7 +178,7 @@ def _left(storage: RunStorage) -> str:
 
 
 def build_artifacts(config: WorkflowConfig, storage: RunStorage) -> Routers:
-    """Return the routers of a finished training: the main target's, and the others' by name.
+    """Return a finished training's routers: the main target's, others by name.
 
     Raises:
         RuntimeError: its last whole checkpoint is of an earlier trajectory.
