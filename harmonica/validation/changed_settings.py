@@ -20,8 +20,8 @@ def changed_settings(
         before: as JSON has it, nested by section.
         now: the same of the settings that are given now.
         free: names that may differ, sections or single settings, such as `serve` and `train.num_workers`.
-        defaults: the same of a run that changes nothing. A single setting that `before` does not have had its
-            default, since the run is older than the setting.
+        defaults: the same of a run that changes nothing. What `before` does not have, a setting or a section,
+            had its default, since the run is older.
     """
     others = list(_walk(before, now, "", free, defaults or {}))
     left_out = len(others) - _SHOWN
@@ -37,7 +37,7 @@ def _walk(
         if name in free:
             continue
         default = defaults.get(key)
-        old = before.get(key, None if isinstance(value, Mapping) else default)
+        old = before.get(key, default)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             below = default if isinstance(default, Mapping) else {}
             yield from _walk(old, value, f"{name}.", free, below)

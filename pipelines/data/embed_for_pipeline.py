@@ -55,7 +55,9 @@ class PipelinePartWriter(PartWriter):
 
 
 def embed_for_pipeline(config: WorkflowConfig, out_uri: str) -> EmbeddingStore:
-    """Make the store of the configured prompts in `out_uri`; encode only what is missing there.
+    """Make the store of the configured prompts in `out_uri`.
+
+    Only what is missing there is encoded.
 
     Raises:
         ValueError: there are no prompts, the pipeline cannot encode one alone, or `out_uri` holds a finished

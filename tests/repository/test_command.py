@@ -13,12 +13,15 @@ from harmonica.__main__ import COMMANDS, main
 from harmonica.validation.extras import MissingExtra, need
 from tests.integrations.test_attach_readme import write_folder
 
+NO_COMMANDS = {"common", "check_reference", "sample_command", "training_folder"}
+"""Modules beside those of the commands."""
+
 
 def test_each_command_has_a_module_and_a_purpose(capsys):
     assert main([]) == 0
     said = capsys.readouterr().out
     folder = Path(harmonica.__file__).parent / "cli"
-    assert {path.stem for path in folder.glob("[a-z]*.py")} - {"common", "check_reference"} == COMMANDS.keys()
+    assert {path.stem for path in folder.glob("[a-z]*.py")} - NO_COMMANDS == COMMANDS.keys()
     assert all(name in said and purpose in said for name, purpose in COMMANDS.items())
 
 

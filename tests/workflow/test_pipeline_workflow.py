@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from processes import free_port
 from tiny_pipeline_folder import SIZE, make_pipeline, write_pipeline_folder
 
 import harmonica
@@ -37,7 +39,7 @@ from pipelines.run_state.storage import RunStorage
 from pipelines.tracking import registry, worker_times
 from pipelines.tracking.mlflow_runs import find_run
 from pipelines.tracking.mlflow_store import tracking_uri
-from pipelines.training import stage
+from pipelines.training import run_recorder, stage
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.jobs import build_artifacts, opened_job
 
@@ -230,7 +232,7 @@ def test_a_worker_goes_on_from_its_checkpoint_and_leaves_the_router(
     monkeypatch.setattr(stage.ray.train.collective, "broadcast_from_rank_zero", lambda found: found)
     monkeypatch.setattr(stage.ray, "get", lambda found: found)
     monkeypatch.setattr(stage, "worker_nodes", lambda _: ["here"])
-    monkeypatch.setattr(stage, "MetricLog", _Deaf)
+    monkeypatch.setattr(run_recorder, "MetricLog", _Deaf)
     monkeypatch.setattr(worker_times, "Gauge", _Deaf)
     job = {"config": config, "mlflow": _Deaf(), "board": _Deaf()}
     with pytest.raises(_Killed):
@@ -250,7 +252,7 @@ def test_the_chain_goes_on_after_an_interruption_and_ends_in_a_version_that_appl
 ) -> None:
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    arguments = _arguments(folder, tmp_path)
+    arguments = [*_arguments(folder, tmp_path), f"--serve.port={free_port()}"]
     storage = RunStorage(str(tmp_path / "runs"), "p1")
     _interrupt(arguments, storage, tmp_path / "log")
     before = int(Checkpoints.of_training(storage).last()[:9])
@@ -261,7 +263,7 @@ def test_the_chain_goes_on_after_an_interruption_and_ends_in_a_version_that_appl
         ray.shutdown()
     said = capsys.readouterr().out
     assert f"[prompts] {len(PROMPTS)} prompts, done before" in said
-    assert "[serve] skipped: the endpoint does not serve a pipeline's own loop yet" in said
+    assert re.search(r"\[serve\] http://127.0.0.1:\d+ generated 'a red cat'", said), said
     config = workflow.parse(arguments, workflow.PRESETS, "workflow.py")
     uri = tracking_uri(config.storage_path)
     artifact, version = registry.load("harmonica-pipeline", registry.CHAMPION, uri)
@@ -275,13 +277,13 @@ def test_the_chain_goes_on_after_an_interruption_and_ends_in_a_version_that_appl
     assert report["samples"] == 16
     assert report["arms"]["cached"]["psnr_to_full"] == pytest.approx(_psnr_here(config, artifact), abs=0.1)
     assert {"ssim_to_full", "speedup", "seconds_per_image"} <= set(report["arms"]["cached"])
-    for name in ("samples.png", "router.png", "report.html"):
+    for name in ("samples.png", "router.png", "report.html", "served.png"):
         assert (tmp_path / "runs" / "p1" / name).exists()
 
 
 def _interrupt(arguments: list[str], storage: RunStorage, log: Path) -> None:
     """Run the command until its training has left two checkpoints, and stop it as a scheduler does."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])}
     command = [sys.executable, str(ROOT / "workflow.py"), *arguments, "--promote=always"]
     with log.open("w") as output:
         driver = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
