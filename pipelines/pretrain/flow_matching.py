@@ -52,9 +52,9 @@ class FlowPretrainConfig(PretrainConfig):
     """Names the run; the same id resumes it."""
     num_workers: Count = 1
     """Data-parallel workers, one core each."""
-    batch_size: Count = 96
+    batch_size: Count = 48
     """Global batch."""
-    steps: Count = 1500
+    steps: Count = 1400
     """Optimiser steps in all."""
     decay_steps: Count = 500
     """The last of them, over which the learning rate falls to zero."""
