@@ -54,9 +54,9 @@ class FlowPretrainConfig(PretrainConfig):
     """Data-parallel workers, one core each."""
     batch_size: Count = 48
     """Global batch."""
-    steps: Count = 1400
+    steps: Count = 850
     """Optimiser steps in all."""
-    decay_steps: Count = 500
+    decay_steps: Count = 300
     """The last of them, over which the learning rate falls to zero."""
     warmup_steps: Count = 50
     """The first of them, over which it rises."""
