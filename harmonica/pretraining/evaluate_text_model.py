@@ -6,7 +6,7 @@ Shapes: N images, C channels, H W image.
 import itertools
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -35,6 +35,14 @@ from harmonica.samplers import SamplerConfig, make_sampler
 GUIDANCE_SCALES = (4.5, 2.0)  # PixArt's own, and that of the built-in DiT
 NUM_STEPS = 20
 _BATCH = 100
+
+
+class CaptionSampler(Protocol):
+    """Samples images of captions."""
+
+    def sample_images(self, prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
+        """Return images (N, C, H, W), about in [-1, 1]."""
+        ...
 
 
 class TextToImageSampler:
@@ -108,7 +116,12 @@ def caption_metrics(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]
 
 def evaluate_text_model(folder: Path, count: int, *, seed: int = 0) -> dict[str, Any]:
     """Evaluate a folder's model and write `report.json` and `samples.png` there."""
-    sampler, prompts = TextToImageSampler(folder), random_captions(count, seed)
+    return write_evaluation(TextToImageSampler(folder), folder, count, seed=seed)
+
+
+def write_evaluation(sampler: CaptionSampler, folder: Path, count: int, *, seed: int) -> dict[str, Any]:
+    """Evaluate what samples images of captions, and write the report and a sheet."""
+    prompts = random_captions(count, seed)
     report: dict[str, Any] = {"samples": count, "steps": NUM_STEPS, "seed": seed, "guidance": {}}
     for scale in GUIDANCE_SCALES:
         report["guidance"][f"{scale:g}"] = caption_metrics(

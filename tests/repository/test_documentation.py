@@ -26,6 +26,7 @@ from pipelines.capacity.command import CapacityCommand
 from pipelines.config.workflow import WorkflowConfig
 from pipelines.presets import PRESETS
 from pipelines.pretrain.dit import DiTPretrainConfig
+from pipelines.pretrain.flow_matching import FlowPretrainConfig
 from pipelines.pretrain.text_to_image import TextPretrainConfig
 from pipelines.serve import ServeCommand
 from pipelines.ui import UiCommand
@@ -50,6 +51,7 @@ COMMANDS = (
     CapacityCommand,
     DiTPretrainConfig,
     TextPretrainConfig,
+    FlowPretrainConfig,
 )
 # Options of programs that are not ours, and those of the released scripts that the README translates.
 OTHERS_OPTIONS = {
