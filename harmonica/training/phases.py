@@ -23,6 +23,7 @@ from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.plans.search import StepSearch, fastest_plan
 from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.progress import PhaseBudget
+from harmonica.training.research import follows_plan, num_trained_in_pairs
 
 
 class StartPhase(Phase):
@@ -106,10 +107,10 @@ class RouterPhase(Phase):
         """
         sdt, last = config.sdt, num_steps - 1
         step = 3.0 + sdt.activation_checkpointing
-        trained = last if sdt.objective == "stepwise" else (last + 1) // 2
+        trained = last if sdt.objective == "stepwise" else num_trained_in_pairs(num_steps)
         update = (step * trained + (num_steps - trained)) / num_steps
         generation = 1.0
-        if sdt.student == "hard" and sdt.objective == "stepwise":
+        if follows_plan(sdt.student, sdt.objective):
             generation = 1 / assumed_speedup(config)
             update += generation
         refresh = generation * (num_steps + 1) / 2 if config.iepo != "none" else 0.0

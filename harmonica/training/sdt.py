@@ -25,6 +25,7 @@ from harmonica.core.trajectory import planned_step
 from harmonica.data.batch import Batch
 from harmonica.execution.levels import runner_of
 from harmonica.samplers import Sampler, State
+from harmonica.training.research import follows_plan, trains_in_pairs
 from harmonica.training.timers import Stopwatch
 from harmonica.validation.settings import Field, settings
 
@@ -209,7 +210,7 @@ class SdtTrainer:
         In pairs, the first step of each computes everything.
         """
         last = self.sampler.num_steps - 1
-        return i < last and (self.config.objective == "stepwise" or (last - i) % 2 == 1)
+        return i < last and (self.config.objective == "stepwise" or trains_in_pairs(i, last + 1))
 
     @torch.no_grad()
     def _full_step(self, i: int, part: "_MicroBatch") -> None:
@@ -236,7 +237,7 @@ class SdtTrainer:
             The sum of squared errors, its gradient in the scores (B,), and the number of elements.
         """
         sampler, model, config = self.sampler, self.sampler.model, self.config
-        is_hard = config.student == "hard" and config.objective == "stepwise"
+        is_hard = follows_plan(config.student, config.objective)
         with torch.no_grad(), self.stopwatch.measure("teacher"):
             hidden, conditioning = sampler.embed(i, part.state)
             target = sampler.guide(runner_of(model).full_pass(model, hidden, conditioning))
