@@ -71,7 +71,7 @@ def test_the_demo_trains_a_good_router(tmp_path: Path, with_a_killed_ray: str) -
     assert variants["full"]["label_accuracy"] > 0.9
     for name in ("samples.png", "router.png", "served.png"):
         assert (tmp_path / "demo" / name).stat().st_size > 100
-    for words in ("CUR", "make ui", "make serve", "drew 'Ankle boot'"):
+    for words in ("CUR", "make ui", "make serve", "generated 'Ankle boot'"):
         assert words in done.stdout
     assert done.stderr == ""
     assert [line for line in done.stdout.splitlines() if not OURS.fullmatch(line.rstrip())] == []
