@@ -99,7 +99,7 @@ class Endpoint:
         output, answers = self.folder / f"{name}.json", []
         command = [
             sys.executable,
-            str(ROOT / "tests" / "serving_load.py"),
+            str(ROOT / "tests" / "support" / "serving_load.py"),
             self.url,
             str(CLIENTS),
             str(output),
