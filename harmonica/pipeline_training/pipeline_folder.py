@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from harmonica.integrations.recorded.kinds import DECLARATIONS
+from harmonica.io.repository_files import INDEX
 from harmonica.io.resolve import local_path
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.validation.extras import need
 from harmonica.validation.settings import SettingError
 
-INDEX = "model_index.json"
 _TRANSFORMERS = ("transformer", "transformer_2", "unconditional_transformer")
 _NOT_FOR_IMAGES = ("num_frames", "video", "audio_end_in_s", "lyrics")
 _OF_AN_IMAGE = ("strength", "mask_image", "control_image", "class_labels")

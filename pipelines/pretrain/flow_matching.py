@@ -16,7 +16,6 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,9 +24,8 @@ from torch import Tensor
 
 from harmonica.builtin import FASHION_PIXART
 from harmonica.data.text_encoder import TextEncoder
-from harmonica.evaluation.fashion_captions import caption, meaning, tones
+from harmonica.evaluation.fashion_captions import meaning
 from harmonica.io.paths import local
-from harmonica.models.loading import BUILTIN
 from harmonica.pretraining.evaluate_flow_model import evaluate_flow_model
 from harmonica.pretraining.flow_matching import (
     FlowBatch,
@@ -37,17 +35,16 @@ from harmonica.pretraining.flow_matching import (
     save_flow_pipeline,
     teacher_velocity,
 )
-from harmonica.pretraining.learning import drop
-from harmonica.pretraining.text_to_image import load_dit
-from harmonica.validation.settings import Count, Field, Positive, settings
+from harmonica.validation.settings import Count, Positive, settings
 
-from .loop import PretrainConfig, Task, last_state, provenance, run
+from .captioned import CaptionedConfig, CaptionedTask
+from .loop import last_state, provenance, run
 
 logger = logging.getLogger(__name__)
 
 
 @settings()
-class FlowPretrainConfig(PretrainConfig):
+class FlowPretrainConfig(CaptionedConfig):
     """The settings of the training of the flow-matching model."""
 
     run_id: str = "fashion-sd3"
@@ -64,38 +61,17 @@ class FlowPretrainConfig(PretrainConfig):
     """The first of them, over which it rises."""
     learning_rate: Positive = 1.5e-3
     """Peak learning rate."""
-    start: str = BUILTIN
-    """DiT to start from: its shape is the new model's."""
-    tone_share: Annotated[float, Field(ge=0, le=1)] = 0.75
-    """Of the captions of dark or light pictures, those that say so."""
-    teacher_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Of following the DiT, beside the velocity, where no tone is asked for."""
-    judge: str = ""
-    """Judge the pictures of this folder's model instead of training."""
-    samples: Count = 1000
-    """Pictures to judge it by, under each guidance scale."""
 
 
-class FlowTask(Task[FlowPretrainConfig]):
+class FlowTask(CaptionedTask[FlowPretrainConfig]):
     """An SD3 transformer that is told a caption."""
 
     def __init__(self, config: FlowPretrainConfig, images: np.ndarray, labels: np.ndarray) -> None:
         super().__init__(config, images, labels)
-        self.tones, self.teacher = tones(images, labels), load_dit(config.start)
         self.encoder = TextEncoder.load(FASHION_PIXART, dtype="float32")
 
     def make_model(self) -> FlowModel:
         return make_flow_model(self.config.start, self.config.seed)
-
-    def captions(self, rows: np.ndarray, generator: torch.Generator) -> list[str]:
-        """Draw one caption for each row's picture, or none."""
-        is_dropped = drop(len(rows), self.config.condition_dropout, generator)
-        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        says_tone = rng.random(len(rows)) < self.config.tone_share
-        return [
-            "" if dropped else caption(int(self.labels[row]), self.tones[row] if says else None, rng)
-            for row, dropped, says in zip(rows, is_dropped.tolist(), says_tone)
-        ]
 
     def loss(
         self,

@@ -21,17 +21,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from harmonica.evaluation.fashion_captions import caption, meaning, tones
+from harmonica.evaluation.fashion_captions import meaning
 from harmonica.io.paths import local
-from harmonica.models.loading import BUILTIN
 from harmonica.pretraining.evaluate_text_model import evaluate_text_model
-from harmonica.pretraining.learning import NoisyBatch, distillation_loss, drop
+from harmonica.pretraining.learning import NoisyBatch, distillation_loss
 from harmonica.pretraining.text_to_image import (
     SPECIAL,
     UNKNOWN,
     WORD,
     TextToImage,
-    load_dit,
     make_model,
     make_tokenizer,
     save_pipeline,
@@ -39,13 +37,14 @@ from harmonica.pretraining.text_to_image import (
 )
 from harmonica.validation.settings import Count, Field, Positive, settings
 
-from .loop import PretrainConfig, Task, last_state, provenance, run
+from .captioned import CaptionedConfig, CaptionedTask
+from .loop import last_state, provenance, run
 
 logger = logging.getLogger(__name__)
 
 
 @settings()
-class TextPretrainConfig(PretrainConfig):
+class TextPretrainConfig(CaptionedConfig):
     """Settings with which the built-in text-to-image model is trained."""
 
     run_id: str = "fashion-pixart"
@@ -58,44 +57,22 @@ class TextPretrainConfig(PretrainConfig):
     """The first of them, over which it rises."""
     learning_rate: Positive = 1.5e-3
     """Peak learning rate."""
-    start: str = BUILTIN
-    """DiT to start from: its shape is the new model's."""
-    tone_share: Annotated[float, Field(ge=0, le=1)] = 0.75
-    """Of the captions of dark or light pictures, those that say so."""
     unknown_share: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Of the words, those replaced by unknown ones, so that such mean nothing."""
-    teacher_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Of following the DiT, beside the noise, where no tone is asked for. The class weighs so little in the
-    noise's error that learning it from that alone takes several times as long; 0 does."""
-    judge: str = ""
-    """Evaluate the images of this folder's model instead of training."""
-    samples: Count = 1000
-    """Images of that evaluation, under each guidance scale."""
 
 
-class CaptionTask(Task[TextPretrainConfig]):
+class CaptionTask(CaptionedTask[TextPretrainConfig]):
     """Teach a PixArt to denoise images of the caption that it is told."""
 
     def __init__(self, config: TextPretrainConfig, images: np.ndarray, labels: np.ndarray) -> None:
         super().__init__(config, images, labels)
-        self.tokenizer, self.tones = make_tokenizer(), tones(images, labels)
+        self.tokenizer = make_tokenizer()
         # A word that the tokenizer does not have becomes these two: its beginning, and the rest.
-        self.teacher = load_dit(config.start)
         self.unknown = torch.tensor(self.tokenizer.convert_tokens_to_ids([WORD, UNKNOWN]))
 
     def make_model(self) -> TextToImage:
         """Return the PixArt, started from the built-in DiT."""
         return make_model(self.config.start, self.config.seed)
-
-    def captions(self, rows: np.ndarray, generator: torch.Generator) -> list[str]:
-        """Return a caption of each row's image; some are left empty."""
-        is_dropped = drop(len(rows), self.config.condition_dropout, generator)
-        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        says_tone = rng.random(len(rows)) < self.config.tone_share
-        return [
-            "" if dropped else caption(int(self.labels[row]), self.tones[row] if says else None, rng)
-            for row, dropped, says in zip(rows, is_dropped.tolist(), says_tone)
-        ]
 
     def loss(
         self,
