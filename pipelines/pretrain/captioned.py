@@ -1,4 +1,4 @@
-"""Define what trainings on captions of Fashion-MNIST share: settings, and the captions drawn."""
+"""Define what trainings on captions share: settings, and the captions drawn."""
 
 from typing import Annotated, Any, TypeVar
 
