@@ -3,7 +3,6 @@
 from typing import Any
 
 from harmonica.models.loading import ModelConfig
-from harmonica.pipeline_training.trainer import check_settings
 from harmonica.samplers import SamplerConfig
 from harmonica.validation.settings import SettingError
 
@@ -31,6 +30,8 @@ def refuse_settings(config: WorkflowConfig) -> None:
     for name, value, usual, cure in _without_counterpart(config):
         if value != usual:
             raise SettingError(f"{name} is {value}, which a pipeline's call does not know: {cure}")
+    from harmonica.pipeline_training.trainer import check_settings  # takes seconds, so not at the top
+
     check_settings(config.train)
 
 

@@ -12,9 +12,6 @@ from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.validation.extras import need
 
 need("torchmetrics", extra="evaluate")
-ensure_torchvision_imports()
-
-from torchmetrics.image.kid import poly_kernel  # noqa: E402  (the schemas first)
 
 _ROWS = 1000  # computed at once of a kernel or of distances
 
@@ -63,6 +60,9 @@ def _kernel_means(
 
     `skip_same` omits pairs of a row with itself.
     """
+    ensure_torchvision_imports()  # first: importing torchmetrics imports torchvision
+    from torchmetrics.image.kid import poly_kernel  # not at the top, since it takes seconds
+
     sums = torch.zeros(len(x_weights_RN), dtype=torch.float64)
     for start in range(0, len(x_NF), _ROWS):
         rows = slice(start, start + _ROWS)

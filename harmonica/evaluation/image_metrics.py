@@ -5,6 +5,8 @@ They tell how close cached samples are to uncached ones, and how good they are.
 Shapes: N batch, C channels, H W image, K classes.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -13,25 +15,25 @@ from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.validation.extras import need
 
 need("torchmetrics", extra="evaluate")
-ensure_torchvision_imports()
-
-from torchmetrics.functional.image import (  # noqa: E402  (the schemas first)
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
-
-# Private, but the only form that takes statistics: the public metric wants the reference images.
-from torchmetrics.image.fid import _compute_fid  # noqa: E402
 
 DATA_RANGE = 2.0  # images live in [-1, 1]
+
+
+def _torchmetrics() -> ModuleType:
+    """Return torchmetrics' functions of images."""
+    ensure_torchvision_imports()  # first: importing torchmetrics imports torchvision
+    from torchmetrics.functional import image  # not at the top, since it takes seconds
+
+    return image
 
 
 def psnr(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio (N,) in dB; infinite for equal images."""
     _check_same_shape(images_NCHW, reference_NCHW)
-    return peak_signal_noise_ratio(
+    value: Tensor = _torchmetrics().peak_signal_noise_ratio(
         images_NCHW.float(), reference_NCHW.float(), data_range=DATA_RANGE, reduction="none", dim=(1, 2, 3)
     )
+    return value
 
 
 def ssim(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
@@ -40,10 +42,9 @@ def ssim(images_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
     The window is a Gaussian of sigma 1.5.
     """
     _check_same_shape(images_NCHW, reference_NCHW)
-    value = structural_similarity_index_measure(
+    value: Tensor = _torchmetrics().structural_similarity_index_measure(
         images_NCHW.float(), reference_NCHW.float(), data_range=DATA_RANGE, reduction="none"
     )
-    assert isinstance(value, Tensor)
     return value
 
 
@@ -59,6 +60,10 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"feature sizes differ: {len(a.mean)} and {len(b.mean)}")
+    _torchmetrics()
+    # Private, but the only form that takes statistics: the public metric wants the reference images.
+    from torchmetrics.image.fid import _compute_fid
+
     statistics = (s.to("cpu", torch.float64) for s in (a.mean, a.covariance, b.mean, b.covariance))
     return max(0.0, _compute_fid(*statistics).item())  # rounding may leave -1e-12
 

@@ -8,14 +8,16 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from harmonica.validation.finite import check_finite
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PictureFormat = Literal["png", "jpeg", "webp"]
 _DPI = 150
@@ -52,14 +54,16 @@ def encode_picture(image_CHW: Tensor, kind: PictureFormat = "png", quality: int 
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> "Figure":
     """Create a figure without pyplot, which keeps all its figures in a global list."""
+    from matplotlib.figure import Figure  # not at the top: who writes image files alone needs none
+
     return Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout=layout)
 
 
 def sample_sheet(
     rows: dict[str, Tensor], column_names: Sequence[str], path: Path | None = None, *, title: str = ""
-) -> Figure:
+) -> "Figure":
     """Draw rows of images (columns, C, H, W) with titles of rows and columns.
 
     Long names, prompts for example, take up to three lines and lose the rest.
@@ -114,7 +118,7 @@ def cached_title(name: str, cur: float, method: str) -> str:
 
 def router_heat_map(
     scores_TN: Tensor, plan_TN: Tensor, branch_names: Sequence[str], path: Path | None = None
-) -> Figure:
+) -> "Figure":
     """Draw the router's scores, with a dot at entries that the plan reuses.
 
     The step that runs first is at the top.

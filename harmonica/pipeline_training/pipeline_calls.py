@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from harmonica.core.cache import Reuse
 from harmonica.integrations.call_owner import current_pipeline
 from harmonica.integrations.recorded.call_tracker import steps_of
+from harmonica.integrations.recorded.kinds import RefusedTransformer
 from harmonica.integrations.recorded.pipelines import transformers_of
 from harmonica.integrations.recorded.trajectory import TransformerCall
-from harmonica.integrations.recorded.view import RecordedTransformer, RefusedTransformer
+from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.pipeline_training.policies import Policy, PolicyTrajectory
 from harmonica.pipeline_training.sampling import Prompt, batched, sample_pipeline
 from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig

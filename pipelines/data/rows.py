@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
 
 from harmonica.data.embedding_store import EmbeddingStore
-from harmonica.pipeline_training.backend import PipelineBatch
 from harmonica.samplers.noise import SampleKeys
+
+if TYPE_CHECKING:
+    from harmonica.pipeline_training.backend import PipelineBatch
 
 
 class Rows(Protocol):
@@ -57,7 +59,10 @@ class PipelineRows:
     def make(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         return {"index": indices, "label": indices % len(self.prompts)}
 
-    def to_batch(self, columns: Mapping[str, Any], device: torch.device | str) -> PipelineBatch:
+    def to_batch(self, columns: Mapping[str, Any], device: torch.device | str) -> "PipelineBatch":
+        # Not at the top: workers that only make rows need no training.
+        from harmonica.pipeline_training.backend import PipelineBatch
+
         prompts = [self.prompts[int(label)] for label in columns["label"]]
         return PipelineBatch(prompts, SampleKeys.of(self.seed, [int(row) for row in columns["index"]]))
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from harmonica.evaluation.accumulators import LOGITS, POOLED, SPATIAL
 from harmonica.evaluation.feature_extractors import ClassifierFeatures, FeatureExtractor, InceptionFeatures
+from harmonica.evaluation.image_metrics import psnr, ssim
 from harmonica.evaluation.perceptual import ClipScore, Lpips
 from harmonica.evaluation.reference_sets import ReferenceSet, builtin_reference, read_adm_reference
 from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, LoadedModel, ModelConfig
@@ -64,11 +65,6 @@ class MetricSuite:
 
     def compare(self, images_NCHW: Tensor, reference_NCHW: Tensor) -> dict[str, np.ndarray]:
         """Return metrics (N,) of each image against its reference."""
-        from harmonica.evaluation.image_metrics import (  # takes seconds to import, so not at the top
-            psnr,
-            ssim,
-        )
-
         columns = {"psnr": psnr(images_NCHW, reference_NCHW).clamp(max=_PSNR_OF_EQUALS)}
         if self.shows_pixels:  # windows over latents would say nothing about structure
             columns["ssim"] = ssim(images_NCHW, reference_NCHW)

@@ -3,10 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from mlflow.entities.model_registry import ModelVersion
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.evaluation.evaluation_report import EvaluationReport
@@ -26,6 +25,9 @@ from .gate import (
     finite_check,
     quality_checks,
 )
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def decide(
 def _champion_check(
     artifact: RouterArtifact,
     tags: Mapping[str, str],
-    champion: ModelVersion | None,
+    champion: "ModelVersion | None",
     version: str,
     config: WorkflowConfig,
     uri: str,

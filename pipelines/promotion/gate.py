@@ -9,9 +9,9 @@ guidance among them) and measured on the same kind of device; otherwise the comp
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from mlflow.entities.model_registry import ModelVersion
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.evaluation.evaluation_report import FEWER, EvaluationReport
@@ -26,6 +26,9 @@ from harmonica.evaluation.metric_table import (
 from harmonica.validation.finite import not_finite
 
 from ..config.promotion import PromoteConfig
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 MEASURED_ON = "measured_on"
 """Tag of a version: gpu or cpu."""
@@ -92,7 +95,7 @@ def compare_with_champion(
     ours: RouterArtifact,
     tags: Mapping[str, str],
     theirs: RouterArtifact,
-    champion: ModelVersion,
+    champion: "ModelVersion",
     settings: PromoteConfig,
 ) -> Check:
     """Check that a version has a higher score than the champion.

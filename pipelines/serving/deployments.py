@@ -28,7 +28,6 @@ from .image_sampler import ImageSampler
 from .images_api import create_app
 from .metrics import ServeMetrics
 from .pipeline_folder import pipeline_folder
-from .pipeline_sampler import PipelineSampler
 from .planned_sampler import PlannedSampler
 from .registry_watcher import RegistryWatcher, ServeArgs
 from .requests import (
@@ -69,6 +68,8 @@ def make_sampler(model: ModelConfig, config: ServeConfig) -> PlannedSampler[Any]
         "give truncate, since a diffusers pipeline reads as much of a prompt as it takes",
     )
     limits = {"max_steps": config.max_steps, "max_pixels": config.max_pixels}
+    from .pipeline_sampler import PipelineSampler  # takes seconds to import, so not at the top
+
     return PipelineSampler(folder, model, device, **limits)
 
 

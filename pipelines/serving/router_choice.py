@@ -8,11 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from mlflow.exceptions import MlflowException
-
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.core.artifact import RouterArtifact
-from harmonica.integrations.recorded.view import ARCHITECTURE_KEY
+from harmonica.integrations.recorded.kinds import ARCHITECTURE_KEY
 from harmonica.io.paths import local
 from harmonica.models.loading import LoadedModel, ModelConfig, load_model
 
@@ -93,6 +91,8 @@ def _champion(registered_model: str, storage_path: str) -> _Champion:
     has_store = database_of(storage_path).exists()
     if not (os.environ.get("MLFLOW_TRACKING_URI") or has_store):
         return _Champion(why_not="no MLflow store yet")
+    from mlflow.exceptions import MlflowException  # not at the top, as in tracking
+
     uri = tracking_uri(storage_path)
     try:
         try:

@@ -19,6 +19,7 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.cache import Reuse
 from harmonica.core.sampling import sample
 from harmonica.data.samples import Shard, make_samples
+from harmonica.evaluation.image_metrics import psnr
 from harmonica.evaluation.metric_table import CUR, IDEAL_SPEEDUP, PSNR_TO_FULL
 from harmonica.models.base import BranchedTransformer
 from harmonica.training.multi_target import MultiTargetTrainer
@@ -103,8 +104,6 @@ class _Probe:
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
         """Return the metrics reported to Tune, as plain numbers."""
-        from harmonica.evaluation.image_metrics import psnr
-
         artifact = self.run.artifact()
         psnr_db = float(psnr(self._sample(artifact).cpu(), self.full_NCHW.cpu()).clamp(max=100).mean())
         worth = score(psnr_db, artifact.ideal_speedup, self.config.promotion.db_per_doubling)

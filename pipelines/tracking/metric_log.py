@@ -9,9 +9,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import requests
-from mlflow.exceptions import MlflowException
-
 from .mlflow_runs import Point, StageRun
 
 logger = logging.getLogger(__name__)
@@ -48,6 +45,9 @@ class MetricLog:
 
     def flush(self) -> bool:
         """Send what is pending; return False, with a warning, if MLflow does not answer."""
+        import requests  # not at the top, as nothing of MLflow is
+        from mlflow.exceptions import MlflowException
+
         try:
             if self._known_step is None:
                 self._known_step = self.run.last_step(_LAST)

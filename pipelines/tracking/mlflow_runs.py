@@ -8,11 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .mlflow_store import (
     EXPERIMENT,
@@ -22,14 +18,21 @@ from .mlflow_store import (
     without_credentials,
 )
 
+# Elsewhere where it is needed: all workers of a stage import this, and few of them talk to MLflow.
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+    from mlflow.tracking import MlflowClient
+
 _RUN_TAG, _STAGE_TAG = "harmonica.run_id", "harmonica.stage"
 _PARENT_TAG = "mlflow.parentRunId"
 _MAX_PARAM_LENGTH = 500
 _MAX_METRICS_PER_REQUEST = 1000  # MLflow's own limit
 
 
-def make_client(uri: str) -> MlflowClient:
+def make_client(uri: str) -> "MlflowClient":
     """Return a client of one server for both runs and registry."""
+    from mlflow.tracking import MlflowClient
+
     return MlflowClient(uri, registry_uri=uri)
 
 
@@ -49,7 +52,7 @@ class StageRun:
     mlflow_run_id: str
 
     @property
-    def client(self) -> MlflowClient:
+    def client(self) -> "MlflowClient":
         """Return a client of the run's MLflow."""
         return make_client(self.uri)
 
@@ -68,6 +71,8 @@ class StageRun:
         Points are sent in order, and the metrics of a step in one request. Points that are sent twice are
         stored once, since MLflow identifies them by step and time.
         """
+        from mlflow.entities import Metric
+
         client = self.client
         batch: list[Metric] = []
         for point in points:
@@ -78,7 +83,7 @@ class StageRun:
             batch += metrics
         self._log_batch(client, batch)
 
-    def _log_batch(self, client: MlflowClient, batch: list[Metric]) -> None:
+    def _log_batch(self, client: "MlflowClient", batch: "list[Metric]") -> None:
         for first in range(0, len(batch), _MAX_METRICS_PER_REQUEST):
             client.log_batch(self.mlflow_run_id, metrics=batch[first : first + _MAX_METRICS_PER_REQUEST])
 
@@ -107,7 +112,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _experiment_id(client: MlflowClient, storage_path: str) -> str:
+def _experiment_id(client: "MlflowClient", storage_path: str) -> str:
+    from mlflow.exceptions import MlflowException
+
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is not None:
         return found.experiment_id
@@ -123,7 +130,7 @@ def _experiment_id(client: MlflowClient, storage_path: str) -> str:
         return found.experiment_id  # another workflow has made it at the same moment
 
 
-def _mlflow_run_id(client: MlflowClient, experiment_id: str, stage: str, run_id: str) -> str:
+def _mlflow_run_id(client: "MlflowClient", experiment_id: str, stage: str, run_id: str) -> str:
     """Return MLflow's id of the run of (run id, stage); "" if there is none."""
     query = f"tags.`{_RUN_TAG}` = '{run_id}' and tags.`{_STAGE_TAG}` = '{stage}'"
     found = client.search_runs([experiment_id], query, max_results=1)
@@ -155,6 +162,8 @@ def find_or_create(
         generation: above 1 for a stage that is done again; its run exists beside the earlier one until it
             replaces that.
     """
+    from mlflow.entities import Param
+
     uri = tracking_uri(storage_path)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         database_of(storage_path).parent.mkdir(parents=True, exist_ok=True)

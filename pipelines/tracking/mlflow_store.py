@@ -10,8 +10,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -118,6 +116,10 @@ def check_store(storage_path: str) -> None:
         store = f"MLflow's store is {name}"
     elif scheme in _PORTS:
         _check_answers(uri, scheme, store)
+    # Not at the top: importing MlflowClient takes a second, and settings are refused without.
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
     try:
         found = MlflowClient(uri, registry_uri=uri).get_experiment_by_name(EXPERIMENT)
     except (MlflowException, SQLAlchemyError, OSError) as error:

@@ -7,16 +7,16 @@ A version's source is the folder `router/` of the MLflow run that made it: `rout
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-
-import mlflow.artifacts
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
+from typing import TYPE_CHECKING
 
 from harmonica.core.artifact import RouterArtifact
 
 from .mlflow_runs import StageRun, make_client
 from .mlflow_store import without_credentials
+
+if TYPE_CHECKING:  # elsewhere where it is needed, as in mlflow_runs
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
 
 CHAMPION = "champion"
 _FOLDER = "router"
@@ -69,18 +69,18 @@ def register(
     return version
 
 
-def promote(client: MlflowClient, name: str, version: str, alias: str = CHAMPION) -> None:
+def promote(client: "MlflowClient", name: str, version: str, alias: str = CHAMPION) -> None:
     """Point the alias at the version, and remember that it had it."""
     client.set_registered_model_alias(name, alias, version)
     client.set_model_version_tag(name, version, _PROMOTED, alias)
 
 
-def was_promoted(version: ModelVersion, alias: str = CHAMPION) -> bool:
+def was_promoted(version: "ModelVersion", alias: str = CHAMPION) -> bool:
     """Return whether the version has ever carried the alias."""
     return version.tags.get(_PROMOTED) == alias
 
 
-def set_tags(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
+def set_tags(client: "MlflowClient", name: str, version: str, tags: Mapping[str, str]) -> None:
     """Set the tags that the version does not have."""
     before = client.get_model_version(name, version).tags
     for key, value in tags.items():
@@ -88,14 +88,14 @@ def set_tags(client: MlflowClient, name: str, version: str, tags: Mapping[str, s
             client.set_model_version_tag(name, version, key, value)
 
 
-def version_of_run(name: str, run: StageRun) -> ModelVersion | None:
+def version_of_run(name: str, run: StageRun) -> "ModelVersion | None":
     """Return the version that `register` has made of this MLflow run."""
     query = f"name = '{name}' and run_id = '{run.mlflow_run_id}'"
     found = run.client.search_model_versions(query, max_results=1)
     return found[0] if found else None
 
 
-def current(name: str, alias: str, uri: str) -> ModelVersion | None:
+def current(name: str, alias: str, uri: str) -> "ModelVersion | None":
     """Return the version that carries the alias now, if any does."""
     try:
         return make_client(uri).get_model_version(name, resolve(name, alias, uri))
@@ -109,6 +109,8 @@ def resolve(name: str, alias: str, uri: str) -> str:
     Raises:
         ValueError: no such registered model, or the alias is on none of its versions.
     """
+    from mlflow.exceptions import MlflowException
+
     client = make_client(uri)
     try:
         return str(client.get_model_version_by_alias(name, alias).version)
@@ -134,6 +136,8 @@ def load_version(name: str, version: str, uri: str) -> RouterArtifact:
         ValueError: what lies there is no router artifact.
         MlflowException, OSError: the router cannot be fetched.
     """
+    import mlflow.artifacts
+
     source = make_client(uri).get_model_version_download_uri(name, version)
     with tempfile.TemporaryDirectory() as folder:
         path = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=uri)
@@ -154,7 +158,9 @@ def newest_versions(name: str, uri: str, most: int) -> list[str]:
     return [str(version.version) for version in found if version.tags.get(GATE) not in _KEPT_BACK]
 
 
-def _ensure_registered_model(client: MlflowClient, name: str) -> None:
+def _ensure_registered_model(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -162,12 +168,14 @@ def _ensure_registered_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _raise_if_unknown(client: MlflowClient, name: str, alias: str, uri: str) -> None:
+def _raise_if_unknown(client: "MlflowClient", name: str, alias: str, uri: str) -> None:
     """Check that the server has the name, the alias and the version that carries it.
 
     Raises:
         ValueError: one of them is missing.
     """
+    from mlflow.exceptions import MlflowException
+
     where = without_credentials(uri)
     known = {model.name: model for model in client.search_registered_models()}
     if name not in known:

@@ -19,7 +19,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Wo
 from ray.train.torch import TorchTrainer
 
 from harmonica.data.samples import Shard
-from harmonica.integrations.recorded.view import RefusedTransformer
+from harmonica.integrations.recorded.kinds import RefusedTransformer
 from harmonica.training.multi_target import all_phase_budgets
 from harmonica.training.progress import Progress
 from harmonica.validation.finite import NotFinite

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica.core.plan import Plan
-from harmonica.integrations.recorded.kinds import DECLARATIONS
-from harmonica.integrations.recorded.view import RecordedTransformer, RefusedTransformer, recorded
+from harmonica.integrations.recorded.kinds import DECLARATIONS, RefusedTransformer
+from harmonica.integrations.recorded.view import RecordedTransformer, recorded
 
 STEPS = 3
 FLUX, SD3, Z_IMAGE = "FluxTransformer2DModel", "SD3Transformer2DModel", "ZImageTransformer2DModel"

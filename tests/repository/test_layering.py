@@ -117,3 +117,34 @@ def test_a_dit_is_trained_and_sampled_with_torch_timm_and_safetensors(tmp_path):
         text=True,
     )
     assert result.stdout == "True\n", result.stderr
+
+
+HEAVY = ("diffusers", "mlflow", "timm", "torch._dynamo", "torchmetrics", "torchvision", "transformers")
+"""What takes from half a second to three to import; a command's processes import it when they use it."""
+LOADED = """
+import importlib, sys
+for name in sys.argv[2].split():
+    importlib.import_module(name)
+print([name for name in sys.argv[1].split() if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        (("pipelines.workflow", "pipelines.serve"), HEAVY),
+        # Of the workers' processes: of training, of Ray Data, of evaluation and of Serve.
+        (("pipelines.training.stage", "pipelines.data.stream"), (*HEAVY, "matplotlib")),
+        (("pipelines.evaluation.quality", "pipelines.serving.deployments"), (*HEAVY, "matplotlib")),
+    ],
+    ids=["commands", "training", "sampling"],
+)
+def test_no_process_begins_with_what_it_may_not_need(modules, heavy, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", LOADED, " ".join(heavy), " ".join(modules)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "[]\n", result.stderr

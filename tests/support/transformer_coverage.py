@@ -18,9 +18,9 @@ import harmonica
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
-from harmonica.integrations.recorded.kinds import DECLARATIONS, KINDS
+from harmonica.integrations.recorded.kinds import DECLARATIONS, KINDS, RefusedTransformer
 from harmonica.integrations.recorded.tensor_tags import tensors_of
-from harmonica.integrations.recorded.view import RecordedTransformer, RefusedTransformer, recorded
+from harmonica.integrations.recorded.view import RecordedTransformer, recorded
 from harmonica.models.base import Macs
 from harmonica.pipeline_training.policies import PolicyTrajectory, SdtPolicy
 from harmonica.samplers import SamplerConfig

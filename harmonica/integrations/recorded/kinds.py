@@ -13,10 +13,17 @@ RecordedKind = Literal["attn", "cross", "mlp", "single"]
 KINDS: tuple[RecordedKind, ...] = get_args(RecordedKind)
 """Attention; cross-attention; feed-forward; attention and feed-forward that end in one projection."""
 
+ARCHITECTURE_KEY = "diffusers_class"
+"""Key of an artifact's model that says that its branches were found by recording."""
+
 _CROSS = re.compile(r"attn2|cross_?att|crossattn|_to_.*attn|text_?cross")
 _ATTENTION = re.compile(r"attn|attention")
 _FEED_FORWARD = re.compile(r"(^|_)(ff|ffn|mlp|feed_?forward|moe|experts?|conv_ff)(_|\d|$)")
 _OTHER = re.compile(r"norm|_ln$|mod|embed|gate|scale|drop|act")
+
+
+class RefusedTransformer(ValueError):
+    """Raised for a class that no plan can be put on; says why."""
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,10 @@ from torch import nn
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.pipeline_transformer import refuse_other_caches
 from harmonica.integrations.recorded.branches import describe
+from harmonica.integrations.recorded.kinds import ARCHITECTURE_KEY
 from harmonica.integrations.recorded.planned_trajectory import PlannedTrajectory
 from harmonica.integrations.recorded.trajectory import TransformerCall
-from harmonica.integrations.recorded.view import (
-    ARCHITECTURE_KEY,
-    RecordedTransformer,
-    fingerprint_of,
-)
+from harmonica.integrations.recorded.view import RecordedTransformer, fingerprint_of
 from harmonica.integrations.weight_check import matched_fingerprint, other_weights
 from harmonica.models.fingerprint import Fingerprint
 

@@ -12,7 +12,7 @@ from harmonica.core.cache import Reuse
 from harmonica.core.plan import Forecast
 from harmonica.integrations.recorded.branches import BlockGraph, RecordedBranch, describe
 from harmonica.integrations.recorded.kept_values import KeptValues
-from harmonica.integrations.recorded.kinds import KINDS, declaration_of
+from harmonica.integrations.recorded.kinds import ARCHITECTURE_KEY, KINDS, RefusedTransformer, declaration_of
 from harmonica.integrations.recorded.recording import record
 from harmonica.integrations.recorded.skipped import has_skipped
 from harmonica.integrations.recorded.tensor_tags import tensors_of
@@ -21,13 +21,6 @@ from harmonica.integrations.recorded.unit_passes import MixedPass, PlannedPass
 from harmonica.models.base import Macs
 from harmonica.models.dit.diffusers_view import base_parameters
 from harmonica.models.fingerprint import Fingerprint
-
-ARCHITECTURE_KEY = "diffusers_class"
-"""Key of an artifact's model that says that its branches were found by recording."""
-
-
-class RefusedTransformer(ValueError):
-    """Raised for a class that no plan can be put on; says why."""
 
 
 class RecordedTransformer:

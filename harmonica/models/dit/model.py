@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
+from types import ModuleType
 from typing import Any, Literal, cast
 
 import torch
@@ -20,12 +21,16 @@ from harmonica.models.dit.config import DiTConfig
 from harmonica.models.step_conditionings import StepConditionings
 from harmonica.torchvision_ops import ensure_torchvision_imports
 
-ensure_torchvision_imports()
-
-from timm.layers import Attention, Mlp, PatchEmbed  # noqa: E402  (the schemas must come first)
-
 NUM_FREQUENCIES = 256
 _NORM_EPS = 1e-6  # of the norms before attention and in the final layer, in the public code and diffusers
+
+
+def _timm_layers() -> ModuleType:
+    """Return the module `timm.layers`."""
+    ensure_torchvision_imports()  # first: importing timm imports torchvision
+    from timm import layers  # not at the top, since it takes as long as importing torch
+
+    return layers
 
 
 def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
@@ -83,11 +88,12 @@ class DiTBlock(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
-        self.mlp = Mlp(
+        layers = _timm_layers()
+        self.attn = layers.Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.mlp = layers.Mlp(
             hidden_size,
             4 * hidden_size,
-            act_layer=cast(type[nn.Module], partial(nn.GELU, approximate="tanh")),
+            act_layer=partial(nn.GELU, approximate="tanh"),
         )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
@@ -149,7 +155,7 @@ class DiT(BranchedTransformer):
         self.config = config
         self.in_channels, self.out_channels = config.in_channels, config.out_channels
         self.sample_size, self.num_classes = config.sample_size, config.num_embeds_ada_norm
-        self.x_embedder = PatchEmbed(config.sample_size, patch, config.in_channels, width)
+        self.x_embedder = _timm_layers().PatchEmbed(config.sample_size, patch, config.in_channels, width)
         self.t_embedder = TimestepEmbedder(width, config.downscale_freq_shift)
         self.y_embedder = LabelEmbedder(config.num_embeds_ada_norm, width)
         self.register_buffer("pos_embed", sincos_position_embedding(width, config.sample_size // patch))
