@@ -1,16 +1,22 @@
 """The wheel as a stranger gets it: built from the sdist, installed by itself, used from another folder."""
 
+import ast
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PYTHONS = [(3, 11), (3, 12), (3, 13)]
+"""Those that the metadata promises."""
 SMALL = [
     "--stages=train",
     "--sampler.num-inference-steps=4",
@@ -36,6 +42,46 @@ def checked(*command: str | Path, folder: Path, **more: str) -> str:
     done = run(*command, folder=folder, **more)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def python_of(version: tuple[int, int]) -> str | None:
+    """An interpreter of this version: on the path, or where pyenv and uv keep theirs; None without one."""
+    name = "python{}.{}".format(*version)
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    uv = Path(os.environ.get("UV_PYTHON_INSTALL_DIR") or Path.home() / ".local/share/uv/python")
+    kept = [*pyenv.glob(f"versions/*/bin/{name}"), *uv.glob(f"*/bin/{name}")]
+    for found in filter(None, [shutil.which(name), *map(str, sorted(kept))]):
+        # On the path may be a shim of pyenv's that starts nothing.
+        said = run(found, "-c", "import sys, venv; print(*sys.version_info[:2])", folder=ROOT)
+        if said.stdout.split() == [str(part) for part in version]:
+            return found
+    return None
+
+
+def test_the_metadata_names_the_pythons_that_are_tried():
+    made = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, tools = made["project"], made["tool"]
+    said = [re.fullmatch(r"Programming Language :: Python :: (3)\.(\d+)", c) for c in project["classifiers"]]
+    assert [tuple(map(int, match.groups())) for match in said if match] == PYTHONS
+    oldest = "{}.{}".format(*PYTHONS[0])
+    assert project["requires-python"] == f">={oldest}"
+    assert tools["mypy"]["python_version"] == oldest
+    assert tools["ruff"]["target-version"] == f"py{oldest.replace('.', '')}", "it refuses newer syntax"
+
+
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source, feature_version=PYTHONS[0])
+
+
+def test_every_file_parses_as_the_oldest_python():
+    files = [ROOT / "setup.py", ROOT / "workflow.py"]
+    for folder in ("harmonica", "pipelines", "cluster", "tests"):
+        files += (ROOT / folder).rglob("*.py")
+    assert len(files) > 500
+    for path in files:
+        parsed(path.read_text())
+    with pytest.raises(SyntaxError):
+        parsed("type Shape = tuple[int, ...]")  # of 3.12
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +140,36 @@ def test_the_wheel_has_two_packages_and_all_of_their_files(wheel):
     examples = {name for name in in_clone if name.startswith(makers)}
     assert examples, "there is something to leave out"
     assert in_clone - examples == {name for name in names if ".dist-info/" not in name}
+
+
+ALONE = """
+import importlib.metadata, pathlib, harmonica
+from harmonica.__main__ import COMMANDS
+said = importlib.metadata.metadata("harmonica-ray")
+print(harmonica.__version__ == said["Version"], said["Requires-Python"], *sorted(COMMANDS))
+print(pathlib.Path(harmonica.__file__).parents[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", PYTHONS, ids="{0[0]}.{0[1]}".format)
+def test_the_wheel_installs_on_each_python(version, wheel, tmp_path):
+    """Without what it depends on, of which the package itself says what is missing."""
+    found = python_of(version)
+    if found is None:
+        pytest.skip("Python {}.{} is not installed".format(*version))
+    bin_ = tmp_path / "there" / "bin"
+    checked(found, "-m", "venv", "--without-pip", bin_.parent, folder=tmp_path)
+    install = ("-m", "pip", "--python", bin_ / "python", "install", "-q", "--no-deps", "--no-index", wheel)
+    checked(sys.executable, *install, folder=tmp_path)
+    said, site = checked(bin_ / "python", "-I", "-c", ALONE, folder=tmp_path).splitlines()
+    assert said == "True >=3.11 apply convert memory sample train"
+    assert Path(site).is_relative_to(bin_.parent)
+    compiled = [Path(site, name) for name in ("harmonica", "harmonica_ray")]
+    checked(bin_ / "python", "-W", "error", "-m", "compileall", "-q", "-f", *compiled, folder=tmp_path)
+    assert checked(bin_ / "harmonica", "--version", folder=tmp_path) == "0.1.0\n"
+    refused = run(bin_ / "harmonica", "sample", folder=tmp_path)
+    assert refused.returncode != 0 and "pip install 'harmonica-ray[" in refused.stderr
 
 
 @pytest.mark.slow
