@@ -102,20 +102,28 @@ SMALL = [
     "--evaluate.samples=16",
     "--evaluate.batch-size=8",
     "--evaluate.timing-rounds=1",
+    "--evaluate.num-actors=1",
     "--sweep.report-every=2",
     "--sweep.report-samples=2",
 ]
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """The private one that the first sweep starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        yield
+        ray.shutdown()
+
+
 @pytest.fixture
-def arguments(tmp_path, monkeypatch):
-    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
+def arguments(cluster, tmp_path):
     model = write_model(tmp_path / "model")
     command = ["fashion", "--run-id=r1", f"--storage-path={tmp_path / 'runs'}", *SMALL]
     command += [*ROUTER_ONLY_FLAGS, "--sweep.over=target_cur"]
-    yield [*command, f"--model.path={model.path}", "--stages", "sweep"]
-    ray.shutdown()
+    return [*command, f"--model.path={model.path}", "--stages", "sweep"]
 
 
 @pytest.mark.slow
