@@ -31,7 +31,7 @@ from harmonica.samplers import Sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.forecast_config import FOLDS, ForecastConfig
-from harmonica.training.plans.least_squares import NormalEquations, choose_ridge, sum_of
+from harmonica.training.plans.least_squares import NormalEquations, choose_ridge, penalty_of, sum_of
 
 _SMALLEST_ERROR = 1e-12
 
@@ -233,9 +233,11 @@ class ForecastFit:
         """Update the weights if cross-validation finds less error; return metrics."""
         if not self.unknowns:
             return {}
-        chosen = choose_ridge(self._folds)
+        # Those of a step and a difference move together, as far as the images do not tell them apart.
+        penalty_PP = penalty_of([(i, k) for i, _, k in self.unknowns])
+        chosen = choose_ridge(self._folds, penalty_PP)
         if chosen.promise < 0:
-            moves = sum_of(self._folds).solve(chosen.ridge).tolist()
+            moves = sum_of(self._folds).solve(chosen.ridge, penalty_PP).tolist()
             for (i, branch, k), moved in zip(self.unknowns, moves, strict=True):
                 self.weights_TBK[i, branch, k] += moved
         return {"forecast.ridge": chosen.ridge, "forecast.promise": chosen.promise}

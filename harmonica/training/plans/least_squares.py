@@ -1,10 +1,19 @@
-"""Ridge regression whose ridge is chosen by cross-validation."""
+"""Ridge regression with groups of like weights; its ridge is chosen by cross-validation.
 
-from collections.abc import Sequence
+The weights of a group are expected to move together: a priori, each is the sum of a part that its group
+shares and one of its own, with variances `SHARED` and 1. With few rows the solution moves the groups, with
+many rows each weight by itself (ridge regression as a Gaussian prior: Hastie, Tibshirani and Friedman 2009,
+section 3.4.1).
+"""
+
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+SHARED = 10.0
+"""Prior variance of what the weights of a group share, next to that of each one's own part."""
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """The ridges to choose from, relative to the mean diagonal of the normal equations."""
@@ -22,11 +31,15 @@ class NormalEquations:
         self.matrix_PP += matrix_PP
         self.right_P += right_P
 
-    def solve(self, ridge: float) -> Tensor:
-        """Return the solution, a change of the weights (P,)."""
+    def solve(self, ridge: float, penalty_PP: Tensor) -> Tensor:
+        """Return the solution, a change of the weights (P,).
+
+        Args:
+            ridge: weight of the penalty, relative to the mean diagonal.
+            penalty_PP: what `penalty_of` returned for the weights.
+        """
         shift = ridge * self.matrix_PP.diagonal().mean().clamp_min(1e-30)
-        damped_PP = self.matrix_PP + shift * torch.eye(len(self.right_P)).double()
-        change_P: Tensor = torch.linalg.solve(damped_PP, -self.right_P)
+        change_P: Tensor = torch.linalg.solve(self.matrix_PP + shift * penalty_PP, -self.right_P)
         return change_P
 
     def change_of_error(self, weights_P: Tensor) -> float:
@@ -57,7 +70,25 @@ class RidgeChoice:
     """Change of the sum of squares over the rows left out; below 0 is better."""
 
 
-def choose_ridge(folds: Sequence[NormalEquations]) -> RidgeChoice:
+def penalty_of(groups: Sequence[Hashable]) -> Tensor:
+    """Return the penalty (P, P) of a change of the weights.
+
+    It is the inverse of the prior covariance, `1 + SHARED * 1 1^T` within a group of n weights and none
+    between groups, hence `1 - SHARED / (1 + n SHARED) * 1 1^T`.
+
+    Args:
+        groups: the group of each weight (P).
+    """
+    numbers: dict[Hashable, int] = {}
+    group_P = torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups], dtype=torch.long)
+    is_same_PP = (group_P[:, None] == group_P[None]).double()
+    size_P = is_same_PP.sum(1)
+    return (
+        torch.eye(len(group_P), dtype=torch.float64) - is_same_PP * (SHARED / (1 + SHARED * size_P))[:, None]
+    )
+
+
+def choose_ridge(folds: Sequence[NormalEquations], penalty_PP: Tensor) -> RidgeChoice:
     """Choose the ridge by leaving out each of the folds in turn.
 
     There are at least two.
@@ -66,7 +97,7 @@ def choose_ridge(folds: Sequence[NormalEquations]) -> RidgeChoice:
 
     def promise(ridge: float) -> float:
         pairs = zip(folds, rest, strict=True)
-        return sum(fold.change_of_error(others.solve(ridge)) for fold, others in pairs)
+        return sum(fold.change_of_error(others.solve(ridge, penalty_PP)) for fold, others in pairs)
 
     promises = {ridge: promise(ridge) for ridge in RIDGES}
     best = min(RIDGES, key=promises.__getitem__)
