@@ -91,6 +91,9 @@ class PipelineBackend(TrajectoryBackend):
         alone = [change(i) for i in range(num_steps - 1)]
         return stacked_effects(alone, {i - 2: change(i, i - 2) for i in range(2, num_steps - 1)})
 
+    def plan_latents(self, batch: PipelineBatch, plans: Sequence[Plan], reuse: Reuse) -> Tensor:
+        return torch.stack([self.images(batch, plan, reuse).flatten(1) for plan in plans])
+
     def image_changes(self, router: Router, batch: PipelineBatch, config: TrainingConfig) -> Tensor:
         assert config.iepo != "none"
         is_hard = config.sdt.student == "hard"

@@ -11,7 +11,11 @@ from harmonica.training.sdt import SdtConfig
 from harmonica.validation.settings import Count, Cure, Field, Natural, SettingError, require, settings
 
 _MOST_TARGETS = 20
+_WITHOUT_RUNS = 2.0
+"""The speed up to which no reused step follows another."""
 
+MEASURED, TRIED = 2, 2
+"""Trajectories of a round of refinement on which moves are measured, and on which sets of them are tried."""
 TARGETS = ("target_cur", "target_speedup", "target_psnr")
 """The fields that hold a target; a training sets at most one of them."""
 Initial = Literal["constant", "alternate", "normal", "even", "measured"]
@@ -56,6 +60,10 @@ class TrainingConfig:
     start_trajectories: Natural = 0
     """Research: Number of trajectories on which a measured start is measured; each costs about T full
     samplings."""
+    refine_rounds: Natural = 0
+    """Research: Number of rounds that move the computed steps of an even or measured start where that changes
+    the image less (`harmonica.training.plans.refine`), each of 4 trajectories. Beyond twice the speed, where
+    reused steps follow each other, they are all that chooses the steps: the start is not measured there."""
     initial_logit: Annotated[float, Field(ge=-100, le=100)] = 5.0
     """Research: The size of the first logits, unless they are normal; 5 computes everything."""
     iepo: IepoKind | Literal["none"] = "leave_one_out"
@@ -127,6 +135,12 @@ class TrainingConfig:
                 "give 1 or more with initial measured, and 0 with any other"
             )
         require(
+            is_of_steps or self.refine_rounds == 0,
+            "train.refine_rounds",
+            self.refine_rounds,
+            f"give 0 with train.initial {self.initial}, or train.initial even or measured",
+        )
+        require(
             is_of_steps or self.choice_trajectories == 0,
             "train.choice_trajectories",
             self.choice_trajectories,
@@ -164,5 +178,17 @@ class TrainingConfig:
     @property
     def all_trajectories(self) -> int:
         """Return the number of trajectories of all phases and all target speeds."""
-        each = self.trajectories + self.choice_trajectories + self.forecast.trajectories
-        return self.start_trajectories + each * (1 + len(self.extra_targets))
+        refined = (MEASURED + TRIED) * self.refine_rounds
+        each = refined + self.trajectories + self.choice_trajectories + self.forecast.trajectories
+        return self.measured_trajectories + each * (1 + len(self.extra_targets))
+
+    @property
+    def measured_trajectories(self) -> int:
+        """Return the number of trajectories on which the start is measured, for all target speeds.
+
+        Where every target needs runs of reused steps, nothing is: the form that would be measured is of steps
+        that stand alone.
+        """
+        speeds = (self.target_speedup, *self.extra_targets) if self.target_speedup else ()
+        needs_runs = min(speeds) > _WITHOUT_RUNS if speeds else 1 - self.target_cur < 1 / _WITHOUT_RUNS
+        return 0 if needs_runs else self.start_trajectories

@@ -52,7 +52,9 @@ def decode(value: Any) -> Any:
 
 
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """Every tensor and plain value by its path; an empty dict or list is a leaf too."""
+    """Every tensor and plain value but None by its path; an empty dict or list is a leaf too."""
+    if value is None:  # as the states of phases that a training has not
+        return {}
     items = (
         value.items()
         if isinstance(value, dict)
