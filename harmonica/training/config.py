@@ -184,9 +184,9 @@ class TrainingConfig:
 
     @property
     def measured_trajectories(self) -> int:
-        """Return the number of trajectories on which the start is measured, for all target speeds.
+        """Return the number of trajectories on which the start is measured.
 
-        Where every target needs runs of reused steps, nothing is: the form that would be measured is of steps
+        It is measured once for all target speeds.         Where every target needs runs of reused steps, nothing is: the form that would be measured is of steps
         that stand alone.
         """
         speeds = (self.target_speedup, *self.extra_targets) if self.target_speedup else ()

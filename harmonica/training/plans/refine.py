@@ -44,7 +44,10 @@ def moves_of(plan: Plan, fixed: Collection[int] = ()) -> list[Move]:
 
 
 def moved(plan: Plan, moves: Sequence[Move]) -> Plan:
-    """Return the plan with the rows of each move exchanged; no two moves share a step."""
+    """Return the plan with the rows of each move exchanged.
+
+    No two moves share a step.
+    """
     rows = list(plan.compute)
     for one, other in moves:
         rows[one], rows[other] = rows[other], rows[one]
@@ -75,7 +78,10 @@ def plan_latents(sampler: Sampler, batch: Batch, plans: Sequence[Plan], reuse: R
 
 
 class PlanRefiner:
-    """One round: the effects of a plan's moves, and the trial of the best sets of them."""
+    """One round of refinement.
+
+    It keeps the effects of a plan's moves, and then the trial of the best sets of them.
+    """
 
     def __init__(self, plan: Plan, reuse: Reuse, fixed: Collection[int] = ()) -> None:
         self.plan, self.reuse = plan, reuse
