@@ -186,8 +186,8 @@ class TrainingConfig:
     def measured_trajectories(self) -> int:
         """Return the number of trajectories on which the start is measured.
 
-        It is measured once for all target speeds.         Where every target needs runs of reused steps, nothing is: the form that would be measured is of steps
-        that stand alone.
+        It is measured once for all target speeds, and not at all where every target needs runs of reused
+        steps: the form that would be measured is of steps that stand alone.
         """
         speeds = (self.target_speedup, *self.extra_targets) if self.target_speedup else ()
         needs_runs = min(speeds) > _WITHOUT_RUNS if speeds else 1 - self.target_cur < 1 / _WITHOUT_RUNS

@@ -24,7 +24,10 @@ class RefinePhase(Phase):
 
     @staticmethod
     def costs(config: TrainingConfig, num_steps: int) -> list[float]:
-        """Count full images, the plan, half a plan for each move, and the plans that are tried."""
+        """Count full images, the plan, and half of it for each move.
+
+        The plans that are tried come on top.
+        """
         speedup = assumed_speedup(config)
         computed = 1 / speedup
         moves = 2 * num_steps * min(computed, 1 - computed)

@@ -1,9 +1,9 @@
 """Ridge regression with groups of like weights.
 
-The ridge is chosen by cross-validation. The weights of a group are expected to move together: a priori, each is the sum of a part that its group
-shares and one of its own, with variances `SHARED` and 1. With few rows the solution moves the groups, with
-many rows each weight by itself (ridge regression as a Gaussian prior: Hastie, Tibshirani and Friedman 2009,
-section 3.4.1).
+The ridge is chosen by cross-validation. The weights of a group are expected to move together: a priori,
+each is the sum of a part that its group shares and one of its own, with variances `SHARED` and 1. With few
+rows the solution moves the groups, with many rows each weight by itself (ridge regression as a Gaussian
+prior: Hastie, Tibshirani and Friedman 2009, section 3.4.1).
 """
 
 from collections.abc import Hashable, Sequence

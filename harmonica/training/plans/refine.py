@@ -117,7 +117,10 @@ class PlanRefiner:
         return {"loss": float(loss)}
 
     def chosen(self) -> list[Move]:
-        """Return moves that lower the error by the form, the best first, no two of one step."""
+        """Return moves that lower the error by the form.
+
+        The best comes first, and no two share a step.
+        """
         taken: list[int] = []
         total_M = self.gram_MM[0].clone()  # products with the sum of what is taken so far
         error = float(total_M[0])
@@ -135,7 +138,10 @@ class PlanRefiner:
     def try_moves(
         self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """Compare the plan with sets of its moves on fresh images, and return the metrics to log."""
+        """Compare the plan with sets of its moves on fresh images.
+
+        Returns the metrics to log.
+        """
         self.trial = self.trial or self._new_trial()
         return {"loss": self.trial.observe(backend, batches, average)["loss"]}
 
