@@ -20,6 +20,7 @@ from harmonica.training.loss_weights import StepWeights
 from harmonica.training.phase import Phase, assumed_speedup
 from harmonica.training.plans.builders import even_plan, logits_of, speedup_of
 from harmonica.training.plans.forecast_fit import ForecastFit
+from harmonica.training.plans.least_squares import RIDGES
 from harmonica.training.plans.search import StepSearch, fastest_plan
 from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.progress import PhaseBudget
@@ -210,9 +211,16 @@ class ForecastPhase(Phase):
 
     @staticmethod
     def costs(config: TrainingConfig, num_steps: int) -> list[float]:
-        """Count a full and a planned trajectory, and a backward for each probe."""
+        """Count a full and a planned trajectory, and a backward for each probe.
+
+        A trajectory that tries solutions runs the plan with each of them instead.
+        """
         forecast = config.forecast
-        return [1 + (1 + forecast.probes) / assumed_speedup(config)] * forecast.trajectories
+        planned = [
+            1 + (len(RIDGES) if forecast.is_tried(place) else forecast.probes)
+            for place in range(forecast.trajectories)
+        ]
+        return [1 + each / assumed_speedup(config) for each in planned]
 
     def begin(self) -> None:
         self.fit = ForecastFit(self.context.plan, self.config.forecast)

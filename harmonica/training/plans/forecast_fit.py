@@ -30,10 +30,15 @@ from harmonica.execution.values import KeptValues, extrapolate
 from harmonica.samplers import Sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch, TrajectoryBackend
-from harmonica.training.forecast_config import FOLDS, ForecastConfig
-from harmonica.training.plans.least_squares import NormalEquations, choose_ridge, penalty_of, sum_of
+from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.plans.least_squares import RIDGES, NormalEquations, penalty_of
+from harmonica.training.plans.selection import PlanSelector
 
 _SMALLEST_ERROR = 1e-12
+_PRESENT = "present"
+"""Name of the weights that a round begins with, in its trial."""
+_UNMOVED = 1e6
+"""The ridge that is logged where the weights stay: any as large moves nothing."""
 
 
 Unknown = tuple[int, int, int]
@@ -182,7 +187,9 @@ class ForecastFit:
         self._begin_round()
 
     def _begin_round(self) -> None:
-        self._folds = [NormalEquations(len(self.unknowns)) for _ in range(FOLDS)]
+        self._sums = NormalEquations(len(self.unknowns))
+        self._trial: PlanSelector | None = None
+        self._tried: dict[str, Tensor] = {}
 
     def planned(self) -> Plan:
         """Return the plan with the present weights."""
@@ -191,13 +198,26 @@ class ForecastFit:
     def observe(
         self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """Measure one batch, given in parts, and return the metrics.
+        """Measure one batch, given in parts, or try solutions on it; returns the metrics.
 
-        Solves where a round ends.
+        Where a round ends, the weights become those of the nearest solution.
 
         `loss` is the mean squared change of the final latents.
         """
-        config, count = self.config, len(self.unknowns)
+        place = self.trajectories
+        self.trajectories += 1
+        if not self.config.is_tried(place):
+            return self._add(backend, batches, average)
+        metrics = self._try(backend, batches, average)
+        if self.config.ends_round(self.trajectories):
+            metrics |= self._end_round()
+        return metrics
+
+    def _add(
+        self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
+    ) -> dict[str, float]:
+        """Add a batch's images to the normal equations."""
+        count = len(self.unknowns)
         # Matrix and right side of the normal equations, and below them the mean error.
         sums = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=backend.device)
         num_images = sum(map(len, batches))
@@ -205,14 +225,41 @@ class ForecastFit:
             sums += self._measure(backend, batch) / num_images
         average(sums)
         sums = sums.cpu()
-        self._folds[self.trajectories % FOLDS].add(sums[:-1, :-1], sums[:-1, -1])
-        self.trajectories += 1
-        metrics = {"loss": float(sums[-1, -1])}
-        if not sums.isfinite().all():
-            return metrics | {"forecast.residuals": math.nan}  # nothing to solve; the run stops and says why
-        if config.ends_round(self.trajectories):
-            metrics |= self._solve()
-            self._begin_round()
+        self._sums.add(sums[:-1, :-1], sums[:-1, -1])
+        # A run whose sums are not finite stops and says why, before it solves for anything.
+        return {"loss": float(sums[-1, -1]) if sums.isfinite().all() else math.nan}
+
+    def _try(
+        self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
+    ) -> dict[str, float]:
+        """Compare the present weights with the solutions for every ridge, on images not measured."""
+        self._trial = self._trial or self._new_trial()
+        return {"loss": self._trial.observe(backend, batches, average)["loss"]}
+
+    def _new_trial(self) -> PlanSelector:
+        self._tried = {_PRESENT: self.weights_TBK}
+        # Weights of a step and a difference move together, as far as the images do not tell them apart.
+        penalty_PP = penalty_of([(i, k) for i, _, k in self.unknowns])
+        for ridge in RIDGES if self.unknowns else ():
+            weights_TBK = self.weights_TBK.clone()
+            moves = self._sums.solve(ridge, penalty_PP).tolist()
+            for (i, branch, k), by in zip(self.unknowns, moves, strict=True):
+                weights_TBK[i, branch, k] += by
+            self._tried[f"{ridge:g}"] = weights_TBK
+        compute = self.plan.compute
+        plans = {name: Plan(compute, forecast_of(weights)) for name, weights in self._tried.items()}
+        return PlanSelector(plans, "forecast")
+
+    def _end_round(self) -> dict[str, float]:
+        """Take the weights whose images are nearest, and begin a round around them."""
+        assert self._trial is not None, "a round ends with a trajectory that tries"
+        best, metrics = self._trial.best, dict[str, float]()
+        if self.unknowns:
+            gain_db = self._trial.psnr(best) - self._trial.psnr(_PRESENT)
+            ridge = _UNMOVED if best == _PRESENT else float(best)
+            metrics = {"forecast.ridge": ridge, "forecast.promise": 10 ** (-gain_db / 10) - 1}
+        self.weights_TBK = self._tried[best]
+        self._begin_round()
         return metrics
 
     def _measure(self, backend: TrajectoryBackend, batch: Any) -> Tensor:
@@ -229,30 +276,21 @@ class ForecastFit:
         last[0, -1] = seen.error_N.sum()
         return torch.cat([sides, last])
 
-    def _solve(self) -> dict[str, float]:
-        """Update the weights if cross-validation finds less error; return metrics."""
-        if not self.unknowns:
-            return {}
-        # Those of a step and a difference move together, as far as the images do not tell them apart.
-        penalty_PP = penalty_of([(i, k) for i, _, k in self.unknowns])
-        chosen = choose_ridge(self._folds, penalty_PP)
-        if chosen.promise < 0:
-            moves = sum_of(self._folds).solve(chosen.ridge, penalty_PP).tolist()
-            for (i, branch, k), moved in zip(self.unknowns, moves, strict=True):
-                self.weights_TBK[i, branch, k] += moved
-        return {"forecast.ridge": chosen.ridge, "forecast.promise": chosen.promise}
-
     def state(self) -> dict[str, Any]:
         """Return the weights and the sums of the round for a checkpoint."""
         return {
             "weights": self.weights_TBK,
-            "folds": [(fold.matrix_PP, fold.right_P) for fold in self._folds],
+            "folds": [(self._sums.matrix_PP, self._sums.right_P)],
+            "trial": self._trial.state() if self._trial else None,
             "trajectories": self.trajectories,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Load what `state` returned."""
+        """Load what `state` returned; sums that were kept in several parts are added up."""
         self.weights_TBK, self.trajectories = state["weights"].cpu(), state["trajectories"]
         self._begin_round()
-        for fold, (matrix_PP, right_P) in zip(self._folds, state["folds"], strict=True):
-            fold.add(matrix_PP.cpu(), right_P.cpu())
+        for matrix_PP, right_P in state["folds"]:
+            self._sums.add(matrix_PP.cpu(), right_P.cpu())
+        if state.get("trial") is not None:
+            self._trial = self._new_trial()
+            self._trial.load_state(state["trial"])
