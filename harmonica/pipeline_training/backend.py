@@ -23,7 +23,7 @@ from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.plans.builders import stepwise_plan
-from harmonica.training.plans.forecast_fit import sketch_of, unknowns
+from harmonica.training.plans.forecast_sketch import sketch_of, unknowns
 from harmonica.training.plans.search import stacked_effects
 from harmonica.training.sdt import SdtTrainer, StepRecord
 

@@ -17,7 +17,7 @@ from harmonica.samplers import Sampler
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.iepo import image_changes
-from harmonica.training.plans.forecast_fit import sketch_image_error
+from harmonica.training.plans.forecast_sketch import sketch_image_error
 from harmonica.training.plans.refine import plan_latents
 from harmonica.training.plans.search import step_effects
 from harmonica.training.sdt import SdtTrainer, StepRecord
