@@ -36,7 +36,7 @@ class ForecastConfig:
         )
 
     def is_tried(self, place: int) -> bool:
-        """Return whether a trajectory tries what its round has solved for, and does not measure.
+        """Return whether a trajectory tries solutions, and does not measure.
 
         It is so for the last ones of a round, at least one in six.
 
@@ -52,5 +52,5 @@ class ForecastConfig:
         return done > 0 and done == self._round_end(done - 1)
 
     def _round_end(self, place: int) -> int:
-        """Return the number of trajectories that are done when the round of this one ends."""
+        """Return how many trajectories are done when the round of this one ends."""
         return -(-(place * self.rounds // self.trajectories + 1) * self.trajectories // self.rounds)

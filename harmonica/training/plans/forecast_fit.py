@@ -5,7 +5,7 @@ They are fitted so that the final image is right.
 The router decides when a branch is reused, and the forecast its output then: `v1 + w1 (v1 - v2) +
 w2 (v2 - v3)` of its last computed values, with weights w of each entry's own. They are fitted to the image:
 near the present weights, the change of the final latents is linear in w (`forecast_sketch`), and a damped
-Gauss-Newton step takes them to the least squares (Levenberg-Marquardt: Nocedal and Wright 2006, section 10.3).
+Gauss-Newton step takes them to the least squares (Levenberg and Marquardt; Nocedal and Wright 2006, 10.3).
 How much it is damped is found by trying: fresh images are generated under the solution for each ridge, and
 the nearest are kept. The linear prediction itself overrates large moves. Each image counts by its own error,
 so that the few that a plan hurts most do not decide for all. No images are needed, and the base model stays
@@ -92,7 +92,7 @@ class ForecastFit:
     def _try(
         self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
     ) -> dict[str, float]:
-        """Compare the present weights with the solutions for every ridge, on images not measured."""
+        """Compare the present weights with the solutions, on images not measured."""
         self._trial = self._trial or self._new_trial()
         return {"loss": self._trial.observe(backend, batches, average)["loss"]}
 
