@@ -61,9 +61,9 @@ class TrainingConfig:
     """Research: Number of trajectories on which a measured start is measured; each costs about T full
     samplings."""
     refine_rounds: Natural = 0
-    """Research: Number of rounds that move the computed steps of an even or measured start where that changes
-    the image less (`harmonica.training.plans.refine`), each of 4 trajectories. Beyond twice the speed, where
-    reused steps follow each other, they are all that chooses the steps: the start is not measured there."""
+    """Research: Number of rounds that move the computed steps of an even start to where the image changes
+    less (`harmonica.training.plans.refine`), each of 4 trajectories. They choose the steps where no start is
+    measured: with `train.initial even`, and beyond twice the speed, where reused steps follow each other."""
     initial_logit: Annotated[float, Field(ge=-100, le=100)] = 5.0
     """Research: The size of the first logits, unless they are normal; 5 computes everything."""
     iepo: IepoKind | Literal["none"] = "leave_one_out"
@@ -178,9 +178,15 @@ class TrainingConfig:
     @property
     def all_trajectories(self) -> int:
         """Return the number of trajectories of all phases and all target speeds."""
-        refined = (MEASURED + TRIED) * self.refine_rounds
-        each = refined + self.trajectories + self.choice_trajectories + self.forecast.trajectories
-        return self.measured_trajectories + each * (1 + len(self.extra_targets))
+        each = self.trajectories + self.choice_trajectories + self.forecast.trajectories
+        speeds = self._speeds
+        refined = sum(self._rounds(speed) for speed in speeds) * (MEASURED + TRIED)
+        return self.measured_trajectories + refined + each * len(speeds)
+
+    @property
+    def _speeds(self) -> tuple[float, ...]:
+        """Return the target speeds, 0 for none and for a quality."""
+        return (self.target_speedup or 1 / (1 - self.target_cur), *self.extra_targets)
 
     @property
     def measured_trajectories(self) -> int:
@@ -189,6 +195,16 @@ class TrainingConfig:
         It is measured once for all target speeds, and not at all where every target needs runs of reused
         steps: the form that would be measured is of steps that stand alone.
         """
-        speeds = (self.target_speedup, *self.extra_targets) if self.target_speedup else ()
-        needs_runs = min(speeds) > _WITHOUT_RUNS if speeds else 1 - self.target_cur < 1 / _WITHOUT_RUNS
-        return 0 if needs_runs else self.start_trajectories
+        return self.start_trajectories if min(self._speeds) <= _WITHOUT_RUNS else 0
+
+    @property
+    def rounds_of_refinement(self) -> int:
+        """Return how many rounds refine the start of the main target.
+
+        A measured start needs none: its search has compared all sets of steps.
+        """
+        return self._rounds(self._speeds[0])
+
+    def _rounds(self, speed: float) -> int:
+        is_measured = self.start_trajectories > 0 and speed <= _WITHOUT_RUNS
+        return 0 if is_measured else self.refine_rounds

@@ -164,7 +164,7 @@ class ChoicePhase(Phase):
 
         The plans are the trained one and its starts: the first one, a measured and a refined one.
         """
-        plans = 2 + bool(config.measured_trajectories) + bool(config.refine_rounds)
+        plans = 2 + bool(config.measured_trajectories) + bool(config.rounds_of_refinement)
         return [1 + plans / assumed_speedup(config)] * config.choice_trajectories
 
     def begin(self) -> None:

@@ -32,7 +32,7 @@ class RefinePhase(Phase):
         computed = 1 / speedup
         moves = 2 * num_steps * min(computed, 1 - computed)
         round_costs = [1 + computed * (1 + moves / 2)] * MEASURED + [1 + computed * _SETS] * TRIED
-        return round_costs * config.refine_rounds
+        return round_costs * config.rounds_of_refinement
 
     def begin(self) -> None:
         """Begin a round around the router's present plan."""
