@@ -18,6 +18,8 @@ MEASURED, TRIED = 2, 2
 """Trajectories of a round of refinement on which moves are measured, and on which sets of them are tried."""
 TARGETS = ("target_cur", "target_speedup", "target_psnr")
 """The fields that hold a target; a training sets at most one of them."""
+OF_STEPS = ("even", "measured")
+"""The values of `initial` that are plans of whole steps."""
 Initial = Literal["constant", "alternate", "normal", "even", "measured"]
 
 
@@ -123,7 +125,7 @@ class TrainingConfig:
 
     def _check_start(self) -> None:
         """Refuse a start of whole steps without a target, or a choice without a start."""
-        is_of_steps = self.initial in ("even", "measured")
+        is_of_steps = self.initial in OF_STEPS
         if is_of_steps and not self.has_target:
             raise SettingError(
                 f"train.initial is {self.initial!r} and train.target_speedup 0: give the speed that it is to "
@@ -134,12 +136,6 @@ class TrainingConfig:
                 f"train.start_trajectories is {self.start_trajectories} and train.initial {self.initial!r}: "
                 "give 1 or more with initial measured, and 0 with any other"
             )
-        require(
-            is_of_steps or self.refine_rounds == 0,
-            "train.refine_rounds",
-            self.refine_rounds,
-            f"give 0 with train.initial {self.initial}, or train.initial even or measured",
-        )
         require(
             is_of_steps or self.choice_trajectories == 0,
             "train.choice_trajectories",
@@ -207,4 +203,4 @@ class TrainingConfig:
 
     def _rounds(self, speed: float) -> int:
         is_measured = self.start_trajectories > 0 and speed <= _WITHOUT_RUNS
-        return 0 if is_measured else self.refine_rounds
+        return 0 if is_measured or self.initial not in OF_STEPS else self.refine_rounds

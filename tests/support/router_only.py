@@ -7,7 +7,6 @@ from harmonica.training.forecast_config import ForecastConfig
 ROUTER_ONLY: dict[str, Any] = {
     "initial": "alternate",
     "start_trajectories": 0,
-    "refine_rounds": 0,
     "target_speedup": 0.0,
     "target_cur": 0.42,
     "choice_trajectories": 0,

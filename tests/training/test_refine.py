@@ -22,7 +22,6 @@ from harmonica.training.plans.builders import even_plan, stepwise_plan
 from harmonica.training.plans.refine import PlanRefiner, moved, moves_of, plan_latents
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.trainer import RouterTrainer
-from harmonica.validation.settings import SettingError
 
 STEPS, BRANCHES = 12, 6
 REFINED = replace(
@@ -162,6 +161,7 @@ def test_a_start_is_measured_once_and_only_where_no_run_is_needed(sampler) -> No
     assert run.trainers[0].phases[0].name == "refine", "3x measures no start"
 
 
-def test_rounds_want_a_start_of_steps() -> None:
-    with pytest.raises(SettingError, match=r"train\.refine_rounds is 1: give 0 with train\.initial constant"):
-        TrainingConfig(refine_rounds=1)
+def test_only_starts_of_steps_are_refined() -> None:
+    assert TrainingConfig(refine_rounds=3).all_trajectories == TrainingConfig().all_trajectories
+    even = TrainingConfig(refine_rounds=3, initial="even", target_speedup=1.5)
+    assert even.all_trajectories == 3 * 4 + even.trajectories
