@@ -23,7 +23,7 @@ from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.plans.builders import stepwise_plan
-from harmonica.training.plans.forecast_fit import sketch_of, unknowns
+from harmonica.training.plans.forecast_sketch import sketch_of, unknowns
 from harmonica.training.plans.search import stacked_effects
 from harmonica.training.sdt import SdtTrainer, StepRecord
 
@@ -90,6 +90,9 @@ class PipelineBackend(TrajectoryBackend):
 
         alone = [change(i) for i in range(num_steps - 1)]
         return stacked_effects(alone, {i - 2: change(i, i - 2) for i in range(2, num_steps - 1)})
+
+    def plan_latents(self, batch: PipelineBatch, plans: Sequence[Plan], reuse: Reuse) -> Tensor:
+        return torch.stack([self.images(batch, plan, reuse).flatten(1) for plan in plans])
 
     def image_changes(self, router: Router, batch: PipelineBatch, config: TrainingConfig) -> Tensor:
         assert config.iepo != "none"

@@ -13,7 +13,7 @@ from harmonica.core.plan import Plan
 from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.pipeline_training.policies import Policy, TransformerStep
-from harmonica.training.plans.forecast_fit import ProbedCache, Unknown
+from harmonica.training.plans.forecast_sketch import ProbedCache, Unknown
 
 
 class PlanPolicy(Policy):

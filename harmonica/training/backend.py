@@ -62,6 +62,13 @@ class TrajectoryBackend(ABC):
         """
 
     @abstractmethod
+    def plan_latents(self, batch: Any, plans: Sequence[Plan], reuse: Reuse) -> Tensor:
+        """Return the final latents (P, N, X) under each of P plans.
+
+        The plans begin like the first one, so that runs may share what lies before.
+        """
+
+    @abstractmethod
     def image_changes(self, router: Router, batch: Any, config: TrainingConfig) -> Tensor:
         """Return the changes that `config.iepo` wants and the steps' errors (2, T-1)."""
 

@@ -7,7 +7,7 @@ import math
 
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.vae import draws_pixels
-from harmonica.training.config import TrainingConfig
+from harmonica.training.config import OF_STEPS, TrainingConfig
 from harmonica.training.plans.builders import even_plan, fastest_speedup, slowest_speedup
 from harmonica.validation.settings import SettingError, require
 
@@ -62,7 +62,7 @@ def _check_cur(config: TrainingConfig, macs: Macs, num_steps: int, field: str) -
     """Refuse a share of reuse above (T-1)/T: row T-1 is always computed."""
     entries = num_steps * len(macs.branches)
     most, least = (num_steps - 1) / num_steps, 1 / entries
-    if config.initial in ("even", "measured"):
+    if config.initial in OF_STEPS:
         slowest = slowest_speedup(num_steps, macs)
         least = max(least, (1 - 1 / slowest) * macs.full / sum(macs.branches))
     require(

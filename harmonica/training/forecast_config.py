@@ -2,8 +2,9 @@
 
 from harmonica.validation.settings import Count, Natural, require, settings
 
-FOLDS = 4
-"""Number of folds that a round's trajectories form for cross-validation of the solution."""
+_LEAST = 4
+"""Number of trajectories that a round takes at least."""
+_MEASURED_FOR_ONE_TRIED = 5
 
 
 @settings("train.forecast")
@@ -26,14 +27,30 @@ class ForecastConfig:
     Lower it if a worker runs out of memory."""
 
     def __post_init__(self) -> None:
-        least = FOLDS * self.rounds
+        least = _LEAST * self.rounds
         require(
             self.trajectories == 0 or self.trajectories >= least,
             "train.forecast.trajectories",
             self.trajectories,
-            f"give {least} or more, {FOLDS} that check each other for each of train.forecast.rounds, or 0",
+            f"give {least} or more, {_LEAST} for each of train.forecast.rounds, or 0",
         )
+
+    def is_tried(self, place: int) -> bool:
+        """Return whether a trajectory tries solutions, and does not measure.
+
+        It is so for the last ones of a round, at least one in six.
+
+        Args:
+            place: number of the trajectory, from 0.
+        """
+        end = self._round_end(place)
+        begin = -(-(place * self.rounds // self.trajectories) * self.trajectories // self.rounds)
+        return place >= end - max(1, (end - begin) // (1 + _MEASURED_FOR_ONE_TRIED))
 
     def ends_round(self, done: int) -> bool:
         """Return whether a round ends once `done` trajectories are done."""
-        return done * self.rounds // self.trajectories > (done - 1) * self.rounds // self.trajectories
+        return done > 0 and done == self._round_end(done - 1)
+
+    def _round_end(self, place: int) -> int:
+        """Return how many trajectories are done when the round of this one ends."""
+        return -(-(place * self.rounds // self.trajectories + 1) * self.trajectories // self.rounds)

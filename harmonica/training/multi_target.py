@@ -54,8 +54,9 @@ class MultiTargetTrainer:
     @property
     def trajectory(self) -> int:
         """Number of trajectories done, for all targets; the start's count once."""
-        done = sum(trainer.trajectory for trainer in self.trainers[: self._place + 1])
-        return done - self._place * self.config.start_trajectories
+        begun = self.trainers[: self._place + 1]
+        shared = [trainer.config.measured_trajectories for trainer in begun]
+        return sum(trainer.trajectory for trainer in begun) - (sum(shared) - max(shared))
 
     @property
     def next_trajectories(self) -> range:
@@ -85,8 +86,10 @@ class MultiTargetTrainer:
         return metrics
 
     def _go_on(self) -> None:
+        before = self.trainers[: self._place + 1]
         self._place += 1
-        self.current.start_as(self.trainers[0])
+        measured = (trainer for trainer in before if trainer.config.measured_trajectories)
+        self.current.start_as(next(measured, before[0]))
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the states of the trainers that have begun."""
@@ -124,9 +127,10 @@ def all_phase_budgets(config: TrainingConfig, num_steps: int) -> tuple[PhaseBudg
     The start, which is shared, comes first, and then each target's own.
     """
     phases: list[PhaseBudget] = []
-    for place, one in enumerate(target_configs(config)):
+    for one in target_configs(config):
         own = phase_budgets(one, num_steps, target=one.target_speedup if config.extra_targets else 0.0)
-        phases += [phase for phase in own if place == 0 or phase.name != "start"]
+        is_measured = any(phase.name == "start" for phase in phases)
+        phases += [phase for phase in own if not is_measured or phase.name != "start"]
     return tuple(phases)
 
 

@@ -20,9 +20,11 @@ from harmonica.training.loss_weights import StepWeights
 from harmonica.training.phase import Phase, assumed_speedup
 from harmonica.training.plans.builders import even_plan, logits_of, speedup_of
 from harmonica.training.plans.forecast_fit import ForecastFit
+from harmonica.training.plans.least_squares import RIDGES
 from harmonica.training.plans.search import StepSearch, fastest_plan
 from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.progress import PhaseBudget
+from harmonica.training.refine_phase import RefinePhase
 from harmonica.training.research import follows_plan, num_trained_in_pairs
 
 
@@ -43,7 +45,7 @@ class StartPhase(Phase):
         """
         last = num_steps - 1
         alone, after = sum(range(last)), sum(range(last - 2))  # full steps behind the reused ones
-        costs = [1 + (alone + after) / num_steps] * config.start_trajectories
+        costs = [1 + (alone + after) / num_steps] * config.measured_trajectories
         if costs and config.target_psnr:  # the plan that is near enough is looked for with the last batch
             costs[-1] += 1 + sum(1 - count / num_steps for count in range(1, num_steps // 2 + 1))
         return costs
@@ -160,9 +162,9 @@ class ChoicePhase(Phase):
     def costs(config: TrainingConfig, num_steps: int) -> list[float]:
         """Count full images, and those of all plans.
 
-        The plans are two starts and the trained one, or one start and the trained one.
+        The plans are the trained one and its starts: the first one, a measured and a refined one.
         """
-        plans = 3 if config.start_trajectories else 2
+        plans = 2 + bool(config.measured_trajectories) + bool(config.rounds_of_refinement)
         return [1 + plans / assumed_speedup(config)] * config.choice_trajectories
 
     def begin(self) -> None:
@@ -209,9 +211,16 @@ class ForecastPhase(Phase):
 
     @staticmethod
     def costs(config: TrainingConfig, num_steps: int) -> list[float]:
-        """Count a full and a planned trajectory, and a backward for each probe."""
+        """Count a full and a planned trajectory, and a backward for each probe.
+
+        A trajectory that tries solutions runs the plan with each of them instead.
+        """
         forecast = config.forecast
-        return [1 + (1 + forecast.probes) / assumed_speedup(config)] * forecast.trajectories
+        planned = [
+            1 + (len(RIDGES) if forecast.is_tried(place) else forecast.probes)
+            for place in range(forecast.trajectories)
+        ]
+        return [1 + each / assumed_speedup(config) for each in planned]
 
     def begin(self) -> None:
         self.fit = ForecastFit(self.context.plan, self.config.forecast)
@@ -231,7 +240,7 @@ class ForecastPhase(Phase):
         self.fit.load_state(state)
 
 
-PHASES: tuple[type[Phase], ...] = (StartPhase, RouterPhase, ChoicePhase, ForecastPhase)
+PHASES: tuple[type[Phase], ...] = (StartPhase, RefinePhase, RouterPhase, ChoicePhase, ForecastPhase)
 """The phases in the order in which they run."""
 
 

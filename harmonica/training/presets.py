@@ -121,6 +121,7 @@ def fashion() -> Recipe:
         initial="measured",
         initial_logit=2.0,
         start_trajectories=2,
+        refine_rounds=3,
         trajectories=12,
         sdt=SdtConfig(learning_rate=0.1, threshold=0.5, reuse="forecast", penalty="macs"),
         iepo="sensitivity",

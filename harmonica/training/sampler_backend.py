@@ -17,7 +17,8 @@ from harmonica.samplers import Sampler
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.iepo import image_changes
-from harmonica.training.plans.forecast_fit import sketch_image_error
+from harmonica.training.plans.forecast_sketch import sketch_image_error
+from harmonica.training.plans.refine import plan_latents
 from harmonica.training.plans.search import step_effects
 from harmonica.training.sdt import SdtTrainer, StepRecord
 
@@ -39,6 +40,9 @@ class SamplerBackend(TrajectoryBackend):
 
     def step_effects(self, batch: Batch, reuse: Reuse) -> Tensor:
         return step_effects(self.sampler, batch, reuse)
+
+    def plan_latents(self, batch: Batch, plans: Sequence[Plan], reuse: Reuse) -> Tensor:
+        return plan_latents(self.sampler, batch, plans, reuse)
 
     def image_changes(self, router: Router, batch: Batch, config: TrainingConfig) -> Tensor:
         assert config.iepo != "none"

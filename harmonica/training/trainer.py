@@ -84,8 +84,7 @@ class RouterTrainer:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: tensors and plain values."""
-        phases: dict[str, Any] = {phase.state_key: None for phase in PHASES}
-        phases |= {phase.state_key: phase.state() for phase in self.phases}
+        phases = {phase.state_key: phase.state() for phase in self.phases}
         return self.context.state() | phases | {"trajectory": self.trajectory}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -98,7 +97,7 @@ class RouterTrainer:
         if not self.phase.is_done:
             self.phase.begin()
         for phase in self.phases:
-            if state[phase.state_key] is not None:
+            if state.get(phase.state_key) is not None:
                 phase.load_state(state[phase.state_key])
 
     def start_as(self, other: "RouterTrainer") -> None:

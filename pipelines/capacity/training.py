@@ -112,6 +112,9 @@ def _messages(
         return updates + [3.0 * _FLOAT] * count + [float(effects * _FLOAT)] * refreshes
     if phase.name == "start":
         return [float(effects**2 * _DOUBLE), float(_DOUBLE)] * count
+    if phase.name == "refine":  # products of the moves of each computed step to both sides, then sums of sets
+        moves = 2 * num_steps * min(cur, 1 - cur) + 1
+        return [moves**2 * _DOUBLE, float(_DOUBLE)] * count
     if phase.name == "choice":
         return [3.0 * _DOUBLE] * count
     # Normal equations of the weights of all reused entries.

@@ -20,7 +20,8 @@ from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.plans.forecast_fit import ForecastFit, linear_weights, sketch_image_error, unknowns
+from harmonica.training.plans.forecast_fit import ForecastFit
+from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error, unknowns
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.sdt import SdtConfig
 from harmonica.training.trainer import RouterTrainer

@@ -1,41 +1,50 @@
-"""The ridge is chosen for rows that were not fitted."""
+"""Least squares whose weights move in groups where the rows do not tell them apart."""
 
 import torch
 
-from harmonica.training.plans.least_squares import RIDGES, NormalEquations, choose_ridge, sum_of
+from harmonica.training.plans.least_squares import RIDGES, SHARED, NormalEquations, penalty_of
 
 
-def folds_of(noise: float, weights: list[float], rows: int = 12) -> list[NormalEquations]:
-    """Four folds of few rows: a residual that moving the weights by -`weights` would take away, and noise."""
-    generator, folds = torch.Generator().manual_seed(0), []
-    for _ in range(4):
-        jacobian = torch.randn(rows, len(weights), generator=generator, dtype=torch.float64)
-        residual = jacobian @ torch.tensor(weights, dtype=torch.float64)
-        residual += noise * torch.randn(rows, generator=generator, dtype=torch.float64)
-        fold = NormalEquations(len(weights))
-        fold.add(jacobian.T @ jacobian, jacobian.T @ residual)
-        folds.append(fold)
-    return folds
+def equations_of(noise: float, weights: list[float], rows: int = 48) -> NormalEquations:
+    """A residual that moving the weights by -`weights` would take away, and noise."""
+    generator = torch.Generator().manual_seed(0)
+    jacobian = torch.randn(rows, len(weights), generator=generator, dtype=torch.float64)
+    residual = jacobian @ torch.tensor(weights, dtype=torch.float64)
+    residual += noise * torch.randn(rows, generator=generator, dtype=torch.float64)
+    equations = NormalEquations(len(weights))
+    for part in range(0, rows, 5):  # sums over parts are those of all rows
+        j, r = jacobian[part : part + 5], residual[part : part + 5]
+        equations.add(j.T @ j, j.T @ r)
+    return equations
 
 
-def test_without_noise_the_least_ridge_is_best_and_finds_the_weights():
-    folds = folds_of(0.0, [0.5, -1.0, 2.0])
-    chosen = choose_ridge(folds)
-    assert chosen.ridge == min(RIDGES) and chosen.promise < 0
-    found = sum_of(folds).solve(chosen.ridge)
-    torch.testing.assert_close(found, torch.tensor([-0.5, 1.0, -2.0]).double(), rtol=0.01, atol=0)
+def test_without_noise_a_small_ridge_finds_the_weights():
+    equations = equations_of(0.0, [0.5, -1.0, 2.0])
+    found = equations.solve(1e-9, penalty_of(range(3)))
+    torch.testing.assert_close(found, torch.tensor([-0.5, 1.0, -2.0]).double(), rtol=1e-6, atol=0)
 
 
-def test_noise_alone_is_not_fitted():
-    folds = folds_of(1.0, [0.0] * 10, rows=6)
-    chosen = choose_ridge(folds)
-    assert chosen.ridge == max(RIDGES) and chosen.promise > 0, "the rows left out get worse"
-    own = sum_of(folds)
-    assert own.change_of_error(own.solve(min(RIDGES))) < 0, "though the rows fitted get better"
+def test_a_larger_ridge_moves_less():
+    equations, penalty_PP = equations_of(1.0, [1.0, -1.0, 0.5, 0.5]), penalty_of("abcc")
+    sizes = [float(equations.solve(ridge, penalty_PP).norm()) for ridge in RIDGES]
+    assert sizes == sorted(sizes, reverse=True)
 
 
-def test_the_sum_is_that_of_all_rows():
-    folds = folds_of(0.3, [1.0, 2.0])
-    total = sum_of(folds)
-    torch.testing.assert_close(total.matrix_PP, sum(fold.matrix_PP for fold in folds))
-    torch.testing.assert_close(total.right_P, sum(fold.right_P for fold in folds))
+def test_the_penalty_is_the_inverse_of_the_prior_covariance():
+    shared = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]).double()
+    covariance = torch.eye(4, dtype=torch.float64) + SHARED * shared
+    torch.testing.assert_close(penalty_of(["a", "b", "a", "b"]) @ covariance, torch.eye(4).double())
+    covariance = (1 + SHARED) * torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(penalty_of("abc") @ covariance, torch.eye(3).double())
+    assert penalty_of([]).shape == (0, 0)
+
+
+def test_few_rows_move_a_group_together():
+    """With half as many rows as weights, what a group shares is found from all of its columns."""
+    equations = equations_of(0.3, [0.5] * 24 + [-1.0] * 24, rows=24)
+    truth = torch.tensor([-0.5] * 24 + [1.0] * 24).double()
+    missed = []
+    for groups in (["a"] * 24 + ["b"] * 24, range(48)):
+        moves = (equations.solve(ridge, penalty_of(groups)) for ridge in RIDGES)
+        missed.append(min(float((each - truth).norm()) for each in moves))
+    assert missed[0] < missed[1] / 2

@@ -15,7 +15,7 @@ from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
 from harmonica.samplers import Ddim
 from harmonica.training.plans.builders import even_steps, steps_for, stepwise_plan
-from harmonica.training.plans.forecast_fit import linear_weights
+from harmonica.training.plans.forecast_sketch import linear_weights
 from pipelines.compare.baselines.budcache import budcache
 from pipelines.compare.baselines.forecast_tables import difference_weights, with_forecasts
 from pipelines.compare.baselines.hicache import hermite, hicache, scaled_hermite

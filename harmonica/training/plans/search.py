@@ -23,7 +23,7 @@ from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
 from harmonica.samplers import Sampler, State
 from harmonica.training.backend import TrajectoryBackend
-from harmonica.training.config import TrainingConfig
+from harmonica.training.config import OF_STEPS, TrainingConfig
 from harmonica.training.plans.builders import (
     even_plan,
     even_steps,
@@ -47,7 +47,7 @@ def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Route
         return Router.normal(*shape, seed)
     if config.initial == "alternate":
         return Router.alternating(*shape, config.initial_logit)
-    if config.initial in ("even", "measured") and not config.target_psnr:  # until it is measured
+    if config.initial in OF_STEPS and not config.target_psnr:  # until it is measured
         macs = sampler.model.macs()
         speedup = config.target_speedup or speedup_of(config.target_cur, macs)
         plan = even_plan(sampler.num_steps, macs, speedup)

@@ -1,0 +1,158 @@
+"""Linearise the image error of a plan in the weights of its forecasts.
+
+The change of the final latents is close to linear in the weights. It is seen through random probes u: one
+backward pass along a planned trajectory gives `u . dx_0/dw` of all weights at once
+(`harmonica.training.plans.forecast_fit` fits them).
+
+Shapes: N images, M model rows, C H W image, P weights, R = N * probes rows of the least squares.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import BranchCache
+from harmonica.core.plan import Forecast, Plan
+from harmonica.core.sampling import sample
+from harmonica.core.trajectory import planned_step
+from harmonica.data.batch import Batch
+from harmonica.execution.values import KeptValues, extrapolate
+from harmonica.samplers import Sampler
+from harmonica.samplers.noise import SampleKeys
+from harmonica.training.backend import Sketch
+
+Unknown = tuple[int, int, int]
+"""An unknown weight: step, branch and number of the difference."""
+
+
+def unknowns(plan: Plan, order: int) -> list[Unknown]:
+    """Return the weights to fit.
+
+    A reused entry has as many as it has earlier values.
+    """
+    found: list[Unknown] = []
+    computed = [0] * plan.num_branches
+    for i in reversed(range(plan.num_steps)):
+        for branch, is_computed in enumerate(plan.compute[i]):
+            if is_computed:
+                computed[branch] += 1
+            else:
+                found += [(i, branch, k) for k in range(min(order, computed[branch] - 1))]
+    return found
+
+
+def linear_weights(plan: Plan, order: int) -> Tensor:
+    """Return the weights (T, B, order) of the linear forecast.
+
+    The fit starts from them.
+    """
+    weights_TBK = torch.zeros(plan.num_steps, plan.num_branches, order, dtype=torch.float64)
+    for branch in range(plan.num_branches):
+        last = before = -1
+        for i in reversed(range(plan.num_steps)):
+            if plan.compute[i][branch]:
+                last, before = i, last
+            elif before > 0:
+                weights_TBK[i, branch, 0] = (last - i) / (before - last)
+    return weights_TBK
+
+
+class ProbedCache(BranchCache):
+    """A cache that is differentiable in every forecast weight of every image."""
+
+    def __init__(self, num_branches: int, learned: Forecast | None) -> None:
+        super().__init__(num_branches, "forecast", learned)
+        self.handles: dict[Unknown, Tensor] = {}
+        """Of each weight that was used, zeros (M,) of the rows."""
+
+    def write(self, branch: int, step: int, value: Tensor) -> None:
+        self._keep(branch, step, value)
+
+    def read(self, branch: int, step: int) -> Tensor:
+        values = [value for _, value in self._kept[branch]]
+        forecast = extrapolate(values, self.weights(branch, step) if len(values) > 1 else ())
+        for k, (newer, older) in enumerate(pairwise(values)):
+            # A zero that is added: its gradient, in float32, is what moving the weight would do.
+            handle_M = torch.zeros(len(forecast), device=forecast.device, requires_grad=True)
+            difference = (newer - older).detach().float()
+            forecast = forecast + (handle_M.view(-1, *[1] * (difference.ndim - 1)) * difference).to(
+                forecast.dtype
+            )
+            self.handles[step, branch, k] = handle_M
+        return forecast
+
+    def kept(self, branch: int, step: int) -> KeptValues:
+        return KeptValues.of([self.read(branch, step)], ())
+
+
+def sketch_image_error(
+    sampler: Sampler,
+    plan: Plan,
+    batch: Batch,
+    *,
+    order: int,
+    probes: int,
+) -> Sketch:
+    """Linearise the change from full to planned latents in the forecast weights.
+
+    Args:
+        plan: with forecast weights, around which the change is linearised.
+        batch: with keys, which also determine the probes, so that these do not depend on the worker.
+    """
+    assert batch.keys is not None, "training's samples have keys"
+    full_NCHW = sample(sampler, batch.noise_NCHW, batch.condition_N, keys=batch.keys).clone()
+    cache = ProbedCache(plan.num_branches, plan.forecast)
+    with torch.enable_grad():
+        state = batch.start(sampler)
+        for i in reversed(range(plan.num_steps)):
+            state, _ = planned_step(sampler, i, state, plan.compute[i], cache)
+        images_NCHW = sampler.finish(state)
+    handles = {name: [handle_M] for name, handle_M in cache.handles.items()}
+    return sketch_of(
+        full_NCHW, images_NCHW, handles, unknowns(plan, order), batch.keys, plan.num_steps, probes
+    )
+
+
+def sketch_of(
+    full_NX: Tensor,
+    images_NX: Tensor,
+    handles: Mapping[Unknown, Sequence[Tensor]],
+    names: Sequence[Unknown],
+    keys: SampleKeys,
+    num_steps: int,
+    probes: int,
+) -> Sketch:
+    """Project the change of the latents on random probes, and differentiate it.
+
+    Args:
+        full_NX: the full sampler's latents (N, ...).
+        images_NX: those under the plan, with the graph of the handles.
+        handles: of each weight, zeros (M,) that were added, M being rows of images, as often as it takes.
+        names: the weights to differentiate in; one without handles had nothing to weigh.
+        keys: of the images; they determine the probes.
+    """
+    change_NX = images_NX.detach() - full_NX
+    size, count = change_NX[0].numel(), len(full_NX)
+    flat = [handle_M for name in names for handle_M in handles.get(name, ())]
+    residuals, jacobians = [], []
+    for probe in range(probes):
+        # Steps from T on are nobody's noise.
+        drawn = torch.from_numpy(keys.step_noise(num_steps + probe, tuple(change_NX.shape[1:])))
+        u_NX = drawn.to(change_NX) / size**0.5
+        residuals.append((change_NX * u_NX).flatten(1).sum(1))
+        moved: list[Tensor] = []
+        if flat:  # else nothing is reused that has two values before it
+            moved = list(
+                torch.autograd.grad(
+                    (images_NX * u_NX).sum(), flat, retain_graph=probe < probes - 1, materialize_grads=True
+                )
+            )
+        columns = []
+        for name in names:
+            # Guidance has two rows an image, or two calls, with one weight.
+            rows = [moved.pop(0).unflatten(0, (-1, count)).sum(0) for _ in handles.get(name, ())]
+            columns.append(torch.stack(rows).sum(0) if rows else change_NX.new_zeros(count))
+        jacobians.append(torch.stack(columns, 1) if columns else change_NX.new_zeros(count, 0))
+    return Sketch(change_NX.square().flatten(1).mean(1), torch.cat(residuals), torch.cat(jacobians))
