@@ -156,9 +156,10 @@ class PipelineCalls:
         return sample_pipeline(self.pipe, self.call, prompts, rows, seed=self.seed, has_gradient=has_gradient)
 
     def kept_bytes(self, reuse: Reuse, forecast_order: int) -> int:
-        """Return the bytes that one image keeps between steps, by the outputs' shapes in the recorded call.
+        """Return the bytes that one image keeps between steps.
 
-        All branches of all calls count, since each value is kept when it is computed.
+        They follow from the outputs' shapes in the recorded call. All branches of all calls count, since each
+        value is kept when it is computed.
         """
         values = max(1, self.num_calls) * values_kept(reuse, forecast_order)
         return self.view.call_bytes() * values // self._recorded_images

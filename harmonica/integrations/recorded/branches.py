@@ -105,7 +105,7 @@ class BlockGraph:
         return Macs(each, self.macs // self.rows - sum(each))
 
     def bytes_of(self, branches: Sequence[RecordedBranch]) -> int:
-        """Return the bytes of what these branches keep of the recorded call, for all its rows."""
+        """Return the bytes that these branches keep of the recorded call, all rows."""
         return sum(self.units[name].nbytes for branch in branches for name in branch.units)
 
 

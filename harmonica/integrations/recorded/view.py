@@ -175,7 +175,7 @@ class RecordedTransformer:
         return self._graph.macs_of(self.branches)
 
     def call_bytes(self) -> int:
-        """Return the bytes of what the branches gave in the recorded call, for all its rows."""
+        """Return the bytes that the branches keep of the recorded call, all rows."""
         assert self._graph is not None, "recorded by the first forward"
         return self._graph.bytes_of(self.branches)
 
