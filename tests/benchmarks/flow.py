@@ -1,6 +1,6 @@
 """Quality of plans on the built-in flow-matching model, in the loop of diffusers' own pipeline.
 
-    python -m tests.benchmarks.flow FOLDER [--seed 0] [--num-inference-steps 28] [--speedup 1.8]
+    python -m tests.benchmarks.flow FOLDER [--seed 0] [--num-inference-steps 28] [--learning-rate 0.3]
 
 Plans that need no training, and a whole training of `PipelineTrainer` by the recipe of the built-in models:
 a measured start, SDT, the choice of a plan, and fitted forecasts. Each is judged by the PSNR of its latents
@@ -9,6 +9,7 @@ command goes on where it was ended.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.pretraining.evaluate_flow_model import load_flow_pipeline
 from harmonica.pretraining.flow_matching import embed_captions
 from harmonica.training.config import TrainingConfig
+from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.presets import fashion
 from harmonica.training.sdt import SdtConfig
 
@@ -148,7 +150,7 @@ def judge_untrained(study: Study, config: TrainingConfig, seed: int) -> None:
         study.judge_artifact(f"even steps, {reuse}", artifact)
 
 
-def judge_trained(study: Study, config: TrainingConfig, seed: int) -> None:
+def judge_trained(study: Study, config: TrainingConfig, seed: int) -> PipelineTrainer:
     """The start, the trained router, and both with fitted forecasts; the choice is of one of them."""
     artifacts: dict[str, Any] = {}
     trainer = study.trainer(config, seed)
@@ -158,17 +160,19 @@ def judge_trained(study: Study, config: TrainingConfig, seed: int) -> None:
 
     ends = (config.start_trajectories, config.start_trajectories + config.trajectories)
     with trainer:
-        study.go_on(
-            f"whole-{seed}", trainer, dict(zip(ends, map(keep, ("measured", "trained")), strict=True))
-        )
+        see = dict(zip(ends, map(keep, ("measured", "trained")), strict=True))
+        study.go_on(f"whole-{seed}", trainer, see)
         chosen = trainer.run.context.chosen
         artifacts["fitted"] = trainer.artifact()
     for name in ("measured", "trained"):
         artifacts[name] = RouterArtifact.load(study.folder / f"{name}-{seed}.json")
         study.judge_artifact(f"{name}, linear, seed {seed}", artifacts[name])
     study.judge_artifact(f"{chosen}, fitted (chosen), seed {seed}", artifacts["fitted"])
-
-    for name in sorted({"measured", "trained"} - {chosen}):
+    fitted = {artifacts["fitted"].plan.compute}
+    for name in ("measured", "trained"):
+        if (plan := artifacts[name].plan.compute) in fitted:
+            continue  # training may leave the start as it is
+        fitted.add(plan)
         second = study.trainer(config, seed)
         with second:
             second.run.start_as(trainer.run)
@@ -179,6 +183,21 @@ def judge_trained(study: Study, config: TrainingConfig, seed: int) -> None:
             study.go_on(f"{name}-fitted-{seed}", second)
             artifact = second.artifact()
         study.judge_artifact(f"{name}, fitted, seed {seed}", artifact)
+    return trainer
+
+
+def judge_learning_rate(
+    study: Study, config: TrainingConfig, seed: int, rate: float, measured: PipelineTrainer
+) -> None:
+    """The router trained from the same start at another learning rate, without a choice, linear."""
+    sdt = dataclasses.replace(config.sdt, learning_rate=rate)
+    alone = dataclasses.replace(config, sdt=sdt, choice_trajectories=0, forecast=ForecastConfig())
+    trainer = study.trainer(alone, seed)
+    with trainer:
+        trainer.run.start_as(measured.run)
+        study.go_on(f"rate-{rate:g}-{seed}", trainer)
+        artifact = trainer.artifact()
+    study.judge_artifact(f"trained at {rate:g}, linear, seed {seed}", artifact)
 
 
 def main() -> None:
@@ -191,12 +210,15 @@ def main() -> None:
     parser.add_argument("--num-inference-steps", type=int, default=28)
     parser.add_argument("--speedup", type=float, default=1.8)
     parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--learning-rate", type=float, help="train once more at this rate")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     study = Study(arguments.folder, num_steps=arguments.num_inference_steps, count=arguments.images)
     config = fashion().train.for_target(target_speedup=arguments.speedup)
     judge_untrained(study, config, arguments.seed)
-    judge_trained(study, config, arguments.seed)
+    measured = judge_trained(study, config, arguments.seed)
+    if rate := arguments.learning_rate:
+        judge_learning_rate(study, config, arguments.seed, rate, measured)
 
 
 if __name__ == "__main__":
