@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from harmonica.core.cache import Reuse
+from harmonica.core.cache import Reuse, values_kept
 from harmonica.integrations.call_owner import current_pipeline
 from harmonica.integrations.recorded.call_tracker import steps_of
 from harmonica.integrations.recorded.kinds import RefusedTransformer
@@ -53,6 +53,10 @@ class PipelineCalls:
             RecordedTransformer(each, _own_forward(each), cacheable=cacheable) for each in self.transformers
         ]
         self.num_steps = 0
+        self.num_calls = 0
+        """Calls of a trajectory whose values are kept side by side: those of a step, and of both transformers
+        where there are two; 0 before the first run."""
+        self._recorded_images = 1
         self._trajectory: PolicyTrajectory | None = None
 
     @property
@@ -104,6 +108,7 @@ class PipelineCalls:
             self.view.record(*args, **kwargs)
             raise _RecordedEnough
 
+        self._recorded_images = len(prompts)
         # Which transformer comes first is up to the pipeline: with two, the first of them.
         self.transformers[0].forward = first
         try:
@@ -141,6 +146,7 @@ class PipelineCalls:
                     replaced.append((transformer, "cache_context"))
             latents = self._call(prompts, rows, has_gradient)
             trajectory.finish()
+            self.num_calls = trajectory.num_calls
         finally:
             trajectory.reset()
             for transformer, name in replaced:
@@ -149,6 +155,15 @@ class PipelineCalls:
 
     def _call(self, prompts: Sequence[Prompt], rows: Sequence[int], has_gradient: bool = False) -> Tensor:
         return sample_pipeline(self.pipe, self.call, prompts, rows, seed=self.seed, has_gradient=has_gradient)
+
+    def kept_bytes(self, reuse: Reuse, forecast_order: int) -> int:
+        """Return the bytes that one image keeps between steps.
+
+        They follow from the outputs' shapes in the recorded call. All branches of all calls count, since each
+        value is kept when it is computed.
+        """
+        values = max(1, self.num_calls) * values_kept(reuse, forecast_order)
+        return self.view.call_bytes() * values // self._recorded_images
 
     def described_call(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Return a call's plain arguments and the names of a prompt's, for an artifact.

@@ -72,6 +72,8 @@ class PolicyTrajectory(Trajectory):
     """A trajectory whose calls follow a policy."""
 
     policy: Policy
+    num_calls = 0
+    """Calls of the last whole trajectory whose values were kept side by side; 0 before there was one."""
 
     def begin(self, policy: Policy) -> None:
         """Follow a policy in the next call of the pipeline."""
@@ -83,6 +85,7 @@ class PolicyTrajectory(Trajectory):
         """End the trajectory of a call of the pipeline that has returned."""
         if self._last is not None:
             self.policy.finish_step(self._last)
+        self.num_calls = len(self._kept)
         self.reset()
 
     def new_kept(self, view: RecordedTransformer) -> KeptValues:

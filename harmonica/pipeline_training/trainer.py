@@ -145,11 +145,15 @@ class PipelineTrainer:
 
     def state(self) -> dict[str, Any]:
         """Return a checkpoint's tensors and plain values, the same on every worker."""
-        return self.run.state() | {"fixed_steps": sorted(self.backend.fixed_steps)}
+        return self.run.state() | {
+            "fixed_steps": sorted(self.backend.fixed_steps),
+            "calls": self.calls.num_calls,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         self.backend.fixed_steps = frozenset(state["fixed_steps"])  # first, since phases begin with it
+        self.calls.num_calls = state.get("calls", 0)  # checkpoints from before have none
         self.run.load_state(state)
 
     def artifact(self, **provenance: Any) -> RouterArtifact:
@@ -177,6 +181,9 @@ class PipelineTrainer:
             rounded_weights=weights.rounded,
             ideal_speedup=plan.ideal_speedup(macs),
             macs_full=macs.full * plan.num_steps,
+            cache_bytes=calls.kept_bytes(
+                self.config.sdt.reuse, 1 if forecast_TBK is None else forecast_TBK.shape[2]
+            ),
             training=self.run.provenance(
                 pipeline=type(calls.pipe).__name__,
                 call=calls.described_call(self.prompts[:1]),

@@ -41,8 +41,13 @@ class Phase(ABC):
 
     @staticmethod
     @abstractmethod
-    def costs(config: TrainingConfig, num_steps: int) -> list[float]:
-        """Return the cost of each of its trajectories, in full samplings of its samples."""
+    def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
+        """Return the cost of each of its trajectories, in full samplings of its samples.
+
+        Args:
+            from_start: every run begins at the first step, as a pipeline's call does; else runs that differ
+                from step i on share what lies before it.
+        """
 
     def begin(self) -> None:  # noqa: B027  # most phases need nothing
         """Prepare the phase from the context that the phases before have left."""

@@ -38,13 +38,16 @@ class StartPhase(Phase):
         self.search = StepSearch(context.sampler.num_steps)
 
     @staticmethod
-    def costs(config: TrainingConfig, num_steps: int) -> list[float]:
+    def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
         """Count the cost of `training.plans.search.step_effects`.
 
         It reuses steps alone, and after the one two before.
         """
         last = num_steps - 1
-        alone, after = sum(range(last)), sum(range(last - 2))  # full steps behind the reused ones
+        # The full steps: those behind the reused ones, or all others.
+        alone, after = sum(range(last)), sum(range(last - 2))
+        if from_start:
+            alone, after = last * last, max(0, last - 2) * (num_steps - 2)
         costs = [1 + (alone + after) / num_steps] * config.measured_trajectories
         if costs and config.target_psnr:  # the plan that is near enough is looked for with the last batch
             costs[-1] += 1 + sum(1 - count / num_steps for count in range(1, num_steps // 2 + 1))
@@ -102,7 +105,7 @@ class RouterPhase(Phase):
         self.weights = StepWeights(context.sampler.num_steps, context.config, context.device)
 
     @staticmethod
-    def costs(config: TrainingConfig, num_steps: int) -> list[float]:
+    def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
         """Count teacher, student, backward and lambda.
 
         The first three are at every step but the first; lambda is where it is due.
@@ -115,7 +118,8 @@ class RouterPhase(Phase):
         if follows_plan(sdt.student, sdt.objective):
             generation = 1 / assumed_speedup(config)
             update += generation
-        refresh = generation * (num_steps + 1) / 2 if config.iepo != "none" else 0.0
+        generations = num_steps if from_start else (num_steps + 1) / 2
+        refresh = generation * generations if config.iepo != "none" else 0.0
         return [update + refresh * (k % config.iepo_every == 0) for k in range(config.trajectories)]
 
     def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
@@ -159,7 +163,7 @@ class ChoicePhase(Phase):
     """The comparison, while it is made."""
 
     @staticmethod
-    def costs(config: TrainingConfig, num_steps: int) -> list[float]:
+    def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
         """Count full images, and those of all plans.
 
         The plans are the trained one and its starts: the first one, a measured and a refined one.
@@ -210,7 +214,7 @@ class ForecastPhase(Phase):
     """The weights, once the plan is final."""
 
     @staticmethod
-    def costs(config: TrainingConfig, num_steps: int) -> list[float]:
+    def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
         """Count a full and a planned trajectory, and a backward for each probe.
 
         A trajectory that tries solutions runs the plan with each of them instead.
@@ -244,16 +248,19 @@ PHASES: tuple[type[Phase], ...] = (StartPhase, RefinePhase, RouterPhase, ChoiceP
 """The phases in the order in which they run."""
 
 
-def phase_budgets(config: TrainingConfig, num_steps: int, *, target: float = 0.0) -> tuple[PhaseBudget, ...]:
+def phase_budgets(
+    config: TrainingConfig, num_steps: int, *, target: float = 0.0, from_start: bool = False
+) -> tuple[PhaseBudget, ...]:
     """Return the costs of the phases of one router's training, in order.
 
     Phases that are left out are not among them.
 
     Args:
         target: the speed to name them by.
+        from_start: every run begins at the first step, as in a pipeline's own loop.
     """
     return tuple(
         PhaseBudget(phase.name, tuple(costs), 0.0 if phase is StartPhase else target)
         for phase in PHASES
-        if (costs := phase.costs(config, num_steps))
+        if (costs := phase.costs(config, num_steps, from_start=from_start))
     )

@@ -23,15 +23,16 @@ class RefinePhase(Phase):
     """The present round, once the phase has begun."""
 
     @staticmethod
-    def costs(config: TrainingConfig, num_steps: int) -> list[float]:
-        """Count full images, the plan, and half of it for each move.
+    def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
+        """Count full images, the plan, and the rest of it for each move.
 
         The plans that are tried come on top.
         """
         speedup = assumed_speedup(config)
         computed = 1 / speedup
         moves = 2 * num_steps * min(computed, 1 - computed)
-        round_costs = [1 + computed * (1 + moves / 2)] * MEASURED + [1 + computed * _SETS] * TRIED
+        each = 1.0 if from_start else 0.5  # what a move runs of the plan
+        round_costs = [1 + computed * (1 + each * moves)] * MEASURED + [1 + computed * _SETS] * TRIED
         return round_costs * config.rounds_of_refinement
 
     def begin(self) -> None:

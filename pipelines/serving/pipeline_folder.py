@@ -24,9 +24,13 @@ from harmonica.validation.settings import require
 
 _BRANCH_FILES = (DIT, PIXART, SANA)
 _THEIR_PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline")
-_NOT_SERVED = ("mask_image", "control_image", "layers", "image_reference")
+_NOT_SERVED = ("mask_image", "control_image", "layers", "image_reference", "images")
+# Arguments of calls that make videos, whose names differ from one pipeline to the next.
+_OF_VIDEOS = ("num_frames", "num_videos_per_prompt", "video_length", "frames", "video")
 # A list is several pictures for one image to them, and a batch to other classes.
 _SEVERAL_PICTURES = ("QwenImageEditPlusPipeline", "Flux2Pipeline", "Flux2KleinPipeline")
+# Guided, they have two timesteps, or one empty negative prompt, whatever the number of images.
+_ONE_IMAGE_A_CALL = ("PRXPipeline", "LongCatImagePipeline")
 _MAX_PICTURES = 4
 _NO_VALUE = (None, inspect.Parameter.empty)
 
@@ -49,6 +53,11 @@ class PipelineFolder:
         if "image" not in self.defaults:
             return 0
         return _MAX_PICTURES if self.class_name in _SEVERAL_PICTURES else 1
+
+    @property
+    def makes_one_image(self) -> bool:
+        """Return whether a call makes one image and no more."""
+        return self.class_name in _ONE_IMAGE_A_CALL
 
     @property
     def needs_pictures(self) -> bool:
@@ -111,7 +120,7 @@ def pipeline_folder(config: ModelConfig) -> PipelineFolder | None:
         argument: parameter.default
         for argument, parameter in inspect.signature(kind.__call__).parameters.items()
     }
-    if "num_frames" in defaults:
+    if any(argument in defaults for argument in _OF_VIDEOS):
         raise ValueError(f"{said}, which generates videos: this endpoint serves images, give such a pipeline")
     if found is None:
         why = "its denoiser is a UNet" if (folder / "unet").is_dir() else "transformer/ is missing"

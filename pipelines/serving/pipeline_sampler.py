@@ -85,6 +85,10 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         self.sizes = self._bounds(champion.arguments)
         super().use(champion, fastest)
 
+    def fix_batch_size(self, most: int) -> int:
+        """Pad every call from now on to one batch size, and return that size."""
+        return super().fix_batch_size(1 if self.folder.makes_one_image else most)
+
     def make_plan(self, artifact: RouterArtifact, version: str) -> PipelineServedPlan:
         """Make the plan of a router that was trained in a pipeline.
 
@@ -200,7 +204,13 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         Pipelines differ in what several pictures or several prompts with pictures mean to them: images of one
         picture and prompt are made together, by `num_images_per_prompt`.
         """
-        shared = (self.size_of(request), request.guidance_scale, bool(request.negative_prompt))
+        shared: tuple[Hashable, ...] = (
+            self.size_of(request),
+            request.guidance_scale,
+            bool(request.negative_prompt),
+        )
+        if self.folder.makes_one_image:
+            return (*shared, request)
         if not request.pictures:
             return shared
         return (*shared, request.subject, request.negative_prompt, request.pictures)

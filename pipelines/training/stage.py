@@ -173,7 +173,8 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
     )
     kind = "GPU" if settings.use_gpu else "CPU"
     wanted = f"{settings.counts[0]} workers of one {kind} each, {settings.placement_strategy}"
-    progress = Progress(all_phase_budgets(settings, config.sampler.num_inference_steps))
+    num_steps, from_start = config.sampler.num_inference_steps, config.pipeline.enabled
+    progress = Progress(all_phase_budgets(settings, num_steps, from_start=from_start))
     try:
         run_watched(trainer.fit, board, settings.stall_timeout_s, wanted, progress)
     except WorkerGroupError as error:

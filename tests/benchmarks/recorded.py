@@ -1,12 +1,15 @@
 """What the view of any diffusers transformer costs: the share of a plan's promise that is realised.
 
-    python -m tests.benchmarks.recorded [--rounds 3] [--tokens 256]
+    python -m tests.benchmarks.recorded [--rounds 3] [--tokens 256] [--compiled]
 
 Transformers of width 1024 with random weights, on one thread. A trajectory is that of a plan that computes
-everything, or reuses every second step, or entries drawn at random; all arms take turns in one run.
+everything, or reuses every second step, or entries drawn at random; all arms take turns in one run. With
+`--compiled` the repeated blocks are compiled in all arms (`transformer.compile_repeated_blocks`), and an arm
+of the plain forward without compilation is added.
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Trans
 from torch import nn
 
 from harmonica.core.plan import Plan
+from harmonica.integrations.recorded.recording import block_modules
 from harmonica.integrations.recorded.view import RecordedTransformer, recorded
 from tests.benchmarks.arms import random_plan
 from tests.benchmarks.timing import Aim, Row, Timing, describe_machine
@@ -117,12 +121,34 @@ def time_arms(arms: dict[str, Callable[[], None]], *, rounds: int) -> dict[str, 
     return {name: Timing(statistics.median(each), max(each) - min(each)) for name, each in seconds.items()}
 
 
-def shares(make: Callable[[int], tuple[nn.Module, dict[str, Any]]], tokens: int, rounds: int) -> list[Row]:
+def compile_blocks(module: Any) -> None:
+    """As `compile_repeated_blocks`, also where diffusers does not say which blocks are repeated (PixArt)."""
+    if module._repeated_blocks:
+        module.compile_repeated_blocks()
+        return
+    for _, block in block_modules(module):
+        block.compile()
+
+
+def shares(
+    make: Callable[[int], tuple[nn.Module, dict[str, Any]]],
+    tokens: int,
+    rounds: int,
+    *,
+    is_compiled: bool = False,
+) -> list[Row]:
     """Realised shares of one transformer, whole steps and random entries."""
     torch.manual_seed(0)
     module, inputs = make(tokens)
     module = module.eval().requires_grad_(False)
     inputs["return_dict"] = False
+    # What is timed in full is another instance: in the view's own, compiled blocks end at each branch.
+    eager, full = module, copy.deepcopy(module)
+    if is_compiled:
+        torch.compiler.reset()
+        eager = copy.deepcopy(module)
+        for each in (module, full):
+            compile_blocks(each)
     with recorded(module, **inputs) as view:
         count, macs = len(view.branches), view.macs()
         plans = {
@@ -131,19 +157,23 @@ def shares(make: Callable[[int], tuple[nn.Module, dict[str, Any]]], tokens: int,
             "random": random_plan(STEPS, count, 0.5),
         }
 
-        @torch.no_grad()
-        def plain() -> None:
-            for _ in range(STEPS):
-                view.forward(**inputs)
+        def plain(forward: Callable[..., Any]) -> Callable[[], None]:
+            @torch.no_grad()
+            def run() -> None:
+                for _ in range(STEPS):
+                    forward(**inputs)
 
-        arms = {name: trajectory(view, plan, inputs) for name, plan in plans.items()}
-        timings = time_arms({"plain": plain, **arms}, rounds=rounds)
+            return run
+
+        arms = {"plain": plain(full)} | ({"eager": plain(eager)} if is_compiled else {})
+        arms |= {name: trajectory(view, plan, inputs) for name, plan in plans.items()}
+        timings = time_arms(arms, rounds=rounds)
     rows = []
     for name, bound in (("whole steps", 0.93), ("random", 0.85)):
         ideal = plans[name].ideal_speedup(macs)
         share = (1 - timings[name].median_s / timings["plain"].median_s) / (1 - 1 / ideal)
         what = f"{type(module).__name__}, {tokens} tokens, {name}, ideal {ideal:.2f}x"
-        seen = {arm: timings[arm] for arm in ("plain", "full", name)}
+        seen = {arm: timing for arm, timing in timings.items() if arm not in plans or arm in ("full", name)}
         rows.append(Row.judge(what, seen, share, "realised share", Aim(">=", bound)))
     return rows
 
@@ -155,11 +185,12 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--compiled", action="store_true", help="compile the repeated blocks")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), flush=True)
     for make in (make_pixart, make_sd3, make_flux):
-        for row in shares(make, arguments.tokens, arguments.rounds):
+        for row in shares(make, arguments.tokens, arguments.rounds, is_compiled=arguments.compiled):
             times = ", ".join(f"{arm} {t.median_s:.3g} s ({t.spread_s:.2g})" for arm, t in row.arms.items())
             verdict = "holds" if row.holds else "missed"
             print(f"{row.what}: {row.value:.3f}; aim {row.aim} {verdict}; {times}", flush=True)

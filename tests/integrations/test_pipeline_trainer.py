@@ -5,6 +5,7 @@ import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny_attached
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.samples import Shard
+from harmonica.pipeline_training.policies import TransformerStep
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.config import TrainingConfig
+from harmonica.training.phases import phase_budgets
 
 CONFIG = dataclasses.replace(ALL_PHASES, batch_size=4, target_speedup=0.0, target_cur=0.4)
 STEPS = 6
@@ -121,3 +124,28 @@ def test_two_workers_train_the_router_of_one(student):
         assert ours == pytest.approx(alone_found, rel=1e-3)
     rows = [list(trainers[rank]._batch(1).keys.indices) for rank in range(2)]
     assert rows == [[4, 5], [6, 7]]
+
+
+def test_costs_count_the_calls_of_the_pipeline(monkeypatch):
+    """Every run begins at the first step: steps that compute everything, in those of a full sampling."""
+    full = 0
+
+    def planned(self: TransformerStep, row: Any) -> Any:
+        nonlocal full
+        full += all(row)
+        return whole(self, row)
+
+    whole = TransformerStep.planned
+    monkeypatch.setattr(TransformerStep, "planned", planned)
+    with make_trainer() as trainer:
+        batch = trainer._batch(0)
+        trainer.backend.step_effects(batch, "forecast")
+        start, router, *rest = phase_budgets(CONFIG, STEPS, from_start=True)
+        assert start.costs[0] == pytest.approx(full / STEPS)
+        calls = mock.Mock(side_effect=trainer.backend._run)
+        monkeypatch.setattr(trainer.backend, "_run", calls)
+        config = dataclasses.replace(CONFIG, iepo="leave_one_out")
+        trainer.backend.image_changes(trainer.router, batch, config)
+    update = (3 * (STEPS - 1) + 1) / STEPS
+    assert router.costs[0] == pytest.approx(update + calls.call_count)
+    assert rest == list(phase_budgets(CONFIG, STEPS)[2:])

@@ -17,6 +17,7 @@ from torch import Tensor
 import harmonica
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
+from harmonica.integrations.recorded.planned_trajectory import PlannedTrajectory
 from harmonica.pipeline_training.sampling import batched
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.config import TrainingConfig
@@ -74,6 +75,26 @@ def test_an_update_is_made_of_all_calls_of_its_step(kind, calls, monkeypatch):
     prompts, call = prompts_of(case)
     harmonica.train_pipeline(case.pipe, prompts, settings(trajectories=1), call=call)
     assert seen == [(i, calls) for i in reversed(range(STEPS - 1))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reuse", ["hold", "forecast"])
+def test_the_artifact_says_what_an_image_keeps_between_steps(kind, reuse, monkeypatch):
+    case, seen = make_case(kind), []
+    prompts, call = prompts_of(case)
+    config = settings(trajectories=1, sdt=SdtConfig(reuse=reuse))
+    artifact = harmonica.train_pipeline(case.pipe, prompts, config, call=call)
+    harmonica.apply(case.pipe, artifact)
+    compute = PlannedTrajectory.compute
+
+    def counting(self: PlannedTrajectory, *args: Any) -> Any:
+        output = compute(self, *args)
+        seen.append(sum(kept.nbytes for kept in self._kept.values()))
+        return output
+
+    monkeypatch.setattr(PlannedTrajectory, "compute", counting)
+    images = len(case.run())
+    assert artifact.cache_bytes * images == max(seen)
 
 
 def test_a_target_of_speed_is_met_and_the_artifact_travels(tmp_path):

@@ -1,5 +1,7 @@
 """The table of transformer classes says what each class of the installed diffusers does."""
 
+import re
+
 import diffusers
 import pytest
 import tiny_transformers
@@ -27,6 +29,11 @@ MUST_WORK = {
     "ZImage",
 }
 
+MUST_BE_DRAWN = {
+    *("AuraFlow", "ChromaTransformer2D", "Flux2", "FluxTransformer2D", "HiDream", "Kandinsky5", "Krea2"),
+    *("Lumina2", "QwenImageTransformer2D", "SD3", "ZImage"),
+}
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_class_does_what_the_table_says(name):
@@ -40,4 +47,12 @@ def test_the_families_that_people_use_work():
     rows = transformer_coverage.committed()
     for start in MUST_WORK:
         assert any(name.startswith(start) and f"| {WORKS} |" in row for name, row in rows.items()), start
-    assert sum(f"| {WORKS} |" in row for row in rows.values()) >= 63
+    assert sum(f"| {WORKS} |" in row for row in rows.values()) >= 70
+
+
+def test_the_endpoint_draws_with_the_image_models_that_people_use():
+    rows = transformer_coverage.committed()
+    drawn = {name for name, row in rows.items() if re.search(r"\| \w+Pipeline[^|]*\|$", row)}
+    for start in MUST_BE_DRAWN:
+        assert any(name.startswith(start) for name in drawn), start
+    assert len(drawn) >= 25

@@ -174,6 +174,8 @@ def rewritten(folder, index=None, transformer=None):
     ("index", "transformer", "message"),
     [
         ("WanPipeline", "WanTransformer3DModel", "which generates videos: this endpoint serves images"),
+        ("LattePipeline", "LatteTransformer3DModel", "which generates videos"),
+        ("WanAnimatePipeline", "WanAnimateTransformer3DModel", "which generates videos"),
         ("StableDiffusionXLPipeline", None, r"without a transformer \(transformer/ is missing\)"),
         ("FluxFillPipeline", "FluxTransformer2DModel", "whose call takes mask_image, which no request has"),
         ("NoSuchPipeline", "FluxTransformer2DModel", "does not have: install the version that wrote it"),

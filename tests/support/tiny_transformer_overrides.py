@@ -25,6 +25,51 @@ def _time(time: float) -> Tensor:
     return torch.full((ROWS,), time)
 
 
+def _cosmos3(module: Any, time: float) -> dict[str, Any]:
+    """One packed sequence of text and a video of two frames."""
+    tokens = TEXT + 2 * IMAGE // 4
+    video = torch.arange(TEXT, tokens)
+    return {
+        "input_ids": torch.arange(TEXT),
+        "text_indexes": torch.arange(TEXT),
+        "position_ids": torch.arange(tokens).repeat(3, 1),
+        "und_len": TEXT,
+        "sequence_length": tokens,
+        "vision_tokens": [torch.randn(1, 4, 2, SIDE, SIDE)],
+        "vision_token_shapes": [(2, SIDE // 2, SIDE // 2)],
+        "vision_sequence_indexes": video,
+        "vision_mse_loss_indexes": video,
+        "vision_timesteps": torch.full((len(video),), time),
+        "vision_noisy_frame_indexes": [torch.arange(2)],
+    }
+
+
+def _protein(module: Any, time: float) -> dict[str, Any]:
+    """Six residues, all of them to be drawn; time rises to 1."""
+    residues = torch.ones(ROWS, 6, dtype=torch.bool)
+    return {
+        "bb_ca": torch.randn(ROWS, 6, 3),
+        "local_latents": torch.randn(ROWS, 6, 4),
+        "bb_ca_time": _time(1 - time),
+        "local_latents_time": _time(1 - time),
+        "padding_mask": residues,
+        "conditioning": {"is_in_context_conditioning": ~residues, "supports_local_latent": residues},
+    }
+
+
+def _camera_video(module: Any, time: float) -> dict[str, Any]:
+    """Three frames of an unmoved camera."""
+    camera = torch.cat([torch.eye(4).flatten(), torch.tensor([4.0, 4.0, 2.0, 2.0])])
+    return {
+        "hidden_states": torch.randn(ROWS, 4, 3, SIDE, SIDE),
+        "timestep": torch.full((ROWS, 1, 3), time),
+        "encoder_hidden_states": torch.randn(ROWS, 1, TEXT, WIDTH),
+        "mask": torch.ones(ROWS, TEXT),
+        "chunk_plucker": torch.randn(ROWS, 6, 3, SIDE, SIDE),
+        "camera_conditions": camera.expand(ROWS, 3, 20),
+    }
+
+
 _UNIT = {"time_scale": 1e-3}  # of classes whose timesteps end at 1
 _OF_WAN = {"rope_max_seq_len": 32}
 _3D_IN_LAST = lambda module, time: {"hidden_states": torch.randn(ROWS, 3, 8, 8, 4)}  # noqa: E731
@@ -35,7 +80,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Flux2Transformer2DModel": _UNIT,
     "Flux3Transformer2DModel": _UNIT,
     "ChromaTransformer2DModel": _UNIT,
-    "LongCatImageTransformer2DModel": _UNIT,
+    "LongCatImageTransformer2DModel": {"config": {"in_channels": 64}, **_UNIT},
     "OvisImageTransformer2DModel": _UNIT,
     "AuraFlowTransformer2DModel": _UNIT,
     "Lumina2Transformer2DModel": _UNIT,
@@ -86,6 +131,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ConsisIDTransformer3DModel": {
         "config": {"max_text_seq_length": TEXT, "time_embed_dim": WIDTH},
         "inputs": _FRAMES_FIRST,
+    },
+    "Cosmos3OmniTransformer": {
+        "config": {
+            "head_dim": 16,
+            "latent_channel": 4,
+            "patch_latent_dim": 16,
+            "vocab_size": 16,
+            "rope_axes_dim": (4, 2, 2),
+        },
+        "inputs": _cosmos3,
     },
     "CosmosTransformer3DModel": {
         "config": {"max_size": (4, 16, 16), "extra_pos_embed_type": None},
@@ -305,7 +360,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "time_scale": 1e-3,
     },
     "NucleusMoEImageTransformer2DModel": {
-        "config": {"num_experts": 4, "moe_intermediate_dim": WIDTH, "capacity_factors": 2.0},
+        "config": {
+            "out_channels": 1,
+            "num_experts": 4,
+            "moe_intermediate_dim": WIDTH,
+            "capacity_factors": 2.0,
+        },
         "inputs": lambda module, time: {"img_shapes": [(1, SIDE, SIDE)] * ROWS},
         "time_scale": 1e-3,
     },
@@ -340,6 +400,29 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "time_scale": 1e-3,
     },
     "QwenImageTransformer2DModel": {"config": {"out_channels": 1}, "time_scale": 1e-3},
+    "RFD4ProteinaTransformer": {
+        "config": {
+            "nlayers": 2,
+            "nheads": 2,
+            "latent_dim": 4,
+            "tri_mult_c": 8,
+            "feats_seq": ("xt_bb_ca", "xt_local_latents"),
+            "feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents"),
+            "feats_pair_repr": ("xt_bb_ca_pair_dists",),
+            "num_sequence_classes": 8,
+        },
+        "inputs": _protein,
+        "time_scale": 1e-3,
+    },
+    "SanaWMTransformer3DModel": {
+        "config": {
+            "softmax_every_n": 2,
+            "linear_head_dim": 16,
+            "chunk_plucker_channels": 6,
+            "caption_channels": WIDTH,
+        },
+        "inputs": _camera_video,
+    },
     "SkyReelsV2Transformer3DModel": {"config": _OF_WAN},
     "StableAudioDiTModel": {
         "config": {
@@ -362,6 +445,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
         "time_scale": 1e-3,
     },
+    "T5FilmDecoder": {
+        "config": {"input_dims": 8, "targets_length": 8, "d_model": WIDTH, "d_kv": 16, "d_ff": 2 * WIDTH},
+        "inputs": lambda module, time: {
+            "encodings_and_masks": [(_text(), torch.ones(ROWS, TEXT))],
+            "decoder_input_tokens": torch.randn(ROWS, 8, 8),
+            "decoder_noise_time": _time(time),
+        },
+        "time_scale": 1e-3,
+    },
     "Transformer2DModel": {
         "config": {"in_channels": WIDTH, "norm_num_groups": 4, "cross_attention_dim": WIDTH},
     },
@@ -371,6 +463,28 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "hidden_states": torch.randn(6, WIDTH, 8, 8),
             "num_frames": 3,
             "encoder_hidden_states": None,
+        },
+    },
+    "WanAnimateTransformer3DModel": {
+        "config": {
+            "in_channels": 12,
+            "latent_channels": 4,
+            "image_dim": WIDTH,
+            "motion_encoder_channel_sizes": {"4": 4, "8": 4, "16": 4},
+            "motion_encoder_size": 16,
+            "motion_style_dim": 8,
+            "motion_dim": 4,
+            "motion_encoder_dim": 8,
+            "face_encoder_hidden_dim": 16,
+            "face_encoder_num_heads": 2,
+            "inject_face_latents_blocks": 2,
+        }
+        | _OF_WAN,
+        "inputs": lambda module, time: {
+            "hidden_states": torch.randn(ROWS, 12, 3, 8, 8),
+            "pose_hidden_states": torch.randn(ROWS, 4, 2, 8, 8),
+            "encoder_hidden_states_image": torch.randn(ROWS, 3, WIDTH),
+            "face_pixel_values": torch.randn(ROWS, 3, 8, 16, 16),
         },
     },
     "WanTransformer3DModel": {"config": _OF_WAN},

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import tiny_transformers
 import torch
+from served_transformers import served
 from torch import Tensor
 
 import harmonica
@@ -39,8 +40,15 @@ part of the costs that branches have in that instance, which is smaller than in 
 means that the rules and overrides of `tests/support/tiny_transformers.py` make no instance or no inputs:
 nobody has looked whether a plan fits.
 
-| class | state | branches | share |
-|---|---|---|---|
+`served` names the pipeline that the endpoint's own code has drawn two images with, under a plan and without
+one, or says with what the endpoint refuses it. There the transformer, the scheduler and the pipeline's loop
+are diffusers'; texts are stood in for by random embeddings and the VAE by three numbers of an image's
+latents, so this says nothing of text encoders and VAEs. {served} classes are drawn with, and three more are
+served by their branch files. "No pipeline" means that none that can be imported has the class as its
+`transformer`.
+
+| class | state | branches | share | served |
+|---|---|---|---|---|
 """
 
 
@@ -52,15 +60,21 @@ class _Steps:
 
 @dataclass(frozen=True)
 class Row:
-    """A class, its state, its branches by kind, and their share of the costs."""
+    """A class, its state, its branches by kind, their share of the costs, and how it is served."""
 
     name: str
     state: str
     branches: str = ""
     share: str = ""
+    served: str = ""
 
     def __str__(self) -> str:
-        return f"| {self.name} | {self.state} | {self.branches} | {self.share} |"
+        return f"| {self.name} | {self.state} | {self.branches} | {self.share} | {self.served} |"
+
+    @property
+    def is_drawn(self) -> bool:
+        """Return whether the endpoint's code has drawn with it."""
+        return self.state == WORKS and bool(re.match(r"\w+Pipeline\b", self.served))
 
 
 @torch.no_grad()
@@ -108,13 +122,13 @@ def row_of(name: str) -> Row:
         AssertionError: it records, and then does not do what it should.
     """
     if (declared := DECLARATIONS.get(name)) and declared.refused:
-        return Row(name, f"refused: {declared.refused}")
+        return Row(name, f"refused: {declared.refused}", served=served(name))
     try:
         module = tiny_transformers.make_transformer(name)
         steps = list(tiny_transformers.step_inputs(name, module, STEPS))
         wanted = _outputs(module, steps)
     except Exception:
-        return Row(name, "not tried")
+        return Row(name, "not tried", served=served(name))
     try:
         with recorded(module, **steps[0]) as view:
             macs, count = view.macs(), len(view.branches)
@@ -124,7 +138,7 @@ def row_of(name: str) -> Row:
             some = _artifact(view, macs, Plan((half, (False,) * count, (True,) * count)))
             _train(view, steps)
     except RefusedTransformer as refusal:
-        return Row(name, f"refused: {str(refusal).partition(': ')[2]}")
+        return Row(name, f"refused: {str(refusal).partition(': ')[2]}", served=served(name))
     harmonica.apply(module, full)
     assert _equal(_outputs(module, steps), wanted), "an all-compute plan changes bits"
     harmonica.remove(module)
@@ -134,7 +148,7 @@ def row_of(name: str) -> Row:
     assert _equal(found[:1], wanted[:1]) and all(each.isfinite().all() for one in found for each in one)
     assert _equal(_outputs(module, steps), wanted), "removal changes bits"
     by_kind = ", ".join(f"{kind} {kinds[kind]}" for kind in KINDS if kinds[kind])
-    return Row(name, WORKS, by_kind, f"{sum(macs.branches) / macs.full:.2f}")
+    return Row(name, WORKS, by_kind, f"{sum(macs.branches) / macs.full:.2f}", served(name, module, some))
 
 
 def committed() -> dict[str, str]:
@@ -154,7 +168,8 @@ def write_table() -> None:
     """Try all classes and write the table."""
     rows = [row_of(name) for name in tiny_transformers.transformer_classes()]
     works = sum(row.state == WORKS for row in rows)
-    head = _HEAD.format(version=diffusers.__version__, works=works, all=len(rows))
+    drawn = sum(row.is_drawn for row in rows)
+    head = _HEAD.format(version=diffusers.__version__, works=works, all=len(rows), served=drawn)
     TABLE.write_text(head + "".join(f"{row}\n" for row in rows))
 
 

@@ -104,6 +104,10 @@ class BlockGraph:
         each = tuple(branch.macs for branch in branches)
         return Macs(each, self.macs // self.rows - sum(each))
 
+    def bytes_of(self, branches: Sequence[RecordedBranch]) -> int:
+        """Return the bytes that these branches keep of the recorded call, all rows."""
+        return sum(self.units[name].nbytes for branch in branches for name in branch.units)
+
 
 def describe(branches: Sequence[RecordedBranch]) -> list[dict[str, Any]]:
     """Return the branches as JSON values."""

@@ -41,6 +41,21 @@ DECLARATIONS: dict[str, Declaration] = {
     "SD3Transformer2DModel": Declaration({"attn2": "attn"}),
     # The block computes its feed-forward itself, from three linear layers.
     "PRXTransformer2DModel": Declaration({"down_proj": "mlp"}),
+    # Blocks of a trunk over residues: attention with a pair bias, and a gated feed-forward.
+    "RFD4ProteinaTransformer": Declaration({"mhba": "attn", "transition": "mlp"}),
+    "T5FilmDecoder": Declaration({"DenseReluDense": "mlp"}),
+    "AnyFlowFARTransformer3DModel": Declaration(
+        refused="it draws a video in chunks, and each chunk's attention fills a cache of keys and values "
+        "that later chunks read: a reused attention would leave it empty"
+    ),
+    "SanaWMLTX2RefinerTransformer3DModel": Declaration(
+        refused="it refines a video in blocks, and each block's attention fills a cache of keys and values "
+        "that later blocks read: a reused attention would leave it empty"
+    ),
+    "WanAnimate2Transformer3DModel": Declaration(
+        refused="its attention is flex_attention, whose multiply-accumulates torch does not count, and reads "
+        "keys and values that a pass over the reference has to fill before the steps"
+    ),
     "Kandinsky6SRTransformer3DModel": Declaration(
         refused="its attention is flex_attention, whose multiply-accumulates torch does not count"
     ),

@@ -39,6 +39,8 @@ class Unit:
     """Units whose outputs it is given, and `INPUT` where it is given the block's own input."""
     macs: int = 0
     """Multiply-accumulates of the whole call, for all rows of the batch."""
+    nbytes: int = 0
+    """Bytes of the tensors that it returned, for all rows of the batch."""
     reaches_output: bool = False
     """Whether its output, unread by another unit, is part of what the block returns."""
     is_overwritten: bool = False
@@ -153,6 +155,7 @@ class _Recorder:
                 return None
             unit = self._stack.pop()
             unit.macs += self.flops.get_total_flops() // 2
+            unit.nbytes = sum(each.nbytes for each in tensors_of(output))
             self.recording.units.append(unit)
             tensors = [(each, -1 if each.is_inference() else each._version) for each in tensors_of(output)]
             self._outputs[unit.name] = unit, [pair for pair in tensors if pair[1] >= 0]

@@ -24,7 +24,9 @@ from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.integrations.scheduler_guard import SecondCallError
 from harmonica.integrations.trajectory_claim import TrajectoryClaim
 
-_TIMESTEPS = ("timestep", "timesteps", "t")  # the arguments' names in diffusers
+_TIMESTEPS = (  # the arguments' names in diffusers
+    *("timestep", "timesteps", "t", "decoder_noise_time", "vision_timesteps", "bb_ca_time"),
+)
 
 
 class Trajectory(ABC):

@@ -167,6 +167,11 @@ class RecordedTransformer:
         assert self._graph is not None, "recorded by the first forward"
         return self._graph.macs_of(self.branches)
 
+    def call_bytes(self) -> int:
+        """Return the bytes that the branches keep of the recorded call, all rows."""
+        assert self._graph is not None, "recorded by the first forward"
+        return self._graph.bytes_of(self.branches)
+
     def shape(self) -> dict[str, Any]:
         """Return class and branches as JSON values."""
         import diffusers
