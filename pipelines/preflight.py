@@ -49,13 +49,14 @@ def check_pipeline(config: WorkflowConfig, storage: RunStorage) -> None:
     Raises:
         ValueError: names field, value and cure.
     """
-    from harmonica.pipeline_training.pipeline_folder import PipelineFolder
+    from harmonica.integrations.pipeline_folder import PipelineFolder
+    from harmonica.pipeline_training.trainable import check_trainable
 
     refuse_settings(config)
     if not config.model.path:
         raise ValueError("model.path is '': give the folder of a diffusers pipeline")
     folder = PipelineFolder.read(config.model.path, config.model.revision)
-    folder.check(config.pipeline.call(config.sampler.num_inference_steps))
+    check_trainable(folder, config.pipeline.call(config.sampler.num_inference_steps))
     _check_router(config, storage)
     _check_promotion(config, storage)
     to_do = {stage for stage in config.stages if not resume.is_finished(stage, config, storage)}

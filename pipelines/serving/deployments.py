@@ -27,7 +27,6 @@ from .engine import GenerationEngine
 from .image_sampler import ImageSampler
 from .images_api import create_app
 from .metrics import ServeMetrics
-from .pipeline_folder import pipeline_folder
 from .pipeline_sampler import PipelineSampler
 from .planned_sampler import PlannedSampler
 from .registry_watcher import RegistryWatcher, ServeArgs
@@ -39,6 +38,7 @@ from .requests import (
     Preview,
     Progress,
 )
+from .servable_pipeline import servable_pipeline
 
 GENERATION_DEPLOYMENT = "Sampler"
 """Name of `GenerationDeployment` in Serve: a label of its metrics, and a key in files of `serve build`."""
@@ -58,8 +58,8 @@ def make_sampler(model: ModelConfig, config: ServeConfig) -> PlannedSampler[Any]
         ValueError: the model cannot be loaded or cannot generate images, or settings that it does not follow.
     """
     device = "cuda" if config.use_gpu else "cpu"
-    folder = pipeline_folder(model)
-    if folder is None:
+    pipeline = servable_pipeline(model)
+    if pipeline is None:
         loaded = load_model(model, device)
         return ImageSampler(loaded, device, over_limit=config.over_limit, max_steps=config.max_steps)
     require(
@@ -69,7 +69,7 @@ def make_sampler(model: ModelConfig, config: ServeConfig) -> PlannedSampler[Any]
         "give truncate, since a diffusers pipeline reads as much of a prompt as it takes",
     )
     limits = {"max_steps": config.max_steps, "max_pixels": config.max_pixels}
-    return PipelineSampler(folder, model, device, **limits)
+    return PipelineSampler(pipeline, model, device, **limits)
 
 
 class GenerationDeployment:

@@ -20,8 +20,8 @@ from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig
 from .image_request import ImageRequest, Picture, SettingRejected
 from .image_sizes import SizeBounds
 from .pipeline_call import PipelineServedPlan, call_arguments
-from .pipeline_folder import PipelineFolder
 from .planned_sampler import OnPreview, PlannedSampler
+from .servable_pipeline import ServablePipeline
 from .served_plan import UNCACHED
 
 _PROBE_SIDE = 256
@@ -38,7 +38,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
 
     def __init__(
         self,
-        folder: PipelineFolder,
+        pipeline: ServablePipeline,
         config: ModelConfig,
         device: str = "cpu",
         *,
@@ -52,10 +52,10 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
             max_pixels: largest area of an image; the pipeline's own size is always allowed.
         """
         super().__init__(max_steps)
-        self.folder = folder
-        self.pipe = folder.load(config, device)
+        self.pipeline = pipeline
+        self.pipe = pipeline.folder.load(dtype=getattr(torch, config.dtype), device=device)
         self._exchanged = ExchangedPlans(self.pipe)
-        self.max_pictures, self.needs_pictures = folder.max_pictures, folder.needs_pictures
+        self.max_pictures, self.needs_pictures = pipeline.max_pictures, pipeline.needs_pictures
         self._max_pixels = max_pixels
         self.sizes: SizeBounds = self._bounds({})
 
@@ -68,7 +68,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         # Two latents a side become one token, by patches or by packing.
         multiple = factor * max(2, patch)
         own = getattr(pipe, "default_sample_size", None) or transformer.get("sample_size")
-        side = self.folder.defaults["height"] or (int(own) * factor if isinstance(own, int) else 1024)
+        side = self.pipeline.defaults["height"] or (int(own) * factor if isinstance(own, int) else 1024)
         sides = [arguments.get(name) or side for name in ("width", "height")]
         width, height = (max(1, each // multiple) * multiple for each in sides)
         table = transformer.get("pos_embed_max_size")
@@ -93,11 +93,11 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         """
         call = artifact.training.get("call", {})
         arguments = {
-            name: value for name, value in call.get("arguments", {}).items() if name in self.folder.defaults
+            name: value for name, value in call.get("arguments", {}).items() if name in self.pipeline.defaults
         }
         named = {*arguments, *call.get("prompt_arguments", ())}
         has_negative = any(name.startswith("negative_prompt") for name in named)
-        is_guided = has_negative or not self.folder.guides_by_negative_prompt
+        is_guided = has_negative or not self.pipeline.guides_by_negative_prompt
         scale = self._guidance_scale(arguments) if is_guided else 1.0
         scores = [[round(score, 3) for score in row] for row in artifact.logits_TB.sigmoid().tolist()]
         return PipelineServedPlan(
@@ -129,14 +129,14 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         """Return the settings that the pipeline's call has by default."""
         return SamplerConfig(
             name="diffusers",
-            num_inference_steps=int(self.folder.defaults.get("num_inference_steps") or 50),
+            num_inference_steps=int(self.pipeline.defaults.get("num_inference_steps") or 50),
             guidance_scale=self._guidance_scale({}),
             scheduler=json.loads(self.pipe.scheduler.to_json_string()),
         )
 
     def _guidance_scale(self, arguments: Mapping[str, Any]) -> float:
-        name = self.folder.guidance
-        scale = arguments.get(name, self.folder.defaults.get(name)) if name else 1.0
+        name = self.pipeline.guidance
+        scale = arguments.get(name, self.pipeline.defaults.get(name)) if name else 1.0
         return min(max(float(scale or 1.0), 1.0), MAX_GUIDANCE_SCALE)
 
     def try_out(self, artifact: RouterArtifact, served: PipelineServedPlan) -> None:
@@ -162,8 +162,8 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         Raises:
             SettingRejected: it does not.
         """
-        served, name = served or self.champion, self.folder.class_name
-        if request.negative_prompt and not self.folder.takes_negative_prompts:
+        served, name = served or self.champion, self.pipeline.class_name
+        if request.negative_prompt and not self.pipeline.takes_negative_prompts:
             raise SettingRejected(
                 "negative_prompt", f"negative_prompt is set and a {name} is not guided by one: leave it out"
             )
@@ -178,7 +178,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
             raise SettingRejected(
                 "image", f"image has a side of {small} pixels: give {self.sizes.multiple} or more"
             )
-        if request.guidance_scale is not None and not self.folder.guidance:
+        if request.guidance_scale is not None and not self.pipeline.guidance:
             raise SettingRejected(
                 "guidance_scale", f"guidance_scale is set and a {name} has none: leave it out"
             )
@@ -227,8 +227,8 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
             ValueError: the pipeline refuses its arguments, or makes another size.
         """
         served, num_asked = served or self.champion, len(requests)
-        call = call_arguments(self.folder, self.padded(requests), served, self.size_of(requests[0]))
-        if on_preview is not None and "callback_on_step_end" in self.folder.defaults:
+        call = call_arguments(self.pipeline, self.padded(requests), served, self.size_of(requests[0]))
+        if on_preview is not None and "callback_on_step_end" in self.pipeline.defaults:
             call["callback_on_step_end"] = _telling(on_preview)
         with self._exchanged.under(served.forwards), torch.no_grad():
             images = self.pipe(**call, return_dict=False)[0]
@@ -236,7 +236,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         if images_NCHW.shape[2:] != (call["height"], call["width"]):
             height, width = images_NCHW.shape[2:]
             raise ValueError(
-                f"{self.folder.class_name} made {width}x{height} of {call['width']}x{call['height']}"
+                f"{self.pipeline.class_name} made {width}x{height} of {call['width']}x{call['height']}"
             )
         return images_NCHW
 

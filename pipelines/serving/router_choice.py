@@ -19,7 +19,7 @@ from harmonica.models.loading import LoadedModel, ModelConfig, load_model
 from ..tracking import registry
 from ..tracking.mlflow_store import database_of, tracking_uri, without_credentials
 from .model_check import check_is_whole
-from .pipeline_folder import PipelineFolder, pipeline_folder
+from .servable_pipeline import ServablePipeline, servable_pipeline
 from .served_plan import UNCACHED
 
 
@@ -118,21 +118,21 @@ def _mismatch_of(model: ModelConfig) -> Callable[[RouterArtifact | None], str]:
     Raises:
         ValueError: the model cannot generate images.
     """
-    folder = pipeline_folder(model)
-    if folder is not None:  # weights are compared where they are loaded, on the replicas
-        return partial(_other_class, folder)
+    pipeline = servable_pipeline(model)
+    if pipeline is not None:  # weights are compared where they are loaded, on the replicas
+        return partial(_other_class, pipeline)
     loaded = load_model(model)
     check_is_whole(loaded)
     return partial(_other_model, loaded)
 
 
-def _other_class(folder: PipelineFolder, artifact: RouterArtifact | None) -> str:
+def _other_class(pipeline: ServablePipeline, artifact: RouterArtifact | None) -> str:
     assert artifact is not None, "there is an artifact unless `why_not` says why there is none"
     made_for = artifact.model.get(ARCHITECTURE_KEY)
     if made_for is None:
         return f"it was made for a {artifact.model.get('architecture')} outside of any pipeline"
-    if made_for != folder.transformer_class:
-        return f"it was made for a {made_for}, and {folder.class_name} has a {folder.transformer_class}"
+    if made_for != pipeline.transformer_class:
+        return f"it was made for a {made_for}, and {pipeline.class_name} has a {pipeline.transformer_class}"
     return ""
 
 

@@ -144,7 +144,7 @@ def opened_job(config: WorkflowConfig, device: torch.device, shard: Shard) -> It
         yield BranchedJob(*start_run(config, device, shard_model=config.train.shard_model))
         return
     # Here, since diffusers' pipelines take seconds to import.
-    from harmonica.pipeline_training.pipeline_folder import PipelineFolder
+    from harmonica.integrations.pipeline_folder import PipelineFolder
     from harmonica.pipeline_training.trainer import PipelineTrainer
 
     from ..data.pipeline_prompts import open_prompts, pipeline_call
