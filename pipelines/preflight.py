@@ -21,6 +21,7 @@ from .run_state.routers import load_router
 from .run_state.storage import RunStorage
 from .serving.auth import load_keys
 from .serving.model_check import check_is_whole
+from .serving.servable_pipeline import check_servable
 
 
 def check_model(config: WorkflowConfig, storage: RunStorage) -> tuple[WorkflowConfig, tuple[str, ...]]:
@@ -69,6 +70,7 @@ def check_pipeline(config: WorkflowConfig, storage: RunStorage) -> None:
     if "evaluate" in to_do:
         _check_pipeline_metrics(config, folder.has_vae)
     if "serve" in to_do:
+        check_servable(folder, config.model)
         load_keys(config.serve.api_keys_file)
 
 

@@ -1,6 +1,7 @@
 """Tell what a diffusers pipeline's requests may ask for, or refuse to serve it.
 
-Models with branch files (DiT, PixArt, Sana) are sampled by Harmonica itself, and are not found here.
+Models with branch files (DiT, PixArt, Sana) are sampled by Harmonica itself, unless their router was trained
+in a pipeline.
 """
 
 import inspect
@@ -8,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.pipeline_folder import PipelineFolder
+from harmonica.integrations.recorded.pipelines import is_recorded
 from harmonica.io.repository_files import INDEX
 from harmonica.io.resolve import local_path
 from harmonica.models.dit.diffusers_layout import CLASS_NAME as DIT
@@ -86,26 +89,55 @@ class ServablePipeline:
         return "negative_prompt" in self.defaults and is_looked_at
 
 
-def servable_pipeline(config: ModelConfig) -> ServablePipeline | None:
+def servable_pipeline(config: ModelConfig, artifact: RouterArtifact | None = None) -> ServablePipeline | None:
     """Read what a model's folder says of its pipeline, without its weights.
 
+    Args:
+        artifact: the router to serve. One that was trained in a pipeline is served in the pipeline's loop,
+            also where the model has a branch file.
+
     Returns:
-        None where the model has a branch file, or is no pipeline.
+        None where the model is sampled by its branch file, or is no pipeline.
 
     Raises:
         ValueError: it is a pipeline that is not served, or settings that it does not follow; names the
             field, the value and the cure.
     """
-    path = local_path(config.path, config.revision)
-    if not (path / INDEX).is_file():
+    folder = _pipeline_folder(config)
+    is_in_pipeline = artifact is not None and is_recorded(artifact)
+    if folder is None or (_has_branch_file(folder) and not is_in_pipeline):
         return None
-    folder = PipelineFolder.read(config.path, config.revision)
+    check_servable(folder, config)
+    return ServablePipeline(folder)
+
+
+def has_two_views(config: ModelConfig) -> bool:
+    """Return whether the router decides how a model is sampled.
+
+    It does where a pipeline's transformer has a branch file.
+    """
+    folder = _pipeline_folder(config)
+    return folder is not None and _has_branch_file(folder)
+
+
+def _pipeline_folder(config: ModelConfig) -> PipelineFolder | None:
+    is_pipeline = (local_path(config.path, config.revision) / INDEX).is_file()
+    return PipelineFolder.read(config.path, config.revision) if is_pipeline else None
+
+
+def _has_branch_file(folder: PipelineFolder) -> bool:
     transformer = next(iter(folder.transformers), "")
-    if transformer in _BRANCH_FILES or (not transformer and folder.class_name in _THEIR_PIPELINES):
-        return None
+    return transformer in _BRANCH_FILES or (not transformer and folder.class_name in _THEIR_PIPELINES)
+
+
+def check_servable(folder: PipelineFolder, config: ModelConfig) -> None:
+    """Check that a pipeline is served, and under these settings.
+
+    Raises:
+        ValueError: it is not; names the field, the value and the cure.
+    """
     _check_folder(folder, f"model.path is {config.path}, a {folder.class_name}")
     _check_settings(config)
-    return ServablePipeline(folder)
 
 
 def _check_folder(folder: PipelineFolder, said: str) -> None:
@@ -124,6 +156,8 @@ def _check_folder(folder: PipelineFolder, said: str) -> None:
             )
     if not (folder.takes("height") and folder.takes("width")):
         raise ValueError(f"{said}, whose call takes no height and width: give another pipeline")
+    if "vae" in inspect.signature(folder.pipeline_class.__init__).parameters and not folder.has_vae:
+        raise ValueError(f"{said} without a VAE, which decodes its latents: give the folder with vae/")
 
 
 def _check_settings(config: ModelConfig) -> None:

@@ -165,7 +165,8 @@ def test_routers_of_others_are_refused(images, artifact):
 def rewritten(folder, index=None, transformer=None):
     """The folder's files alone that are read before weights."""
     (folder / "transformer").mkdir(parents=True)
-    parts = {"transformer": ["diffusers", transformer]} if transformer else {}
+    kinds = {"transformer": transformer, "vae": "AutoencoderKL"} if transformer else {}
+    parts = {name: ["diffusers", kind] for name, kind in kinds.items()}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": index, **parts}))
     if transformer:
         (folder / "transformer/config.json").write_text(json.dumps({"_class_name": transformer}))
