@@ -7,7 +7,7 @@ from harmonica.data.conditions import check_conditions
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import LoadedModel, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
-from harmonica.training.feasibility import check_training
+from harmonica.training.feasibility import check_quality_target, check_training
 from harmonica.validation.settings import require
 
 from .config.workflow import Stage, WorkflowConfig
@@ -61,6 +61,8 @@ def check_pipeline(config: WorkflowConfig, storage: RunStorage) -> None:
     _check_router(config, storage)
     _check_promotion(config, storage)
     to_do = {stage for stage in config.stages if not resume.is_finished(stage, config, storage)}
+    if "train" in to_do:
+        check_quality_target(config.train, folder.has_pictures)
     if resume.is_finished("prompts", config, storage):
         pass
     elif late := _before(config.stages, "prompts", ("train", "evaluate", "register", "serve")):

@@ -16,6 +16,7 @@ import torch
 
 from harmonica.io.repository_files import INDEX
 from harmonica.io.resolve import local_path
+from harmonica.io.weight_files import read_json
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.validation.extras import need
 
@@ -85,6 +86,13 @@ class PipelineFolder:
     def transformers(self) -> tuple[str, ...]:
         """Return the classes of the denoisers, in the order in which they are used."""
         return tuple(self.parts[name][1] for name in _TRANSFORMERS if name in self.parts)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Return whether the pipeline ends in pictures, decoded or drawn as pixels."""
+        config = self.path / "transformer" / "config.json"
+        channels = read_json(config).get("in_channels") if config.is_file() else None
+        return self.has_vae or channels in (1, 3)
 
     @property
     def has_unet(self) -> bool:

@@ -95,7 +95,7 @@ class PipelineTrainer:
         self.backend = backend = PipelineBackend(self.calls)
         # A recorded transformer has branches and costs as a model of a branch file does.
         sampler: Any = backend.sampler
-        check_training(self.config, sampler.model, sampler.num_steps)
+        check_training(self.config, sampler.model, sampler.num_steps, has_pictures=backend.has_pictures)
         self.run = RouterTrainer(sampler, self.config, seed=self.seed, device=backend.device, backend=backend)
 
     @property
@@ -193,7 +193,6 @@ def check_settings(config: TrainingConfig) -> None:
     """
     one_by_one = {
         "train.targets": (config.targets, bool(config.targets), "none, and train each"),
-        "train.target_psnr": (config.target_psnr, config.target_psnr > 0, "train.target_speedup"),
         "train.micro_batch_size": (config.micro_batch_size, config.micro_batch_size > 0, 0),
         "train.shard_model": (config.shard_model, config.shard_model, False),
         "train.sdt.objective": (config.sdt.objective, config.sdt.objective == "pairwise", "stepwise"),

@@ -1,0 +1,88 @@
+"""Targets of quality and of several speeds, and micro-batches, of a training in a pipeline's own loop."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from all_phases import ALL_PHASES
+from tiny_pipeline_folder import SIZE, make_pipeline
+from torch import Tensor
+
+import harmonica
+from harmonica.core.plan import Plan
+from harmonica.pipeline_training.sampling import sample_pipeline
+from harmonica.pipeline_training.trainer import PipelineTrainer
+from harmonica.training.config import TrainingConfig
+from harmonica.training.plans.builders import stepwise_plan
+from harmonica.validation.settings import SettingError
+
+STEPS = 7
+PROMPTS = ["a red cat", "the moon"]
+CALL = {
+    "num_inference_steps": STEPS,
+    "height": SIZE,
+    "width": SIZE,
+    "guidance_scale": 3.0,
+    "max_sequence_length": 16,
+}
+QUALITY = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_psnr=30.0, iepo="none")
+
+
+def make_trainer(config: TrainingConfig, **changes: Any) -> PipelineTrainer:
+    """A small Chroma with a VAE, guided."""
+    return PipelineTrainer(make_pipeline(), PROMPTS, config, call=CALL, **changes)
+
+
+def train(trainer: PipelineTrainer) -> list[dict[str, float]]:
+    return [trainer.train_one(lambda tensor: None) for _ in trainer.next_trajectories]
+
+
+def pictures(plan: Plan | None, trainer: PipelineTrainer) -> Tensor:
+    """What the pipeline itself draws in [-1, 1], in full or under a plan that holds or forecasts."""
+    pipe, artifact = make_pipeline(), trainer.artifact()
+    if plan is not None:
+        logits_TB = torch.where(plan.to_tensor(), 1.0, -1.0)
+        applied = dataclasses.replace(artifact, logits_TB=logits_TB, threshold=0.5, forecast_TBK=None)
+        harmonica.apply(pipe, applied)
+    return 2 * sample_pipeline(pipe, CALL, PROMPTS, range(2), seed=0, output_type="pt") - 1
+
+
+def test_a_quality_is_met_in_decoded_pictures_by_the_fastest_start_that_has_it():
+    with make_trainer(QUALITY) as trainer:
+        search, phase = trainer.run.phases[0].search, trainer.run.phase
+        assert phase.name == "start"
+        phase.step(trainer._batch(0), lambda tensor: None)
+        branches = len(trainer.calls.view.branches)
+        plans = {count: stepwise_plan(STEPS, branches, search.best(count)) for count in (1, 2)}
+        full = pictures(None, trainer)
+        found = {
+            count: float(
+                10 * torch.log10(4 / (pictures(plan, trainer) - full).square().flatten(1).mean(1)).mean()
+            )
+            for count, plan in plans.items()
+        }
+        macs = trainer.calls.view.macs()
+    assert found[1] > found[2], "fewer decibels, or there is nothing to tell apart"
+    config = dataclasses.replace(QUALITY, target_psnr=(found[1] + found[2]) / 2)
+    with make_trainer(config) as trainer:
+        first = trainer.train_one(lambda tensor: None)
+        assert first["psnr"] == pytest.approx(found[1], abs=1e-2)
+        assert first["target_speedup"] == pytest.approx(plans[1].ideal_speedup(macs), rel=1e-6)
+        with make_trainer(config) as again:
+            again.load_state(trainer.state())
+            rest = train(trainer)
+            assert len(rest) == config.all_trajectories - 1
+            assert train(again)[1]["beta"] == rest[1]["beta"] > 0
+        artifact = trainer.artifact()
+    assert artifact.ideal_speedup == pytest.approx(plans[1].ideal_speedup(macs), rel=0.02)
+
+
+def test_a_quality_of_latents_is_refused():
+    pipe = make_pipeline()
+    pipe.vae = None
+    with (
+        pytest.raises(SettingError, match=r"train.target_psnr is 30.0: the model draws latents, .* give 0"),
+        PipelineTrainer(pipe, PROMPTS, QUALITY, call=CALL),
+    ):
+        pass
