@@ -93,8 +93,14 @@ class PipelineBackend(TrajectoryBackend):
         output_type: str = "latent",
         has_gradient: bool = False,
     ) -> Tensor:
-        rows, how = batch.keys.indices, {"output_type": output_type, "has_gradient": has_gradient}
-        return precise(self.calls.run(policy, batch.prompts, rows, **how))
+        drawn = self.calls.run(
+            policy,
+            batch.prompts,
+            batch.keys.indices,
+            output_type=output_type,
+            has_gradient=has_gradient,
+        )
+        return precise(drawn)
 
     def _find_fixed(self, steps: Collection[int]) -> None:
         self.fixed_steps |= frozenset(steps) - {self.calls.num_steps - 1}
@@ -130,11 +136,12 @@ class PipelineBackend(TrajectoryBackend):
         average: Callable[[Tensor], None],
         on_gradient: Callable[[int, Tensor], object],
     ) -> list[StepRecord]:
-        (batch,) = batches  # a call of the pipeline draws a whole trajectory, so parts cannot share a step
-        policy = SdtPolicy(sdt, lambda_T, beta, average, on_gradient)
-        self._run(policy, batch)
+        policy = SdtPolicy(sdt)
+        for batch in batches:
+            self._run(policy, batch)
         self._find_fixed(policy.fixed)
-        if not (records := policy.records):
+        records = policy.update(lambda_T, beta=beta, average=average, on_gradient=on_gradient)
+        if not records:
             raise ValueError("no step of the pipeline reuses anything of another: there is nothing to train")
         return records
 

@@ -193,7 +193,6 @@ def check_settings(config: TrainingConfig) -> None:
     """
     one_by_one = {
         "train.targets": (config.targets, bool(config.targets), "none, and train each"),
-        "train.micro_batch_size": (config.micro_batch_size, config.micro_batch_size > 0, 0),
         "train.shard_model": (config.shard_model, config.shard_model, False),
         "train.sdt.objective": (config.sdt.objective, config.sdt.objective == "pairwise", "stepwise"),
         "train.sdt.activation_checkpointing": (True, config.sdt.activation_checkpointing, False),

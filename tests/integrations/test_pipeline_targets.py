@@ -7,6 +7,7 @@ import pytest
 import torch
 from all_phases import ALL_PHASES
 from tiny_pipeline_folder import SIZE, make_pipeline
+from tolerances import of_training
 from torch import Tensor
 
 import harmonica
@@ -14,6 +15,7 @@ from harmonica.core.plan import Plan
 from harmonica.pipeline_training.sampling import sample_pipeline
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.config import TrainingConfig
+from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.builders import stepwise_plan
 from harmonica.validation.settings import SettingError
 
@@ -25,6 +27,12 @@ CALL = {
     "width": SIZE,
     "guidance_scale": 3.0,
     "max_sequence_length": 16,
+}
+UNMEASURED: dict[str, Any] = {
+    "initial": "even",
+    "start_trajectories": 0,
+    "choice_trajectories": 0,
+    "forecast": ForecastConfig(),
 }
 QUALITY = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_psnr=30.0, iepo="none")
 
@@ -86,3 +94,35 @@ def test_a_quality_of_latents_is_refused():
         PipelineTrainer(pipe, PROMPTS, QUALITY, call=CALL),
     ):
         pass
+
+
+@pytest.mark.parametrize("student", ["soft", "hard"])
+def test_parts_of_a_batch_train_the_router_of_the_whole(student):
+    sdt = dataclasses.replace(ALL_PHASES.sdt, student=student, clamp=1.5)
+    config = dataclasses.replace(ALL_PHASES, **UNMEASURED, batch_size=3, sdt=sdt)
+    found = []
+    for size in (0, 2):
+        with make_trainer(dataclasses.replace(config, micro_batch_size=size)) as trainer:
+            metrics, drawn = train(trainer), trainer.artifact()
+        found.append((metrics, drawn))
+    (expected, whole), (metrics, drawn) = found
+    near = of_training(sdt.learning_rate, config.trajectories)
+    assert (whole.logits_TB[:-1].abs() <= 1.5).all(), "the start of 2 is clamped"
+    torch.testing.assert_close(drawn.logits_TB, whole.logits_TB, **near)
+    for ours, theirs in zip(metrics, expected, strict=True):
+        names = [name for name in theirs if name.startswith(("loss", "mse", "lambda", "beta"))]
+        assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-3)
+
+
+def test_no_more_than_a_part_is_drawn_at_a_time():
+    config = dataclasses.replace(ALL_PHASES, batch_size=3, micro_batch_size=2, iepo="none")
+    with make_trainer(config) as trainer:
+        own, sizes = trainer.calls.run, set()
+
+        def run(policy, prompts, rows, **how):
+            sizes.add(len(rows))
+            return own(policy, prompts, rows, **how)
+
+        trainer.calls.run = run
+        train(trainer)
+    assert sizes == {1, 2}

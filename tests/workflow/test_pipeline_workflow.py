@@ -92,7 +92,7 @@ def _arguments(folder: Path, place: Path) -> list[str]:
         (["--evaluate.transfer-steps=9"], ["evaluate.transfer_steps is (9,)", "leave it out"]),
         (["--evaluate.features=classifier"], ["evaluate.features is 'classifier'", "leave it out"]),
         (["--evaluate.lpips-path=/no/such"], ["/no/such does not exist"]),
-        (["--train.micro-batch-size=1"], ["train.micro_batch_size is 1", "give 0"]),
+        (["--train.shard-model"], ["train.shard_model is True", "give False"]),
         (["--stages", "prompts", "sweep"], ["stages is ('prompts', 'sweep')", "leave it out"]),
         (["--stages", "train"], ["no embedded prompts yet", "add the stage prompts before train"]),
         (["--stages", "prompts", "evaluate"], ["no router yet", "add the stage train before evaluate"]),
