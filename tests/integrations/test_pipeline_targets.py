@@ -1,5 +1,6 @@
 """Targets of quality and of several speeds, and micro-batches, of a training in a pipeline's own loop."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -58,7 +59,7 @@ def pictures(plan: Plan | None, trainer: PipelineTrainer) -> Tensor:
 
 def test_a_quality_is_met_in_decoded_pictures_by_the_fastest_start_that_has_it():
     with make_trainer(QUALITY) as trainer:
-        search, phase = trainer.run.phases[0].search, trainer.run.phase
+        search, phase = trainer.run.current.phases[0].search, trainer.run.current.phase
         assert phase.name == "start"
         phase.step(trainer._batch(0), lambda tensor: None)
         branches = len(trainer.calls.view.branches)
@@ -126,3 +127,58 @@ def test_no_more_than_a_part_is_drawn_at_a_time():
         trainer.calls.run = run
         train(trainer)
     assert sizes == {1, 2}
+
+
+FAMILY = dataclasses.replace(
+    ALL_PHASES,
+    target_speedup=1.2,
+    targets=(1.4,),
+    trajectories=1,
+    iepo="none",
+    forecast=ForecastConfig(),
+)
+
+
+def test_each_speed_s_router_is_that_of_a_training_of_its_own():
+    with make_trainer(FAMILY) as trainer:
+        metrics = train(trainer)
+        found = {1.2: trainer.artifact(), 1.4: trainer.extra_artifacts(run_id="r")["1.4x"]}
+    assert len(metrics) == FAMILY.all_trajectories == 1 + 2 * (1 + 1), "the start counts once"
+    assert [each["target_speedup"] for each in metrics] == [1.2] * 3 + [1.4] * 2
+    assert found[1.4].training["target_speedup"] == 1.4 and found[1.4].training["run_id"] == "r"
+    for target, artifact in found.items():
+        assert artifact.ideal_speedup == pytest.approx(target, rel=0.02)
+        with make_trainer(dataclasses.replace(FAMILY, target_speedup=target, targets=())) as alone:
+            train(alone)
+            assert torch.equal(artifact.logits_TB, alone.artifact().logits_TB)
+
+
+def test_several_speeds_go_on_from_any_trajectory():
+    config = dataclasses.replace(FAMILY, **UNMEASURED)
+    with make_trainer(config) as whole:
+        train(whole)
+        wanted = [whole.artifact(), *whole.extra_artifacts().values()]
+    state: dict[str, Any] | None = None
+    for trajectory in range(config.all_trajectories):
+        with make_trainer(config) as trainer:
+            if state is not None:
+                trainer.load_state(state)
+            assert trainer.trajectory == trajectory
+            trainer.train_one(lambda tensor: None)
+            state = copy.deepcopy(trainer.state())
+            found = [trainer.artifact(), *trainer.extra_artifacts().values()]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours.logits_TB, theirs.logits_TB)
+
+
+def test_a_checkpoint_from_before_there_were_several_speeds_is_taken():
+    config = dataclasses.replace(ALL_PHASES, **UNMEASURED, iepo="none")
+    with make_trainer(config) as trainer:
+        trainer.train_one(lambda tensor: None)
+        old = copy.deepcopy(trainer.run.current.state() | {"fixed_steps": []})
+        train(trainer)
+        with make_trainer(config) as again:
+            again.load_state(old)
+            assert again.trajectory == 1
+            train(again)
+            assert torch.equal(again.artifact().logits_TB, trainer.artifact().logits_TB)

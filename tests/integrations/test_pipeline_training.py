@@ -214,13 +214,18 @@ def test_lambda_is_that_of_the_branch_files(kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_speedup": 1.3, "targets": (1.5,)}, r"train.targets is \(1.5,\)"),
         ({"sdt": SdtConfig(activation_checkpointing=True)}, "train.sdt.activation_checkpointing is True"),
     ],
 )
 def test_settings_without_a_counterpart_are_refused(changes, message):
     with pytest.raises(SettingError, match=f"{message}, which training in a pipeline does not do: give"):
         harmonica.train_pipeline(None, ["a"], settings(**changes))
+
+
+def test_several_speeds_are_not_returned_as_one_router():
+    config = settings(target_speedup=1.3, targets=(1.5,))
+    with pytest.raises(SettingError, match=r"train.targets is \(1.5,\): give none, since one router is ret"):
+        harmonica.train_pipeline(None, ["a"], config)
 
 
 def test_pipelines_and_prompts_that_do_not_fit_are_refused():
