@@ -4,7 +4,7 @@ Shapes: N images, C channels, H W image.
 """
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig
 from .image_request import ImageRequest, Picture, SettingRejected
 from .image_sizes import SizeBounds
 from .pipeline_call import PipelineServedPlan, call_arguments
+from .pipeline_previews import LatentDecoder, WatchedSteps
 from .planned_sampler import OnPreview, PlannedSampler
 from .servable_pipeline import ServablePipeline
 from .served_plan import UNCACHED
@@ -35,6 +36,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
     """
 
     has_previews = False
+    """Known once an image was made."""
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         super().__init__(max_steps)
         self.pipeline = pipeline
         self.pipe = pipeline.folder.load(dtype=getattr(torch, config.dtype), device=device)
-        self._exchanged = ExchangedPlans(self.pipe)
+        self._exchanged, self._decoder = ExchangedPlans(self.pipe), LatentDecoder(self.pipe)
         self.max_pictures, self.needs_pictures = pipeline.max_pictures, pipeline.needs_pictures
         self._max_pixels = max_pixels
         self.sizes: SizeBounds = self._bounds({})
@@ -148,6 +150,14 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         if not self.generate([self.probe()], served).isfinite().all():
             raise ValueError("the router's sample is not finite: the weights or the router are damaged")
 
+    def warm_up(self, served: PipelineServedPlan, size: int) -> None:
+        """Generate a small image if there was none.
+
+        Then it is known whether there are previews.
+        """
+        if self._decoder.works is None:
+            self.generate([self.probe()], served)
+
     def probe(self) -> ImageRequest:
         """Return a request for a small image."""
         width, height = self.sizes.default
@@ -218,7 +228,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         Args:
             requests: after `fix_batch_size` no more than that; the batch is padded with copies of the first.
             served: the plan to generate under. Default: the champion's.
-            on_preview: called after every step, where the pipeline tells of them; nothing is predicted.
+            on_preview: called after every step.
 
         Returns:
             Images (N, C, H, W) in [-1, 1], on the CPU.
@@ -226,29 +236,22 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         Raises:
             ValueError: the pipeline refuses its arguments, or makes another size.
         """
-        served, num_asked = served or self.champion, len(requests)
-        call = call_arguments(self.pipeline, self.padded(requests), served, self.size_of(requests[0]))
-        if on_preview is not None and "callback_on_step_end" in self.pipeline.defaults:
-            call["callback_on_step_end"] = _telling(on_preview)
-        with self._exchanged.under(served.forwards), torch.no_grad():
+        served, size = served or self.champion, self.size_of(requests[0])
+        call = call_arguments(self.pipeline, self.padded(requests), served, size)
+
+        def on_step(step: int, clean: Tensor) -> None:
+            if on_preview is not None:
+                on_preview(step, lambda indices: self._decoder.decode(clean[list(indices)], size))
+
+        steps = WatchedSteps(on_step)
+        with self._exchanged.under(served.forwards), steps.of(self.pipe.scheduler), torch.no_grad():
             images = self.pipe(**call, return_dict=False)[0]
-        images_NCHW: Tensor = images[:num_asked].float().cpu() * 2 - 1
+        images_NCHW: Tensor = images.float().cpu() * 2 - 1
         if images_NCHW.shape[2:] != (call["height"], call["width"]):
             height, width = images_NCHW.shape[2:]
             raise ValueError(
                 f"{self.pipeline.class_name} made {width}x{height} of {call['width']}x{call['height']}"
             )
-        return images_NCHW
-
-
-def _telling(on_preview: OnPreview) -> Callable[..., dict[str, Any]]:
-    """Return a pipeline's `callback_on_step_end` that counts steps."""
-
-    def predict(indices: Sequence[int]) -> Tensor:
-        raise NotImplementedError("a pipeline predicts no previews: has_previews is False")
-
-    def tell(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_preview(i + 1, predict)
-        return tensors
-
-    return tell
+        self._decoder.check(steps.latents, images_NCHW, size)
+        self.has_previews = bool(self._decoder.works)
+        return images_NCHW[: len(requests)]

@@ -152,12 +152,6 @@ def test_a_plan_edits_and_generates_and_the_picture_counts(client):
         ({"prompt": "a", "size": "65x64"}, {"image": picture()}, "size", "size is '65x64': give multiples"),
         ({"prompt": ["a", "b"]}, {"image": picture()}, "prompt", "prompt is there twice: send it once"),
         (
-            {"prompt": "a", "partial_images": "2", "stream": "true"},
-            {"image": picture()},
-            "partial_images",
-            "has no previews",
-        ),
-        (
             {"prompt": "a", "negative_prompt": "b"},
             {"image": picture()},
             "negative_prompt",

@@ -356,7 +356,7 @@ def test_a_replica_tries_its_router_out(folder, artifact, tmp_path, router):
         return await engine.describe()
 
     card = asyncio.run(start())
-    assert (card.router_version, card.class_names, card.has_previews) == (router, (), False)
+    assert (card.router_version, card.class_names, card.has_previews) == (router, (), True)
     by_quality = {quality: each for each in card.routers for quality in each.quality}
     assert by_quality["high"].version == "uncached" and by_quality["medium"].version == router
     assert by_quality["high"].num_inference_steps == (tiny.STEPS if router == "trained" else 28)
