@@ -7,7 +7,7 @@ from harmonica.data.conditions import check_conditions
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import LoadedModel, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
-from harmonica.training.feasibility import check_training
+from harmonica.training.feasibility import check_quality_target, check_training
 from harmonica.validation.settings import require
 
 from .config.workflow import Stage, WorkflowConfig
@@ -21,6 +21,7 @@ from .run_state.routers import load_router
 from .run_state.storage import RunStorage
 from .serving.auth import load_keys
 from .serving.model_check import check_is_whole
+from .serving.servable_pipeline import check_servable
 
 
 def check_model(config: WorkflowConfig, storage: RunStorage) -> tuple[WorkflowConfig, tuple[str, ...]]:
@@ -49,16 +50,19 @@ def check_pipeline(config: WorkflowConfig, storage: RunStorage) -> None:
     Raises:
         ValueError: names field, value and cure.
     """
-    from harmonica.pipeline_training.pipeline_folder import PipelineFolder
+    from harmonica.integrations.pipeline_folder import PipelineFolder
+    from harmonica.pipeline_training.trainable import check_trainable
 
     refuse_settings(config)
     if not config.model.path:
         raise ValueError("model.path is '': give the folder of a diffusers pipeline")
     folder = PipelineFolder.read(config.model.path, config.model.revision)
-    folder.check(config.pipeline.call(config.sampler.num_inference_steps))
+    check_trainable(folder, config.pipeline.call(config.sampler.num_inference_steps))
     _check_router(config, storage)
     _check_promotion(config, storage)
     to_do = {stage for stage in config.stages if not resume.is_finished(stage, config, storage)}
+    if "train" in to_do:
+        check_quality_target(config.train, folder.has_pictures)
     if resume.is_finished("prompts", config, storage):
         pass
     elif late := _before(config.stages, "prompts", ("train", "evaluate", "register", "serve")):
@@ -68,6 +72,7 @@ def check_pipeline(config: WorkflowConfig, storage: RunStorage) -> None:
     if "evaluate" in to_do:
         _check_pipeline_metrics(config, folder.has_vae)
     if "serve" in to_do:
+        check_servable(folder, config.model)
         load_keys(config.serve.api_keys_file)
 
 

@@ -65,17 +65,42 @@ class PipelineBackend(TrajectoryBackend):
         device: torch.device = next(self.calls.transformers[0].parameters()).device
         return device
 
+    @property
+    def has_pictures(self) -> bool:
+        return self.calls.has_pictures
+
     def images(self, batch: PipelineBatch, plan: Plan | None = None, reuse: Reuse = "hold") -> Tensor:
+        return self._drawn(batch, plan, reuse, "latent")
+
+    def pictures(self, batch: PipelineBatch, plan: Plan | None = None, reuse: Reuse = "hold") -> Tensor:
+        if not self.calls.has_decoder:
+            return self.images(batch, plan, reuse)
+        return 2 * self._drawn(batch, plan, reuse, "pt") - 1
+
+    def _drawn(self, batch: PipelineBatch, plan: Plan | None, reuse: Reuse, output_type: str) -> Tensor:
         assert plan is None or reuse == self.calls.reuse, "the calls keep what their own reuse needs"
         shape = (self.calls.num_steps, len(self.calls.view.branches))
         policy = PlanPolicy(plan or Plan.full(*shape))
-        latents_NX = self._run(policy, batch)
+        drawn_NX = self._run(policy, batch, output_type=output_type)
         self._find_fixed(policy.fixed)
-        return latents_NX
+        return drawn_NX
 
-    def _run(self, policy: Policy, batch: PipelineBatch, *, has_gradient: bool = False) -> Tensor:
-        rows = batch.keys.indices
-        return precise(self.calls.run(policy, batch.prompts, rows, has_gradient=has_gradient))
+    def _run(
+        self,
+        policy: Policy,
+        batch: PipelineBatch,
+        *,
+        output_type: str = "latent",
+        has_gradient: bool = False,
+    ) -> Tensor:
+        drawn = self.calls.run(
+            policy,
+            batch.prompts,
+            batch.keys.indices,
+            output_type=output_type,
+            has_gradient=has_gradient,
+        )
+        return precise(drawn)
 
     def _find_fixed(self, steps: Collection[int]) -> None:
         self.fixed_steps |= frozenset(steps) - {self.calls.num_steps - 1}
@@ -114,11 +139,12 @@ class PipelineBackend(TrajectoryBackend):
         average: Callable[[Tensor], None],
         on_gradient: Callable[[int, Tensor], object],
     ) -> list[StepRecord]:
-        (batch,) = batches  # a call of the pipeline draws a whole trajectory, so parts cannot share a step
-        policy = SdtPolicy(sdt, lambda_T, beta, average, on_gradient)
-        self._run(policy, batch)
+        policy = SdtPolicy(sdt)
+        for batch in batches:
+            self._run(policy, batch)
         self._find_fixed(policy.fixed)
-        if not (records := policy.records):
+        records = policy.update(lambda_T, beta=beta, average=average, on_gradient=on_gradient)
+        if not records:
             raise ValueError("no step of the pipeline reuses anything of another: there is nothing to train")
         return records
 

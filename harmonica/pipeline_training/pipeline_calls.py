@@ -18,6 +18,7 @@ from harmonica.integrations.recorded.kinds import RefusedTransformer
 from harmonica.integrations.recorded.pipelines import transformers_of
 from harmonica.integrations.recorded.trajectory import TransformerCall
 from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.models.vae import draws_pixels
 from harmonica.pipeline_training.policies import Policy, PolicyTrajectory
 from harmonica.pipeline_training.sampling import Prompt, batched, sample_pipeline
 from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig
@@ -123,13 +124,32 @@ class PipelineCalls:
         if self.num_steps < 2:
             raise ValueError(f"the pipeline makes {self.num_steps} steps: give num_inference_steps 2 or more")
 
+    @property
+    def has_decoder(self) -> bool:
+        """Return whether the pipeline decodes its latents to pictures or videos."""
+        has_processor = any(hasattr(self.pipe, name) for name in ("image_processor", "video_processor"))
+        return has_processor and getattr(self.pipe, "vae", None) is not None
+
+    @property
+    def has_pictures(self) -> bool:
+        """Return whether the pipeline ends in pictures: decoded, or drawn as pixels."""
+        config: Any = self.transformers[0].config
+        return self.has_decoder or ("in_channels" in config and draws_pixels(config))
+
     def run(
-        self, policy: Policy, prompts: Sequence[Prompt], rows: Sequence[int], *, has_gradient: bool = False
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        rows: Sequence[int],
+        *,
+        output_type: str = "latent",
+        has_gradient: bool = False,
     ) -> Tensor:
-        """Call the pipeline under a policy; returns the latents (N, ...).
+        """Call the pipeline under a policy; returns its latents or pictures (N, ...).
 
         Args:
             rows: the rows' names: the noise of each is the same in every call.
+            output_type: as the pipeline takes it: `latent`, or `pt` for pictures from 0 to 1.
             has_gradient: keep the graph of what the policy's calls give, through the pipeline's loop.
         """
         trajectory = self._trajectory
@@ -144,17 +164,17 @@ class PipelineCalls:
                 if hasattr(type(transformer), "cache_context"):
                     transformer.cache_context = call.cache_context  # type: ignore[assignment]
                     replaced.append((transformer, "cache_context"))
-            latents = self._call(prompts, rows, has_gradient)
+            drawn = self._call(prompts, rows, output_type=output_type, has_gradient=has_gradient)
             trajectory.finish()
             self.num_calls = trajectory.num_calls
         finally:
             trajectory.reset()
             for transformer, name in replaced:
                 delattr(transformer, name)
-        return latents
+        return drawn
 
-    def _call(self, prompts: Sequence[Prompt], rows: Sequence[int], has_gradient: bool = False) -> Tensor:
-        return sample_pipeline(self.pipe, self.call, prompts, rows, seed=self.seed, has_gradient=has_gradient)
+    def _call(self, prompts: Sequence[Prompt], rows: Sequence[int], **how: Any) -> Tensor:
+        return sample_pipeline(self.pipe, self.call, prompts, rows, seed=self.seed, **how)
 
     def kept_bytes(self, reuse: Reuse, forecast_order: int) -> int:
         """Return the bytes that one image keeps between steps.

@@ -141,30 +141,20 @@ class Generation(Policy):
 
 @dataclass
 class SdtPolicy(Policy):
-    """Trains by SDT on one trajectory.
+    """Measures what SDT learns from, along the trajectories of the parts of a batch.
 
-    It updates the router at every step but the first one run.
+    Each part is a call of the pipeline of its own. A row of the router acts on its own step alone, so that
+    `update`, once all parts are through, makes of each row what an update at its step would have made.
 
     Rows of steps at which a call has nothing to reuse are fixed: they always compute.
     """
 
     trainer: SdtTrainer
-    lambda_T: Tensor
-    beta: float
-    average: Callable[[Tensor], None] | None = None
-    """Averages a tensor over all workers in place; none on one worker."""
-    on_gradient: Callable[[int, Tensor], object] | None = None
-    updates: list[Update] = field(default_factory=list)
     fixed: set[int] = field(default_factory=set)
     """Steps at which a call had nothing to reuse."""
     _rows: list[list[bool]] | None = None
-    _scores_B: Tensor | None = None
-    _measured: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
-
-    @property
-    def records(self) -> list[StepRecord]:
-        """Read what the updates left; waits for the device."""
-        return records_of(self.updates)
+    _scores: dict[int, Tensor] = field(default_factory=dict)
+    _measured: dict[int, list[tuple[Tensor, Tensor, int]]] = field(default_factory=dict)
 
     @torch.no_grad()
     def compute(self, step: TransformerStep) -> Any:
@@ -174,12 +164,8 @@ class SdtPolicy(Policy):
             return step.full()
         if not trainer.trains(step.i):
             return step.full()
-        if self._scores_B is None:
-            with torch.enable_grad():
-                self._scores_B = trainer.router.scores(step.i)
-        scores_B = self._scores_B
-        if self._rows is None:
-            self._rows = trainer.refresh_rows(step.i)
+        scores_B = self._scores_of(step.i)
+        assert self._rows is not None
         row = self._rows[step.i]
         is_hard = trainer.config.student == "hard"
         with trainer.stopwatch.measure("teacher"):
@@ -190,26 +176,58 @@ class SdtPolicy(Policy):
             error, count = squared_error(output, target)
             with trainer.stopwatch.measure("backward"):
                 (error_B,) = torch.autograd.grad(error, scores_B)
-        self._measured.append((error.detach(), error_B, count))
+        self._measured.setdefault(step.i, []).append((error.detach(), error_B, count))
         return step.planned(row) if is_hard else _detached(output)
 
-    def finish_step(self, i: int) -> None:
-        if i in self.fixed and i < self.trainer.router.num_steps - 1:
-            with torch.no_grad():
-                self.trainer.router.rows[i].fill_(FIXED_LOGIT)
-        elif self._measured:
-            assert self._scores_B is not None
-            update = self.trainer.update(
-                i,
-                self._scores_B,
-                self._measured,
-                self.lambda_T[i],
-                beta=self.beta,
-                average=self.average,
-                on_gradient=self.on_gradient,
-            )
-            self.updates.append(update)
-        self._scores_B, self._measured = None, []
+    def _scores_of(self, i: int) -> Tensor:
+        """Return the scores of step i, the same for all parts."""
+        router, limit = self.trainer.router, self.trainer.config.clamp
+        if self._rows is None:
+            self._rows = self.trainer.refresh_rows(i)
+            for row in router.rows[:i]:  # as the update of the first row clamps those still to come
+                row.clamp_(-limit, limit)
+        if i not in self._scores:
+            with torch.enable_grad():
+                self._scores[i] = router.scores(i)
+        return self._scores[i]
+
+    def update(
+        self,
+        lambda_T: Tensor,
+        *,
+        beta: float,
+        average: Callable[[Tensor], None] | None = None,
+        on_gradient: Callable[[int, Tensor], object] | None = None,
+    ) -> list[StepRecord]:
+        """Update every row that was measured, noisiest step first.
+
+        Args:
+            lambda_T: lambda_i of steps 0 ... T-2, (T-1,).
+            average: averages a tensor over all workers in place; none on one worker.
+            on_gradient: sees (i, gradient of row i (B,)) before the update.
+
+        Returns:
+            The records in the order of the steps; reading them waits for the device.
+        """
+        trainer, updates = self.trainer, list[Update]()
+        for i in reversed(range(trainer.router.num_steps - 1)):
+            if i in self.fixed:
+                with torch.no_grad():
+                    trainer.router.rows[i].fill_(FIXED_LOGIT)
+            elif i in self._measured:
+                measured, scores_B = self._measured[i], self._scores[i]
+                updates.append(
+                    trainer.update(
+                        i,
+                        scores_B,
+                        measured,
+                        lambda_T[i],
+                        beta=beta,
+                        average=average,
+                        on_gradient=on_gradient,
+                    )
+                )
+        return records_of(updates)
 
 
 def squared_error(output: Any, target: Any) -> tuple[Tensor, int]:

@@ -11,6 +11,7 @@ from harmonica.integrations.recorded.kinds import KINDS
 from harmonica.pipeline_training.sampling import Prompt
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.config import TrainingConfig
+from harmonica.validation.settings import require
 
 OnTrajectory = Callable[[int, dict[str, float]], object]
 """Called after each trajectory with its number and metrics."""
@@ -52,9 +53,14 @@ def train_pipeline(
             do not fit together.
         NotFinite: the router's updates are.
     """
-    trainer = PipelineTrainer(
-        pipe, prompts, config or TrainingConfig(), call=call, seed=seed, cacheable=cacheable
+    config = config or TrainingConfig()
+    require(
+        not config.targets,
+        "train.targets",
+        config.targets,
+        "give none, since one router is returned; PipelineTrainer trains one for each",
     )
+    trainer = PipelineTrainer(pipe, prompts, config, call=call, seed=seed, cacheable=cacheable)
     with trainer:
         for trajectory in trainer.next_trajectories:
             metrics = trainer.train_one()

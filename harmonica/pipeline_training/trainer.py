@@ -1,4 +1,4 @@
-"""Train a router in a pipeline on one worker, with checkpoints.
+"""Train routers in a pipeline on one worker, with checkpoints.
 
 As in `harmonica.training.trainer`, it is not told who the other workers are: each draws its own rows of the
 batch with its own copy of the pipeline, and what the router learns from is averaged over all.
@@ -25,7 +25,7 @@ from harmonica.pipeline_training.pipeline_calls import PipelineCalls
 from harmonica.pipeline_training.sampling import Prompt
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
-from harmonica.training.feasibility import check_training
+from harmonica.training.multi_target import MultiTargetTrainer, target_name
 from harmonica.training.trainer import RouterTrainer, average
 from harmonica.validation.settings import SettingError
 
@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 
 class PipelineTrainer:
-    """Trains one router in a diffusers pipeline.
+    """Trains routers in a diffusers pipeline: one, or one for each of several speeds.
 
     It is used in a `with` statement. Inside, the pipeline's transformers are recorded and their forwards
     replaced; afterwards the pipeline is as it was.
     """
 
-    run: RouterTrainer
+    run: MultiTargetTrainer
     """The training itself, once the pipeline is recorded."""
 
     def __init__(
@@ -95,8 +95,9 @@ class PipelineTrainer:
         self.backend = backend = PipelineBackend(self.calls)
         # A recorded transformer has branches and costs as a model of a branch file does.
         sampler: Any = backend.sampler
-        check_training(self.config, sampler.model, sampler.num_steps)
-        self.run = RouterTrainer(sampler, self.config, seed=self.seed, device=backend.device, backend=backend)
+        self.run = MultiTargetTrainer(
+            sampler, self.config, seed=self.seed, device=backend.device, backend=backend
+        )
 
     @property
     def sampler(self) -> Any:
@@ -118,12 +119,12 @@ class PipelineTrainer:
 
     @property
     def trajectory(self) -> int:
-        """Number of trajectories done, of all phases."""
+        """Number of trajectories done, of all phases and all speeds."""
         return self.run.trajectory
 
     @property
     def next_trajectories(self) -> range:
-        """Trajectories that are still to be done, of all phases; empty when all are."""
+        """Trajectories that are still to be done, of all phases and speeds."""
         return range(self.trajectory, self.config.all_trajectories)
 
     def _batch(self, trajectory: int) -> PipelineBatch:
@@ -141,7 +142,7 @@ class PipelineTrainer:
         Raises:
             NotFinite: a metric is infinite or NaN, on all workers alike.
         """
-        return self.run.train_one(self._batch(self.trajectory), average)
+        return self.run.train_one(self._batch(self.run.current.trajectory), average)
 
     def state(self) -> dict[str, Any]:
         """Return a checkpoint's tensors and plain values, the same on every worker."""
@@ -154,14 +155,25 @@ class PipelineTrainer:
         """Go on from what `state` returned."""
         self.backend.fixed_steps = frozenset(state["fixed_steps"])  # first, since phases begin with it
         self.calls.num_calls = state.get("calls", 0)  # checkpoints from before have none
-        self.run.load_state(state)
+        # Checkpoints from before there were several speeds hold the state of one training itself.
+        self.run.load_state(state if "members" in state else {"members": [state]})
 
     def artifact(self, **provenance: Any) -> RouterArtifact:
-        """Return the router as it stands, with what it was trained for."""
-        calls, view, logits_TB = self.calls, self.calls.view, self.router.logits().cpu()
-        target, macs, forecast_TBK = self.run.context.target, view.macs(), self.run.forecast_TBK
+        """Return the present router of the main target, with its settings."""
+        return self._artifact(self.run.trainers[0], provenance)
+
+    def extra_artifacts(self, **provenance: Any) -> dict[str, RouterArtifact]:
+        """Return the routers of the extra speeds, by the name of the speed, as in "1.5x"."""
+        return {
+            target_name(target): self._artifact(one, provenance | {"target_speedup": target})
+            for target, one in self.run.extra_trainers.items()
+        }
+
+    def _artifact(self, run: RouterTrainer, provenance: Mapping[str, Any]) -> RouterArtifact:
+        calls, view, logits_TB = self.calls, self.calls.view, run.router.logits().cpu()
+        target, macs, forecast_TBK = run.context.target, view.macs(), run.forecast_TBK
         plan = target.plan_of(logits_TB)
-        if self.config.has_target and not target.is_met_by(plan):
+        if run.config.has_target and not target.is_met_by(plan):
             logger.warning(
                 "the router's plan is %.2fx and reuses %.0f%%, which is not what it was trained for: give "
                 "more trajectories; steps at which a second transformer or a smaller batch begins are "
@@ -170,7 +182,7 @@ class PipelineTrainer:
             )
         weights = fingerprint_of(transformers_of(calls.pipe))
         shared = {"transformers": len(calls.transformers)}
-        settings = {"initial": self.config.initial, "prompts": len(self.prompts)} | provenance
+        settings: dict[str, Any] = {"initial": self.config.initial, "prompts": len(self.prompts)}
         return RouterArtifact(
             logits_TB=logits_TB.float(),
             threshold=target.threshold_of(logits_TB),
@@ -184,10 +196,10 @@ class PipelineTrainer:
             cache_bytes=calls.kept_bytes(
                 self.config.sdt.reuse, 1 if forecast_TBK is None else forecast_TBK.shape[2]
             ),
-            training=self.run.provenance(
+            training=run.provenance(
                 pipeline=type(calls.pipe).__name__,
                 call=calls.described_call(self.prompts[:1]),
-                **settings,
+                **settings | dict(provenance),
             ),
         )
 
@@ -199,9 +211,6 @@ def check_settings(config: TrainingConfig) -> None:
         SettingError: names the setting, its value and what to give instead.
     """
     one_by_one = {
-        "train.targets": (config.targets, bool(config.targets), "none, and train each"),
-        "train.target_psnr": (config.target_psnr, config.target_psnr > 0, "train.target_speedup"),
-        "train.micro_batch_size": (config.micro_batch_size, config.micro_batch_size > 0, 0),
         "train.shard_model": (config.shard_model, config.shard_model, False),
         "train.sdt.objective": (config.sdt.objective, config.sdt.objective == "pairwise", "stepwise"),
         "train.sdt.activation_checkpointing": (True, config.sdt.activation_checkpointing, False),

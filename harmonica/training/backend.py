@@ -53,6 +53,18 @@ class TrajectoryBackend(ABC):
     def images(self, batch: Any, plan: Plan | None = None, reuse: Reuse = "hold") -> Tensor:
         """Return the final latents (N, ...), with every branch computed or under a plan."""
 
+    @property
+    @abstractmethod
+    def has_pictures(self) -> bool:
+        """Return whether `pictures` gives pictures, whose PSNR can be a target."""
+
+    def pictures(self, batch: Any, plan: Plan | None = None, reuse: Reuse = "hold") -> Tensor:
+        """Return the final pictures (N, ...) in [-1, 1], full or under a plan.
+
+        They are what is sampled, where that is pixels.
+        """
+        return self.images(batch, plan, reuse)
+
     @abstractmethod
     def step_effects(self, batch: Any, reuse: Reuse) -> Tensor:
         """Return the changes of the final latents (2(T-1), N, X) by reuse of step i.

@@ -52,8 +52,9 @@ class TrainingConfig:
     same way and from the same measured start. Give them to serve several speeds."""
     target_psnr: Annotated[float, Field(ge=0)] = 0.0
     """When above 0, the target is quality: the speed is the highest at which the images of a measured start
-    reach this PSNR to the full ones, in dB of values in [-1, 1]. It is for models that draw pixels, and
-    counts no fitted forecasts. Give it where the quality is fixed, not the speed."""
+    reach this PSNR to the full ones, in dB of values in [-1, 1]. It is for models that draw pixels and for
+    pipelines with a VAE, and counts no fitted forecasts. Give it where the quality is fixed, not the
+    speed."""
     initial: Initial = "constant"
     """Research: Logits that training starts from. `constant`: all are `initial_logit`. `alternate`: its sign
     changes from step to step. `normal`: they are drawn from the standard normal distribution (the released

@@ -13,16 +13,22 @@ from harmonica.validation.settings import SettingError, require
 
 
 def check_training(
-    config: TrainingConfig, model: BranchedTransformer, num_steps: int, *, field: str = ""
+    config: TrainingConfig,
+    model: BranchedTransformer,
+    num_steps: int,
+    *,
+    field: str = "",
+    has_pictures: bool | None = None,
 ) -> None:
     """Check that the model can be trained for the target of these settings.
 
     Args:
         field: the setting that the target came from, where it is none of `train`.
+        has_pictures: whether training sees pictures; by default, whether the model draws pixels.
 
     Raises:
         SettingError: a target is beyond what T steps of this model can be planned for, or so low that nothing
-            would be reused; or it is one of pixels, and the model draws latents.
+            would be reused; or it is one of pictures, and training sees latents alone.
     """
     macs = model.macs()
     if config.target_speedup:
@@ -31,8 +37,18 @@ def check_training(
         check_speedup(speedup, macs, num_steps, field=field or "train.targets")
     if config.target_cur:
         _check_cur(config, macs, num_steps, field or "train.target_cur")
+    if config.target_psnr:
+        check_quality_target(config, draws_pixels(model) if has_pictures is None else has_pictures)
+
+
+def check_quality_target(config: TrainingConfig, has_pictures: bool) -> None:
+    """Check that training sees pictures where the target is their quality.
+
+    Raises:
+        SettingError: it sees latents alone.
+    """
     require(
-        not config.target_psnr or draws_pixels(model),
+        not config.target_psnr or has_pictures,
         "train.target_psnr",
         config.target_psnr,
         "the model draws latents, and their distances are no decibels of pictures: give 0, and the speed in "

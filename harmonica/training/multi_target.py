@@ -16,8 +16,8 @@ from torch import Tensor
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
-from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler
+from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
 from harmonica.training.phases import phase_budgets
@@ -31,18 +31,31 @@ class MultiTargetTrainer:
     The extra speeds are those in `train.targets`; each has a `RouterTrainer`.
 
     Without extra speeds it is a single training.
-
-    Raises:
-        SettingError: the model cannot be trained for one of them.
     """
 
     def __init__(
-        self, sampler: Sampler, config: TrainingConfig, *, seed: int, device: torch.device | str = "cpu"
+        self,
+        sampler: Sampler,
+        config: TrainingConfig,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        backend: TrajectoryBackend | None = None,
     ) -> None:
+        """Begin the trainings.
+
+        Args:
+            backend: what runs the trajectories of all, where it is not the sampler itself.
+
+        Raises:
+            SettingError: the model cannot be trained for one of the targets.
+        """
         self.sampler, self.config, self.device = sampler, config, device
-        check_training(config, sampler.model, sampler.num_steps)
+        has_pictures = backend.has_pictures if backend else None
+        check_training(config, sampler.model, sampler.num_steps, has_pictures=has_pictures)
         self.trainers = [
-            RouterTrainer(sampler, one, seed=seed, device=device) for one in target_configs(config)
+            RouterTrainer(sampler, one, seed=seed, device=device, backend=backend)
+            for one in target_configs(config)
         ]
         self._place = 0
 
@@ -76,7 +89,7 @@ class MultiTargetTrainer:
         """Return the present plan of the current target's router."""
         return self.current.plan
 
-    def train_one(self, batch: Batch, average: Callable[[Tensor], None] = average) -> dict[str, float]:
+    def train_one(self, batch: Any, average: Callable[[Tensor], None] = average) -> dict[str, float]:
         """Do one trajectory for the current target and return the metrics to log."""
         metrics = self.current.train_one(batch, average)
         if len(self.trainers) > 1:
@@ -111,8 +124,13 @@ class MultiTargetTrainer:
         """Return the routers of the extra speeds, by the name of the speed, as in "1.5x"."""
         return {
             target_name(target): trainer.artifact(**provenance | {"target_speedup": target})
-            for target, trainer in zip(self.config.extra_targets, self.trainers[1:], strict=True)
+            for target, trainer in self.extra_trainers.items()
         }
+
+    @property
+    def extra_trainers(self) -> dict[float, RouterTrainer]:
+        """Return the trainers of the extra speeds."""
+        return dict(zip(self.config.extra_targets, self.trainers[1:], strict=True))
 
 
 def target_configs(config: TrainingConfig) -> list[TrainingConfig]:

@@ -13,6 +13,7 @@ from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
 from harmonica.data.batch import Batch
+from harmonica.models.vae import draws_pixels
 from harmonica.samplers import Sampler
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.config import TrainingConfig
@@ -33,6 +34,10 @@ class SamplerBackend(TrajectoryBackend):
     def device(self) -> torch.device:
         device: torch.device = next(iter(self.sampler.model.parameters())).device
         return device
+
+    @property
+    def has_pictures(self) -> bool:
+        return draws_pixels(self.sampler.model)
 
     def images(self, batch: Batch, plan: Plan | None = None, reuse: Reuse = "hold") -> Tensor:
         inputs = (self.sampler, batch.noise_NCHW, batch.condition_N)

@@ -18,8 +18,8 @@ from harmonica.data.embedding_store import (
     read_embedding_manifest,
 )
 from harmonica.data.prompt_files import MANIFEST
+from harmonica.integrations.pipeline_folder import PipelineFolder
 from harmonica.io.paths import shown
-from harmonica.pipeline_training.pipeline_folder import PipelineFolder
 from harmonica.pipeline_training.prompt_encoding import PipelinePromptEncoder, embedding_names
 
 from ..config.workflow import WorkflowConfig

@@ -3,7 +3,7 @@
 from typing import Any
 
 from harmonica.data.embedding_store import EmbeddingStore
-from harmonica.pipeline_training.pipeline_folder import PipelineFolder
+from harmonica.integrations.pipeline_folder import PipelineFolder
 from harmonica.pipeline_training.prompt_encoding import embedding_names
 
 from ..config.workflow import WorkflowConfig

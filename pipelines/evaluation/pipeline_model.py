@@ -12,9 +12,9 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import compare_samples
 from harmonica.data.embedding_store import EmbeddingStore
 from harmonica.integrations.diffusers_pipeline import apply
+from harmonica.integrations.pipeline_folder import PipelineFolder
 from harmonica.integrations.recorded.pipelines import transformers_of
 from harmonica.pipeline_training.backend import PipelineBatch
-from harmonica.pipeline_training.pipeline_folder import PipelineFolder
 from harmonica.pipeline_training.sampling import sample_pipeline
 from harmonica.validation.finite import check_finite
 

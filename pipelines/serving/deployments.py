@@ -5,8 +5,6 @@ HTTP; `RemoteEngine` calls the former from the latter.
 """
 
 import asyncio
-import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -17,6 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, TaskCancelledE
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.validation.settings import require
 
@@ -24,10 +23,10 @@ from ..config.serve import ServeConfig
 from .auth import ENVIRONMENT, load_keys
 from .batching import Overloaded
 from .engine import GenerationEngine
+from .first_router import deciding_router, from_registry
 from .image_sampler import ImageSampler
 from .images_api import create_app
 from .metrics import ServeMetrics
-from .pipeline_folder import pipeline_folder
 from .planned_sampler import PlannedSampler
 from .registry_watcher import RegistryWatcher, ServeArgs
 from .requests import (
@@ -38,27 +37,30 @@ from .requests import (
     Preview,
     Progress,
 )
+from .servable_pipeline import servable_pipeline
 
 GENERATION_DEPLOYMENT = "Sampler"
 """Name of `GenerationDeployment` in Serve: a label of its metrics, and a key in files of `serve build`."""
-_REGISTRY_WAIT_S = 600.0
 _LOST = (ActorDiedError, ActorUnavailableError)
 _PAUSES_S = (0.0, 0.2, 0.5, 1.0, 2.0)
 """Pauses before a request is sent to another replica: after a node is lost, several calls may fail before
 Serve notices."""
 
-logger = logging.getLogger("ray.serve")
 
-
-def make_sampler(model: ModelConfig, config: ServeConfig) -> PlannedSampler[Any]:
+def make_sampler(
+    model: ModelConfig, config: ServeConfig, router: RouterArtifact | None = None
+) -> PlannedSampler[Any]:
     """Load what generates: a model with a branch file, or a diffusers pipeline.
+
+    Args:
+        router: the one to serve, which decides where a pipeline's transformer has a branch file.
 
     Raises:
         ValueError: the model cannot be loaded or cannot generate images, or settings that it does not follow.
     """
     device = "cuda" if config.use_gpu else "cpu"
-    folder = pipeline_folder(model)
-    if folder is None:
+    pipeline = servable_pipeline(model, router)
+    if pipeline is None:
         loaded = load_model(model, device)
         return ImageSampler(loaded, device, over_limit=config.over_limit, max_steps=config.max_steps)
     require(
@@ -70,7 +72,7 @@ def make_sampler(model: ModelConfig, config: ServeConfig) -> PlannedSampler[Any]
     limits = {"max_steps": config.max_steps, "max_pixels": config.max_pixels}
     from .pipeline_sampler import PipelineSampler  # takes seconds to import, so not at the top
 
-    return PipelineSampler(folder, model, device, **limits)
+    return PipelineSampler(pipeline, model, device, **limits)
 
 
 class GenerationDeployment:
@@ -79,10 +81,10 @@ class GenerationDeployment:
     async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         config = args.serve
         torch.set_num_threads(max(1, int(config.num_cpus)))
-        images = make_sampler(args.model, config)
+        images = make_sampler(args.model, config, await deciding_router(args))
         self._engine = GenerationEngine(images, args.registered_model, config, ServeMetrics())
         watcher = RegistryWatcher(self._engine, args)
-        await _first_poll(watcher)
+        await from_registry(watcher.poll)
         await self._engine.fix_batch_size()
         self._watching = asyncio.create_task(watcher.run()) if args.tracking_uri else None
 
@@ -116,25 +118,6 @@ class GenerationDeployment:
                 yield event
         except REJECTIONS as error:
             yield error.with_traceback(None)
-
-
-async def _first_poll(watcher: RegistryWatcher) -> None:
-    """Load the first router; while the registry does not answer, wait for it.
-
-    A replica may be started, in the place of a lost one, while the registry is down.
-    """
-    deadline = time.monotonic() + _REGISTRY_WAIT_S
-    while True:
-        try:
-            await watcher.poll()
-            return
-        except ValueError:
-            raise
-        except Exception as error:
-            if time.monotonic() > deadline:
-                raise
-            logger.warning("the registry does not answer yet: %s", error)
-            await asyncio.sleep(2)
 
 
 def _checked(result: Any) -> Any:

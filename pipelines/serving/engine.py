@@ -146,7 +146,7 @@ class GenerationEngine:
                     yield Progress(step, num_steps)
                 if image_CHW is not None:
                     picture = await self._encode(request, image_CHW)
-                    yield Preview(picture, steps.index(step), step, num_steps)
+                    yield Preview(picture, steps.index(step), step, num_steps, _size_of(image_CHW))
             yield await self._finish(request, served, await sampling)
         finally:
             sampling.cancel()  # a client that stops reading leaves the queue
@@ -230,9 +230,13 @@ class GenerationEngine:
             picture=await self._encode(request, sampled.image_CHW),
             router_version=served.version,
             cur=served.plan.cur,
-            size=as_text((sampled.image_CHW.shape[2], sampled.image_CHW.shape[1])),
+            size=_size_of(sampled.image_CHW),
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
             batch_size=sampled.batch_size,
             seconds=sampled.seconds,
         )
+
+
+def _size_of(image_CHW: Tensor) -> str:
+    return as_text((image_CHW.shape[2], image_CHW.shape[1]))

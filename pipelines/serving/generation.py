@@ -229,11 +229,12 @@ async def stream_bodies(
         if isinstance(event, Progress):
             yield api.ProgressEvent(**about, step=event.step, num_inference_steps=event.num_steps)
             continue
-        about |= {"output_format": request.output_format, "quality": request.quality, "size": size}
+        about |= {"output_format": request.output_format, "quality": request.quality}
+        about["size"] = event.size or size
         about["b64_json"] = _as_base64(event.picture)
         if isinstance(event, Preview):
             about |= {"step": event.step, "num_inference_steps": event.num_steps}
             yield api.PartialImageEvent(**about, partial_image_index=event.index)
         else:
-            about |= {"revised_prompt": name, "warnings": warnings, "size": event.size or size}
+            about |= {"revised_prompt": name, "warnings": warnings}
             yield api.CompletedEvent(**about, **generation_details(request.image.seed, [event]))

@@ -1,20 +1,23 @@
-"""Parse bodies of type multipart/form-data (RFC 7578).
+"""Parse bodies of type multipart/form-data (RFC 7578) by Werkzeug's decoder.
 
 A middleware has read them whole and bounded them.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from email.errors import HeaderParseError
-from email.message import EmailMessage
-from email.parser import BytesHeaderParser
-from email.policy import HTTP
+
+from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.http import parse_options_header
+from werkzeug.sansio.multipart import Data, Epilogue, Event, Field, File, MultipartDecoder, NeedData, State
 
 from .http_errors import ApiError
 
 _MAX_PARTS = 64
 _MAX_HEADER_BYTES = 4096
 _MAX_BOUNDARY = 70  # RFC 2046
+_CHUNK_BYTES = 2**16
+"""Bytes that the decoder gets at a time, so that it meets no long headers."""
+_LONG_HEADERS = f"a part has more than {_MAX_HEADER_BYTES} bytes of headers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +50,27 @@ def parse_parts(content_type: str, body: bytes) -> list[Part]:
     Raises:
         ApiError: the body is of another type, or is not whole.
     """
-    delimiter = b"\r\n--" + _boundary(content_type)
-    # The first delimiter may begin the body; what is before it and after the last is to be ignored.
-    _, *parts = (b"\r\n" + body).split(delimiter, _MAX_PARTS + 1)
-    if len(parts) > _MAX_PARTS:
-        raise _malformed(f"it has more than {_MAX_PARTS} parts")
-    return list(_named(parts))
+    parts: list[Part] = []
+    head: Field | File | None = None
+    value = bytearray()
+    for event in _events(_boundary(content_type), body):
+        if isinstance(event, (Field, File)):
+            if sum(len(name) + len(each) for name, each in event.headers) > _MAX_HEADER_BYTES:
+                raise _malformed(_LONG_HEADERS)
+            if not event.name:
+                raise _malformed("a part has no name in its Content-Disposition")
+            head, value = event, bytearray()
+        elif isinstance(event, Data) and head is not None:
+            value += event.data
+            if not event.more_data:
+                parts.append(Part(head.name, bytes(value), isinstance(head, File)))
+    return parts
 
 
 def _boundary(content_type: str) -> bytes:
-    message = EmailMessage(HTTP)
-    try:
-        message["content-type"] = content_type
-        boundary = str(message["content-type"].params.get("boundary", ""))
-    except (HeaderParseError, ValueError, IndexError, AttributeError):
-        boundary = ""
-    if message.get_content_type() != "multipart/form-data":
+    kind, parameters = parse_options_header(content_type)
+    boundary = parameters.get("boundary", "")
+    if kind.lower() != "multipart/form-data":
         text = "the body is no form: send one, with Content-Type: multipart/form-data"
         raise ApiError(400, text, None, "invalid_multipart")
     if not (0 < len(boundary) <= _MAX_BOUNDARY and boundary.isascii()):
@@ -70,23 +78,30 @@ def _boundary(content_type: str) -> bytes:
     return boundary.encode()
 
 
-def _named(parts: list[bytes]) -> Iterator[Part]:
-    for part in parts:
-        if part.startswith(b"--"):
-            return
-        head, separator, value = part.partition(b"\r\n\r\n")
-        if not separator or len(head) > _MAX_HEADER_BYTES or not head.startswith(b"\r\n"):
-            raise _malformed("a part has no headers")
+def _events(boundary: bytes, body: bytes) -> Iterator[Event]:
+    """Yield what the decoder finds, up to what follows the last boundary."""
+    decoder = MultipartDecoder(boundary, max_parts=_MAX_PARTS)
+    chunks = (body[first : first + _CHUNK_BYTES] for first in range(0, len(body), _CHUNK_BYTES))
+    while True:
         try:
-            found = BytesHeaderParser(policy=HTTP).parsebytes(head[2:] + b"\r\n\r\n")["content-disposition"]
-            parameters = dict(found.params)
-        except (HeaderParseError, ValueError, IndexError, AttributeError):
-            parameters = {}
-        name = parameters.get("name")
-        if not name:
-            raise _malformed("a part has no name in its Content-Disposition")
-        yield Part(str(name), value, "filename" in parameters)
-    raise _malformed("its last boundary is missing")
+            event = decoder.next_event()
+        except RequestEntityTooLarge:
+            raise _malformed(f"it has more than {_MAX_PARTS} parts") from None
+        except ValueError:
+            if decoder.state is not State.PART:
+                raise _malformed("its last boundary is missing") from None
+            # It has taken headers off its buffer, up to the blank line, before it looks at them.
+            has_headers = decoder.buffer.startswith(b"\r\n")
+            missing = "name in its Content-Disposition" if has_headers else "headers"
+            raise _malformed(f"a part has no {missing}") from None
+        if isinstance(event, Epilogue):
+            return
+        if isinstance(event, NeedData):
+            if decoder.state is State.PART and len(decoder.buffer) > _MAX_HEADER_BYTES:
+                raise _malformed(_LONG_HEADERS)
+            decoder.receive_data(next(chunks, None))
+        else:
+            yield event
 
 
 def _malformed(why: str) -> ApiError:

@@ -10,7 +10,7 @@ from PIL import Image
 from harmonica.integrations.exchanged_plans import PipelinePlan
 
 from .image_request import ImageRequest
-from .pipeline_folder import PipelineFolder
+from .servable_pipeline import ServablePipeline
 from .served_plan import ServedPlan
 
 _SET_HERE = (
@@ -32,7 +32,7 @@ class PipelineServedPlan(ServedPlan):
 
 
 def call_arguments(
-    folder: PipelineFolder,
+    pipeline: ServablePipeline,
     requests: Sequence[ImageRequest],
     served: PipelineServedPlan,
     size: tuple[int, int],
@@ -40,10 +40,10 @@ def call_arguments(
     """Return the arguments of a pipeline's call for requests that share one.
 
     Args:
-        folder: says what a call of the class takes.
+        pipeline: says what a call of the class takes.
         size: width and height.
     """
-    defaults, first = folder.defaults, requests[0]
+    defaults, first = pipeline.defaults, requests[0]
     width, height = size
     call = {name: value for name, value in served.arguments.items() if name not in _SET_HERE}
     call |= {
@@ -58,10 +58,10 @@ def call_arguments(
     if "use_resolution_binning" in defaults:
         call["use_resolution_binning"] = False
     if first.guidance_scale is not None:
-        call[folder.guidance] = first.guidance_scale
+        call[pipeline.guidance] = first.guidance_scale
     negative = call.pop("negative_prompt", None)
     is_asked = any(each.negative_prompt for each in requests) or first.guidance_scale is not None
-    if folder.guides_by_negative_prompt and (served.is_guided or is_asked):
+    if pipeline.guides_by_negative_prompt and (served.is_guided or is_asked):
         negative = negative or ""
     negatives = [each.negative_prompt or negative or "" for each in requests]
     if "negative_prompt" in defaults and (negative is not None or any(negatives)):

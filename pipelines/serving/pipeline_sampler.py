@@ -4,7 +4,7 @@ Shapes: N images, C channels, H W image.
 """
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig
 from .image_request import ImageRequest, Picture, SettingRejected
 from .image_sizes import SizeBounds
 from .pipeline_call import PipelineServedPlan, call_arguments
-from .pipeline_folder import PipelineFolder
+from .pipeline_previews import LatentDecoder, WatchedSteps
 from .planned_sampler import OnPreview, PlannedSampler
+from .servable_pipeline import ServablePipeline
 from .served_plan import UNCACHED
 
 _PROBE_SIDE = 256
@@ -35,10 +36,11 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
     """
 
     has_previews = False
+    """Known once an image was made."""
 
     def __init__(
         self,
-        folder: PipelineFolder,
+        pipeline: ServablePipeline,
         config: ModelConfig,
         device: str = "cpu",
         *,
@@ -52,10 +54,10 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
             max_pixels: largest area of an image; the pipeline's own size is always allowed.
         """
         super().__init__(max_steps)
-        self.folder = folder
-        self.pipe = folder.load(config, device)
-        self._exchanged = ExchangedPlans(self.pipe)
-        self.max_pictures, self.needs_pictures = folder.max_pictures, folder.needs_pictures
+        self.pipeline = pipeline
+        self.pipe = pipeline.folder.load(dtype=getattr(torch, config.dtype), device=device)
+        self._exchanged, self._decoder = ExchangedPlans(self.pipe), LatentDecoder(self.pipe)
+        self.max_pictures, self.needs_pictures = pipeline.max_pictures, pipeline.needs_pictures
         self._max_pixels = max_pixels
         self.sizes: SizeBounds = self._bounds({})
 
@@ -68,7 +70,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         # Two latents a side become one token, by patches or by packing.
         multiple = factor * max(2, patch)
         own = getattr(pipe, "default_sample_size", None) or transformer.get("sample_size")
-        side = self.folder.defaults["height"] or (int(own) * factor if isinstance(own, int) else 1024)
+        side = self.pipeline.defaults["height"] or (int(own) * factor if isinstance(own, int) else 1024)
         sides = [arguments.get(name) or side for name in ("width", "height")]
         width, height = (max(1, each // multiple) * multiple for each in sides)
         table = transformer.get("pos_embed_max_size")
@@ -87,7 +89,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
 
     def fix_batch_size(self, most: int) -> int:
         """Pad every call from now on to one batch size, and return that size."""
-        return super().fix_batch_size(1 if self.folder.makes_one_image else most)
+        return super().fix_batch_size(1 if self.pipeline.makes_one_image else most)
 
     def make_plan(self, artifact: RouterArtifact, version: str) -> PipelineServedPlan:
         """Make the plan of a router that was trained in a pipeline.
@@ -97,11 +99,11 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         """
         call = artifact.training.get("call", {})
         arguments = {
-            name: value for name, value in call.get("arguments", {}).items() if name in self.folder.defaults
+            name: value for name, value in call.get("arguments", {}).items() if name in self.pipeline.defaults
         }
         named = {*arguments, *call.get("prompt_arguments", ())}
         has_negative = any(name.startswith("negative_prompt") for name in named)
-        is_guided = has_negative or not self.folder.guides_by_negative_prompt
+        is_guided = has_negative or not self.pipeline.guides_by_negative_prompt
         scale = self._guidance_scale(arguments) if is_guided else 1.0
         scores = [[round(score, 3) for score in row] for row in artifact.logits_TB.sigmoid().tolist()]
         return PipelineServedPlan(
@@ -133,14 +135,14 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         """Return the settings that the pipeline's call has by default."""
         return SamplerConfig(
             name="diffusers",
-            num_inference_steps=int(self.folder.defaults.get("num_inference_steps") or 50),
+            num_inference_steps=int(self.pipeline.defaults.get("num_inference_steps") or 50),
             guidance_scale=self._guidance_scale({}),
             scheduler=json.loads(self.pipe.scheduler.to_json_string()),
         )
 
     def _guidance_scale(self, arguments: Mapping[str, Any]) -> float:
-        name = self.folder.guidance
-        scale = arguments.get(name, self.folder.defaults.get(name)) if name else 1.0
+        name = self.pipeline.guidance
+        scale = arguments.get(name, self.pipeline.defaults.get(name)) if name else 1.0
         return min(max(float(scale or 1.0), 1.0), MAX_GUIDANCE_SCALE)
 
     def try_out(self, artifact: RouterArtifact, served: PipelineServedPlan) -> None:
@@ -151,6 +153,14 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         """
         if not self.generate([self.probe()], served).isfinite().all():
             raise ValueError("the router's sample is not finite: the weights or the router are damaged")
+
+    def warm_up(self, served: PipelineServedPlan, size: int) -> None:
+        """Generate a small image if there was none.
+
+        Then it is known whether there are previews.
+        """
+        if self._decoder.works is None:
+            self.generate([self.probe()], served)
 
     def probe(self) -> ImageRequest:
         """Return a request for a small image."""
@@ -166,8 +176,8 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         Raises:
             SettingRejected: it does not.
         """
-        served, name = served or self.champion, self.folder.class_name
-        if request.negative_prompt and not self.folder.takes_negative_prompts:
+        served, name = served or self.champion, self.pipeline.class_name
+        if request.negative_prompt and not self.pipeline.takes_negative_prompts:
             raise SettingRejected(
                 "negative_prompt", f"negative_prompt is set and a {name} is not guided by one: leave it out"
             )
@@ -182,7 +192,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
             raise SettingRejected(
                 "image", f"image has a side of {small} pixels: give {self.sizes.multiple} or more"
             )
-        if request.guidance_scale is not None and not self.folder.guidance:
+        if request.guidance_scale is not None and not self.pipeline.guidance:
             raise SettingRejected(
                 "guidance_scale", f"guidance_scale is set and a {name} has none: leave it out"
             )
@@ -209,7 +219,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
             request.guidance_scale,
             bool(request.negative_prompt),
         )
-        if self.folder.makes_one_image:
+        if self.pipeline.makes_one_image:
             return (*shared, request)
         if not request.pictures:
             return shared
@@ -228,7 +238,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         Args:
             requests: after `fix_batch_size` no more than that; the batch is padded with copies of the first.
             served: the plan to generate under. Default: the champion's.
-            on_preview: called after every step, where the pipeline tells of them; nothing is predicted.
+            on_preview: called after every step.
 
         Returns:
             Images (N, C, H, W) in [-1, 1], on the CPU.
@@ -236,29 +246,22 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         Raises:
             ValueError: the pipeline refuses its arguments, or makes another size.
         """
-        served, num_asked = served or self.champion, len(requests)
-        call = call_arguments(self.folder, self.padded(requests), served, self.size_of(requests[0]))
-        if on_preview is not None and "callback_on_step_end" in self.folder.defaults:
-            call["callback_on_step_end"] = _telling(on_preview)
-        with self._exchanged.under(served.forwards), torch.no_grad():
+        served, size = served or self.champion, self.size_of(requests[0])
+        call = call_arguments(self.pipeline, self.padded(requests), served, size)
+
+        def on_step(step: int, clean: Tensor) -> None:
+            if on_preview is not None:
+                on_preview(step, lambda indices: self._decoder.decode(clean[list(indices)], size))
+
+        steps = WatchedSteps(on_step)
+        with self._exchanged.under(served.forwards), steps.of(self.pipe.scheduler), torch.no_grad():
             images = self.pipe(**call, return_dict=False)[0]
-        images_NCHW: Tensor = images[:num_asked].float().cpu() * 2 - 1
+        images_NCHW: Tensor = images.float().cpu() * 2 - 1
         if images_NCHW.shape[2:] != (call["height"], call["width"]):
             height, width = images_NCHW.shape[2:]
             raise ValueError(
-                f"{self.folder.class_name} made {width}x{height} of {call['width']}x{call['height']}"
+                f"{self.pipeline.class_name} made {width}x{height} of {call['width']}x{call['height']}"
             )
-        return images_NCHW
-
-
-def _telling(on_preview: OnPreview) -> Callable[..., dict[str, Any]]:
-    """Return a pipeline's `callback_on_step_end` that counts steps."""
-
-    def predict(indices: Sequence[int]) -> Tensor:
-        raise NotImplementedError("a pipeline predicts no previews: has_previews is False")
-
-    def tell(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_preview(i + 1, predict)
-        return tensors
-
-    return tell
+        self._decoder.check(steps.latents, images_NCHW, size)
+        self.has_previews = bool(self._decoder.works)
+        return images_NCHW[: len(requests)]

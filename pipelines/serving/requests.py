@@ -60,6 +60,8 @@ class Preview:
     step: int
     """Number of steps done."""
     num_steps: int
+    size: str = ""
+    """Width and height, as in 64x32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,7 @@ It has to fit the model.
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.core.artifact import RouterArtifact
@@ -17,7 +15,7 @@ from harmonica.models.loading import LoadedModel, ModelConfig, load_model
 from ..tracking import registry
 from ..tracking.mlflow_store import database_of, tracking_uri, without_credentials
 from .model_check import check_is_whole
-from .pipeline_folder import PipelineFolder, pipeline_folder
+from .servable_pipeline import ServablePipeline, servable_pipeline
 from .served_plan import UNCACHED
 
 
@@ -49,8 +47,9 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
         ValueError: the model cannot be loaded or cannot generate images, or no router fits; the message names
             the setting that helps.
     """
-    mismatch = _mismatch_of(model)
+    mismatch = _Fit(model)
     if router == UNCACHED:
+        mismatch.check_model()
         return Choice(router=router, summary="every branch computed (--router uncached)")
     if router:
         router = str(local(router, "router"))
@@ -110,34 +109,56 @@ def _champion(registered_model: str, storage_path: str) -> _Champion:
         ) from error
 
 
-def _mismatch_of(model: ModelConfig) -> Callable[[RouterArtifact | None], str]:
-    """Return a function that says how the model differs from a router's.
+class _Fit:
+    """Says how the model differs from a router's.
 
-    What it returns is empty if the router fits.
-
-    Raises:
-        ValueError: the model cannot generate images.
+    The model is loaded where it has to be: for a router of a branch file, or for none.
     """
-    folder = pipeline_folder(model)
-    if folder is not None:  # weights are compared where they are loaded, on the replicas
-        return partial(_other_class, folder)
-    loaded = load_model(model)
-    check_is_whole(loaded)
-    return partial(_other_model, loaded)
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._model = model
+        self._loaded: LoadedModel | None = None
+        self._pipeline = servable_pipeline(model)
+
+    def check_model(self) -> None:
+        """Check that the model can generate images without a router.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self._pipeline is None and self._loaded is None:
+            self._loaded = load_model(self._model)
+            check_is_whole(self._loaded)
+
+    def __call__(self, artifact: RouterArtifact | None) -> str:
+        """Return how the model differs; "" if the router fits.
+
+        Raises:
+            ValueError: the model cannot generate images.
+        """
+        assert artifact is not None, "there is an artifact unless `why_not` says why there is none"
+        # Weights are compared where the pipeline is loaded, on the replicas.
+        try:
+            pipeline = servable_pipeline(self._model, artifact)
+        except ValueError as error:
+            return str(error)
+        if pipeline is not None:
+            return _other_class(pipeline, artifact)
+        self.check_model()
+        assert self._loaded is not None
+        return _other_model(self._loaded, artifact)
 
 
-def _other_class(folder: PipelineFolder, artifact: RouterArtifact | None) -> str:
-    assert artifact is not None, "there is an artifact unless `why_not` says why there is none"
+def _other_class(pipeline: ServablePipeline, artifact: RouterArtifact) -> str:
     made_for = artifact.model.get(ARCHITECTURE_KEY)
     if made_for is None:
         return f"it was made for a {artifact.model.get('architecture')} outside of any pipeline"
-    if made_for != folder.transformer_class:
-        return f"it was made for a {made_for}, and {folder.class_name} has a {folder.transformer_class}"
+    if made_for != pipeline.transformer_class:
+        return f"it was made for a {made_for}, and {pipeline.class_name} has a {pipeline.transformer_class}"
     return ""
 
 
-def _other_model(loaded: LoadedModel, artifact: RouterArtifact | None) -> str:
-    assert artifact is not None, "there is an artifact unless `why_not` says why there is none"
+def _other_model(loaded: LoadedModel, artifact: RouterArtifact) -> str:
     try:
         artifact.check(loaded.model, artifact.sampler)
     except ValueError as error:

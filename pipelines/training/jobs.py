@@ -1,7 +1,7 @@
 """Define what a worker of the stage train trains, of either kind of model.
 
-There are two kinds: `BranchedJob` trains a model with a branch file on streamed rows, for one target or
-several; `PipelineJob` trains in the loop of a diffusers pipeline, which makes its noise itself.
+There are two kinds: `BranchedJob` trains a model with a branch file on streamed rows; `PipelineJob` trains in
+the loop of a diffusers pipeline, which makes its noise itself. Both train for one target or several.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ from harmonica.data.batch import Batch
 from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
-from harmonica.training.multi_target import MultiTargetTrainer
+from harmonica.training.multi_target import MultiTargetTrainer, target_name
 from harmonica.training.sharding import shard_weights
 
 from ..config.workflow import WorkflowConfig
@@ -115,10 +115,12 @@ class PipelineJob(TrainingJob):
             yield self.trainer.train_one()
 
     def leave(self, config: WorkflowConfig, storage: RunStorage) -> None:
-        """Leave the router: to make it of a checkpoint takes the whole pipeline."""
+        """Leave the routers: to make them of a checkpoint takes the whole pipeline."""
+        said = provenance(config)
+        others = self.trainer.extra_artifacts(**said)
         with TemporaryDirectory() as folder:
-            made = self.trainer.artifact(**provenance(config)).save(Path(folder) / ROUTER)
-            storage.upload_folder(made, _left(storage))
+            for name, artifact in {**others, ROUTER: self.trainer.artifact(**said)}.items():
+                storage.upload_folder(artifact.save(Path(folder) / name), _left(storage, name))
 
 
 def start_run(
@@ -144,7 +146,7 @@ def opened_job(config: WorkflowConfig, device: torch.device, shard: Shard) -> It
         yield BranchedJob(*start_run(config, device, shard_model=config.train.shard_model))
         return
     # Here, since diffusers' pipelines take seconds to import.
-    from harmonica.pipeline_training.pipeline_folder import PipelineFolder
+    from harmonica.integrations.pipeline_folder import PipelineFolder
     from harmonica.pipeline_training.trainer import PipelineTrainer
 
     from ..data.pipeline_prompts import open_prompts, pipeline_call
@@ -173,8 +175,8 @@ def provenance(config: WorkflowConfig) -> dict[str, Any]:
     return {"run_id": config.run_id} | settings
 
 
-def _left(storage: RunStorage) -> str:
-    return f"{work_folder('train', storage)}/{ROUTER}"
+def _left(storage: RunStorage, name: str) -> str:
+    return f"{work_folder('train', storage)}/{name}"
 
 
 def build_artifacts(config: WorkflowConfig, storage: RunStorage) -> Routers:
@@ -184,7 +186,9 @@ def build_artifacts(config: WorkflowConfig, storage: RunStorage) -> Routers:
         RuntimeError: its last whole checkpoint is of an earlier trajectory.
     """
     if config.pipeline.enabled:
-        return load_router(storage, _left(storage)), {}
+        names = map(target_name, config.train.extra_targets)
+        family = {name: load_router(storage, _left(storage, name)) for name in names}
+        return load_router(storage, _left(storage, ROUTER)), family
     checkpoints = Checkpoints.of_training(storage)
     run, _ = start_run(config, torch.device("cpu"))
     name = checkpoints.last()

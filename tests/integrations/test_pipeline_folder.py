@@ -26,9 +26,10 @@ from harmonica.data.embedding_store import (
     read_embedding_manifest,
 )
 from harmonica.data.prompt_files import MANIFEST, part_path
-from harmonica.pipeline_training.pipeline_folder import PipelineFolder
+from harmonica.integrations.pipeline_folder import PipelineFolder
 from harmonica.pipeline_training.prompt_encoding import PipelinePromptEncoder, embedding_names
 from harmonica.pipeline_training.sampling import sample_pipeline
+from harmonica.pipeline_training.trainable import check_trainable
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_a_pipeline_that_cannot_be_trained_is_refused_by_its_index(
     class_name: str, parts: dict[str, list[str]], call: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        _index(tmp_path, class_name, **parts).check(call)
+        check_trainable(_index(tmp_path, class_name, **parts), call)
 
 
 def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:

@@ -208,7 +208,8 @@ def train(views: PixartViews, config: TrainingConfig) -> tuple[Any, dict[str, fl
 @pytest.mark.parametrize("reuse", ["hold", "forecast"])
 @pytest.mark.parametrize("student", ["soft", "hard"])
 def test_an_update_is_that_of_the_trainer_of_branch_files(student, reuse):
-    views, sdt = tiny_views(), SdtConfig(beta=0.01, student=student, learning_rate=0.5, reuse=reuse)
+    views, limits = tiny_views(), {"clamp": 0.9}  # which clamps the start of 1
+    sdt = SdtConfig(beta=0.01, student=student, learning_rate=0.5, reuse=reuse, **limits)
     router = Router(STEPS, len(views.sampler.model.branches), 1.0)
     trainer = SdtTrainer(views.sampler, router, sdt)
     records, _ = trainer.train_trajectory([views.batch(0, 2)], torch.ones(STEPS - 1))
@@ -234,13 +235,18 @@ def test_lambda_is_that_of_the_branch_files(kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_speedup": 1.3, "targets": (1.5,)}, r"train.targets is \(1.5,\)"),
-        ({"micro_batch_size": 1}, "train.micro_batch_size is 1"),
+        ({"sdt": SdtConfig(activation_checkpointing=True)}, "train.sdt.activation_checkpointing is True"),
     ],
 )
 def test_settings_without_a_counterpart_are_refused(changes, message):
     with pytest.raises(SettingError, match=f"{message}, which training in a pipeline does not do: give"):
         harmonica.train_pipeline(None, ["a"], settings(**changes))
+
+
+def test_several_speeds_are_not_returned_as_one_router():
+    config = settings(target_speedup=1.3, targets=(1.5,))
+    with pytest.raises(SettingError, match=r"train.targets is \(1.5,\): give none, since one router is ret"):
+        harmonica.train_pipeline(None, ["a"], config)
 
 
 def test_pipelines_and_prompts_that_do_not_fit_are_refused():

@@ -38,7 +38,7 @@ def compare(views: PixartViews, config: TrainingConfig) -> None:
         config = dataclasses.replace(config, sdt=dataclasses.replace(config.sdt, learning_rate=STILL))
     theirs = RouterTrainer(views.sampler, config, seed=0)
     with PipelineTrainer(views.pipe, views.prompts, config, call=views.call) as trainer:
-        ours = trainer.run
+        ours = trainer.run.current
         check_macs(trainer.calls.view.branches, views)
         for k in range(config.all_trajectories):
             phase = theirs.phase.name

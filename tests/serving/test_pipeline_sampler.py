@@ -13,6 +13,7 @@ from tiny_recorded_pipelines import make_case
 
 import harmonica
 from harmonica.builtin import CHAMPION
+from harmonica.integrations.pipeline_folder import PipelineFolder
 from harmonica.models.loading import ModelConfig
 from harmonica.validation.settings import SettingError
 from pipelines.config.serve import ServeConfig
@@ -23,11 +24,11 @@ from pipelines.serving.generation import check
 from pipelines.serving.http_errors import ApiError
 from pipelines.serving.image_request import ImageRequest, Picture, SettingRejected
 from pipelines.serving.image_sizes import SizeBounds
-from pipelines.serving.pipeline_folder import PipelineFolder, pipeline_folder
 from pipelines.serving.pipeline_sampler import PipelineSampler
 from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
 from pipelines.serving.requests import ModelCard
 from pipelines.serving.router_choice import choose_router
+from pipelines.serving.servable_pipeline import ServablePipeline, servable_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,9 @@ def test_routers_of_others_are_refused(images, artifact):
 def rewritten(folder, index=None, transformer=None):
     """The folder's files alone that are read before weights."""
     (folder / "transformer").mkdir(parents=True)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": index}))
+    kinds = {"transformer": transformer, "vae": "AutoencoderKL"} if transformer else {}
+    parts = {name: ["diffusers", kind] for name, kind in kinds.items()}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": index, **parts}))
     if transformer:
         (folder / "transformer/config.json").write_text(json.dumps({"_class_name": transformer}))
     return ModelConfig(path=str(folder))
@@ -186,19 +189,19 @@ def test_pipelines_that_are_not_served_are_refused_before_weights_are_read(
 ):
     config = rewritten(tmp_path, index, transformer)
     with pytest.raises(ValueError, match=message):
-        pipeline_folder(config)
+        servable_pipeline(config)
     with pytest.raises(ValueError, match=message):
         make_sampler(config, ServeConfig())
 
 
 def test_models_with_branch_files_are_no_pipelines_of_this_kind(tmp_path):
-    assert pipeline_folder(rewritten(tmp_path, "PixArtSigmaPipeline", "PixArtTransformer2DModel")) is None
-    assert pipeline_folder(ModelConfig()) is None
+    assert servable_pipeline(rewritten(tmp_path, "PixArtSigmaPipeline", "PixArtTransformer2DModel")) is None
+    assert servable_pipeline(ModelConfig()) is None
 
 
 def test_settings_without_a_meaning_are_refused(folder):
     with pytest.raises(SettingError, match=r"model\.execution is 'compiled': leave it out"):
-        pipeline_folder(ModelConfig(path=str(folder), execution="compiled"))
+        servable_pipeline(ModelConfig(path=str(folder), execution="compiled"))
     with pytest.raises(SettingError, match=r"serve\.over_limit is 'refuse': give truncate"):
         make_sampler(ModelConfig(path=str(folder)), ServeConfig(over_limit="refuse"))
 
@@ -216,8 +219,8 @@ def test_settings_without_a_meaning_are_refused(folder):
     ],
 )
 def test_a_class_says_what_it_takes(tmp_path, name, transformer, guidance, pictures, needs, negative):
-    found = pipeline_folder(rewritten(tmp_path, name, transformer))
-    assert isinstance(found, PipelineFolder)
+    found = servable_pipeline(rewritten(tmp_path, name, transformer))
+    assert isinstance(found, ServablePipeline)
     assert (found.guidance, found.max_pictures, found.needs_pictures) == (guidance, pictures, needs)
     assert found.takes_negative_prompts == negative
 
@@ -261,8 +264,8 @@ def case():
 
 
 def qwen(case, tmp_path, monkeypatch, name="QwenImagePipeline"):
-    found = pipeline_folder(rewritten(tmp_path, name, "QwenImageTransformer2DModel"))
-    monkeypatch.setattr(PipelineFolder, "load", lambda self, config, device: _Recording(case))
+    found = servable_pipeline(rewritten(tmp_path, name, "QwenImageTransformer2DModel"))
+    monkeypatch.setattr(PipelineFolder, "load", lambda self, **_: _Recording(case))
     return PipelineSampler(found, ModelConfig())
 
 
@@ -355,7 +358,7 @@ def test_a_replica_tries_its_router_out(folder, artifact, tmp_path, router):
         return await engine.describe()
 
     card = asyncio.run(start())
-    assert (card.router_version, card.class_names, card.has_previews) == (router, (), False)
+    assert (card.router_version, card.class_names, card.has_previews) == (router, (), True)
     by_quality = {quality: each for each in card.routers for quality in each.quality}
     assert by_quality["high"].version == "uncached" and by_quality["medium"].version == router
     assert by_quality["high"].num_inference_steps == (tiny.STEPS if router == "trained" else 28)

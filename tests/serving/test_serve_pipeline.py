@@ -88,6 +88,16 @@ def test_steps_and_guidance_are_free_with_high(client):
 
 
 @pytest.mark.cluster
+def test_previews_are_streamed(client):
+    asked = {"prompt": "a red cat", "extra_body": {"seed": 3}}
+    events = list(client.images.generate(**asked, stream=True, partial_images=2))
+    assert [event.type.rpartition(".")[2] for event in events] == ["partial_image"] * 2 + ["completed"]
+    assert [event.size for event in events] == ["128x64"] * 3
+    assert same(pixels(events[-1]), pixels(client.images.generate(**asked).data[0]))
+    assert not same(pixels(events[0]), pixels(events[-1]))
+
+
+@pytest.mark.cluster
 def test_a_picture_is_edited(client):
     file = io.BytesIO()
     Image.linear_gradient("L").resize((64, 128)).convert("RGB").save(file, "PNG")

@@ -21,10 +21,11 @@ from served_transformer_overrides import OVERRIDES, TEXT, WIDTH, embedded
 from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
+from harmonica.integrations.pipeline_folder import PipelineFolder
 from harmonica.models.loading import ModelConfig
 from pipelines.serving.image_request import ImageRequest, Picture
-from pipelines.serving.pipeline_folder import PipelineFolder, pipeline_folder
 from pipelines.serving.pipeline_sampler import PipelineSampler
+from pipelines.serving.servable_pipeline import ServablePipeline, servable_pipeline
 
 SIDE = 64
 
@@ -43,15 +44,17 @@ def pipelines_of() -> dict[str, list[str]]:
     return found
 
 
-def folder_of(pipeline: str, transformer: str) -> PipelineFolder | str | None:
+def folder_of(pipeline: str, transformer: str) -> ServablePipeline | str | None:
     """Return what the endpoint reads of a pipeline's folder, or why it refuses it."""
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         (folder / "transformer").mkdir()
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+        (folder / "model_index.json").write_text(
+            json.dumps({"_class_name": pipeline, "transformer": ["diffusers", transformer]})
+        )
         (folder / "transformer/config.json").write_text(json.dumps({"_class_name": transformer}))
         try:
-            return pipeline_folder(ModelConfig(path=path))
+            return servable_pipeline(ModelConfig(path=path))
         except ValueError as refusal:
             return str(refusal).removeprefix(f"model.path is {path}, ")
 
@@ -115,21 +118,23 @@ def make_pipeline(name: str, transformer: Any) -> Drawn:
     return Drawn(pipe, override)
 
 
-def draw(folder: PipelineFolder, transformer: Any, artifact: RouterArtifact) -> None:
+def draw(pipeline: ServablePipeline, transformer: Any, artifact: RouterArtifact) -> None:
     """Generate two images under a plan and without one.
 
     Raises:
         AssertionError: they are the same, or not finite.
     """
-    pipe = make_pipeline(folder.class_name, transformer)
+    pipe, folder = make_pipeline(pipeline.class_name, transformer), pipeline.folder
 
     class Folder(PipelineFolder):
-        def load(self, config: ModelConfig, device: str) -> Any:
+        def load(self, **how: Any) -> Any:
             return pipe
 
-    images = PipelineSampler(Folder(**vars(folder)), ModelConfig())
+    images = PipelineSampler(
+        ServablePipeline(Folder(folder.path, folder.class_name, folder.parts)), ModelConfig()
+    )
     images.use(images.make_plan(artifact, "1"))
-    pictures = (Picture(SIDE, SIDE, bytes([128]) * (3 * SIDE * SIDE)),) if folder.needs_pictures else ()
+    pictures = (Picture(SIDE, SIDE, bytes([128]) * (3 * SIDE * SIDE)),) if pipeline.needs_pictures else ()
     rows = [ImageRequest("a cat", 1, i, size=(SIDE, SIDE), pictures=pictures) for i in range(2)]
     if images.shared_with(rows[0], images.champion) != images.shared_with(rows[1], images.champion):
         rows = rows[:1]
@@ -147,7 +152,7 @@ def served(name: str, transformer: Any = None, artifact: RouterArtifact | None =
         artifact: a router of it.
     """
     found = {pipeline: folder_of(pipeline, name) for pipeline in pipelines_of().get(name, [])}
-    folders = [each for each in found.values() if isinstance(each, PipelineFolder)]
+    folders = [each for each in found.values() if isinstance(each, ServablePipeline)]
     if not found:
         return "no pipeline"
     if None in found.values():

@@ -105,13 +105,14 @@ def _train(view: RecordedTransformer, steps: list[dict[str, Any]]) -> None:
     owner: Any = _Steps(STEPS, view)
     trainer = SdtTrainer(owner, router, SdtConfig())
     trajectory = PolicyTrajectory([view], STEPS, reuse=trainer.config.reuse)
-    policy = SdtPolicy(trainer, torch.ones(STEPS - 1), 0.01)
+    policy = SdtPolicy(trainer)
     trajectory.begin(policy)
     for arguments in steps:
         output = trajectory.forward(0, (), arguments)
         assert not any(each.requires_grad for each in tensors_of(output))
     trajectory.finish()
-    assert [record.step for record in policy.records] == [1, 0], "updates"
+    records = policy.update(torch.ones(STEPS - 1), beta=0.01)
+    assert [record.step for record in records] == [1, 0], "updates"
     assert router.logits().isfinite().all() and (router.logits() != before)[:-1].all(), "logits that moved"
 
 

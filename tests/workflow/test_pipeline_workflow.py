@@ -92,7 +92,7 @@ def _arguments(folder: Path, place: Path) -> list[str]:
         (["--evaluate.transfer-steps=9"], ["evaluate.transfer_steps is (9,)", "leave it out"]),
         (["--evaluate.features=classifier"], ["evaluate.features is 'classifier'", "leave it out"]),
         (["--evaluate.lpips-path=/no/such"], ["/no/such does not exist"]),
-        (["--train.micro-batch-size=1"], ["train.micro_batch_size is 1", "give 0"]),
+        (["--train.shard-model"], ["train.shard_model is True", "give False"]),
         (["--stages", "prompts", "sweep"], ["stages is ('prompts', 'sweep')", "leave it out"]),
         (["--stages", "train"], ["no embedded prompts yet", "add the stage prompts before train"]),
         (["--stages", "prompts", "evaluate"], ["no router yet", "add the stage train before evaluate"]),
@@ -176,6 +176,20 @@ def test_a_router_is_judged_by_what_apply_makes_of_the_whole_pipeline(config: Wo
     columns = VariantSampler(config, rows, [full, cached])(rows.make(np.arange(3)))
     np.testing.assert_allclose(columns["cached.psnr"], psnr(images[CACHED], images[FULL]).numpy(), rtol=1e-3)
     assert (columns["label"] == -1).all() and columns["cached.ssim"].shape == (3,)
+
+
+def test_a_worker_leaves_the_routers_of_all_speeds(config: WorkflowConfig) -> None:
+    train = dataclasses.replace(config.train, targets=(1.2,), trajectories=1)
+    config = dataclasses.replace(config, train=train)
+    storage, shard = RunStorage(config.storage_path, config.run_id), Shard(config.train.batch_size)
+    with opened_job(config, torch.device("cpu"), shard) as job:
+        metrics = list(job.trained(shard, _NoTimes(), lambda _: None))  # type: ignore[arg-type]
+        job.leave(config, storage)
+    assert [each["target_speedup"] for each in metrics] == [1.4, 1.2]
+    main, family = build_artifacts(config, storage)
+    assert main.ideal_speedup == pytest.approx(1.4, rel=0.02) and list(family) == ["1.2x"]
+    assert family["1.2x"].ideal_speedup == pytest.approx(1.2, rel=0.02)
+    assert family["1.2x"].training["target_speedup"] == 1.2
 
 
 def test_a_golden_sample_is_drawn_again_and_another_plan_is_not(config: WorkflowConfig) -> None:

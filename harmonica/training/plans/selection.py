@@ -31,15 +31,25 @@ class PlanSelector:
 
     @torch.no_grad()
     def observe(
-        self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
+        self,
+        backend: TrajectoryBackend,
+        batches: Sequence[Any],
+        average: Callable[[Tensor], None],
+        *,
+        as_pictures: bool = False,
     ) -> dict[str, float]:
-        """Measure some samples and return the metrics to log, errors in decibels below 1."""
+        """Measure some samples and return the metrics to log, errors in decibels below 1.
+
+        Args:
+            as_pictures: compare the backend's pictures, where its images are latents.
+        """
+        drawn = backend.pictures if as_pictures else backend.images
         count = sum(map(len, batches))
         sums_P = torch.zeros(len(self.plans) + 1, dtype=torch.float64, device=backend.device)
         for batch in batches:
-            full_NX = backend.images(batch)
+            full_NX = drawn(batch)
             for place, plan in enumerate(self.plans.values()):
-                images_NX = backend.images(batch, plan, self.reuse)
+                images_NX = drawn(batch, plan, self.reuse)
                 error_N = (images_NX - full_NX).double().square().flatten(1).mean(1)
                 sums_P[place] += error_N.clamp_min(_SMALLEST_ERROR).log10().sum() / count
             sums_P[-1] += error_N.sum() / count  # of the last one, the plan as trained

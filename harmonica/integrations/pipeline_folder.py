@@ -1,6 +1,6 @@
-"""Read folders of diffusers pipelines: their parts, and what can be trained.
+"""Read folders of diffusers pipelines: their parts, and what a call takes.
 
-Nothing is loaded to tell whether a pipeline can be trained: `model_index.json` names the classes.
+Nothing is loaded to tell whether a pipeline can be trained or served: `model_index.json` names the classes.
 """
 
 import hashlib
@@ -8,21 +8,19 @@ import inspect
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from harmonica.integrations.recorded.kinds import DECLARATIONS
 from harmonica.io.repository_files import INDEX
 from harmonica.io.resolve import local_path
+from harmonica.io.weight_files import read_json
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.validation.extras import need
-from harmonica.validation.settings import SettingError
 
 _TRANSFORMERS = ("transformer", "transformer_2", "unconditional_transformer")
-_NOT_FOR_IMAGES = ("num_frames", "video", "audio_end_in_s", "lyrics")
-_OF_AN_IMAGE = ("strength", "mask_image", "control_image", "class_labels")
 _SMALL = 2**20
 
 
@@ -68,8 +66,8 @@ class PipelineFolder:
         need("diffusers", extra="diffusers")
         import diffusers
 
-        found = getattr(diffusers, self.class_name, None)
-        if found is None:
+        found = getattr(diffusers, self.class_name, None) if self.class_name.isidentifier() else None
+        if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
             raise ValueError(
                 f"model.path {self.path} is a {self.class_name}, which diffusers {diffusers.__version__} "
                 "does not have: install the version that wrote it, or give a pipeline of diffusers' own"
@@ -85,52 +83,38 @@ class PipelineFolder:
         return tuple(name for name, (library, _) in self.parts.items() if library == "transformers")
 
     @property
+    def transformers(self) -> tuple[str, ...]:
+        """Return the classes of the denoisers, in the order in which they are used."""
+        return tuple(self.parts[name][1] for name in _TRANSFORMERS if name in self.parts)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Return whether the pipeline ends in pictures, decoded or drawn as pixels."""
+        config = self.path / "transformer" / "config.json"
+        channels = read_json(config).get("in_channels") if config.is_file() else None
+        return self.has_vae or channels in (1, 3)
+
+    @property
+    def has_unet(self) -> bool:
+        return "unet" in self.parts
+
+    @property
     def has_vae(self) -> bool:
         return "vae" in self.parts
 
-    def check(self, call: Mapping[str, Any]) -> None:
-        """Check that a router can be trained in this pipeline with these arguments.
-
-        Args:
-            call: the arguments that are given, with their values.
+    @cached_property
+    def defaults(self) -> Mapping[str, Any]:
+        """Arguments of the pipeline's call, with their default values.
 
         Raises:
-            ValueError: the pipeline has no transformer, a refused one, or draws no images from prompts.
-            SettingError: its call does not take an argument.
+            ValueError: the installed diffusers has no such class.
         """
-        words = f"model.path {self.path} is a {self.class_name}"
-        transformer = next((name for name in _TRANSFORMERS if name in self.parts), None)
-        if transformer is None:
-            has_unet = "unet" in self.parts
-            raise ValueError(
-                f"{words}, which has no transformer{': its denoiser is a UNet' if has_unet else ''}; give a "
-                "pipeline with pipe.transformer"
-            )
-        for name in _TRANSFORMERS:
-            denoiser = self.parts.get(name, ("", ""))[1]
-            if (known := DECLARATIONS.get(denoiser)) is not None and known.refused:
-                raise ValueError(f"{words} with a {denoiser}, which has no plan: {known.refused}")
-        taken = inspect.signature(self.pipeline_class.__call__).parameters
-        if other := next((name for name in _NOT_FOR_IMAGES if name in taken), None):
-            raise ValueError(
-                f"{words}, whose call takes {other}: it does not draw single images, which are judged here; "
-                "train it by harmonica.train_pipeline"
-            )
-        others = [name for name in _OF_AN_IMAGE if name in taken]
-        if others or "prompt" not in taken or "output_type" not in taken:
-            raise ValueError(
-                f"{words}, which does not draw images from prompts alone: give a text-to-image pipeline, or "
-                "train by harmonica.train_pipeline"
-            )
-        for name, value in call.items():
-            if name not in taken:
-                raise SettingError(
-                    f"pipeline.{name} is {value}, and {words}, whose call does not take it: leave it out"
-                )
+        parameters = inspect.signature(self.pipeline_class.__call__).parameters
+        return {name: parameter.default for name, parameter in parameters.items()}
 
     def takes(self, argument: str) -> bool:
         """Return whether the pipeline's call takes an argument."""
-        return argument in inspect.signature(self.pipeline_class.__call__).parameters
+        return argument in self.defaults
 
     def identity(self) -> dict[str, Any]:
         """Return the pipeline's class, and digests of what encodes prompts.

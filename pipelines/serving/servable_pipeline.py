@@ -1,25 +1,23 @@
-"""Load a diffusers pipeline that is served by its own loop, or refuse it.
+"""Tell what a diffusers pipeline's requests may ask for, or refuse to serve it.
 
-Models with branch files (DiT, PixArt, Sana) are sampled by Harmonica itself, and are not found here.
+Models with branch files (DiT, PixArt, Sana) are sampled by Harmonica itself, unless their router was trained
+in a pipeline.
 """
 
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
+from harmonica.core.artifact import RouterArtifact
+from harmonica.integrations.pipeline_folder import PipelineFolder
+from harmonica.integrations.recorded.pipelines import is_recorded
 from harmonica.io.repository_files import INDEX
 from harmonica.io.resolve import local_path
-from harmonica.io.weight_files import read_json
-from harmonica.models.diffusers_folder import find_transformer
 from harmonica.models.dit.diffusers_layout import CLASS_NAME as DIT
 from harmonica.models.loading import ModelConfig
 from harmonica.models.pixart.checkpoint import CLASS_NAME as PIXART
 from harmonica.models.sana.checkpoint import CLASS_NAME as SANA
-from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.validation.settings import require
 
 _BRANCH_FILES = (DIT, PIXART, SANA)
@@ -36,16 +34,31 @@ _NO_VALUE = (None, inspect.Parameter.empty)
 
 
 @dataclass(frozen=True)
-class PipelineFolder:
-    """A pipeline's folder says its class, whose call says what a request may ask for."""
+class ServablePipeline:
+    """A folder's pipeline, whose call says what a request may ask for."""
 
-    path: Path
-    class_name: str
-    transformer_class: str
-    defaults: Mapping[str, Any]
-    """Default values of the arguments of a call."""
-    has_text_to_image: bool
-    """Whether it generates without a picture."""
+    folder: PipelineFolder
+
+    @property
+    def class_name(self) -> str:
+        return self.folder.class_name
+
+    @property
+    def transformer_class(self) -> str:
+        return self.folder.transformers[0]
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Return the default values of the arguments of a call."""
+        return self.folder.defaults
+
+    @property
+    def has_text_to_image(self) -> bool:
+        """Return whether it generates without a picture."""
+        from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+        kinds = AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
+        return "image" not in self.defaults or self.folder.pipeline_class in kinds
 
     @property
     def max_pictures(self) -> int:
@@ -84,75 +97,76 @@ class PipelineFolder:
         is_looked_at = self.guidance == "true_cfg_scale" or self.defaults.get("true_cfg_scale") is None
         return "negative_prompt" in self.defaults and is_looked_at
 
-    def load(self, config: ModelConfig, device: str) -> Any:
-        """Load the pipeline, frozen, onto a device.
 
-        Raises:
-            ValueError: files of it are missing or damaged.
-        """
-        pipe = _class(self.class_name).from_pretrained(
-            self.path, torch_dtype=getattr(torch, config.dtype), local_files_only=True, use_safetensors=True
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe.to(device)
-
-
-def pipeline_folder(config: ModelConfig) -> PipelineFolder | None:
+def servable_pipeline(config: ModelConfig, artifact: RouterArtifact | None = None) -> ServablePipeline | None:
     """Read what a model's folder says of its pipeline, without its weights.
 
+    Args:
+        artifact: the router to serve. One that was trained in a pipeline is served in the pipeline's loop,
+            also where the model has a branch file.
+
     Returns:
-        None where the model has a branch file, or is no pipeline.
+        None where the model is sampled by its branch file, or is no pipeline.
 
     Raises:
         ValueError: it is a pipeline that is not served, or settings that it does not follow; names the
             field, the value and the cure.
     """
-    folder = local_path(config.path, config.revision)
-    if not folder.is_dir() or not (folder / INDEX).is_file():
+    folder = _pipeline_folder(config)
+    is_in_pipeline = artifact is not None and is_recorded(artifact)
+    if folder is None or (_has_branch_file(folder) and not is_in_pipeline):
         return None
-    found = find_transformer(folder)
-    transformer = str(read_json(found / "config.json").get("_class_name", "")) if found else ""
-    name = str(read_json(folder / INDEX).get("_class_name", ""))
-    if transformer in _BRANCH_FILES or (not transformer and name in _THEIR_PIPELINES):
-        return None
-    kind, said = _class(name), f"model.path is {config.path}, a {name}"
-    defaults = {
-        argument: parameter.default
-        for argument, parameter in inspect.signature(kind.__call__).parameters.items()
-    }
-    if any(argument in defaults for argument in _OF_VIDEOS):
+    check_servable(folder, config)
+    return ServablePipeline(folder)
+
+
+def has_two_views(config: ModelConfig) -> bool:
+    """Return whether the router decides how a model is sampled.
+
+    It does where a pipeline's transformer has a branch file.
+    """
+    folder = _pipeline_folder(config)
+    return folder is not None and _has_branch_file(folder)
+
+
+def _pipeline_folder(config: ModelConfig) -> PipelineFolder | None:
+    is_pipeline = (local_path(config.path, config.revision) / INDEX).is_file()
+    return PipelineFolder.read(config.path, config.revision) if is_pipeline else None
+
+
+def _has_branch_file(folder: PipelineFolder) -> bool:
+    transformer = next(iter(folder.transformers), "")
+    return transformer in _BRANCH_FILES or (not transformer and folder.class_name in _THEIR_PIPELINES)
+
+
+def check_servable(folder: PipelineFolder, config: ModelConfig) -> None:
+    """Check that a pipeline is served, and under these settings.
+
+    Raises:
+        ValueError: it is not; names the field, the value and the cure.
+    """
+    _check_folder(folder, f"model.path is {config.path}, a {folder.class_name}")
+    _check_settings(config)
+
+
+def _check_folder(folder: PipelineFolder, said: str) -> None:
+    if any(folder.takes(argument) for argument in _OF_VIDEOS):
         raise ValueError(f"{said}, which generates videos: this endpoint serves images, give such a pipeline")
-    if found is None:
-        why = "its denoiser is a UNet" if (folder / "unet").is_dir() else "transformer/ is missing"
+    if not folder.transformers:
+        why = "its denoiser is a UNet" if folder.has_unet else "transformer/ is missing"
         raise ValueError(f"{said} without a transformer ({why}): give a pipeline that has one")
-    if "prompt" not in defaults or "generator" not in defaults:
+    if not (folder.takes("prompt") and folder.takes("generator")):
         raise ValueError(f"{said}, which takes no prompt: give a text-to-image pipeline")
     for argument in _NOT_SERVED:
-        if argument in defaults:
+        if folder.takes(argument):
             raise ValueError(
                 f"{said}, whose call takes {argument}, which no request has: give a text-to-image "
                 "pipeline, or one that edits pictures by a prompt"
             )
-    if not {"height", "width"} <= defaults.keys():
+    if not (folder.takes("height") and folder.takes("width")):
         raise ValueError(f"{said}, whose call takes no height and width: give another pipeline")
-    _check_settings(config)
-    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-
-    is_text_to_image = "image" not in defaults or kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
-    return PipelineFolder(folder, name, transformer, defaults, is_text_to_image)
-
-
-def _class(name: str) -> Any:
-    ensure_torchvision_imports()
-    import diffusers
-
-    kind = getattr(diffusers, name, None) if name.isidentifier() else None
-    if kind is None or not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
-        raise ValueError(
-            f"model.path is the folder of a {name!r}, which diffusers {diffusers.__version__} does not have: "
-            "install the version that wrote it"
-        )
-    return kind
+    if "vae" in inspect.signature(folder.pipeline_class.__init__).parameters and not folder.has_vae:
+        raise ValueError(f"{said} without a VAE, which decodes its latents: give the folder with vae/")
 
 
 def _check_settings(config: ModelConfig) -> None:
