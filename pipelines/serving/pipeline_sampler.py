@@ -80,10 +80,15 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         """Return the width of images whose request asks for no size, in pixels."""
         return self.sizes.default[0]
 
-    def use(self, champion: PipelineServedPlan, fastest: PipelineServedPlan | None = None) -> None:
+    def use(
+        self,
+        champion: PipelineServedPlan,
+        fastest: PipelineServedPlan | None = None,
+        by_steps: Sequence[PipelineServedPlan] = (),
+    ) -> None:
         """Use these plans, and the champion's size, from the next request on."""
         self.sizes = self._bounds(champion.arguments)
-        super().use(champion, fastest)
+        super().use(champion, fastest, by_steps)
 
     def make_plan(self, artifact: RouterArtifact, version: str) -> PipelineServedPlan:
         """Make the plan of a router that was trained in a pipeline.

@@ -6,6 +6,7 @@ The registry is polled; a new champion is tested on the replica, which then chan
 import asyncio
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +28,8 @@ from .served_plan import UNCACHED, ServedPlan
 
 FOLLOW_S = 5.0
 _MOST_VERSIONS = 50
+_MOST_STEPS = 8
+"""Number of routers for other numbers of steps at most; each is tried out before it is used."""
 _NO_THREADS_LEFT = "cannot schedule new futures after"
 """Message of an executor's error in a process that is shutting down."""
 logger = logging.getLogger("ray.serve")
@@ -108,6 +111,7 @@ class RegistryWatcher:
         self._engine, self._args = engine, args
         self._is_final = False  # whether trying the rejected version again is useless
         self._loaded: dict[str, RouterArtifact | None] = {}
+        self._by_steps: dict[str, ServedPlan] = {}
         self._seen: tuple[str, ...] = ()
 
     async def poll(self) -> None:
@@ -186,7 +190,10 @@ class RegistryWatcher:
         return served
 
     async def _change(self, champion: ServedPlan) -> None:
-        """Use a champion, and for quality low the fastest registered router that works."""
+        """Use a champion, and the registered routers that work beside it.
+
+        They are the fastest one, for quality low, and for each other number of steps the newest.
+        """
         fastest = champion
         self._seen = tuple(await asyncio.to_thread(self._args.versions))
         versions = self._seen
@@ -199,7 +206,29 @@ class RegistryWatcher:
                 break
             except Exception as error:
                 logger.info("router %s is not used for quality low: %s", version, error)
-        self._engine.images.use(champion, fastest)
+        self._by_steps = await self._for_other_steps(versions, champion, fastest)
+        self._engine.images.use(champion, fastest, tuple(self._by_steps.values()))
+
+    async def _for_other_steps(
+        self, versions: Sequence[str], champion: ServedPlan, fastest: ServedPlan
+    ) -> dict[str, ServedPlan]:
+        """Return the newest working router of each other number of steps."""
+        tried = self._by_steps | {fastest.version: fastest}
+        found: dict[str, ServedPlan] = {}
+        steps = {champion.config.num_inference_steps}
+        for version in versions:
+            artifact = self._loaded.get(version)
+            if artifact is None or artifact.sampler.num_inference_steps in steps:
+                continue
+            if len(found) == _MOST_STEPS:
+                logger.info("router %s is left out: there are %d for other steps", version, _MOST_STEPS)
+                break
+            try:
+                found[version] = tried.get(version) or await self._try_out(version)
+                steps.add(artifact.sampler.num_inference_steps)
+            except Exception as error:
+                logger.info("router %s is not used for its number of steps: %s", version, error)
+        return found
 
     async def _cost(self, version: str) -> float:
         """Return the number of multiply-accumulates of an image.

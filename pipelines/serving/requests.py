@@ -85,7 +85,7 @@ class RouterCard:
 
     version: str
     quality: tuple[Quality, ...]
-    """The qualities that it is used for."""
+    """The qualities that it is used for; none where only `num_inference_steps` picks it."""
     cur: float
     ideal_speedup: float
     sampler: str

@@ -144,7 +144,9 @@ class RouterEntry(BaseModel):
 
     id: str = Field(description="Its version.")
     object: Literal["router"] = "router"
-    quality: list[Quality] = Field(description="The qualities it is used for.")
+    quality: list[Quality] = Field(
+        description="The qualities it is used for; empty where only `num_inference_steps` picks it."
+    )
     cur: float
     ideal_speedup: float
     sampler: str
