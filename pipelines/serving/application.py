@@ -9,7 +9,7 @@ from ray import serve
 
 from ..config.serve import ServeConfig
 from .deployments import GENERATION_DEPLOYMENT, GenerationDeployment, api_builder
-from .registry_watcher import ServeArgs
+from .serve_args import ServeArgs
 
 HEALTH_CHECK_PERIOD_S = 2.0
 _HEALTH: dict[str, Any] = {"health_check_period_s": HEALTH_CHECK_PERIOD_S, "health_check_timeout_s": 30.0}

@@ -1,7 +1,7 @@
-"""Define the two deployments of Ray Serve, and the link between them.
+"""Define the two deployments of Ray Serve.
 
 `GenerationDeployment` holds the model and generates; the function of `api_builder` makes the app that serves
-HTTP; `RemoteEngine` calls the former from the latter.
+HTTP, and calls the former.
 """
 
 import asyncio
@@ -13,16 +13,12 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError, TaskCancelledError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.validation.settings import require
 
 from ..config.serve import ServeConfig
 from .auth import ENVIRONMENT, load_keys
-from .batching import Overloaded
 from .engine import GenerationEngine
 from .image_sampler import ImageSampler
 from .images_api import create_app
@@ -30,7 +26,8 @@ from .metrics import ServeMetrics
 from .pipeline_folder import pipeline_folder
 from .pipeline_sampler import PipelineSampler
 from .planned_sampler import PlannedSampler
-from .registry_watcher import RegistryWatcher, ServeArgs
+from .registry_watcher import RegistryWatcher
+from .remote_engine import RemoteEngine
 from .requests import (
     REJECTIONS,
     EngineRequest,
@@ -39,14 +36,11 @@ from .requests import (
     Preview,
     Progress,
 )
+from .serve_args import ServeArgs
 
 GENERATION_DEPLOYMENT = "Sampler"
 """Name of `GenerationDeployment` in Serve: a label of its metrics, and a key in files of `serve build`."""
 _REGISTRY_WAIT_S = 600.0
-_LOST = (ActorDiedError, ActorUnavailableError)
-_PAUSES_S = (0.0, 0.2, 0.5, 1.0, 2.0)
-"""Pauses before a request is sent to another replica: after a node is lost, several calls may fail before
-Serve notices."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -134,82 +128,6 @@ async def _first_poll(watcher: RegistryWatcher) -> None:
                 raise
             logger.warning("the registry does not answer yet: %s", error)
             await asyncio.sleep(2)
-
-
-def _checked(result: Any) -> Any:
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-class RemoteEngine:
-    """This image source calls `GenerationDeployment` through its Serve handle.
-
-    Serve does not retry the calls of a lost replica. Here they are: the image is the same on any replica.
-    """
-
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
-
-    async def describe(self) -> ModelCard:
-        """Describe the model, its routers and the queue of one replica."""
-        card: ModelCard = await self._call_until_kept("describe")
-        return card
-
-    async def generate(self, request: EngineRequest) -> GeneratedImage:
-        """Generate one image, on another replica if one is lost."""
-        image: GeneratedImage = await self._call_until_kept("generate", request)
-        return image
-
-    async def generate_stream(
-        self, request: EngineRequest
-    ) -> AsyncIterator[Progress | Preview | GeneratedImage]:
-        """Yield the events of one image, from another replica if one is lost."""
-        last_step = 0  # another replica begins anew: events that the client has had are not sent again
-        for pause_s in (*_PAUSES_S, None):
-            try:
-                async for event in self._stream(request):
-                    if isinstance(event, GeneratedImage) or event.step > last_step:
-                        yield event
-                    last_step = last_step if isinstance(event, GeneratedImage) else max(last_step, event.step)
-                return
-            except _LOST:
-                if pause_s is None:
-                    raise
-                await asyncio.sleep(pause_s)
-
-    async def _call_until_kept(self, method: str, *args: Any) -> Any:
-        """Call a method, and again on another replica while the one called is lost."""
-        for pause_s in _PAUSES_S:
-            try:
-                return await self._call(method, *args)
-            except _LOST:
-                await asyncio.sleep(pause_s)
-        return await self._call(method, *args)
-
-    async def _call(self, method: str, *args: Any) -> Any:
-        response = getattr(self._handle, method).remote(*args)
-        try:
-            return _checked(await response)
-        except asyncio.CancelledError:
-            response.cancel()  # the client has gone, or another image of its request was rejected
-            raise
-        except TaskCancelledError:
-            raise asyncio.CancelledError from None  # Serve was faster: an error would be logged in full
-        except (BackPressureError, DeploymentUnavailableError) as error:
-            raise Overloaded from error
-
-    async def _stream(self, request: EngineRequest) -> AsyncIterator[Progress | Preview | GeneratedImage]:
-        stream: Any = self._handle.options(stream=True).generate_stream.remote(request)
-        try:
-            async for event in stream:
-                yield _checked(event)
-        except TaskCancelledError:
-            raise asyncio.CancelledError from None
-        except (BackPressureError, DeploymentUnavailableError) as error:
-            raise Overloaded from error
-        finally:
-            stream.cancel()  # the client has gone; a finished stream is not changed by it
 
 
 def api_builder(config: ServeConfig) -> Callable[[], FastAPI]:

@@ -15,7 +15,7 @@ from ..runtime.ray_runtime import is_private
 from . import proxy
 from .application import JSON_LOGS, make_application
 from .deployments import GENERATION_DEPLOYMENT
-from .registry_watcher import FOLLOW_S, ServeArgs
+from .serve_args import FOLLOW_S, ServeArgs
 
 APP_NAME = "harmonica"
 _NO_CARD = "ASGI lifespan startup failed"

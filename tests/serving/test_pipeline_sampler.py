@@ -25,9 +25,10 @@ from pipelines.serving.image_request import ImageRequest, Picture, SettingReject
 from pipelines.serving.image_sizes import SizeBounds
 from pipelines.serving.pipeline_folder import PipelineFolder, pipeline_folder
 from pipelines.serving.pipeline_sampler import PipelineSampler
-from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
+from pipelines.serving.registry_watcher import RegistryWatcher
 from pipelines.serving.requests import ModelCard
 from pipelines.serving.router_choice import choose_router
+from pipelines.serving.serve_args import ServeArgs
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,9 @@ from pipelines.serving.engine import GenerationEngine
 from pipelines.serving.image_request import ImageRequest, SettingRejected
 from pipelines.serving.image_sampler import ImageSampler
 from pipelines.serving.images_api import create_app
-from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
+from pipelines.serving.registry_watcher import RegistryWatcher
 from pipelines.serving.requests import EngineRequest
+from pipelines.serving.serve_args import ServeArgs
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import find_or_create, make_client
 
