@@ -29,10 +29,21 @@ class RegistryWatcher:
     the router before it stays in use, and the engine's card names the rejected one.
     """
 
-    def __init__(self, engine: GenerationEngine, args: ServeArgs) -> None:
+    def __init__(
+        self,
+        engine: GenerationEngine,
+        args: ServeArgs,
+        routers: dict[str, RouterArtifact | None] | None = None,
+    ) -> None:
+        """Watch for an engine.
+
+        Args:
+            routers: registered versions that were loaded before, None for those that do not fit; the ones
+                loaded from now on are added.
+        """
         self._engine, self._args = engine, args
         self._is_final = False  # whether trying the rejected version again is useless
-        self._loaded: dict[str, RouterArtifact | None] = {}
+        self._loaded = {} if routers is None else routers
         self._by_steps: dict[str, ServedPlan] = {}
         self._seen: tuple[str, ...] = ()
 
@@ -73,6 +84,14 @@ class RegistryWatcher:
             await self._change(images.champion)  # a faster one may be among the new
         engine.rejected = None
 
+    async def resume(self, version: str) -> None:
+        """Use a version that was the champion before, while the registry does not answer.
+
+        Raises:
+            Exception: it was not loaded before, or does not fit.
+        """
+        self._engine.images.use(await self._try_out(version))
+
     async def run(self) -> None:
         """Poll until this process ends."""
         while True:
@@ -104,7 +123,9 @@ class RegistryWatcher:
             uncached: ServedPlan = await asyncio.to_thread(images.make_uncached, own)
             await self._engine.warm_up(uncached)
             return uncached
-        artifact = await asyncio.to_thread(self._args.load, version)
+        artifact = self._loaded.get(version)
+        if artifact is None:
+            artifact = await asyncio.to_thread(self._args.load, version)
         served: ServedPlan = await asyncio.to_thread(images.make_plan, artifact, version)
         # In the trajectories' thread: two trajectories at once would slow down each other.
         await self._engine.batcher.run_between_batches(partial(images.try_out, artifact, served))

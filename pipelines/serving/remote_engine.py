@@ -9,7 +9,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from .batching import Overloaded
-from .requests import EngineRequest, GeneratedImage, ModelCard, Preview, Progress
+from .requests import Catalog, EngineRequest, GeneratedImage, Preview, Progress
 
 _LOST = (ActorDiedError, ActorUnavailableError)
 _PAUSES_S = (0.0, 0.2, 0.5, 1.0, 2.0)
@@ -29,17 +29,29 @@ class RemoteEngine:
     Serve does not retry the calls of a lost replica. Here they are: the image is the same on any replica.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
+    def __init__(self, handle: DeploymentHandle[Any], *, is_multiplexed: bool = False) -> None:
+        """Take a handle.
 
-    async def describe(self) -> ModelCard:
-        """Describe the model, its routers and the queue of one replica."""
-        card: ModelCard = await self._call_until_kept("describe")
-        return card
+        Args:
+            is_multiplexed: whether the replicas have several models. Serve then prefers a replica that has
+                loaded the model of a request.
+        """
+        self._handle, self._is_multiplexed = handle, is_multiplexed
+
+    def _to(self, model: str) -> DeploymentHandle[Any]:
+        """Return a handle whose calls go to a replica with this model if there is one."""
+        if self._is_multiplexed and model:
+            return self._handle.options(multiplexed_model_id=model)
+        return self._handle
+
+    async def describe(self, model: str = "") -> Catalog:
+        """Describe the models, their routers and the queues of one replica."""
+        catalog: Catalog = await self._call_until_kept(self._to(model).describe, model)
+        return catalog
 
     async def generate(self, request: EngineRequest) -> GeneratedImage:
         """Generate one image, on another replica if one is lost."""
-        image: GeneratedImage = await self._call_until_kept("generate", request)
+        image: GeneratedImage = await self._call_until_kept(self._to(request.model).generate, request)
         return image
 
     async def generate_stream(
@@ -59,7 +71,7 @@ class RemoteEngine:
                     raise
                 await asyncio.sleep(pause_s)
 
-    async def _call_until_kept(self, method: str, *args: Any) -> Any:
+    async def _call_until_kept(self, method: DeploymentHandle[Any], *args: Any) -> Any:
         """Call a method, and again on another replica while the one called is lost."""
         for pause_s in _PAUSES_S:
             try:
@@ -68,8 +80,8 @@ class RemoteEngine:
                 await asyncio.sleep(pause_s)
         return await self._call(method, *args)
 
-    async def _call(self, method: str, *args: Any) -> Any:
-        response = getattr(self._handle, method).remote(*args)
+    async def _call(self, method: DeploymentHandle[Any], *args: Any) -> Any:
+        response: Any = method.remote(*args)
         try:
             return _checked(await response)
         except asyncio.CancelledError:
@@ -81,7 +93,8 @@ class RemoteEngine:
             raise Overloaded from error
 
     async def _stream(self, request: EngineRequest) -> AsyncIterator[Progress | Preview | GeneratedImage]:
-        stream: Any = self._handle.options(stream=True).generate_stream.remote(request)
+        handle = self._to(request.model).options(stream=True)
+        stream: Any = handle.generate_stream.remote(request)
         try:
             async for event in stream:
                 yield _checked(event)

@@ -5,7 +5,7 @@ It has to fit the model.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mlflow.exceptions import MlflowException
@@ -20,6 +20,7 @@ from ..tracking import registry
 from ..tracking.mlflow_store import database_of, tracking_uri, without_credentials
 from .model_check import check_is_whole
 from .pipeline_folder import PipelineFolder, pipeline_folder
+from .serve_args import ServeArgs
 from .served_plan import UNCACHED
 
 
@@ -78,6 +79,32 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
         f"not fit model.path {model.path} ({why_no_champion}): give --router FOLDER, --router {UNCACHED} to "
         "compute every branch, or --registered-model NAME"
     )
+
+
+def choose_routers(args: ServeArgs, storage_path: str) -> tuple[ServeArgs, str]:
+    """Return the settings with each model's router chosen, and a summary.
+
+    Args:
+        args: the settings, with the routers that were asked for.
+        storage_path: folder whose mlflow.db is used if MLFLOW_TRACKING_URI is not set.
+
+    Raises:
+        ValueError: a model cannot be loaded or cannot generate images, or no router fits it; the message
+            names the setting that helps.
+    """
+    if not args.models:
+        one = choose_router(args.model, args.router, args.registered_model, storage_path)
+        return args.model_copy(update={"tracking_uri": one.tracking_uri, "router": one.router}), one.summary
+    uri, models, summaries = "", {}, []
+    for name, served in args.models.items():
+        try:
+            chosen = choose_router(served.model, served.router, served.registered_model or name, storage_path)
+        except ValueError as error:
+            raise ValueError(f"models.{name}: {error}") from error
+        uri = uri or chosen.tracking_uri
+        models[name] = replace(served, router=chosen.router)
+        summaries.append(f"{name}: {chosen.summary}")
+    return args.model_copy(update={"tracking_uri": uri, "models": models}), "; ".join(summaries)
 
 
 @dataclass(frozen=True, kw_only=True)
