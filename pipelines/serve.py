@@ -1,10 +1,11 @@
 """Serve an HTTP endpoint in the shape of OpenAI's Images API, on Ray Serve.
 
     python -m pipelines.serve --serve.port 8000        # make serve
+    python -m pipelines.serve --models models.yaml     # several models
     serve deploy with import_path: pipelines.serve:build
 
 It samples under the champion router. There are two deployments: `Api` serves HTTP, and `Sampler` holds the
-model and generates. A request for n images is split into n requests to the engine, which share batches with
+models and generates. A request for n images is split into n requests to the engine, which share batches with
 those of other clients.
 """
 
@@ -24,8 +25,9 @@ from .runtime.ray_runtime import Terminated, connect, is_private
 from .serving.application import build as build
 from .serving.auth import key_headers
 from .serving.client import curl_command
-from .serving.lifecycle import check_port, deploy, shutdown
-from .serving.router_choice import choose_router
+from .serving.lifecycle import check_port, deploy_args, shutdown
+from .serving.router_choice import choose_routers
+from .serving.serve_args import FOLLOW_S, ServeArgs, read_models
 
 
 @settings()
@@ -43,6 +45,10 @@ class ServeCommand:
     router: str = ""
     """Router artifact folder to serve, or `uncached` to compute every branch. Empty: the registry's champion,
     else the built-in one, whichever fits the model."""
+    models: str = ""
+    """YAML file of several models to serve, by the names that clients give: `NAME: {model: {path: PATH}}`,
+    with `registered_model` (NAME by default) and `router` where they are not to be found by themselves.
+    Empty: the one of the settings above."""
 
 
 def _serve(command: ServeCommand) -> None:
@@ -52,24 +58,27 @@ def _serve(command: ServeCommand) -> None:
         ValueError: the settings cannot be used.
         RuntimeError: serving could not be started.
     """
+    models = read_models(command.models) if command.models else {}
+    args = ServeArgs(
+        serve=command.serve,
+        model=command.model,
+        registered_model=command.registered_model,
+        follow_s=FOLLOW_S,
+        router=command.router,
+        models=models,
+    )
     headers = key_headers(command.serve.api_keys_file)
     check_address()
     if is_private():
         check_port(command.serve)
-    choice = choose_router(command.model, command.router, command.registered_model, command.storage_path)
-    say(f"Starting with {choice.summary} ...")
+    args, summary = choose_routers(args, command.storage_path)
+    say(f"Starting with {summary} ...")
     connect()
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):  # after `connect`, which has its own for the latter
         signal.signal(name, lambda *_: stop.set())
     try:
-        url = deploy(
-            command.serve,
-            command.model,
-            registered_model=command.registered_model,
-            tracking_uri=choice.tracking_uri,
-            router=choice.router,
-        )
+        url = deploy_args(args)
         words = ", with one of the server's keys in HARMONICA_API_KEY" if headers else ""
         say(f"Serving at {url}, documentation at {url}/docs. Try{words}:\n\n{curl_command(url, headers)}\n")
         say("Ctrl-C stops it.")

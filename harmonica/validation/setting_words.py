@@ -55,6 +55,8 @@ class Wanted:
         if isinstance(extra, Cure):
             self.cure = extra
         for one in getattr(extra, "metadata", None) or []:  # of pydantic's Field
+            if isinstance(one, Cure):
+                self.cure = one
             bounds = ("gt", "ge", "lt", "le", "min_length", "max_length")
             self.bounds |= {name: getattr(one, name) for name in bounds if hasattr(one, name)}
         name = getattr(extra, "name", None)  # of tyro.conf.arg

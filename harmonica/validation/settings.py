@@ -110,13 +110,21 @@ def told(error: "ValidationError", cls: type) -> SettingError:
     """
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
+    if not path and "error" in first.get("ctx", {}):  # of a validator, which has the words already
+        return _refusal(first, cls, "", {})
     if not path:
         return SettingError(f"{cls.__name__} is {first['input']!r}: give settings by their names")
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return SettingError(f"{'.'.join(path)} is {first['input']!r}: there is no such setting, leave it out")
     depth = 0
-    while depth < len(path) - 1 and (inner := _class_of(_annotations(cls).get(path[depth]))):
-        cls, depth = inner, depth + 1
+    while depth < len(path) - 1:
+        annotation = _annotations(cls).get(path[depth])
+        inner, taken = _class_of(annotation), 1
+        if inner is None and get_origin(kind := Wanted.of(annotation).kind) is dict:  # by names of the user's
+            inner, taken = _class_of(get_args(kind)[1]), 2
+        if inner is None or depth + taken >= len(path):
+            break
+        cls, depth = inner, depth + taken
     return _refusal({**first, "loc": path[depth:]}, cls, ".".join(path[:depth]), {})
 
 

@@ -20,7 +20,7 @@ from harmonica.validation.settings import (
 
 from ..config.serve import ServeConfig
 from ..config.workflow import TrainConfig
-from ..serving.registry_watcher import FOLLOW_S
+from ..serving.serve_args import FOLLOW_S
 from .gpus import gpu_named
 from .latency import ExecutionLevel, sampling_seconds
 from .limits import Cluster, Limit, all_limits

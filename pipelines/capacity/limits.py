@@ -186,7 +186,7 @@ def serving_limits(cluster: Cluster) -> Iterator[Limit]:
         f"replicas' looks at the registry, two each {cluster.follow_s:g} s",
         MLFLOW_REQUESTS_PER_S,
         "requests/s",
-        "FOLLOW_S, pipelines/serving/registry_watcher.py",
+        "FOLLOW_S, pipelines/serving/serve_args.py",
         lambda n: 2 * gpus(n) / cluster.follow_s,
         "keeps the router in use while MLflow does not answer; follow_s of the application makes looks rarer",
     )

@@ -32,6 +32,9 @@ class ServeConfig:
     api_replicas: Count = 1
     """Number of replicas that answer HTTP. With two, one may be lost and no client waits for another to
     start."""
+    max_models_per_replica: Count | None = None
+    """Number of models a sampling replica has loaded at once, where several are served; the least recently
+    used one is unloaded for another. Empty: all of them. Give as many as fit in its memory."""
     num_cpus: Positive = 1.0
     """Number of cores a sampling replica takes; torch uses as many threads. Raise it to sample each image
     faster on CPUs."""

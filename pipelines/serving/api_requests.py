@@ -64,7 +64,8 @@ class GenerateRequest(BaseModel):
     num_inference_steps: Whole | None = Field(
         None,
         ge=2,
-        description="Number of denoising steps: the router's own, or with `high` any that the server allows.",
+        description="Number of denoising steps: one that a registered router was made for, or with `high` "
+        "any that the server allows. Absent: the router's own.",
     )
     guidance_scale: float | None = Field(
         None,

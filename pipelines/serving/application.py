@@ -9,7 +9,7 @@ from ray import serve
 
 from ..config.serve import ServeConfig
 from .deployments import GENERATION_DEPLOYMENT, GenerationDeployment, api_builder
-from .registry_watcher import ServeArgs
+from .serve_args import ServeArgs
 
 HEALTH_CHECK_PERIOD_S = 2.0
 _HEALTH: dict[str, Any] = {"health_check_period_s": HEALTH_CHECK_PERIOD_S, "health_check_timeout_s": 30.0}
@@ -35,17 +35,20 @@ def make_application(args: ServeArgs, logging_config: dict[str, Any]) -> serve.A
             cannot be read, or has none.
     """
     args = args.resolved()
-    args.current_version()  # fails here, not on a replica
+    by_name = args.by_name()
+    for each in by_name.values():
+        each.current_version()  # fails here, not on a replica
     config = args.serve
-    at_most = config.max_batch_size + config.max_waiting
+    # Every model of a replica has a queue of its own. All images of a request are queued for a moment before
+    # they are handed out.
+    at_most = len(by_name) * (config.max_batch_size + config.max_waiting + config.max_images_per_request)
     generation = serve.deployment(
         name=GENERATION_DEPLOYMENT,
         **_replicas(config),
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": int(config.use_gpu)},
         # The replica itself rejects requests when it is full: it knows its queue and how long that will take.
-        max_ongoing_requests=at_most + config.max_images_per_request,
-        # All images of a request are queued for a moment before they are handed out.
-        max_queued_requests=at_most + config.max_images_per_request,
+        max_ongoing_requests=at_most,
+        max_queued_requests=at_most,
         # A model that does not fit its router fits no better the third time.
         max_constructor_retry_count=1,
         # An access log line for every image would repeat `Api`'s line for the request.
@@ -60,7 +63,7 @@ def make_application(args: ServeArgs, logging_config: dict[str, Any]) -> serve.A
         max_queued_requests=100,
         logging_config=logging_config,
         **_HEALTH,
-    )(serve.ingress(api_builder(config))())
+    )(serve.ingress(api_builder(config, is_multiplexed=bool(args.models)))())
     return api.bind(generation.bind(args))
 
 

@@ -49,6 +49,18 @@ class _QueuedItem(Generic[Key, Item, Result]):
     result: asyncio.Future[Result]
 
 
+class Worker:
+    """A worker is a thread that runs one batch at a time.
+
+    Batchers that share it take turns.
+    """
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="trajectory")
+        self.turn = asyncio.Lock()
+        """Held from the closing of a batch until it is done; those who wait get it in the order they came."""
+
+
 class Batcher(Generic[Key, Item, Result]):
     """A queue in front of one worker thread.
 
@@ -62,6 +74,7 @@ class Batcher(Generic[Key, Item, Result]):
         max_waiting: largest number of items in the queue, those being worked on not counted.
         target_s: latency that batches are kept small enough for, of an item that finds a batch running.
             Default: no target.
+        worker: what runs the batches. Default: one of its own.
     """
 
     def __init__(
@@ -72,12 +85,13 @@ class Batcher(Generic[Key, Item, Result]):
         wait_s: float,
         max_waiting: int,
         target_s: float | None = None,
+        worker: Worker | None = None,
     ) -> None:
         self._work, self.max_batch_size = work, max_batch_size
         self._wait_s, self._max_waiting, self._target_s = wait_s, max_waiting, target_s
         self._waiting: list[_QueuedItem[Key, Item, Result]] = []
         self._arrival = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="trajectory")
+        self._worker = worker or Worker()
         self._runner: asyncio.Task[None] | None = None
         self._last_s, self._is_busy = 0.0, False
         self._freed_at = 0.0
@@ -138,14 +152,15 @@ class Batcher(Generic[Key, Item, Result]):
 
     async def run_between_batches(self, function: Callable[[], Other]) -> Other:
         """Run a function in the worker thread when no batch is running there."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        return await asyncio.get_running_loop().run_in_executor(self._worker.thread, function)
 
     async def _run(self) -> None:
         """Work off the queue until it is empty."""
         while self._waiting:
-            batch = await self._close_batch()
-            if batch:
-                await self._run_batch(batch)
+            async with self._worker.turn:  # closed when the worker is free, whosever batch it had
+                batch = await self._close_batch()
+                if batch:
+                    await self._run_batch(batch)
 
     async def _close_batch(self) -> list[_QueuedItem[Key, Item, Result]]:
         """Take the next batch off the queue.
@@ -193,7 +208,7 @@ class Batcher(Generic[Key, Item, Result]):
         try:
             items = [queued.item for queued in batch]
             self._is_busy = True
-            results = await loop.run_in_executor(self._thread, self._work, key, items)
+            results = await loop.run_in_executor(self._worker.thread, self._work, key, items)
         except Exception as error:
             for queued in batch:
                 if not queued.result.done():

@@ -52,9 +52,11 @@ def curl_command(url: str, headers: dict[bytes, bytes]) -> str:
     Args:
         headers: with a key, if the endpoint needs one.
     """
-    card = httpx.get(f"{url}/v1/models", headers=headers, timeout=10).json()["data"][0]
+    entries = httpx.get(f"{url}/v1/models", headers=headers, timeout=10).json()["data"]
+    card = next(entry for entry in entries if "error" not in entry)  # one that could be loaded
     prompt = card["class_names"][0] if card["class_names"] else "a photo of a sneaker"
-    body = shlex.quote(json.dumps({"prompt": prompt, "seed": 1}))
+    asked = {"prompt": prompt, "seed": 1} | ({"model": card["id"]} if card is not entries[0] else {})
+    body = shlex.quote(json.dumps(asked))
     decode = "import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)"
     key = ' -H "Authorization: Bearer $HARMONICA_API_KEY"' if headers else ""
     return (

@@ -21,7 +21,7 @@ from harmonica.execution.graphs import sizes_up_to
 from harmonica.validation.finite import NotFinite
 
 from ..config.serve import ServeConfig
-from .batching import Batcher, Overloaded, TimedOut
+from .batching import Batcher, Overloaded, TimedOut, Worker
 from .image_sizes import as_text
 from .jobs import Job, Metrics, SampledImage, preview_steps, report_step
 from .planned_sampler import PlannedSampler
@@ -36,7 +36,12 @@ class GenerationEngine:
     """This image source has a queue, an image sampler and image encoders."""
 
     def __init__(
-        self, images: PlannedSampler[Any], model: str, config: ServeConfig, metrics: Metrics | None = None
+        self,
+        images: PlannedSampler[Any],
+        model: str,
+        config: ServeConfig,
+        metrics: Metrics | None = None,
+        worker: Worker | None = None,
     ) -> None:
         self.images, self._model, self._config = images, model, config
         self.metrics = metrics
@@ -48,6 +53,7 @@ class GenerationEngine:
             wait_s=config.batch_wait_s,
             max_waiting=config.max_waiting,
             target_s=config.latency_target_s,
+            worker=worker,
         )
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="encoder")
 
@@ -73,7 +79,11 @@ class GenerationEngine:
         for size in sizes_up_to(self._config.max_batch_size):
             await self.batcher.run_between_batches(partial(self.images.warm_up, served, size))
 
-    async def describe(self) -> ModelCard:
+    def close(self) -> None:
+        """Stop the threads that encode; nothing may be generated any more."""
+        self._encoders.shutdown(wait=False)
+
+    async def describe(self, model: str = "") -> ModelCard:
         """Describe the model, its routers and the queue."""
         images = self.images
         return ModelCard(

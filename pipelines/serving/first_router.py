@@ -8,25 +8,26 @@ from typing import TypeVar
 
 from harmonica.core.artifact import RouterArtifact
 
-from .registry_watcher import ServeArgs
 from .servable_pipeline import has_two_views
+from .serve_args import ServeArgs
 from .served_plan import UNCACHED
 
-_REGISTRY_WAIT_S = 600.0
+REGISTRY_WAIT_S = 600.0
+"""Seconds that a replica waits for the registry when it starts."""
 Answer = TypeVar("Answer")
 logger = logging.getLogger("ray.serve")
 
 
-async def from_registry(ask: Callable[[], Awaitable[Answer]]) -> Answer:
+async def from_registry(ask: Callable[[], Awaitable[Answer]], wait_s: float = REGISTRY_WAIT_S) -> Answer:
     """Return what the registry answers; while it does not answer, wait for it.
 
     A replica may be started, in the place of a lost one, while the registry is down.
 
     Raises:
         ValueError: the registry's answer cannot be used.
-        Exception: it has not answered for ten minutes.
+        Exception: it has not answered for so many seconds.
     """
-    deadline = time.monotonic() + _REGISTRY_WAIT_S
+    deadline = time.monotonic() + wait_s
     while True:
         try:
             return await ask()
@@ -39,7 +40,7 @@ async def from_registry(ask: Callable[[], Awaitable[Answer]]) -> Answer:
             await asyncio.sleep(2)
 
 
-async def deciding_router(args: ServeArgs) -> RouterArtifact | None:
+async def deciding_router(args: ServeArgs, wait_s: float = REGISTRY_WAIT_S) -> RouterArtifact | None:
     """Return the router that decides how a replica's model is sampled.
 
     A diffusers folder whose transformer has a branch file is sampled by that, or in the pipeline's loop if
@@ -50,7 +51,7 @@ async def deciding_router(args: ServeArgs) -> RouterArtifact | None:
     """
     if args.router == UNCACHED or not has_two_views(args.model):
         return None
-    return await from_registry(lambda: asyncio.to_thread(_first, args))
+    return await from_registry(lambda: asyncio.to_thread(_first, args), wait_s)
 
 
 def _first(args: ServeArgs) -> RouterArtifact:

@@ -36,12 +36,12 @@ _MAX_UNKNOWN = 20
 def check(
     body: GenerateRequest, card: ModelCard, *, lenient: bool = False, num_pictures: int = 0
 ) -> tuple[int | str, list[api.Warned]]:
-    """Check a body against the served model.
+    """Check a body against the model that is to generate.
 
     Args:
         body: the request as it was parsed.
-        card: description of the served model.
-        lenient: warn of another model or size, of a URL and of unknown fields, in place of rejecting them.
+        card: description of that model.
+        lenient: warn of another size, of a URL and of unknown fields, in place of rejecting them.
         num_pictures: number of pictures to edit.
 
     Returns:
@@ -82,14 +82,9 @@ def _unsupported(body: GenerateRequest, card: ModelCard, *, lenient: bool) -> li
     Clients of other endpoints send them.
 
     Raises:
-        ApiError: the body asks for another model or size, and the endpoint is not lenient.
+        ApiError: the body asks for another size, and the endpoint is not lenient.
     """
     warnings: list[api.Warned] = []
-    if body.model not in (None, "", card.model):
-        asked = f"model is {body.model[:_MAX_ECHO]!r}: this endpoint serves {card.model!r}"
-        if not lenient:
-            raise ApiError(404, f"{asked}, give that or leave it out", "model", "model_not_found")
-        warnings.append(api.Warned(param="model", message=f"{asked}, which has generated the images"))
     if card.sizes is not None:
         try:
             card.sizes.parse(body.size) if body.size not in (None, "auto") else None
@@ -171,6 +166,7 @@ def make_requests(
             output_compression=100 if body.output_compression is None else body.output_compression,
             partial_images=body.partial_images or 0,
             progress=bool(body.progress),
+            model=card.model,
         )
         for index in range(body.n or 1)
     ]

@@ -13,7 +13,7 @@ from harmonica.data.text_encoder import PromptTooLong
 from .batching import Overloaded, TimedOut
 from .image_request import SettingRejected
 from .request_ids import HEADER, with_request_id
-from .requests import REJECTIONS
+from .requests import REJECTIONS, ModelUnavailable
 from .schemas import ErrorBody, ErrorDetail
 
 _MAX_ECHO = 100
@@ -62,6 +62,13 @@ def as_api_error(error: Exception) -> ApiError:
         headers = {"retry-after": str(error.retry_after_s)}
         message = f"too many images are waiting: try again in {error.retry_after_s} s"
         return ApiError(503, message, None, "overloaded", headers)
+    if isinstance(error, ModelUnavailable):
+        headers = {"retry-after": str(error.retry_after_s)}
+        message = (
+            f"model {error.model!r} could not be loaded: ask for another one, which GET /v1/models lists, or "
+            f"try again in {error.retry_after_s} s (GET /healthz says why)"
+        )
+        return ApiError(503, message, "model", "model_unavailable", headers)
     if isinstance(error, TimedOut):
         message = "the image has waited for as long as it may: try again, or give a larger timeout_s"
         return ApiError(504, message, None, "timeout")

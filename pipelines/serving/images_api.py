@@ -10,7 +10,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from importlib import resources
 
 from fastapi import APIRouter, FastAPI, Request, Security
@@ -32,11 +31,13 @@ from .generation import (
     stream_bodies,
 )
 from .http_errors import ApiError, AssignRequestId, answer_errors
+from .model_choice import choose_model, unknown_model
+from .model_entries import health, model_entry, router_entries
 from .multipart import Part
 from .openapi import EDIT_BODY, describe_fully, errors, events
 from .paths import NormalizePath
 from .request_bodies import ReadBody, StrictJsonRoute
-from .requests import ImageSource, ModelCard
+from .requests import Catalog, ImageSource, ModelCard, ModelState
 from .server_sent_events import stream_events
 from .uploads import decode_pictures, read_form
 
@@ -77,7 +78,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.card = await source.describe()
+        app.state.catalog = Catalog.of(await source.describe())
         yield
 
     app = FastAPI(
@@ -112,35 +113,33 @@ def create_app(
     v1 = APIRouter(prefix="/v1", route_class=StrictJsonRoute, dependencies=[Security(BEARER)] if keys else [])
     page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
-    def card() -> ModelCard:
-        model_card: ModelCard = app.state.card
-        return model_card
+    def catalog() -> Catalog:
+        served: Catalog = app.state.catalog
+        return served
 
     async def refreshed() -> bool:
-        """Refresh the card, and return whether the source has answered.
+        """Refresh the catalog, and return whether the source has answered.
 
-        If it has not, the last card stays.
+        If it has not, the last one stays.
         """
         try:
-            app.state.card = await asyncio.wait_for(source.describe(), _HEALTH_TIMEOUT_S)
+            app.state.catalog = Catalog.of(await asyncio.wait_for(source.describe(), _HEALTH_TIMEOUT_S))
         except (TimeoutError, Overloaded):
             return False
         return True
 
-    def model_entry() -> api.Model:
-        served = card()
-        sizes = api.Sizes(**asdict(served.sizes)) if served.sizes else None
-        return api.Model(
-            id=served.model,
-            size=served.size,
-            class_names=list(served.class_names),
-            sizes=sizes,
-            max_pictures=served.max_pictures,
-        )
+    async def card_of(state: ModelState) -> ModelCard:
+        """Return a model's card; one that never was loaded is tried again."""
+        while state.card is None:
+            app.state.catalog = Catalog.of(await source.describe(state.model))
+            state = catalog().find(state.model) or catalog().states[0]
+        return state.card
 
     async def answer(body: GenerateRequest, uploads: Sequence[Part] = ()) -> Response | api.GenerateResponse:
-        served = card()
+        state, unknown = choose_model(body, catalog(), lenient=lenient)
+        served = await card_of(state)
         subject, warnings = check(body, served, lenient=lenient, num_pictures=len(uploads))
+        warnings = unknown + warnings
         pictures = await asyncio.to_thread(decode_pictures, uploads) if uploads else ()
         name = subject if isinstance(subject, str) else served.class_names[subject]
         seed = secrets.randbelow(_RANDOM_SEEDS) if body.seed is None else body.seed
@@ -195,43 +194,37 @@ def create_app(
 
     @v1.get("/models", responses=errors(401))
     async def models() -> api.ModelList:
-        """List the served model."""
-        return api.ModelList(data=[model_entry()])
+        """List the served models."""
+        return api.ModelList(data=[model_entry(state) for state in catalog().states])
 
     @v1.get("/models/{model:path}", responses=errors(401, 404))
-    async def model(model: str) -> api.Model:
-        """Return the served model by its name."""
-        if model != card().model:
-            message = f"model is {model[:100]!r}: this endpoint serves {card().model!r}"
-            raise ApiError(404, message, "model", "model_not_found")
-        return model_entry()
+    async def model(model: str) -> api.Model | api.UnavailableModel:
+        """Return a served model by its name."""
+        state = catalog().find(model)
+        if state is None:
+            raise unknown_model(model, catalog())
+        return model_entry(state)
 
-    @v1.get("/routers", responses=errors(401))
-    async def routers() -> api.RouterList:
-        """List the routers and their plans, with the qualities they are used for."""
+    @v1.get("/routers", responses=errors(401, 404))
+    async def routers(model: str = "") -> api.RouterList:
+        """List a model's routers and plans, with the qualities they are used for."""
         await refreshed()
-        entries = [asdict(router) for router in card().routers]
-        return api.RouterList(data=[api.RouterEntry(id=entry.pop("version"), **entry) for entry in entries])
+        state = catalog().find(model) if model else catalog().states[0]
+        if state is None:
+            raise unknown_model(model, catalog())
+        return api.RouterList(data=router_entries(state.card) if state.card else [])
 
     app.include_router(v1)
 
     @app.get("/health", include_in_schema=False)
     @app.get("/healthz")
-    async def healthz() -> api.Health:
-        """Return the state of the endpoint and its router.
+    async def healthz() -> api.HealthOfSeveral | api.Health:
+        """Return the state of the endpoint and its routers.
 
         `refused` is a champion that cannot be served.
         """
         has_answered = await refreshed()
-        served = card()
-        return api.Health(
-            status="ok" if has_answered else "busy",
-            model=served.model,
-            router_version=served.router_version,
-            cur=served.cur,
-            waiting=served.waiting,
-            refused=api.RefusedRouter(**asdict(served.rejected)) if served.rejected else None,
-        )
+        return health(catalog(), has_answered=has_answered)
 
     @app.get("/readyz", responses=errors(503))
     async def readyz() -> api.Ready:
@@ -239,7 +232,7 @@ def create_app(
 
         The answer is 503 if no replica answers, or if its queue is full.
         """
-        if not await refreshed() or card().is_full:
+        if not await refreshed() or catalog().is_full:
             raise ApiError(503, "no image can be taken now", None, "not_ready", {"retry-after": "1"})
         return api.Ready()
 

@@ -15,7 +15,7 @@ from ..runtime.ray_runtime import is_private
 from . import proxy
 from .application import JSON_LOGS, make_application
 from .deployments import GENERATION_DEPLOYMENT
-from .registry_watcher import FOLLOW_S, ServeArgs
+from .serve_args import FOLLOW_S, ServeArgs
 
 APP_NAME = "harmonica"
 _NO_CARD = "ASGI lifespan startup failed"
@@ -33,7 +33,7 @@ def deploy(
     router: str = "",
     follow_s: float = FOLLOW_S,
 ) -> str:
-    """Serve on the connected cluster until `shutdown`, and return the URL.
+    """Serve one model on the connected cluster until `shutdown`, and return the URL.
 
     An endpoint that it served before is replaced.
 
@@ -49,6 +49,17 @@ def deploy(
         router=router,
         follow_s=follow_s,
     )
+    return deploy_args(args)
+
+
+def deploy_args(args: ServeArgs) -> str:
+    """Serve one model or several, as `deploy` does one.
+
+    Raises:
+        ValueError: the port is taken, or a router cannot be found.
+        RuntimeError: a replica could not start (the message says why), or the URL does not answer.
+    """
+    config = args.serve
     # On a private cluster every log line lands on the user's terminal; on a shared one, in Ray's files.
     logging_config = {"log_level": "WARNING"} if is_private() else JSON_LOGS
     application = make_application(args, logging_config)

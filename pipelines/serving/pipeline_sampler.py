@@ -82,10 +82,15 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         """Return the width of images whose request asks for no size, in pixels."""
         return self.sizes.default[0]
 
-    def use(self, champion: PipelineServedPlan, fastest: PipelineServedPlan | None = None) -> None:
+    def use(
+        self,
+        champion: PipelineServedPlan,
+        fastest: PipelineServedPlan | None = None,
+        by_steps: Sequence[PipelineServedPlan] = (),
+    ) -> None:
         """Use these plans, and the champion's size, from the next request on."""
         self.sizes = self._bounds(champion.arguments)
-        super().use(champion, fastest)
+        super().use(champion, fastest, by_steps)
 
     def fix_batch_size(self, most: int) -> int:
         """Pad every call from now on to one batch size, and return that size."""

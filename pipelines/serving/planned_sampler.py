@@ -41,6 +41,7 @@ class PlannedSampler(ABC, Generic[Served]):
     def __init__(self, max_steps: int) -> None:
         self._max_steps = max_steps
         self._plans: dict[Quality, Served] = {}
+        self._by_steps: dict[int, Served] = {}
         self._uncached: dict[int, Served] = {}
         self.fixed_batch_size = 0
         """Batch size that every trajectory is padded to; 0 until `fix_batch_size` is called."""
@@ -158,14 +159,16 @@ class PlannedSampler(ABC, Generic[Served]):
         self.fixed_batch_size = most if is_same else 1
         return self.fixed_batch_size
 
-    def use(self, champion: Served, fastest: Served | None = None) -> None:
+    def use(self, champion: Served, fastest: Served | None = None, by_steps: Sequence[Served] = ()) -> None:
         """Use these plans from the next request on.
 
         Args:
             champion: the plan of quality medium.
             fastest: the plan of quality low. Default: the champion's.
+            by_steps: plans for other numbers of steps, of the requests that ask for these.
         """
         self._plans = {"medium": champion, "low": fastest or champion}
+        self._by_steps = {served.config.num_inference_steps: served for served in (*by_steps, champion)}
         is_uncached = champion.version == UNCACHED
         self._uncached = {champion.plan.num_steps: champion} if is_uncached else {}
 
@@ -174,10 +177,11 @@ class PlannedSampler(ABC, Generic[Served]):
     ) -> Served:
         """Return the plan of a quality.
 
-        Only `high` leaves a choice of steps and guidance.
+        Only `high` leaves steps and guidance free. For the others, `num_inference_steps` picks the router
+        that was made for that number.
 
         Raises:
-            SettingRejected: the router was made for other settings, or there is no such setting.
+            SettingRejected: no router was made for these settings, or there is no such setting.
         """
         if quality == "high":
             config = self.champion.config
@@ -186,6 +190,8 @@ class PlannedSampler(ABC, Generic[Served]):
                     replace(config, guidance_scale=guidance_scale)
             return self._uncached_plan(num_inference_steps or config.num_inference_steps)
         served = self._plans[quality]
+        if num_inference_steps not in (None, served.config.num_inference_steps):
+            served = self._by_steps.get(num_inference_steps, served)
         asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         for name, value in asked.items():
             made_for = getattr(served.config, name)
@@ -193,9 +199,28 @@ class PlannedSampler(ABC, Generic[Served]):
                 raise SettingRejected(
                     name,
                     f"{name} is {value} and router {served.version} of quality {quality} was made for "
-                    f"{made_for}: leave it out, or give quality high, which uses no router",
+                    f"{made_for}{self._other_steps(served) if name == 'num_inference_steps' else ''}: leave "
+                    "it out, or give quality high, which uses no router",
                 )
         return served
+
+    def _other_steps(self, served: Served) -> str:
+        """Return the words that name the other numbers of steps."""
+        others = sorted(self._by_steps.keys() - {served.config.num_inference_steps})
+        return f", others for {' and '.join(map(str, others))}" if others else ""
+
+    @property
+    def plans(self) -> dict[Served, tuple[Quality, ...]]:
+        """Return the plans in use with the qualities they are used for.
+
+        There is none where only `num_inference_steps` picks the plan.
+        """
+        uses: dict[Served, tuple[Quality, ...]] = {}
+        qualities: tuple[Quality, ...] = ("high", "medium", "low")
+        for quality in qualities:
+            served = self.plan_for(quality)
+            uses[served] = uses.get(served, ()) + (quality,)
+        return uses | {served: () for served in self._by_steps.values() if served not in uses}
 
     def _uncached_plan(self, num_inference_steps: int) -> Served:
         made = self._uncached

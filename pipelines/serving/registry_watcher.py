@@ -5,96 +5,21 @@ The registry is polled; a new champion is tested on the replica, which then chan
 
 import asyncio
 import logging
-import os
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.core.artifact import RouterArtifact
-from harmonica.io.paths import local
-from harmonica.models.loading import ModelConfig
-from harmonica.validation.settings import told
 
-from ..config.serve import ServeConfig
-from ..config.workflow import WorkflowConfig
-from ..tracking import registry
 from .engine import GenerationEngine
 from .requests import RejectedRouter
+from .serve_args import ServeArgs
 from .served_plan import UNCACHED, ServedPlan
 
-FOLLOW_S = 5.0
-_MOST_VERSIONS = 50
+_MOST_STEPS = 8
+"""Number of routers for other numbers of steps at most; each is tried out before it is used."""
 _NO_THREADS_LEFT = "cannot schedule new futures after"
 """Message of an executor's error in a process that is shutting down."""
 logger = logging.getLogger("ray.serve")
-
-
-class ServeArgs(BaseModel):
-    """These are the settings of the application, `args:` in a Serve YAML file."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    serve: ServeConfig = Field(default_factory=ServeConfig)
-    """Host and port are Serve's own here: `http_options`."""
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    """The denoiser."""
-    registered_model: str = WorkflowConfig().registered_model
-    """Name in MLflow's registry, and the `model` that clients see."""
-    tracking_uri: str = ""
-    """MLflow, followed to the registered model's champion. Empty: MLFLOW_TRACKING_URI."""
-    follow_s: float = Field(FOLLOW_S, gt=0)
-    """Seconds between looks at which version is the champion; running replicas change over to it."""
-    router: str = ""
-    """Router artifact folder to serve instead, or `uncached`: every branch is computed, under the model's own
-    sampler. Empty without MLflow either: the built-in champion."""
-
-    @classmethod
-    def model_validate(cls, obj: Any, **options: Any) -> Self:
-        """Validate settings.
-
-        Raises:
-            SettingError: a setting is rejected; the message names the field, the value and the cure.
-        """
-        try:
-            return super().model_validate(obj, **options)
-        except ValidationError as error:
-            raise told(error, cls) from None
-
-    def resolved(self) -> "ServeArgs":
-        """Return these settings with exactly one of `router` and `tracking_uri` set."""
-        uri = "" if self.router else self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-        return self.model_copy(
-            update={"tracking_uri": uri, "router": "" if uri else self.router or str(BUILTIN_CHAMPION)}
-        )
-
-    def current_version(self) -> str:
-        """Return the version that is to be served now.
-
-        It is the champion's, or the name of the artifact folder.
-        """
-        if self.tracking_uri:
-            return registry.resolve(self.registered_model, registry.CHAMPION, self.tracking_uri)
-        if self.router == UNCACHED:
-            return UNCACHED
-        return "builtin" if Path(self.router) == BUILTIN_CHAMPION else local(self.router, "router").name
-
-    def load(self, version: str) -> RouterArtifact:
-        """Load a registered version, or the artifact folder."""
-        if self.tracking_uri:
-            return registry.load_version(self.registered_model, version, self.tracking_uri)
-        return RouterArtifact.load(self.router)
-
-    def versions(self) -> list[str]:
-        """Return the registered versions, newest first.
-
-        There are none if an artifact folder is served.
-        """
-        if not self.tracking_uri:
-            return []
-        return registry.newest_versions(self.registered_model, self.tracking_uri, _MOST_VERSIONS)
 
 
 class RegistryWatcher:
@@ -104,10 +29,22 @@ class RegistryWatcher:
     the router before it stays in use, and the engine's card names the rejected one.
     """
 
-    def __init__(self, engine: GenerationEngine, args: ServeArgs) -> None:
+    def __init__(
+        self,
+        engine: GenerationEngine,
+        args: ServeArgs,
+        routers: dict[str, RouterArtifact | None] | None = None,
+    ) -> None:
+        """Watch for an engine.
+
+        Args:
+            routers: registered versions that were loaded before, None for those that do not fit; the ones
+                loaded from now on are added.
+        """
         self._engine, self._args = engine, args
         self._is_final = False  # whether trying the rejected version again is useless
-        self._loaded: dict[str, RouterArtifact | None] = {}
+        self._loaded = {} if routers is None else routers
+        self._by_steps: dict[str, ServedPlan] = {}
         self._seen: tuple[str, ...] = ()
 
     async def poll(self) -> None:
@@ -147,6 +84,14 @@ class RegistryWatcher:
             await self._change(images.champion)  # a faster one may be among the new
         engine.rejected = None
 
+    async def resume(self, version: str) -> None:
+        """Use a version that was the champion before, while the registry does not answer.
+
+        Raises:
+            Exception: it was not loaded before, or does not fit.
+        """
+        self._engine.images.use(await self._try_out(version))
+
     async def run(self) -> None:
         """Poll until this process ends."""
         while True:
@@ -178,7 +123,9 @@ class RegistryWatcher:
             uncached: ServedPlan = await asyncio.to_thread(images.make_uncached, own)
             await self._engine.warm_up(uncached)
             return uncached
-        artifact = await asyncio.to_thread(self._args.load, version)
+        artifact = self._loaded.get(version)
+        if artifact is None:
+            artifact = await asyncio.to_thread(self._args.load, version)
         served: ServedPlan = await asyncio.to_thread(images.make_plan, artifact, version)
         # In the trajectories' thread: two trajectories at once would slow down each other.
         await self._engine.batcher.run_between_batches(partial(images.try_out, artifact, served))
@@ -186,7 +133,10 @@ class RegistryWatcher:
         return served
 
     async def _change(self, champion: ServedPlan) -> None:
-        """Use a champion, and for quality low the fastest registered router that works."""
+        """Use a champion, and the registered routers that work beside it.
+
+        They are the fastest one, for quality low, and for each other number of steps the newest.
+        """
         fastest = champion
         self._seen = tuple(await asyncio.to_thread(self._args.versions))
         versions = self._seen
@@ -199,7 +149,29 @@ class RegistryWatcher:
                 break
             except Exception as error:
                 logger.info("router %s is not used for quality low: %s", version, error)
-        self._engine.images.use(champion, fastest)
+        self._by_steps = await self._for_other_steps(versions, champion, fastest)
+        self._engine.images.use(champion, fastest, tuple(self._by_steps.values()))
+
+    async def _for_other_steps(
+        self, versions: Sequence[str], champion: ServedPlan, fastest: ServedPlan
+    ) -> dict[str, ServedPlan]:
+        """Return the newest working router of each other number of steps."""
+        tried = self._by_steps | {fastest.version: fastest}
+        found: dict[str, ServedPlan] = {}
+        steps = {champion.config.num_inference_steps}
+        for version in versions:
+            artifact = self._loaded.get(version)
+            if artifact is None or artifact.sampler.num_inference_steps in steps:
+                continue
+            if len(found) == _MOST_STEPS:
+                logger.info("router %s is left out: there are %d for other steps", version, _MOST_STEPS)
+                break
+            try:
+                found[version] = tried.get(version) or await self._try_out(version)
+                steps.add(artifact.sampler.num_inference_steps)
+            except Exception as error:
+                logger.info("router %s is not used for its number of steps: %s", version, error)
+        return found
 
     async def _cost(self, version: str) -> float:
         """Return the number of multiply-accumulates of an image.

@@ -16,7 +16,19 @@ from .image_request import ImageRequest, Quality, SettingRejected
 from .image_sizes import SizeBounds, as_text
 
 MAX_PARTIAL_IMAGES = 3
-REJECTIONS = (Overloaded, TimedOut, SettingRejected, PromptTooLong, NotFinite)
+
+
+class ModelUnavailable(Exception):
+    """The model that a request asks for could not be loaded, and others can be asked."""
+
+    def __init__(self, model: str, reason: str, retry_after_s: int = 1) -> None:
+        super().__init__(model, reason, retry_after_s)
+        self.model, self.reason = model, reason
+        self.retry_after_s = retry_after_s
+        """Seconds after which a request makes the replica try again."""
+
+
+REJECTIONS = (Overloaded, TimedOut, SettingRejected, PromptTooLong, NotFinite, ModelUnavailable)
 """The expected errors that a request can end with; any other exception is a bug."""
 
 
@@ -39,6 +51,8 @@ class EngineRequest:
     """Number of previews to send before the image, 0 to 3."""
     progress: bool = False
     """Whether every step is reported."""
+    model: str = ""
+    """Name of the model. Default: the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +101,7 @@ class RouterCard:
 
     version: str
     quality: tuple[Quality, ...]
-    """The qualities that it is used for."""
+    """The qualities that it is used for; none where only `num_inference_steps` picks it."""
     cur: float
     ideal_speedup: float
     sampler: str
@@ -147,14 +161,66 @@ class ModelCard:
         return as_text(self.sizes.default if self.sizes else (self.image_size, self.image_size))
 
 
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A model of several is loaded, was loaded before, or could not be loaded."""
+
+    model: str
+    card: ModelCard | None
+    """The model as it was when it was last loaded; None if it never was."""
+    is_loaded: bool = True
+    failure: str = ""
+    """The reason if it could not be loaded the last time that this was tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """The catalog lists the models that an endpoint serves, as one replica has them."""
+
+    states: tuple[ModelState, ...]
+    """The first is for requests that name no model."""
+
+    @classmethod
+    def of(cls, described: "ModelCard | Catalog") -> "Catalog":
+        """Return what an image source has described as a catalog."""
+        return described if isinstance(described, Catalog) else cls((ModelState(described.model, described),))
+
+    @property
+    def cards(self) -> tuple[ModelCard, ...]:
+        """Return the cards of the models that could be loaded, at least one."""
+        return tuple(state.card for state in self.states if state.card is not None)
+
+    @property
+    def names(self) -> str:
+        """Return the models' names as a message lists them."""
+        *others, last = [repr(state.model) for state in self.states]
+        return f"{', '.join(others)} and {last}" if others else last
+
+    @property
+    def is_full(self) -> bool:
+        """Return whether the queues of all models are full."""
+        return all(card.is_full for card in self.cards)
+
+    def find(self, model: str) -> ModelState | None:
+        """Return a model by its name, or None."""
+        return next((state for state in self.states if state.model == model), None)
+
+
 class ImageSource(Protocol):
     """The HTTP app asks an image source for its images.
 
     It is a `RemoteEngine`, which calls Serve replicas, or a `GenerationEngine` in this process.
     """
 
-    async def describe(self) -> ModelCard:
-        """Describe the model, its routers and the queue."""
+    async def describe(self, model: str = "") -> ModelCard | Catalog:
+        """Describe the model, or all of several, with their routers and queues.
+
+        Args:
+            model: one that could not be loaded, to try again. Default: none is loaded for this.
+
+        Raises:
+            one of `REJECTIONS`
+        """
         ...
 
     async def generate(self, request: EngineRequest) -> GeneratedImage:

@@ -10,12 +10,7 @@ from .served_plan import ServedPlan
 
 def router_cards(images: PlannedSampler[Any]) -> tuple[RouterCard, ...]:
     """Return a card for each router in use, with the qualities that it is used for."""
-    uses: dict[ServedPlan, tuple[Quality, ...]] = {}
-    qualities: tuple[Quality, ...] = ("high", "medium", "low")
-    for quality in qualities:
-        served = images.plan_for(quality)
-        uses[served] = uses.get(served, ()) + (quality,)
-    return tuple(_card(served, quality) for served, quality in uses.items())
+    return tuple(_card(served, quality) for served, quality in images.plans.items())
 
 
 def _card(served: ServedPlan, quality: tuple[Quality, ...]) -> RouterCard:

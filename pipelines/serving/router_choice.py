@@ -4,7 +4,9 @@ It has to fit the model.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from mlflow.exceptions import MlflowException
 
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.core.artifact import RouterArtifact
@@ -16,6 +18,7 @@ from ..tracking import registry
 from ..tracking.mlflow_store import database_of, tracking_uri, without_credentials
 from .model_check import check_is_whole
 from .servable_pipeline import ServablePipeline, servable_pipeline
+from .serve_args import ServeArgs
 from .served_plan import UNCACHED
 
 
@@ -77,6 +80,32 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
     )
 
 
+def choose_routers(args: ServeArgs, storage_path: str) -> tuple[ServeArgs, str]:
+    """Return the settings with each model's router chosen, and a summary.
+
+    Args:
+        args: the settings, with the routers that were asked for.
+        storage_path: folder whose mlflow.db is used if MLFLOW_TRACKING_URI is not set.
+
+    Raises:
+        ValueError: a model cannot be loaded or cannot generate images, or no router fits it; the message
+            names the setting that helps.
+    """
+    if not args.models:
+        one = choose_router(args.model, args.router, args.registered_model, storage_path)
+        return args.model_copy(update={"tracking_uri": one.tracking_uri, "router": one.router}), one.summary
+    uri, models, summaries = "", {}, []
+    for name, served in args.models.items():
+        try:
+            chosen = choose_router(served.model, served.router, served.registered_model or name, storage_path)
+        except ValueError as error:
+            raise ValueError(f"models.{name}: {error}") from error
+        uri = uri or chosen.tracking_uri
+        models[name] = replace(served, router=chosen.router)
+        summaries.append(f"{name}: {chosen.summary}")
+    return args.model_copy(update={"tracking_uri": uri, "models": models}), "; ".join(summaries)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Champion:
     uri: str = ""
@@ -90,7 +119,6 @@ def _champion(registered_model: str, storage_path: str) -> _Champion:
     has_store = database_of(storage_path).exists()
     if not (os.environ.get("MLFLOW_TRACKING_URI") or has_store):
         return _Champion(why_not="no MLflow store yet")
-    from mlflow.exceptions import MlflowException  # not at the top, as in tracking
 
     uri = tracking_uri(storage_path)
     try:

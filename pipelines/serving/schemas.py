@@ -132,11 +132,24 @@ class Model(BaseModel):
     max_pictures: int = Field(0, description="Number of pictures that a request may edit at most.")
 
 
+class UnavailableModel(BaseModel):
+    """Name a model that could not be loaded; requests for it are answered 503."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "harmonica"
+    error: str = Field(description="Why it could not be loaded.")
+
+
 class ModelList(BaseModel):
-    """List the served model, as OpenAI's endpoint does."""
+    """List the served models, as OpenAI's endpoint does.
+
+    The first is for requests that name none.
+    """
 
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[Model | UnavailableModel]
 
 
 class RouterEntry(BaseModel):
@@ -144,7 +157,9 @@ class RouterEntry(BaseModel):
 
     id: str = Field(description="Its version.")
     object: Literal["router"] = "router"
-    quality: list[Quality] = Field(description="The qualities it is used for.")
+    quality: list[Quality] = Field(
+        description="The qualities it is used for; empty where only `num_inference_steps` picks it."
+    )
     cur: float
     ideal_speedup: float
     sampler: str
@@ -181,6 +196,29 @@ class Health(BaseModel):
     cur: float
     waiting: int = Field(description="Number of images in the queue of the replica asked.")
     refused: RefusedRouter | None
+
+
+class ModelHealth(BaseModel):
+    """Describe the state of one model of several."""
+
+    model: str
+    status: Literal["loaded", "unloaded", "failed"] = Field(
+        description="unloaded: another model has its place, and a request loads it again."
+    )
+    router_version: str
+    cur: float
+    waiting: int
+    refused: RefusedRouter | None
+    error: str = Field(description="Why it could not be loaded; empty if it could.")
+
+
+class HealthOfSeveral(Health):
+    """Describe the state of an endpoint of several models.
+
+    The fields beside `models` are of the first one that could be loaded.
+    """
+
+    models: list[ModelHealth]
 
 
 class Ready(BaseModel):

@@ -20,6 +20,7 @@ from tests.benchmarks.hardware import Hardware
 from tests.benchmarks.model import full_pass, growth, reused_branch
 from tests.benchmarks.sampling import planned_dit, planned_pixart
 from tests.benchmarks.serving import serving
+from tests.benchmarks.several_models import several_models
 from tests.benchmarks.system import data, scaling, start
 from tests.benchmarks.timing import Row, describe_machine
 from tests.benchmarks.training import lambda_refresh, sdt_update
@@ -35,7 +36,7 @@ PLACED: tuple[Callable[..., Iterator[Row]], ...] = (
 )
 """These run on whatever hardware there is; the others on the CPU."""
 DIT = (*(each for each in PLACED if each not in (planned_pixart, full_pass)), scaling, start)
-BENCHMARKS = (*PLACED, scaling, start, data, serving)
+BENCHMARKS = (*PLACED, scaling, start, data, serving, several_models)
 
 
 def line(row: Row) -> str:

@@ -69,6 +69,38 @@ def closed_loop(url: str, clients: int, seconds: int) -> Load | None:
     return Load((requests - failed) / micros * 1e6, int(failed), p50_s, p95_s, p99_s)
 
 
+def closed_loop_of(url: str, models: Sequence[str], clients: int, seconds: float) -> Load:
+    """As `closed_loop`, by httpx: each client always asks for the same one of the models."""
+
+    async def run() -> tuple[list[float], int, float]:
+        limits = httpx.Limits(max_connections=clients)
+        async with httpx.AsyncClient(base_url=url, timeout=90, limits=limits) as client:
+            good: list[float] = []
+            failed = 0
+            ends = time.perf_counter() + seconds
+
+            async def go_on(number: int) -> None:
+                nonlocal failed
+                model, count = models[number % len(models)], 0
+                while (began := time.perf_counter()) < ends:
+                    count += 1
+                    body = {"model": model, "prompt": str(count % 10), "seed": 1_000_000 * number + count}
+                    answer = await client.post(PATH, json=body)
+                    if answer.status_code == 200:
+                        good.append(time.perf_counter() - began)
+                    else:
+                        failed += 1
+
+            began = time.perf_counter()
+            async with asyncio.TaskGroup() as group:
+                for number in range(clients):
+                    group.create_task(go_on(number))
+            return good, failed, time.perf_counter() - began
+
+    good, failed, passed = asyncio.run(run())
+    return _load(good, failed, passed)
+
+
 def open_loop(url: str, per_second: float, seconds: float) -> Load:
     """Requests at even intervals, so that a slow answer keeps none of the next ones back."""
 
@@ -93,6 +125,10 @@ def open_loop(url: str, per_second: float, seconds: float) -> Load:
         return good, len(answers) - len(good), passed
 
     good, failed, passed = asyncio.run(run())
+    return _load(good, failed, passed)
+
+
+def _load(good: Sequence[float], failed: int, passed: float) -> Load:
     p50_s, p95_s, p99_s = (_quantile(good, share) for share in (0.5, 0.95, 0.99))
     return Load(len(good) / passed, failed, p50_s, p95_s, p99_s)
 

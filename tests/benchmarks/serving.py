@@ -26,6 +26,14 @@ def _images() -> ImageSampler:
     return images
 
 
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 @contextmanager
 def _endpoint(threads: int) -> Iterator[str]:
     """URL of one replica on a private cluster."""
@@ -34,9 +42,7 @@ def _endpoint(threads: int) -> Iterator[str]:
     from pipelines.runtime.ray_runtime import connect
     from pipelines.serving import lifecycle
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = ServeConfig(port=port, num_cpus=threads, max_batch_size=_BATCH, max_waiting=4 * _BATCH)
     connect()
     try:

@@ -20,7 +20,7 @@ from ray._private import ray_constants
 
 import harmonica
 from pipelines.serving import proxy
-from pipelines.serving.registry_watcher import ServeArgs
+from pipelines.serving.serve_args import ServeArgs
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

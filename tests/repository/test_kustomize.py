@@ -14,7 +14,7 @@ from kustomize import apply, render
 from harmonica.cli.common import parse
 from pipelines.config.workflow import WorkflowConfig
 from pipelines.presets import PRESETS
-from pipelines.serving.registry_watcher import ServeArgs
+from pipelines.serving.serve_args import ServeArgs
 from tests.repository.test_cluster_files import (
     BASE,
     CLUSTER,

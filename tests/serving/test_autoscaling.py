@@ -15,7 +15,7 @@ from pipelines.config.serve import ServeConfig
 from pipelines.runtime.ray_runtime import connect
 from pipelines.serving import lifecycle
 from pipelines.serving.application import make_application
-from pipelines.serving.registry_watcher import ServeArgs
+from pipelines.serving.serve_args import ServeArgs
 
 CLIENTS = 12
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from harmonica.models.loading import ModelConfig
 from pipelines.config.serve import ServeConfig
-from pipelines.serving.deployments import make_sampler
 from pipelines.serving.engine import GenerationEngine
+from pipelines.serving.engine_loader import make_sampler
 from pipelines.serving.http_errors import ApiError
 from pipelines.serving.images_api import create_app
 from pipelines.serving.multipart import parse_parts

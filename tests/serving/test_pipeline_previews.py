@@ -14,8 +14,8 @@ from harmonica.integrations.pipeline_folder import PipelineFolder
 from harmonica.models.loading import ModelConfig
 from pipelines.config.serve import ServeConfig
 from pipelines.serving.api_requests import GenerateRequest
-from pipelines.serving.deployments import make_sampler
 from pipelines.serving.engine import GenerationEngine
+from pipelines.serving.engine_loader import make_sampler
 from pipelines.serving.generation import check
 from pipelines.serving.http_errors import ApiError
 from pipelines.serving.image_request import ImageRequest

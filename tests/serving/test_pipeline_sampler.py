@@ -18,17 +18,18 @@ from harmonica.models.loading import ModelConfig
 from harmonica.validation.settings import SettingError
 from pipelines.config.serve import ServeConfig
 from pipelines.serving.api_requests import GenerateRequest
-from pipelines.serving.deployments import make_sampler
 from pipelines.serving.engine import GenerationEngine
+from pipelines.serving.engine_loader import make_sampler
 from pipelines.serving.generation import check
 from pipelines.serving.http_errors import ApiError
 from pipelines.serving.image_request import ImageRequest, Picture, SettingRejected
 from pipelines.serving.image_sizes import SizeBounds
 from pipelines.serving.pipeline_sampler import PipelineSampler
-from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
+from pipelines.serving.registry_watcher import RegistryWatcher
 from pipelines.serving.requests import ModelCard
 from pipelines.serving.router_choice import choose_router
 from pipelines.serving.servable_pipeline import ServablePipeline, servable_pipeline
+from pipelines.serving.serve_args import ServeArgs
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import ModelConfig
 from harmonica.training.config import TrainingConfig
 from pipelines.config.serve import ServeConfig
-from pipelines.serving.deployments import make_sampler
 from pipelines.serving.engine import GenerationEngine
+from pipelines.serving.engine_loader import make_sampler
 from pipelines.serving.images_api import create_app
 
 STEPS, WIDTH, HEIGHT = 4, 128, 64

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from tiny_dit import SAMPLER, SHAPE, make_artifact, write_model
 from tiny_engine import CONFIG
@@ -16,11 +17,12 @@ from harmonica.core.golden_sample import record_sample
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
 from pipelines.serving.engine import GenerationEngine
-from pipelines.serving.image_request import ImageRequest
+from pipelines.serving.image_request import ImageRequest, SettingRejected
 from pipelines.serving.image_sampler import ImageSampler
 from pipelines.serving.images_api import create_app
-from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
+from pipelines.serving.registry_watcher import RegistryWatcher
 from pipelines.serving.requests import EngineRequest
+from pipelines.serving.serve_args import ServeArgs
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import find_or_create, make_client
 
@@ -200,6 +202,54 @@ def test_low_is_the_fastest_that_is_registered_and_can_be_used(model, store, tmp
         routers.move_alias("3")
         await watcher.poll()
         assert engine.images.version == "3" and engine.images.plan_for("low").version == "4"
+
+    asyncio.run(run())
+
+
+def test_the_number_of_steps_picks_the_router_that_was_made_for_it(model, store, tmp_path):
+    routers, denoiser = Registry(store), load_model(model).model
+
+    def build(steps, seed=0):
+        sampler = make_sampler(denoiser, dataclasses.replace(SAMPLER, num_inference_steps=steps))
+        shape = (steps, len(denoiser.branches))
+        logits = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        built = RouterArtifact.build(logits, sampler, threshold=0.5, reuse="hold", training={})
+        return record_sample(built, sampler)
+
+    routers.add("four", build(4))
+    routers.add("six", build(6))
+    damaged = build(6, seed=1)  # newer, but its sample says it draws otherwise
+    routers.add("differs", dataclasses.replace(damaged, sample_CHW=damaged.sample_CHW.flip(1)))
+    routers.add("foreign", make_artifact(write_model(tmp_path / "foreign", seed=9)))
+    routers.add("eight", build(8))
+    engine, watcher = make_watcher(model, routers.uri)
+
+    async def run():
+        await watcher.poll()
+        images = engine.images
+        for quality in ("medium", "low"):
+            picked = {steps: images.plan_for(quality, steps).version for steps in (4, 6, 8)}
+            assert picked == {4: "1", 6: "2", 8: "5"}
+        assert images.plan_for("medium").version == "5"
+        assert images.plan_for("high", 6).version == "uncached"
+        with pytest.raises(SettingRejected, match="made for 8, others for 4 and 6: leave it out"):
+            images.plan_for("medium", 5)
+        asked = ImageRequest(1, 1, 0)
+        few = await engine.generate(EngineRequest(asked, num_inference_steps=4))
+        assert (few.router_version, few.num_inference_steps) == ("1", 4)
+        served = images.plan_for("medium", 4)
+        routers.add("four again", build(4, seed=2))
+        routers.move_alias("5")
+        await watcher.poll()
+        assert images.plan_for("medium", 4).version == "6", "the newest of them"
+        assert (await engine.generate(EngineRequest(asked, num_inference_steps=6))).router_version == "2"
+        routers.move_alias("1")
+        await watcher.poll()
+        assert images.version == "1" and images.plan_for("medium", 8).version == "5", "rolled back"
+        assert images.plan_for("medium", 4) is images.champion is not served
+        card = await engine.describe()
+        uses = {router.version: router.quality for router in card.routers}
+        assert uses["2"] == uses["5"] == () and "medium" in uses["1"]
 
     asyncio.run(run())
 

@@ -15,9 +15,10 @@ from pipelines.serving.auth import ENVIRONMENT
 from pipelines.serving.engine import GenerationEngine
 from pipelines.serving.image_request import ImageRequest
 from pipelines.serving.image_sampler import ImageSampler
-from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
+from pipelines.serving.registry_watcher import RegistryWatcher
 from pipelines.serving.requests import EngineRequest
 from pipelines.serving.router_choice import choose_router
+from pipelines.serving.serve_args import ServeArgs
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import find_or_create
 

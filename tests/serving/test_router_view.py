@@ -19,9 +19,10 @@ from pipelines.serving import deployments, first_router
 from pipelines.serving.image_request import ImageRequest
 from pipelines.serving.image_sampler import ImageSampler
 from pipelines.serving.pipeline_sampler import PipelineSampler
-from pipelines.serving.registry_watcher import RegistryWatcher, ServeArgs
+from pipelines.serving.registry_watcher import RegistryWatcher
 from pipelines.serving.router_choice import choose_router
 from pipelines.serving.servable_pipeline import servable_pipeline
+from pipelines.serving.serve_args import ServeArgs
 
 SIZE, STEPS = 16, 4
 CALL = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "height": SIZE, "width": SIZE}

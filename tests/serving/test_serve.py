@@ -21,7 +21,7 @@ from pipelines.config.serve import ServeConfig
 from pipelines.runtime.ray_runtime import connect
 from pipelines.serving import lifecycle
 from pipelines.serving.client import first_image
-from pipelines.serving.registry_watcher import ServeArgs
+from pipelines.serving.serve_args import ServeArgs
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import find_or_create
 from tests.repository.test_cluster_files import dashboard_metrics

@@ -21,10 +21,10 @@ from tiny_engine import CONFIG, make_engine
 from harmonica.data.text_encoder import PromptTooLong
 from harmonica.models.loading import load_model
 from pipelines.serving.batching import Overloaded, TimedOut
-from pipelines.serving.deployments import RemoteEngine
 from pipelines.serving.image_request import ImageRequest, SettingRejected
 from pipelines.serving.images_api import create_app
 from pipelines.serving.jobs import preview_steps
+from pipelines.serving.remote_engine import RemoteEngine
 from pipelines.serving.requests import REJECTIONS, EngineRequest
 from pipelines.serving.server_sent_events import merge
 

@@ -5,6 +5,7 @@ import time
 from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import LoadedModel
 from pipelines.config.serve import ServeConfig
+from pipelines.serving.batching import Worker
 from pipelines.serving.engine import GenerationEngine
 from pipelines.serving.image_sampler import ImageSampler
 
@@ -35,12 +36,13 @@ def make_engine(
     config: ServeConfig = CONFIG,
     fastest: RouterArtifact | None = None,
     name: str = "tiny",
+    worker: Worker | None = None,
 ) -> FailingEngine:
     """Make an engine with a champion, and maybe a faster router of version `fast`."""
     images = ImageSampler(loaded, over_limit=config.over_limit, max_steps=config.max_steps)
     champion = images.make_plan(artifact, version)
     images.use(champion, images.make_plan(fastest, "fast") if fastest else None)
-    return FailingEngine(images, name, config)
+    return FailingEngine(images, name, config, worker=worker)
 
 
 def slow_steps(engine: GenerationEngine, seconds: float) -> None:

@@ -43,7 +43,7 @@ from pipelines.pretrain.dit import DiTPretrainConfig
 from pipelines.pretrain.text_to_image import TextPretrainConfig
 from pipelines.serving.application import make_application
 from pipelines.serving.auth import load_keys
-from pipelines.serving.registry_watcher import ServeArgs
+from pipelines.serving.serve_args import ServeArgs
 from pipelines.sweep.trial import trials_of
 
 NAN, INF = float("nan"), float("inf")
