@@ -15,7 +15,8 @@ from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.config import TrainingConfig
 from pipelines.config.serve import ServeConfig
-from pipelines.serving import deployments, first_router
+from pipelines.serving import engine_loader, first_router
+from pipelines.serving.batching import Worker
 from pipelines.serving.image_request import ImageRequest
 from pipelines.serving.image_sampler import ImageSampler
 from pipelines.serving.pipeline_sampler import PipelineSampler
@@ -52,17 +53,15 @@ def routers(folder, tmp_path_factory):
     return {name: artifact.save(place / name) for name, artifact in made.items()}
 
 
-def replica(folder, router, monkeypatch):
+def replica(folder, router):
     """A replica's engine with its first router, as the deployment makes it; what it polls afterwards."""
-    monkeypatch.setattr(deployments, "ServeMetrics", lambda: None)
     tokens = 0 if "in_pipeline" in str(router) else 7
     model = ModelConfig(path=str(folder), text_tokens=tokens)
     args = ServeArgs(model=model, router=str(router), registered_model="tiny", serve=CONFIG).resolved()
 
     async def start():
-        started = deployments.GenerationDeployment.__new__(deployments.GenerationDeployment)
-        await started.__init__(args)
-        return started._engine
+        loaded = await engine_loader.EngineLoader(args, "tiny", None, Worker()).load()
+        return loaded.engine
 
     return asyncio.run(start())
 
@@ -73,7 +72,7 @@ def test_a_router_is_served_by_what_trained_it(folder, routers, made_by, tmp_pat
     router = routers[made_by]
     model = ModelConfig(path=str(folder), text_tokens=7 if made_by == "branch_file" else 0)
     assert choose_router(model, str(router), "tiny", str(tmp_path)).router == str(router)
-    engine = replica(folder, router, monkeypatch)
+    engine = replica(folder, router)
     assert type(engine.images) is SAMPLERS[made_by] and engine.images.version == made_by
     (image,) = engine.images.generate([ImageRequest("a red cat", 3, 0)])
     assert image.shape == (3, SIZE, SIZE)
@@ -98,8 +97,8 @@ def test_a_router_is_served_by_what_trained_it(folder, routers, made_by, tmp_pat
         ("branch_file", "in_pipeline", "the router was made for PixArtTransformer2DModel"),
     ],
 )
-def test_a_later_champion_of_the_other_view_is_refused(folder, routers, first, then, why, monkeypatch):
-    engine = replica(folder, routers[first], monkeypatch)
+def test_a_later_champion_of_the_other_view_is_refused(folder, routers, first, then, why):
+    engine = replica(folder, routers[first])
     champion = engine.images.version
     args = ServeArgs(model=ModelConfig(path=str(folder)), router=str(routers[then])).resolved()
     asyncio.run(RegistryWatcher(engine, args).poll())
@@ -110,7 +109,7 @@ def test_a_later_champion_of_the_other_view_is_refused(folder, routers, first, t
 def test_without_a_router_the_branch_file_samples(folder, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     model = ModelConfig(path=str(folder), text_tokens=7)
-    assert type(deployments.make_sampler(model, ServeConfig())) is ImageSampler
+    assert type(engine_loader.make_sampler(model, ServeConfig())) is ImageSampler
     assert choose_router(model, "", "tiny", str(tmp_path)).router == "uncached"
     args = ServeArgs(model=model, router="uncached").resolved()
     assert asyncio.run(first_router.deciding_router(args)) is None
