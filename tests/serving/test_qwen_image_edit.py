@@ -73,7 +73,7 @@ def test_a_plan_is_trained_and_applied(pipe, artifact):
 
 
 def test_the_endpoint_edits_as_the_pipeline_does_under_the_plan(folder, pipe, artifact):
-    config = ServeConfig(batch_wait_s=0.0, max_images_per_request=2, max_pixels=2**15)
+    config = ServeConfig(batch_wait_s=2.0, max_images_per_request=2, max_pixels=2**15)
     sampler = make_sampler(ModelConfig(path=str(folder)), config)
     sampler.use(sampler.make_plan(artifact, "3"))
     file = io.BytesIO()
