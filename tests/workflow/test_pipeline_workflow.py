@@ -61,6 +61,7 @@ SMALL = [
     "--evaluate.samples=16",
     "--evaluate.batch-size=8",
     "--evaluate.timing-rounds=1",
+    "--evaluate.num-actors=1",
     "--evaluate.resamples=0",
 ]
 
