@@ -29,7 +29,6 @@ from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.pretraining.evaluate_flow_model import load_flow_pipeline
 from harmonica.pretraining.flow_matching import embed_captions
 from harmonica.training.config import TrainingConfig
-from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.presets import fashion
 from harmonica.training.sdt import SdtConfig
 
@@ -189,15 +188,17 @@ def judge_trained(study: Study, config: TrainingConfig, seed: int) -> PipelineTr
 def judge_learning_rate(
     study: Study, config: TrainingConfig, seed: int, rate: float, measured: PipelineTrainer
 ) -> None:
-    """The router trained from the same start at another learning rate, without a choice, linear."""
-    sdt = dataclasses.replace(config.sdt, learning_rate=rate)
-    alone = dataclasses.replace(config, sdt=sdt, choice_trajectories=0, forecast=ForecastConfig())
+    """The router trained from the same start at another learning rate, without a choice."""
+    sdt, name = dataclasses.replace(config.sdt, learning_rate=rate), f"rate-{rate:g}-{seed}"
+    alone, kept = dataclasses.replace(config, sdt=sdt, choice_trajectories=0), study.folder / f"{name}.json"
     trainer = study.trainer(alone, seed)
     with trainer:
         trainer.run.start_as(measured.run)
-        study.go_on(f"rate-{rate:g}-{seed}", trainer)
+        end = config.start_trajectories + config.trajectories
+        study.go_on(name, trainer, {end: lambda: trainer.artifact().save(kept)})
         artifact = trainer.artifact()
-    study.judge_artifact(f"trained at {rate:g}, linear, seed {seed}", artifact)
+    study.judge_artifact(f"trained at {rate:g}, linear, seed {seed}", RouterArtifact.load(kept))
+    study.judge_artifact(f"trained at {rate:g}, fitted, seed {seed}", artifact)
 
 
 def main() -> None:
