@@ -47,9 +47,16 @@ def _compiled(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
     plain = cast(types.FunctionType, function)
     name = f"{plain.__name__}_{kind}".replace(" ", "_")
     own = types.FunctionType(plain.__code__.replace(co_name=name), plain.__globals__, name)
-    limit: dict[str, Any] = {"recompile_limit": GRAPHS_PER_KIND} if _HAS_LIMIT else {}
     # With fullgraph, a recompile beyond the limit raises; without, it would run eagerly from then on.
-    return torch.compile(own, fullgraph=True, **limit)
+    return torch.compile(own, fullgraph=True, **limited())
+
+
+def limited() -> dict[str, Any]:
+    """Return the argument of torch.compile that allows so many graphs.
+
+    Before torch 2.13 there is none.
+    """
+    return {"recompile_limit": GRAPHS_PER_KIND} if _HAS_LIMIT else {}
 
 
 class _Reasons(logging.Handler):

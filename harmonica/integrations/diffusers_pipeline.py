@@ -69,11 +69,12 @@ def apply(
             (LoRA) fused into them. The same weights in bfloat16 or float16, with an adapter beside them or
             with fused projections of queries, keys and values, are recognised.
         execution: `compiled` runs each branch as one graph of torch.compile, one a kind for all blocks and
-            rows of the plan; leave the transformer itself uncompiled then. `auto` does so on CUDA.
+            rows of the plan; leave the transformer itself uncompiled then. `auto` does so on CUDA, but not
+            for recorded branches, beside which `compile_repeated_blocks` compiles what lies between them.
 
     Raises:
-        ValueError: no such execution, or `compiled` for recorded branches, there is a plan already, or the
-            router was not made for this model, or its sampler is none that a pipeline can follow.
+        ValueError: no such execution, there is a plan already, or the router was not made for this model,
+            or its sampler is none that a pipeline can follow.
     """
     if execution not in get_args(PipelineExecution):
         raise ValueError(f"execution is {execution!r}: give one of {', '.join(get_args(PipelineExecution))}")
@@ -83,17 +84,13 @@ def apply(
     if not isinstance(artifact, RouterArtifact):
         artifact = RouterArtifact.load(artifact)
     if is_recorded(artifact):
-        if execution == "compiled":
-            raise ValueError(
-                "execution is 'compiled' and the branches of this transformer were recorded: give eager, and "
-                "compile its blocks by pipe.transformer.compile_repeated_blocks()"
-            )
         calls = planned_calls(
             modules,
             [own_forward(module) for module in modules],
             artifact,
             allow_other_sampler=allow_other_sampler,
             check_weights=check_weights,
+            is_compiled=execution == "compiled",
         )
         replaced: list[tuple[nn.Module, PlannedForward | TransformerCall]] = list(zip(modules, calls))
     else:

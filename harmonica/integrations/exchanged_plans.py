@@ -35,12 +35,16 @@ class ExchangedPlans:
     They share what was recorded.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, *, is_compiled: bool = False) -> None:
         """Find the transformers of a pipeline, whose weights must not change from now on.
+
+        Args:
+            is_compiled: run each of their recorded branches as a graph of torch.compile.
 
         Raises:
             ValueError: there is none, or something wraps its forward.
         """
+        self._is_compiled = is_compiled
         self._modules = [unwrapped(each) for each in transformers_of(pipe)]
         for module in self._modules:
             check_own_forward(module)
@@ -62,10 +66,28 @@ class ExchangedPlans:
         cacheable = tuple(artifact.model["cacheable"])
         if cacheable not in self._views:
             self._views[cacheable] = [
-                RecordedTransformer(module, own_forward(module), cacheable=cacheable)
+                RecordedTransformer(
+                    module, own_forward(module), cacheable=cacheable, is_compiled=self._is_compiled
+                )
                 for module in self._modules
             ]
         return list(calls_of(self._views[cacheable], artifact, allow_other_sampler=False))
+
+    def compile_blocks(self) -> None:
+        """Compile the transformers' repeated blocks.
+
+        That is for a pipeline that never follows a plan, whose branches would be left out of their graphs.
+
+        Raises:
+            ValueError: diffusers knows no repeated blocks of the class.
+        """
+        for module in self._modules if self._is_compiled and not self._views else ():
+            if not getattr(module, "_repeated_blocks", None):
+                raise ValueError(
+                    f"model.execution is compiled and a {type(module).__name__} names no repeated blocks "
+                    "that diffusers could compile: give eager"
+                )
+            module.compile_repeated_blocks()  # type: ignore[operator]
 
     def _read_weights(self) -> Fingerprint:
         if self._fingerprint is None:

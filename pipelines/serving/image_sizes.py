@@ -1,8 +1,9 @@
 """The sizes of images that a model leaves to a request."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .image_request import SettingRejected
 
@@ -59,3 +60,28 @@ class SizeBounds:
 def as_text(size: tuple[int, int]) -> str:
     """Return a size as a request's `size` names it."""
     return f"{size[0]}x{size[1]}"
+
+
+def pipeline_bounds(
+    pipe: Any, defaults: Mapping[str, Any], arguments: Mapping[str, Any], max_pixels: int
+) -> SizeBounds:
+    """Return the sizes that a diffusers pipeline makes.
+
+    Args:
+        defaults: values of its call's arguments where none are given.
+        arguments: those of every call, whose size is the default one.
+        max_pixels: largest area; the default size is always allowed.
+    """
+    transformer = pipe.transformer.config
+    factor = int(getattr(pipe, "vae_scale_factor", 8))
+    patch = transformer.get("patch_size") or 1
+    patch = max(patch) if isinstance(patch, (tuple, list)) else int(patch)
+    # Two latents a side become one token, by patches or by packing.
+    multiple = factor * max(2, patch)
+    own = getattr(pipe, "default_sample_size", None) or transformer.get("sample_size")
+    side = defaults["height"] or (int(own) * factor if isinstance(own, int) else 1024)
+    sides = [arguments.get(name) or side for name in ("width", "height")]
+    width, height = (max(1, each // multiple) * multiple for each in sides)
+    table = transformer.get("pos_embed_max_size")
+    max_side = table * patch * factor if table else max(16 * max(width, height), 4096)
+    return SizeBounds((width, height), multiple, max(max_pixels, width * height), max_side)

@@ -10,11 +10,10 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from importlib import resources
 
 from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import Response
 
 import harmonica
 
@@ -35,6 +34,7 @@ from .model_choice import choose_model, unknown_model
 from .model_entries import health, model_entry, router_entries
 from .multipart import Part
 from .openapi import EDIT_BODY, describe_fully, errors, events
+from .page import add_page
 from .paths import NormalizePath
 from .request_bodies import ReadBody, StrictJsonRoute
 from .requests import Catalog, ImageSource, ModelCard, ModelState
@@ -46,11 +46,6 @@ MAX_BODY_BYTES = 64 * 1024
 _RANDOM_SEEDS = 2**53
 EDITS = "/images/edits"
 _HEALTH_TIMEOUT_S = 2.0
-# The page is one file: nothing else may be loaded by it, and nobody may frame it.
-_PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 def create_app(
@@ -111,7 +106,6 @@ def create_app(
     answer_errors(app)
     describe_fully(app)
     v1 = APIRouter(prefix="/v1", route_class=StrictJsonRoute, dependencies=[Security(BEARER)] if keys else [])
-    page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
     def catalog() -> Catalog:
         served: Catalog = app.state.catalog
@@ -244,8 +238,5 @@ def create_app(
         """
         return api.Live()
 
-    @app.get("/", include_in_schema=False)
-    async def index() -> HTMLResponse:
-        return HTMLResponse(page, headers={"content-security-policy": _PAGE_POLICY})
-
+    add_page(app)
     return app

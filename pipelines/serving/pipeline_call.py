@@ -1,4 +1,4 @@
-"""The arguments of a pipeline's call for a batch of image requests."""
+"""Make the arguments of a pipeline's call, and check requests for it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +9,9 @@ from PIL import Image
 
 from harmonica.integrations.exchanged_plans import PipelinePlan
 
-from .image_request import ImageRequest
+from .image_request import ImageRequest, SettingRejected
 from .servable_pipeline import ServablePipeline
-from .served_plan import ServedPlan
+from .served_plan import UNCACHED, ServedPlan
 
 _SET_HERE = (
     *("num_inference_steps", "height", "width", "generator", "output_type", "return_dict", "latents"),
@@ -73,3 +73,32 @@ def call_arguments(
         call |= {name: call[name][0] for name in ("prompt", "negative_prompt") if name in call}
         call["num_images_per_prompt"] = len(requests)
     return call
+
+
+def check_request(
+    pipeline: ServablePipeline, request: ImageRequest, served: PipelineServedPlan, least_side: int
+) -> None:
+    """Check that a pipeline takes what a request has.
+
+    Args:
+        least_side: smallest width and height of a picture to edit.
+
+    Raises:
+        SettingRejected: it does not.
+    """
+    name = pipeline.class_name
+    if request.negative_prompt and not pipeline.takes_negative_prompts:
+        raise SettingRejected(
+            "negative_prompt", f"negative_prompt is set and a {name} is not guided by one: leave it out"
+        )
+    if request.negative_prompt and served.version != UNCACHED and not served.is_guided:
+        raise SettingRejected(
+            "negative_prompt",
+            f"negative_prompt is set and router {served.version} was trained without: leave it out, or "
+            "give quality high, which uses no router",
+        )
+    small = min((min(each.width, each.height) for each in request.pictures), default=1 << 30)
+    if small < least_side:
+        raise SettingRejected("image", f"image has a side of {small} pixels: give {least_side} or more")
+    if request.guidance_scale is not None and not pipeline.guidance:
+        raise SettingRejected("guidance_scale", f"guidance_scale is set and a {name} has none: leave it out")

@@ -17,9 +17,9 @@ from harmonica.integrations.exchanged_plans import ExchangedPlans
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig
 
-from .image_request import ImageRequest, Picture, SettingRejected
-from .image_sizes import SizeBounds
-from .pipeline_call import PipelineServedPlan, call_arguments
+from .image_request import ImageRequest, Picture
+from .image_sizes import SizeBounds, pipeline_bounds
+from .pipeline_call import PipelineServedPlan, call_arguments, check_request
 from .pipeline_previews import LatentDecoder, WatchedSteps
 from .planned_sampler import OnPreview, PlannedSampler
 from .servable_pipeline import ServablePipeline
@@ -56,26 +56,16 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         super().__init__(max_steps)
         self.pipeline = pipeline
         self.pipe = pipeline.folder.load(dtype=getattr(torch, config.dtype), device=device)
-        self._exchanged, self._decoder = ExchangedPlans(self.pipe), LatentDecoder(self.pipe)
+        self._is_compiled = config.execution_on("cpu") == "compiled"  # `auto` is eager on any device
+        self._exchanged = ExchangedPlans(self.pipe, is_compiled=self._is_compiled)
+        self._decoder = LatentDecoder(self.pipe)
         self.max_pictures, self.needs_pictures = pipeline.max_pictures, pipeline.needs_pictures
         self._max_pixels = max_pixels
         self.sizes: SizeBounds = self._bounds({})
 
     def _bounds(self, arguments: Mapping[str, Any]) -> SizeBounds:
         """Return the sizes of requests; that of the champion's training is the default."""
-        pipe, transformer = self.pipe, self.pipe.transformer.config
-        factor = int(getattr(pipe, "vae_scale_factor", 8))
-        patch = transformer.get("patch_size") or 1
-        patch = max(patch) if isinstance(patch, (tuple, list)) else int(patch)
-        # Two latents a side become one token, by patches or by packing.
-        multiple = factor * max(2, patch)
-        own = getattr(pipe, "default_sample_size", None) or transformer.get("sample_size")
-        side = self.pipeline.defaults["height"] or (int(own) * factor if isinstance(own, int) else 1024)
-        sides = [arguments.get(name) or side for name in ("width", "height")]
-        width, height = (max(1, each // multiple) * multiple for each in sides)
-        table = transformer.get("pos_embed_max_size")
-        max_side = table * patch * factor if table else max(16 * max(width, height), 4096)
-        return SizeBounds((width, height), multiple, max(self._max_pixels, width * height), max_side)
+        return pipeline_bounds(self.pipe, self.pipeline.defaults, arguments, self._max_pixels)
 
     @property
     def image_size(self) -> int:
@@ -124,8 +114,14 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         )
 
     def make_uncached(self, config: SamplerConfig) -> PipelineServedPlan:
-        """Make a plan that computes everything, for calls with the champion's arguments."""
+        """Make a plan that computes everything, for calls with the champion's arguments.
+
+        Raises:
+            ValueError: there is no champion, and the transformer's blocks cannot be compiled.
+        """
         champion = self._plans.get("medium")
+        if champion is None:
+            self._exchanged.compile_blocks()
         branches = len(champion.plan.compute[0]) if champion else 1
         return PipelineServedPlan(
             config,
@@ -160,11 +156,14 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
             raise ValueError("the router's sample is not finite: the weights or the router are damaged")
 
     def warm_up(self, served: PipelineServedPlan, size: int) -> None:
-        """Generate a small image if there was none.
+        """Compile a plan for batches of this size.
 
-        Then it is known whether there are previews.
+        It is known afterwards whether there are previews.
         """
-        if self._decoder.works is None:
+        if self._is_compiled:
+            request = replace(self.probe(), size=self._bounds(served.arguments).default)
+            self.generate([request] * min(size, self.fixed_batch_size or size), served)
+        elif self._decoder.works is None:
             self.generate([self.probe()], served)
 
     def probe(self) -> ImageRequest:
@@ -181,26 +180,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         Raises:
             SettingRejected: it does not.
         """
-        served, name = served or self.champion, self.pipeline.class_name
-        if request.negative_prompt and not self.pipeline.takes_negative_prompts:
-            raise SettingRejected(
-                "negative_prompt", f"negative_prompt is set and a {name} is not guided by one: leave it out"
-            )
-        if request.negative_prompt and served.version != UNCACHED and not served.is_guided:
-            raise SettingRejected(
-                "negative_prompt",
-                f"negative_prompt is set and router {served.version} was trained without: leave it out, or "
-                "give quality high, which uses no router",
-            )
-        small = min((min(each.width, each.height) for each in request.pictures), default=1 << 30)
-        if small < self.sizes.multiple:
-            raise SettingRejected(
-                "image", f"image has a side of {small} pixels: give {self.sizes.multiple} or more"
-            )
-        if request.guidance_scale is not None and not self.pipeline.guidance:
-            raise SettingRejected(
-                "guidance_scale", f"guidance_scale is set and a {name} has none: leave it out"
-            )
+        check_request(self.pipeline, request, served or self.champion, self.sizes.multiple)
 
     def size_of(self, request: ImageRequest) -> tuple[int, int]:
         """Return the width and height of a request's image.

@@ -171,7 +171,12 @@ def _check_folder(folder: PipelineFolder, said: str) -> None:
 
 def _check_settings(config: ModelConfig) -> None:
     cure = "leave it out: a diffusers pipeline is served as its folder has it"
-    require(config.execution in ("auto", "eager"), "model.execution", config.execution, cure)
+    require(
+        config.execution != "graphed",
+        "model.execution",
+        config.execution,
+        "give eager or compiled: steps of a diffusers pipeline are not recorded",
+    )
     require(not config.vae, "model.vae", config.vae, cure)
     require(config.text_tokens == 0, "model.text_tokens", config.text_tokens, cure)
     require(config.residual_dtype == "float32", "model.residual_dtype", config.residual_dtype, cure)

@@ -1,6 +1,7 @@
 """`harmonica.apply` on pipelines whose transformers have no branch files: calls, steps, and what ends one."""
 
 import copy
+import dataclasses
 import threading
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from execution_cases import graphs
 from tiny_recorded_pipelines import KINDS, STEPS, Case, make_case
 from torch import Tensor
 
@@ -279,6 +281,21 @@ def test_compiled_blocks_make_the_same_latents(kind, blocks, is_compiled_first):
     for seed in (1, 2):
         assert apart(case.run(seed=seed), plain.run(seed=seed)) < 1e-5
     assert graphs
+
+
+def test_compiled_branches_make_the_same_latents(flux, no_codegen):
+    """Also in a copy, which compiles them anew."""
+    harmonica.apply(flux.pipe, flux.artifact())
+    wanted = flux.run()
+    harmonica.remove(flux.pipe)
+    harmonica.apply(flux.pipe, flux.artifact(), execution="compiled")
+    assert apart(flux.run(), wanted) < 1e-5
+    compiled = graphs()
+    assert compiled > 0
+    assert apart(flux.run(), wanted) < 1e-5 and graphs() == compiled, "none compiled again"
+    again = dataclasses.replace(flux, pipe=copy.deepcopy(flux.pipe))
+    assert apart(again.run(), wanted) < 1e-5
+    harmonica.remove(flux.pipe)
 
 
 # Refusals

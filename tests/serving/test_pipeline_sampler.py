@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_recorded_pipelines import make_case
 
 import harmonica
 from harmonica.builtin import CHAMPION
+from harmonica.integrations.exchanged_plans import ExchangedPlans
 from harmonica.integrations.pipeline_folder import PipelineFolder
 from harmonica.models.loading import ModelConfig
 from harmonica.validation.settings import SettingError
@@ -201,8 +203,8 @@ def test_models_with_branch_files_are_no_pipelines_of_this_kind(tmp_path):
 
 
 def test_settings_without_a_meaning_are_refused(folder):
-    with pytest.raises(SettingError, match=r"model\.execution is 'compiled': leave it out"):
-        servable_pipeline(ModelConfig(path=str(folder), execution="compiled"))
+    with pytest.raises(SettingError, match=r"model\.execution is 'graphed': give eager or compiled"):
+        servable_pipeline(ModelConfig(path=str(folder), execution="graphed"))
     with pytest.raises(SettingError, match=r"serve\.over_limit is 'refuse': give truncate"):
         make_sampler(ModelConfig(path=str(folder)), ServeConfig(over_limit="refuse"))
 
@@ -373,3 +375,49 @@ def test_a_replica_refuses_a_router_whose_branches_are_others(folder, artifact, 
     engine = GenerationEngine(make_sampler(args.model, args.serve), "tiny", args.serve)
     with pytest.raises(ValueError, match="they differ in"):
         asyncio.run(RegistryWatcher(engine, args).poll())
+
+
+# Compiled execution
+
+
+@pytest.fixture
+def traced(monkeypatch, no_codegen):
+    """The operations of what was compiled, graph by graph."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append({str(node.target) for node in module.graph.nodes if node.op.startswith("call")})
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return graphs
+
+
+@pytest.mark.parametrize("router", ["trained", "uncached"])
+def test_compiled_execution_makes_the_same_images(images, folder, artifact, router, traced):
+    config = ModelConfig(path=str(folder), execution="compiled")
+    compiled = make_sampler(config, ServeConfig(max_steps=30, max_pixels=2**15))
+    if router == "trained":
+        champion = compiled.make_plan(artifact, "3")
+    else:
+        made = compiled.make_uncached(images.champion.config)
+        champion = dataclasses.replace(made, arguments=images.champion.arguments)
+    compiled.warm_up(champion, 2)
+    compiled.use(champion)
+    assert any("scaled_dot_product_attention" in name for graph in traced for name in graph)
+    assert any("gelu" in name for graph in traced for name in graph)
+    rows = [ImageRequest("a red cat", 7, 0, size=(128, 64)), ImageRequest("the moon", 7, 1, size=(128, 64))]
+    for quality in ("medium", "high"):
+        served = images.plan_for("high" if router == "uncached" else quality)
+        wanted = images.generate(rows, served)
+        found = compiled.generate(rows, compiled.plan_for(quality))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    before = len(traced)
+    compiled.generate(rows)
+    assert len(traced) == before, "warmed up"
+
+
+def test_blocks_that_diffusers_cannot_compile_are_refused(images, monkeypatch):
+    monkeypatch.setattr(type(images.pipe.transformer), "_repeated_blocks", [])
+    with pytest.raises(ValueError, match="is compiled and a FluxTransformer2DModel names no repeated blocks"):
+        ExchangedPlans(images.pipe, is_compiled=True).compile_blocks()

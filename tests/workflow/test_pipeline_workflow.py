@@ -111,6 +111,32 @@ def test_bad_input_is_one_line_before_any_work(
     assert not ray.is_initialized()
 
 
+QUALITY = ["--train.target-psnr=30", "--train.initial=measured", "--train.start-trajectories=1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([], "a ChromaPipeline without a VAE, which decodes its latents: give the folder with vae/"),
+        (
+            ["--stages", "prompts", "train", "--train.target-speedup=0", *QUALITY],
+            "train.target_psnr is 30.0: the model draws latents",
+        ),
+    ],
+)
+def test_a_pipeline_without_a_decoder_is_refused_before_any_work(
+    changes: list[str], words: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    (bare / "transformer").mkdir(parents=True)
+    index = json.loads((folder / "model_index.json").read_text())
+    (bare / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}))
+    config = (folder / "transformer" / "config.json").read_bytes()
+    (bare / "transformer" / "config.json").write_bytes(config)
+    assert workflow.main([*_arguments(bare, tmp_path / "run"), *changes]) == 2
+    assert words in capsys.readouterr().err and not ray.is_initialized()
+
+
 @pytest.mark.parametrize("text", ["", "\n \n", "\ufeff\n"])
 def test_an_empty_prompts_file_is_refused(
     text: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -65,6 +65,7 @@ def planned_calls(
     *,
     allow_other_sampler: bool,
     check_weights: bool,
+    is_compiled: bool = False,
 ) -> Iterator[TransformerCall]:
     """Yield the call that replaces each transformer's forward.
 
@@ -73,7 +74,9 @@ def planned_calls(
     """
     check_router(transformers, artifact, lambda: fingerprint_of(transformers), check_weights=check_weights)
     views = [
-        RecordedTransformer(transformer, forward, cacheable=artifact.model["cacheable"])
+        RecordedTransformer(
+            transformer, forward, cacheable=artifact.model["cacheable"], is_compiled=is_compiled
+        )
         for transformer, forward in zip(transformers, forwards, strict=True)
     ]
     return calls_of(views, artifact, allow_other_sampler=allow_other_sampler)

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from harmonica.integrations.recorded.compiled_units import compiled_unit
+
 _HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they wrap
 
 
@@ -51,10 +53,35 @@ class Switchboard:
 
 
 class UnitCall:
-    """Replaces one module's forward."""
+    """Replaces one module's forward.
 
-    def __init__(self, path: str, forward: Callable[..., Any], board: Switchboard) -> None:
+    What a block does with its units is decided at each call, so torch.compile leaves every unit out of the
+    block's graphs; it may be a graph of its own instead.
+    """
+
+    def __init__(
+        self, path: str, forward: Callable[..., Any], board: Switchboard, *, is_compiled: bool = False
+    ) -> None:
+        """Replace a forward.
+
+        Args:
+            is_compiled: compute it as one graph, which modules of one class and shape share.
+        """
         self.path, self.forward, self.board = path, forward, board
+        self._is_compiled = is_compiled
+        self._compiled: Callable[..., Any] | None = None
+
+    @property
+    def compute(self) -> Callable[..., Any]:
+        """Return what computes the module."""
+        if not self._is_compiled:
+            return self.forward
+        if self._compiled is None:
+            self._compiled = compiled_unit(self.forward)
+        return self._compiled
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_compiled": None}
 
     def __get__(self, *_: Any) -> "UnitCall":
         """Return itself when something binds it, as diffusers' hooks do."""
@@ -64,16 +91,18 @@ class UnitCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running = self.board.running
         if running is None:
-            return self.forward(*args, **kwargs)
-        return running.run(self.board.name_of_call(self.path), lambda: self.forward(*args, **kwargs))
+            return self.compute(*args, **kwargs)
+        return running.run(self.board.name_of_call(self.path), lambda: self.compute(*args, **kwargs))
 
 
-def install(transformer: nn.Module, paths: Iterable[str], board: Switchboard) -> None:
+def install(
+    transformer: nn.Module, paths: Iterable[str], board: Switchboard, *, is_compiled: bool = False
+) -> None:
     """Replace the forwards of the modules at `paths`."""
     for path in dict.fromkeys(paths):
         module = transformer.get_submodule(path)
         slot = _slot(module)
-        setattr(module, slot, UnitCall(path, getattr(module, slot), board))
+        setattr(module, slot, UnitCall(path, getattr(module, slot), board, is_compiled=is_compiled))
 
 
 def uninstall(transformer: nn.Module) -> None:

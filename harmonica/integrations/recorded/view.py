@@ -30,14 +30,21 @@ class RecordedTransformer:
     """
 
     def __init__(
-        self, transformer: nn.Module, forward: Callable[..., Any], *, cacheable: Sequence[str] = KINDS
+        self,
+        transformer: nn.Module,
+        forward: Callable[..., Any],
+        *,
+        cacheable: Sequence[str] = KINDS,
+        is_compiled: bool = False,
     ) -> None:
         """Record nothing yet: branches are known after the first call.
 
         Args:
             forward: the transformer's own.
             cacheable: kinds of sub-modules that are branches.
+            is_compiled: compute each of them as a graph of torch.compile.
         """
+        self._is_compiled = is_compiled
         self.transformer, self.forward, self.cacheable = transformer, forward, tuple(cacheable)
         self.recorded_fingerprint: Fingerprint | None = None
         self.branches: tuple[RecordedBranch, ...] = ()
@@ -88,7 +95,8 @@ class RecordedTransformer:
         assert self._graph is not None
         kept = self._branch_of
         feeders = self._graph.skippable(kept, kept)
-        install(self.transformer, (name.partition("#")[0] for name in (*kept, *feeders)), self._board)
+        paths = (name.partition("#")[0] for name in (*kept, *feeders))
+        install(self.transformer, paths, self._board, is_compiled=self._is_compiled)
 
     def close(self) -> None:
         """Restore the transformer's modules."""
