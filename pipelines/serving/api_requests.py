@@ -119,9 +119,7 @@ class LenientGenerateRequest(GenerateRequest):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    model: str | None = Field(
-        None, description="Any name: the first model generates if none has it."
-    )
+    model: str | None = Field(None, description="Any name: the first model generates if none has it.")
     size: str | None = Field("auto", description="Any size: the model's own is generated.")
     response_format: Literal["b64_json", "url"] | None = Field(  # type: ignore[assignment]
         "b64_json", description="`url` is answered with a data URL, which holds the picture itself."
