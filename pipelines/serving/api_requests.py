@@ -44,7 +44,7 @@ class GenerateRequest(BaseModel):
     negative_prompt: str | None = Field(
         None, max_length=MAX_PROMPT_LENGTH, description="Text of what to avoid, for models that take text."
     )
-    model: str | None = Field(None, description="Name of the served model, or nothing.")
+    model: str | None = Field(None, description="Name of a served model. Absent: the first.")
     n: Whole | None = Field(1, ge=1, description="Number of images.")
     seed: Whole | None = Field(
         None,
@@ -119,7 +119,7 @@ class LenientGenerateRequest(GenerateRequest):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    model: str | None = Field(None, description="Any name: the served model generates.")
+    model: str | None = Field(None, description="Any name: the first model generates if none has it.")
     size: str | None = Field("auto", description="Any size: the model's own is generated.")
     response_format: Literal["b64_json", "url"] | None = Field(  # type: ignore[assignment]
         "b64_json", description="`url` is answered with a data URL, which holds the picture itself."

@@ -1,7 +1,6 @@
 """Count the requests of a loaded model, and unload it after the last of them."""
 
 import asyncio
-import contextlib
 import gc
 import threading
 
@@ -56,9 +55,7 @@ class LoadedEngine:
         with self._released:
             self._released.wait_for(lambda: self._num_users == 0)
             engine, self._engine = self._engine, None
-        if self._following is not None:
-            asyncio.run_coroutine_threadsafe(_stop(self._following), self._loop).result()
-        engine.close()
+        asyncio.run_coroutine_threadsafe(_stop(engine, self._following), self._loop).result()
         del engine
         self._following = None
         gc.collect()  # models have cycles
@@ -66,7 +63,10 @@ class LoadedEngine:
             torch.cuda.empty_cache()
 
 
-async def _stop(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+async def _stop(engine: GenerationEngine, following: asyncio.Task[None] | None) -> None:
+    if following is not None:
+        following.cancel()
+        await asyncio.wait((following,))
+    # The worker refers to what it did last until it does something else.
+    await engine.batcher.run_between_batches(lambda: None)
+    engine.close()

@@ -16,7 +16,7 @@ _REASONS = {
     408: "The body was not complete in time.",
     413: "The body is too large.",
     500: "Generating the image failed.",
-    503: "Too many images are waiting.",
+    503: "Too many images are waiting, or the model could not be loaded.",
     504: "The image has waited for too long.",
 }
 _EDIT_FORM = "EditForm"

@@ -16,7 +16,9 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import record_sample
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
+from pipelines.serving.batching import Worker
 from pipelines.serving.engine import GenerationEngine
+from pipelines.serving.engine_loader import EngineLoader
 from pipelines.serving.image_request import ImageRequest, SettingRejected
 from pipelines.serving.image_sampler import ImageSampler
 from pipelines.serving.images_api import create_app
@@ -250,6 +252,38 @@ def test_the_number_of_steps_picks_the_router_that_was_made_for_it(model, store,
         card = await engine.describe()
         uses = {router.version: router.quality for router in card.routers}
         assert uses["2"] == uses["5"] == () and "medium" in uses["1"]
+
+    asyncio.run(run())
+
+
+def test_a_model_is_loaded_again_while_the_registry_is_down(model, store, monkeypatch):
+    routers, fetched = Registry(store), []
+    routers.add("good", recorded(model, 1))
+    args = ServeArgs(tracking_uri=routers.uri, registered_model=NAME, model=model, follow_s=60)
+    loader = EngineLoader(args, NAME, None, Worker())
+    load = registry.load_version
+
+    def count(name, version, uri):
+        fetched.append(version)
+        return load(name, version, uri)
+
+    async def run():
+        monkeypatch.setattr(registry, "load_version", count)
+        first = (await loader.load()).acquire()
+        image = await first.generate(EngineRequest(ImageRequest(1, 1, 0)))
+        assert set(fetched) == {"1"}
+        fetched.clear()
+        again = (await loader.load()).acquire()
+        assert again.images is not first.images and fetched == [], "kept in memory"
+
+        def down(*_):
+            raise OSError("the registry is down")
+
+        for name in ("resolve", "newest_versions", "load_version"):
+            monkeypatch.setattr(registry, name, down)
+        resumed = (await loader.load()).acquire()
+        assert resumed.images.version == "1" and resumed.images.plan_for("low").version == "1"
+        assert (await resumed.generate(EngineRequest(ImageRequest(1, 1, 0)))).picture == image.picture
 
     asyncio.run(run())
 

@@ -79,3 +79,31 @@ def test_the_champion_served_and_one_refused(told):
         metrics.serving(served, rejected)
     assert told["harmonica_champion", "1"] == [1, 1, 1, 0] and told["harmonica_champion", "3"] == [1]
     assert told["harmonica_champion_refused", "2"] == [1, 1, 0]
+
+
+def test_of_several_models_each_has_its_label(monkeypatch):
+    values = []
+
+    class Recorder:
+        def __init__(self, name, *others):
+            self._name, self._keys = name, others[-1]
+
+        def record(self, value, tags=None):
+            assert set(tags) == set(self._keys), "Ray refuses others"
+            values.append((self._name, tags["model"]))
+
+        inc = set = observe = record
+
+    for kind in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(serve_metrics, kind, Recorder)
+    metrics = serve_metrics.ServeMetrics("dit")
+    metrics.serving("1", "2")
+    metrics.waiting(3)
+    metrics.rejected("timeout")
+    assert {name for name, _ in values} == {
+        "harmonica_champion",
+        "harmonica_champion_refused",
+        "harmonica_waiting",
+        "harmonica_refused",
+    }
+    assert {model for _, model in values} == {"dit"}
