@@ -14,7 +14,7 @@ from torch import Tensor
 SHARED = 10.0
 """Prior variance of what the weights of a group share, next to that of each one's own part."""
 
-RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+RIDGES = (0.1, 0.4, 1.5, 6.0, 25.0, 100.0)
 """The ridges to choose from, relative to the mean diagonal of the normal equations."""
 
 
