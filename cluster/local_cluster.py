@@ -65,7 +65,8 @@ class LocalCluster:
             environment: for every node's processes, beside this process's own; none of Ray's is inherited.
         """
         self.workers, self.head_cpus, self.worker_cpus = workers, head_cpus, worker_cpus
-        self._port, self._dashboard, self._count = free_port(), free_port(), 0
+        self._ports: list[int] = []
+        self._port, self._dashboard, self._count = self._new_port(), self._new_port(), 0
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         python = Path(sys.executable).parent  # for the `python` of a job's entrypoint
         self._environment = inherited | {
@@ -96,7 +97,7 @@ class LocalCluster:
                 f"--dashboard-port={self._dashboard}",
                 "--dashboard-host=127.0.0.1",
             ]
-            head += [f"--ray-client-server-port={free_port()}"]
+            head += [f"--ray-client-server-port={self._new_port()}"]
             self._start(["--head", *head], self.head_cpus).wait_started()
             for _ in range(self.workers):  # one by one: together they starve each other on a small machine
                 self.add_node()
@@ -123,9 +124,14 @@ class LocalCluster:
         self.nodes.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _new_port(self) -> int:
+        # The kernel may name one twice as long as nothing listens there, and Ray refuses that.
+        self._ports.append(free_port(self._ports))
+        return self._ports[-1]
+
     def _start(self, arguments: list[str], cpus: int) -> Node:
         # The job agent's port is a fixed one by default, and there can be one of that on a machine.
-        own = [f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={free_port()}"]
+        own = [f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={self._new_port()}"]
         own += ["--object-store-memory=200000000", "--disable-usage-stats"]
         self._count += 1
         # A folder each: what one node's agent unpacks for a job, another's would delete.

@@ -7,18 +7,21 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 _STOP_S = 10.0
 
 
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(other_than: Collection[int] = ()) -> int:
+    """A port that nothing listens on now, and none of those that something is about to."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port not in other_than:
+            return port
 
 
 def as_user(user: pwd.struct_passwd | None) -> dict[str, Any]:

@@ -1,8 +1,12 @@
-"""What a private cluster's processes are told before it starts, without starting one."""
+"""What a cluster's processes on this machine are told before it starts, without starting one."""
 
+import itertools
 import os
+import re
 import socket
 
+import local_cluster
+import processes
 import pytest
 
 from pipelines.runtime import ray_runtime
@@ -31,3 +35,46 @@ def test_its_address_is_told_to_the_cluster_and_not_to_what_starts_later(monkeyp
         assert os.environ[name] == "http://127.0.0.1:8266"
         _ = 1 // 0
     assert os.environ.get(name) == before
+
+
+class _Named:
+    """A socket that is bound to the next of some ports."""
+
+    def __init__(self, ports):
+        self.ports = ports
+
+    def __call__(self):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def bind(self, address):
+        self.address = address[0], next(self.ports)
+
+    def getsockname(self):
+        return self.address
+
+
+class _Node:
+    """A node that starts nothing."""
+
+    def __init__(self, arguments, environment, log):
+        self.ports = [int(port) for port in re.findall(r"port=(\d+)", " ".join(arguments))]
+
+    def wait_started(self):
+        pass
+
+    stop = wait_started
+
+
+def test_no_two_ports_of_a_local_cluster_are_the_same(monkeypatch):
+    """Seen once: Ray refuses one port for two of a node's servers."""
+    named = itertools.chain.from_iterable([port, port] for port in itertools.count(7001))
+    monkeypatch.setattr(processes.socket, "socket", _Named(named))
+    monkeypatch.setattr(local_cluster, "Node", _Node)
+    with local_cluster.LocalCluster(workers=1) as cluster:
+        assert [node.ports for node in cluster.nodes] == [[7001, 7002, 7003, 7004], [7005]]
