@@ -20,8 +20,15 @@ OWN_WEIGHTS = ("model.safetensors", "model.pt")
 """The weight files of a folder in our own layout, beside `config.json`; the first one there is read."""
 
 _PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
-"""The parts of a pipeline that are read; others that it lists are not."""
-_WORDS = (".json", ".model", ".txt")  # a tokenizer's own, and sentencepiece's
+"""The parts of the pipelines whose transformers have branch files."""
+_LOADED = re.compile(
+    r"scheduler|text_encoder(_\d)?|tokenizer(_\d)?|transformer(_\d)?|unconditional_transformer|vae"
+    r"|image_encoder|feature_extractor|image_processor|processor"
+)
+"""Names of the parts of any pipeline that are read; others that it lists, as a safety checker, are not."""
+_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "image_processor", "processor")
+_OF_WORDS = ("tokenizer", "processor")
+_WORDS = (".json", ".model", ".txt", ".jinja")  # a tokenizer's own, sentencepiece's and a chat's template
 _VARIANTS = ("", "bf16", "fp16")
 _FORMATS = ("safetensors", "bin")
 _WEIGHTS = re.compile(
@@ -161,17 +168,21 @@ def listed_parts(index: bytes, source: str) -> list[str]:
     if not isinstance(described, dict):
         raise RepositoryMalformed(f"{source} holds no JSON object: fetch it again")
     # [library, class]; a part that was left out when the pipeline was saved is [null, null].
-    return [part for part in _PARTS if isinstance(described.get(part), list) and all(described[part])]
+    return sorted(
+        name
+        for name, value in described.items()
+        if _LOADED.fullmatch(name) and isinstance(value, list) and all(value)
+    )
 
 
 def _of_part(part: str, own: list[str]) -> list[str]:
     """Return the paths of one part's files that are read."""
-    if part == "tokenizer":
+    if part.startswith(_OF_WORDS):
         kept = [name for name in own if name.endswith(_WORDS)]
     else:
         kept = [name for name in own if name.endswith(".json") and not _SHARDS.fullmatch(name)]
-    if part in ("transformer", "vae", "text_encoder"):
-        kept += _weight_names(own, ENCODER_STEMS if part == "text_encoder" else MODEL_STEMS)
+    if not part.startswith(_WITHOUT_WEIGHTS):
+        kept += _weight_names(own, ENCODER_STEMS if "encoder" in part else MODEL_STEMS)
     return [f"{part}/{name}" for name in kept]
 
 

@@ -127,6 +127,36 @@ def test_a_pipeline_s_files_are_those_of_the_parts_that_its_index_lists(
     assert of([*NEEDED, *WORDS, *ENCODER], left_out) == sorted(n for n in needed if not n.startswith("vae/"))
 
 
+def test_parts_of_any_pipeline_are_read_as_its_index_lists_them() -> None:
+    """As FLUX, Wan 2.2 and Qwen-Image-Edit have them."""
+    index = CLASS_INDEX | {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"],
+        "image_encoder": ["transformers", "CLIPVisionModel"],
+        "processor": ["transformers", "Qwen2VLProcessor"],
+        "feature_extractor": [None, None],
+        "safety_checker": ["transformers", "Checker"],
+        "boundary_ratio": 0.9,
+    }
+    needed = [
+        *NEEDED,
+        "image_encoder/config.json",
+        "image_encoder/model.safetensors",
+        "processor/chat_template.jinja",
+        "processor/preprocessor_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        *(name.replace("text_encoder", "text_encoder_2") for name in ENCODER),
+        "tokenizer_2/spiece.model",
+        "transformer_2/config.json",
+        f"transformer_2/{STEM}.safetensors",
+    ]
+    unneeded = [*UNNEEDED, "feature_extractor/preprocessor_config.json", "processor/model.safetensors"]
+    assert of([*needed, *unneeded], index) == sorted(needed)
+
+
 def test_without_an_index_it_is_a_part_or_our_own_folder_or_a_checkpoint() -> None:
     assert of(["config.json", f"{STEM}.safetensors", "README.md"]) == ["config.json", f"{STEM}.safetensors"]
     assert of(["config.json", "model.safetensors", "model.pt"]) == ["config.json", "model.safetensors"]
