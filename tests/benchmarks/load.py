@@ -45,6 +45,7 @@ class Load:
     p50_s: float
     p95_s: float
     p99_s: float
+    images: int = 0
 
     @property
     def arms(self) -> dict[str, Timing]:
@@ -130,7 +131,7 @@ def open_loop(url: str, per_second: float, seconds: float) -> Load:
 
 def _load(good: Sequence[float], failed: int, passed: float) -> Load:
     p50_s, p95_s, p99_s = (_quantile(good, share) for share in (0.5, 0.95, 0.99))
-    return Load(len(good) / passed, failed, p50_s, p95_s, p99_s)
+    return Load(len(good) / passed, failed, p50_s, p95_s, p99_s, len(good))
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

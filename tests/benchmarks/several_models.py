@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import httpx
+import psutil
 
 from harmonica.builtin import CHAMPION
 from pipelines.config.serve import ServeConfig
@@ -49,12 +50,31 @@ def several_models(*, whole: bool) -> Iterator[Row]:
                 yield _miss(url)
 
 
+def _cpu_seconds() -> float:
+    """That the sampling replica has used so far: what other work on the machine changes least."""
+    children = psutil.Process().children(recursive=True)
+    (replica,) = [
+        each
+        for each in children
+        if "ServeReplica:harmonica:Sampler" in "".join(each.as_dict(["cmdline"])["cmdline"] or [])
+    ]
+    times = replica.cpu_times()
+    return float(times.user + times.system)
+
+
 def _throughput(url: str, where: str, rounds: int) -> Iterator[Row]:
     """In turn, so that a slow minute hits both."""
-    one, both = [], []
+    one: list[Load] = []
+    both: list[Load] = []
+    cpu_s: dict[str, list[float]] = {"one model": [], "two": []}
     for _ in range(rounds):
-        one.append(closed_loop_of(url, _NAMES[:1], _CLIENTS, _SECONDS))
-        both.append(closed_loop_of(url, _NAMES, _CLIENTS, _SECONDS))
+        for name, models, loads in (("one model", _NAMES[:1], one), ("two", _NAMES, both)):
+            before = _cpu_seconds()
+            loads.append(closed_loop_of(url, models, _CLIENTS, _SECONDS))
+            cpu_s[name].append((_cpu_seconds() - before) / loads[-1].images)
+    each = {f"CPU of an image, {name}": _spread(values) for name, values in cpu_s.items()}
+    share = each["CPU of an image, two"].median_s / each["CPU of an image, one model"].median_s
+    yield Row.judge(f"CPU of two models, {where}", each, share, "of one model's", Aim("<=", 1.1))
     arms = {f"an image, {name}": _timing(loads) for name, loads in (("one model", one), ("two", both))}
     share = arms["an image, one model"].median_s / arms["an image, two"].median_s
     what = f"closed loop of {_CLIENTS} clients, half for each of two models, {where}"
@@ -65,7 +85,11 @@ def _throughput(url: str, where: str, rounds: int) -> Iterator[Row]:
 
 
 def _timing(loads: Sequence[Load]) -> Timing:
-    seconds = sorted(1 / load.per_second for load in loads)
+    return _spread([1 / load.per_second for load in loads])
+
+
+def _spread(values: Sequence[float]) -> Timing:
+    seconds = sorted(values)
     return Timing(seconds[len(seconds) // 2], seconds[-1] - seconds[0])
 
 
