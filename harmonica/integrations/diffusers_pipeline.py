@@ -43,6 +43,10 @@ from harmonica.integrations.step_tracker import StepCounter
 from harmonica.integrations.weight_check import matched_fingerprint, other_weights
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers import make_sampler
+from harmonica.torchvision_ops import ensure_torchvision_imports
+
+# A pipeline that is imported after this module imports torchvision, also where torch's plug-ins are off.
+ensure_torchvision_imports()
 
 
 def apply(

@@ -48,10 +48,9 @@ def folder_of(pipeline: str, transformer: str) -> ServablePipeline | str | None:
     """Return what the endpoint reads of a pipeline's folder, or why it refuses it."""
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
+        parts = {"transformer": ["diffusers", transformer], "vae": ["diffusers", "AutoencoderKL"]}
         (folder / "transformer").mkdir()
-        (folder / "model_index.json").write_text(
-            json.dumps({"_class_name": pipeline, "transformer": ["diffusers", transformer]})
-        )
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline, **parts}))
         (folder / "transformer/config.json").write_text(json.dumps({"_class_name": transformer}))
         try:
             return servable_pipeline(ModelConfig(path=path))

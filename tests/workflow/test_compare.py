@@ -292,7 +292,7 @@ def test_a_small_comparison_with_a_variant_that_fails_and_its_resumes(
     model = other_widths(tmp_path / "model")
     settings = ["--compare.samples=17", "--sampler.num-inference-steps=8", "--train.trajectories=2"]
     settings += ["--train.batch-size=4", "--train.choice-trajectories=1", "--train.forecast.trajectories=4"]
-    settings += ["--evaluate.timing-rounds=1", "--evaluate.batch-size=8"]
+    settings += ["--evaluate.timing-rounds=1", "--evaluate.batch-size=8", "--evaluate.num-actors=1"]
 
     def run(*arguments: str) -> int:
         command = ["fashion", "--run-id=c1", f"--storage-path={tmp_path / 'runs'}"]
