@@ -98,7 +98,7 @@ class EngineLoader:
 
     @property
     def _wait_s(self) -> float:
-        """Seconds to wait for the registry: it is done without where a version was served before."""
+        """Seconds to wait for the registry; none where a version was served before."""
         return 0.0 if self._version else REGISTRY_WAIT_S
 
     async def _deciding_router(self) -> RouterArtifact | None:

@@ -6,8 +6,6 @@ It has to fit the model.
 import os
 from dataclasses import dataclass, replace
 
-from mlflow.exceptions import MlflowException
-
 from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.recorded.kinds import ARCHITECTURE_KEY
@@ -119,6 +117,8 @@ def _champion(registered_model: str, storage_path: str) -> _Champion:
     has_store = database_of(storage_path).exists()
     if not (os.environ.get("MLFLOW_TRACKING_URI") or has_store):
         return _Champion(why_not="no MLflow store yet")
+
+    from mlflow.exceptions import MlflowException  # takes a second to import, so not at the top
 
     uri = tracking_uri(storage_path)
     try:

@@ -11,7 +11,6 @@ from typing import Any
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.pipeline_folder import PipelineFolder
-from harmonica.integrations.recorded.pipelines import is_recorded
 from harmonica.io.repository_files import INDEX
 from harmonica.io.resolve import local_path
 from harmonica.models.dit.diffusers_layout import CLASS_NAME as DIT
@@ -113,11 +112,17 @@ def servable_pipeline(config: ModelConfig, artifact: RouterArtifact | None = Non
             field, the value and the cure.
     """
     folder = _pipeline_folder(config)
-    is_in_pipeline = artifact is not None and is_recorded(artifact)
+    is_in_pipeline = artifact is not None and _is_recorded(artifact)
     if folder is None or (_has_branch_file(folder) and not is_in_pipeline):
         return None
     check_servable(folder, config)
     return ServablePipeline(folder)
+
+
+def _is_recorded(artifact: RouterArtifact) -> bool:
+    from harmonica.integrations.recorded.pipelines import is_recorded  # imports Dynamo, which takes a second
+
+    return is_recorded(artifact)
 
 
 def has_two_views(config: ModelConfig) -> bool:
