@@ -21,8 +21,9 @@ from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
 from harmonica.training.phase import Phase
-from harmonica.training.phases import PHASES, ForecastPhase, StartPhase
+from harmonica.training.phases import PHASES, ForecastPhase
 from harmonica.training.sampler_backend import SamplerBackend
+from harmonica.training.start_phases import StartPhase
 from harmonica.validation.finite import CURE, NotFinite, check_finite, not_finite
 
 
