@@ -63,6 +63,8 @@ def quiet_libraries() -> None:
     """
     for name, level in _LOUD.items():
         logging.getLogger(name).setLevel(level)
+    # MLflow sets the levels of its own loggers when it is imported, which may be later.
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     # Ray Train has a line for every report, by a logger that is named after its file.
     files = str(Path(ray.__file__).parent / "train")
     for name in [name for name in logging.root.manager.loggerDict if name.startswith(files)]:
