@@ -36,6 +36,16 @@ def planned_step(
     return sampler.advance(i, state, guided), guided
 
 
+def planned_end(sampler: Sampler, plan: Plan, state: State, cache: BranchCache, first: int) -> Tensor:
+    """Run steps `first` ... 0 under a plan.
+
+    Returns the final images or latents (N, C, H, W).
+    """
+    for i in range(first, -1, -1):
+        state, _ = planned_step(sampler, i, state, plan.compute[i], cache)
+    return sampler.finish(state)
+
+
 def accumulated_step(sampler: Sampler, i: int, state: State, sums: AccumulatedSums) -> tuple[State, Tensor]:
     """Run step i like `planned_step`, with sums in place of cached values."""
     hidden, conditioning = sampler.embed(i, state)

@@ -29,16 +29,6 @@ ROWS = [ImageRequest("the moon", 5, 0), ImageRequest("a red cat", 7, 0)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.write_flux(tmp_path_factory.mktemp("flux"))
-
-
-@pytest.fixture(scope="module")
-def artifact(folder):
-    return tiny.train_router(folder)
-
-
-@pytest.fixture(scope="module")
 def images(folder, artifact):
     sampler = make_sampler(ModelConfig(path=str(folder)), ServeConfig(max_pixels=2**15))
     champion = sampler.make_plan(artifact, "3")

@@ -35,16 +35,6 @@ from pipelines.serving.serve_args import ServeArgs
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.write_flux(tmp_path_factory.mktemp("flux"))
-
-
-@pytest.fixture(scope="module")
-def artifact(folder):
-    return tiny.train_router(folder)
-
-
-@pytest.fixture(scope="module")
 def images(folder, artifact):
     sampler = make_sampler(ModelConfig(path=str(folder)), ServeConfig(max_steps=30, max_pixels=2**15))
     assert isinstance(sampler, PipelineSampler)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from all_phases import ALL_PHASES
+from metrics_without_times import without_times
 from tiny_dit import write_model
 
 from harmonica.cli.train import trained
@@ -118,10 +119,7 @@ def test_a_run_refines_its_start_and_resumes_bit_for_bit(sampler) -> None:
         while run.trajectory < until:
             indices = Shard(size).indices(np.arange(size), run.trajectory)
             found.append(run.train_one(spec.to_batch(make_samples(indices, spec), "cpu")))
-        return [
-            {name: value for name, value in each.items() if "_s" not in name and "seconds" not in name}
-            for each in found
-        ]
+        return [without_times(each) for each in found]
 
     whole = RouterTrainer(sampler, REFINED, seed=0)
     expected = go_on(whole, REFINED.all_trajectories)

@@ -16,7 +16,7 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache
 from harmonica.core.plan import Forecast, Plan
 from harmonica.core.sampling import sample
-from harmonica.core.trajectory import planned_step
+from harmonica.core.trajectory import planned_end
 from harmonica.data.batch import Batch
 from harmonica.execution.values import KeptValues, extrapolate
 from harmonica.samplers import Sampler
@@ -105,10 +105,7 @@ def sketch_image_error(
     full_NCHW = sample(sampler, batch.noise_NCHW, batch.condition_N, keys=batch.keys).clone()
     cache = ProbedCache(plan.num_branches, plan.forecast)
     with torch.enable_grad():
-        state = batch.start(sampler)
-        for i in reversed(range(plan.num_steps)):
-            state, _ = planned_step(sampler, i, state, plan.compute[i], cache)
-        images_NCHW = sampler.finish(state)
+        images_NCHW = planned_end(sampler, plan, batch.start(sampler), cache, plan.num_steps - 1)
     handles = {name: [handle_M] for name, handle_M in cache.handles.items()}
     return sketch_of(
         full_NCHW, images_NCHW, handles, unknowns(plan, order), batch.keys, plan.num_steps, probes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.plan import Plan
-from harmonica.core.trajectory import planned_step
+from harmonica.core.trajectory import planned_end, planned_step
 from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler, State
 from harmonica.training.backend import TrajectoryBackend
@@ -70,10 +70,8 @@ def plan_latents(sampler: Sampler, batch: Batch, plans: Sequence[Plan], reuse: R
     for plan in plans[1:]:
         differing = (i for i in reversed(range(plan.num_steps)) if plan.compute[i] != first.compute[i])
         begin = next(differing, 0)
-        state, cache = before[begin][0], before[begin][1].copy()
-        for i in range(begin, -1, -1):
-            state, _ = planned_step(sampler, i, state, plan.compute[i], cache)
-        finals.append(sampler.finish(state).flatten(1))
+        state, cache = before[begin]
+        finals.append(planned_end(sampler, plan, state, cache.copy(), begin).flatten(1))
     return torch.stack(finals)
 
 
