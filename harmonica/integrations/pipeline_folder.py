@@ -17,6 +17,7 @@ import torch
 from harmonica.io.repository_files import INDEX
 from harmonica.io.resolve import local_path
 from harmonica.io.weight_files import read_json
+from harmonica.models.vae import are_pixels
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.validation.extras import need
 
@@ -92,7 +93,7 @@ class PipelineFolder:
         """Return whether the pipeline ends in pictures, decoded or drawn as pixels."""
         config = self.path / "transformer" / "config.json"
         channels = read_json(config).get("in_channels") if config.is_file() else None
-        return self.has_vae or channels in (1, 3)
+        return self.has_vae or are_pixels(channels)
 
     @property
     def has_unet(self) -> bool:

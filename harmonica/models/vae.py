@@ -72,7 +72,12 @@ def load_vae(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtyp
 
 def draws_pixels(model: BranchedTransformer) -> bool:
     """Return whether a model samples pixels (grey or RGB) rather than latents."""
-    return model.in_channels in (1, 3)
+    return are_pixels(model.in_channels)
+
+
+def are_pixels(in_channels: object) -> bool:
+    """Return whether a configuration's number of channels is that of pixels."""
+    return in_channels in (1, 3)
 
 
 def pixels_per_latent(vae: Any) -> int:

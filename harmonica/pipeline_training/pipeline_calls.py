@@ -18,7 +18,7 @@ from harmonica.integrations.recorded.kinds import RefusedTransformer
 from harmonica.integrations.recorded.pipelines import transformers_of
 from harmonica.integrations.recorded.trajectory import TransformerCall
 from harmonica.integrations.recorded.view import RecordedTransformer
-from harmonica.models.vae import draws_pixels
+from harmonica.models.vae import are_pixels
 from harmonica.pipeline_training.policies import Policy, PolicyTrajectory
 from harmonica.pipeline_training.sampling import Prompt, batched, sample_pipeline
 from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig
@@ -134,7 +134,7 @@ class PipelineCalls:
     def has_pictures(self) -> bool:
         """Return whether the pipeline ends in pictures: decoded, or drawn as pixels."""
         config: Any = self.transformers[0].config
-        return self.has_decoder or ("in_channels" in config and draws_pixels(config))
+        return self.has_decoder or are_pixels(config.get("in_channels"))
 
     def run(
         self,

@@ -182,7 +182,7 @@ class TrainingConfig:
 
     @property
     def _speeds(self) -> tuple[float, ...]:
-        """Return the target speeds, 0 for none and for a quality."""
+        """Return the target speeds; the first is 1 without a target, and for a quality."""
         return (self.target_speedup or 1 / (1 - self.target_cur), *self.extra_targets)
 
     @property

@@ -37,8 +37,7 @@ def check_training(
         check_speedup(speedup, macs, num_steps, field=field or "train.targets")
     if config.target_cur:
         _check_cur(config, macs, num_steps, field or "train.target_cur")
-    if config.target_psnr:
-        check_quality_target(config, draws_pixels(model) if has_pictures is None else has_pictures)
+    check_quality_target(config, draws_pixels(model) if has_pictures is None else has_pictures)
 
 
 def check_quality_target(config: TrainingConfig, has_pictures: bool) -> None:

@@ -35,6 +35,12 @@ class _Group:
     """Kept from being unloaded until all of them have it; else a request for another model, which waits for
     this load to be done, would go first."""
 
+    def release(self) -> None:
+        """Let the model be unloaded once nobody waits for it any more."""
+        if self.held is not None and self.waiting == 0:
+            self.held.release()
+            self.held = None
+
 
 @dataclasses.dataclass(frozen=True)
 class _Failure:
@@ -124,9 +130,7 @@ class MultiplexedEngines:
                     return loaded, engine
             finally:
                 group.waiting -= 1
-                if group.held is not None and group.waiting == 0:
-                    group.held.release()
-                    group.held = None
+                group.release()
 
     async def _load_for(self, name: str, group: _Group) -> LoadedEngine:
         try:
@@ -145,9 +149,7 @@ class MultiplexedEngines:
             del self._groups[name]  # those that come from now on are no part of the group
         self._loaded[name] = loaded
         self._failures.pop(name, None)
-        if group.held is not None and group.waiting == 0:
-            group.held.release()
-            group.held = None
+        group.release()
         return loaded
 
     async def describe(self) -> Catalog:

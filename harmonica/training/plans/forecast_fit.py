@@ -49,7 +49,6 @@ class ForecastFit:
     def _begin_round(self) -> None:
         self._sums = NormalEquations(len(self.unknowns))
         self._trial: PlanSelector | None = None
-        self._tried: dict[str, Tensor] = {}
 
     def planned(self) -> Plan:
         """Return the plan with the present weights."""
@@ -97,7 +96,7 @@ class ForecastFit:
         return {"loss": self._trial.observe(backend, batches, average)["loss"]}
 
     def _new_trial(self) -> PlanSelector:
-        self._tried = {_PRESENT: self.weights_TBK}
+        tried = {_PRESENT: self.weights_TBK}
         # Weights of a step and a difference move together, as far as the images do not tell them apart.
         penalty_PP = penalty_of([(i, k) for i, _, k in self.unknowns])
         for ridge in RIDGES if self.unknowns else ():
@@ -105,9 +104,9 @@ class ForecastFit:
             moves = self._sums.solve(ridge, penalty_PP).tolist()
             for (i, branch, k), by in zip(self.unknowns, moves, strict=True):
                 weights_TBK[i, branch, k] += by
-            self._tried[f"{ridge:g}"] = weights_TBK
+            tried[f"{ridge:g}"] = weights_TBK
         compute = self.plan.compute
-        plans = {name: Plan(compute, forecast_of(weights)) for name, weights in self._tried.items()}
+        plans = {name: Plan(compute, forecast_of(weights)) for name, weights in tried.items()}
         return PlanSelector(plans, "forecast")
 
     def _end_round(self) -> dict[str, float]:
@@ -118,7 +117,7 @@ class ForecastFit:
             gain_db = self._trial.psnr(best) - self._trial.psnr(_PRESENT)
             ridge = _UNMOVED if best == _PRESENT else float(best)
             metrics = {"forecast.ridge": ridge, "forecast.promise": 10 ** (-gain_db / 10) - 1}
-        self.weights_TBK = self._tried[best]
+        self.weights_TBK = torch.tensor(self._trial.plans[best].forecast, dtype=torch.float64)
         self._begin_round()
         return metrics
 
