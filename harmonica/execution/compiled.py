@@ -42,21 +42,23 @@ _HAS_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters  #
 
 
 @lru_cache(maxsize=256)
-def _compiled(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
-    """Compile a function under its own code object, by which Dynamo counts graphs."""
-    plain = cast(types.FunctionType, function)
-    name = f"{plain.__name__}_{kind}".replace(" ", "_")
-    own = types.FunctionType(plain.__code__.replace(co_name=name), plain.__globals__, name)
-    # With fullgraph, a recompile beyond the limit raises; without, it would run eagerly from then on.
-    return torch.compile(own, fullgraph=True, **limited())
+def compiled_for(
+    function: Callable[..., Any], kind: str | type, *, fullgraph: bool = True
+) -> Callable[..., Any]:
+    """Compile a function under a code object of a kind's own.
 
+    Dynamo counts graphs by code objects.
 
-def limited() -> dict[str, Any]:
-    """Return the argument of torch.compile that allows so many graphs.
-
-    Before torch 2.13 there is none.
+    Args:
+        kind: what is compiled apart from other kinds.
+        fullgraph: a recompile beyond the limit raises; without, it runs eagerly from then on.
     """
-    return {"recompile_limit": GRAPHS_PER_KIND} if _HAS_LIMIT else {}
+    plain = cast(types.FunctionType, function)
+    named = kind.__name__ if isinstance(kind, type) else kind
+    name = f"{plain.__name__}_{named}".replace(" ", "_")
+    own = types.FunctionType(plain.__code__.replace(co_name=name), plain.__globals__, name)
+    limit: dict[str, Any] = {"recompile_limit": GRAPHS_PER_KIND} if _HAS_LIMIT else {}
+    return torch.compile(own, fullgraph=fullgraph, **limit)
 
 
 class _Reasons(logging.Handler):
@@ -76,7 +78,7 @@ def _call(function: Callable[..., Any], kind: str, *args: Any) -> Any:
     Raises:
         RecompileLimitError: it has all the graphs that it may have.
     """
-    compiled = _compiled(function, kind)
+    compiled = compiled_for(function, kind)
     try:
         return _call_within_limit(compiled, args)
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:

@@ -257,7 +257,7 @@ def static(setting: Setting, section: str = "dit-256") -> Iterator[Arm]:
     """Our graphs once more with sizes that are no symbols; the last, since it compiles anew."""
     sampler, size = dit_sampler(setting), setting.batches[1] if len(setting.batches) > 1 else 1
     batch, model = make_batch(sampler.model, size), sampler.model
-    compiled._compiled.cache_clear()
+    compiled.compiled_for.cache_clear()
     model.graphs = None
     for each in list(plans(sampler).items())[:2]:
         arm = ours(section, sampler, batch, each)

@@ -28,7 +28,7 @@ SHAPE = DiTConfig(
 
 
 def fresh() -> None:
-    compiled._compiled.cache_clear()
+    compiled.compiled_for.cache_clear()
     torch._dynamo.reset()
     counters.clear()
 
