@@ -66,7 +66,8 @@ class RouterArtifact:
         its initial ones (`harmonica.training.plans.selection`).
         """
         chosen, initial = self.training.get("chosen", "trained"), self.training.get("initial", "")
-        start = chosen if chosen in _STARTS else initial
+        name = chosen.partition("_")[0]  # as in measured_0.1
+        start = name if name in _STARTS else initial
         forecast = "linear forecast" if self.forecast_TBK is None else "fitted forecast"
         parts = [
             _STARTS.get(start, ""),

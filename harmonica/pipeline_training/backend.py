@@ -1,11 +1,12 @@
 """Trajectories of a training by whole calls of a pipeline.
 
 A pipeline's loop cannot be entered in the middle, so runs share nothing of what lies before the step that
-they differ at: a measured start takes 2T-3 calls a batch, and a refresh of lambda T.
+they differ at: a refresh of lambda takes T calls a batch.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +17,14 @@ from harmonica.core.router import Router
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.pipeline_training.image_error import Errors, image_changes
 from harmonica.pipeline_training.pipeline_calls import PipelineCalls
-from harmonica.pipeline_training.plan_policy import PlanPolicy, ProbedPolicy
+from harmonica.pipeline_training.plan_policy import PlanPolicy, ProbedPolicy, StepSketchPolicy
 from harmonica.pipeline_training.policies import Generation, Policy, SdtPolicy, precise
 from harmonica.pipeline_training.sampling import Prompt
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.config import TrainingConfig
-from harmonica.training.plans.builders import stepwise_plan
 from harmonica.training.plans.forecast_sketch import sketch_of, unknowns
-from harmonica.training.plans.search import stacked_effects
+from harmonica.training.plans.step_sketch import projected_steps
 from harmonica.training.sdt import SdtTrainer, StepRecord
 
 
@@ -105,19 +105,36 @@ class PipelineBackend(TrajectoryBackend):
     def _find_fixed(self, steps: Collection[int]) -> None:
         self.fixed_steps |= frozenset(steps) - {self.calls.num_steps - 1}
 
-    def step_effects(self, batch: PipelineBatch, reuse: Reuse) -> Tensor:
-        num_steps, count = self.calls.num_steps, len(self.calls.view.branches)
-        full_NX = self.images(batch).flatten(1)
+    def step_sketch(self, batch: PipelineBatch, *, reach: int, probes: int) -> Tensor:
+        policy, num_steps = StepSketchPolicy(reach), self.calls.num_steps
+        images_NX = self._run(policy, batch, has_gradient=True)
+        self._find_fixed(policy.fixed)
+        handles = policy.handles()
+        self._check_gradient(images_NX, handles, batch, "train.initial even and train.start_trajectories 0")
+        return projected_steps(images_NX, handles, batch.keys, num_steps, reach, probes)
 
-        def change(*reused: int) -> Tensor:
-            plan = stepwise_plan(num_steps, count, reused)
-            return self.images(batch, plan, reuse).flatten(1) - full_NX
+    def _check_gradient(
+        self,
+        images_NX: Tensor,
+        handles: Mapping[Any, Sequence[Tensor]],
+        batch: PipelineBatch,
+        cure: str,
+    ) -> None:
+        """Refuse a pipeline whose latents say nothing of the handles.
 
-        alone = [change(i) for i in range(num_steps - 1)]
-        return stacked_effects(alone, {i - 2: change(i, i - 2) for i in range(2, num_steps - 1)})
-
-    def plan_latents(self, batch: PipelineBatch, plans: Sequence[Plan], reuse: Reuse) -> Tensor:
-        return torch.stack([self.images(batch, plan, reuse).flatten(1) for plan in plans])
+        Args:
+            cure: what to give where it is so.
+        """
+        if handles and not images_NX.requires_grad:
+            raise ValueError(
+                f"{type(self.calls.pipe).__name__} lets no gradient through its loop, which this phase "
+                f"of the training needs: give {cure}"
+            )
+        if any(len(handle_M) % len(batch) for each in handles.values() for handle_M in each):
+            raise ValueError(
+                "a reused branch of the transformer has other rows than the batch, and forecasts are fitted "
+                f"row by row: give {cure}"
+            )
 
     def image_changes(self, router: Router, batch: PipelineBatch, config: TrainingConfig) -> Tensor:
         assert config.iepo != "none"
@@ -151,15 +168,6 @@ class PipelineBackend(TrajectoryBackend):
     def sketch(self, plan: Plan, batch: PipelineBatch, *, order: int, probes: int) -> Sketch:
         full_NX, policy = self.images(batch), ProbedPolicy(plan)
         planned_NX, handles = self._run(policy, batch, has_gradient=True), policy.handles()
-        if handles and not planned_NX.requires_grad:
-            raise ValueError(
-                f"{type(self.calls.pipe).__name__} lets no gradient through its loop, which the fit of "
-                "forecasts needs: give train.forecast.trajectories 0"
-            )
-        if any(len(handle_M) % len(batch) for each in handles.values() for handle_M in each):
-            raise ValueError(
-                "a reused branch of the transformer has other rows than the batch, and forecasts are fitted "
-                "row by row: give train.forecast.trajectories 0"
-            )
+        self._check_gradient(planned_NX, handles, batch, "train.forecast.trajectories 0")
         names = unknowns(plan, order)
         return sketch_of(full_NX, planned_NX, handles, names, batch.keys, plan.num_steps, probes)

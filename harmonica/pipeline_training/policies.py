@@ -177,7 +177,7 @@ class SdtPolicy(Policy):
             with trainer.stopwatch.measure("backward"):
                 (error_B,) = torch.autograd.grad(error, scores_B)
         self._measured.setdefault(step.i, []).append((error.detach(), error_B, count))
-        return step.planned(row) if is_hard else _detached(output)
+        return step.planned(row) if is_hard else detached(output)
 
     def _scores_of(self, i: int) -> Tensor:
         """Return the scores of step i, the same for all parts."""
@@ -250,5 +250,6 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _detached(output: Any) -> Any:
+def detached(output: Any) -> Any:
+    """Return a structure of tensors without their graph."""
     return _pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)

@@ -66,18 +66,15 @@ class TrajectoryBackend(ABC):
         return self.images(batch, plan, reuse)
 
     @abstractmethod
-    def step_effects(self, batch: Any, reuse: Reuse) -> Tensor:
-        """Return the changes of the final latents (2(T-1), N, X) by reuse of step i.
+    def step_sketch(self, batch: Any, *, reach: int, probes: int) -> Tensor:
+        """Linearise the final latents in the reuse of each step, along a full trajectory.
 
-        The first T-1 are of step i reused alone, the others of step i reused after step i + 2; where there
-        is no step i + 2 to reuse, the two are equal.
-        """
+        Args:
+            reach: the largest distance D of a step that another one is reused from.
 
-    @abstractmethod
-    def plan_latents(self, batch: Any, plans: Sequence[Plan], reuse: Reuse) -> Tensor:
-        """Return the final latents (P, N, X) under each of P plans.
-
-        The plans begin like the first one, so that runs may share what lies before.
+        Returns:
+            Random projections of the change that step i makes if what it adds is replaced by what step i + d
+            has added, (R, T, D); 0 where there is no step i + d.
         """
 
     @abstractmethod

@@ -11,11 +11,6 @@ from harmonica.training.sdt import SdtConfig
 from harmonica.validation.settings import Count, Cure, Field, Natural, SettingError, require, settings
 
 _MOST_TARGETS = 20
-_WITHOUT_RUNS = 2.0
-"""The speed up to which no reused step follows another."""
-
-MEASURED, TRIED = 2, 2
-"""Trajectories of a round of refinement on which moves are measured, and on which sets of them are tried."""
 TARGETS = ("target_cur", "target_speedup", "target_psnr")
 """The fields that hold a target; a training sets at most one of them."""
 OF_STEPS = ("even", "measured")
@@ -61,12 +56,8 @@ class TrainingConfig:
     code). `even` and `measured`: whole steps are reused, as many as the target says, evenly spread or those
     that change the image least (`harmonica.training.plans.search`). Short trainings need `measured`."""
     start_trajectories: Natural = 0
-    """Research: Number of trajectories on which a measured start is measured; each costs about T full
-    samplings."""
-    refine_rounds: Natural = 0
-    """Research: Number of rounds that move the computed steps of an even start to where the image changes
-    less (`harmonica.training.plans.refine`), each of 4 trajectories. They choose the steps where no start is
-    measured: with `train.initial even`, and beyond twice the speed, where reused steps follow each other."""
+    """Research: Number of trajectories on which the image's gradients are measured, of which a measured start
+    is made. Each takes as long as one of the fit of forecasts."""
     initial_logit: Annotated[float, Field(ge=-100, le=100)] = 5.0
     """Research: The size of the first logits, unless they are normal; 5 computes everything."""
     iepo: IepoKind | Literal["none"] = "leave_one_out"
@@ -176,32 +167,9 @@ class TrainingConfig:
     def all_trajectories(self) -> int:
         """Return the number of trajectories of all phases and all target speeds."""
         each = self.trajectories + self.choice_trajectories + self.forecast.trajectories
-        speeds = self._speeds
-        refined = sum(self._rounds(speed) for speed in speeds) * (MEASURED + TRIED)
-        return self.measured_trajectories + refined + each * len(speeds)
+        return self.start_trajectories + each * len(self.speeds)
 
     @property
-    def _speeds(self) -> tuple[float, ...]:
+    def speeds(self) -> tuple[float, ...]:
         """Return the target speeds; the first is 1 without a target, and for a quality."""
         return (self.target_speedup or 1 / (1 - self.target_cur), *self.extra_targets)
-
-    @property
-    def measured_trajectories(self) -> int:
-        """Return the number of trajectories on which the start is measured.
-
-        It is measured once for all target speeds, and not at all where every target needs runs of reused
-        steps: the form that would be measured is of steps that stand alone.
-        """
-        return self.start_trajectories if min(self._speeds) <= _WITHOUT_RUNS else 0
-
-    @property
-    def rounds_of_refinement(self) -> int:
-        """Return how many rounds refine the start of the main target.
-
-        A measured start needs none: its search has compared all sets of steps.
-        """
-        return self._rounds(self._speeds[0])
-
-    def _rounds(self, speed: float) -> int:
-        is_measured = self.start_trajectories > 0 and speed <= _WITHOUT_RUNS
-        return 0 if is_measured or self.initial not in OF_STEPS else self.refine_rounds

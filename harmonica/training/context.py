@@ -13,7 +13,7 @@ from harmonica.core.plan import Plan
 from harmonica.core.router import FIXED_LOGIT, Router
 from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import TrainingConfig
-from harmonica.training.plans.search import initial_router
+from harmonica.training.plans.search import StepSearch, initial_router
 from harmonica.training.sdt import SdtTrainer
 from harmonica.training.target import TargetController
 
@@ -30,6 +30,8 @@ class TrainingContext:
     """The controller of the target; it sets beta and the threshold of plans."""
     starts: dict[str, Tensor]
     """Logits (T, B) of the plans that need no training, by name."""
+    search: StepSearch | None = None
+    """The search that the starts come from, where they are measured."""
     chosen: str = ""
     """Name of the selected plan, whose images are nearest to the full sampler's; "" until it is known."""
 

@@ -68,7 +68,7 @@ class MultiTargetTrainer:
     def trajectory(self) -> int:
         """Number of trajectories done, for all targets; the start's count once."""
         begun = self.trainers[: self._place + 1]
-        shared = [trainer.config.measured_trajectories for trainer in begun]
+        shared = [trainer.config.start_trajectories for trainer in begun]
         return sum(trainer.trajectory for trainer in begun) - (sum(shared) - max(shared))
 
     @property
@@ -101,7 +101,7 @@ class MultiTargetTrainer:
     def _go_on(self) -> None:
         before = self.trainers[: self._place + 1]
         self._place += 1
-        measured = (trainer for trainer in before if trainer.config.measured_trajectories)
+        measured = (trainer for trainer in before if trainer.config.start_trajectories)
         self.current.start_as(next(measured, before[0]))
 
     def state(self) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from harmonica.training.phase import Phase, assumed_speedup
 from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.plans.least_squares import RIDGES
 from harmonica.training.plans.selection import PlanSelector
+from harmonica.training.plans.step_form import RIDGES as RIDGES_OF_STARTS
 from harmonica.training.progress import PhaseBudget
 from harmonica.training.research import follows_plan, num_trained_in_pairs
-from harmonica.training.start_phases import RefinePhase, StartPhase
+from harmonica.training.start_phase import StartPhase
 
 
 class RouterPhase(Phase):
@@ -97,9 +98,9 @@ class ChoicePhase(Phase):
     def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
         """Count full images, and those of all plans.
 
-        The plans are the trained one and its starts: the first one, a measured and a refined one.
+        The plans are the trained one and its starts: even steps, and those found under each ridge.
         """
-        plans = 2 + bool(config.measured_trajectories) + bool(config.rounds_of_refinement)
+        plans = 2 + (len(RIDGES_OF_STARTS) if config.start_trajectories else 0)
         return [1 + plans / assumed_speedup(config)] * config.choice_trajectories
 
     def begin(self) -> None:
@@ -111,6 +112,8 @@ class ChoicePhase(Phase):
         plans = {name: plan for name, plan in plans.items() if all(all(plan.compute[i]) for i in fixed)}
         if context.target.is_met_by(context.plan) or not plans:
             plans["trained"] = context.plan
+        if context.search is not None:  # each with the forecasts that it would about be fitted
+            plans = {name: context.search.with_forecast(plan) for name, plan in plans.items()}
         self.selector = PlanSelector(plans, self.config.sdt.reuse)
 
     def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
@@ -175,7 +178,7 @@ class ForecastPhase(Phase):
         self.fit.load_state(state)
 
 
-PHASES: tuple[type[Phase], ...] = (StartPhase, RefinePhase, RouterPhase, ChoicePhase, ForecastPhase)
+PHASES: tuple[type[Phase], ...] = (StartPhase, RouterPhase, ChoicePhase, ForecastPhase)
 """The phases in the order in which they run."""
 
 

@@ -10,10 +10,9 @@ from datetime import timedelta
 from itertools import accumulate
 from typing import Literal
 
-PhaseName = Literal["start", "refine", "router", "choice", "forecast"]
+PhaseName = Literal["start", "router", "choice", "forecast"]
 _MESSAGES: dict[PhaseName, str] = {
     "start": "measuring the start",
-    "refine": "refining the start",
     "router": "training the router",
     "choice": "choosing the plan",
     "forecast": "fitting the forecasts",

@@ -19,8 +19,7 @@ from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.iepo import image_changes
 from harmonica.training.plans.forecast_sketch import sketch_image_error
-from harmonica.training.plans.refine import plan_latents
-from harmonica.training.plans.search import step_effects
+from harmonica.training.plans.step_sketch import sketch_steps
 from harmonica.training.sdt import SdtTrainer, StepRecord
 
 
@@ -43,11 +42,8 @@ class SamplerBackend(TrajectoryBackend):
         inputs = (self.sampler, batch.noise_NCHW, batch.condition_N)
         return sample(*inputs, plan, reuse=reuse, keys=batch.keys)
 
-    def step_effects(self, batch: Batch, reuse: Reuse) -> Tensor:
-        return step_effects(self.sampler, batch, reuse)
-
-    def plan_latents(self, batch: Batch, plans: Sequence[Plan], reuse: Reuse) -> Tensor:
-        return plan_latents(self.sampler, batch, plans, reuse)
+    def step_sketch(self, batch: Batch, *, reach: int, probes: int) -> Tensor:
+        return sketch_steps(self.sampler, batch, reach=reach, probes=probes)
 
     def image_changes(self, router: Router, batch: Batch, config: TrainingConfig) -> Tensor:
         assert config.iepo != "none"

@@ -23,7 +23,7 @@ from harmonica.training.context import TrainingContext
 from harmonica.training.phase import Phase
 from harmonica.training.phases import PHASES, ForecastPhase
 from harmonica.training.sampler_backend import SamplerBackend
-from harmonica.training.start_phases import StartPhase
+from harmonica.training.start_phase import StartPhase
 from harmonica.validation.finite import CURE, NotFinite, check_finite, not_finite
 
 

@@ -71,7 +71,7 @@ class CapacityCommand:
     """GPUs of each of these nodes."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            target_speedup=1.8, initial="measured", initial_logit=2.0, start_trajectories=2
+            target_speedup=1.8, initial="measured", initial_logit=2.0, start_trajectories=6
         )
     )
     """Training, with the plan's target: train.target_speedup, or train.target_cur with 0 for the former."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from harmonica.cli.memory import training_memory
 from harmonica.training.memory_model import Memory
 from harmonica.training.phases import phase_budgets
+from harmonica.training.plans.step_form import size_of_form
 from harmonica.training.progress import PhaseBudget
 
 from ..config.workflow import TrainConfig
@@ -111,10 +112,7 @@ def _messages(
         updates = [float(branches * _FLOAT)] * (count * (num_steps - 1))
         return updates + [3.0 * _FLOAT] * count + [float(effects * _FLOAT)] * refreshes
     if phase.name == "start":
-        return [float(effects**2 * _DOUBLE), float(_DOUBLE)] * count
-    if phase.name == "refine":  # products of the moves of each computed step to both sides, then sums of sets
-        moves = 2 * num_steps * min(cur, 1 - cur) + 1
-        return [moves**2 * _DOUBLE, float(_DOUBLE)] * count
+        return [float(size_of_form(num_steps) ** 2 * _DOUBLE), float(_DOUBLE)] * count
     if phase.name == "choice":
         return [3.0 * _DOUBLE] * count
     # Normal equations of the weights of all reused entries.

@@ -53,7 +53,6 @@ def learned_methods(train: TrainConfig, target: float, *, with_baselines: bool) 
         ours,
         trajectories=ours.all_trajectories,
         start_trajectories=0,
-        refine_rounds=0,
         choice_trajectories=0,
         forecast=ForecastConfig(),
         initial="constant",

@@ -1,9 +1,9 @@
-"""Quality beyond twice the speed: refined steps and fitted forecasts, beside published forecasts.
+"""Quality beyond twice the speed: learned steps and forecasts, beside published forecasts.
 
     python -m tests.benchmarks.beyond_two [--steps 50] [--speedups 3 4 5] [--images 48] [--seed 0]
 
-Ours is the training of the `fashion` preset without what SDT and IEPO learn: rounds of refinement from even
-steps, then the fit. The others have the even steps of the same speed. Each is judged by the PSNR of its
+Ours is the training of the `fashion` preset without what SDT and IEPO learn: the measured start, then the
+fit. The others have the even steps of the same speed. Each is judged by the PSNR of its
 images to the full ones, of the same noise, which no training saw.
 """
 
@@ -38,29 +38,23 @@ def images_of(sampler: Sampler, count: int, plan: Plan | None = None, reuse: str
     return torch.cat(found).flatten(1)
 
 
-def ours(sampler: Sampler, speedup: float, seed: int, rounds: int) -> Iterator[tuple[str, Plan]]:
-    """The refined steps, and those with their fitted forecasts."""
+def ours(sampler: Sampler, speedup: float, seed: int) -> Iterator[tuple[str, Plan]]:
+    """The learned steps, and those with their fitted forecasts."""
     recipe = fashion().train
     config = replace(
         recipe.for_target(target_speedup=speedup),
-        initial="even",
-        start_trajectories=0,
-        refine_rounds=rounds,
-        trajectories=1,  # which the choice takes back
-        choice_trajectories=1,
+        trajectories=1,  # one update moves no entry
     )
     run = RouterTrainer(sampler, config, seed=seed)
     while run.trajectory < config.all_trajectories:
         batch = rows(sampler, seed, run.trajectory * config.batch_size, config.batch_size)
         run.train_one(batch, on_one_worker)
     plan = run.artifact().plan
-    yield "refined steps, linear forecast", Plan(plan.compute)
-    yield "refined steps, fitted forecast", plan
+    yield "learned steps, linear forecast", Plan(plan.compute)
+    yield "learned steps, fitted forecast", plan
 
 
-def measure(
-    num_steps: int, speedup: float, seed: int, rounds: int, count: int
-) -> dict[str, tuple[float, float]]:
+def measure(num_steps: int, speedup: float, seed: int, count: int) -> dict[str, tuple[float, float]]:
     """PSNR in dB by arm: the mean, and the mean of the worst tenth."""
     recipe, fewer = fashion(), round(num_steps / speedup)
     model = load_model(recipe.model).model
@@ -68,7 +62,7 @@ def measure(
     sampler, macs = make_sampler(model, settings), model.macs()
     full_NX = images_of(sampler, count)
     even = even_plan(num_steps, macs, speedup)
-    arms = dict(ours(sampler, speedup, seed, rounds)) | {"even steps, linear forecast (TaylorSeer)": even}
+    arms = dict(ours(sampler, speedup, seed)) | {"even steps, linear forecast (TaylorSeer)": even}
     arms |= {entry.method: variant.plan for entry, variant in forecast_methods(settings, macs, speedup)}
     made = {name: images_of(sampler, count, plan) for name, plan in arms.items()}
     made["even steps, held (FORA)"] = images_of(sampler, count, even, "hold")
@@ -88,11 +82,10 @@ def main() -> None:
     parser.add_argument("--speedups", type=float, nargs="+", default=[3.0, 4.0, 5.0])
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=2, help="of refinement")
     arguments = parser.parse_args()
     for speedup in arguments.speedups:
         table = Table(f"T = {arguments.steps}, {speedup:g}x", "PSNR, dB", "worst tenth")
-        found = measure(arguments.steps, speedup, arguments.seed, arguments.rounds, arguments.images)
+        found = measure(arguments.steps, speedup, arguments.seed, arguments.images)
         for name, (mean, worst) in found.items():
             table.add_row(name, f"{mean:.1f}", f"{worst:.1f}")
         Console().print(table)

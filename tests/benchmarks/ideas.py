@@ -31,12 +31,14 @@ from harmonica.training.loss_weights import StepWeights
 from harmonica.training.plans.builders import even_plan, logits_of
 from harmonica.training.plans.search import StepSearch
 from harmonica.training.plans.selection import PlanSelector
+from harmonica.training.plans.step_form import LINEAR
 from harmonica.training.presets import fashion
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.sdt import SdtTrainer, Student
 from harmonica.training.target import TargetController
 
 JUDGED_ROWS, FIRST_JUDGED = 48, 10_000
+PROBES = 4
 SHARPEST = 4.0
 
 
@@ -101,10 +103,10 @@ def on_one_worker(tensor: Tensor) -> None:
 
 def starts_of(sampler: Sampler, config: TrainingConfig, seed: int) -> dict[str, Plan]:
     """The steps that training may start from, without and with measuring."""
-    search, macs = StepSearch(sampler.num_steps), sampler.model.macs()
+    search, macs = StepSearch(sampler.num_steps, 1, LINEAR), sampler.model.macs()
     for trajectory in range(config.start_trajectories):
         batch = rows(sampler, seed, trajectory * config.batch_size, config.batch_size)
-        search.observe(SamplerBackend(sampler), [batch], config.sdt.reuse, on_one_worker)
+        search.observe(SamplerBackend(sampler), batch.split(4), PROBES, on_one_worker)
     return {
         "even": even_plan(sampler.num_steps, macs, config.target_speedup),
         "measured": search.plan(macs, config.target_speedup),

@@ -139,9 +139,9 @@ def test_costs_count_the_calls_of_the_pipeline(monkeypatch):
     monkeypatch.setattr(TransformerStep, "planned", planned)
     with make_trainer() as trainer:
         batch = trainer._batch(0)
-        trainer.backend.step_effects(batch, "forecast")
+        trainer.backend.step_sketch(batch, reach=3, probes=CONFIG.forecast.probes)
         start, router, *rest = phase_budgets(CONFIG, STEPS, from_start=True)
-        assert start.costs[0] == pytest.approx(full / STEPS)
+        assert start.costs[0] == pytest.approx(full / STEPS + 1.2 * CONFIG.forecast.probes)  # a backward each
         calls = mock.Mock(side_effect=trainer.backend._run)
         monkeypatch.setattr(trainer.backend, "_run", calls)
         config = dataclasses.replace(CONFIG, iepo="leave_one_out")

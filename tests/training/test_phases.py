@@ -3,17 +3,14 @@
 import dataclasses
 
 import pytest
-import torch
 from all_phases import ALL_PHASES
 from tiny_dit import write_model
 
-from harmonica.data.batch import Batch
 from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
 from harmonica.training.phases import phase_budgets
-from harmonica.training.plans import search
 from harmonica.training.presets import fashion
 from harmonica.training.progress import Progress
 
@@ -27,15 +24,16 @@ RECORDED = dataclasses.replace(
     forecast=ForecastConfig(trajectories=16),
 )
 SECONDS = [
-    *(11.93, 11.45, 12.13),
+    *(3.66, 3.46, 3.63),
     *(8.86, 1.87, 1.96, 1.87, 1.89, 1.85, 1.91, 1.85, 1.90, 1.98),
     *(9.38, 1.93, 1.91, 1.86, 1.79, 1.83, 1.93, 1.87, 1.81, 1.80),
-    *(1.63, 1.68, 1.70),
+    *(2.36, 2.38, 2.32),
     *(2.50, 2.26, 2.28, 2.20, 2.20, 2.20, 2.19, 2.23, 2.23, 2.15, 2.20, 2.10, 2.20, 2.25, 3.04, 2.93),
 ]
 """CPU seconds of each trajectory of `RECORDED`, of one worker on one core: the built-in model, 4 rows.
 
-The last two, which try solutions of the fit, were measured later, where a full sampling took 0.58 s.
+Measured later: the last two, which try solutions of the fit, where a full sampling took 0.58 s; the start and
+the choice, where it took 0.575 and 0.65 s, and which are scaled to the others.
 """
 FULL_SAMPLING_S = 0.62
 """Of the same 4 rows on the same core."""
@@ -77,7 +75,7 @@ def test_lines_name_the_phase_and_what_follows() -> None:
     assert progress.time_left_message(42, 0, 90.0) == "0:00:00 left"
     left = progress.time_left_message(2, 0, 24.0)
     assert left == (
-        "0:00:12 left in this phase, 0:02:02 in all; then training the router, choosing the plan, "
+        "0:00:12 left in this phase, 0:05:32 in all; then training the router, choosing the plan, "
         "fitting the forecasts"
     )
 
@@ -109,18 +107,3 @@ def test_a_run_goes_through_the_phases_that_it_is_said_to(sampler) -> None:
         kinds = {name.removeprefix("seconds.") for name in metrics if name.startswith("seconds.")}
         names.append(next((one for one in ("start", "choice", "forecast") if one in kinds), "router"))
     assert names == [phase.name for phase in all_phase_budgets(SMALL, 9) for _ in phase.costs]
-
-
-def test_the_start_costs_the_full_steps_that_it_takes(sampler, monkeypatch) -> None:
-    full, planned_step = 0, search.planned_step
-
-    def counted(sampler, i, state, row, cache):
-        nonlocal full
-        full += all(row)
-        return planned_step(sampler, i, state, row, cache)
-
-    monkeypatch.setattr(search, "planned_step", counted)
-    noise = torch.randn(2, sampler.model.in_channels, *[sampler.model.sample_size] * 2)
-    with torch.no_grad():
-        search.step_effects(sampler, Batch(noise, torch.tensor([0, 1])), "forecast")
-    assert phase_budgets(SMALL, 9)[0].costs[0] == pytest.approx(full / 9)

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from metrics_without_times import without_times
-from torch import Tensor
 
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
@@ -27,8 +26,9 @@ from harmonica.training.plans.builders import (
     stepwise_plan,
     threshold_for,
 )
-from harmonica.training.plans.search import StepSearch, step_effects
+from harmonica.training.plans.search import StepSearch
 from harmonica.training.plans.selection import PlanSelector
+from harmonica.training.plans.step_form import LINEAR
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.sdt import SdtConfig
 from harmonica.training.trainer import RouterTrainer
@@ -104,32 +104,6 @@ def test_trained_plans_meet_their_speed(sampler):
     assert run.artifact().plan.ideal_speedup(macs) == run.plan.ideal_speedup(macs)
 
 
-def test_effects_are_those_of_plans_with_the_step_reused(sampler):
-    batch = rows(0, 2)
-    noise, labels, keys = batch.noise_NCHW, batch.condition_N, batch.keys
-    full = sample(sampler, noise, labels, keys=keys)
-
-    def change(*reused: int) -> Tensor:
-        plan = stepwise_plan(STEPS, 6, reused)
-        return (sample(sampler, noise, labels, plan, reuse="forecast", keys=keys) - full).flatten(1)
-
-    with torch.no_grad():
-        effects = step_effects(sampler, batch, "forecast")
-    assert len(effects) == 2 * (STEPS - 1)
-    for i in (0, 3, 7):
-        torch.testing.assert_close(effects[i], change(i))
-    torch.testing.assert_close(effects[STEPS - 1 + 3], change(3, 5) - change(5))
-
-
-def test_the_search_finds_the_best_set_of_a_small_form():
-    search = StepSearch(10)
-    generator = torch.Generator().manual_seed(3)
-    effects = torch.randn(18, 40, generator=generator, dtype=torch.float64)
-    search.gram_EE = effects @ effects.T
-    sets = [(a, b, c) for a in range(9) for b in range(a + 2, 9) for c in range(b + 2, 9)]
-    assert search.best(3) == list(min(sets, key=search.cost))
-
-
 def test_a_measured_start_is_nearer_than_an_even_one(sampler):
     config = replace(SPEED, initial="measured", start_trajectories=2)
     run = RouterTrainer(sampler, config, seed=0)
@@ -191,10 +165,10 @@ def test_a_run_of_all_phases_resumes_bit_for_bit(sampler):
 
 def test_a_quality_is_met_by_the_fastest_start_that_has_it(sampler):
     settings = {"initial": "measured", "start_trajectories": 1, "target_speedup": 0.0, "trajectories": 2}
-    search = StepSearch(STEPS)
+    search = StepSearch(STEPS, 1, LINEAR)  # as for forecasts that are not fitted
     batch = rows(0)
     noise, labels, keys = batch.noise_NCHW, batch.condition_N, batch.keys
-    search.observe(SamplerBackend(sampler), [batch], "forecast", lambda tensor: None)
+    search.observe(SamplerBackend(sampler), [batch], 4, lambda tensor: None)
     full = sample(sampler, noise, labels, keys=keys)
 
     def psnr(count: int) -> float:

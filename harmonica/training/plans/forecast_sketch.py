@@ -126,7 +126,8 @@ def sketch_of(
     Args:
         full_NX: the full sampler's latents (N, ...).
         images_NX: those under the plan, with the graph of the handles.
-        handles: of each weight, zeros (M,) that were added, M being rows of images, as often as it takes.
+        handles: of each weight, zeros (M,) that were added, M being rows of images, as often as it takes; or
+            (M, D) for D weights of each name, where all names have handles.
         names: the weights to differentiate in; one without handles had nothing to weigh.
         keys: of the images; they determine the probes.
     """

@@ -1,27 +1,22 @@
-"""The measured start: the whole steps whose joint reuse changes the image least.
+"""Learn which whole steps to reuse, together with their forecasts.
 
-The change of the final latents that reusing step i makes is a vector; the changes of several steps nearly add
-up, and their directions matter: errors of one kind pile up, others cancel. So the squared change of a set of
-steps is close to a quadratic form, measured with 2(T-1) runs that share what lies before with a full one, and
-the best set for a speed is found by search. No two steps running are reused: that costs ten times more.
+The search looks for the set of steps whose least change of the image, with the best forecasts, is smallest
+(`harmonica.training.plans.step_form`). It may have runs of reused steps.
 
-Ours; `tests/benchmarks/RESULTS.md` has what it is worth. Shapes: N images, T steps, E = 2(T-1) effects.
+Ours; `tests/benchmarks/RESULTS.md` has what it is worth.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from harmonica.core.cache import BranchCache, Reuse
+from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
-from harmonica.core.trajectory import planned_step
-from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
-from harmonica.samplers import Sampler, State
+from harmonica.samplers import Sampler
 from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import OF_STEPS, TrainingConfig
 from harmonica.training.plans.builders import (
@@ -34,9 +29,9 @@ from harmonica.training.plans.builders import (
     with_part,
 )
 from harmonica.training.plans.selection import PlanSelector
+from harmonica.training.plans.step_form import StepForm
 
-_SMALLEST_EFFECT = 1e-12
-_ROUNDS, _STARTS = 4000, 4
+_ROUNDS, _STARTS = 3000, 4
 _MOVES = (-3, -2, -1, 1, 2, 3)
 
 
@@ -55,137 +50,70 @@ def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Route
     return Router(*shape, config.initial_logit)
 
 
-def step_effects(sampler: Sampler, batch: Batch, reuse: Reuse) -> Tensor:
-    """Return the changes of the final latents (E, N, CHW) by reuse of step i."""
-    last, branches = sampler.num_steps - 1, len(sampler.model.branches)
-    everything, nothing = (True,) * branches, (False,) * branches
-    state, cache = batch.start(sampler), BranchCache(branches, reuse)
-    before: dict[int, tuple[State, BranchCache]] = {}
-    for i in range(last, -1, -1):
-        before[i] = state, cache.copy()
-        state, _ = planned_step(sampler, i, state, everything, cache)
-    full_NX = sampler.finish(state).flatten(1)
+class StepSearch(StepForm):
+    """The search for steps of least change."""
 
-    def change(i: int, state: State, cache: BranchCache) -> Tensor:
-        """Return the change of the final latents with steps i ... 0 computed in full."""
-        for step in range(i, -1, -1):
-            state, _ = planned_step(sampler, step, state, everything, cache)
-        return sampler.finish(state).flatten(1) - full_NX
-
-    alone: list[Tensor] = []
-    after = dict[int, Tensor]()
-    for i in range(last):
-        state, cache = before[i][0], before[i][1].copy()
-        state, _ = planned_step(sampler, i, state, nothing, cache)
-        if i >= 1:
-            state, _ = planned_step(sampler, i - 1, state, everything, cache)
-        alone.append(change(i - 2, state, cache.copy()))
-        if i >= 2:
-            state, _ = planned_step(sampler, i - 2, state, nothing, cache)
-            after[i - 2] = change(i - 3, state, cache)
-    return stacked_effects(alone, after)
-
-
-def stacked_effects(alone: Sequence[Tensor], after: Mapping[int, Tensor]) -> Tensor:
-    """Return the effects (E, N, X) from the changes of the final latents (N, X).
-
-    Args:
-        alone: of step i reused.
-        after: of steps i and i + 2 reused, where there is a step i + 2 to reuse.
-    """
-    places = range(len(alone))
-    return torch.stack([*alone, *(after[i] - alone[i + 2] if i in after else alone[i] for i in places)])
-
-
-class StepSearch:
-    """The quadratic form of image change, and the search for steps of least change."""
-
-    def __init__(self, num_steps: int) -> None:
-        self.num_steps = num_steps
-        count = 2 * (num_steps - 1)
-        self.gram_EE = torch.zeros(count, count, dtype=torch.float64)
-
-    @torch.no_grad()
-    def observe(
-        self,
-        backend: TrajectoryBackend,
-        batches: Sequence[Any],
-        reuse: Reuse,
-        average: Callable[[Tensor], None],
-    ) -> dict[str, float]:
-        """Measure one batch, given in parts, and return the metrics to log.
-
-        Each image is weighted by the inverse of the sum of its single effects, so that no few images decide.
-        """
-        gram_EE = torch.zeros_like(self.gram_EE, device=backend.device)
-        loss = torch.zeros(1, dtype=torch.float64, device=gram_EE.device)
-        count = sum(map(len, batches))
-        for batch in batches:
-            effects_ENX = backend.step_effects(batch, reuse).double()
-            scale_N = effects_ENX[: self.num_steps - 1].square().sum((0, 2)).clamp_min(_SMALLEST_EFFECT)
-            gram_EE += torch.einsum("inx,jnx,n->ij", effects_ENX, effects_ENX, 1 / scale_N) / count
-            loss += effects_ENX.square().mean() * len(batch) / count
-        average(gram_EE)
-        average(loss)
-        self.gram_EE += gram_EE.cpu()
-        return {"loss": float(loss)}
-
-    def cost(self, steps: Iterable[int]) -> float:
-        """Return the squared change by reuse of these steps.
-
-        It is relative to the sum of all single ones.
-        """
-        chosen = set(steps)
-        places = [i + (self.num_steps - 1 if i + 2 in chosen else 0) for i in chosen]
-        return max(0.0, float(self.gram_EE[places][:, places].sum()))  # below 0 by rounding
-
-    def plan(self, macs: Macs, speedup: float, fixed: Collection[int] = ()) -> Plan:
+    def plan(
+        self, macs: Macs, speedup: float, fixed: Collection[int] = (), ridge: float | None = None
+    ) -> Plan:
         """Return the best plan found for a speed; its costliest step is reused in part.
 
         Args:
             fixed: steps that are computed in any case.
+            ridge: replaces the search's own.
         """
         count, fraction = steps_for(self.num_steps, macs, speedup)
-        steps = self.best(count, fixed)
+        steps = self.best(count, fixed, ridge)
         plan = stepwise_plan(self.num_steps, len(macs.branches), steps)
         if fraction == 1:
             return plan
-        left_out = {step: self.cost([other for other in steps if other != step]) for step in steps}
+        left_out = {step: self.cost([other for other in steps if other != step], ridge) for step in steps}
         return with_part(plan, min(left_out, key=lambda step: left_out[step]), fraction, macs)
 
-    def best(self, count: int, fixed: Collection[int] = ()) -> list[int]:
-        """Return the best `count` steps, ascending.
-
-        Where some must be consecutive, they are evenly spread.
+    def best(self, count: int, fixed: Collection[int] = (), ridge: float | None = None) -> list[int]:
+        """Return the best `count` steps found, ascending.
 
         Args:
             fixed: steps that are computed in any case.
+            ridge: replaces the search's own.
         """
+        ridge = self.ridge if ridge is None else ridge
         even = even_steps(self.num_steps, count, fixed)
-        if any(i + 1 in even for i in even):
-            return even
-        found = [self._search(even, np.random.default_rng(start), fixed) for start in range(_STARTS)]
-        return sorted(min([even, *found], key=self.cost))
+        known: dict[frozenset[int], float] = {}
+        found = [
+            self._search(even, np.random.default_rng(start), fixed, ridge, known) for start in range(_STARTS)
+        ]
+        return sorted(min([even, *found], key=lambda steps: self.cost(steps, ridge)))
 
     def _search(
-        self, start: Sequence[int], generator: np.random.Generator, fixed: Collection[int]
+        self,
+        start: Sequence[int],
+        generator: np.random.Generator,
+        fixed: Collection[int],
+        ridge: float,
+        known: dict[frozenset[int], float],
     ) -> list[int]:
         """Run simulated annealing over moves of one step.
 
         It is deterministic for a given form.
         """
+
+        def cost_of(steps: list[int]) -> float:
+            key = frozenset(steps)
+            if key not in known:
+                known[key] = self.cost(key, ridge)
+            return known[key]
+
         best = chosen = list(start)
-        best_cost = cost = self.cost(chosen)
-        for turn in range(_ROUNDS):
+        best_cost = cost = cost_of(chosen)
+        for turn in range(_ROUNDS if chosen else 0):
             heat = 0.2 * (1 - turn / _ROUNDS)
             place = int(generator.integers(len(chosen)))
             moved = chosen[place] + int(generator.choice(_MOVES))
             others = chosen[:place] + chosen[place + 1 :]
-            if not 0 <= moved < self.num_steps - 1 or moved in fixed:
+            if not 0 <= moved < self.num_steps - 1 or moved in fixed or moved in others:
                 continue
-            if {moved - 1, moved, moved + 1} & set(others):
-                continue
-            new = self.cost([*others, moved])
+            new = cost_of([*others, moved])
             # Branches that are silent, as an untrained model's are, cost nothing.
             if new < cost or new == 0 or generator.random() < (cost / new) ** (1 / max(heat, 1e-9)):
                 chosen, cost = [*others, moved], new
@@ -193,13 +121,10 @@ class StepSearch:
                 best, best_cost = chosen, cost
         return best
 
-    def state(self) -> Tensor:
-        """Return the Gram matrix (E, E) for a checkpoint."""
-        return self.gram_EE
 
-    def load_state(self, state: Tensor) -> None:
-        """Load what `state` returned."""
-        self.gram_EE = state.cpu()
+def most_steps(num_steps: int) -> int:
+    """Return the most steps that are reused for a wanted quality."""
+    return num_steps * 4 // 5
 
 
 def fastest_plan(
@@ -219,7 +144,7 @@ def fastest_plan(
     num_steps, num_branches = sampler.num_steps, len(sampler.model.branches)
     plans = {
         str(count): stepwise_plan(num_steps, num_branches, search.best(count, fixed))
-        for count in range(1, num_steps // 2 + 1)
+        for count in range(1, 1 + most_steps(num_steps))
     }
     measured = PlanSelector(plans, reuse)
     measured.observe(backend, batches, average, as_pictures=True)

@@ -1,0 +1,126 @@
+"""Linearise the final latents in the reuse of every step, along one full trajectory.
+
+Reusing step i means to merge, in place of what its branches compute, a combination of what they computed at
+earlier steps. With y_i the values that the step adds and coefficients c_d that sum to 1, the hidden state
+before the head changes by `sum over d of c_d * (y_{i+d} - y_i)`, and the final latents, to first order, by
+the same combination of their derivatives. One full trajectory and a backward pass for each random probe
+measure those of all steps and distances at once; any plan of whole steps, with any forecast, is then a sum of
+some of them (`harmonica.training.plans.search`).
+
+Shapes: N images, M model rows, T steps, D distances, R = N * probes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.core.cache import BranchCache
+from harmonica.core.passes import planned_pass
+from harmonica.data.batch import Batch
+from harmonica.execution.values import KeptValues
+from harmonica.samplers import Sampler
+from harmonica.samplers.noise import SampleKeys
+from harmonica.training.plans.forecast_sketch import Unknown, sketch_of
+
+
+class _Changing(torch.autograd.Function):
+    """A value that a handle would move towards others.
+
+    The gradient of the handle's row m and column d is `<g_m, other_d - value>`. Only the values are kept for
+    it, which the cache keeps anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, handle_MD: Tensor, value: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(value, *others)
+        ctx.shape = handle_MD.shape
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        value, *others = ctx.saved_tensors
+        moved_MD = torch.zeros(ctx.shape, device=value.device)
+        for place, other in enumerate(others):  # in float32: a row's sum of many small products
+            moved_MD[:, place] = (gradients[0].float() * (other - value).float()).flatten(1).sum(1)
+        return moved_MD, *(None for _ in (value, *others))
+
+
+class ChangesCache(BranchCache):
+    """A cache of full steps whose values are differentiable in their change by reuse.
+
+    It is read at the step that was written last, and gives back what was written. The gradients of its
+    handles say what moving towards the values of earlier steps would do.
+    """
+
+    def __init__(self, num_branches: int, reach: int) -> None:
+        super().__init__(num_branches, "forecast")
+        self.reach, self._depth = reach, 1 + reach
+        self.handles: dict[int, Tensor] = {}
+        """Of each step, zeros (M, D), which all branches share. Column d - 1 is of distance d."""
+
+    def read(self, branch: int, step: int) -> Tensor:
+        (_, value), *earlier = self._kept[branch]
+        if step not in self.handles:
+            self.handles[step] = torch.zeros(len(value), self.reach, device=value.device, requires_grad=True)
+        changing: Tensor = _Changing.apply(  # type: ignore[no-untyped-call]
+            self.handles[step], value, *(other for _, other in earlier)
+        )
+        return changing
+
+    def kept(self, branch: int, step: int) -> KeptValues:
+        return KeptValues.of([self.read(branch, step)], ())
+
+
+def sketch_steps(sampler: Sampler, batch: Batch, *, reach: int, probes: int) -> Tensor:
+    """Project the change of the latents by each step's reuse on random probes.
+
+    Args:
+        batch: with keys, which determine the probes.
+        reach: the largest distance of a step that another one is reused from, D.
+
+    Returns:
+        The derivatives (R, T, D) in the coefficient c_d of each step; 0 where there is no step i + d.
+    """
+    assert batch.keys is not None, "training's samples have keys"
+    model, num_branches = sampler.model, len(sampler.model.branches)
+    everything, nothing = (True,) * num_branches, (False,) * num_branches
+    cache, state = ChangesCache(num_branches, reach), batch.start(sampler)
+    with torch.enable_grad():
+        for i in reversed(range(sampler.num_steps)):
+            hidden, conditioning = sampler.embed(i, state)
+            output = planned_pass(model, hidden, conditioning, everything, cache, i)
+            if i < sampler.num_steps - 1:
+                # The step once more, all of it reused from itself: its branches do not respond to each other.
+                same = planned_pass(model, hidden.detach(), conditioning, nothing, cache, i)
+                output = output + (same - same.detach())
+            state = sampler.advance(i, state, sampler.guide(output))
+        images_NCHW = sampler.finish(state)
+    handles = {i: [handle_MD] for i, handle_MD in cache.handles.items()}
+    return projected_steps(images_NCHW, handles, batch.keys, sampler.num_steps, reach, probes)
+
+
+def projected_steps(
+    images_NX: Tensor,
+    handles: Mapping[int, Sequence[Tensor]],
+    keys: SampleKeys,
+    num_steps: int,
+    reach: int,
+    probes: int,
+) -> Tensor:
+    """Differentiate projections of the latents in the handles of all steps.
+
+    Args:
+        images_NX: the latents (N, ...), with the graph of the handles.
+        handles: of each step, zeros (M, D), M being rows of images, as often as the step was run.
+
+    Returns:
+        The derivatives (R, T, D).
+    """
+    names: dict[Unknown, Sequence[Tensor]] = {(i, 0, 0): each for i, each in sorted(handles.items())}
+    seen = sketch_of(images_NX.detach(), images_NX, names, list(names), keys, num_steps, probes)
+    moved_RTD = images_NX.new_zeros(len(images_NX) * probes, num_steps, reach)
+    if names:
+        moved_RTD[:, sorted(handles)] = seen.jacobian_RP.to(moved_RTD)
+    return moved_RTD

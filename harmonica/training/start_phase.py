@@ -1,0 +1,93 @@
+"""The phase that learns the start: which whole steps to reuse, from the image's gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from harmonica.core.plan import Plan
+from harmonica.training.config import TrainingConfig
+from harmonica.training.context import TrainingContext
+from harmonica.training.phase import Phase
+from harmonica.training.plans.builders import even_plan, logits_of, speedup_of
+from harmonica.training.plans.search import StepSearch, fastest_plan, most_steps
+from harmonica.training.plans.step_form import LINEAR, RIDGES
+
+_BACKWARD = 1.2
+"""The measured cost of a backward and its products with earlier values; those take a sixth of it."""
+
+
+class StartPhase(Phase):
+    """Search for the whole steps whose reuse, with their best forecasts, changes the image least."""
+
+    name, state_key = "start", "search"
+
+    def __init__(self, context: TrainingContext) -> None:
+        super().__init__(context)
+        config = context.config
+        self.ridges = RIDGES if config.forecast.trajectories else (LINEAR,)
+        """The ridges of the starts, the main one first; forecasts that are not fitted will stay linear."""
+        order = config.forecast.order if config.forecast.trajectories else 1
+        self.search = StepSearch(
+            context.sampler.num_steps, order if config.sdt.reuse == "forecast" else 0, self.ridges[0]
+        )
+
+    @staticmethod
+    def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
+        """Count a full trajectory, and a backward with its products for each probe."""
+        costs = [1 + _BACKWARD * config.forecast.probes] * config.start_trajectories
+        if costs and config.target_psnr:  # the plan that is near enough is looked for with the last batch
+            costs[-1] += 1 + sum(1 - count / num_steps for count in range(1, 1 + most_steps(num_steps)))
+        return costs
+
+    def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
+        context, config = self.context, self.config
+        batches = batch.split(config.micro_batch_size or config.forecast.rows_at_once)
+        with context.sdt.stopwatch.measure("start"):
+            return self.search.observe(context.backend, batches, config.forecast.probes, average)
+
+    def finish(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
+        """Find the speed for a wanted quality, and start the router at the best steps."""
+        context, metrics = self.context, dict[str, float]()
+        if self.config.target_psnr:
+            batches, reuse = batch.split(self.config.micro_batch_size), self.config.sdt.reuse
+            psnr = self.config.target_psnr
+            plan, found = fastest_plan(self.search, context.backend, batches, psnr, reuse, average)
+            context.target.set_speedup(plan.ideal_speedup(context.sampler.model.macs()))
+            metrics = {"target_speedup": context.target.speedup, "psnr": found}
+        self._set_starts()
+        return metrics
+
+    def skip(self, other: "StartPhase") -> None:
+        """Take over what another training, for another speed, has measured."""
+        self.search.load_state(other.search.state())
+        self.done = self.trajectories
+        self._set_starts()
+
+    def _set_starts(self) -> None:
+        """Set the router to the best steps, and keep what other ridges lead to for the choice."""
+        context, fixed = self.context, self.context.backend.fixed_steps
+        num_steps, macs = context.sampler.num_steps, context.sampler.model.macs()
+        speedup = context.target.speedup or speedup_of(self.config.target_cur, macs)
+        plans: dict[str, Plan] = {}
+        for ridge in self.ridges:
+            plan = self.search.plan(macs, speedup, fixed, ridge)
+            if plan not in plans.values():
+                plans[_name(ridge) if plans else "measured"] = plan
+        plans["even"] = even_plan(num_steps, macs, speedup, fixed)
+        logit, device = self.config.initial_logit, context.device
+        context.starts = {name: logits_of(plan, logit).to(device) for name, plan in plans.items()}
+        context.search = self.search
+        context.set_router(context.starts["measured"])
+
+    def state(self) -> Tensor:
+        return self.search.state()
+
+    def load_state(self, state: Tensor) -> None:
+        self.search.load_state(state)
+        if self.is_done:
+            self.context.search = self.search
+
+
+def _name(ridge: float) -> str:
+    return "measured_linear" if ridge == LINEAR else f"measured_{ridge:g}"
