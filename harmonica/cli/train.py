@@ -34,7 +34,8 @@ from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.samplers.noise import MAX_SEED
 from harmonica.training.config import TrainingConfig
-from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
+from harmonica.training.multi_target import MultiTargetTrainer
+from harmonica.training.phases import all_phase_budgets
 from harmonica.training.presets import RECIPES, Recipe
 from harmonica.training.progress import Progress
 from harmonica.training.sharding import shard_weights

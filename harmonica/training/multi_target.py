@@ -6,7 +6,6 @@ The routers train after one another, each on the samples that it would see alone
 what a training of its own would have made; what they share is the start, measured once.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +19,7 @@ from harmonica.samplers import Sampler
 from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
-from harmonica.training.phases import phase_budgets
-from harmonica.training.progress import PhaseBudget
+from harmonica.training.phases import target_configs
 from harmonica.training.trainer import RouterTrainer, average
 
 
@@ -131,31 +129,6 @@ class MultiTargetTrainer:
     def extra_trainers(self) -> dict[float, RouterTrainer]:
         """Return the trainers of the extra speeds."""
         return dict(zip(self.config.extra_targets, self.trainers[1:], strict=True))
-
-
-def target_configs(config: TrainingConfig) -> list[TrainingConfig]:
-    """Return the settings of each target's training, the main one first."""
-    main = dataclasses.replace(config, targets=())
-    return [main] + [config.for_target(target_speedup=target) for target in config.extra_targets]
-
-
-def all_phase_budgets(
-    config: TrainingConfig, num_steps: int, *, from_start: bool = False
-) -> tuple[PhaseBudget, ...]:
-    """Return the budgets of a whole training.
-
-    The start, which is shared, comes first, and then each target's own.
-
-    Args:
-        from_start: every run begins at the first step, as in a pipeline's own loop.
-    """
-    phases: list[PhaseBudget] = []
-    for one in target_configs(config):
-        target = one.target_speedup if config.extra_targets else 0.0
-        own = phase_budgets(one, num_steps, target=target, from_start=from_start)
-        is_measured = any(phase.name == "start" for phase in phases)
-        phases += [phase for phase in own if not is_measured or phase.name != "start"]
-    return tuple(phases)
 
 
 def target_name(target: float) -> str:

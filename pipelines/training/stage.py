@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer
 
 from harmonica.data.samples import Shard
 from harmonica.integrations.recorded.kinds import RefusedTransformer
-from harmonica.training.multi_target import all_phase_budgets
+from harmonica.training.phases import all_phase_budgets
 from harmonica.training.progress import Progress
 from harmonica.validation.finite import NotFinite
 from harmonica.validation.settings import SettingError

@@ -11,8 +11,8 @@ from harmonica.data.batch import Batch
 from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
-from harmonica.training.phases import phase_budgets
+from harmonica.training.multi_target import MultiTargetTrainer
+from harmonica.training.phases import all_phase_budgets, phase_budgets
 from harmonica.training.plans import search
 from harmonica.training.presets import fashion
 from harmonica.training.progress import Progress

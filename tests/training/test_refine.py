@@ -18,7 +18,8 @@ from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
+from harmonica.training.multi_target import MultiTargetTrainer
+from harmonica.training.phases import all_phase_budgets
 from harmonica.training.plans.builders import even_plan, stepwise_plan
 from harmonica.training.plans.refine import PlanRefiner, moved, moves_of, plan_latents
 from harmonica.training.sampler_backend import SamplerBackend
