@@ -55,6 +55,11 @@ class TrainingConfig:
     reach this PSNR to the full ones, in dB of values in [-1, 1]. It is for models that draw pixels and for
     pipelines with a VAE, and counts no fitted forecasts. Give it where the quality is fixed, not the
     speed."""
+    budget: Annotated[float, Field(ge=0), Cure("minutes above 0, or 0 for none")] = 0.0
+    """Minutes that the training of all routers may take, the model loaded; 0 is no limit. When above 0, the
+    numbers of trajectories follow from it, more or fewer than those set: a full sampling is timed first, and
+    the run says what it will do. Phases that are set to 0 stay out; a sweep and a comparison train with the
+    numbers as set. Give it where time is what you know."""
     initial: Initial = "constant"
     """Research: Logits that training starts from. `constant`: all are `initial_logit`. `alternate`: its sign
     changes from step to step. `normal`: they are drawn from the standard normal distribution (the released

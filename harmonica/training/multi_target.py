@@ -6,7 +6,7 @@ The routers train after one another, each on the samples that it would see alone
 what a training of its own would have made; what they share is the start, measured once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.samplers import Sampler
 from harmonica.training.backend import TrajectoryBackend
+from harmonica.training.budget import Numbers
 from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
-from harmonica.training.phases import target_configs
+from harmonica.training.phases import budgets_of, target_configs
+from harmonica.training.progress import Progress
+from harmonica.training.time_budget import TimeBudget
 from harmonica.training.trainer import RouterTrainer, average
 
 
@@ -56,6 +59,11 @@ class MultiTargetTrainer:
             for one in target_configs(config)
         ]
         self._place = 0
+        self.budget: TimeBudget | None = None
+        """What keeps to `train.budget`, once a full sampling is timed."""
+        self.budget_message = ""
+        """What the budget has decided, in a line; "" without one."""
+        self._count()
 
     @property
     def current(self) -> RouterTrainer:
@@ -88,13 +96,65 @@ class MultiTargetTrainer:
         return self.current.plan
 
     def train_one(self, batch: Any, average: Callable[[Tensor], None] = average) -> dict[str, float]:
-        """Do one trajectory for the current target and return the metrics to log."""
+        """Do one trajectory for the current target and return the metrics to log.
+
+        With `train.budget`, the first one plans, if `plan_budget` was not called.
+        """
+        self.plan_budget(batch)
+        place = self.progress.place(self.trajectory)
         metrics = self.current.train_one(batch, average)
         if len(self.trainers) > 1:
             metrics["target_speedup"] = self.current.context.target.speedup
         if not self.next_trajectories and self._place + 1 < len(self.trainers):
             self._go_on()
+        if self.budget is not None and self.progress.place(self.trajectory) != place:
+            self._keep_to(self.budget)
         return metrics
+
+    def plan_budget(self, batch: Any) -> None:
+        """Choose the numbers that `train.budget` allows, unless they are chosen.
+
+        Args:
+            batch: of this worker, on which a full sampling is timed.
+
+        Raises:
+            SettingError: the least training takes longer; on all workers alike.
+        """
+        if not self.config.budget or self.budget is not None:
+            return
+        budget = TimeBudget(self.config, self.current.context.backend)
+        seconds = budget.plan(batch)
+        self.budget = budget
+        self._set_numbers([budget.numbers] * len(self.trainers))
+        self.budget_message = budget.message(self.progress, seconds)
+
+    def _keep_to(self, budget: TimeBudget) -> None:
+        """Take fewer trajectories from here on, if the rest would take too long."""
+        done, before = self.trajectory, self.all_trajectories
+        if budget.cut(self.progress, done):
+            for trainer in self.trainers[self._place :]:
+                trainer.set_numbers(budget.numbers)
+            self._count()
+            self.budget_message = (
+                f"train.budget is {self.config.budget:g} minutes and {budget.spent_s / 60:.3g} are over: "
+                f"{self.all_trajectories - done} trajectories follow, not {before - done}"
+            )
+
+    def _set_numbers(self, numbers: Sequence[Numbers]) -> None:
+        for trainer, own in zip(self.trainers, numbers, strict=True):
+            trainer.set_numbers(own)
+        self._count()
+
+    def _count(self) -> None:
+        """Count the trajectories of all phases anew."""
+        backend, num_steps = self.trainers[0].context.backend, self.sampler.num_steps
+        configs = [trainer.config for trainer in self.trainers]
+        self.progress = Progress(budgets_of(configs, num_steps, from_start=backend.from_start))
+
+    @property
+    def all_trajectories(self) -> int:
+        """Return the number of trajectories of all phases and all targets."""
+        return self.progress.trajectories
 
     def _go_on(self) -> None:
         before = self.trainers[: self._place + 1]
@@ -104,11 +164,19 @@ class MultiTargetTrainer:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the states of the trainers that have begun."""
-        return {"members": [trainer.state() for trainer in self.trainers[: self._place + 1]]}
+        state = {"members": [trainer.state() for trainer in self.trainers[: self._place + 1]]}
+        if self.budget is None:
+            return state
+        numbers = [dict(trainer.numbers) for trainer in self.trainers]
+        return state | {"budget": self.budget.state(), "numbers": numbers}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         self._place = 0
+        if "budget" in state:
+            self.budget = TimeBudget(self.config, self.current.context.backend)
+            self.budget.load_state(state["budget"])
+            self._set_numbers(state["numbers"])
         for place, kept in enumerate(state["members"]):
             if place:
                 self._go_on()

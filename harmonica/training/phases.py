@@ -9,7 +9,7 @@ every branch computed. A reused step counts as nothing, a backward through activ
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -207,16 +207,24 @@ def target_configs(config: TrainingConfig) -> list[TrainingConfig]:
 def all_phase_budgets(
     config: TrainingConfig, num_steps: int, *, from_start: bool = False
 ) -> tuple[PhaseBudget, ...]:
-    """Return the budgets of a whole training.
-
-    The start, which is shared, comes first, and then each target's own.
+    """Return the budgets of a whole training, as `budgets_of` each target's settings.
 
     Args:
         from_start: every run begins at the first step, as in a pipeline's own loop.
     """
+    return budgets_of(target_configs(config), num_steps, from_start=from_start)
+
+
+def budgets_of(
+    configs: Sequence[TrainingConfig], num_steps: int, *, from_start: bool = False
+) -> tuple[PhaseBudget, ...]:
+    """Return the budgets of trainings that follow each other, one for each target.
+
+    The start, which is shared, comes first, and then each target's own.
+    """
     phases: list[PhaseBudget] = []
-    for one in target_configs(config):
-        target = one.target_speedup if config.extra_targets else 0.0
+    for one in configs:
+        target = one.target_speedup if len(configs) > 1 else 0.0
         own = phase_budgets(one, num_steps, target=target, from_start=from_start)
         is_measured = any(phase.name == "start" for phase in phases)
         phases += [phase for phase in own if not is_measured or phase.name != "start"]

@@ -55,6 +55,10 @@ class Progress:
         """Number of trajectories of all phases."""
         return self._ends[-1]
 
+    def cost(self, done: int | None = None) -> float:
+        """Return the cost of `done` trajectories, by default all, in full samplings."""
+        return self._spent[-1 if done is None else done]
+
     def place(self, done: int) -> int:
         """Return the number of the phase that goes on after `done` trajectories.
 

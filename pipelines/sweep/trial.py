@@ -60,7 +60,7 @@ class Trial:
             ValueError: training refuses the target.
         """
         train = config.train.for_target(**{self.over: self.target})
-        train = dataclasses.replace(train, iepo=self.iepo)
+        train = dataclasses.replace(train, iepo=self.iepo, budget=0.0)  # reports are at fixed trajectories
         return dataclasses.replace(config, train=train, seed=self.seed)
 
 
