@@ -137,14 +137,14 @@ def _train(
 ) -> None:
     config, last_said, last_saved = run.config, 0.0, time.monotonic()
     said = ""
-    run.plan_budget(spec.batch_of(0, shard, run.device))
+    run.prepare(spec.batch_of(0, shard, run.device))
     since, began = run.trajectory, time.monotonic()
-    if run.budget_message:
-        tell(said := run.budget_message)
+    if run.announcement:
+        tell(said := run.announcement)
     for metrics in trained(run, spec, shard):
         is_last, now = run.trajectory == run.all_trajectories, time.monotonic()
-        if run.budget_message != said:
-            tell(said := run.budget_message)
+        if run.announcement != said:
+            tell(said := run.announcement)
         if is_last or now - last_said > _SAY_EVERY_S:
             shown = ("loss", "mse", "beta", "updates_per_s")
             told = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown if name in metrics)

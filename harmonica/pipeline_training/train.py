@@ -62,7 +62,7 @@ def train_pipeline(
     )
     trainer = PipelineTrainer(pipe, prompts, config, call=call, seed=seed, cacheable=cacheable)
     with trainer:
-        trainer.plan_budget()
+        trainer.prepare()
         while trainer.next_trajectories:
             trajectory = trainer.trajectory
             metrics = trainer.train_one()

@@ -139,17 +139,17 @@ class PipelineTrainer:
         return self.run.progress
 
     @property
-    def budget_message(self) -> str:
-        """Return what `train.budget` has decided, in a line; "" without one."""
-        return self.run.budget_message
+    def announcement(self) -> str:
+        """Return what was measured and decided of it, in a line; "" if nothing was."""
+        return self.run.announcement
 
-    def plan_budget(self) -> None:
-        """Choose the numbers that `train.budget` allows, unless they are chosen.
+    def prepare(self) -> None:
+        """Measure what `train.speed` and `train.budget` need, unless it is measured.
 
         Raises:
-            SettingError: the least training takes longer; on all workers alike.
+            SettingError: the speed or the budget is out of reach; on all workers alike.
         """
-        self.run.plan_budget(self._batch(0))
+        self.run.prepare(self._batch(0))
 
     def _batch(self, trajectory: int) -> PipelineBatch:
         """Return this worker's rows of a trajectory."""

@@ -20,9 +20,11 @@ from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.budget import Numbers
 from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
+from harmonica.training.measured_speed import in_macs
 from harmonica.training.phases import budgets_of, target_configs
 from harmonica.training.progress import Progress
 from harmonica.training.time_budget import TimeBudget
+from harmonica.training.timing import reused_share, slowest
 from harmonica.training.trainer import RouterTrainer, average
 
 
@@ -54,15 +56,22 @@ class MultiTargetTrainer:
         self.sampler, self.config, self.device = sampler, config, device
         has_pictures = backend.has_pictures if backend else None
         check_training(config, sampler.model, sampler.num_steps, has_pictures=has_pictures)
-        self.trainers = [
-            RouterTrainer(sampler, one, seed=seed, device=device, backend=backend)
-            for one in target_configs(config)
-        ]
-        self._place = 0
+        self._seed, self._backend = seed, backend
+        self._use(config)
+        self.reused_share: float | None = None
+        """The time of a reused step over a computed one's, where the speed is measured, once it is."""
         self.budget: TimeBudget | None = None
         """What keeps to `train.budget`, once a full sampling is timed."""
-        self.budget_message = ""
-        """What the budget has decided, in a line; "" without one."""
+        self.announcement = ""
+        """What was measured and decided of it, in a line; "" if nothing was."""
+
+    def _use(self, config: TrainingConfig) -> None:
+        """Begin the trainings with these settings, whose speeds are in MACs."""
+        self._used, self._place = config, 0
+        self.trainers = [
+            RouterTrainer(self.sampler, one, seed=self._seed, device=self.device, backend=self._backend)
+            for one in target_configs(config)
+        ]
         self._count()
 
     @property
@@ -98,9 +107,9 @@ class MultiTargetTrainer:
     def train_one(self, batch: Any, average: Callable[[Tensor], None] = average) -> dict[str, float]:
         """Do one trajectory for the current target and return the metrics to log.
 
-        With `train.budget`, the first one plans, if `plan_budget` was not called.
+        The first one prepares, if `prepare` was not called.
         """
-        self.plan_budget(batch)
+        self.prepare(batch)
         place = self.progress.place(self.trajectory)
         metrics = self.current.train_one(batch, average)
         if len(self.trainers) > 1:
@@ -111,22 +120,42 @@ class MultiTargetTrainer:
             self._keep_to(self.budget)
         return metrics
 
-    def plan_budget(self, batch: Any) -> None:
-        """Choose the numbers that `train.budget` allows, unless they are chosen.
+    def prepare(self, batch: Any) -> None:
+        """Measure what `train.speed` and `train.budget` need, unless it is measured.
 
         Args:
-            batch: of this worker, on which a full sampling is timed.
+            batch: of this worker, on which samplings are timed.
 
         Raises:
-            SettingError: the least training takes longer; on all workers alike.
+            SettingError: the speed or the budget is out of reach; on all workers alike.
         """
-        if not self.config.budget or self.budget is not None:
-            return
-        budget = TimeBudget(self.config, self.current.context.backend)
-        seconds = budget.plan(batch)
-        self.budget = budget
-        self._set_numbers([budget.numbers] * len(self.trainers))
-        self.budget_message = budget.message(self.progress, seconds)
+        backend, said = self.current.context.backend, list[str]()
+        if self.config.speed == "measured" and self.reused_share is None:
+            self._measure_speed(slowest(reused_share(backend, batch, self.config), backend.device))
+            speeds = zip(target_configs(self.config), self.trainers, strict=True)
+            each = ", ".join(
+                f"{one.target_speedup:g}x is {trainer.config.target_speedup:.3g}x in MACs"
+                for one, trainer in speeds
+            )
+            said.append(
+                f"train.speed is measured: a reused step takes {self.reused_share:.1%} of the time of a "
+                f"computed one, so {each}"
+            )
+        if self.config.budget and self.budget is None:
+            budget = TimeBudget(self._used, backend)
+            seconds = budget.plan(batch)
+            self.budget = budget
+            self._set_numbers([budget.numbers] * len(self.trainers))
+            said.append(budget.message(self.progress, seconds))
+        if said:
+            self.announcement = "; ".join(said)
+
+    def _measure_speed(self, share: float) -> None:
+        """Aim at the speeds in MACs that follow from a measured share."""
+        self.reused_share, model, num_steps = share, self.sampler.model, self.sampler.num_steps
+        used = in_macs(self.config, share, model.macs(), num_steps)
+        check_training(used, model, num_steps, has_pictures=True)
+        self._use(used)
 
     def _keep_to(self, budget: TimeBudget) -> None:
         """Take fewer trajectories from here on, if the rest would take too long."""
@@ -135,7 +164,7 @@ class MultiTargetTrainer:
             for trainer in self.trainers[self._place :]:
                 trainer.set_numbers(budget.numbers)
             self._count()
-            self.budget_message = (
+            self.announcement = (
                 f"train.budget is {self.config.budget:g} minutes and {budget.spent_s / 60:.3g} are over: "
                 f"{self.all_trajectories - done} trajectories follow, not {before - done}"
             )
@@ -164,7 +193,9 @@ class MultiTargetTrainer:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the states of the trainers that have begun."""
-        state = {"members": [trainer.state() for trainer in self.trainers[: self._place + 1]]}
+        state: dict[str, Any] = {"members": [one.state() for one in self.trainers[: self._place + 1]]}
+        if self.reused_share is not None:
+            state["reused_share"] = self.reused_share
         if self.budget is None:
             return state
         numbers = [dict(trainer.numbers) for trainer in self.trainers]
@@ -173,8 +204,10 @@ class MultiTargetTrainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         self._place = 0
+        if "reused_share" in state:
+            self._measure_speed(state["reused_share"])
         if "budget" in state:
-            self.budget = TimeBudget(self.config, self.current.context.backend)
+            self.budget = TimeBudget(self._used, self.current.context.backend)
             self.budget.load_state(state["budget"])
             self._set_numbers(state["numbers"])
         for place, kept in enumerate(state["members"]):

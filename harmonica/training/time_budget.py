@@ -9,42 +9,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.budget import Numbers, cut_to_budget, numbers_of, with_numbers, within_budget
 from harmonica.training.config import TrainingConfig
 from harmonica.training.progress import Progress
-
-
-def slowest(seconds: float, device: torch.device | str) -> float:
-    """Return the longest of all workers' seconds, which is the same on each of them."""
-    tensor = torch.tensor(seconds, dtype=torch.float64, device=device)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor)
-
-
-def sampling_seconds(backend: TrajectoryBackend, batch: Any, micro_batch_size: int) -> float:
-    """Return the seconds of a full sampling of a batch, on this worker.
-
-    One micro-batch is timed, after a first one that compiles and allocates. The backend is left as it was.
-    """
-    part, fixed = batch.split(micro_batch_size)[0], backend.fixed_steps
-    backend.images(part)
-    _wait(backend.device)
-    started = time.monotonic()
-    backend.images(part)
-    _wait(backend.device)
-    seconds = time.monotonic() - started
-    backend.fixed_steps = fixed  # a training that is given these numbers would not know them yet either
-    return seconds * len(batch) / len(part)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+from harmonica.training.timing import sampling_seconds, slowest
 
 
 class TimeBudget:

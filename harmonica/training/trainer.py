@@ -186,6 +186,8 @@ class RouterTrainer:
         settings = {"seed": self.seed, "final_beta": context.target.beta, **more}
         if context.chosen:
             settings["chosen"] = context.chosen
+        if self.config.speed == "measured":
+            settings["macs_speedup"] = self.config.target_speedup
         if self.config.budget:  # what was set is not what was done
             settings = with_used_numbers(settings, self.numbers)
         return settings | {"trajectories": self.trajectory}

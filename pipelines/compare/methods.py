@@ -46,8 +46,8 @@ def learned_methods(train: TrainConfig, target: float, *, with_baselines: bool) 
 
     All use the same number of trajectories.
     """
-    # All by the same numbers, which a budget would choose for each by itself.
-    ours = dataclasses.replace(train.for_target(target_speedup=target), budget=0.0)
+    # All by the same numbers and MACs, which would be measured for each by itself.
+    ours = dataclasses.replace(train, budget=0.0, speed="macs").for_target(target_speedup=target)
     if not with_baselines:
         return {OURS: ours}
     paper = dataclasses.replace(

@@ -52,7 +52,7 @@ class TrainingRun(Protocol):
     @property
     def progress(self) -> Progress: ...
     @property
-    def budget_message(self) -> str: ...
+    def announcement(self) -> str: ...
     @property
     def device(self) -> torch.device | str: ...
     def state(self) -> dict[str, Any]: ...
@@ -65,11 +65,11 @@ class TrainingJob(ABC):
     run: TrainingRun
 
     @abstractmethod
-    def plan_budget(self, shard: Shard) -> None:
-        """Choose the numbers that `train.budget` allows, unless they are chosen.
+    def prepare(self, shard: Shard) -> None:
+        """Measure what `train.speed` and `train.budget` need, unless it is measured.
 
         Raises:
-            SettingError: the least training takes longer; on all workers alike.
+            SettingError: the speed or the budget is out of reach; on all workers alike.
         """
 
     @abstractmethod
@@ -96,8 +96,8 @@ class BranchedJob(TrainingJob):
     def __init__(self, run: MultiTargetTrainer, spec: SampleSpec) -> None:
         self.run, self.spec = run, spec
 
-    def plan_budget(self, shard: Shard) -> None:
-        self.run.plan_budget(self.spec.batch_of(0, shard, self.run.device))
+    def prepare(self, shard: Shard) -> None:
+        self.run.prepare(self.spec.batch_of(0, shard, self.run.device))
 
     def trained(self, shard: Shard, times: WorkerTimes, tell: Tell) -> Iterator[dict[str, float]]:
         for batch in self._batches(shard, times, tell):
@@ -130,8 +130,8 @@ class PipelineJob(TrainingJob):
         """Train by a `PipelineTrainer` whose pipeline is recorded."""
         self.trainer = self.run = run
 
-    def plan_budget(self, shard: Shard) -> None:
-        self.trainer.plan_budget()
+    def prepare(self, shard: Shard) -> None:
+        self.trainer.prepare()
 
     def trained(self, shard: Shard, times: WorkerTimes, tell: Tell) -> Iterator[dict[str, float]]:
         while self.trainer.next_trajectories:

@@ -59,9 +59,9 @@ class RunRecorder:
         self._announce()
 
     def _announce(self) -> None:
-        """Tell the driver what `train.budget` has decided."""
-        if self.run.budget_message != self._announced:
-            self._announced = self.run.budget_message
+        """Tell the driver what was measured and decided of it."""
+        if self.run.announcement != self._announced:
+            self._announced = self.run.announcement
             self.board.announce.remote(self._announced)
 
     def save(self) -> None:

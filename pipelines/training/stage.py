@@ -109,8 +109,8 @@ def _train_to_the_end(
     checkpoints = Checkpoints.of_training(storage)
     is_first = shard.rank == 0
     pending = _resume(run, checkpoints, is_first)
-    tell("a full sampling")
-    training.plan_budget(shard)
+    tell("what is measured first")
+    training.prepare(shard)
     recorder = RunRecorder(checkpoints, run, job["mlflow"], job["board"], pending) if is_first else None
     nodes = worker_nodes(run.device)
     if recorder is not None:

@@ -167,9 +167,9 @@ def test_a_budget_s_numbers_are_those_of_calls_and_repeat_its_router(monkeypatch
     whole = time_budget.sampling_seconds
     monkeypatch.setattr(time_budget, "sampling_seconds", sampling_seconds)
     with make_trainer(config) as trainer:
-        trainer.plan_budget()
+        trainer.prepare()
         assert trainer.backend.fixed_steps == frozenset(), "the same as where nothing was timed"
-        assert "training the router 4, " in trainer.budget_message
+        assert "training the router 4, " in trainer.announcement
         while trainer.next_trajectories:
             trainer.train_one(alone)
         ours = trainer.artifact()

@@ -171,7 +171,7 @@ def test_a_slow_machine_cuts_at_the_end_of_a_phase_and_a_resumed_run_repeats_it(
         now += 200.0 if run.trajectory == 1 else 0.0  # of `LONG`, whose start has two trajectories
         counts.append(run.all_trajectories)
         kept[run.trajectory] = copy.deepcopy(run.state())
-        messages.append(run.budget_message)
+        messages.append(run.announcement)
     assert counts[0] == LONG.all_trajectories == 20
     assert counts[1] == counts[-1] == run.trajectory == 2 + 1 + 1 + 6, "never but at the end of the start"
     assert messages[1].endswith("8 trajectories follow, not 18")
