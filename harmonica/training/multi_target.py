@@ -158,9 +158,9 @@ class MultiTargetTrainer:
         self._use(used)
 
     def _keep_to(self, budget: TimeBudget) -> None:
-        """Take fewer trajectories from here on, if the rest would take too long."""
+        """Take fewer trajectories than planned where those would take too long."""
         done, before = self.trajectory, self.all_trajectories
-        if budget.cut(self.progress, done):
+        if budget.adapt(self.progress, done):
             for trainer in self.trainers[self._place :]:
                 trainer.set_numbers(budget.numbers)
             self._count()

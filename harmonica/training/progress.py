@@ -38,7 +38,7 @@ class PhaseBudget:
     @property
     def message(self) -> str:
         """The phase in words, as in `training the router for 1.5x`."""
-        return _MESSAGES[self.name] + (f" for {self.target:g}x" if self.target else "")
+        return _MESSAGES[self.name] + (f" for {self.target:.4g}x" if self.target else "")
 
 
 class Progress:

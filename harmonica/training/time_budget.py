@@ -24,6 +24,8 @@ class TimeBudget:
 
     def __init__(self, config: TrainingConfig, backend: TrajectoryBackend) -> None:
         self.config, self.backend = config, backend
+        self.planned = config
+        """The settings with the numbers that were planned at first, of which there are never more."""
         self._since, self._spent_before = time.monotonic(), 0.0
 
     @property
@@ -51,10 +53,13 @@ class TimeBudget:
             spent_s=slowest(self.spent_s, device),
             from_start=self.backend.from_start,
         )
+        self.planned = self.config
         return seconds
 
-    def cut(self, progress: Progress, done: int) -> bool:
-        """Choose fewer trajectories if the rest takes too long; return whether it did.
+    def adapt(self, progress: Progress, done: int) -> bool:
+        """Choose fewer trajectories than planned if the rest takes too long.
+
+        Returns whether the numbers have changed: fewer than before, or more again, up to those planned.
 
         Args:
             progress: of the training with the present numbers.
@@ -62,7 +67,7 @@ class TimeBudget:
         """
         spent_s, before = slowest(self.spent_s, self.backend.device), self.config
         self.config = cut_to_budget(
-            self.config,
+            self.planned,
             self.backend.sampler.num_steps,
             progress.place(done),
             spent_s / progress.cost(done),
@@ -86,9 +91,11 @@ class TimeBudget:
 
     def state(self) -> dict[str, Any]:
         """Return the numbers and the seconds for a checkpoint."""
-        return {"numbers": dict(self.numbers), "spent_s": self.spent_s}
+        planned = numbers_of(self.planned)
+        return {"numbers": dict(self.numbers), "planned": planned, "spent_s": self.spent_s}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Load what `state` returned."""
         self.config = with_numbers(self.config, state["numbers"])
+        self.planned = with_numbers(self.config, state["planned"])
         self._since, self._spent_before = time.monotonic(), state["spent_s"]

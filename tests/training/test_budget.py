@@ -160,28 +160,57 @@ def test_it_can_be_repeated_by_its_numbers_and_resumed_with_them(fresh, monkeypa
         assert same(resumed.extra_artifacts()["1.5x"], run.extra_artifacts()["1.5x"])
 
 
-def test_a_slow_machine_cuts_at_the_end_of_a_phase_and_a_resumed_run_repeats_it(fresh, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("slow", "end", "left"),
+    [(1, 2, 1 + 1 + 6), (7, 8, 6)],
+    ids=["while the start is measured", "while the plan is chosen"],
+)
+def test_a_slow_machine_cuts_at_the_end_of_a_phase_and_a_resumed_run_repeats_it(
+    fresh, monkeypatch, slow, end, left
+) -> None:
     now = 0.0
     monkeypatch.setattr(time_budget, "time", SimpleNamespace(monotonic=lambda: now))
     at_pace(monkeypatch, 1.0)
     config = of(LONG, minutes_for(LONG, 1.0))
     run, spec = fresh(config)
     counts, kept, messages = [], {}, []
-    for _ in train.trained(run, spec, Shard(2)):
-        now += 200.0 if run.trajectory == 1 else 0.0  # of `LONG`, whose start has two trajectories
+    metrics = {}
+    for metrics in train.trained(run, spec, Shard(2)):  # noqa: B007  # the last
+        now += 200.0 if run.trajectory == slow else 0.0
         counts.append(run.all_trajectories)
         kept[run.trajectory] = copy.deepcopy(run.state())
         messages.append(run.announcement)
     assert counts[0] == LONG.all_trajectories == 20
-    assert counts[1] == counts[-1] == run.trajectory == 2 + 1 + 1 + 6, "never but at the end of the start"
-    assert messages[1].endswith("8 trajectories follow, not 18")
+    before, after = set(counts[: end - 1]), set(counts[end - 1 :])
+    assert (before, after) == ({20}, {end + left}), "never but at the end of a phase"
+    assert run.trajectory == end + left
+    assert "forecast.ridge" in metrics, "the last of fewer trajectories ends the fit"
+    assert messages[end - 1].endswith(f": {left} trajectories follow, not {20 - end}")
     resumed, _ = fresh(config)
-    resumed.load_state(kept[5])
+    resumed.load_state(kept[end + 1])
     list(train.trained(resumed, spec, Shard(2)))
     assert resumed.trajectory == run.trajectory and same(resumed.artifact(), run.artifact())
     repeated, _ = fresh(with_numbers(LONG, run.trainers[0].numbers))
     list(train.trained(repeated, spec, Shard(2)))
     assert same(repeated.artifact(), run.artifact())
+
+
+def test_a_machine_that_was_slow_for_a_while_gets_its_planned_numbers_back(fresh, monkeypatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time_budget, "time", SimpleNamespace(monotonic=lambda: now))
+    at_pace(monkeypatch, 1.0)
+    config = of(LONG, minutes_for(LONG, 1.0))
+    run, spec = fresh(config)
+    counts = []
+    for _ in train.trained(run, spec, Shard(2)):
+        # At three times the planned pace while the start is measured; no time passes later.
+        now += 3 * run.progress.cost(1) if run.trajectory == 1 else 0.0
+        counts.append(run.all_trajectories)
+    start_s, budget_s = 3 * run.progress.cost(1), 60 * config.budget
+    assert start_s < budget_s < start_s + 1.5 * (run.progress.cost() - run.progress.cost(2))
+    assert counts[0] == 20 and counts[1] < 20
+    assert numbers_of(run.trainers[0].config)["forecast"] == LONG.forecast.trajectories
+    assert numbers_of(run.trainers[0].config)["router"] < LONG.trajectories, "it had begun"
 
 
 def test_the_command_says_beforehand_what_it_will_do_and_leaves_its_numbers(tmp_path, monkeypatch) -> None:
