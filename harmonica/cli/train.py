@@ -21,7 +21,6 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -29,14 +28,13 @@ from harmonica.cli.common import fail, parse, say
 from harmonica.cli.training_folder import TrainingFolder
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.prompts import PromptStore
-from harmonica.data.samples import SampleSpec, Shard, make_samples
+from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.samplers.noise import MAX_SEED
 from harmonica.training.config import TrainingConfig
-from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
+from harmonica.training.multi_target import MultiTargetTrainer
 from harmonica.training.presets import RECIPES, Recipe
-from harmonica.training.progress import Progress
 from harmonica.training.sharding import shard_weights
 from harmonica.validation.finite import NotFinite
 from harmonica.validation.settings import Cure, Field, settings
@@ -127,8 +125,7 @@ def trained(run: MultiTargetTrainer, spec: SampleSpec, shard: Shard) -> Iterator
     Their rows are made here.
     """
     while run.next_trajectories:
-        indices = shard.indices(np.arange(shard.size), run.next_trajectories.start)
-        yield run.train_one(spec.to_batch(make_samples(indices, spec), run.device))
+        yield run.train_one(spec.batch_of(run.next_trajectories.start, shard, run.device))
 
 
 def _train(
@@ -139,15 +136,20 @@ def _train(
     tell: Callable[[str], None],
 ) -> None:
     config, last_said, last_saved = run.config, 0.0, time.monotonic()
-    progress = Progress(all_phase_budgets(config, run.sampler.num_steps))
+    said = ""
+    run.prepare(spec.batch_of(0, shard, run.device))
     since, began = run.trajectory, time.monotonic()
+    if run.announcement:
+        tell(said := run.announcement)
     for metrics in trained(run, spec, shard):
-        is_last, now = run.trajectory == config.all_trajectories, time.monotonic()
+        is_last, now = run.trajectory == run.all_trajectories, time.monotonic()
+        if run.announcement != said:
+            tell(said := run.announcement)
         if is_last or now - last_said > _SAY_EVERY_S:
             shown = ("loss", "mse", "beta", "updates_per_s")
             told = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown if name in metrics)
-            left = progress.time_left_message(run.trajectory, since, now - began)
-            tell(f"{progress.message(run.trajectory)}  CUR {metrics['cur']:.1%}  {told}  {left}")
+            left = run.progress.time_left_message(run.trajectory, since, now - began)
+            tell(f"{run.progress.message(run.trajectory)}  CUR {metrics['cur']:.1%}  {told}  {left}")
             last_said = now
         if shard.rank == 0:  # the state is the same on every rank
             folder.log(run.trajectory, metrics)

@@ -61,6 +61,11 @@ class SampleSpec:
         """Return the prompts of labels; None where labels are classes."""
         return self.prompts.rows(labels).prompts if self.prompts is not None else None
 
+    def batch_of(self, trajectory: int, shard: "Shard", device: torch.device | str) -> Batch:
+        """Return the batch of one worker's samples of a trajectory."""
+        indices = shard.indices(np.arange(shard.size), trajectory)
+        return self.to_batch(self.make(indices), device)
+
     def with_other_noise(self, offset: int) -> "SampleSpec":
         """Return the spec of other samples of the same shape, at another seed."""
         return replace(self, seed=self.seed + offset)

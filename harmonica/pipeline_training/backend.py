@@ -56,6 +56,8 @@ class _Steps:
 class PipelineBackend(TrajectoryBackend):
     """Runs trajectories by calls of a pipeline that is open."""
 
+    from_start = True
+
     def __init__(self, calls: PipelineCalls) -> None:
         self.calls = calls
         self.sampler = _Steps(calls.num_steps, calls.view)

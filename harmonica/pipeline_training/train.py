@@ -62,7 +62,9 @@ def train_pipeline(
     )
     trainer = PipelineTrainer(pipe, prompts, config, call=call, seed=seed, cacheable=cacheable)
     with trainer:
-        for trajectory in trainer.next_trajectories:
+        trainer.prepare()
+        while trainer.next_trajectories:
+            trajectory = trainer.trajectory
             metrics = trainer.train_one()
             if on_trajectory is not None:
                 on_trajectory(trajectory, metrics)

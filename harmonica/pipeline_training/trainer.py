@@ -26,6 +26,7 @@ from harmonica.pipeline_training.sampling import Prompt
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.multi_target import MultiTargetTrainer, target_name
+from harmonica.training.progress import Progress
 from harmonica.training.trainer import RouterTrainer, average
 from harmonica.validation.settings import SettingError
 
@@ -125,7 +126,30 @@ class PipelineTrainer:
     @property
     def next_trajectories(self) -> range:
         """Trajectories that are still to be done, of all phases and speeds."""
-        return range(self.trajectory, self.config.all_trajectories)
+        return range(self.trajectory, self.run.all_trajectories)
+
+    @property
+    def all_trajectories(self) -> int:
+        """Return the number of trajectories of all phases and all speeds."""
+        return self.run.all_trajectories
+
+    @property
+    def progress(self) -> Progress:
+        """Return the phases of all speeds and what their trajectories cost."""
+        return self.run.progress
+
+    @property
+    def announcement(self) -> str:
+        """Return what was measured and decided of it, in a line; "" if nothing was."""
+        return self.run.announcement
+
+    def prepare(self) -> None:
+        """Measure what `train.speed` and `train.budget` need, unless it is measured.
+
+        Raises:
+            SettingError: the speed or the budget is out of reach; on all workers alike.
+        """
+        self.run.prepare(self._batch(0))
 
     def _batch(self, trajectory: int) -> PipelineBatch:
         """Return this worker's rows of a trajectory."""

@@ -8,7 +8,7 @@ Shapes: N images, T steps, B branches, X elements of an image's latents, R = N *
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class TrajectoryBackend(ABC):
     """Has `num_steps`, and a `model` with `branches` and `macs()`."""
     fixed_steps: frozenset[int] = frozenset()
     """Steps below T-1 that compute everything under any plan, as far as they are known."""
+    from_start: ClassVar[bool] = False
+    """Whether every run begins at the first step; else runs share what lies before they differ."""
 
     @property
     @abstractmethod

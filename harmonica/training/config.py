@@ -45,11 +45,20 @@ class TrainingConfig:
     targets: Annotated[tuple[Annotated[float, Field(gt=1)], ...], Field(max_length=_MOST_TARGETS)] = ()
     """More ideal speedups. Each has a router of its own, trained after the one of `target_speedup`, in the
     same way and from the same measured start. Give them to serve several speeds."""
+    speed: Literal["macs", "measured"] = "macs"
+    """What the target speeds count. `macs`: multiply-accumulates. `measured`: the time of sampling, as it is
+    measured before training, at its batch size and level of execution; the run says the speed in MACs that it
+    amounts to. A sweep and a comparison count MACs. Give it where what is wanted is a shorter time."""
     target_psnr: Annotated[float, Field(ge=0)] = 0.0
     """When above 0, the target is quality: the speed is the highest at which the images of a measured start
     reach this PSNR to the full ones, in dB of values in [-1, 1]. It is for models that draw pixels and for
     pipelines with a VAE, and counts no fitted forecasts. Give it where the quality is fixed, not the
     speed."""
+    budget: Annotated[float, Field(ge=0), Cure("minutes above 0, or 0 for none")] = 0.0
+    """Minutes that the training of all routers may take, the model loaded; 0 is no limit. When above 0, the
+    numbers of trajectories follow from it, more or fewer than those set: a full sampling is timed first, and
+    the run says what it will do. Phases that are set to 0 stay out; a sweep and a comparison train with the
+    numbers as set. Give it where time is what you know."""
     initial: Initial = "constant"
     """Research: Logits that training starts from. `constant`: all are `initial_logit`. `alternate`: its sign
     changes from step to step. `normal`: they are drawn from the standard normal distribution (the released
@@ -97,6 +106,13 @@ class TrainingConfig:
                 f"train.target_speedup is {self.target_speedup} and train.target_cur {self.target_cur}: give "
                 "one of them, and 0 for the other"
             )
+        require(
+            self.speed == "macs" or self.target_speedup > 0,
+            "train.speed",
+            self.speed,
+            "give macs, or the speed in train.target_speedup; for a target of quality or of reuse, the "
+            "evaluation tells the speed in time",
+        )
         if self.targets and not self.target_speedup:
             raise SettingError(
                 f"train.targets is {self.targets} and train.target_speedup {self.target_speedup}: give the "

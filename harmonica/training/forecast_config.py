@@ -27,13 +27,17 @@ class ForecastConfig:
     Lower it if a worker runs out of memory."""
 
     def __post_init__(self) -> None:
-        least = _LEAST * self.rounds
         require(
-            self.trajectories == 0 or self.trajectories >= least,
+            self.trajectories == 0 or self.trajectories >= self.least,
             "train.forecast.trajectories",
             self.trajectories,
-            f"give {least} or more, {_LEAST} for each of train.forecast.rounds, or 0",
+            f"give {self.least} or more, {_LEAST} for each of train.forecast.rounds, or 0",
         )
+
+    @property
+    def least(self) -> int:
+        """Return the fewest trajectories that all rounds take together."""
+        return _LEAST * self.rounds
 
     def is_tried(self, place: int) -> bool:
         """Return whether a trajectory tries solutions, and does not measure.

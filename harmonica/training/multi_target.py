@@ -6,8 +6,7 @@ The routers train after one another, each on the samples that it would see alone
 what a training of its own would have made; what they share is the start, measured once.
 """
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +17,14 @@ from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.samplers import Sampler
 from harmonica.training.backend import TrajectoryBackend
+from harmonica.training.budget import Numbers
 from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
-from harmonica.training.phases import phase_budgets
-from harmonica.training.progress import PhaseBudget
+from harmonica.training.measured_speed import in_macs
+from harmonica.training.phases import budgets_of, target_configs
+from harmonica.training.progress import Progress
+from harmonica.training.time_budget import TimeBudget
+from harmonica.training.timing import reused_share, slowest
 from harmonica.training.trainer import RouterTrainer, average
 
 
@@ -53,11 +56,23 @@ class MultiTargetTrainer:
         self.sampler, self.config, self.device = sampler, config, device
         has_pictures = backend.has_pictures if backend else None
         check_training(config, sampler.model, sampler.num_steps, has_pictures=has_pictures)
+        self._seed, self._backend = seed, backend
+        self._use(config)
+        self.reused_share: float | None = None
+        """The time of a reused step over a computed one's, where the speed is measured, once it is."""
+        self.budget: TimeBudget | None = None
+        """What keeps to `train.budget`, once a full sampling is timed."""
+        self.announcement = ""
+        """What was measured and decided of it, in a line; "" if nothing was."""
+
+    def _use(self, config: TrainingConfig) -> None:
+        """Begin the trainings with these settings, whose speeds are in MACs."""
+        self._used, self._place = config, 0
         self.trainers = [
-            RouterTrainer(sampler, one, seed=seed, device=device, backend=backend)
+            RouterTrainer(self.sampler, one, seed=self._seed, device=self.device, backend=self._backend)
             for one in target_configs(config)
         ]
-        self._place = 0
+        self._count()
 
     @property
     def current(self) -> RouterTrainer:
@@ -90,13 +105,85 @@ class MultiTargetTrainer:
         return self.current.plan
 
     def train_one(self, batch: Any, average: Callable[[Tensor], None] = average) -> dict[str, float]:
-        """Do one trajectory for the current target and return the metrics to log."""
+        """Do one trajectory for the current target and return the metrics to log.
+
+        The first one prepares, if `prepare` was not called.
+        """
+        self.prepare(batch)
+        place = self.progress.place(self.trajectory)
         metrics = self.current.train_one(batch, average)
         if len(self.trainers) > 1:
             metrics["target_speedup"] = self.current.context.target.speedup
         if not self.next_trajectories and self._place + 1 < len(self.trainers):
             self._go_on()
+        if self.budget is not None and self.progress.place(self.trajectory) != place:
+            self._keep_to(self.budget)
         return metrics
+
+    def prepare(self, batch: Any) -> None:
+        """Measure what `train.speed` and `train.budget` need, unless it is measured.
+
+        Args:
+            batch: of this worker, on which samplings are timed.
+
+        Raises:
+            SettingError: the speed or the budget is out of reach; on all workers alike.
+        """
+        backend, said = self.current.context.backend, list[str]()
+        if self.config.speed == "measured" and self.reused_share is None:
+            self._measure_speed(slowest(reused_share(backend, batch, self.config), backend.device))
+            speeds = zip(target_configs(self.config), self.trainers, strict=True)
+            each = ", ".join(
+                f"{one.target_speedup:g}x is {trainer.config.target_speedup:.3g}x in MACs"
+                for one, trainer in speeds
+            )
+            said.append(
+                f"train.speed is measured: a reused step takes {self.reused_share:.1%} of the time of a "
+                f"computed one, so {each}"
+            )
+        if self.config.budget and self.budget is None:
+            budget = TimeBudget(self._used, backend)
+            seconds = budget.plan(batch)
+            self.budget = budget
+            self._set_numbers([budget.numbers] * len(self.trainers))
+            said.append(budget.message(self.progress, seconds))
+        if said:
+            self.announcement = "; ".join(said)
+
+    def _measure_speed(self, share: float) -> None:
+        """Aim at the speeds in MACs that follow from a measured share."""
+        self.reused_share, model, num_steps = share, self.sampler.model, self.sampler.num_steps
+        used = in_macs(self.config, share, model.macs(), num_steps)
+        check_training(used, model, num_steps, has_pictures=True)
+        self._use(used)
+
+    def _keep_to(self, budget: TimeBudget) -> None:
+        """Take fewer trajectories than planned where those would take too long."""
+        done, before = self.trajectory, self.all_trajectories
+        if budget.adapt(self.progress, done):
+            for trainer in self.trainers[self._place :]:
+                trainer.set_numbers(budget.numbers)
+            self._count()
+            self.announcement = (
+                f"train.budget is {self.config.budget:g} minutes and {budget.spent_s / 60:.3g} are over: "
+                f"{self.all_trajectories - done} trajectories follow, not {before - done}"
+            )
+
+    def _set_numbers(self, numbers: Sequence[Numbers]) -> None:
+        for trainer, own in zip(self.trainers, numbers, strict=True):
+            trainer.set_numbers(own)
+        self._count()
+
+    def _count(self) -> None:
+        """Count the trajectories of all phases anew."""
+        backend, num_steps = self.trainers[0].context.backend, self.sampler.num_steps
+        configs = [trainer.config for trainer in self.trainers]
+        self.progress = Progress(budgets_of(configs, num_steps, from_start=backend.from_start))
+
+    @property
+    def all_trajectories(self) -> int:
+        """Return the number of trajectories of all phases and all targets."""
+        return self.progress.trajectories
 
     def _go_on(self) -> None:
         before = self.trainers[: self._place + 1]
@@ -106,11 +193,23 @@ class MultiTargetTrainer:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the states of the trainers that have begun."""
-        return {"members": [trainer.state() for trainer in self.trainers[: self._place + 1]]}
+        state: dict[str, Any] = {"members": [one.state() for one in self.trainers[: self._place + 1]]}
+        if self.reused_share is not None:
+            state["reused_share"] = self.reused_share
+        if self.budget is None:
+            return state
+        numbers = [dict(trainer.numbers) for trainer in self.trainers]
+        return state | {"budget": self.budget.state(), "numbers": numbers}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         self._place = 0
+        if "reused_share" in state:
+            self._measure_speed(state["reused_share"])
+        if "budget" in state:
+            self.budget = TimeBudget(self._used, self.current.context.backend)
+            self.budget.load_state(state["budget"])
+            self._set_numbers(state["numbers"])
         for place, kept in enumerate(state["members"]):
             if place:
                 self._go_on()
@@ -131,31 +230,6 @@ class MultiTargetTrainer:
     def extra_trainers(self) -> dict[float, RouterTrainer]:
         """Return the trainers of the extra speeds."""
         return dict(zip(self.config.extra_targets, self.trainers[1:], strict=True))
-
-
-def target_configs(config: TrainingConfig) -> list[TrainingConfig]:
-    """Return the settings of each target's training, the main one first."""
-    main = dataclasses.replace(config, targets=())
-    return [main] + [config.for_target(target_speedup=target) for target in config.extra_targets]
-
-
-def all_phase_budgets(
-    config: TrainingConfig, num_steps: int, *, from_start: bool = False
-) -> tuple[PhaseBudget, ...]:
-    """Return the budgets of a whole training.
-
-    The start, which is shared, comes first, and then each target's own.
-
-    Args:
-        from_start: every run begins at the first step, as in a pipeline's own loop.
-    """
-    phases: list[PhaseBudget] = []
-    for one in target_configs(config):
-        target = one.target_speedup if config.extra_targets else 0.0
-        own = phase_budgets(one, num_steps, target=target, from_start=from_start)
-        is_measured = any(phase.name == "start" for phase in phases)
-        phases += [phase for phase in own if not is_measured or phase.name != "start"]
-    return tuple(phases)
 
 
 def target_name(target: float) -> str:

@@ -29,10 +29,15 @@ class Phase(ABC):
     """Key of its state in a checkpoint."""
 
     def __init__(self, context: TrainingContext) -> None:
-        self.context, self.config = context, context.config
-        self.trajectories = len(self.costs(context.config, context.sampler.num_steps))
+        self.context = context
+        self.count(context.config)
         self.done = 0
         """Number of its trajectories that are done."""
+
+    def count(self, config: TrainingConfig) -> None:
+        """Take the number of trajectories from these settings, before the first one."""
+        self.config = config
+        self.trajectories = len(self.costs(config, self.context.sampler.num_steps))
 
     @property
     def is_done(self) -> bool:

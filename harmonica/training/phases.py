@@ -7,8 +7,9 @@ What a trajectory costs follows from the settings alone, in full samplings of it
 every branch computed. A reused step counts as nothing, a backward through activations as a forward.
 """
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -198,3 +199,36 @@ def phase_budgets(
         for phase in PHASES
         if (costs := phase.costs(config, num_steps, from_start=from_start))
     )
+
+
+def target_configs(config: TrainingConfig) -> list[TrainingConfig]:
+    """Return the settings of each target's training, the main one first."""
+    main = dataclasses.replace(config, targets=())
+    return [main] + [config.for_target(target_speedup=target) for target in config.extra_targets]
+
+
+def all_phase_budgets(
+    config: TrainingConfig, num_steps: int, *, from_start: bool = False
+) -> tuple[PhaseBudget, ...]:
+    """Return the budgets of a whole training, as `budgets_of` each target's settings.
+
+    Args:
+        from_start: every run begins at the first step, as in a pipeline's own loop.
+    """
+    return budgets_of(target_configs(config), num_steps, from_start=from_start)
+
+
+def budgets_of(
+    configs: Sequence[TrainingConfig], num_steps: int, *, from_start: bool = False
+) -> tuple[PhaseBudget, ...]:
+    """Return the budgets of trainings that follow each other, one for each target.
+
+    The start, which is shared, comes first, and then each target's own.
+    """
+    phases: list[PhaseBudget] = []
+    for one in configs:
+        target = one.target_speedup if len(configs) > 1 else 0.0
+        own = phase_budgets(one, num_steps, target=target, from_start=from_start)
+        is_measured = any(phase.name == "start" for phase in phases)
+        phases += [phase for phase in own if not is_measured or phase.name != "start"]
+    return tuple(phases)

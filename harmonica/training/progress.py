@@ -37,7 +37,7 @@ class PhaseBudget:
     @property
     def message(self) -> str:
         """The phase in words, as in `training the router for 1.5x`."""
-        return _MESSAGES[self.name] + (f" for {self.target:g}x" if self.target else "")
+        return _MESSAGES[self.name] + (f" for {self.target:.4g}x" if self.target else "")
 
 
 class Progress:
@@ -53,6 +53,10 @@ class Progress:
     def trajectories(self) -> int:
         """Number of trajectories of all phases."""
         return self._ends[-1]
+
+    def cost(self, done: int | None = None) -> float:
+        """Return the cost of `done` trajectories, by default all, in full samplings."""
+        return self._spent[-1 if done is None else done]
 
     def place(self, done: int) -> int:
         """Return the number of the phase that goes on after `done` trajectories.

@@ -1,4 +1,4 @@
-"""The phase that learns the start: which whole steps to reuse, from the image's gradients."""
+"""The phase that learns from the image's gradients which whole steps to reuse."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,10 @@ _BACKWARD = 1.2
 
 
 class StartPhase(Phase):
-    """Search for the whole steps whose reuse, with their best forecasts, changes the image least."""
+    """Search for the whole steps whose reuse changes the image least.
+
+    Each set counts with its best forecasts.
+    """
 
     name, state_key = "start", "search"
 
@@ -65,7 +68,10 @@ class StartPhase(Phase):
         self._set_starts()
 
     def _set_starts(self) -> None:
-        """Set the router to the best steps, and keep what other ridges lead to for the choice."""
+        """Set the router to the best steps.
+
+        What other ridges lead to is kept for the choice.
+        """
         context, fixed = self.context, self.context.backend.fixed_steps
         num_steps, macs = context.sampler.num_steps, context.sampler.model.macs()
         speedup = context.target.speedup or speedup_of(self.config.target_cur, macs)

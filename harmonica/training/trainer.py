@@ -18,6 +18,7 @@ from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.samplers import Sampler
 from harmonica.training.backend import TrajectoryBackend
+from harmonica.training.budget import Numbers, numbers_of, with_numbers, with_used_numbers
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
 from harmonica.training.phase import Phase
@@ -82,6 +83,22 @@ class RouterTrainer:
     def plan(self) -> Plan:
         """Return the router's present plan, with linear forecasts."""
         return self.context.plan
+
+    @property
+    def numbers(self) -> Numbers:
+        """Return the numbers of trajectories of the phases, as the settings give them."""
+        return numbers_of(self.config)
+
+    def set_numbers(self, numbers: Numbers) -> None:
+        """Take other numbers of trajectories for the phases that have not begun."""
+        kept = {phase.name for phase in self.phases if phase.done}
+        wanted = {name: count for name, count in numbers.items() if name not in kept}
+        self.config = self.context.config = with_numbers(self.config, wanted)
+        for phase in self.phases:
+            if phase.name not in kept:
+                phase.count(self.config)
+        if self.phase.name not in kept:
+            self.phase.begin()  # again, with its own number
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: tensors and plain values."""
@@ -169,4 +186,8 @@ class RouterTrainer:
         settings = {"seed": self.seed, "final_beta": context.target.beta, **more}
         if context.chosen:
             settings["chosen"] = context.chosen
+        if self.config.speed == "measured":
+            settings["macs_speedup"] = self.config.target_speedup
+        if self.config.budget:  # what was set is not what was done
+            settings = with_used_numbers(settings, self.numbers)
         return settings | {"trajectories": self.trajectory}

@@ -59,8 +59,9 @@ class Trial:
         Raises:
             ValueError: training refuses the target.
         """
-        train = config.train.for_target(**{self.over: self.target})
-        train = dataclasses.replace(train, iepo=self.iepo)
+        # Without what is measured: reports are at fixed trajectories, and targets are in MACs.
+        train = dataclasses.replace(config.train, iepo=self.iepo, budget=0.0, speed="macs")
+        train = train.for_target(**{self.over: self.target})
         return dataclasses.replace(config, train=train, seed=self.seed)
 
 

@@ -65,6 +65,13 @@ class StageRun:
         """Log all metrics of one step in one request."""
         self.log_points([Point(step, int(time.time() * 1000), metrics)])
 
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters, nested by section; one that is logged already must be the same."""
+        from mlflow.entities import Param
+
+        found = [Param(name, value) for name, value in flatten(params).items()]
+        self.client.log_batch(self.mlflow_run_id, params=found)
+
     def log_points(self, points: Sequence[Point]) -> None:
         """Log the metrics of many steps, in as few requests as MLflow's limits allow.
 
@@ -162,8 +169,6 @@ def find_or_create(
         generation: above 1 for a stage that is done again; its run exists beside the earlier one until it
             replaces that.
     """
-    from mlflow.entities import Param
-
     uri = tracking_uri(storage_path)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         database_of(storage_path).parent.mkdir(parents=True, exist_ok=True)
@@ -178,9 +183,9 @@ def find_or_create(
     if parent is not None:
         tags[_PARENT_TAG] = parent.mlflow_run_id
     run = client.create_run(experiment_id, run_name=name, tags=tags)
-    params = [Param(name, value) for name, value in flatten(config).items()]
-    client.log_batch(run.info.run_id, params=params)
-    return StageRun(uri, run.info.run_id)
+    stage_run = StageRun(uri, run.info.run_id)
+    stage_run.log_params(config)
+    return stage_run
 
 
 def _label(stage: str, generation: int) -> str:

@@ -21,6 +21,7 @@ from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.loading import load_model
 from harmonica.samplers import make_sampler
 from harmonica.training.multi_target import MultiTargetTrainer, target_name
+from harmonica.training.progress import Progress
 from harmonica.training.sharding import shard_weights
 
 from ..config.workflow import WorkflowConfig
@@ -47,6 +48,12 @@ class TrainingRun(Protocol):
     @property
     def sampler(self) -> Any: ...
     @property
+    def all_trajectories(self) -> int: ...
+    @property
+    def progress(self) -> Progress: ...
+    @property
+    def announcement(self) -> str: ...
+    @property
     def device(self) -> torch.device | str: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
@@ -56,6 +63,14 @@ class TrainingJob(ABC):
     """A training on one worker."""
 
     run: TrainingRun
+
+    @abstractmethod
+    def prepare(self, shard: Shard) -> None:
+        """Measure what `train.speed` and `train.budget` need, unless it is measured.
+
+        Raises:
+            SettingError: the speed or the budget is out of reach; on all workers alike.
+        """
 
     @abstractmethod
     def trained(self, shard: Shard, times: WorkerTimes, tell: Tell) -> Iterator[dict[str, float]]:
@@ -81,6 +96,9 @@ class BranchedJob(TrainingJob):
     def __init__(self, run: MultiTargetTrainer, spec: SampleSpec) -> None:
         self.run, self.spec = run, spec
 
+    def prepare(self, shard: Shard) -> None:
+        self.run.prepare(self.spec.batch_of(0, shard, self.run.device))
+
     def trained(self, shard: Shard, times: WorkerTimes, tell: Tell) -> Iterator[dict[str, float]]:
         for batch in self._batches(shard, times, tell):
             yield self.run.train_one(batch)
@@ -94,7 +112,10 @@ class BranchedJob(TrainingJob):
         while wanted := run.next_trajectories:  # those of one target after another
             rows = stream_samples(self.spec, shard, first_trajectory=wanted.start, trajectories=len(wanted))
             batches = iter(rows.iter_batches(batch_size=shard.size, prefetch_batches=4, batch_format="numpy"))
+            trainer = run.current
             for _ in wanted:
+                if run.current is not trainer or not run.next_trajectories:
+                    break  # a budget has taken some away since
                 tell(f"rows of trajectory {run.trajectory}")
                 with times.waiting_for_data():
                     batch = self.spec.to_batch(next(batches), run.device)
@@ -108,6 +129,9 @@ class PipelineJob(TrainingJob):
     def __init__(self, run: Any) -> None:
         """Train by a `PipelineTrainer` whose pipeline is recorded."""
         self.trainer = self.run = run
+
+    def prepare(self, shard: Shard) -> None:
+        self.trainer.prepare()
 
     def trained(self, shard: Shard, times: WorkerTimes, tell: Tell) -> Iterator[dict[str, float]]:
         while self.trainer.next_trajectories:
@@ -194,9 +218,9 @@ def build_artifacts(config: WorkflowConfig, storage: RunStorage) -> Routers:
     name = checkpoints.last()
     if name:
         run.load_state(checkpoints.load(name))
-    if run.trajectory < config.train.all_trajectories:
+    if run.trajectory < run.all_trajectories:
         raise RuntimeError(
             f"training of {config.run_id} ended and its last whole checkpoint is of trajectory "
-            f"{run.trajectory} of {config.train.all_trajectories}: run again with the same run id"
+            f"{run.trajectory} of {run.all_trajectories}: run again with the same run id"
         )
     return run.artifact(**provenance(config)), run.extra_artifacts(**provenance(config))

@@ -37,6 +37,8 @@ class RunRecorder:
         self.checkpoints, self.run, self.stage, self.board = checkpoints, run, stage, board
         self.log = MetricLog(stage, pending)
         self._since, self._began = run.trajectory, time.monotonic()
+        self._announced = ""
+        self._announce()
 
     def say_where(self, nodes: list[str]) -> None:
         """Tag the MLflow run with the workers' nodes, so that a slow one is known."""
@@ -50,9 +52,17 @@ class RunRecorder:
     def add(self, metrics: dict[str, float]) -> None:
         """Add a trajectory's metrics to the log, and tell the driver how far the run is."""
         self.log.add(self.run.trajectory, metrics)
-        seconds = time.monotonic() - self._began
-        reached = Reached(self.run.trajectory, self._since, seconds, metrics["loss"], metrics["cur"])
-        self.board.reach.remote(reached)
+        done, seconds = self.run.trajectory, time.monotonic() - self._began
+        progress = self.run.progress
+        left = progress.time_left_message(done, self._since, seconds)
+        self.board.reach.remote(Reached(progress.message(done), left, metrics["loss"], metrics["cur"]))
+        self._announce()
+
+    def _announce(self) -> None:
+        """Tell the driver what was measured and decided of it."""
+        if self.run.announcement != self._announced:
+            self._announced = self.run.announcement
+            self.board.announce.remote(self._announced)
 
     def save(self) -> None:
         """Write a checkpoint, log the metrics that wait, and plot the router."""

@@ -20,8 +20,7 @@ from ray.train.torch import TorchTrainer
 
 from harmonica.data.samples import Shard
 from harmonica.integrations.recorded.kinds import RefusedTransformer
-from harmonica.training.multi_target import all_phase_budgets
-from harmonica.training.progress import Progress
+from harmonica.training.budget import used_numbers
 from harmonica.validation.finite import NotFinite
 from harmonica.validation.settings import SettingError
 
@@ -110,6 +109,8 @@ def _train_to_the_end(
     checkpoints = Checkpoints.of_training(storage)
     is_first = shard.rank == 0
     pending = _resume(run, checkpoints, is_first)
+    tell("what is measured first")
+    training.prepare(shard)
     recorder = RunRecorder(checkpoints, run, job["mlflow"], job["board"], pending) if is_first else None
     nodes = worker_nodes(run.device)
     if recorder is not None:
@@ -117,7 +118,7 @@ def _train_to_the_end(
     times, last_checkpoint = WorkerTimes(), time.monotonic()
     for metrics in training.trained(shard, times, tell):
         times.add(metrics)
-        is_last = run.trajectory == config.train.all_trajectories
+        is_last = run.trajectory == run.all_trajectories
         is_due = time.monotonic() - last_checkpoint > config.train.checkpoint_interval_s
         if is_kept := _agree(is_last or is_due, run.device):
             metrics |= times.gather(shard.rank)
@@ -138,8 +139,8 @@ def _train_to_the_end(
 def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Routers:
     """Train the routers and return them, resuming the run's last checkpoint.
 
-    Training ends at `config.train.all_trajectories`. The router of `train.target_speedup` is first, then come
-    those of `train.targets` by name, as in "1.5x".
+    Training ends at the trajectories that are set, or that `train.budget` allows. The router of
+    `train.target_speedup` is first, then come those of `train.targets` by name, as in "1.5x".
 
     Raises:
         RuntimeError: workers failed more often than `train.max_failures`; says how the last one did.
@@ -173,15 +174,26 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
     )
     kind = "GPU" if settings.use_gpu else "CPU"
     wanted = f"{settings.counts[0]} workers of one {kind} each, {settings.placement_strategy}"
-    num_steps, from_start = config.sampler.num_inference_steps, config.pipeline.enabled
-    progress = Progress(all_phase_budgets(settings, num_steps, from_start=from_start))
     try:
-        run_watched(trainer.fit, board, settings.stall_timeout_s, wanted, progress)
+        run_watched(trainer.fit, board, settings.stall_timeout_s, wanted)
     except WorkerGroupError as error:
         raise RuntimeError(_last_failure(error, settings.max_failures)) from error
     if (stopped := ray.get(board.why_stopped.remote())) is not None:
         raise stopped
-    return build_artifacts(config, storage)
+    routers = build_artifacts(config, storage)
+    if settings.budget:
+        log_numbers(stage, routers)
+    return routers
+
+
+def log_numbers(stage: StageRun, routers: Routers) -> None:
+    """Log the numbers that a budget has chosen for each router, as parameters.
+
+    Their names begin with `used`, as in `used.router_trajectories`; of another speed, as in `used.1.5x`.
+    """
+    main, family = routers
+    used = {name: used_numbers(one.training) for name, one in family.items()}
+    stage.log_params({"used": used_numbers(main.training) | used})
 
 
 def _last_failure(error: WorkerGroupError, max_failures: int) -> str:

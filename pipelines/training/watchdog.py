@@ -11,7 +11,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harmonica.cli.common import say
-from harmonica.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +21,10 @@ _LOOK_EVERY_S, _SAY_EVERY_S = 1.0, 20.0
 class Reached(NamedTuple):
     """The progress of training, as its first worker sees it."""
 
-    trajectory: int
-    since: int
-    """The trajectory that this worker began with: 0, or where it went on."""
-    seconds: float
-    """Since it began with that."""
+    phase: str
+    """The present phase and how much of it is done."""
+    time_left: str
+    """The time left, and what follows."""
     loss: float
     cur: float
 
@@ -41,12 +39,17 @@ class _Board:
         self._said: dict[int, tuple[str, float]] = {}
         self._reached: Reached | None = None
         self._stopped: Exception | None = None
+        self._announced = ""
 
     def tell(self, rank: int, doing: str) -> None:
         self._said[rank] = (doing, time.monotonic())
 
     def reach(self, reached: Reached) -> None:
         self._reached = reached
+
+    def announce(self, line: str) -> None:
+        """Have the driver print a line, once."""
+        self._announced = line
 
     def stop(self, error: Exception) -> None:
         """End training here, since going on or trying again would not help."""
@@ -55,11 +58,11 @@ class _Board:
     def why_stopped(self) -> Exception | None:
         return self._stopped
 
-    def read(self) -> tuple[dict[int, tuple[str, float]], Reached | None]:
-        """Return what each rank does and for how many seconds, and the progress."""
+    def read(self) -> tuple[dict[int, tuple[str, float]], Reached | None, str]:
+        """Return each rank's work and its age, the progress and an announcement."""
         now = time.monotonic()
         said = {rank: (doing, now - since) for rank, (doing, since) in sorted(self._said.items())}
-        return said, self._reached
+        return said, self._reached, self._announced
 
 
 def make_board() -> Any:
@@ -71,9 +74,7 @@ def make_board() -> Any:
     return ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def run_watched(
-    work: Callable[[], Result], board: Any, stall_s: float, wanted: str, progress: Progress
-) -> Result:
+def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: str) -> Result:
     """Return the result of `work()`, given up if workers stand still.
 
     That is when no worker has begun anything new for `stall_s`. The work is done in a thread.
@@ -83,7 +84,6 @@ def run_watched(
 
     Args:
         wanted: what workers need before the first can begin, for the message.
-        progress: turns what the workers reach into messages.
 
     Raises:
         TimeoutError: says what every worker waits for.
@@ -97,12 +97,13 @@ def run_watched(
             done.put((None, error))
 
     threading.Thread(target=run, daemon=True, name="training").start()
-    started, lines = time.monotonic(), _Lines(progress)
+    started, lines = time.monotonic(), _Lines()
     while True:
         try:
             result, error = done.get(timeout=_LOOK_EVERY_S)
         except queue.Empty:
-            said, reached = ray.get(board.read.remote())
+            said, reached, announced = ray.get(board.read.remote())
+            lines.announce(announced)
             lines.show(reached)
             still = min([age for _, age in said.values()], default=time.monotonic() - started)
             if still > stall_s:
@@ -116,23 +117,23 @@ def run_watched(
 class _Lines:
     """Print how far training is: not often, and nothing twice."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self) -> None:
         self._last: Reached | None = None
+        self._announced = ""
         self._at = time.monotonic()
+
+    def announce(self, line: str) -> None:
+        if line != self._announced:
+            self._announced = line
+            say(f"[train] {line}")
 
     def show(self, reached: Reached | None) -> None:
         now = time.monotonic()
         if reached is None or reached == self._last or now - self._at < _SAY_EVERY_S:
             return
         self._last, self._at = reached, now
-        say(_line(reached, self._progress))
-
-
-def _line(reached: Reached, progress: Progress) -> str:
-    done, since, seconds, loss, cur = reached
-    left = progress.time_left_message(done, since, seconds)
-    return f"[train] {progress.message(done)}, loss {loss:.3g}, CUR {cur:.1%}, {left}"
+        phase, left, loss, cur = reached
+        say(f"[train] {phase}, loss {loss:.3g}, CUR {cur:.1%}, {left}")
 
 
 def _stall_message(said: dict[int, tuple[str, float]], still: float, wanted: str) -> str:

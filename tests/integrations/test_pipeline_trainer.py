@@ -19,6 +19,8 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.data.samples import Shard
 from harmonica.pipeline_training.policies import TransformerStep
 from harmonica.pipeline_training.trainer import PipelineTrainer
+from harmonica.training import time_budget
+from harmonica.training.budget import with_numbers
 from harmonica.training.config import TrainingConfig
 from harmonica.training.phases import phase_budgets
 
@@ -149,3 +151,33 @@ def test_costs_count_the_calls_of_the_pipeline(monkeypatch):
     update = (3 * (STEPS - 1) + 1) / STEPS
     assert router.costs[0] == pytest.approx(update + calls.call_count)
     assert rest == list(phase_budgets(CONFIG, STEPS)[2:])
+
+
+def test_a_budget_s_numbers_are_those_of_calls_and_repeat_its_router(monkeypatch):
+    wanted = with_numbers(CONFIG, {"router": 4})
+    phases = phase_budgets(wanted, STEPS, from_start=True)
+    minutes = 1000 * sum(sum(phase.costs) for phase in phases) / 60 / 0.9 + 1
+    config = dataclasses.replace(wanted, trajectories=5, budget=minutes)
+    timed = []
+
+    def sampling_seconds(backend: Any, batch: Any, micro_batch_size: int) -> float:
+        timed.append(whole(backend, batch, 2))
+        return 1000.0
+
+    whole = time_budget.sampling_seconds
+    monkeypatch.setattr(time_budget, "sampling_seconds", sampling_seconds)
+    with make_trainer(config) as trainer:
+        trainer.prepare()
+        assert trainer.backend.fixed_steps == frozenset(), "the same as where nothing was timed"
+        assert "training the router 4, " in trainer.announcement
+        while trainer.next_trajectories:
+            trainer.train_one(alone)
+        ours = trainer.artifact()
+    assert len(timed) == 1 and timed[0] > 0
+    with make_trainer(wanted) as repeated:
+        train(repeated)
+        theirs = repeated.artifact()
+    assert torch.equal(ours.logits_TB, theirs.logits_TB) and torch.equal(
+        ours.forecast_TBK, theirs.forecast_TBK
+    )
+    assert ours.training["router_trajectories"] == 4 and ours.training["start_trajectories"] == 1

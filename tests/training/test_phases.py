@@ -9,8 +9,8 @@ from tiny_dit import write_model
 from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.multi_target import MultiTargetTrainer, all_phase_budgets
-from harmonica.training.phases import phase_budgets
+from harmonica.training.multi_target import MultiTargetTrainer
+from harmonica.training.phases import all_phase_budgets, phase_budgets
 from harmonica.training.presets import fashion
 from harmonica.training.progress import Progress
 

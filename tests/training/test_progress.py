@@ -15,6 +15,17 @@ from pipelines.training.watchdog import Reached, make_board, run_watched
 PROGRESS = Progress([PhaseBudget("start", (10.0, 10.0)), PhaseBudget("router", (1.0,) * 10)])
 
 
+def reached_at(done: int, since: int, seconds: float) -> Reached:
+    return Reached(PROGRESS.message(done), PROGRESS.time_left_message(done, since, seconds), 1.5e-5, 0.402)
+
+
+def test_what_a_worker_announces_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = watchdog._Lines()
+    for line in ("", "train.budget is 3 minutes", "train.budget is 3 minutes", "fewer"):
+        lines.announce(line)
+    assert capsys.readouterr().out.splitlines() == ["[train] train.budget is 3 minutes", "[train] fewer"]
+
+
 def assert_workers_ask_this_cluster() -> None:
     """Whatever else runs on the machine, or was killed: as Ray Train's cleaner of placement groups does."""
 
@@ -36,14 +47,14 @@ def test_standing_still_is_an_error_that_says_at_what(request: pytest.FixtureReq
         r"no training worker has started for \d s: it waits for 9 workers, and the cluster has .* CPU free"
     )
     with pytest.raises(TimeoutError, match=words):
-        run_watched(lambda: time.sleep(60), board, 2, "9 workers", PROGRESS)
+        run_watched(lambda: time.sleep(60), board, 2, "9 workers")
     ray.get([board.tell.remote(1, "rows of trajectory 3"), board.tell.remote(0, "the model")])
     words = r"no progress for 2 s .*: rank 0: the model \(2 s\); rank 1: rows of trajectory 3 \(2 s\)"
     with pytest.raises(TimeoutError, match=words):
-        run_watched(lambda: time.sleep(60), board, 2, "9 workers", PROGRESS)
-    assert run_watched(lambda: 7, board, 60, "", PROGRESS) == 7
+        run_watched(lambda: time.sleep(60), board, 2, "9 workers")
+    assert run_watched(lambda: 7, board, 60, "") == 7
     with pytest.raises(ZeroDivisionError):
-        run_watched(lambda: 1 // 0, board, 60, "", PROGRESS)
+        run_watched(lambda: 1 // 0, board, 60, "")
 
 
 def test_a_line_of_progress_at_intervals(
@@ -51,13 +62,13 @@ def test_a_line_of_progress_at_intervals(
 ) -> None:
     clock = iter([0.0, 5.0, 24.0, 30.0, 50.0, 70.0])
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(clock))
-    lines = watchdog._Lines(PROGRESS)
+    lines = watchdog._Lines()
     for reached in (
         None,
-        Reached(1, 0, 20.0, 1.5e-5, 0.402),
-        Reached(2, 0, 26.0, 1.5e-5, 0.402),  # too soon after the line before
-        Reached(11, 10, 3.0, 1.5e-5, 0.402),  # a worker that goes on from a checkpoint
-        Reached(11, 10, 3.0, 1.5e-5, 0.402),
+        reached_at(1, 0, 20.0),
+        reached_at(2, 0, 26.0),  # too soon after the line before
+        reached_at(11, 10, 3.0),  # a worker that goes on from a checkpoint
+        reached_at(11, 10, 3.0),
     ):
         lines.show(reached)
     assert capsys.readouterr().out.splitlines() == [

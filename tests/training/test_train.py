@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from tiny_dit import write_model, write_overflowing
 from tolerances import of_training
 
 from harmonica.data.samples import make_samples
+from harmonica.training.budget import with_used_numbers
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.trainer import RouterTrainer
 from harmonica.validation.finite import NotFinite
+from harmonica.validation.settings import SettingError
 from pipelines.config.workflow import TrainConfig, WorkflowConfig
 from pipelines.presets import fashion
 from pipelines.run_state.storage import RunStorage
@@ -23,7 +26,7 @@ from pipelines.runtime.ray_runtime import connect
 from pipelines.tracking.mlflow_runs import find_or_create, make_client, tracking_uri
 from pipelines.tracking.worker_times import WorkerTimes
 from pipelines.training.jobs import start_run
-from pipelines.training.stage import train
+from pipelines.training.stage import log_numbers, train
 
 TRAJECTORIES = 4
 
@@ -121,6 +124,21 @@ def test_bad_settings_name_field_value_and_cure(change: dict, message: str) -> N
         TrainConfig(**change)
 
 
+def test_mlflow_keeps_the_numbers_that_a_budget_chose(config: WorkflowConfig) -> None:
+    stage = find_or_create("train", config.run_id, config.storage_path, {"budget": 9.0, "trajectories": 4})
+    numbers = {"start": 1, "router": 7, "choice": 2, "forecast": 12}
+    main, other = (
+        SimpleNamespace(training=with_used_numbers({"forecast": {"probes": 4}}, one))
+        for one in (numbers, numbers | {"router": 5})
+    )
+    for _ in range(2):  # a run whose driver was lost after it
+        log_numbers(stage, (main, {"1.5x": other}))
+    params = make_client(tracking_uri(config.storage_path)).get_run(stage.mlflow_run_id).data.params
+    assert (params["trajectories"], params["used.router_trajectories"]) == ("4", "7")
+    assert params["used.forecast.trajectories"] == "12" and params["used.start_trajectories"] == "1"
+    assert params["used.1.5x.router_trajectories"] == "5"
+
+
 @pytest.mark.cluster
 def test_two_workers_train_the_router_of_one_and_resume(
     config: WorkflowConfig, request: pytest.FixtureRequest, tmp_path: Path
@@ -146,6 +164,11 @@ def test_two_workers_train_the_router_of_one_and_resume(
     assert [point.step for point in curve] == [1, 2, 3, 4, 5, 6, 7, 8], "one point a trajectory, none twice"
     lambdas = client.get_metric_history(stage.mlflow_run_id, "lambda.step_000")
     assert [point.step for point in lambdas] == [1, 3], "lambda is refreshed every iepo_every trajectories"
+
+    # Too short a budget is refused by the workers, who have timed a full sampling, with the settings' error.
+    short = dataclasses.replace(config, run_id="r3", train=dataclasses.replace(config.train, budget=1e-6))
+    with pytest.raises(SettingError, match=r"^train\.budget is 1e-06: the shortest training .* takes"):
+        train(short, RunStorage(config.storage_path, "r3"), stage)
 
     # What is not finite stops all workers at once, and is not tried again.
     broken = dataclasses.replace(config, run_id="r2", model=write_overflowing(tmp_path / "overflowing"))

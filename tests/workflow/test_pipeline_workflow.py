@@ -27,6 +27,9 @@ from harmonica.data.samples import Shard
 from harmonica.evaluation.evaluation_report import CACHED, FULL
 from harmonica.evaluation.image_metrics import psnr
 from harmonica.pipeline_training.sampling import sample_pipeline
+from harmonica.training import time_budget
+from harmonica.training.budget import with_numbers
+from harmonica.training.phases import all_phase_budgets
 from pipelines import workflow
 from pipelines.config.workflow import WorkflowConfig
 from pipelines.data.embed_for_pipeline import PipelinePartWriter
@@ -256,10 +259,19 @@ class _Killed(Exception):
     pass
 
 
+@pytest.mark.parametrize("more", [0, 2])
 def test_a_worker_goes_on_from_its_checkpoint_and_leaves_the_router(
-    config: WorkflowConfig, monkeypatch: pytest.MonkeyPatch
+    config: WorkflowConfig, monkeypatch: pytest.MonkeyPatch, more: int
 ) -> None:
+    """Also where a budget allows `more` trajectories than are set; a full sampling is timed once."""
     reported: list[int] = []
+    wanted = dataclasses.replace(config, train=with_numbers(config.train, {"router": TRAJECTORIES + more}))
+    if more:
+        phases = all_phase_budgets(wanted.train, config.sampler.num_inference_steps, from_start=True)
+        minutes = 1000 * sum(sum(phase.costs) for phase in phases) / 60 / 0.9 + 1
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, budget=minutes))
+        timed = iter([1000.0])
+        monkeypatch.setattr(time_budget, "sampling_seconds", lambda *_: next(timed))
 
     def report(metrics: dict[str, float]) -> None:
         reported.append(int(metrics["trajectory"]))
@@ -279,10 +291,10 @@ def test_a_worker_goes_on_from_its_checkpoint_and_leaves_the_router(
     with pytest.raises(_Killed):
         stage._train_loop(job)
     stage._train_loop(job)
-    assert reported == list(range(1, TRAJECTORIES + 1))
+    assert reported == list(range(1, TRAJECTORIES + more + 1))
     left, family = build_artifacts(config, RunStorage(config.storage_path, config.run_id))
-    assert torch.equal(left.logits_TB, _trained(config).logits_TB) and not family
-    assert left.training["run_id"] == "p1" and left.training["trajectories"] == TRAJECTORIES
+    assert torch.equal(left.logits_TB, _trained(wanted).logits_TB) and not family
+    assert left.training["run_id"] == "p1" and left.training["trajectories"] == TRAJECTORIES + more
 
 
 @pytest.mark.slow

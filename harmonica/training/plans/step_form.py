@@ -76,9 +76,9 @@ class StepForm:
         return {"loss": float(loss)}
 
     def cost(self, steps: Iterable[int], ridge: float | None = None) -> float:
-        """Return the squared change by reuse of these steps, and the penalty of their weights.
+        """Return the squared change by reuse of these steps.
 
-        It is relative to the sum of all single ones. It is infinite where a step has nothing in reach.
+        The penalty of their weights is part of it. It is relative to the sum of all single ones. It is infinite where a step has nothing in reach.
         """
         return self._solve(frozenset(steps), self.ridge if ridge is None else ridge)[0]
 
@@ -104,7 +104,10 @@ class StepForm:
     def _solve(
         self, steps: frozenset[int], ridge: float
     ) -> tuple[float, list[tuple[int, int]], "np.ndarray[Any, Any]"]:
-        """Return the least cost, and the weights of each step and difference that have it."""
+        """Return the least cost, and the weights that have it.
+
+        There is one of each step and difference, under its name.
+        """
         gram_PP = self.gram_PP.numpy()
         first: list[int] = []  # the pairs of the last value that each step has
         pairs: list[tuple[int, int]] = []  # of the newer and the older value of each difference

@@ -1,4 +1,6 @@
-"""Linearise the final latents in the reuse of every step, along one full trajectory.
+"""Linearise the final latents in the reuse of every step.
+
+This takes one full trajectory.
 
 Reusing step i means to merge, in place of what its branches compute, a combination of what they computed at
 earlier steps. With y_i the values that the step adds and coefficients c_d that sum to 1, the hidden state
