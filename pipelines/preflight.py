@@ -151,7 +151,7 @@ def check_comparison(config: WorkflowConfig, model: BranchedTransformer) -> None
     Raises:
         ValueError: names field, value and cure.
     """
-    from .compare.methods import learned_methods, untrained_methods
+    from .compare.methods import learned_methods, untrained_entries, untrained_variant
 
     num_steps = config.sampler.num_inference_steps
     for target in config.compare.targets:
@@ -164,8 +164,9 @@ def check_comparison(config: WorkflowConfig, model: BranchedTransformer) -> None
             f"give at most {num_steps / 1.5:.3g}, since the baseline of fewer steps than sampler."
             f"num_inference_steps ({num_steps}) has to have 2",
         )
-        variants = untrained_methods(config.sampler, model.macs(), target, seeds=1)
-        _check_samplers({variant.name: variant.sampler for _, variant in variants}, "compare.targets", model)
+        macs, entries = model.macs(), untrained_entries(target, seeds=1)
+        variants = [untrained_variant(config.sampler, macs, entry) for entry in entries]
+        _check_samplers({variant.name: variant.sampler for variant in variants}, "compare.targets", model)
 
 
 def _check_samplers(

@@ -23,7 +23,12 @@ from ..config.workflow import TrainConfig
 from ..evaluation.variants import Variant
 from .names import FEWER_STEPS, OURS, PAPER, RELEASED
 
-_RANDOM_SEED = 7
+_RANDOM, _RANDOM_SEED = "random plan", 7
+_EVEN: dict[str, Reuse] = {
+    "fixed intervals (FORA)": "hold",
+    "fixed intervals + linear forecast (TaylorSeer)": "forecast",
+}
+"""What baselines of even steps make of the values they kept."""
 
 
 @dataclass(frozen=True)
@@ -78,28 +83,27 @@ def learned_variant(entry: Entry, artifact: RouterArtifact) -> Variant:
     return Variant(entry.name, artifact.sampler, artifact.plan, artifact.reuse)
 
 
-def untrained_methods(
-    sampler: SamplerConfig, macs: Macs, target: float, seeds: int
-) -> list[tuple[Entry, Variant]]:
-    """Return the baselines that need no training.
+def untrained_entries(target: float, seeds: int) -> list[Entry]:
+    """Return the entries of the baselines that need no training, at a speed.
 
     They are fewer steps of the same sampler, whole steps reused at even intervals (held or forecast), and
     random plans, one for each seed.
     """
-    count = sampler.num_inference_steps
-    even = even_plan(count, macs, target)
-    plans: list[tuple[Entry, Plan, Reuse]] = [
-        (Entry("fixed intervals (FORA)", target), even, "hold"),
-        (Entry("fixed intervals + linear forecast (TaylorSeer)", target), even, "forecast"),
-    ]
-    for seed in range(seeds):
-        scores_TB = _random_scores(count, len(macs.branches), seed)
+    random = [Entry(_RANDOM, target, seed) for seed in range(seeds)]
+    return [Entry(FEWER_STEPS, target), *(Entry(name, target) for name in _EVEN), *random]
+
+
+def untrained_variant(sampler: SamplerConfig, macs: Macs, entry: Entry) -> Variant:
+    """Return the variant of one of `untrained_entries`."""
+    count, target = sampler.num_inference_steps, entry.target
+    if entry.method == FEWER_STEPS:
+        steps = max(1, round(count / target))
+        return Variant(entry.name, dataclasses.replace(sampler, num_inference_steps=steps))
+    if entry.method == _RANDOM:
+        scores_TB = _random_scores(count, len(macs.branches), entry.seed)
         random = Plan.from_scores(scores_TB, threshold_for(scores_TB, macs, target))
-        plans.append((Entry("random plan", target, seed), random, "hold"))
-    steps = max(1, round(count / target))
-    fewer = Entry(FEWER_STEPS, target)
-    variants = [(entry, Variant(entry.name, sampler, plan, reuse)) for entry, plan, reuse in plans]
-    return [(fewer, Variant(fewer.name, dataclasses.replace(sampler, num_inference_steps=steps))), *variants]
+        return Variant(entry.name, sampler, random, "hold")
+    return Variant(entry.name, sampler, even_plan(count, macs, target), _EVEN[entry.method])
 
 
 def _random_scores(num_steps: int, num_branches: int, seed: int) -> Tensor:

@@ -9,7 +9,6 @@ variant. A variant that fails is reported as not measured, and the others still 
 import dataclasses
 import tempfile
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -32,26 +31,25 @@ from ..run_state.routers import load_router
 from ..run_state.storage import RunStorage
 from ..runtime.ray_runtime import plainly, quiet_libraries
 from ..training.jobs import start_run
+from .arms import (
+    About,
+    Method,
+    about_entry,
+    library_method,
+    made_method,
+    made_methods,
+    published_arms,
+    untrained_arms,
+)
 from .measuring import Bench, reason_of
-from .methods import Entry, full_variant, learned_methods, learned_variant, untrained_methods
-from .names import OURS, label_of, shown_name
+from .methods import Entry, full_variant, learned_methods, learned_variant
+from .names import OURS, shown_name
 from .plot import comparison_picture
-from .published import calibrate, calibrated_entries, calibrated_variant, forecast_methods
 from .ranking import leaders, missing_name, ranking_summary
 from .results import Results, compared
-from .third_party_caches import LibraryVariant, library_variants
+from .third_party_caches import library_variants
 
 _SAY_EVERY_S = 20.0
-About = dict[str, Any]
-"""Fields of a variant's point in `comparison.json` that are known before it is measured."""
-
-
-@dataclass(frozen=True)
-class _Method:
-    """A variant, and those fields of its point that are not measured."""
-
-    about: About
-    variant: Variant
 
 
 @plainly()
@@ -64,15 +62,16 @@ def compare_methods(config: WorkflowConfig, storage: RunStorage) -> tuple[dict[s
     config, folder = dataclasses.replace(config, storage_path=storage.root), work_folder("compare", storage)
     spec, macs = ray.get(ray.remote(_model_facts).remote(config))
     methods, missing = _train_learned(config, storage, folder, macs)
-    methods += _untrained(config, macs)
+    arms = untrained_arms(config, macs)
     if config.compare.published:
-        calibrated, not_made = _calibrated(config, storage, folder, macs)
-        methods, missing = methods + calibrated, missing + not_made
+        arms += published_arms(config, storage, folder, macs)
+    made, not_made = made_methods(arms, macs)
+    methods, missing = methods + made, missing + not_made
     references: list[Variant] = [full_variant(config.sampler)]
     if config.compare.libraries and spec.prompts is None and config.sampler.name == "ddim":
         uncached, *cached = library_variants(config.model, config.sampler)
         references.append(uncached)
-        methods += [_of_library(variant) for variant in cached]
+        methods += [library_method(variant) for variant in cached]
     settings = dataclasses.replace(config.evaluate, samples=config.compare.samples)
     results = Results(storage, folder, config.compare.samples)
     with Bench(dataclasses.replace(config, evaluate=settings), spec, references) as bench:
@@ -100,20 +99,20 @@ def _model_facts(config: WorkflowConfig) -> tuple[SampleSpec, Macs]:
 
 
 def _measured(
-    methods: list[_Method], bench: Bench, results: Results
+    methods: list[Method], bench: Bench, results: Results
 ) -> tuple[list[About], float, list[About]]:
     """Return the points, the times' largest spread and the variants not measured."""
     points, missing, spreads, last_said = [], [], [0.0], time.monotonic()
     for place, one in enumerate(methods, start=1):
-        if (result := results.get(one.variant.name)) is None:
-            try:
+        try:
+            if (result := results.get(one.variant.name)) is None:
                 quality, spread = bench.measure(one.variant)
-            except Exception as error:  # many libraries raise their own; the other variants count
-                missing.append(one.about | {"reason": reason_of(error)})
-                say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
-                continue
-            result = {"point": one.about | quality, SECONDS_SPREAD: spread}
-            results.put(one.variant.name, result)
+                result = {"point": one.about | quality, SECONDS_SPREAD: spread}
+                results.put(one.variant.name, result)
+        except Exception as error:  # many libraries raise their own; the other variants count
+            missing.append(one.about | {"reason": reason_of(error)})
+            say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
+            continue
         points.append(point := result["point"])
         spreads.append(result[SECONDS_SPREAD])
         if time.monotonic() - last_said > _SAY_EVERY_S:
@@ -125,7 +124,7 @@ def _measured(
 
 def _train_learned(
     config: WorkflowConfig, storage: RunStorage, folder: str, macs: Macs
-) -> tuple[list[_Method], list[About]]:
+) -> tuple[list[Method], list[About]]:
     """Train a router for each learned method, speed and seed, in parallel.
 
     Args:
@@ -148,19 +147,18 @@ def _train_learned(
     }
     methods, missing = [], []
     for entry in wanted:
-        about, doing = _about(entry), "its training failed"
+        about, doing = about_entry(entry), "its training failed"
         try:
             if entry in running:
                 ray.get(running[entry])
             doing = "its router cannot be read"
             artifact = load_router(storage, places[entry])
+            if entry.method == OURS:
+                about["label"] = artifact.method
+            methods.append(made_method(about, learned_variant(entry, artifact), macs))
         except Exception as error:  # a worker failed or a file is damaged; the other variants count
             missing.append(about | {"reason": f"{doing}: {reason_of(error)}"})
             say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
-            continue
-        if entry.method == OURS:
-            about["label"] = artifact.method
-        methods.append(_method(about, learned_variant(entry, artifact), macs))
     return sorted(methods, key=lambda one: one.about["target_speedup"]), missing
 
 
@@ -174,59 +172,3 @@ def _train_one(config: WorkflowConfig, entry: Entry, train: TrainConfig, place: 
     storage = RunStorage(config.storage_path, config.run_id, patient=True)
     with tempfile.TemporaryDirectory() as folder:
         storage.upload_folder(artifact.save(folder), place)
-
-
-def _untrained(config: WorkflowConfig, macs: Macs) -> list[_Method]:
-    made: list[tuple[Entry, Variant]] = []
-    for target in config.compare.targets:
-        made += untrained_methods(config.sampler, macs, target, config.compare.seeds)
-        if config.compare.published:
-            made += forecast_methods(config.sampler, macs, target)
-    return [_method(_about(entry), variant, macs) for entry, variant in made]
-
-
-def _calibrated(
-    config: WorkflowConfig, storage: RunStorage, folder: str, macs: Macs
-) -> tuple[list[_Method], list[About]]:
-    """Make the plans of the methods that see images first.
-
-    Returns:
-        The methods, and the points of those whose plan could not be made.
-    """
-    entries = [entry for target in config.compare.targets for entry in calibrated_entries(target)]
-    task = ray.remote(num_cpus=1, num_gpus=int(config.evaluate.use_gpu), max_retries=3)(calibrate)
-    running = {
-        entry: task.remote(config, entry, folder)
-        for entry in entries
-        if not storage.exists(f"{folder}/{entry.name}.json")
-    }
-    methods, missing = [], []
-    for entry in entries:
-        about = _about(entry)
-        try:
-            if entry in running:
-                ray.get(running[entry])
-            methods.append(_method(about, calibrated_variant(config, entry, storage, folder), macs))
-        except Exception as error:  # of a worker, of a damaged file; the other variants count
-            missing.append(about | {"reason": f"its plan could not be made: {reason_of(error)}"})
-            say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
-    return methods, missing
-
-
-def _about(entry: Entry) -> About:
-    label = {"label": label_of(entry.method)}
-    return {"method": entry.method, **label, "target_speedup": entry.target, "seed": entry.seed}
-
-
-def _method(about: About, variant: Variant, macs: Macs) -> _Method:
-    known: About = {"num_inference_steps": variant.num_inference_steps, **about}
-    if variant.plan is not None:
-        known["cur"], known["ideal_speedup"] = variant.plan.cur, variant.plan.ideal_speedup(macs)
-    return _Method(known, variant)
-
-
-def _of_library(variant: LibraryVariant) -> _Method:
-    steps: About = {"num_inference_steps": variant.num_inference_steps}
-    return _Method(
-        steps | {"method": variant.library, "label": variant.library, "setting": variant.setting}, variant
-    )

@@ -35,8 +35,9 @@ class CompareConfig:
     """Train what else learns: HarmoniCa in the paper's setting and in the released code's, SDT without IEPO,
     Learning-to-Cache. Off saves most of the time."""
     published: bool = True
-    """Sample by published forecasts and schedules over the same branches: TaylorSeer of orders 2 to 4,
-    HiCache, Spectrum, L2P, TeaCache, MagCache and BudCache. Turn it off for a quick comparison."""
+    """Sample by published forecasts and schedules over the same branches: TaylorSeer of orders 2 to 4 and on
+    its own intervals, HiCache, FoCa, Spectrum, L2P, SpeCa, DBCache, TeaCache, MagCache and BudCache. Turn it
+    off for a quick comparison."""
     libraries: bool = True
     """Sample with the caches of diffusers and, where it is installed, cache-dit; class-conditional models
     only. Off to compare with learned and simple plans alone."""

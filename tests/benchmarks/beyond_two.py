@@ -1,10 +1,12 @@
 """Quality beyond twice the speed: learned steps and forecasts, beside published forecasts.
 
     python -m tests.benchmarks.beyond_two [--steps 50] [--speedups 3 4 5] [--images 48] [--seed 0]
+        [--calibrated] [--no-ours]
 
-Ours is the training of the `fashion` preset without what SDT and IEPO learn: the measured start, then the
-fit. The others have the even steps of the same speed. Each is judged by the PSNR of its
-images to the full ones, of the same noise, which no training saw.
+Ours is the training of the `fashion` preset without what SDT and IEPO learn: the measured start,
+then the fit. Published forecasts have the even steps of the same speed, TaylorSeer also the intervals
+of its authors, and with `--calibrated` come those methods that see 32 other images first. Each is judged by
+the PSNR of its images to the full ones, of the same noise, which no training saw.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
 from harmonica.models.loading import load_model
@@ -23,13 +26,15 @@ from harmonica.samplers import Sampler, make_sampler
 from harmonica.training.plans.builders import even_plan
 from harmonica.training.presets import fashion
 from harmonica.training.trainer import RouterTrainer
-from pipelines.compare.published import forecast_methods
+from pipelines.compare.baselines.schedules import interval_plan
+from pipelines.compare.baselines.taylorseer import taylorseer
+from pipelines.compare.published import CALIBRATED, FORECASTS, interval_name, own_intervals
 from tests.benchmarks.ideas import on_one_worker, rows
 
 FIRST_JUDGED, BATCH = 100_000, 8
 
 
-def images_of(sampler: Sampler, count: int, plan: Plan | None = None, reuse: str = "forecast") -> Tensor:
+def images_of(sampler: Sampler, count: int, plan: Plan | None = None, reuse: Reuse = "forecast") -> Tensor:
     """Those that are judged (N, CHW)."""
     found = []
     for first in range(FIRST_JUDGED, FIRST_JUDGED + count, BATCH):
@@ -54,25 +59,51 @@ def ours(sampler: Sampler, speedup: float, seed: int) -> Iterator[tuple[str, Pla
     yield "learned steps, fitted forecast", plan
 
 
-def measure(num_steps: int, speedup: float, seed: int, count: int) -> dict[str, tuple[float, float]]:
-    """PSNR in dB by arm: the mean, and the mean of the worst tenth."""
-    recipe, fewer = fashion(), round(num_steps / speedup)
+Arms = dict[str, tuple[Plan, Reuse]]
+
+
+def published(sampler: Sampler, speedup: float, seed: int, calibrated: bool) -> Arms:
+    """Those of `pipelines.compare`, by name."""
+    num_steps, macs = sampler.num_steps, sampler.model.macs()
+    even = even_plan(num_steps, macs, speedup)
+    arms: Arms = {
+        "even steps, linear forecast (TaylorSeer)": (even, "forecast"),
+        "even steps, held (FORA)": (even, "hold"),
+    }
+    arms |= {name: (forecast(even), "forecast") for name, forecast in FORECASTS.items()}
+    for interval, order in own_intervals(num_steps, macs, [speedup]):
+        plan = interval_plan(num_steps, len(macs.branches), interval)
+        arms[interval_name(interval, order)] = taylorseer(plan, order), "forecast"
+    if calibrated:
+        batches = [rows(sampler, seed, first, BATCH) for first in range(0, 4 * BATCH, BATCH)]
+        arms |= {name: (make(sampler, batches, speedup), kept) for name, (make, kept) in CALIBRATED.items()}
+    return arms
+
+
+Measured = tuple[float, float, float]
+"""The ideal speed, PSNR in dB, and the mean PSNR of the worst tenth of the images."""
+
+
+def measure(num_steps: int, speedup: float, chosen: argparse.Namespace) -> Iterator[tuple[str, Measured]]:
+    """Each arm, as it is done."""
+    recipe, fewer, count = fashion(), round(num_steps / speedup), chosen.images
     model = load_model(recipe.model).model
     settings = replace(recipe.sampler, num_inference_steps=num_steps)
     sampler, macs = make_sampler(model, settings), model.macs()
     full_NX = images_of(sampler, count)
-    even = even_plan(num_steps, macs, speedup)
-    arms = dict(ours(sampler, speedup, seed)) | {"even steps, linear forecast (TaylorSeer)": even}
-    arms |= {entry.method: variant.plan for entry, variant in forecast_methods(settings, macs, speedup)}
-    made = {name: images_of(sampler, count, plan) for name, plan in arms.items()}
-    made["even steps, held (FORA)"] = images_of(sampler, count, even, "hold")
-    other = make_sampler(model, replace(settings, num_inference_steps=fewer))
-    made[f"{fewer} steps"] = images_of(other, count)
-    found = {}
-    for name, images_NX in made.items():
+
+    def judged(images_NX: Tensor, speed: float) -> Measured:
         psnr_N = 10 * (4 / (images_NX - full_NX).double().square().mean(1)).log10()
-        found[name] = float(psnr_N.mean()), float(psnr_N.sort().values[: max(1, count // 10)].mean())
-    return found
+        worst = psnr_N.sort().values[: max(1, count // 10)]
+        return speed, float(psnr_N.mean()), float(worst.mean())
+
+    if chosen.ours:
+        for name, plan in ours(sampler, speedup, chosen.seed):
+            yield name, judged(images_of(sampler, count, plan), plan.ideal_speedup(macs))
+    other = make_sampler(model, replace(settings, num_inference_steps=fewer))
+    yield f"{fewer} steps", judged(images_of(other, count), num_steps / fewer)
+    for name, (plan, reuse) in published(sampler, speedup, chosen.seed, chosen.calibrated).items():
+        yield name, judged(images_of(sampler, count, plan, reuse), plan.ideal_speedup(macs))
 
 
 def main() -> None:
@@ -82,12 +113,14 @@ def main() -> None:
     parser.add_argument("--speedups", type=float, nargs="+", default=[3.0, 4.0, 5.0])
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--calibrated", action="store_true", help="also methods that see images first")
+    parser.add_argument("--no-ours", dest="ours", action="store_false", help="published methods alone")
     arguments = parser.parse_args()
     for speedup in arguments.speedups:
-        table = Table(f"T = {arguments.steps}, {speedup:g}x", "PSNR, dB", "worst tenth")
-        found = measure(arguments.steps, speedup, arguments.seed, arguments.images)
-        for name, (mean, worst) in found.items():
-            table.add_row(name, f"{mean:.1f}", f"{worst:.1f}")
+        table = Table(f"T = {arguments.steps}, {speedup:g}x", "ideal speed", "PSNR, dB", "worst tenth")
+        for name, (speed, mean, worst) in measure(arguments.steps, speedup, arguments):
+            table.add_row(name, f"{speed:.2f}", f"{mean:.1f}", f"{worst:.1f}")
+            Console().print(f"{name}: {speed:.2f}x {mean:.1f} dB, worst {worst:.1f}", highlight=False)
         Console().print(table)
 
 

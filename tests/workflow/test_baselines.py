@@ -13,10 +13,11 @@ from harmonica.core.sampling import sample
 from harmonica.core.trajectory import planned_step
 from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
-from harmonica.samplers import Ddim
+from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.training.plans.builders import even_steps, steps_for, stepwise_plan
 from harmonica.training.plans.forecast_sketch import linear_weights
 from pipelines.compare.baselines.budcache import budcache
+from pipelines.compare.baselines.foca import calibrated, foca
 from pipelines.compare.baselines.forecast_tables import difference_weights, with_forecasts
 from pipelines.compare.baselines.hicache import hermite, hicache, scaled_hermite
 from pipelines.compare.baselines.l2p import l2p
@@ -29,6 +30,7 @@ from pipelines.compare.baselines.schedules import (
 )
 from pipelines.compare.baselines.spectrum import regression, spectrum
 from pipelines.compare.baselines.taylorseer import divided_differences, taylorseer
+from pipelines.compare.published import interval_name, interval_variant, own_intervals
 
 PLAN = interval_plan(20, 2, 3)
 
@@ -52,6 +54,22 @@ def test_coefficients_of_values_are_weights_of_differences() -> None:
 def test_an_interval_computes_the_first_steps_and_then_one_in_n() -> None:
     computed = [i for i in reversed(range(20)) if PLAN.compute[i][0]]
     assert computed == [19, 18, 17, 14, 11, 8, 5, 2]
+
+
+@pytest.mark.parametrize(("interval", "speed"), [(3, 2.77), (4, 3.57)])
+def test_taylorseers_own_schedule_has_the_authors_speed(interval: int, speed: float) -> None:
+    """Of DDIM-50 in FLOPs, by their TaylorSeer-DiT.md; all but embedding and head is in branches."""
+    plan = interval_plan(50, 2, interval)
+    assert plan.ideal_speedup(Macs(branches=(1, 2), rest=0)) == pytest.approx(speed, abs=0.01)
+
+
+def test_own_intervals_are_those_near_a_speed() -> None:
+    macs = Macs(branches=(30, 60) * 6, rest=12)
+    assert own_intervals(50, macs, [1.2]) == []
+    assert own_intervals(50, macs, [1.2, 1.8, 2.0, 3.0]) == [(2, 1), (2, 2), (3, 1), (3, 2)]
+    variant = interval_variant(SamplerConfig(num_inference_steps=20), macs, 3, 2)
+    assert variant.name == interval_name(3, 2) == "TaylorSeer, interval 3, order 2"
+    assert variant.plan == taylorseer(interval_plan(20, 12, 3), 2) and variant.reuse == "forecast"
 
 
 def test_taylorseer_of_first_order_is_the_linear_forecast() -> None:
@@ -93,6 +111,47 @@ def test_spectrum_predicts_a_constant_always_and_a_polynomial_without_ridge() ->
     polynomial = lambda i: 1 + 0.2 * i - 0.03 * i**2 + 0.001 * i**3  # noqa: E731
     assert np.dot(found, [polynomial(i) for i in computed]) == pytest.approx(polynomial(3), rel=1e-5)
     assert sum(found) == pytest.approx(1)
+
+
+def by_foca(values: list[float], plan: Plan) -> list[float]:
+    """Equations 7 and 8 of FoCa, step by step: each step's value, computed or forecast, step T-1 first."""
+    found: list[float] = []
+    anchors: list[int] = []
+    for i in reversed(range(plan.num_steps)):
+        if plan.compute[i][0]:
+            anchors.append(i)
+            found.append(values[i])
+            continue
+        last, before = anchors[-1], anchors[-2]
+        reliable = (values[last] - values[before]) / (before - last)
+        now, earlier = found[-1], found[-2]
+        predicted = 4 / 3 * now - 1 / 3 * earlier + 2 / 3 * (now - earlier)
+        found.append(now + 1 / 2 * (reliable + (predicted - now)))
+    return found
+
+
+@pytest.mark.parametrize("interval", [2, 3, 5])
+def test_foca_is_its_equations(interval: int) -> None:
+    plan, values = interval_plan(20, 2, interval), [math.sin(0.3 * i) for i in range(20)]
+    expected = by_foca(values, plan)
+    made = foca(plan, values=20)
+    for i in range(17):
+        if not plan.compute[i][0]:
+            assert forecast(made, values, i) == pytest.approx(expected[19 - i], rel=1e-5, abs=1e-6)
+
+
+def test_foca_continues_a_line_whatever_it_keeps() -> None:
+    line = [3.0 - 0.5 * i for i in range(20)]
+    for values in (2, 3, 6):
+        assert forecast(foca(PLAN, values), line, 3) == pytest.approx(line[3])
+        assert forecast(foca(PLAN, values), line, 0) == pytest.approx(line[0])
+    assert sum(calibrated(2, [5, 6, 9, 13, 15])) == pytest.approx(1)
+
+
+def test_foca_has_the_numbers_of_cache_dits_test() -> None:
+    """Its `test_foca_state_bdf2_quadratic`: x^2 computed at 0 and 1 is forecast as 2 and 3."""
+    newest_first = [1.0, 0.0]
+    assert [np.dot(calibrated(1 - x, [0, 1]), newest_first) for x in (2, 3)] == pytest.approx([2, 3])
 
 
 def test_a_longer_memory_than_there_is_changes_nothing() -> None:

@@ -24,7 +24,7 @@ from harmonica.samplers import SamplerConfig
 from harmonica.validation.finite import NotFinite
 from pipelines import workflow
 from pipelines.compare.measuring import VariantWorker, reason_of
-from pipelines.compare.methods import learned_methods, untrained_methods
+from pipelines.compare.methods import learned_methods, untrained_entries, untrained_variant
 from pipelines.compare.names import OURS, OURS_LABEL, PAPER, shown_name
 from pipelines.compare.plot import comparison_picture, line
 from pipelines.compare.ranking import leaders, ranking_summary
@@ -243,12 +243,13 @@ def test_all_learners_take_as_many_trajectories_and_aim_at_the_speed() -> None:
 
 
 def test_plans_that_nobody_learns_meet_the_speed() -> None:
-    variants = untrained_methods(SamplerConfig(num_inference_steps=20), MACS, 1.6, seeds=2)
-    assert variants[0][1].num_inference_steps == 12
-    for entry, variant in variants[1:]:
+    sampler = SamplerConfig(num_inference_steps=20)
+    variants = [untrained_variant(sampler, MACS, entry) for entry in untrained_entries(1.6, seeds=2)]
+    assert variants[0].num_inference_steps == 12
+    for variant in variants[1:]:
         assert variant.plan is not None
-        assert abs(variant.plan.ideal_speedup(MACS) / 1.6 - 1) < 0.02, entry
-    names = [variant.name for _, variant in variants]
+        assert abs(variant.plan.ideal_speedup(MACS) / 1.6 - 1) < 0.02, variant.name
+    names = [variant.name for variant in variants]
     assert len(set(names)) == len(names)
 
 
@@ -316,10 +317,11 @@ def test_a_small_comparison_with_a_variant_that_fails_and_its_resumes(
     assert all(0 < point["psnr_to_full"] <= 100 for point in first["points"])
     planned = [point for point in first["points"] if "ideal_speedup" in point]
     # Schedules of whole steps are as fast as asked or faster.
-    schedules = [p for p in planned if p["method"].startswith(("BudCache", "TeaCache", "MagCache"))]
-    assert len(schedules) == 3 and all(p["ideal_speedup"] > 1.28 for p in schedules)
+    kinds = ("BudCache", "TeaCache", "MagCache", "DBCache", "SpeCa")
+    schedules = [p for p in planned if p["method"].startswith(kinds)]
+    assert len(schedules) == 6 and all(p["ideal_speedup"] > 1.28 for p in schedules)
     made_for = [point for point in planned if point not in schedules]
-    assert len(made_for) == 8 + 6 and all(abs(p["ideal_speedup"] / 1.3 - 1) < 0.02 for p in made_for)
+    assert len(made_for) == 8 + 7 and all(abs(p["ideal_speedup"] / 1.3 - 1) < 0.02 for p in made_for)
     assert (folder / "comparison.png").stat().st_size > 1000
     assert [said["target_speedup"] for said in first["speeds"]] == [1.3]
     reasons = {one["reason"] for one in first["not_measured"]}

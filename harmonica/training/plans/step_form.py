@@ -78,7 +78,8 @@ class StepForm:
     def cost(self, steps: Iterable[int], ridge: float | None = None) -> float:
         """Return the squared change by reuse of these steps.
 
-        The penalty of their weights is part of it. It is relative to the sum of all single ones. It is infinite where a step has nothing in reach.
+        The penalty of their weights is part of it. It is relative to the sum of all single ones, and infinite
+        where a step has nothing in reach.
         """
         return self._solve(frozenset(steps), self.ridge if ridge is None else ridge)[0]
 

@@ -6,7 +6,8 @@ MagCache looks at the blocks' residual and TeaCache estimates the output's chang
 are of the model's guided output itself, which neither has to guess.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -15,9 +16,15 @@ from torch import Tensor
 from harmonica.core.plan import Plan
 from harmonica.core.trajectory import Trajectory
 from harmonica.data.batch import Batch
-from harmonica.models.base import Macs
+from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.samplers import Sampler
-from harmonica.training.plans.builders import steps_for, stepwise_plan
+from harmonica.training.plans.builders import stepwise_plan
+
+INTERVALS = range(2, 7)
+"""Intervals of TaylorSeer's experiments."""
+_NEAR = 0.985
+"""Fraction of a speed at which a plan counts as reaching it, since whole steps meet few speeds exactly."""
+_THRESHOLDS, _TRIALS = (1e-4, 10.0), 10
 
 
 def interval_plan(num_steps: int, num_branches: int, interval: int, first: int = 3) -> Plan:
@@ -51,12 +58,55 @@ def thresholded_steps(changes: Sequence[float], threshold: float, longest: int) 
 
 def threshold_plan(changes: Sequence[float], macs: Macs, speedup: float, longest: int = 4) -> Plan:
     """Return the plan of the smallest threshold with which a speed is reached."""
-    count, _ = steps_for(len(changes), macs, speedup)
-    for threshold in sorted(np.cumsum(sorted(changes[1:])).tolist() + list(changes[1:])):
+    thresholds = sorted(np.cumsum(sorted(changes[1:])).tolist() + list(changes[1:]))
+
+    def plan_of(threshold: float) -> Plan:
         reused = thresholded_steps(changes, threshold * (1 + 1e-9), longest)
-        if len(reused) >= count:
+        return stepwise_plan(len(changes), len(macs.branches), reused)
+
+    return first_fast_enough(map(plan_of, thresholds), macs, speedup)
+
+
+def first_fast_enough(plans: Iterable[Plan], macs: Macs, speedup: float) -> Plan:
+    """Return the first of the plans that reaches a speed; the last one if none does.
+
+    Args:
+        plans: from slow to fast, one or more.
+    """
+    for plan in plans:
+        if is_fast_enough(plan, macs, speedup):
             break
-    return stepwise_plan(len(changes), len(macs.branches), reused)
+    return plan
+
+
+def bisected(plan_of: Callable[[float], Plan], macs: Macs, speedup: float) -> Plan:
+    """Return the plan of the smallest threshold found with which a speed is reached.
+
+    For thresholds whose plans each take a trajectory; if none is fast enough, the highest one's is returned.
+    """
+    low, high = _THRESHOLDS
+    best = plan_of(high)
+    for _ in range(_TRIALS):
+        middle = (low * high) ** 0.5
+        plan = plan_of(middle)
+        if is_fast_enough(plan, macs, speedup):
+            best, high = plan, middle
+        else:
+            low = middle
+    return best
+
+
+def is_fast_enough(plan: Plan, macs: Macs, speedup: float) -> bool:
+    """Return whether a plan reaches a speed, up to 1.5%."""
+    return plan.ideal_speedup(macs) >= _NEAR * speedup
+
+
+def branches_of_blocks(model: BranchedTransformer) -> list[int]:
+    """Return the number of branches of each block, in order.
+
+    A block's branches have names that end with its number.
+    """
+    return [len(list(each)) for _, each in groupby(model.branches, lambda one: one.name.split()[-1])]
 
 
 @torch.no_grad()
