@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from router_only import ROUTER_ONLY
 from tiny_dit import write_model, write_overflowing
@@ -19,7 +18,6 @@ from harmonica.validation.finite import NotFinite
 from pipelines.config.workflow import TrainConfig, WorkflowConfig
 from pipelines.presets import fashion
 from pipelines.run_state.storage import RunStorage
-from pipelines.runtime.ray_runtime import connect
 from pipelines.tracking.mlflow_runs import find_or_create, make_client, tracking_uri
 from pipelines.tracking.worker_times import WorkerTimes
 from pipelines.training.jobs import start_run
@@ -123,10 +121,8 @@ def test_bad_settings_name_field_value_and_cure(change: dict, message: str) -> N
 
 @pytest.mark.cluster
 def test_two_workers_train_the_router_of_one_and_resume(
-    config: WorkflowConfig, request: pytest.FixtureRequest, tmp_path: Path
+    config: WorkflowConfig, private_cluster: None, tmp_path: Path
 ) -> None:
-    connect()
-    request.addfinalizer(ray.shutdown)
     storage = RunStorage(config.storage_path, config.run_id)
     stage = find_or_create("train", config.run_id, config.storage_path, {})
     half = dataclasses.replace(config, train=dataclasses.replace(config.train, trajectories=2))
