@@ -78,9 +78,37 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker("numeric")
 
 
+def _shares_a_cluster(item: pytest.Item | None) -> bool:
+    return "private_cluster" in getattr(item, "fixturenames", ())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with Ray clusters come first, since they take longest one after another."""
-    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+    """Tests with Ray clusters come first, since they take longest one after another.
+
+    Those that share one follow each other.
+    """
+    items.sort(key=lambda item: (item.get_closest_marker("cluster") is None, not _shares_a_cluster(item)))
+
+
+@pytest.fixture(scope="module")
+def private_cluster() -> None:
+    """A private Ray cluster, which goes on for the next file that uses this: a start takes 9 s of a core."""
+    from pipelines.runtime.ray_runtime import connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        connect()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """End the shared cluster before the first test that does not use it."""
+    yield
+    if _shares_a_cluster(item) and not _shares_a_cluster(nextitem):
+        import ray
+
+        ray.shutdown()
 
 
 @functools.cache

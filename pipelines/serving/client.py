@@ -16,7 +16,7 @@ _GENERATE_TIMEOUT_S = 600.0
 def first_image(url: str, prompt: str, seed: int, *, api_keys_file: str = "") -> dict[str, Any]:
     """Ask a running endpoint for one image, and return the decoded answer.
 
-    It waits while the endpoint starts or is busy.
+    It asks again while the endpoint starts or is busy, and if the body did not arrive (408).
 
     Args:
         api_keys_file: the endpoint's own `serve.api_keys_file`; its first key is used.
@@ -38,7 +38,7 @@ def first_image(url: str, prompt: str, seed: int, *, api_keys_file: str = "") ->
                 answered: dict[str, Any] = answer.json()
                 return answered
             reason = answer.text
-            if answer.status_code not in (404, 503):
+            if answer.status_code not in (404, 408, 503):
                 break
         time.sleep(0.5)
     raise RuntimeError(f"{url} gave no image of {prompt!r}: {reason}")

@@ -3,6 +3,10 @@
 Serve answers such a request with 500, or not at all. Generating has no side effects, so repeating is safe
 until a part of an answer has been sent. The proxy's own errors are answered in the shape of OpenAI's, and an
 invalid X-Request-Id is replaced, since Serve would echo it.
+
+Serve also repeats by itself: a replica that is lost before its acceptance has arrived is replaced by another.
+The body however is handed out once, to whichever replica calls the proxy for it first, and is lost with that
+one (`HTTPProxy.receive_asgi_messages`). Small bodies therefore travel in the request's scope as well.
 """
 
 import asyncio
@@ -16,8 +20,12 @@ from .request_ids import HEADER, with_request_id
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Environment variable in which Serve's proxies look for the name of `middlewares`."""
+BODY_EXTENSION = "harmonica.body"
+"""The extension of a scope that holds the whole body, in bytes, of a request that came through here."""
 _ATTEMPTS = 4
 _PAUSE_S = 0.25
+_BODY_S = 1.0
+"""How long a body is waited for before its request is passed on; what is slower is passed on as it comes."""
 _MAX_BODY_BYTES = 256 * 1024
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -29,6 +37,13 @@ def _is_proxy_s_own(start: Message) -> bool:
     """Return whether the proxy answers, not the application, which answers in JSON."""
     kind = dict(start.get("headers", ())).get(b"content-type", b"")
     return start["status"] in (500, 503) and kind.startswith(b"text/plain")
+
+
+def _is_small(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Return whether the headers declare a body that can be kept, or none at all."""
+    named = dict(headers)
+    size = named.get(b"content-length", b"0")
+    return b"transfer-encoding" not in named and size.isdigit() and int(size) <= _MAX_BODY_BYTES
 
 
 class _Repeatable:
@@ -45,6 +60,22 @@ class _Repeatable:
     def is_kept(self) -> bool:
         """Return whether the request can be sent again."""
         return self._size <= _MAX_BODY_BYTES
+
+    async def whole(self, timeout_s: float) -> bytes | None:
+        """Return the body, or None if it has not come in time.
+
+        Attempts get what has come by then. It is called before them, for a body that is small.
+        """
+        receive, body = self.again(), bytearray()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (message := await receive())["type"] == "http.request":
+                    body += message.get("body", b"")
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            pass
+        return None
 
     def again(self) -> Receive:
         """Return the `receive` of one more attempt."""
@@ -80,6 +111,10 @@ class RetryLost:
             return
         headers, request_id = with_request_id(scope["headers"])
         scope, request = {**scope, "headers": headers}, _Repeatable(receive)
+        if _is_small(headers) and (body := await request.whole(_BODY_S)) is not None:
+            scope["extensions"] = {**(scope.get("extensions") or {}), BODY_EXTENSION: body}
+        if request.has_gone:
+            return
         for left in reversed(range(_ATTEMPTS)):
             refused = await self._ask(scope, request, send)
             if refused is None:

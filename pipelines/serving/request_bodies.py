@@ -12,6 +12,7 @@ from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .http_errors import ApiError
+from .proxy import BODY_EXTENSION
 
 _CLOSE = {"connection": "close"}
 """Headers of an answer after which the rest of the body is not read."""
@@ -20,7 +21,8 @@ _CLOSE = {"connection": "close"}
 class ReadBody:
     """ASGI middleware reads the body before it calls the application.
 
-    It answers 413 if the body is too large, and 408 if it is not complete in time.
+    It answers 413 if the body is too large, and 408 if it is not complete in time. A body that the proxy's
+    middleware has sent along (`pipelines.serving.proxy`) is there at once.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class ReadBody:
             return
         try:
             async with asyncio.timeout(self._timeout_s):
-                body = await self._read(receive, self._limit(scope["path"]))
+                body = await self._read(_sent_along(scope) or receive, self._limit(scope["path"]))
         except TimeoutError:
             text = f"the body was not whole after {self._timeout_s:g} s: send the request again"
             error = ApiError(408, text, None, "request_timeout", _CLOSE)
@@ -59,7 +61,11 @@ class ReadBody:
         pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
-            return pending.pop() if pending else await receive()
+            if pending:
+                return pending.pop()
+            while (message := await receive())["type"] == "http.request":
+                pass  # the body again, which was sent along
+            return message
 
         await self._app(scope, replay, send)
 
@@ -75,6 +81,18 @@ class ReadBody:
                 raise ApiError(413, text, None, "request_too_large", _CLOSE)
             if not message.get("more_body", False):
                 return bytes(body)
+
+
+def _sent_along(scope: Scope) -> Receive | None:
+    """Return a `receive` for the body that the scope holds, or None."""
+    body = (scope.get("extensions") or {}).get(BODY_EXTENSION)
+    if body is None:
+        return None
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
 
 
 class _StrictRequest(Request):

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import tiny_text
 import torch
 from tiny_dit import SHAPE, write_model
@@ -26,7 +25,6 @@ from pipelines.config.workflow import EvaluateConfig, WorkflowConfig
 from pipelines.evaluation.metric_networks import check_metric_settings, feature_kind
 from pipelines.evaluation.quality import NOISE_FLOOR, VariantSampler, evaluate_images
 from pipelines.evaluation.variants import Variant
-from pipelines.runtime.ray_runtime import connect
 
 SAMPLER = SamplerConfig(num_inference_steps=3)
 SPEC = SampleSpec(seed=5, num_classes=10, shape=(1, 28, 28))
@@ -190,9 +188,7 @@ def test_pictures_are_held_against_their_prompts(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.cluster
-def test_the_number_of_workers_does_not_change_the_report(request: pytest.FixtureRequest) -> None:
-    connect()
-    request.addfinalizer(ray.shutdown)
+def test_the_number_of_workers_does_not_change_the_report(private_cluster: None) -> None:
     plain = evaluate_images(workflow(), SPEC, variants())
     workers = evaluate_images(workflow(num_actors=2), SPEC, variants())
     assert workers == plain, "bit for bit"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from harmonica.evaluation import fashion_mnist
@@ -79,7 +78,7 @@ def test_ranks_share_a_global_batch_that_depends_on_seed_and_step_alone() -> Non
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_pretraining_resumes_and_exports(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_pretraining_resumes_and_exports(tmp_path: Path, private_cluster: None) -> None:
     if not fashion_mnist.DEFAULT_FOLDER.exists():
         pytest.skip("wants Fashion-MNIST: install Debian's package dataset-fashion-mnist")
     config = DiTPretrainConfig(
@@ -91,7 +90,6 @@ def test_pretraining_resumes_and_exports(tmp_path: Path, request: pytest.Fixture
         checkpoint_interval_s=0.0,
         export=str(tmp_path / "model"),
     )
-    request.addfinalizer(ray.shutdown)
     run(config, LabelTask)
     run(dataclasses.replace(config, steps=5), LabelTask)
     loaded = load_model(ModelConfig(path=str(export(config))))

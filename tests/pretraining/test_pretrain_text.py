@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 pytest.importorskip("transformers", reason="wants transformers: the text encoder is a T5")
@@ -256,7 +255,7 @@ def test_the_builtin_model_is_small_and_paints_what_it_is_told():
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_pretraining_resumes_and_exports(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_pretraining_resumes_and_exports(tmp_path: Path, private_cluster: None) -> None:
     if not fashion_mnist.DEFAULT_FOLDER.exists():
         pytest.skip("wants Fashion-MNIST: install Debian's package dataset-fashion-mnist")
     config = TextPretrainConfig(
@@ -267,7 +266,6 @@ def test_pretraining_resumes_and_exports(tmp_path: Path, request: pytest.Fixture
         checkpoint_interval_s=0.0,
         export=str(tmp_path / "model"),
     )
-    request.addfinalizer(ray.shutdown)
     run(config, CaptionTask)
     run(dataclasses.replace(config, steps=3), CaptionTask)
     folder = export(config)

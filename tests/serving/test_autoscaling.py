@@ -5,14 +5,12 @@ from collections import Counter
 
 import httpx
 import pytest
-import ray
 from cluster_runs import until
 from processes import free_port
 from ray import serve as ray_serve
 from tiny_dit import make_artifact, write_model
 
 from pipelines.config.serve import ServeConfig
-from pipelines.runtime.ray_runtime import connect
 from pipelines.serving import lifecycle
 from pipelines.serving.application import make_application
 from pipelines.serving.serve_args import ServeArgs
@@ -45,7 +43,7 @@ def running():
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_one_replica_two_and_one_again(tmp_path, monkeypatch):
+def test_one_replica_two_and_one_again(private_cluster, tmp_path, monkeypatch):
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     model = write_model(tmp_path / "model")
@@ -69,7 +67,6 @@ def test_one_replica_two_and_one_again(tmp_path, monkeypatch):
                 statuses[answer.status_code] += 1
                 pictures.add(answer.json()["data"][0]["b64_json"])
 
-    connect()
     try:
         url = lifecycle.deploy(config, model, registered_model="tiny", router=str(router))
         assert running() == 1
@@ -88,4 +85,3 @@ def test_one_replica_two_and_one_again(tmp_path, monkeypatch):
         assert statuses.keys() == {200} and len(pictures) == 1
     finally:
         lifecycle.shutdown()
-        ray.shutdown()

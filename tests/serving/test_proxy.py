@@ -2,14 +2,22 @@
 
 import asyncio
 import json
+import pickle
 
 import httpx
 import pytest
-from ray.serve._private.http_util import validate_http_proxy_callback_return
+from ray.serve._private.http_util import (
+    ASGIReceiveProxy,
+    MessageQueue,
+    validate_http_proxy_callback_return,
+)
+from ray.serve._private.proxy import HTTPProxy
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from pipelines.serving import proxy
 from pipelines.serving.proxy import RetryLost, middlewares
+from pipelines.serving.request_bodies import ReadBody
 
 
 class Replicas:
@@ -134,6 +142,81 @@ def test_what_comes_slowly_is_passed_on_as_it_comes():
         yield b"rest"
 
     assert ask(answer_early, halves()).status_code == 408
+
+
+async def echo(scope, receive, send):
+    await PlainTextResponse(await Request(scope, receive).body())(scope, receive, send)
+    assert (await receive())["type"] == "http.disconnect", "the body comes once"
+
+
+async def lost_before_it_accepted(scope, receive, send):
+    """Serve's proxy, whose first replica took the body and died, so that it asks a second one by itself."""
+    queue = MessageQueue()
+    passing = asyncio.create_task(HTTPProxy.proxy_asgi_receive(None, receive, queue))
+    await queue.wait_for_message()
+    queue.get_messages_nowait()  # with the first replica
+
+    async def fetch(_):
+        await queue.wait_for_message()
+        return pickle.dumps(queue.get_messages_nowait())
+
+    second = ASGIReceiveProxy(scope, None, fetch)
+    fetching = asyncio.create_task(second.fetch_until_disconnect())
+    await ReadBody(echo, max_bytes=100, timeout_s=0.5)(pickle.loads(pickle.dumps(scope)), second, send)
+    passing.cancel()
+    fetching.cancel()
+
+
+def ask_once(app, headers, *parts):
+    """Status and body of the answer to a client that sends these parts and goes once it is answered."""
+    waiting = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    waiting[-1]["more_body"] = False
+    answered, has_answer = [], asyncio.Event()
+
+    async def receive():
+        if not waiting:
+            await has_answer.wait()
+            return {"type": "http.disconnect"}
+        if len(waiting) < len(parts):
+            await asyncio.sleep(0.1)
+        return waiting.pop(0)
+
+    async def send(message):
+        answered.append(message)
+        if message["type"] == "http.response.body":
+            has_answer.set()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1", "headers": headers}
+    asyncio.run(app(scope, receive, send))
+    return answered[0]["status"], answered[1]["body"]
+
+
+@pytest.mark.parametrize("body", [b'{"seed": 1}', b""])
+def test_a_body_that_a_lost_replica_took_reaches_the_one_that_serve_asks_instead(body):
+    headers = [(b"content-length", str(len(body)).encode())] if body else []
+    assert ask_once(RetryLost(lost_before_it_accepted), headers, body) == (200, body)
+
+
+def test_a_body_that_is_not_sent_along_is_missed_within_the_time_for_reading():
+    """Of more than 256 KiB, or without a declared size: the client reads 408, and may send it again."""
+    for headers in ([(b"transfer-encoding", b"chunked")], [(b"content-length", b"300000")]):
+        status, body = ask_once(RetryLost(lost_before_it_accepted), headers, b"x")
+        assert status == 408 and b"send the request again" in body
+
+
+def test_what_is_sent_along_is_bounded_as_any_body_is():
+    status, body = ask_once(RetryLost(lost_before_it_accepted), [(b"content-length", b"101")], b"x" * 101)
+    assert status == 413 and b"more than 100 bytes" in body
+
+
+def test_a_declared_body_that_does_not_come_in_time_is_passed_on_as_it_comes(monkeypatch):
+    monkeypatch.setattr(proxy, "_BODY_S", 0.01)
+
+    async def whole(scope, receive, send):
+        assert "extensions" not in scope
+        await echo(scope, receive, send)
+
+    assert ask_once(RetryLost(whole), [(b"content-length", b"4")], b"ha", b"lf") == (200, b"half")
 
 
 class Named:

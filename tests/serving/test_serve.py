@@ -14,11 +14,11 @@ import openai
 import pytest
 import ray
 from PIL import Image
+from serving_end import end_serving
 from tiny_dit import SHAPE, make_artifact, write_model
 
 from harmonica.validation.settings import SettingError
 from pipelines.config.serve import ServeConfig
-from pipelines.runtime.ray_runtime import connect
 from pipelines.serving import lifecycle
 from pipelines.serving.client import first_image
 from pipelines.serving.serve_args import ServeArgs
@@ -61,15 +61,13 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def url(folders, model, config):
+def url(folders, model, config, private_cluster):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         uri = register(folders, model, "first", seed=1)
-        connect()
         yield lifecycle.deploy(config, model, registered_model=NAME, tracking_uri=uri, follow_s=1)
-        lifecycle.shutdown()
-        ray.shutdown()
+        end_serving()
 
 
 @pytest.fixture(scope="module")

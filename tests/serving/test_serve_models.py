@@ -23,7 +23,6 @@ from harmonica.core.golden_sample import record_sample
 from harmonica.evaluation.plots import encode_picture
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig, load_model
 from harmonica.samplers import make_sampler
-from pipelines.runtime.ray_runtime import connect
 from pipelines.serving import lifecycle
 from pipelines.serving.image_request import ImageRequest
 from pipelines.serving.image_sampler import ImageSampler
@@ -89,17 +88,15 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(tmp_path_factory, private_cluster):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
             patch.delenv(name, raising=False)
         site = Site(tmp_path_factory.mktemp("models"))
         site.register(1)
         site.port = free_port()
-        connect()
         yield site
         lifecycle.shutdown()
-        ray.shutdown()
 
 
 class Load:

@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import openai
 import pytest
-import ray
 import tiny_served_pipeline as tiny
 from PIL import Image
+from serving_end import end_serving
 
 from harmonica.models.loading import ModelConfig
 from pipelines.config.serve import ServeConfig
-from pipelines.runtime.ray_runtime import connect
 from pipelines.serving import lifecycle
 
 
@@ -34,11 +33,10 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(folders):
+def client(folders, private_cluster):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        connect()
         # The long wait is for this machine: requests that come together must meet however busy it is.
         config = ServeConfig(port=free_port(), batch_wait_s=0.3, max_pixels=2**15)
         model = ModelConfig(path=str(folders / "kontext"))
@@ -46,8 +44,7 @@ def client(folders):
         url = lifecycle.deploy(config, model, registered_model="tiny", router=router)
         with openai.OpenAI(api_key="unused", base_url=f"{url}/v1", max_retries=0) as client:
             yield client
-        lifecycle.shutdown()
-        ray.shutdown()
+        end_serving()
 
 
 def pixels(image):

@@ -20,7 +20,7 @@ from local_cluster import LocalCluster
 from mlflow_server import MlflowServer
 from processes import Session, free_port
 from s3_server import BUCKET, S3Server, s3_server
-from serving_load import SEEDS, Answer, digest
+from serving_load import ALL_ASK, SEEDS, Answer, digest
 from tiny_dit import make_artifact, write_model
 
 from harmonica.core.golden_sample import record_sample
@@ -91,7 +91,7 @@ class Endpoint:
             return kinds == (2, 2) and httpx.get(f"{self.url}/readyz", timeout=30).status_code == 200
 
         until("two replicas of each kind", is_whole)
-        time.sleep(3)  # the last to start is among those that are asked
+        time.sleep(1)  # the last to start is among those that are asked
 
     @contextmanager
     def load(self, name: str) -> Iterator[list[Answer]]:
@@ -106,9 +106,10 @@ class Endpoint:
         ]
         session = Session(command, os.environ, self.folder / f"{name}.log")
         try:
-            time.sleep(3)
+            until("every client is answered", lambda: ALL_ASK in (self.folder / f"{name}.log").read_text())
+            time.sleep(1)
             yield answers
-            time.sleep(4)
+            time.sleep(3)
         finally:
             session.process.send_signal(signal.SIGTERM)
             session.process.wait(120)

@@ -20,14 +20,16 @@ def _is_loopback(address: str) -> bool:
 
 def _look(found: Listeners) -> None:
     mine = psutil.Process()
-    for process in (mine, *mine.children(recursive=True)):
+    ours = {process.pid: process for process in (mine, *mine.children(recursive=True))}
+    # All at once: the kernel's table of sockets is read again for each process that is asked.
+    for connection in psutil.net_connections("tcp"):
+        if connection.status != psutil.CONN_LISTEN or connection.pid not in ours:
+            continue
         with suppress(psutil.Error):  # it has ended meanwhile
-            for connection in process.net_connections("inet"):
-                if connection.status == psutil.CONN_LISTEN:
-                    words = process.cmdline() or [process.name()]
-                    name = next((word for word in words if word.startswith("ray::")), process.name())
-                    address = connection.laddr.ip
-                    found[_is_loopback(address)].add((name.partition(".")[0], address))
+            process, address = ours[connection.pid], connection.laddr.ip
+            words = process.cmdline() or [process.name()]
+            name = next((word for word in words if word.startswith("ray::")), process.name())
+            found[_is_loopback(address)].add((name.partition(".")[0], address))
 
 
 @contextmanager
@@ -40,7 +42,7 @@ def listeners() -> Iterator[Listeners]:
         while not ended.wait(_EVERY_S):
             _look(found)
 
-    # Servers live for longer; to look more often would take a core.
+    # Servers live for longer.
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:

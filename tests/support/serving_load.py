@@ -17,6 +17,8 @@ from pathlib import Path
 import httpx
 
 SEEDS = range(6)
+ALL_ASK = "every client has an answer"
+"""A line of the output, once that is so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +60,13 @@ def main() -> None:
     stop, answers = threading.Event(), []
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
+    begun = threading.Barrier(clients + 1)
+
     def go_on(number: int) -> None:
         count = number
         with httpx.Client(base_url=url, timeout=90) as client:
+            answers.append(ask(client, SEEDS[count % len(SEEDS)]))
+            begun.wait()
             while not stop.is_set():
                 answers.append(ask(client, SEEDS[count % len(SEEDS)]))
                 count += 1
@@ -69,6 +75,9 @@ def main() -> None:
     threads = [threading.Thread(target=go_on, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
+    begun.wait()
+    sys.stdout.write(f"{ALL_ASK}\n")
+    sys.stdout.flush()
     for thread in threads:
         thread.join()
     output.write_text(json.dumps([dataclasses.asdict(answer) for answer in answers]))

@@ -8,7 +8,6 @@ import ray
 from ray.util.state import list_nodes
 
 from harmonica.training.progress import PhaseBudget, Progress
-from pipelines.runtime.ray_runtime import connect
 from pipelines.training import watchdog
 from pipelines.training.watchdog import Reached, make_board, run_watched
 
@@ -37,9 +36,7 @@ def assert_workers_ask_this_cluster() -> None:
 
 
 @pytest.mark.cluster
-def test_standing_still_is_an_error_that_says_at_what(request: pytest.FixtureRequest) -> None:
-    connect()
-    request.addfinalizer(ray.shutdown)
+def test_standing_still_is_an_error_that_says_at_what(private_cluster: None) -> None:
     assert_workers_ask_this_cluster()
     board = make_board()
     ray.get(board.read.remote())

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import ray
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import quick
@@ -10,7 +9,6 @@ from strategies import quick
 from harmonica.data.samples import SampleSpec, Shard, make_samples
 from harmonica.samplers.noise import sample_label, sample_noise
 from pipelines.data.stream import stream_samples
-from pipelines.runtime.ray_runtime import connect
 
 SPEC = SampleSpec(seed=3, num_classes=10, shape=(1, 4, 4))
 
@@ -35,9 +33,7 @@ def test_trajectories_are_one_sequence_of_rows_cut_by_the_global_batch_size_alon
 
 
 @pytest.mark.cluster
-def test_streamed_rows_are_the_pure_function(request: pytest.FixtureRequest) -> None:
-    connect()
-    request.addfinalizer(ray.shutdown)
+def test_streamed_rows_are_the_pure_function(private_cluster: None) -> None:
     shard = Shard(4, rank=1, world_size=2)
     rows = stream_samples(SPEC, shard, first_trajectory=2, trajectories=10, samples_per_block=3)
     batches = list(rows.iter_batches(batch_size=shard.size, batch_format="numpy"))

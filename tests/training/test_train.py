@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray
 import torch
 from router_only import ROUTER_ONLY
 from tiny_dit import write_model, write_overflowing
@@ -22,7 +21,6 @@ from harmonica.validation.settings import SettingError
 from pipelines.config.workflow import TrainConfig, WorkflowConfig
 from pipelines.presets import fashion
 from pipelines.run_state.storage import RunStorage
-from pipelines.runtime.ray_runtime import connect
 from pipelines.tracking.mlflow_runs import find_or_create, make_client, tracking_uri
 from pipelines.tracking.worker_times import WorkerTimes
 from pipelines.training.jobs import start_run
@@ -141,10 +139,8 @@ def test_mlflow_keeps_the_numbers_that_a_budget_chose(config: WorkflowConfig) ->
 
 @pytest.mark.cluster
 def test_two_workers_train_the_router_of_one_and_resume(
-    config: WorkflowConfig, request: pytest.FixtureRequest, tmp_path: Path
+    config: WorkflowConfig, private_cluster: None, tmp_path: Path
 ) -> None:
-    connect()
-    request.addfinalizer(ray.shutdown)
     storage = RunStorage(config.storage_path, config.run_id)
     stage = find_or_create("train", config.run_id, config.storage_path, {})
     half = dataclasses.replace(config, train=dataclasses.replace(config.train, trajectories=2))

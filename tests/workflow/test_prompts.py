@@ -38,7 +38,6 @@ from harmonica.data.text_encoder import TextEncoder, encoder_identity, preproces
 from harmonica.models.text_condition import TextCondition
 from pipelines.data import embed_prompts as pipeline
 from pipelines.data.embed_prompts import PromptsConfig, embed_prompts
-from pipelines.runtime.ray_runtime import connect
 
 LONG = "a red cat on the moon near a blue dog"  # ten tokens and the end
 
@@ -341,13 +340,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    connect()
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture
 def small_parts(monkeypatch):
     monkeypatch.setattr(pipeline, "ROWS_PER_PART", PER_PART)
@@ -396,7 +388,7 @@ def start_and_kill(arguments: list[str], out: Path, folder: Path) -> None:
 
 @pytest.mark.cluster
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
-    cluster, folder, encoder, texts, small_parts, embedded, tmp_path
+    private_cluster, folder, encoder, texts, small_parts, embedded, tmp_path
 ):
     out, whole = tmp_path / "out", tmp_path / "whole"
     start_and_kill([str(texts), str(folder), str(out), str(PER_PART)], out, tmp_path)
@@ -434,7 +426,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
 
 
 @pytest.mark.cluster
-def test_text_and_store_may_lie_in_an_object_store(cluster, folder, small_parts, embedded, tmp_path, caplog):
+def test_text_and_store_may_lie_in_an_object_store(
+    private_cluster, folder, small_parts, embedded, tmp_path, caplog
+):
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:
@@ -500,7 +494,7 @@ def as_parquet(folder: Path) -> str:
         (lambda _: "", "prompts.path is '': give a .txt or .parquet file"),
     ],
 )
-def test_unfit_prompts_are_refused(cluster, folder, tmp_path, write, words):
+def test_unfit_prompts_are_refused(private_cluster, folder, tmp_path, write, words):
     (tmp_path / "in").mkdir()
     config = PromptsConfig(path=write(tmp_path / "in"), max_tokens=TOKENS)
     with pytest.raises(ValueError, match=words):

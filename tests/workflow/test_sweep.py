@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-import ray
 from router_only import ROUTER_ONLY, ROUTER_ONLY_FLAGS
 from tiny_dit import write_model
 
@@ -108,18 +107,10 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """The private one that the first sweep starts."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
-            patch.delenv(name, raising=False)
-        yield
-        ray.shutdown()
-
-
 @pytest.fixture
-def arguments(cluster, tmp_path):
+def arguments(private_cluster, tmp_path, monkeypatch):
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
     model = write_model(tmp_path / "model")
     command = ["fashion", "--run-id=r1", f"--storage-path={tmp_path / 'runs'}", *SMALL]
     command += [*ROUTER_ONLY_FLAGS, "--sweep.over=target_cur"]

@@ -241,7 +241,10 @@ def test_evaluation_without_a_router_is_refused(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.cluster
 def test_the_chain_and_its_second_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    private_cluster: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
@@ -258,72 +261,62 @@ def test_the_chain_and_its_second_run(
         "dpm-solver++",
         "--evaluate.transfer-steps=9",
         "--train.targets=1.3",
+        "--evaluate.num-actors=1",
         *SMALL,
     ]
-    try:
-        with listeners() as found:
-            assert workflow.main([*arguments, "--promotion.min-psnr-to-full=99"]) == 3
-        # torch's store, by which ranks find each other, takes no address: it is there while training runs.
-        assert {name for name, _ in found[False]} <= {"ray::RayTrainWorker", "ray::execute"}, "see docs"
-        assert {address for _, address in found[False]} <= {"::", "0.0.0.0"}, "gloo names one"
-        servers = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
-        assert servers <= {name for name, _ in found[True]}, "they were looked at"
-        said, run = capsys.readouterr(), tmp_path / "runs" / "r1"
-        assert (
-            "error: version 1 of harmonica-fashion is kept and not promoted, there is no champion" in said.err
-        )
-        assert "[serve] skipped: no version of harmonica-fashion is the champion" in said.out
-        decision = json.loads((run / "promotion.json").read_text())
-        assert (decision["outcome"], decision["promoted"]) == ("refused", False)
-        answers = {check["name"]: check["passed"] for check in decision["checks"]}
-        assert (answers["psnr_to_full"], answers["reproduces"]) == (False, True)
-        page = (run / "report.html").read_text()
-        assert "PSNR to full is" in page and page.count("data:image/png;base64,") == 4, (
-            "also of a refused one"
-        )
-        assert (run.parent / "mlartifacts").is_dir() and list(run.parent.rglob("artifacts/report.html"))
+    with listeners() as found:
+        assert workflow.main([*arguments, "--promotion.min-psnr-to-full=99"]) == 3
+    # torch's store, by which ranks find each other, takes no address: it is there while training runs.
+    assert {name for name, _ in found[False]} <= {"ray::RayTrainWorker", "ray::execute"}, "see docs"
+    assert {address for _, address in found[False]} <= {"::", "0.0.0.0"}, "gloo names one"
+    servers = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+    assert servers <= {name for name, _ in found[True]}, "they were looked at"
+    said, run = capsys.readouterr(), tmp_path / "runs" / "r1"
+    assert "error: version 1 of harmonica-fashion is kept and not promoted, there is no champion" in said.err
+    assert "[serve] skipped: no version of harmonica-fashion is the champion" in said.out
+    decision = json.loads((run / "promotion.json").read_text())
+    assert (decision["outcome"], decision["promoted"]) == ("refused", False)
+    answers = {check["name"]: check["passed"] for check in decision["checks"]}
+    assert (answers["psnr_to_full"], answers["reproduces"]) == (False, True)
+    page = (run / "report.html").read_text()
+    assert "PSNR to full is" in page and page.count("data:image/png;base64,") == 4, "also of a refused one"
+    assert (run.parent / "mlartifacts").is_dir() and list(run.parent.rglob("artifacts/report.html"))
 
-        arguments.append(LET_THROUGH)  # overruled, with the same run id
-        with listeners() as found:  # the endpoint too
-            assert workflow.main(arguments) == 0
-        # What replicas ask each other by takes no address either, and wants Ray's token.
-        assert {name.partition(":harmonica:")[0] for name, _ in found[False]} <= {"ray::ServeReplica"}
-        assert "ray::ProxyActor" in {name for name, _ in found[True]}
-        said = capsys.readouterr()
-        assert said.out.count("done before") == 2
-        assert "version 1 of harmonica-fashion is the champion" in said.out
-        report = json.loads((run / "report.json").read_text())
-        for key in ("cur", "ideal_speedup", "measured_speedup", "realised_share", "verdict"):
-            assert key in report
-        assert set(report["arms"]) == {"full", "cached", "fewer_steps", "cached 1.3x"}
-        member = RouterArtifact.load(run / "family" / "1.3x")
-        assert (
-            report["arms"]["cached 1.3x"]["ideal_speedup"] == member.ideal_speedup < report["ideal_speedup"]
-        )
-        assert "beside it, as versions 2 (1.3x)" in said.out
-        uri = tracking_uri(str(run.parent))
-        assert registry.load_version("harmonica-fashion", "2", uri).plan == member.plan
-        tags = make_client(uri).get_model_version("harmonica-fashion", "2").tags
-        assert (tags["family"], tags[registry.GATE]) == ("1.3x", registry.NOT_ASKED)
-        assert float(tags["ideal_speedup"]) == pytest.approx(member.ideal_speedup, rel=1e-4)
-        assert registry.resolve("harmonica-fashion", registry.CHAMPION, uri) == "1"
-        assert set(report["transfer"]) == {
-            f"{name} {variant}"
-            for name in ("ddim", "dpm-solver++", "9 steps")
-            for variant in ("full", "cached")
-        }
-        transferred = report["transfer"]["dpm-solver++ cached"]["psnr_to_full"]
-        assert transferred == pytest.approx(psnr_here(run, arguments, "dpm-solver++"), abs=_DECIBELS)
-        for name in ("samples.png", "router.png", "served.png"):
-            assert (run / name).read_bytes().startswith(b"\x89PNG")
-        assert (run / "router" / "sample.safetensors").exists(), "what serving holds the router to"
-        before = {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
-        capsys.readouterr()
-        assert workflow.main([*arguments, "--stages", "train", "evaluate", "register"]) == 0
-        assert capsys.readouterr().out.count("done before") == 3
-        assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
-    finally:
-        ray.shutdown()
+    arguments.append(LET_THROUGH)  # overruled, with the same run id
+    with listeners() as found:  # the endpoint too
+        assert workflow.main(arguments) == 0
+    # What replicas ask each other by takes no address either, and wants Ray's token.
+    assert {name.partition(":harmonica:")[0] for name, _ in found[False]} <= {"ray::ServeReplica"}
+    assert "ray::ProxyActor" in {name for name, _ in found[True]}
+    said = capsys.readouterr()
+    assert said.out.count("done before") == 2
+    assert "version 1 of harmonica-fashion is the champion" in said.out
+    report = json.loads((run / "report.json").read_text())
+    for key in ("cur", "ideal_speedup", "measured_speedup", "realised_share", "verdict"):
+        assert key in report
+    assert set(report["arms"]) == {"full", "cached", "fewer_steps", "cached 1.3x"}
+    member = RouterArtifact.load(run / "family" / "1.3x")
+    assert report["arms"]["cached 1.3x"]["ideal_speedup"] == member.ideal_speedup < report["ideal_speedup"]
+    assert "beside it, as versions 2 (1.3x)" in said.out
+    uri = tracking_uri(str(run.parent))
+    assert registry.load_version("harmonica-fashion", "2", uri).plan == member.plan
+    tags = make_client(uri).get_model_version("harmonica-fashion", "2").tags
+    assert (tags["family"], tags[registry.GATE]) == ("1.3x", registry.NOT_ASKED)
+    assert float(tags["ideal_speedup"]) == pytest.approx(member.ideal_speedup, rel=1e-4)
+    assert registry.resolve("harmonica-fashion", registry.CHAMPION, uri) == "1"
+    assert set(report["transfer"]) == {
+        f"{name} {variant}" for name in ("ddim", "dpm-solver++", "9 steps") for variant in ("full", "cached")
+    }
+    transferred = report["transfer"]["dpm-solver++ cached"]["psnr_to_full"]
+    assert transferred == pytest.approx(psnr_here(run, arguments, "dpm-solver++"), abs=_DECIBELS)
+    for name in ("samples.png", "router.png", "served.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert (run / "router" / "sample.safetensors").exists(), "what serving holds the router to"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
+    capsys.readouterr()
+    assert workflow.main([*arguments, "--stages", "train", "evaluate", "register"]) == 0
+    assert capsys.readouterr().out.count("done before") == 3
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
 
 
 @pytest.mark.slow
@@ -441,7 +434,10 @@ def test_the_chain_with_everything_on_s3_and_runs_in_postgresql(
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_the_chain_on_prompts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    private_cluster: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
@@ -449,19 +445,16 @@ def test_the_chain_on_prompts(
     prompts.write_text("a photo of a dark boot\na pale dress\na photo of a dark boot\na bag\n" * 2)
     arguments = ["fashion-text", "--run-id=t1", f"--storage-path={tmp_path / 'runs'}", *SMALL]
     arguments += [LET_THROUGH, f"--prompts.path={prompts}", f"--serve.port={free_port()}", *ONE_OF_A_KIND]
-    try:
-        assert workflow.main(arguments) == 0, capsys.readouterr().err
-        run = tmp_path / "runs" / "t1"
-        assert json.loads((run / "prompts" / MANIFEST).read_text())["count"] == 3
-        report = json.loads((run / "report.json").read_text())
-        near = report["arms"]["cached"]["psnr_to_full"]
-        assert near == pytest.approx(psnr_here(run, arguments), abs=_DECIBELS)
-        capsys.readouterr()
-        again = [*arguments, "--stages", "prompts", "train", "evaluate", "register"]
-        assert workflow.main(again) == 0, capsys.readouterr().err
-        assert capsys.readouterr().out.count("done before") == 4
-        assert json.loads((run / "router" / "config.json").read_text())["model"]["architecture"] == "PixArt"
-        for name in ("samples.png", "router.png", "served.png"):
-            assert (run / name).read_bytes().startswith(b"\x89PNG")
-    finally:
-        ray.shutdown()
+    assert workflow.main(arguments) == 0, capsys.readouterr().err
+    run = tmp_path / "runs" / "t1"
+    assert json.loads((run / "prompts" / MANIFEST).read_text())["count"] == 3
+    report = json.loads((run / "report.json").read_text())
+    near = report["arms"]["cached"]["psnr_to_full"]
+    assert near == pytest.approx(psnr_here(run, arguments), abs=_DECIBELS)
+    capsys.readouterr()
+    again = [*arguments, "--stages", "prompts", "train", "evaluate", "register"]
+    assert workflow.main(again) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.count("done before") == 4
+    assert json.loads((run / "router" / "config.json").read_text())["model"]["architecture"] == "PixArt"
+    for name in ("samples.png", "router.png", "served.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
