@@ -76,7 +76,7 @@ def test_the_sketch_has_the_derivatives_of_the_images(sampler):
             drawn = torch.from_numpy(batch.keys.step_noise(STEPS + probe, (4, 8, 8))).double().flatten(1)
             expected_N = (change_NX * drawn).sum(1) / change_NX.shape[1] ** 0.5
             found_N = sketch_RTD[2 * probe : 2 * probe + 2, i, distance - 1].double()
-            # The handles are in float32, and the difference is of second order in `by`.
+            # The difference is of second order in `by`.
             torch.testing.assert_close(found_N, expected_N, rtol=1e-3, atol=1e-6 * float(change_NX.norm()))
     assert not sketch_RTD[:, STEPS - 1].any() and not sketch_RTD[:, 4, 1:].any(), "there is no such step"
 

@@ -254,7 +254,7 @@ def test_a_start_for_a_share_of_reuse_has_that_share() -> None:
         name: run.current.context.target.plan_of(logits)
         for name, logits in run.current.context.starts.items()
     }
-    assert starts.keys() == {"even", "measured"}
+    assert starts.keys() >= {"even", "measured"}
     for plan in (*starts.values(), run.plan):
         assert abs(plan.cur - 0.4) <= 1 / 12, "to a step"
 

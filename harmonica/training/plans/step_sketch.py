@@ -27,6 +27,11 @@ from harmonica.samplers.noise import SampleKeys
 from harmonica.training.plans.forecast_sketch import Unknown, sketch_of
 
 
+def _precise(value: Tensor) -> torch.dtype:
+    """Return the value's precision, float32 at least."""
+    return torch.promote_types(value.dtype, torch.float32)
+
+
 class _Changing(torch.autograd.Function):
     """A value that a handle would move towards others.
 
@@ -43,9 +48,10 @@ class _Changing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         value, *others = ctx.saved_tensors
-        moved_MD = torch.zeros(ctx.shape, device=value.device)
-        for place, other in enumerate(others):  # in float32: a row's sum of many small products
-            moved_MD[:, place] = (gradients[0].float() * (other - value).float()).flatten(1).sum(1)
+        precise = _precise(value)  # a row's sum is of many small products
+        moved_MD = torch.zeros(ctx.shape, dtype=precise, device=value.device)
+        for place, other in enumerate(others):
+            moved_MD[:, place] = (gradients[0].to(precise) * (other - value).to(precise)).flatten(1).sum(1)
         return moved_MD, *(None for _ in (value, *others))
 
 
@@ -65,7 +71,9 @@ class ChangesCache(BranchCache):
     def read(self, branch: int, step: int) -> Tensor:
         (_, value), *earlier = self._kept[branch]
         if step not in self.handles:
-            self.handles[step] = torch.zeros(len(value), self.reach, device=value.device, requires_grad=True)
+            self.handles[step] = torch.zeros(
+                len(value), self.reach, dtype=_precise(value), device=value.device, requires_grad=True
+            )
         changing: Tensor = _Changing.apply(  # type: ignore[no-untyped-call]
             self.handles[step], value, *(other for _, other in earlier)
         )
