@@ -79,7 +79,11 @@ def with_one_sum(state: dict[str, Any]) -> dict[str, Any]:
 
 def kept_leaves(state: dict[str, Any]) -> dict[str, Any]:
     """What a release goes on from: not the form of the start, which was of another kind."""
-    return {path: leaf for path, leaf in leaves(with_one_sum(state)).items() if "/search" not in path}
+    return {
+        path: leaf
+        for path, leaf in leaves(with_one_sum(state)).items()
+        if not re.search("/search|/starts/measured_", path)
+    }
 
 
 def recorded_state(name: str, stop: int) -> dict[str, Any]:
