@@ -135,6 +135,8 @@ def test_a_recorded_state_is_gone_on_from(sampler: Sampler, name: str, stop: int
     near = of_training(config.sdt.learning_rate, config.trajectories)  # on a CPU other than the recording's
     for path, expected in theirs.items():
         if "/router/" in path:
+            if stop < config.start_trajectories:  # what is left of the start is measured in another way
+                continue
             torch.testing.assert_close(ours[path], expected, **near)
         elif not path.endswith("/chosen") and not isinstance(expected, Tensor | float):
             assert ours[path] == expected, path
