@@ -52,7 +52,7 @@ def compare(views: PixartViews, config: TrainingConfig) -> None:
                 ours_EE, theirs_EE = ours.phases[0].state(), theirs.phases[0].state()
                 torch.testing.assert_close(ours_EE, theirs_EE, rtol=1e-6, atol=1e-9)
         router, other = trainer.artifact(), theirs.artifact()
-    assert ours.context.starts.keys() == theirs.context.starts.keys() == {"even", "measured"}
+    assert ours.context.starts.keys() == theirs.context.starts.keys() >= {"even", "measured"}
     for name, logits_TB in theirs.context.starts.items():
         assert torch.equal(ours.context.starts[name], logits_TB), name
     assert router.plan.compute == other.plan.compute and 0 < router.plan.cur < 1
