@@ -63,25 +63,22 @@ def ours(sampler: Sampler, speedup: float, seed: int, rounds: int) -> Iterator[t
     yield "refined steps, fitted forecast", plan
 
 
-Arms = dict[str, tuple[Plan, Reuse]]
-
-
-def published(sampler: Sampler, speedup: float, seed: int, calibrated: bool) -> Arms:
-    """Those of `pipelines.compare`, by name."""
+def published(
+    sampler: Sampler, speedup: float, seed: int, calibrated: bool
+) -> Iterator[tuple[str, Plan, Reuse]]:
+    """Those of `pipelines.compare`; each plan is made when it is asked for."""
     num_steps, macs = sampler.num_steps, sampler.model.macs()
     even = even_plan(num_steps, macs, speedup)
-    arms: Arms = {
-        "even steps, linear forecast (TaylorSeer)": (even, "forecast"),
-        "even steps, held (FORA)": (even, "hold"),
-    }
-    arms |= {name: (forecast(even), "forecast") for name, forecast in FORECASTS.items()}
+    yield "even steps, linear forecast (TaylorSeer)", even, "forecast"
+    yield "even steps, held (FORA)", even, "hold"
+    for name, forecast in FORECASTS.items():
+        yield name, forecast(even), "forecast"
     for interval, order in own_intervals(num_steps, macs, [speedup]):
         plan = interval_plan(num_steps, len(macs.branches), interval)
-        arms[interval_name(interval, order)] = taylorseer(plan, order), "forecast"
-    if calibrated:
-        batches = [rows(sampler, seed, first, BATCH) for first in range(0, 4 * BATCH, BATCH)]
-        arms |= {name: (make(sampler, batches, speedup), kept) for name, (make, kept) in CALIBRATED.items()}
-    return arms
+        yield interval_name(interval, order), taylorseer(plan, order), "forecast"
+    batches = [rows(sampler, seed, first, BATCH) for first in range(0, 4 * BATCH, BATCH)]
+    for name, (make, reuse) in CALIBRATED.items() if calibrated else ():
+        yield name, make(sampler, batches, speedup), reuse
 
 
 Measured = tuple[float, float, float]
@@ -106,7 +103,7 @@ def measure(num_steps: int, speedup: float, chosen: argparse.Namespace) -> Itera
             yield name, judged(images_of(sampler, count, plan), plan.ideal_speedup(macs))
     other = make_sampler(model, replace(settings, num_inference_steps=fewer))
     yield f"{fewer} steps", judged(images_of(other, count), num_steps / fewer)
-    for name, (plan, reuse) in published(sampler, speedup, chosen.seed, chosen.calibrated).items():
+    for name, plan, reuse in published(sampler, speedup, chosen.seed, chosen.calibrated):
         yield name, judged(images_of(sampler, count, plan, reuse), plan.ideal_speedup(macs))
 
 
