@@ -3,6 +3,7 @@
 The derivatives are in the forecast weights.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,12 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from harmonica.core.cache import BranchCache, Reuse
-from harmonica.core.plan import Plan
+from harmonica.core.plan import Forecast, Plan
 from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.pipeline_training.policies import Policy, TransformerStep, detached
 from harmonica.training.plans.forecast_sketch import ProbedCache, Unknown
-from harmonica.training.plans.step_sketch import ChangesCache
+from harmonica.training.plans.step_sketch import ChangesCache, with_gradient
 
 
 class PlanPolicy(Policy):
@@ -49,7 +50,14 @@ class ProbedPolicy(PlanPolicy):
         self._caches: list[tuple[int, ProbedCache]] = []
 
     def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
-        return _ProbedValues(view.new_kept(reuse, self.plan.forecast), self._caches)
+        kept = view.new_kept(reuse, self.plan.forecast)
+
+        def make(unit: str, count: int, learned: Forecast | None) -> BranchCache:
+            cache = ProbedCache(count, learned)
+            self._caches.append((kept.branch_of[unit], cache))
+            return cache
+
+        return _HandedValues(kept, make)
 
     def compute(self, step: TransformerStep) -> Any:
         return self._planned(step)
@@ -78,7 +86,11 @@ class StepSketchPolicy(Policy):
         self._caches: list[ChangesCache] = []
 
     def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
-        return _ChangesValues(view.new_kept(reuse), self._caches, self.reach)
+        def make(unit: str, count: int, learned: Forecast | None) -> BranchCache:
+            self._caches.append(cache := ChangesCache(count, self.reach))
+            return cache
+
+        return _HandedValues(view.new_kept(reuse), make)
 
     def compute(self, step: TransformerStep) -> Any:
         if not len(step.kept):
@@ -88,7 +100,7 @@ class StepSketchPolicy(Policy):
         # The call once more, all of it reused from itself: its branches do not respond to each other.
         inputs = detached((step.args, step.kwargs))
         same = replace(step, args=inputs[0], kwargs=inputs[1]).planned((False,) * len(step.view.branches))
-        return _pytree.tree_map(_with_gradient, output, same)
+        return _pytree.tree_map(with_gradient, output, same)
 
     def handles(self) -> dict[int, list[Tensor]]:
         """Return the zeros (M, D) of each step, of all calls and units."""
@@ -99,32 +111,17 @@ class StepSketchPolicy(Policy):
         return found
 
 
-def _with_gradient(output: Any, same: Any) -> Any:
-    """Return an output with the gradient of an equal one besides its own."""
-    return output + (same - same.detach()) if isinstance(output, Tensor) else output
+class _HandedValues(KeptValues):
+    """Kept values in caches that a policy makes, and so keeps."""
 
+    def __init__(self, like: KeptValues, make: Callable[[str, int, Forecast | None], BranchCache]) -> None:
+        """Take over the branches of other kept values.
 
-class _ChangesValues(KeptValues):
-    """Kept values in caches of full steps, which it hands to the policy."""
-
-    def __init__(self, like: KeptValues, caches: list[ChangesCache], reach: int) -> None:
+        Args:
+            make: takes a unit, the number of its tensors and their forecast weights.
+        """
         super().__init__(like.branch_of, like.reuse, like.learned)
-        self._changes, self._reach = caches, reach
+        self._make = make
 
     def new_cache(self, unit: str, count: int) -> BranchCache:
-        cache = ChangesCache(count, self._reach)
-        self._changes.append(cache)
-        return cache
-
-
-class _ProbedValues(KeptValues):
-    """Kept values in probed caches, which it hands to the policy."""
-
-    def __init__(self, like: KeptValues, caches: list[tuple[int, ProbedCache]]) -> None:
-        super().__init__(like.branch_of, like.reuse, like.learned)
-        self._probed = caches
-
-    def new_cache(self, unit: str, count: int) -> BranchCache:
-        cache = ProbedCache(count, self.forecast_of(unit, count))
-        self._probed.append((self.branch_of[unit], cache))
-        return cache
+        return self._make(unit, count, self.forecast_of(unit, count))

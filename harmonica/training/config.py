@@ -66,7 +66,7 @@ class TrainingConfig:
     that change the image least (`harmonica.training.plans.search`). Short trainings need `measured`."""
     start_trajectories: Natural = 0
     """Research: Number of trajectories on which the image's gradients are measured, of which a measured start
-    is made. Each takes as long as one of the fit of forecasts."""
+    is made. Each takes about six full samplings of its samples."""
     initial_logit: Annotated[float, Field(ge=-100, le=100)] = 5.0
     """Research: The size of the first logits, unless they are normal; 5 computes everything."""
     iepo: IepoKind | Literal["none"] = "leave_one_out"
@@ -183,9 +183,9 @@ class TrainingConfig:
     def all_trajectories(self) -> int:
         """Return the number of trajectories of all phases and all target speeds."""
         each = self.trajectories + self.choice_trajectories + self.forecast.trajectories
-        return self.start_trajectories + each * len(self.speeds)
+        return self.start_trajectories + each * len(self._speeds)
 
     @property
-    def speeds(self) -> tuple[float, ...]:
+    def _speeds(self) -> tuple[float, ...]:
         """Return the target speeds; the first is 1 without a target, and for a quality."""
         return (self.target_speedup or 1 / (1 - self.target_cur), *self.extra_targets)

@@ -34,6 +34,7 @@ class StartPhase(Phase):
         self.search = StepSearch(
             context.sampler.num_steps, order if config.sdt.reuse == "forecast" else 0, self.ridges[0]
         )
+        context.search = self.search
 
     @staticmethod
     def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
@@ -83,7 +84,6 @@ class StartPhase(Phase):
         plans["even"] = even_plan(num_steps, macs, speedup, fixed)
         logit, device = self.config.initial_logit, context.device
         context.starts = {name: logits_of(plan, logit).to(device) for name, plan in plans.items()}
-        context.search = self.search
         context.set_router(context.starts["measured"])
 
     def state(self) -> Tensor:
@@ -91,8 +91,6 @@ class StartPhase(Phase):
 
     def load_state(self, state: Tensor) -> None:
         self.search.load_state(state)
-        if self.is_done:
-            self.context.search = self.search
 
 
 def _name(ridge: float) -> str:

@@ -60,8 +60,8 @@ class RouterTrainer:
         """
         self.sampler, self.config, self.seed, self.device = sampler, config, seed, device
         self.context = TrainingContext.create(backend or SamplerBackend(sampler), config, seed, device)
-        phases = [phase(self.context) for phase in PHASES]
-        self.phases = [phase for phase in phases if phase.trajectories]
+        num_steps = sampler.num_steps
+        self.phases = [phase(self.context) for phase in PHASES if phase.costs(config, num_steps)]
         self.phase.begin()
 
     @property

@@ -95,9 +95,15 @@ def made_methods(arms: Iterable[Arm], macs: Macs) -> tuple[list[Method], list[Ab
         try:
             methods.append(made_method(about, variant_of(), macs))
         except Exception as error:  # of a worker, of a damaged file, of a method; the other variants count
-            missing.append(about | {"reason": f"its plan could not be made: {reason_of(error)}"})
-            say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
+            missing.append(not_measured(about, f"its plan could not be made: {reason_of(error)}"))
     return methods, missing
+
+
+def not_measured(about: About, reason: str) -> About:
+    """Say why a variant is not measured; return its point."""
+    point = about | {"reason": reason}
+    say(f"[compare] {missing_name(point)} is not measured: {reason}")
+    return point
 
 
 def about_entry(entry: Entry) -> About:

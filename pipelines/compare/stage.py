@@ -38,6 +38,7 @@ from .arms import (
     library_method,
     made_method,
     made_methods,
+    not_measured,
     published_arms,
     untrained_arms,
 )
@@ -45,7 +46,7 @@ from .measuring import Bench, reason_of
 from .methods import Entry, full_variant, learned_methods, learned_variant
 from .names import OURS, shown_name
 from .plot import comparison_picture
-from .ranking import leaders, missing_name, ranking_summary
+from .ranking import leaders, ranking_summary
 from .results import Results, compared
 from .third_party_caches import library_variants
 
@@ -110,8 +111,7 @@ def _measured(
                 result = {"point": one.about | quality, SECONDS_SPREAD: spread}
                 results.put(one.variant.name, result)
         except Exception as error:  # many libraries raise their own; the other variants count
-            missing.append(one.about | {"reason": reason_of(error)})
-            say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
+            missing.append(not_measured(one.about, reason_of(error)))
             continue
         points.append(point := result["point"])
         spreads.append(result[SECONDS_SPREAD])
@@ -157,8 +157,7 @@ def _train_learned(
                 about["label"] = artifact.method
             methods.append(made_method(about, learned_variant(entry, artifact), macs))
         except Exception as error:  # a worker failed or a file is damaged; the other variants count
-            missing.append(about | {"reason": f"{doing}: {reason_of(error)}"})
-            say(f"[compare] {missing_name(missing[-1])} is not measured: {missing[-1]['reason']}")
+            missing.append(not_measured(about, f"{doing}: {reason_of(error)}"))
     return sorted(methods, key=lambda one: one.about["target_speedup"]), missing
 
 

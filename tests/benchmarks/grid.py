@@ -32,16 +32,15 @@ from harmonica.core.sampling import sample
 from harmonica.data.batch import Batch
 from harmonica.data.conditions import make_conditions
 from harmonica.evaluation.image_metrics import psnr, ssim
-from harmonica.models.loading import load_model
+from harmonica.models.base import BranchedTransformer
+from harmonica.models.loading import LoadedModel, load_model
 from harmonica.samplers import Sampler, make_sampler
 from harmonica.training.plans.builders import even_plan
 from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.presets import RECIPES, Recipe
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.trainer import RouterTrainer
-from pipelines.compare.baselines.schedules import interval_plan
-from pipelines.compare.baselines.taylorseer import taylorseer
-from pipelines.compare.published import CALIBRATED, FORECASTS, interval_name, own_intervals
+from pipelines.compare.published import CALIBRATED, FORECASTS, interval_variant, own_intervals
 from tests.benchmarks import cross_attention, ideas
 
 FIRST_JUDGED, BATCH, CALIBRATION = 100_000, 8, 4
@@ -50,11 +49,11 @@ Rows = Callable[[Sampler, int, int, int], Batch]
 Arm = Callable[[], tuple[Plan | None, Reuse, Sampler]]
 
 
-def rows_of(preset: str, recipe: Recipe) -> Rows:
+def rows_of(recipe: Recipe, loaded: LoadedModel) -> Rows:
     """Labels of the class-conditional model, captions of the one that takes text."""
     if not recipe.model.text_tokens:
         return ideas.rows
-    conditions = make_conditions(load_model(recipe.model), "cpu", dtype="float32")
+    conditions = make_conditions(loaded, "cpu", dtype="float32")
 
     def captions(sampler: Sampler, seed: int, first: int, count: int) -> Batch:
         return Batch(*cross_attention.rows(sampler.model, conditions, seed, first, count))
@@ -63,16 +62,22 @@ def rows_of(preset: str, recipe: Recipe) -> Rows:
 
 
 class Point:
-    """One preset, number of steps, speed and seed."""
+    """One number of steps, speed and seed of a preset."""
 
-    def __init__(self, preset: str, num_steps: int, speedup: float, seed: int) -> None:
-        self.recipe, self.speedup, self.seed = RECIPES[preset](), speedup, seed
-        settings = replace(self.recipe.sampler, num_inference_steps=num_steps)
-        model = load_model(self.recipe.model).model
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: BranchedTransformer,
+        rows: Rows,
+        num_steps: int,
+        speedup: float,
+        seed: int,
+    ) -> None:
+        self.recipe, self.rows, self.speedup, self.seed = recipe, rows, speedup, seed
+        settings = replace(recipe.sampler, num_inference_steps=num_steps)
         self.sampler = make_sampler(model, settings)
         self.fewer = make_sampler(model, replace(settings, num_inference_steps=round(num_steps / speedup)))
         self.even = even_plan(num_steps, model.macs(), speedup)
-        self.rows = rows_of(preset, self.recipe)
 
     def batch(self, trajectory: int) -> Batch:
         """Samples that are trained on."""
@@ -114,8 +119,8 @@ class Point:
             num_steps, macs = self.sampler.num_steps, self.sampler.model.macs()
             plans |= {name: (of(self.even), "forecast", self.sampler) for name, of in FORECASTS.items()}
             for interval, order in own_intervals(num_steps, macs, [self.speedup]):
-                plan = taylorseer(interval_plan(num_steps, len(macs.branches), interval), order)
-                plans[interval_name(interval, order)] = plan, "forecast", self.sampler
+                variant = interval_variant(self.sampler.config, macs, interval, order)
+                plans[variant.name] = variant.plan, "forecast", self.sampler
         if is_first:
             yield from ((name, partial(tuple, plan)) for name, plan in plans.items())
         for name in CALIBRATED if has_calibrated else ():
@@ -156,9 +161,12 @@ def main() -> None:
     chosen, console = parser.parse_args(), Console()
     lines = chosen.results.read_text().splitlines() if chosen.results.exists() else []
     done = {tuple(json.loads(line)["arm"]) for line in lines}
+    recipe = RECIPES[chosen.preset]()
+    loaded = load_model(recipe.model)
+    rows = rows_of(recipe, loaded)
     points = [(t, s, seed) for seed in chosen.seeds for t in chosen.steps for s in chosen.speedups]
     for num_steps, speedup, seed in points:
-        point = Point(chosen.preset, num_steps, speedup, seed)
+        point = Point(recipe, loaded.model, rows, num_steps, speedup, seed)
         full_NCHW: Tensor | None = None
         for name, arm in point.arms(
             is_first=seed == chosen.seeds[0],

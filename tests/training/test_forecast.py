@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from latent_rows import rows
 from tolerances import CLOSE
 
 from harmonica.core.artifact import RouterArtifact
@@ -38,12 +39,6 @@ def alternating() -> Plan:
 def sampler(tiny_dit: DiT) -> Sampler:
     config = SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.5, clip_sample=False)
     return make_sampler(tiny_dit, config)
-
-
-def rows(first: int, count: int = 4) -> Batch:
-    keys = SampleKeys.of(5, range(first, first + count))
-    labels = torch.arange(first, first + count) % 10
-    return Batch(torch.from_numpy(keys.start_noise((4, 8, 8))).double(), labels, keys)
 
 
 def error(sampler: Sampler, plan: Plan, first: int, count: int) -> float:

@@ -4,6 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from latent_rows import rows
 from torch import Tensor
 
 from harmonica.core.cache import BranchCache
@@ -13,7 +14,6 @@ from harmonica.data.batch import Batch
 from harmonica.execution.values import KeptValues
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.samplers.noise import SampleKeys
 from harmonica.training.plans import step_form
 from harmonica.training.plans.builders import stepwise_plan
 from harmonica.training.plans.search import StepSearch
@@ -27,12 +27,6 @@ STEPS, BRANCHES, PROBES, REACH = 6, 6, 2, 3
 def sampler(tiny_dit: DiT) -> Sampler:
     config = SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.5, clip_sample=False)
     return make_sampler(tiny_dit, config)
-
-
-def rows(first: int, count: int) -> Batch:
-    keys = SampleKeys.of(5, range(first, first + count))
-    noise = torch.from_numpy(keys.start_noise((4, 8, 8))).double()
-    return Batch(noise, torch.arange(first, first + count) % 10, keys)
 
 
 class Moved(BranchCache):

@@ -7,15 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latent_rows import rows
 from metrics_without_times import without_times
 
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
-from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.builders import (
@@ -45,12 +44,6 @@ SPEED = TrainingConfig(
 def sampler(tiny_dit: DiT) -> Sampler:
     config = SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.5, clip_sample=False)
     return make_sampler(tiny_dit, config)
-
-
-def rows(first: int, count: int = 4) -> Batch:
-    keys = SampleKeys.of(5, range(first, first + count))
-    noise = torch.from_numpy(keys.start_noise((4, 8, 8))).double()
-    return Batch(noise, torch.arange(first, first + count) % 10, keys)
 
 
 def train(run: RouterTrainer, until: int) -> list[dict[str, float]]:

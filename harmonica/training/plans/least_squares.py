@@ -37,9 +37,22 @@ class NormalEquations:
             ridge: weight of the penalty, relative to the mean diagonal.
             penalty_PP: what `penalty_of` returned for the weights.
         """
-        shift = ridge * self.matrix_PP.diagonal().mean().clamp_min(1e-30)
-        change_P: Tensor = torch.linalg.solve(self.matrix_PP + shift * penalty_PP, -self.right_P)
-        return change_P
+        return ridge_solution(self.matrix_PP, self.right_P, ridge, penalty_PP)
+
+
+def ridge_solution(matrix_PP: Tensor, right_P: Tensor, ridge: float, penalty_PP: Tensor) -> Tensor:
+    """Solve normal equations with a penalty.
+
+    Returns the change of the weights (P,).
+
+    Where the matrix is zero, as that of silent branches, nothing changes.
+
+    Args:
+        ridge: weight of the penalty, relative to the mean diagonal.
+    """
+    shift = ridge * matrix_PP.diagonal().mean().clamp_min(1e-30)
+    change_P: Tensor = torch.linalg.solve(matrix_PP + shift * penalty_PP, -right_P)
+    return change_P
 
 
 def penalty_of(groups: Sequence[Hashable]) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harmonica.core.plan import Plan, forecast_of
 from harmonica.training.backend import TrajectoryBackend
+from harmonica.training.plans.least_squares import ridge_solution
 
 LINEAR = 1e6
 """The ridge that leaves forecasts linear."""
@@ -143,10 +144,14 @@ class StepForm:
         moved_UQ = gram_UU @ differences_UQ
         matrix_QQ, right_Q = differences_UQ.T @ moved_UQ, moved_UQ.T @ start_U
         cost = float(start_U @ gram_UU @ start_U)
-        shift = ridge * np.trace(matrix_QQ) / max(1, count)
-        if shift <= 0:  # silent branches, as an untrained model's are, cost nothing
-            return max(0.0, cost), names, np.array(linear)
-        change_Q = np.linalg.solve(matrix_QQ + shift * np.eye(count), -right_Q)
+        if not count:  # each step has a single value to hold
+            return max(0.0, cost), names, np.zeros(0)
+        change_Q = ridge_solution(
+            torch.from_numpy(matrix_QQ),
+            torch.from_numpy(right_Q),
+            ridge,
+            torch.eye(count, dtype=torch.float64),
+        ).numpy()
         # Rounded, so that the search goes the same way on processors that round differently.
         least = float(f"{max(0.0, cost + float(right_Q @ change_Q)):.9g}")
         return least, names, np.array(linear) + change_Q

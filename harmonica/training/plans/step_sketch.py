@@ -104,11 +104,19 @@ def sketch_steps(sampler: Sampler, batch: Batch, *, reach: int, probes: int) -> 
             if i < sampler.num_steps - 1:
                 # The step once more, all of it reused from itself: its branches do not respond to each other.
                 same = planned_pass(model, hidden.detach(), conditioning, nothing, cache, i)
-                output = output + (same - same.detach())
+                output = with_gradient(output, same)
             state = sampler.advance(i, state, sampler.guide(output))
         images_NCHW = sampler.finish(state)
     handles = {i: [handle_MD] for i, handle_MD in cache.handles.items()}
     return projected_steps(images_NCHW, handles, batch.keys, sampler.num_steps, reach, probes)
+
+
+def with_gradient(output: Any, same: Any) -> Any:
+    """Return a tensor with the gradient of an equal one besides its own.
+
+    Anything else is returned as it is.
+    """
+    return output + (same - same.detach()) if isinstance(output, Tensor) else output
 
 
 def projected_steps(
