@@ -26,7 +26,7 @@ from harmonica.models.loading import write_folder_config
 from harmonica.pretraining.learning import NoisyBatch, drop
 from harmonica.validation.settings import settings
 
-from .loop import PretrainConfig, Task, last_state, provenance, run
+from .loop import DATA, PretrainConfig, Task, last_state, provenance, run
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +72,20 @@ class LabelTask(Task[DiTPretrainConfig]):
         is_dropped = drop(len(rows), self.config.condition_dropout, generator)
         label_N[is_dropped] = self.config.model.num_embeds_ada_norm  # the null class
         predicted = forward(batch.images, batch.timesteps, label_N.to(clean_NCHW.device))
-        return (predicted - batch.noise).square().mean()
+        return self.error(predicted, batch)
+
+    def error(self, predicted_NCHW: Tensor, batch: NoisyBatch) -> Tensor:
+        """Return the mean squared error of the predicted noise (N, C, H, W)."""
+        return (predicted_NCHW - batch.noise).square().mean()
 
 
-def export(config: DiTPretrainConfig) -> Path:
+def export(
+    config: DiTPretrainConfig,
+    class_names: tuple[str, ...] = fashion_mnist.CLASS_NAMES,
+    *,
+    command: str = "python -m pipelines.pretrain.dit",
+    data: str = DATA,
+) -> Path:
     """Write the EMA weights of the last checkpoint, and the config beside them.
 
     They are in half precision.
@@ -88,9 +98,9 @@ def export(config: DiTPretrainConfig) -> Path:
     write_folder_config(
         target,
         config.model,
-        fashion_mnist.CLASS_NAMES,
-        command="python -m pipelines.pretrain.dit",
-        **provenance(config, state["step"]),
+        class_names,
+        command=command,
+        **provenance(config, state["step"], data),
     )
     return target
 

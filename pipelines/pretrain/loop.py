@@ -1,7 +1,7 @@
-"""Train a built-in denoiser on Fashion-MNIST with Ray Train.
+"""Train a built-in denoiser with Ray Train.
 
-`pipelines.pretrain.dit` and `pipelines.pretrain.text_to_image` say what is trained; the loop checkpoints, and
-resumes a run of the same id. Batches, noise and captions are a pure function of (seed, step, rank).
+The modules beside it say what is trained, and on what; the loop checkpoints, and resumes a run of the same
+id. Batches, noise and captions are a pure function of (seed, step, rank).
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class PretrainConfig(LearningConfig):
     storage_path: str = "runs/pretrain"
     """Folder that holds runs."""
     data_folder: str = str(fashion_mnist.DEFAULT_FOLDER)
-    """Folder with the four IDX files of Fashion-MNIST."""
+    """Folder with the files of the images: the four of Fashion-MNIST, or the two archives of the emoji."""
     num_workers: Count = 2
     """Data-parallel workers, one core each."""
     use_gpu: bool = False
@@ -84,8 +84,20 @@ class Task(ABC, Generic[Config]):
     The loop around it is the same for both.
     """
 
+    data = DATA
+    """Images and their licence, for the account of an exported model."""
+
     def __init__(self, config: Config, images: np.ndarray, labels: np.ndarray) -> None:
         self.config, self.images, self.labels = config, images, labels
+
+    @staticmethod
+    def load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images (rows, C, H, W) uint8 and labels (rows,) int64 that are trained on.
+
+        Raises:
+            FileNotFoundError: the folder does not hold them.
+        """
+        return fashion_mnist.load_fashion_mnist("train", folder)
 
     @abstractmethod
     def make_model(self) -> nn.Module:
@@ -111,9 +123,13 @@ class Task(ABC, Generic[Config]):
         """
         share = self.config.batch_size // world_size
         rng = np.random.Generator(np.random.Philox(key=self.config.seed, counter=[0, 0, 0, step]))
-        rows = rng.integers(len(self.images), size=self.config.batch_size)
+        rows = self.draw_rows(rng)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)) + rank)
         return rows[rank * share :][:share], generator
+
+    def draw_rows(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw the rows (batch,) of a global batch: each image is as likely."""
+        return rng.integers(len(self.images), size=self.config.batch_size)
 
 
 class _Progress:
@@ -153,7 +169,7 @@ def _train_loop(job: dict[str, Any]) -> None:
     config: PretrainConfig = job["config"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    images, labels = fashion_mnist.load_fashion_mnist("train", local(config.data_folder, "data_folder"))
+    images, labels = job["task"].load(local(config.data_folder, "data_folder"))
     task: Task[Any] = job["task"](config, images, labels)
     device = ray.train.torch.get_device()
     model = task.make_model().to(device)
@@ -193,9 +209,7 @@ def run(config: PretrainConfig, task: type[Task[Any]]) -> Checkpoint:
     A run id that has a checkpoint is resumed.
     """
     storage = str(local(config.storage_path, "storage_path"))
-    fashion_mnist.load_fashion_mnist(
-        "train", local(config.data_folder, "data_folder")
-    )  # fails here, not on a worker
+    task.load(local(config.data_folder, "data_folder"))  # fails here, not on a worker
     connect()
     with stage_run("pretrain", config.run_id, storage, dataclasses.asdict(config)) as mlflow_run:
         trainer = TorchTrainer(
@@ -230,11 +244,11 @@ def last_state(config: PretrainConfig) -> dict[str, Any]:
     return state
 
 
-def provenance(config: PretrainConfig, steps_done: int) -> dict[str, Any]:
+def provenance(config: PretrainConfig, steps_done: int, data: str = DATA) -> dict[str, Any]:
     """Return an exported model's account of its data and its training."""
     own = {field.name for field in dataclasses.fields(PretrainConfig)}
     where = ("export", "data_folder", "storage_path")
     training = {name: value for name, value in dataclasses.asdict(config).items() if name in own}
     for name in where:
         training.pop(name)
-    return {"data": DATA, "training": {**training, "steps_done": steps_done}}
+    return {"data": data, "training": {**training, "steps_done": steps_done}}

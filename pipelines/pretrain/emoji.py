@@ -1,0 +1,101 @@
+"""Train a small colour DiT on emoji pictures with Ray Train.
+
+    (cd FOLDER && npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0)
+    python -m pipelines.pretrain.emoji --data-folder FOLDER
+    python -m pipelines.pretrain.emoji --export runs/emoji-dit
+    python workflow.py fashion --model.path runs/emoji-dit
+
+As in `pipelines.pretrain.dit`, the second command resumes where its run stopped, and the third writes the
+EMA weights of the last checkpoint; the fourth trains a router for them. No such model ships, since an hour
+of a CPU core does not get there (tests/benchmarks/RESULTS.md): give `--use-gpu` where there is one.
+"""
+
+import logging
+from dataclasses import field
+from pathlib import Path
+
+import numpy as np
+import tyro
+from torch import Tensor
+
+from harmonica.models.dit.config import DiTConfig
+from harmonica.pretraining import emoji
+from harmonica.pretraining.learning import NoisyBatch, distillation_loss
+from harmonica.validation.settings import Count, Positive, settings
+
+from .dit import DiTPretrainConfig, LabelTask, export
+from .loop import run
+
+logger = logging.getLogger(__name__)
+
+EMOJI_DIT = DiTConfig(
+    sample_size=emoji.SIDE,
+    patch_size=4,
+    in_channels=3,
+    out_channels=3,
+    num_layers=12,
+    num_attention_heads=4,
+    attention_head_dim=32,
+    num_embeds_ada_norm=len(emoji.CLASS_NAMES),
+)
+
+
+@settings()
+class EmojiPretrainConfig(DiTPretrainConfig):
+    """Settings with which the colour model is trained."""
+
+    run_id: str = "emoji-dit"
+    """Names the run; the same id resumes it."""
+    data_folder: str = "."
+    """Folder with the archives of the two npm packages."""
+    model: DiTConfig = field(default_factory=lambda: EMOJI_DIT)
+    """Shape of the denoiser."""
+    num_workers: Count = 1
+    """Data-parallel workers, one core each."""
+    batch_size: Count = 128
+    """Global batch."""
+    steps: Count = 20_000
+    """Optimiser steps in all."""
+    decay_steps: Count = 5000
+    """The last of them, over which the learning rate falls to zero."""
+    learning_rate: Positive = 2e-3
+    """Peak learning rate."""
+
+
+class EmojiTask(LabelTask):
+    """Teach a DiT to denoise emoji of the class that it is told."""
+
+    data = emoji.DATA
+
+    def error(self, predicted_NCHW: Tensor, batch: NoisyBatch) -> Tensor:
+        """Add the error of x_0 to that of the noise: with few steps, shapes are learned by it."""
+        of_noise = super().error(predicted_NCHW, batch)
+        return of_noise + distillation_loss(predicted_NCHW, batch.noise, batch.timesteps)
+
+    @staticmethod
+    def load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+        return emoji.load_emoji(folder)
+
+    def draw_rows(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw classes, then rows of each: a third of the pictures are flags."""
+        order = np.argsort(self.labels, kind="stable")
+        size = np.bincount(self.labels, minlength=len(emoji.CLASS_NAMES))
+        label = rng.choice(np.flatnonzero(size), size=self.config.batch_size)
+        first = np.cumsum(size) - size
+        rows: np.ndarray = order[first[label] + rng.integers(size[label])]
+        return rows
+
+
+def main() -> None:
+    """Train the colour DiT, or export its last checkpoint."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = tyro.cli(EmojiPretrainConfig, description=__doc__)
+    if config.export:
+        command = "python -m pipelines.pretrain.emoji"
+        logger.info("wrote %s", export(config, emoji.CLASS_NAMES, command=command, data=emoji.DATA))
+    else:
+        logger.info("last checkpoint: %s", run(config, EmojiTask))
+
+
+if __name__ == "__main__":
+    main()
