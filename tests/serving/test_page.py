@@ -2,14 +2,13 @@
 
 import re
 import shutil
-import time
 from importlib import resources
 
 import pytest
 from fastapi.testclient import TestClient
 from live_app import running
 from tiny_dit import make_artifact, write_model
-from tiny_engine import make_engine, slow_steps
+from tiny_engine import make_engine
 
 from harmonica.models.loading import load_model
 from pipelines.serving.images_api import create_app
@@ -54,12 +53,23 @@ def browser():
         started.close()
 
 
+WATCH = """() => {
+  window.seen = {rows: [], pictures: []};
+  const map = document.getElementById("map"), drawImage = CanvasRenderingContext2D.prototype.drawImage;
+  new MutationObserver(records => records.forEach(record => seen.rows.push(record.oldValue)))
+    .observe(map, {attributeFilter: ["data-row"], attributeOldValue: true});
+  CanvasRenderingContext2D.prototype.drawImage = function (...given) {
+    drawImage.apply(this, given);
+    if (this.canvas.id === "full") seen.pictures.push(this.canvas.toDataURL());
+  };
+}"""
+"""Keeps every row and picture that the page shows, however briefly: each event of a stream is shown."""
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1100, 360])
 def test_full_and_cached_are_drawn_side_by_side(engine_parts, browser, width, tmp_path):
-    engine = make_engine(*engine_parts)
-    slow_steps(engine, 0.05)
-    with running(create_app(engine)) as url:
+    with running(create_app(make_engine(*engine_parts))) as url:
         page = browser.new_page(viewport={"width": width, "height": 800})
         complaints = []
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -71,14 +81,12 @@ def test_full_and_cached_are_drawn_side_by_side(engine_parts, browser, width, tm
         page.fill("#seed", "7")
         assert page.input_value("#steps") == "8", "as many as the router has"
         page.fill("#steps", "12")
+        page.evaluate(WATCH)
         page.click("#draw")
-        rows, pictures = set(), set()
-        while page.locator("#draw[disabled]").count():
-            rows.add(page.get_attribute("#map", "data-row"))
-            pictures.add(page.evaluate("document.getElementById('full').toDataURL()"))
-            time.sleep(0.02)
-        assert len(rows - {"", None}) >= 4, "the current step moves over the router"
-        assert len(pictures) >= 4, "previews are shown as they come"
+        page.wait_for_selector("#draw:not([disabled])")
+        seen = page.evaluate("seen")
+        assert set(seen["rows"]) == {*map(str, range(8)), ""}, "the current step moves over the router"
+        assert len(set(seen["pictures"])) == len(seen["pictures"]) == 3 + 1, "previews, and then the image"
         assert "as fast" in page.inner_text("#speedup")
         assert "dB" in page.inner_text("#difference-note")
         assert "router 3" in page.inner_text("#cached-note") and "12 steps" in page.inner_text("#full-note")
