@@ -1,5 +1,6 @@
 """A model spread over two processes trains the router of a whole one."""
 
+import gc
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,11 @@ def work(rank: int, folder: str) -> None:
         kept = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
         results[case] |= {"bytes": sum(p.nbytes for p in kept), "seen": seen, "end": gathered(model)}
     torch.save(results, f"{folder}/{rank}.pt")
+    # The last collectives may still run in gloo's threads, here or in the other process. And layers and their
+    # meshes hold process groups, which would go, with those threads, only as the interpreter ends.
+    del model, noise, condition, kept
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
