@@ -11,6 +11,7 @@ from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig
 from harmonica.training.presets import Recipe
 from harmonica.training.trainer import RouterTrainer
+from pipelines.compare.published import FORECASTS
 from tests.benchmarks import ideas
 from tests.benchmarks.grid.__main__ import measure
 from tests.benchmarks.grid.judging import Judge
@@ -109,6 +110,7 @@ LINES = [
     line("FoCa", 47.0, worst=32.0),
     line("linear forecast", 48.5, frechet=1e-3),
     line("too slow", 60.0, speed=1.5),
+    *(line(name, 40.0, worst=20.0) for name in FORECASTS if name != "FoCa"),
 ]
 
 
@@ -134,6 +136,8 @@ def test_a_point_says_whether_ours_is_first_and_by_more_than_the_spread():
     lower = [each | {"psnr": each["psnr"] - 5 * (each["method"] == LEARNED)} for each in LINES]
     assert PointResults(20, 1.6, lower).row()[4] == "no: linear forecast 48.5"
     assert "not first" in PointResults(20, 1.6, lower).disappointments()
+    begun = [each for each in LINES if each["method"] != "Spectrum"]
+    assert PointResults(20, 1.6, begun).row()[3:9] == [""] * 6, "not all that compete are measured"
 
 
 def test_the_log_has_the_tables_of_the_recorded_results():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.compare.published import FORECASTS
 from tests.benchmarks.grid.points import EVEN, LEARNED
 
 RESULTS = Path(__file__).parent
@@ -81,11 +82,13 @@ class PointResults:
             if (line["steps"], line["speedup"]) == (num_steps, speedup):
                 self.of.setdefault(line["method"], []).append(line)
         fast = _NEAR * speedup
-        self.rivals = {
-            name: lines
+        self.rivals = [
+            name
             for name, lines in self.of.items()
             if name not in (LEARNED, EVEN) and all(line["speed"] >= fast for line in lines)
-        }
+        ]
+        if not self.of.keys() >= FORECASTS.keys():  # who is first is said once all are measured
+            self.rivals = []
 
     def mean(self, method: str, measure: Measure) -> float:
         """A method's mean over seeds."""
@@ -148,7 +151,7 @@ def table(lines: Sequence[Line]) -> str:
     places = sorted({(line["steps"], line["speedup"]) for line in lines})
     points = [PointResults(*place, lines) for place in places]
     rows = [head, ["---"] * len(head), *(point.row() for point in points if LEARNED in point.of)]
-    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in rows)
 
 
 def tables(folder: Path = RESULTS) -> dict[str, str]:
