@@ -94,15 +94,18 @@ def sketch_image_error(
     *,
     order: int,
     probes: int,
+    full_NCHW: Tensor | None = None,
 ) -> Sketch:
     """Linearise the change from full to planned latents in the forecast weights.
 
     Args:
         plan: with forecast weights, around which the change is linearised.
         batch: with keys, which also determine the probes, so that these do not depend on the worker.
+        full_NCHW: the full sampler's latents, where they are known.
     """
     assert batch.keys is not None, "training's samples have keys"
-    full_NCHW = sample(sampler, batch.noise_NCHW, batch.condition_N, keys=batch.keys).clone()
+    if full_NCHW is None:
+        full_NCHW = sample(sampler, batch.noise_NCHW, batch.condition_N, keys=batch.keys).clone()
     cache = ProbedCache(plan.num_branches, plan.forecast)
     with torch.enable_grad():
         images_NCHW = planned_end(sampler, plan, batch.start(sampler), cache, plan.num_steps - 1)

@@ -1,0 +1,1 @@
+"""Quality over steps, speeds and training seeds: learned steps and forecasts, beside published methods."""
