@@ -68,7 +68,7 @@ class EmojiTask(LabelTask):
     data = emoji.DATA
 
     def error(self, predicted_NCHW: Tensor, batch: NoisyBatch) -> Tensor:
-        """Add the error of x_0 to that of the noise: with few steps, shapes are learned by it."""
+        """Add the error of x_0 to that of the noise, from which shapes are learned."""
         of_noise = super().error(predicted_NCHW, batch)
         return of_noise + distillation_loss(predicted_NCHW, batch.noise, batch.timesteps)
 

@@ -92,7 +92,7 @@ class Task(ABC, Generic[Config]):
 
     @staticmethod
     def load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Return the images (rows, C, H, W) uint8 and labels (rows,) int64 that are trained on.
+        """Return images (rows, C, H, W) uint8 and labels (rows,) int64 to train on.
 
         Raises:
             FileNotFoundError: the folder does not hold them.
