@@ -84,11 +84,10 @@ EXTRAS_run := all
 EXTRAS_test := all,test
 EXTRAS_dev := all,test,dev
 
-# pip's some 600 lines are cut down to the packages large enough to wait for. It does not compile their 29,000
-# files, which takes 85 s of a core: Python does that as it imports one, and most are never imported.
+# pip's some 600 lines are cut down to the packages large enough to wait for.
 $(STAMP)-run $(STAMP)-test $(STAMP)-dev: $(STAMP)-%: pyproject.toml setup.py cluster/constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV) (the first time: some minutes, 2 to 6 GB with torch) ..."
-	@$(BIN)/python -u -m pip install --no-compile --progress-bar off -c cluster/constraints.txt \
+	@$(BIN)/python -u -m pip install --progress-bar off -c cluster/constraints.txt \
 	  -e '.[$(EXTRAS_$*)]' | awk \
 	  '/^ *(Downloading|Using cached) .*MB\)/ { sub(/.*\//, "", $$(NF-2)); print "  " $$(NF-2), $$(NF-1), $$NF; fflush() } \
 	   /^Installing collected/ { print "  Installing", NF - 3, "packages"; fflush() }'

@@ -32,8 +32,9 @@ _ENDED = re.compile("SUCCEEDED|FAILED|STOPPED")
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_ctrl_c_and_sigterm_leave_a_run_that_goes_on(make_run, unbroken: TrainingRun) -> None:
-    """What follows a driver that is killed is in `test_killed_while_stages_are_done_again`."""
+def test_ctrl_c_sigterm_and_kill_of_the_driver_leave_a_run_that_goes_on(
+    make_run, unbroken: TrainingRun
+) -> None:
     # Ignored signals are inherited, from a shell's background job for one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with closing(make_run("stopped")) as run:
@@ -45,6 +46,10 @@ def test_ctrl_c_and_sigterm_leave_a_run_that_goes_on(make_run, unbroken: Trainin
             assert "interrupted: the same command with --run-id stopped goes on from here" in run.said
             assert run.statuses == {"KILLED"}
             run.cluster_is_idle()
+        run.start()
+        run.wait_for(9)
+        run.driver.kill()
+        run.cluster_is_idle()
         newest = Path(run.storage.uri(FOLDER)) / run.storage.names(FOLDER)[-1]
         newest.write_bytes(newest.read_bytes()[:-100])
         run.complete()
