@@ -12,6 +12,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Containers often set it; each of the many processes of a run would then compile all that it imports of this checkout.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Files side by side, tests with Ray clusters after one another and first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
