@@ -11,7 +11,7 @@ of a CPU core does not get there (tests/benchmarks/RESULTS.md): give `--use-gpu`
 """
 
 import logging
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +23,16 @@ from harmonica.pretraining import emoji
 from harmonica.pretraining.learning import NoisyBatch, distillation_loss
 from harmonica.validation.settings import Count, Positive, settings
 
-from .dit import DiTPretrainConfig, LabelTask, export
+from .dit import FASHION_DIT, DiTPretrainConfig, LabelTask, export
 from .loop import run
 
 logger = logging.getLogger(__name__)
 
-EMOJI_DIT = DiTConfig(
+EMOJI_DIT = replace(
+    FASHION_DIT,
     sample_size=emoji.SIDE,
-    patch_size=4,
     in_channels=3,
     out_channels=3,
-    num_layers=12,
-    num_attention_heads=4,
-    attention_head_dim=32,
     num_embeds_ada_norm=len(emoji.CLASS_NAMES),
 )
 
@@ -64,8 +61,6 @@ class EmojiPretrainConfig(DiTPretrainConfig):
 
 class EmojiTask(LabelTask):
     """Teach a DiT to denoise emoji of the class that it is told."""
-
-    data = emoji.DATA
 
     def error(self, predicted_NCHW: Tensor, batch: NoisyBatch) -> Tensor:
         """Add the error of x_0 to that of the noise, from which shapes are learned."""

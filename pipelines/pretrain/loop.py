@@ -84,9 +84,6 @@ class Task(ABC, Generic[Config]):
     The loop around it is the same for both.
     """
 
-    data = DATA
-    """Images and their licence, for the account of an exported model."""
-
     def __init__(self, config: Config, images: np.ndarray, labels: np.ndarray) -> None:
         self.config, self.images, self.labels = config, images, labels
 
