@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loaded = load_model(recipe.model)
     rows = rows_of(recipe, loaded)
     judge = Judge(rows, chosen.images)
+    results = chosen.results or RESULTS / f"{chosen.preset}.jsonl"
     for seed in chosen.seeds:
         for num_steps in chosen.steps:
             series = Series(recipe, loaded.model, rows, num_steps, seed)
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     series,
                     speedup,
                     judge,
-                    chosen.results or RESULTS / f"{chosen.preset}.jsonl",
+                    results,
                     has_published=chosen.published,
                     has_calibrated=chosen.calibrated,
                 )

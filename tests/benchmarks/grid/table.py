@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pipelines.compare.published import FORECASTS
@@ -67,11 +68,6 @@ def read_lines(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def mean(values: Sequence[float]) -> float:
-    """The mean."""
-    return sum(values) / len(values)
-
-
 class PointResults:
     """The arms of one number of steps and one speed."""
 
@@ -92,14 +88,14 @@ class PointResults:
 
     def mean(self, method: str, measure: Measure) -> float:
         """A method's mean over seeds."""
-        return mean([line[measure.key] for line in self.of[method]])
+        return fmean([line[measure.key] for line in self.of[method]])
 
     def standing(self, measure: Measure) -> Standing:
         """Where ours stands, of all methods that are about as fast."""
         ours = [line[measure.key] for line in self.of[LEARNED]]
         rival = max(self.rivals, key=lambda name: measure.sign * self.mean(name, measure))
         value, spread = self.mean(rival, measure), max(ours) - min(ours)
-        return Standing(measure, measure.sign * (mean(ours) - value), spread, len(ours), rival, value)
+        return Standing(measure, measure.sign * (fmean(ours) - value), spread, len(ours), rival, value)
 
     def gain(self) -> float | None:
         """What ours is above even steps after the same fit, in dB: the mean over the seeds that have both."""
@@ -109,7 +105,7 @@ class PointResults:
             for even in self.of.get(EVEN, [])
             if ours["seed"] == even["seed"]
         ]
-        return mean(both) if both else None
+        return fmean(both) if both else None
 
     def disappointments(self) -> list[str]:
         """What is less than is wanted, in words."""
@@ -130,7 +126,7 @@ class PointResults:
         if len(values) < 2:
             return f"{values[0]:{measure.form}}" if values else ""
         low, high = (f"{value:{measure.form}}" for value in (min(values), max(values)))
-        return f"{mean(values):{measure.form}} ({low} to {high})"
+        return f"{fmean(values):{measure.form}} ({low} to {high})"
 
     def row(self) -> list[str]:
         """The cells of the point."""
