@@ -13,7 +13,7 @@ from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig
 from harmonica.training import presets
 from harmonica.training.presets import Recipe
-from harmonica.training.sdt import SdtConfig
+from harmonica.training.sdt_config import SdtConfig
 
 from .config.evaluate import EvaluateConfig
 from .config.pipeline import PipelineConfig

@@ -29,7 +29,8 @@ from harmonica.models.dit.config import DiTConfig
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.training.iepo import IepoKind, image_error_proxy
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 
 _INPUTS = ("noise", "labels", "sdt.noise", "sdt.labels")
 

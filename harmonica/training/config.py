@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.iepo import IepoKind
-from harmonica.training.sdt import SdtConfig
+from harmonica.training.sdt_config import SdtConfig
 from harmonica.validation.settings import Count, Cure, Field, Natural, SettingError, require, settings
 
 _MOST_TARGETS = 20

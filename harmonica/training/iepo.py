@@ -23,7 +23,7 @@ from harmonica.core.router import Router
 from harmonica.core.trajectory import full_step, planned_step
 from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler, State
-from harmonica.training.sdt import SdtConfig, Student
+from harmonica.training.sdt_config import SdtConfig, Student
 
 IepoKind = Literal["leave_one_out", "cumulative", "sensitivity"]
 KINDS = get_args(IepoKind)

@@ -18,7 +18,7 @@ from harmonica.models.loading import BUILTIN_TEXT, ModelConfig
 from harmonica.samplers import SamplerConfig, SamplerName
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.sdt import SdtConfig
+from harmonica.training.sdt_config import SdtConfig
 
 _UPDATES, _UPDATES_PER_LAMBDA = 20_000, 500  # [R] --max-steps, --lambda-c; T updates a trajectory there
 

@@ -30,7 +30,7 @@ from harmonica.pretraining.evaluate_flow_model import load_flow_pipeline
 from harmonica.pretraining.flow_matching import embed_captions
 from harmonica.training.config import TrainingConfig
 from harmonica.training.presets import fashion
-from harmonica.training.sdt import SdtConfig
+from harmonica.training.sdt_config import SdtConfig
 
 MODEL = Path(harmonica.pretraining.__file__).with_name("fashion-sd3")
 GUIDANCE, TRAINED_CAPTIONS, BATCH = 4.5, 256, 16

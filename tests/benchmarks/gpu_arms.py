@@ -24,7 +24,8 @@ from harmonica.models.dit.config import DiTConfig, dit_shape
 from harmonica.models.dit.model import DiT
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import Sampler, State
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 from tests.benchmarks.arms import make_batch, make_noise, make_router, make_sampler, random_plan
 from tests.benchmarks.gpu_modules import captured, diffusers_dit, diffusers_pixart, taylor_seer, with_db_cache
 from tests.benchmarks.hardware import Hardware

@@ -34,7 +34,8 @@ from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.plans.step_form import LINEAR
 from harmonica.training.presets import fashion
 from harmonica.training.sampler_backend import SamplerBackend
-from harmonica.training.sdt import SdtTrainer, Student
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import Student
 from harmonica.training.target import TargetController
 
 JUDGED_ROWS, FIRST_JUDGED = 48, 10_000

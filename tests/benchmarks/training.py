@@ -15,7 +15,8 @@ from harmonica.data.batch import Batch
 from harmonica.models.dit.config import DiTConfig
 from harmonica.samplers import Sampler
 from harmonica.training.iepo import image_error_proxy
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 from tests.benchmarks.arms import builtin_shape, make_batch, make_dit, make_router, make_sampler
 from tests.benchmarks.hardware import Hardware
 from tests.benchmarks.live_tensors import peak_of

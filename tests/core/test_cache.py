@@ -12,7 +12,8 @@ from harmonica.core.trajectory import planned_step
 from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer
 from harmonica.samplers import SamplerConfig, make_sampler
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 from tests.benchmarks.live_tensors import peak_of
 
 

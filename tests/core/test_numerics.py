@@ -21,7 +21,8 @@ from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.iepo import image_error_proxy
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 
 HALVES = ["bfloat16", "float16"]
 STEPS, BRANCHES = 6, 24

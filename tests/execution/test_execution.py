@@ -24,7 +24,8 @@ from harmonica.execution.compiled import RecompileLimitError
 from harmonica.execution.values import KeptValues, extrapolate
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import Sampler, make_sampler
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 
 
 def check_all(sampler: Sampler, batch: tuple[Any, Any]) -> None:

@@ -27,7 +27,8 @@ from harmonica.models.pixart.model import PixArt
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import make_sampler
 from harmonica.training.iepo import KINDS, image_error_proxy
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 
 
 def random_plan(model: PixArt, seed: int = 2) -> Plan:

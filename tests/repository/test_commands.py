@@ -23,7 +23,7 @@ from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig
 from harmonica.training.config import TrainingConfig
 from harmonica.training.presets import RECIPES
-from harmonica.training.sdt import SdtConfig
+from harmonica.training.sdt_config import SdtConfig
 
 CASE = Path(__file__).parents[1] / "assets" / "case_a"
 SIX_STEPS = SamplerConfig(num_inference_steps=6)

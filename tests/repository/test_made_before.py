@@ -23,7 +23,7 @@ from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.sdt import SdtConfig
+from harmonica.training.sdt_config import SdtConfig
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.workflow import TrainConfig
 from pipelines.presets import PRESETS

@@ -22,7 +22,8 @@ from harmonica.models.vae import decode_latents
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.iepo import KINDS, image_error_proxy
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 
 NAMES = ("ddim", "iddpm", "dpm-solver++", "sa-solver")
 KEYS = SampleKeys((7, 7, 8, 2**40), (0, 1, 0, 3))

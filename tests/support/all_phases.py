@@ -2,7 +2,7 @@
 
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.sdt import SdtConfig
+from harmonica.training.sdt_config import SdtConfig
 
 ALL_PHASES = TrainingConfig(
     target_speedup=1.3,

@@ -25,7 +25,8 @@ from harmonica.integrations.recorded.view import RecordedTransformer, recorded
 from harmonica.models.base import Macs
 from harmonica.pipeline_training.policies import PolicyTrajectory, SdtPolicy
 from harmonica.samplers import SamplerConfig
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 
 TABLE = Path(harmonica.__file__).parent / "integrations/recorded/TRANSFORMERS.md"
 STEPS = 3

@@ -27,7 +27,7 @@ from harmonica.models.vae import decode_latents
 from harmonica.samplers import make_sampler
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.sdt import SdtConfig
+from harmonica.training.sdt_config import SdtConfig
 from harmonica.training.trainer import RouterTrainer
 from harmonica.validation.finite import NotFinite, check_finite, not_finite
 from pipelines.config.workflow import EvaluateConfig, WorkflowConfig

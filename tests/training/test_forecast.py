@@ -24,7 +24,7 @@ from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error, unknowns
 from harmonica.training.sampler_backend import SamplerBackend
-from harmonica.training.sdt import SdtConfig
+from harmonica.training.sdt_config import SdtConfig
 from harmonica.training.trainer import RouterTrainer
 
 STEPS = 9

@@ -12,7 +12,8 @@ from harmonica.data.batch import Batch
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.training.iepo import KINDS, image_error_proxy
 from harmonica.training.plans.builders import stepwise_plan
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 
 TAU = 0.3
 STEPS, BRANCHES = 6, 6

@@ -25,7 +25,8 @@ from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.iepo import image_error_proxy
 from harmonica.training.memory_model import Shape
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 from tests.benchmarks.live_tensors import peak_of
 
 STEPS = SamplerConfig(num_inference_steps=5, guidance_scale=1.5, clip_sample=False)

@@ -16,7 +16,8 @@ from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler
 from harmonica.training.beta import BetaController
 from harmonica.training.iepo import IepoKind, image_error_proxy
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 
 Inputs = tuple[Tensor, Tensor]
 """Noise and labels."""

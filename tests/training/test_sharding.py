@@ -21,7 +21,8 @@ from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.memory_model import Shape
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 from harmonica.training.sharding import shard_weights, sharded_layers
 from harmonica.training.trainer import RouterTrainer
 

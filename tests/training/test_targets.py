@@ -29,7 +29,7 @@ from harmonica.training.plans.search import StepSearch
 from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.plans.step_form import LINEAR
 from harmonica.training.sampler_backend import SamplerBackend
-from harmonica.training.sdt import SdtConfig
+from harmonica.training.sdt_config import SdtConfig
 from harmonica.training.trainer import RouterTrainer
 
 STEPS = 9

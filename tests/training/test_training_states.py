@@ -20,7 +20,7 @@ from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.training.config import TrainingConfig
 from harmonica.training.multi_target import MultiTargetTrainer
-from harmonica.training.sdt import SdtConfig
+from harmonica.training.sdt_config import SdtConfig
 
 RECORDED = json.loads(Path(__file__).parents[1].joinpath("assets/training_states.json").read_text())
 """By configuration: the states after some trajectories, and the names of every trajectory's metrics.

@@ -20,7 +20,8 @@ from harmonica.samplers.noise import SampleKeys
 from harmonica.samplers.step_noise import StepNoise, drawn_noise
 from harmonica.training.beta import BetaController
 from harmonica.training.iepo import KINDS, image_error_proxy
-from harmonica.training.sdt import SdtConfig, SdtTrainer
+from harmonica.training.sdt import SdtTrainer
+from harmonica.training.sdt_config import SdtConfig
 
 READS = (Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu)
 READS += (Tensor.__bool__, Tensor.__int__, Tensor.__float__)

@@ -28,7 +28,7 @@ from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.multi_target import MultiTargetTrainer
 from harmonica.training.plans.builders import even_plan, fastest_speedup, slowest_speedup
 from harmonica.training.plans.search import StepSearch
-from harmonica.training.sdt import SdtConfig
+from harmonica.training.sdt_config import SdtConfig
 from harmonica.validation.settings import SettingError
 from pipelines.compare.methods import learned_methods
 from pipelines.config.compare import CompareConfig
