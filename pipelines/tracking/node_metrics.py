@@ -22,7 +22,7 @@ from .node_reader import NodeReader
 logger = logging.getLogger(__name__)
 
 _MOST_PENDING = 1000  # points kept while MLflow does not answer
-_PATIENCE_S = 5.0
+_PATIENCE_S, _WAIT_S = 5.0, 0.5
 _END_S = 1.0  # `ray job stop` waits three seconds for all of it
 
 
@@ -32,8 +32,8 @@ class Nodes:
     def __init__(self) -> None:
         self._readers: dict[str, Any] = {}
 
-    def read(self) -> dict[str, float]:
-        """Return the metrics of all nodes that answer.
+    def read(self, stopped: threading.Event) -> dict[str, float]:
+        """Return the metrics of all nodes that answer before this is stopped.
 
         Names are such as `system/<node>/cpu_utilization_percentage`.
         """
@@ -45,7 +45,11 @@ class Nodes:
             self._readers[node_id] = ray.remote(NodeReader).options(**options).remote()
         names = node_names()
         asked = {reader.read.remote(): node_id for node_id, reader in self._readers.items()}
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE_S)
+        answered: list[Any] = []
+        deadline = time.monotonic() + _PATIENCE_S
+        # Little by little, since a thread that waits for Ray at the end of its process would crash it.
+        while len(answered) < len(asked) and not stopped.is_set() and time.monotonic() < deadline:
+            answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_WAIT_S)
         metrics: dict[str, float] = {}
         for reference in answered:
             node_id = asked[reference]
@@ -62,7 +66,7 @@ def _watch(run: StageRun, interval_s: float, stopped: threading.Event) -> None:
     nodes, pending, has_warned = Nodes(), deque[Point](maxlen=_MOST_PENDING), False
     while not stopped.wait(interval_s):
         try:
-            metrics = nodes.read()
+            metrics = nodes.read(stopped)
             # Steps are seconds of a clock, and so go on after a restart; curves of nodes share them.
             pending.append(Point(int(time.time()), int(time.time() * 1000), metrics))
             run.log_points(list(pending))

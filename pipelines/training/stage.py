@@ -81,6 +81,13 @@ class _QuietController(ray.train.UserCallback):
         return _QuietController, ()
 
 
+class _Trainer(TorchTrainer):
+    """Leave Ctrl-C as it is: with Ray Train's handler this process would end with exit code 0."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
 def _train_loop(job: dict[str, Any]) -> None:
     config: WorkflowConfig = job["config"]
     quiet_libraries()
@@ -155,7 +162,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
         workers = (settings.min_workers, settings.num_workers)
         os.environ.setdefault(*_START_PATIENCE)
     board = make_board()
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _train_loop,
         train_loop_config={"config": config, "mlflow": stage, "board": board},
         scaling_config=ScalingConfig(  # type: ignore[call-arg]

@@ -1,7 +1,7 @@
 """Report what each training worker does, and give up a run that stands still."""
 
 import logging
-import queue
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -12,10 +12,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harmonica.cli.common import say
 
+from ..runtime.ray_runtime import Terminated
+
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-_LOOK_EVERY_S, _SAY_EVERY_S = 1.0, 20.0
+_LOOK_EVERY_S, _SAY_EVERY_S, _END_S = 1.0, 20.0, 1.0
 
 
 class Reached(NamedTuple):
@@ -77,41 +79,73 @@ def make_board() -> Any:
 def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: str) -> Result:
     """Return the result of `work()`, given up if workers stand still.
 
-    That is when no worker has begun anything new for `stall_s`. The work is done in a thread.
-
-    The thread also keeps Ray Train from taking over Ctrl-C, after which this process would end with exit
-    code 0; an abandoned thread's actors end with this process.
+    That is when no worker has begun anything new for `stall_s`. A thread watches, and the work is done here:
+    a thread that was left waiting for Ray would crash this process when Ray is shut down at its end.
 
     Args:
+        work: called in the main thread.
         wanted: what workers need before the first can begin, for the message.
 
     Raises:
         TimeoutError: says what every worker waits for.
+        Terminated: SIGTERM was received. Ray's own waiting turns that into a KeyboardInterrupt.
     """
-    done: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
+    watch = _Watch(board, stall_s, wanted)
+    terminated = False
 
-    def run() -> None:
-        try:
-            done.put((work(), None))
-        except BaseException as error:  # raised again by the thread that waits
-            done.put((None, error))
+    def note(*_: object) -> None:
+        nonlocal terminated
+        terminated = watch.error is None
+        raise Terminated
 
-    threading.Thread(target=run, daemon=True, name="training").start()
-    started, lines = time.monotonic(), _Lines()
-    while True:
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        with watch:
+            return work()
+    except KeyboardInterrupt:
+        if watch.error is not None:
+            raise watch.error from None
+        if terminated:
+            raise Terminated from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Watch:
+    """A thread that shows the progress, and interrupts the main thread where there is none."""
+
+    def __init__(self, board: Any, stall_s: float, wanted: str) -> None:
+        self.error: Exception | None = None
+        """Why the main thread was interrupted."""
+        self._board, self._stall_s, self._wanted = board, stall_s, wanted
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(_END_S)
+
+    def _run(self) -> None:
+        started, lines = time.monotonic(), _Lines()
         try:
-            result, error = done.get(timeout=_LOOK_EVERY_S)
-        except queue.Empty:
-            said, reached, announced = ray.get(board.read.remote())
-            lines.announce(announced)
-            lines.show(reached)
-            still = min([age for _, age in said.values()], default=time.monotonic() - started)
-            if still > stall_s:
-                raise TimeoutError(_stall_message(said, still, wanted)) from None
-            continue
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
+            while not self._ended.wait(_LOOK_EVERY_S):
+                self._look(started, lines)
+        except Exception as error:
+            self.error = error
+            if not self._ended.is_set():
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    def _look(self, started: float, lines: "_Lines") -> None:
+        said, reached, announced = ray.get(self._board.read.remote())
+        lines.announce(announced)
+        lines.show(reached)
+        still = min([age for _, age in said.values()], default=time.monotonic() - started)
+        if still > self._stall_s:
+            raise TimeoutError(_stall_message(said, still, self._wanted))
 
 
 class _Lines:

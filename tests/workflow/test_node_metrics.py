@@ -52,7 +52,7 @@ class FlakyRun(StageRun):
 
 
 class OneNode:
-    def read(self) -> dict[str, float]:
+    def read(self, stopped: threading.Event) -> dict[str, float]:
         return {"system/here/cpu_utilization_percentage": 1.0}
 
 
