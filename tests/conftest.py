@@ -119,17 +119,23 @@ def _with_clusters(path: Path) -> frozenset[str]:
     return frozenset("*" if isinstance(node, ast.Assign) else getattr(node, "name", "") for node in marked)
 
 
+_NODES = "tests/nodes/"
+
+
 class _FilesAside(LoadFileScheduling):
     """Files side by side, but tests with Ray clusters after one another, in one process.
 
-    Two clusters at once on two cores make them miss their deadlines, and the demo its measured speed.
+    More clusters at once on two cores make them miss their deadlines. Those of `tests/nodes` are a process of
+    their own: they share one cluster, and half of their time they wait for what is killed and started.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path: str = super()._split_scope(nodeid)
         clusters = _with_clusters(Path(self.config.rootpath, path))
         name = nodeid.rpartition("::")[2].partition("[")[0]
-        return "clusters" if clusters & {"*", name} else path
+        if not clusters & {"*", name}:
+            return path
+        return _NODES if path.startswith(_NODES) else "clusters"
 
 
 @pytest.hookimpl(optionalhook=True)
