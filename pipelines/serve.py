@@ -20,8 +20,9 @@ from harmonica.validation.settings import settings
 
 from .config.serve import ServeConfig
 from .config.workflow import WorkflowConfig
+from .run_state.interruption import Terminated
 from .runtime.cluster_address import check_address
-from .runtime.ray_runtime import Terminated, connect, is_private
+from .runtime.ray_runtime import connect, is_private
 from .serving.application import build as build
 from .serving.auth import key_headers
 from .serving.client import curl_command

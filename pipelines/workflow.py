@@ -8,7 +8,7 @@ import sys
 from harmonica.cli.common import fail, parse, say
 
 from .presets import PRESETS
-from .runtime.ray_runtime import Terminated
+from .run_state.interruption import Terminated
 from .stages import Workflow
 
 

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import secrets
-import signal
 import socket
 import threading
 import time
@@ -21,6 +20,7 @@ import psutil
 
 from harmonica.cli.common import say
 
+from .interruption import interrupt_main_thread
 from .lease_cells import Cell, cell_of
 from .storage import RunStorage
 
@@ -128,10 +128,7 @@ class Lease:
             except Exception as failed:  # of boto3 and disks: where this one cannot write, nobody else can
                 logger.info("the lease of %s waits for its storage (%s)", self._run_id, type(failed).__name__)
             if self.lost:
-                # A shell's background job ignores SIGINT.
-                is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-                number = signal.SIGTERM if is_ignored else signal.SIGINT
-                signal.pthread_kill(threading.main_thread().ident or 0, number)  # wakes it, too
+                interrupt_main_thread()
                 return
 
     def _renew(self) -> None:

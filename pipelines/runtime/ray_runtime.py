@@ -2,9 +2,7 @@
 
 import logging
 import os
-import signal
 import socket
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from ray._private import ray_constants
 
 from harmonica.validation.finite import NotFinite
 
+from ..run_state.interruption import raise_at_sigterm
 from ..run_state.storage import ENDPOINT
 from .cluster_address import check_address, cluster_address
 from .log_filters import drop_remarks
@@ -71,26 +70,6 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-class Terminated(KeyboardInterrupt):
-    """Raised when SIGTERM is received; it ends a run as Ctrl-C does.
-
-    `ray job stop` and Kubernetes send it.
-    """
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
-
-
-def _settle_sigterm() -> None:
-    """Raise `Terminated` at SIGTERM.
-
-    Ray's own handler exits with code 15 and no message.
-    """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
-
-
 def connect(endpoint: str = "") -> None:
     """Join the cluster of `RAY_ADDRESS`, or start a private local one.
 
@@ -116,14 +95,14 @@ def connect(endpoint: str = "") -> None:
         # Only what is no secret: a runtime environment is shown on the dashboard.
         shared = {"env_vars": {ENDPOINT: endpoint}} if endpoint else None
         ray.init(logging_level=logging.WARNING, runtime_env=shared)
-        _settle_sigterm()
+        raise_at_sigterm()
         return
     for name, value in _PRIVATE.items():
         os.environ.setdefault(name, value)
     port = _dashboard_port()
     with _told_to_workers(_DASHBOARD_ADDRESS, f"http://127.0.0.1:{port}"), on_loopback() as address:
         _start_private(address, port)
-    _settle_sigterm()
+    raise_at_sigterm()
 
 
 def _start_private(address: str, dashboard_port: int) -> None:

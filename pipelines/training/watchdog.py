@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harmonica.cli.common import say
 
-from ..runtime.ray_runtime import Terminated
+from ..run_state.interruption import Terminated, interrupt_main_thread
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class _Watch:
         except Exception as error:
             self.error = error
             if not self._ended.is_set():
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                interrupt_main_thread()
 
     def _look(self, started: float, lines: "_Lines") -> None:
         said, reached, announced = ray.get(self._board.read.remote())

@@ -1,6 +1,8 @@
 """A run that stands still fails with what it waits for."""
 
 import os
+import signal
+import threading
 import time
 
 import pytest
@@ -8,6 +10,7 @@ import ray
 from ray.util.state import list_nodes
 
 from harmonica.training.progress import PhaseBudget, Progress
+from pipelines.run_state.interruption import Terminated
 from pipelines.training import watchdog
 from pipelines.training.watchdog import Reached, make_board, run_watched
 
@@ -52,6 +55,20 @@ def test_standing_still_is_an_error_that_says_at_what(private_cluster: None) -> 
     assert run_watched(lambda: 7, board, 60, "") == 7
     with pytest.raises(ZeroDivisionError):
         run_watched(lambda: 1 // 0, board, 60, "")
+
+
+@pytest.mark.cluster
+def test_no_thread_is_left_waiting_for_ray(private_cluster: None) -> None:
+    """One that were would crash the process at its end; and SIGTERM stays itself."""
+    board, here = make_board(), threading.active_count()
+
+    def work() -> None:
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        ray.get(ray.remote(num_cpus=0)(lambda: time.sleep(60)).remote())
+
+    with pytest.raises(Terminated):
+        run_watched(work, board, 60, "")
+    assert threading.active_count() <= here
 
 
 def test_a_line_of_progress_at_intervals(
