@@ -162,7 +162,8 @@ def test_two_workers_train_the_router_of_one_and_resume(
     assert [point.step for point in lambdas] == [1, 3], "lambda is refreshed every iepo_every trajectories"
 
     # Too short a budget is refused by the workers, who have timed a full sampling, with the settings' error.
-    short = dataclasses.replace(config, run_id="r3", train=dataclasses.replace(config.train, budget=1e-6))
+    hasty = dataclasses.replace(config.train, budget=1e-6, num_workers=1)
+    short = dataclasses.replace(config, run_id="r3", train=hasty)
     with pytest.raises(SettingError, match=r"^train\.budget is 1e-06: the shortest training .* takes"):
         train(short, RunStorage(config.storage_path, "r3"), stage)
 

@@ -1,4 +1,4 @@
-"""What `make demo` runs, on a third of its images: the router it trains in minutes is worth having."""
+"""What `make demo` runs, on a fraction of its images: the router it trains in minutes is worth having."""
 
 import json
 import os
@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHORTER = (
     "--train.start-trajectories=1",
-    "--train.trajectories=8",
+    "--train.trajectories=4",
     "--train.forecast.trajectories=6",
-    "--evaluate.samples=128",
+    "--evaluate.samples=64",
 )
 """The rest is as it stands."""
 OURS = re.compile(
