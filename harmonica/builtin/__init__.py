@@ -12,6 +12,7 @@ CAPTIONS = FOLDER / "captions.txt"
 """Prompts for it: half of `harmonica.evaluation.fashion_captions.all_captions`."""
 CLASSIFIER = FOLDER / "classifier"
 CHAMPION = FOLDER / "champion"
-"""A router for the built-in DiT, which `make serve` starts from on a fresh clone. Its plan was found by a
-search over whole steps and its forecasts were fitted; the scores that SDT had trained were discarded, since
-their plan was not nearer to the full sampler's images (`training.chosen` in its `config.json`)."""
+"""A router for the built-in DiT, which `make serve` starts from on a fresh clone. Its steps
+were learned together with their forecasts, which were then fitted; the scores that SDT had trained were
+discarded, since their plan was not nearer to the full sampler's images (`training.chosen` in its
+`config.json`)."""

@@ -25,7 +25,7 @@ from harmonica.version import __version__
 
 FORMAT_VERSION = 2
 _SAMPLE = "sample.safetensors"
-_STARTS = {"measured": "step search", "even": "even steps"}
+_STARTS = {"measured": "learned steps", "even": "even steps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class RouterArtifact:
 
     @property
     def method(self) -> str:
-        """Describe how the plan was made: searched, trained or fitted.
+        """Describe how the plan was made: learned steps, fitted forecasts, or trained scores.
 
         A plan of trained scores is distinguished from one whose trained scores were discarded in favour of
         its initial ones (`harmonica.training.plans.selection`).

@@ -11,7 +11,7 @@ OURS = "HarmoniCa"
 FEWER_STEPS = "fewer steps"
 PAPER = "SDT + IEPO as in the paper"
 RELEASED = "SDT + IEPO as released"
-OURS_LABEL = "step search + fitted forecast"
+OURS_LABEL = "learned steps + fitted forecast"
 """Label of this project's default method, which does not keep a trained router."""
 _LABELS = {OURS: OURS_LABEL, PAPER: "HarmoniCa (paper)", RELEASED: "HarmoniCa (released code)"}
 

@@ -48,15 +48,15 @@ def test_round_trip(artifact, folder):
 @pytest.mark.parametrize(
     ("reuse", "is_fitted", "training", "method"),
     [
-        ("forecast", True, {"initial": "measured", "chosen": "measured"}, "step search + fitted forecast"),
+        ("forecast", True, {"initial": "measured", "chosen": "measured"}, "learned steps + fitted forecast"),
         ("forecast", True, {"initial": "measured", "chosen": "even"}, "even steps + fitted forecast"),
         (
             "forecast",
             True,
             {"initial": "measured", "chosen": "trained"},
-            "step search + fitted forecast + trained router",
+            "learned steps + fitted forecast + trained router",
         ),
-        ("forecast", False, {"initial": "measured"}, "step search + linear forecast + trained router"),
+        ("forecast", False, {"initial": "measured"}, "learned steps + linear forecast + trained router"),
         ("forecast", False, {"initial": "even", "chosen": "even"}, "even steps + linear forecast"),
         ("hold", False, {"initial": "normal"}, "held values + trained router"),
         ("hold", False, {}, "held values + trained router"),
@@ -68,9 +68,9 @@ def test_the_method_says_what_was_searched_fitted_and_trained(artifact, reuse, i
     assert made.method == method
 
 
-def test_the_built_in_champion_was_not_trained():
-    """What README says of it: SDT's scores were discarded."""
-    assert RouterArtifact.load(CHAMPION).method == "step search + fitted forecast"
+def test_the_built_in_champion_has_learned_steps():
+    """What README says of it: the scores that SDT trained were discarded."""
+    assert RouterArtifact.load(CHAMPION).method == "learned steps + fitted forecast"
 
 
 def test_others_may_read_what_is_saved(folder):

@@ -28,7 +28,7 @@ MEMBER = {
     "speedup": 1.2,
     "psnr_to_full": 41.0,
     "psnr_to_full_interval": [40.5, 41.5],
-    "method": "step search",
+    "method": "learned steps",
     "cur": 0.3,
     "ideal_speedup": 1.3,
     "measured_speedup": 1.2,

@@ -68,11 +68,13 @@ def test_differences_are_amplified_by_the_factor_that_their_labels_say() -> None
     full = torch.linspace(-0.9, 0.9, 200).reshape(2, 1, 10, 10)
     near, far = full + 0.004, full - 0.018
     near[0, 0, 0, 0] += 0.5  # one pixel of 400 does not decide for all
-    sheet = with_differences({"full, 20 steps": full, "cached, CUR 45%\nstep search": near, "13 steps": far})
+    sheet = with_differences(
+        {"full, 20 steps": full, "cached, CUR 45%\nlearned steps": near, "13 steps": far}
+    )
     names = list(sheet)
     assert names == [
         "full, 20 steps",
-        "cached, CUR 45%\nstep search",
+        "cached, CUR 45%\nlearned steps",
         "cached minus full,\ntimes 50",
         "13 steps",
         "13 steps minus full,\ntimes 50",
@@ -95,8 +97,8 @@ def test_amplification_keeps_differences_within_the_grey_levels(size: float, fac
 
 
 def test_a_row_of_cached_images_says_how_its_plan_came_about() -> None:
-    title = cached_title("cached 1.5x", 0.449, "step search + fitted forecast + trained router")
-    assert title == "cached 1.5x, CUR 45%\nstep search +\nfitted forecast +\ntrained router"
+    title = cached_title("cached 1.5x", 0.449, "learned steps + fitted forecast + trained router")
+    assert title == "cached 1.5x, CUR 45%\nlearned steps +\nfitted forecast +\ntrained router"
 
 
 def test_heat_map_puts_the_first_run_step_on_top_and_marks_reuse(tmp_path: Path) -> None:

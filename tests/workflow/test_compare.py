@@ -115,7 +115,7 @@ def test_what_was_not_measured_is_in_the_table_the_picture_and_on_the_page(
 
 
 def test_points_of_versions_before_this_one_get_names() -> None:
-    assert shown_name({"method": OURS}) == "step search + fitted forecast"
+    assert shown_name({"method": OURS}) == "learned steps + fitted forecast"
     assert shown_name({"method": PAPER}) == "HarmoniCa (paper)"
     assert shown_name({"method": "random plan"}) == "random plan"
 
