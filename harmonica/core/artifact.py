@@ -60,7 +60,7 @@ class RouterArtifact:
 
     @property
     def method(self) -> str:
-        """Describe how the plan was made: learned steps, fitted forecasts, or trained scores.
+        """Describe how the plan was made: learned, fitted or trained.
 
         A plan of trained scores is distinguished from one whose trained scores were discarded in favour of
         its initial ones (`harmonica.training.plans.selection`).

@@ -25,7 +25,10 @@ def raise_at_sigterm() -> None:
 
 
 def interrupt_main_thread() -> None:
-    """Have the main thread end as by Ctrl-C, from another thread; what it waits for is broken off."""
+    """End the main thread as by Ctrl-C, from another thread.
+
+    What it waits for is broken off.
+    """
     # A shell's background job ignores SIGINT.
     is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     number = signal.SIGTERM if is_ignored else signal.SIGINT

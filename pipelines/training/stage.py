@@ -82,7 +82,10 @@ class _QuietController(ray.train.UserCallback):
 
 
 class _Trainer(TorchTrainer):
-    """Leave Ctrl-C as it is: with Ray Train's handler this process would end with exit code 0."""
+    """Leave Ctrl-C as it is.
+
+    With Ray Train's own handler this process would end with exit code 0.
+    """
 
     def _register_sigint_handler(self, controller: Any) -> None:
         pass

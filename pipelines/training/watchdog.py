@@ -113,7 +113,7 @@ def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: 
 
 
 class _Watch:
-    """A thread that shows the progress, and interrupts the main thread where there is none."""
+    """Show the progress from a thread; interrupt the main one if there is none."""
 
     def __init__(self, board: Any, stall_s: float, wanted: str) -> None:
         self.error: Exception | None = None
