@@ -63,7 +63,7 @@ def test_first_is_who_is_nearer_than_every_rival_as_fast() -> None:
     (said,) = leaders([*points, point("fewer steps", 47.0)], (1.4,))
     assert not said["is_first"] and said["rival"] == "fewer steps", "the mean of its points"
     words = "is first at 0 of 1 speeds, not at 1.4x (fewer steps: 45.8 dB, ours 45.0)."
-    assert ranking_summary([said]) == f"Step search + fitted forecast {words}"
+    assert ranking_summary([said]) == f"Learned steps + fitted forecast {words}"
 
 
 MISSING = [
@@ -82,7 +82,7 @@ def test_variants_that_were_not_measured_are_told_and_the_others_count() -> None
     assert [said["is_first"] for said in speeds] == [None, True] and speeds[0]["psnr_to_full"] is None
     words = ranking_summary(speeds, points, MISSING)
     assert words == (
-        "Step search + fitted forecast is first at 1 of 1 speeds. It was not measured at 1.2x. 2 variants "
+        "Learned steps + fitted forecast is first at 1 of 1 speeds. It was not measured at 1.2x. 2 variants "
         "were not measured: HarmoniCa (paper) at 1.4x seed 1, diffusers TaylorSeer 2 (<b>no room)."
     )
     assert "first at 0 of 0 speeds. It was not measured at 1.4x." in ranking_summary(
