@@ -125,8 +125,8 @@ _NODES = "tests/nodes/"
 class _FilesAside(LoadFileScheduling):
     """Files side by side, but tests with Ray clusters after one another, in one process.
 
-    More clusters at once on two cores make them miss their deadlines. Those of `tests/nodes` are a process of
-    their own: they share one cluster, and half of their time they wait for what is killed and started.
+    More clusters at once on two cores make them miss their deadlines. Those of `tests/nodes`, which share
+    one cluster, are a process of their own, so that both cores are used (tests/benchmarks/RESULTS.md).
     """
 
     def _split_scope(self, nodeid: str) -> str:
