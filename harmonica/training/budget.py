@@ -158,7 +158,6 @@ def _least(config: TrainingConfig, asked: Numbers) -> dict[PhaseName, int]:
     least = dict(_LEAST)
     if config.initial not in OF_STEPS:
         least["router"] = _LEAST_WITHOUT_START
-    least["forecast"] = max(least["forecast"], config.forecast.least)
     return {name: min(count, least[name]) for name, count in asked.items()}
 
 

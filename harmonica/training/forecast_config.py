@@ -14,9 +14,9 @@ class ForecastConfig:
     trajectories: Natural = 0
     """Number of trajectories in all, each of `train.batch_size` samples; 0 leaves forecasts linear. Give some
     with train.sdt.reuse forecast, for images nearer to the full ones."""
-    rounds: Count = 1
-    """Research: Number of times that the weights are solved for; each round measures anew, around the last
-    weights."""
+    rounds: Count = 2
+    """Research: Largest number of times that the weights are solved for; each round measures anew, around the
+    last weights, and takes 4 trajectories at least."""
     probes: Count = 4
     """Research: Number of random directions in which each image's error is measured; each costs a backward
     pass."""
@@ -28,16 +28,16 @@ class ForecastConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.trajectories == 0 or self.trajectories >= self.least,
+            self.trajectories == 0 or self.trajectories >= _LEAST,
             "train.forecast.trajectories",
             self.trajectories,
-            f"give {self.least} or more, {_LEAST} for each of train.forecast.rounds, or 0",
+            f"give {_LEAST} or more, or 0",
         )
 
     @property
-    def least(self) -> int:
-        """Return the fewest trajectories that all rounds take together."""
-        return _LEAST * self.rounds
+    def num_rounds(self) -> int:
+        """Return how many rounds the trajectories are enough for."""
+        return max(1, min(self.rounds, self.trajectories // _LEAST))
 
     def is_tried(self, place: int) -> bool:
         """Return whether a trajectory tries solutions, and does not measure.
@@ -47,14 +47,15 @@ class ForecastConfig:
         Args:
             place: number of the trajectory, from 0.
         """
-        end = self._round_end(place)
-        begin = -(-(place * self.rounds // self.trajectories) * self.trajectories // self.rounds)
-        return place >= end - max(1, (end - begin) // (1 + _MEASURED_FOR_ONE_TRIED))
+        places = self._round_of(place)
+        return place in places[-max(1, len(places) // (1 + _MEASURED_FOR_ONE_TRIED)) :]
 
     def ends_round(self, done: int) -> bool:
         """Return whether a round ends once `done` trajectories are done."""
-        return done > 0 and done == self._round_end(done - 1)
+        return done > 0 and done == self._round_of(done - 1).stop
 
-    def _round_end(self, place: int) -> int:
-        """Return how many trajectories are done when the round of this one ends."""
-        return -(-(place * self.rounds // self.trajectories + 1) * self.trajectories // self.rounds)
+    def _round_of(self, place: int) -> range:
+        """Return the places of the round that a trajectory belongs to."""
+        number = place * self.num_rounds // self.trajectories
+        begin, end = (-(-k * self.trajectories // self.num_rounds) for k in (number, number + 1))
+        return range(begin, end)

@@ -126,7 +126,7 @@ def fashion() -> Recipe:
         iepo="sensitivity",
         iepo_every=12,
         choice_trajectories=3,
-        forecast=ForecastConfig(trajectories=12, rounds=2),
+        forecast=ForecastConfig(trajectories=12),
     )
     return Recipe(model=ModelConfig(), sampler=SamplerConfig(), train=train)
 

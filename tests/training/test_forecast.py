@@ -154,6 +154,22 @@ def test_bad_settings_are_named(changes, words):
         ForecastConfig(**changes)
 
 
+@pytest.mark.parametrize(
+    ("trajectories", "rounds", "expected"),
+    [
+        (4, 1, "mmmT"),
+        (7, 2, "mmmmmmT"),
+        (8, 2, "mmmT mmmT"),
+        (13, 2, "mmmmmmT mmmmmT"),
+        (24, 2, 2 * "mmmmmmmmmmTT "),
+    ],
+)
+def test_a_round_takes_four_trajectories_and_tries_with_its_last(trajectories, rounds, expected):
+    config = ForecastConfig(trajectories=trajectories, rounds=rounds)
+    places = ["mT"[config.is_tried(k)] + " " * config.ends_round(k + 1) for k in range(trajectories)]
+    assert "".join(places).strip() == expected.strip()
+
+
 def test_a_plan_that_reuses_nothing_has_nothing_to_fit(tiny_sampler, batch):
     fit = ForecastFit(Plan.full(tiny_sampler.num_steps, 6), ForecastConfig(trajectories=4, probes=2))
     noise, labels = batch

@@ -21,7 +21,7 @@ RECORDED = dataclasses.replace(
     trajectories=20,
     iepo_every=10,
     choice_trajectories=3,
-    forecast=ForecastConfig(trajectories=16),
+    forecast=ForecastConfig(trajectories=16, rounds=1),
 )
 SECONDS = [
     *(3.66, 3.46, 3.63),
