@@ -43,7 +43,7 @@ def fashion() -> WorkflowConfig:
     """
     return _from_recipe(
         presets.fashion,
-        evaluate=EvaluateConfig(samples=128, timing_rounds=4, timing_batch_size=4),
+        evaluate=EvaluateConfig(samples=128, timing_rounds=4),
         promotion=PromoteConfig(min_psnr_to_full=38, max_frechet_to_full=0.02, min_speedup=1.2),
     )
 
