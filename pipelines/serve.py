@@ -20,7 +20,7 @@ from harmonica.validation.settings import settings
 
 from .config.serve import ServeConfig
 from .config.workflow import WorkflowConfig
-from .run_state.interruption import Terminated
+from .run_state.interruption import Terminated, sigterm_raises
 from .runtime.cluster_address import check_address
 from .runtime.ray_runtime import connect, is_private
 from .serving.application import build as build
@@ -52,6 +52,7 @@ class ServeCommand:
     Empty: the one of the settings above."""
 
 
+@sigterm_raises()
 def _serve(command: ServeCommand) -> None:
     """Serve until SIGINT or SIGTERM. Settings are checked before Ray starts.
 
@@ -76,7 +77,7 @@ def _serve(command: ServeCommand) -> None:
     say(f"Starting with {summary} ...")
     connect()
     stop = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):  # after `connect`, which has its own for the latter
+    for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.set())
     try:
         url = deploy_args(args)

@@ -8,7 +8,7 @@ import sys
 from harmonica.cli.common import fail, parse, say
 
 from .presets import PRESETS
-from .run_state.interruption import Terminated
+from .run_state.interruption import Terminated, sigterm_raises
 from .stages import Workflow
 
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None, prog: str = "harmonica-workflow") -
         return fail(error, code=2)
     say(f"run {workflow.config.run_id}: {', '.join(config.stages)}")
     try:
-        with lease, workflow.tracked():
+        with sigterm_raises(), lease, workflow.tracked():
             for stage in config.stages:
                 workflow.run(stage)
     except KeyboardInterrupt as signal:

@@ -26,6 +26,7 @@ from harmonica.pretraining.learning import Learner, LearningConfig
 from harmonica.validation.finite import NotFinite
 from harmonica.validation.settings import Count, Field, Natural, Positive, settings
 
+from ..run_state.interruption import sigterm_raises
 from ..runtime.ray_runtime import connect
 from ..tracking.mlflow_runs import StageRun, stage_run
 
@@ -200,6 +201,7 @@ def _train_loop(job: dict[str, Any]) -> None:
             _report(learner, rank == 0)
 
 
+@sigterm_raises()
 def run(config: PretrainConfig, task: type[Task[Any]]) -> Checkpoint:
     """Train to `config.steps` and return the last checkpoint.
 

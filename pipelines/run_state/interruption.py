@@ -2,6 +2,9 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
@@ -11,17 +14,46 @@ class Terminated(KeyboardInterrupt):
     """
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM, inside.
 
-
-def raise_at_sigterm() -> None:
-    """Raise `Terminated` at SIGTERM.
-
-    Ray's own handler exits with code 15 and no message.
+    What waits for Ray makes it a plain KeyboardInterrupt, which is `Terminated` again outside.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise Terminated
+
+    with _handled(terminate):
+        try:
+            yield
+        except KeyboardInterrupt:
+            if terminated:
+                raise Terminated from None
+            raise
+
+
+@contextmanager
+def kept_sigterm() -> Iterator[None]:
+    """Leave the handler of SIGTERM as it was, whatever is set inside."""
+    with _handled(signal.getsignal(signal.SIGTERM) or signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def _handled(handler: Any) -> Iterator[None]:
+    """Handle SIGTERM inside, and as before afterwards; other threads than the main one cannot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def interrupt_main_thread() -> None:

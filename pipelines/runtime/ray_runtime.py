@@ -14,7 +14,7 @@ from ray._private import ray_constants
 
 from harmonica.validation.finite import NotFinite
 
-from ..run_state.interruption import raise_at_sigterm
+from ..run_state.interruption import kept_sigterm
 from ..run_state.storage import ENDPOINT
 from .cluster_address import check_address, cluster_address
 from .log_filters import drop_remarks
@@ -94,15 +94,15 @@ def connect(endpoint: str = "") -> None:
     if cluster_address():
         # Only what is no secret: a runtime environment is shown on the dashboard.
         shared = {"env_vars": {ENDPOINT: endpoint}} if endpoint else None
-        ray.init(logging_level=logging.WARNING, runtime_env=shared)
-        raise_at_sigterm()
+        with kept_sigterm():  # Ray's own handler exits with code 15 and no message
+            ray.init(logging_level=logging.WARNING, runtime_env=shared)
         return
     for name, value in _PRIVATE.items():
         os.environ.setdefault(name, value)
     port = _dashboard_port()
-    with _told_to_workers(_DASHBOARD_ADDRESS, f"http://127.0.0.1:{port}"), on_loopback() as address:
+    told = _told_to_workers(_DASHBOARD_ADDRESS, f"http://127.0.0.1:{port}")
+    with kept_sigterm(), told, on_loopback() as address:
         _start_private(address, port)
-    raise_at_sigterm()
 
 
 def _start_private(address: str, dashboard_port: int) -> None:

@@ -1,7 +1,6 @@
 """Report what each training worker does, and give up a run that stands still."""
 
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harmonica.cli.common import say
 
-from ..run_state.interruption import Terminated, interrupt_main_thread
+from ..run_state.interruption import interrupt_main_thread
 
 logger = logging.getLogger(__name__)
 
@@ -88,28 +87,15 @@ def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: 
 
     Raises:
         TimeoutError: says what every worker waits for.
-        Terminated: SIGTERM was received. Ray's own waiting turns that into a KeyboardInterrupt.
     """
     watch = _Watch(board, stall_s, wanted)
-    terminated = False
-
-    def note(*_: object) -> None:
-        nonlocal terminated
-        terminated = watch.error is None
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, note)
     try:
         with watch:
             return work()
     except KeyboardInterrupt:
         if watch.error is not None:
             raise watch.error from None
-        if terminated:
-            raise Terminated from None
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Watch:

@@ -10,7 +10,7 @@ import ray
 from ray.util.state import list_nodes
 
 from harmonica.training.progress import PhaseBudget, Progress
-from pipelines.run_state.interruption import Terminated
+from pipelines.run_state.interruption import Terminated, kept_sigterm, sigterm_raises
 from pipelines.training import watchdog
 from pipelines.training.watchdog import Reached, make_board, run_watched
 
@@ -66,9 +66,25 @@ def test_no_thread_is_left_waiting_for_ray(private_cluster: None) -> None:
         threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         ray.get(ray.remote(num_cpus=0)(lambda: time.sleep(60)).remote())
 
-    with pytest.raises(Terminated):
+    with pytest.raises(Terminated), sigterm_raises():
         run_watched(work, board, 60, "")
     assert threading.active_count() <= here
+
+
+def test_sigterm_is_itself_whatever_a_wait_makes_of_it() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), sigterm_raises():
+        try:
+            with kept_sigterm():  # what a library sets is gone again
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except Terminated:
+            raise KeyboardInterrupt from None
+    with pytest.raises(KeyboardInterrupt) as plain, sigterm_raises():
+        raise KeyboardInterrupt
+    assert not isinstance(plain.value, Terminated)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_line_of_progress_at_intervals(
