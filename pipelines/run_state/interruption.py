@@ -45,7 +45,10 @@ def kept_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _handled(handler: Any) -> Iterator[None]:
-    """Handle SIGTERM inside, and as before afterwards; other threads than the main one cannot."""
+    """Handle SIGTERM inside, and as before afterwards.
+
+    In another thread than the main one, which cannot, nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
