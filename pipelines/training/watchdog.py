@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harmonica.cli.common import say
 
-from ..run_state.interruption import interrupt_main_thread
+from ..run_state.interruption import interrupt_main_thread, sigterm_raises
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: 
     """
     watch = _Watch(board, stall_s, wanted)
     try:
-        with watch:
+        with sigterm_raises(), watch:  # which the watch may send
             return work()
     except KeyboardInterrupt:
         if watch.error is not None:
