@@ -87,6 +87,7 @@ def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: 
 
     Raises:
         TimeoutError: says what every worker waits for.
+        Terminated: SIGTERM was received.
     """
     watch = _Watch(board, stall_s, wanted)
     try:

@@ -66,7 +66,7 @@ def test_no_thread_is_left_waiting_for_ray(private_cluster: None) -> None:
         threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         ray.get(ray.remote(num_cpus=0)(lambda: time.sleep(60)).remote())
 
-    with pytest.raises(Terminated), sigterm_raises():
+    with pytest.raises(Terminated):
         run_watched(work, board, 60, "")
     assert threading.active_count() <= here
 
