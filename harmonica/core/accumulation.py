@@ -13,7 +13,7 @@ Shapes: N rows, L tokens, D width.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from harmonica.core.cache import BranchCache, Reuse, cache_bytes
+from harmonica.core.correction import corrected
 from harmonica.core.plan import Plan
 from harmonica.execution.eager import Addition
 from harmonica.execution.levels import runner_of
@@ -124,6 +125,8 @@ def _accumulation_plan(plan: Plan, reuse: Reuse, has_post_branch: tuple[bool, ..
         for branch, is_computed in enumerate(plan.compute[i]):
             if is_computed:
                 cache.write(branch, i, unit_TT[i])
+    if reuse == "hold":
+        plan = replace(plan, correction=None)
     return AccumulationPlan(plan, {entry: tuple(each) for entry, each in terms.items()}, ends, _most(terms))
 
 
@@ -161,6 +164,8 @@ class AccumulatedSums:
         self.plan, self._conditionings_T = plan, conditionings_T
         self._sums: dict[Entry, Tensor] = {}
         self._scalars = Scalars()
+        # A forecast is what corrections come with; of such a cache only its outputs are used.
+        self._outputs = BranchCache(0, "forecast", correction=plan.plan.correction).outputs
 
     def planned_pass(
         self, model: BranchedTransformer, hidden_NLD: Tensor, conditioning: Any, step: int
@@ -168,7 +173,7 @@ class AccumulatedSums:
         """Run one step like `harmonica.core.passes.planned_pass`.
 
         Returns:
-            The model's output (N, out_channels, H, W).
+            The model's output (N, out_channels, H, W), corrected where the plan says so.
         """
         branches, row, runner = model.branches, self.plan.plan.compute[step], runner_of(model)
         for index, (branch, is_computed) in enumerate(zip(branches, row, strict=True)):
@@ -182,7 +187,7 @@ class AccumulatedSums:
                 hidden_NLD = self._sums.pop((step, index)).add_(hidden_NLD)
                 last = branches[self.plan.ends[step, index]]
                 hidden_NLD = runner.run_all(last.always, hidden_NLD, conditioning)
-        return model.head(hidden_NLD, conditioning)
+        return corrected(model.head(hidden_NLD, conditioning), step, self._outputs, model.in_channels)
 
     def _addition(self, term: Term, branch: Branch, hidden_NLD: Tensor) -> Addition:
         """Return a term as what is added to its sum, in the hidden state's precision."""

@@ -23,7 +23,7 @@ from harmonica.models.base import BranchedTransformer
 from harmonica.samplers import Sampler, SamplerConfig
 from harmonica.version import __version__
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _SAMPLE = "sample.safetensors"
 _STARTS = {"measured": "learned steps", "even": "even steps"}
 
@@ -38,6 +38,8 @@ class RouterArtifact:
     reuse: Reuse
     forecast_TBK: Tensor | None = None
     """Learned weights of the forecasts (`training.plans.forecast_fit`); None where they are linear."""
+    correction_TJ: Tensor | None = None
+    """Learned weights of the output's correction (`core.correction`); None where there is none."""
     model: dict[str, Any]
     """The model's `identity()`."""
     rounded_weights: Mapping[str, str] = field(default_factory=dict)
@@ -56,7 +58,8 @@ class RouterArtifact:
     @property
     def plan(self) -> Plan:
         """Return the plan of these scores at the recorded threshold."""
-        return Plan.from_scores(self.logits_TB.sigmoid(), self.threshold, self.forecast_TBK)
+        learned = self.forecast_TBK, self.correction_TJ
+        return Plan.from_scores(self.logits_TB.sigmoid(), self.threshold, *learned)
 
     @property
     def method(self) -> str:
@@ -86,16 +89,18 @@ class RouterArtifact:
         reuse: Reuse,
         training: dict[str, Any],
         forecast_TBK: Tensor | None = None,
+        correction_TJ: Tensor | None = None,
     ) -> "RouterArtifact":
         """Build the artifact of a router that was trained with `sampler`."""
         macs = sampler.model.macs()
-        plan = Plan.from_scores(logits_TB.sigmoid(), threshold, forecast_TBK)
+        plan = Plan.from_scores(logits_TB.sigmoid(), threshold, forecast_TBK, correction_TJ)
         return cls(
             logits_TB=logits_TB.detach().float().cpu(),
             threshold=threshold,
             sampler=sampler.config,
             reuse=reuse,
             forecast_TBK=None if forecast_TBK is None else forecast_TBK.detach().float().cpu(),
+            correction_TJ=None if correction_TJ is None else correction_TJ.detach().float().cpu(),
             model=sampler.model.identity(),
             rounded_weights=sampler.model.fingerprint().rounded,
             ideal_speedup=plan.ideal_speedup(macs),
@@ -104,6 +109,13 @@ class RouterArtifact:
             training=training,
         )
 
+    @property
+    def _format_version(self) -> int:
+        """The oldest format that has all of it: its readers would pass over the rest, and draw otherwise."""
+        if self.correction_TJ is not None:
+            return FORMAT_VERSION
+        return 1 if self.forecast_TBK is None else 2
+
     def save(self, folder: str | Path) -> Path:
         """Write the files and return the folder."""
         folder = local(folder, "router")
@@ -111,13 +123,14 @@ class RouterArtifact:
         tensors = {"logits": self.logits_TB}
         if self.forecast_TBK is not None:
             tensors["forecast"] = self.forecast_TBK
+        if self.correction_TJ is not None:
+            tensors["correction"] = self.correction_TJ
         write_tensors(tensors, folder / "router.safetensors")
         if self.sample_CHW is not None:
             write_tensors({"sample": self.sample_CHW}, folder / _SAMPLE)
         plan = self.plan
         config = {
-            # Readers of version 1 would pass over a learned forecast, and draw something else.
-            "format_version": 1 if self.forecast_TBK is None else FORMAT_VERSION,
+            "format_version": self._format_version,
             "model": self.model,
             "rounded_weights": dict(self.rounded_weights),
             "sampler": self.sampler.to_dict(),
@@ -155,7 +168,7 @@ class RouterArtifact:
                 f"router {folder} has no readable config.json ({error}): give a router artifact folder"
             ) from error
         try:
-            if config["format_version"] not in (1, FORMAT_VERSION):
+            if config["format_version"] not in range(1, FORMAT_VERSION + 1):
                 raise ValueError(
                     f"router {folder} has format_version {config['format_version']}, this version reads "
                     f"1 to {FORMAT_VERSION}: install the harmonica that wrote it "
@@ -168,6 +181,7 @@ class RouterArtifact:
                 sampler=SamplerConfig(**config["sampler"]),
                 reuse=config["reuse"],
                 forecast_TBK=tensors.get("forecast"),
+                correction_TJ=tensors.get("correction"),
                 model=_complete(config["model"]),
                 rounded_weights=config.get("rounded_weights", {}),
                 ideal_speedup=config["ideal_speedup"],

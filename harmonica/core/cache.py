@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from harmonica.core.plan import Forecast
+from harmonica.core.plan import Correction, Forecast
 from harmonica.execution.values import KeptValues, Scalars, extrapolate
 from harmonica.models.base import BranchedTransformer
 
@@ -33,13 +33,29 @@ class BranchCache:
     gradient crosses a step.
     """
 
-    def __init__(self, num_branches: int, reuse: Reuse = "hold", learned: Forecast | None = None) -> None:
+    outputs: "BranchCache | None" = None
+    """The model's own last outputs, as those of a single branch, where a plan corrects them
+    (`harmonica.core.correction`)."""
+
+    def __init__(
+        self,
+        num_branches: int,
+        reuse: Reuse = "hold",
+        learned: Forecast | None = None,
+        correction: Correction | None = None,
+    ) -> None:
         self.reuse, self._learned = reuse, learned if reuse == "forecast" else None
+        if correction is not None and reuse == "forecast":
+            self.outputs = self._of_outputs(tuple((row,) for row in correction))
         order = len(learned[0][0]) if learned else 1
         self._depth = values_kept(reuse, order)
         self._kept: list[tuple[tuple[int, Tensor], ...]] = [()] * num_branches
         self.scalars = Scalars()
         """Coefficients of forecasts on the device."""
+
+    def _of_outputs(self, learned: Forecast) -> "BranchCache":
+        """Return the cache of the model's outputs, T x 1 weights of which correct them."""
+        return BranchCache(1, "forecast", learned)
 
     def read(self, branch: int, step: int) -> Tensor:
         """Return the branch's value (N, L, D) for a step at which it is reused."""
@@ -70,7 +86,7 @@ class BranchCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cached values."""
+        """Bytes of the branches' cached values."""
         values = (value for kept in self._kept for _, value in kept)
         return sum({value.data_ptr(): value.nbytes for value in values}.values())
 
@@ -78,4 +94,5 @@ class BranchCache:
         """Return a second cache that shares the values, which are never overwritten."""
         twin = BranchCache(len(self._kept), self.reuse, self._learned)
         twin._kept, twin.scalars = list(self._kept), self.scalars
+        twin.outputs = self.outputs and self.outputs.copy()
         return twin

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from harmonica.core.cache import BranchCache
+from harmonica.core.correction import corrected
 from harmonica.execution.levels import runner_of
 from harmonica.models.base import BranchedTransformer
 
@@ -29,7 +30,7 @@ def planned_pass(
     A reused branch costs one fused multiply-add; its norm, modulation and sub-layer are not run.
 
     Returns:
-        The model's output (N, out_channels, H, W).
+        The model's output (N, out_channels, H, W), corrected where the plan says so.
     """
     runner = runner_of(model)
     for indices, is_computed in runs_of(compute_row):
@@ -39,7 +40,7 @@ def planned_pass(
         for index in indices:
             hidden_NLD, y = runner.compute(model.branches[index], index, hidden_NLD, conditioning)
             cache.write(index, step, y)
-    return model.head(hidden_NLD, conditioning)
+    return corrected(model.head(hidden_NLD, conditioning), step, cache.outputs, model.in_channels)
 
 
 def runs_of(compute_row: Sequence[bool]) -> Iterator[tuple[range, bool]]:

@@ -9,11 +9,18 @@ from harmonica.models.base import Macs
 
 Forecast = tuple[tuple[tuple[float, ...], ...], ...]
 """T x B weights of the differences between a branch's last values, newest first."""
+Correction = tuple[tuple[float, ...], ...]
+"""T x J weights of the differences between the model's own last outputs, newest first."""
 
 
 def forecast_of(weights_TBK: Tensor) -> Forecast:
     """Convert a table of weights to a plan's form."""
     return tuple(tuple(tuple(entry) for entry in row) for row in weights_TBK.tolist())
+
+
+def correction_of(weights_TJ: Tensor) -> Correction:
+    """Convert a table of weights to a plan's form."""
+    return tuple(tuple(row) for row in weights_TJ.tolist())
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,10 @@ class Plan:
     """Learned weights of forecasts (`harmonica.training.plans.forecast_fit`).
 
     None where they are linear, or values are held."""
+    correction: Correction | None = field(default=None, repr=False)
+    """Learned weights that correct the model's output at every step (`harmonica.core.correction`).
+
+    None where outputs stay as they are."""
 
     def __post_init__(self) -> None:
         if not self.compute or len({len(row) for row in self.compute}) != 1:
@@ -36,20 +47,32 @@ class Plan:
             len(r) for r in self.compute
         ]:
             raise ValueError("the forecast has another shape than the plan: give weights for T x B entries")
+        if self.correction is not None and (
+            len(self.correction) != len(self.compute) or len({len(row) for row in self.correction}) != 1
+        ):
+            raise ValueError("the correction has another shape than the plan: give T rows of as many weights")
 
     @classmethod
-    def from_scores(cls, scores_TB: Tensor, threshold: float, forecast_TBK: Tensor | None = None) -> "Plan":
+    def from_scores(
+        cls,
+        scores_TB: Tensor,
+        threshold: float,
+        forecast_TBK: Tensor | None = None,
+        correction_TJ: Tensor | None = None,
+    ) -> "Plan":
         """Compute where r > tau, and everywhere in row T-1.
 
         Args:
             forecast_TBK: learned weights, K of each entry.
+            correction_TJ: learned weights of the output's correction, J of each step.
         """
         if scores_TB.ndim != 2:
             raise ValueError(f"router scores have shape {tuple(scores_TB.shape)}: give a T x B table")
         compute_TB = scores_TB.detach() > threshold
         compute_TB[-1] = True
         forecast = None if forecast_TBK is None else forecast_of(forecast_TBK)
-        return cls(tuple(tuple(row) for row in compute_TB.tolist()), forecast)
+        correction = None if correction_TJ is None else correction_of(correction_TJ)
+        return cls(tuple(tuple(row) for row in compute_TB.tolist()), forecast, correction)
 
     @classmethod
     def full(cls, num_steps: int, num_branches: int) -> "Plan":
@@ -59,7 +82,8 @@ class Plan:
     def at_steps(self, num_steps: int) -> "Plan":
         """Return this plan stretched to another number of steps.
 
-        Learned forecasts are left out, since they are for the distances between this plan's steps.
+        Learned forecasts and corrections are left out, since they are for the distances between this plan's
+        steps.
         """
         if num_steps == self.num_steps:
             return self
@@ -76,6 +100,11 @@ class Plan:
     def num_branches(self) -> int:
         """Return B, the number of branches."""
         return len(self.compute[0])
+
+    @property
+    def corrections(self) -> int:
+        """Return J, the number of differences that correct an output; 0 where none is corrected."""
+        return len(self.correction[0]) if self.correction else 0
 
     @property
     def cur(self) -> float:

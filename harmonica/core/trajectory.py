@@ -66,7 +66,8 @@ class Trajectory:
             accumulate: as for `harmonica.core.sampling.sample`.
         """
         self.sampler, self._plan = sampler, plan
-        self._cache = BranchCache(len(sampler.model.branches), reuse, plan.forecast if plan else None)
+        learned = (plan.forecast, plan.correction) if plan else ()
+        self._cache = BranchCache(len(sampler.model.branches), reuse, *learned)
         self._ahead: AccumulationPlan | None = None
         self._sums: AccumulatedSums | None = None
         if plan is not None and accumulate is None:

@@ -113,7 +113,8 @@ class PlannedForward:
         shape = tuple(call.sample_NCHW.shape)
         if i == self._plan.num_steps - 1:
             self._model.check()  # hooks, adapters and attention processors can have come since
-            self._cache = BranchCache(self._plan.num_branches, self._reuse, self._plan.forecast)
+            learned = (self._plan.forecast, self._plan.correction)
+            self._cache = BranchCache(self._plan.num_branches, self._reuse, *learned)
             self._shape = shape
             self._model.view.execution = self._execution_on(call.sample_NCHW.device)
         elif shape != self._shape:

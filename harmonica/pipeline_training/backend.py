@@ -107,13 +107,16 @@ class PipelineBackend(TrajectoryBackend):
     def _find_fixed(self, steps: Collection[int]) -> None:
         self.fixed_steps |= frozenset(steps) - {self.calls.num_steps - 1}
 
-    def step_sketch(self, batch: PipelineBatch, *, reach: int, probes: int) -> Tensor:
-        policy, num_steps = StepSketchPolicy(reach), self.calls.num_steps
+    def step_sketch(self, batch: PipelineBatch, *, reach: int, corrections: int, probes: int) -> Tensor:
+        policy = StepSketchPolicy(reach, corrects=corrections > 0)
         images_NX = self._run(policy, batch, has_gradient=True)
         self._find_fixed(policy.fixed)
         handles = policy.handles()
-        self._check_gradient(images_NX, handles, batch, "train.initial even and train.start_trajectories 0")
-        return projected_steps(images_NX, handles, batch.keys, num_steps, reach, probes)
+        cure = "train.initial even and train.start_trajectories 0"
+        for of_steps in handles:
+            self._check_gradient(images_NX, of_steps, batch, cure)
+        distances, num_steps = (reach, corrections), self.calls.num_steps
+        return projected_steps(images_NX, handles, batch.keys, num_steps, distances, probes)
 
     def _check_gradient(
         self,
@@ -171,5 +174,5 @@ class PipelineBackend(TrajectoryBackend):
         full_NX, policy = self.images(batch), ProbedPolicy(plan)
         planned_NX, handles = self._run(policy, batch, has_gradient=True), policy.handles()
         self._check_gradient(planned_NX, handles, batch, "train.forecast.trajectories 0")
-        names = unknowns(plan, order)
+        names = unknowns(plan, order, plan.corrections)
         return sketch_of(full_NX, planned_NX, handles, names, batch.keys, plan.num_steps, probes)

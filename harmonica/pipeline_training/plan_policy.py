@@ -13,11 +13,11 @@ from torch.utils import _pytree
 
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.plan import Forecast, Plan
-from harmonica.integrations.recorded.kept_values import KeptValues
+from harmonica.integrations.recorded.kept_values import OF_OUTPUT, KeptValues
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.pipeline_training.policies import Policy, TransformerStep, detached
-from harmonica.training.plans.forecast_sketch import ProbedCache, Unknown
-from harmonica.training.plans.step_sketch import ChangesCache, with_gradient
+from harmonica.training.plans.forecast_sketch import OUTPUT, ProbedCache, Unknown
+from harmonica.training.plans.step_sketch import ChangesCache, StepHandles, handles_of, with_gradient
 
 
 class PlanPolicy(Policy):
@@ -29,7 +29,7 @@ class PlanPolicy(Policy):
         """Steps at which a call had nothing to reuse."""
 
     def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
-        return view.new_kept(reuse, self.plan.forecast)
+        return view.new_kept(reuse, self.plan.forecast, self.plan.correction)
 
     @torch.no_grad()
     def compute(self, step: TransformerStep) -> Any:
@@ -50,11 +50,11 @@ class ProbedPolicy(PlanPolicy):
         self._caches: list[tuple[int, ProbedCache]] = []
 
     def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
-        kept = view.new_kept(reuse, self.plan.forecast)
+        kept = view.new_kept(reuse, self.plan.forecast, self.plan.correction)
 
         def make(unit: str, count: int, learned: Forecast | None) -> BranchCache:
             cache = ProbedCache(count, learned)
-            self._caches.append((kept.branch_of[unit], cache))
+            self._caches.append((kept.branch_of.get(unit, OUTPUT), cache))
             return cache
 
         return _HandedValues(kept, make)
@@ -72,22 +72,25 @@ class ProbedPolicy(PlanPolicy):
 
 
 class StepSketchPolicy(Policy):
-    """Calls in full, each differentiable in what its reuse would change."""
+    """Calls in full, each differentiable in what its reuse and its correction would change."""
 
-    def __init__(self, reach: int) -> None:
+    def __init__(self, reach: int, *, corrects: bool) -> None:
         """Begin.
 
         Args:
             reach: the largest distance of a step that another one is reused from.
+            corrects: measure what the outputs of earlier steps would change, too.
         """
-        self.reach = reach
+        self.reach, self._corrects = reach, corrects
         self.fixed: set[int] = set()
         """Steps at which a call had nothing to reuse."""
         self._caches: list[ChangesCache] = []
+        self._outputs: list[ChangesCache] = []
 
     def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
         def make(unit: str, count: int, learned: Forecast | None) -> BranchCache:
-            self._caches.append(cache := ChangesCache(count, self.reach))
+            caches = self._outputs if unit == OF_OUTPUT else self._caches
+            caches.append(cache := ChangesCache(count, self.reach))
             return cache
 
         return _HandedValues(view.new_kept(reuse), make)
@@ -95,20 +98,21 @@ class StepSketchPolicy(Policy):
     def compute(self, step: TransformerStep) -> Any:
         if not len(step.kept):
             self.fixed.add(step.i)
-            return step.full()
+            return self._corrected(step, step.full())
         output = step.full()
         # The call once more, all of it reused from itself: its branches do not respond to each other.
         inputs = detached((step.args, step.kwargs))
         same = replace(step, args=inputs[0], kwargs=inputs[1]).planned((False,) * len(step.view.branches))
-        return _pytree.tree_map(with_gradient, output, same)
+        return self._corrected(step, _pytree.tree_map(with_gradient, output, same))
 
-    def handles(self) -> dict[int, list[Tensor]]:
-        """Return the zeros (M, D) of each step, of all calls and units."""
-        found: dict[int, list[Tensor]] = {}
-        for cache in self._caches:
-            for i, handle_MD in cache.handles.items():
-                found.setdefault(i, []).append(handle_MD)
-        return found
+    def _corrected(self, step: TransformerStep, output: Any) -> Any:
+        if not self._corrects:
+            return output
+        return _pytree.tree_map(with_gradient, output, step.kept.corrected(step.i, detached(output)))
+
+    def handles(self) -> StepHandles:
+        """Return the zeros of each step, of all calls and units, and of the calls' outputs."""
+        return handles_of(self._caches, self._outputs)
 
 
 class _HandedValues(KeptValues):
@@ -120,7 +124,7 @@ class _HandedValues(KeptValues):
         Args:
             make: takes a unit, the number of its tensors and their forecast weights.
         """
-        super().__init__(like.branch_of, like.reuse, like.learned)
+        super().__init__(like.branch_of, like.reuse, like.learned, like.correction)
         self._make = make
 
     def new_cache(self, unit: str, count: int) -> BranchCache:

@@ -195,7 +195,8 @@ class PipelineTrainer:
 
     def _artifact(self, run: RouterTrainer, provenance: Mapping[str, Any]) -> RouterArtifact:
         calls, view, logits_TB = self.calls, self.calls.view, run.router.logits().cpu()
-        target, macs, forecast_TBK = run.context.target, view.macs(), run.forecast_TBK
+        target, macs = run.context.target, view.macs()
+        forecast_TBK, correction_TJ = run.forecast_TBK, run.correction_TJ
         plan = target.plan_of(logits_TB)
         if run.config.has_target and not target.is_met_by(plan):
             logger.warning(
@@ -213,6 +214,7 @@ class PipelineTrainer:
             sampler=calls.sampler_config(),
             reuse=self.config.sdt.reuse,
             forecast_TBK=None if forecast_TBK is None else forecast_TBK.float(),
+            correction_TJ=None if correction_TJ is None else correction_TJ.float(),
             model={**view.shape(), **shared, "weights": weights.exact},
             rounded_weights=weights.rounded,
             ideal_speedup=plan.ideal_speedup(macs),

@@ -68,15 +68,17 @@ class TrajectoryBackend(ABC):
         return self.images(batch, plan, reuse)
 
     @abstractmethod
-    def step_sketch(self, batch: Any, *, reach: int, probes: int) -> Tensor:
-        """Linearise the final latents in the reuse of each step, along a full trajectory.
+    def step_sketch(self, batch: Any, *, reach: int, corrections: int, probes: int) -> Tensor:
+        """Linearise the final latents in the reuse and the correction of each step, along a full trajectory.
 
         Args:
             reach: the largest distance D of a step that another one is reused from.
+            corrections: the largest distance J of an output that corrects another one.
 
         Returns:
             Random projections of the change that step i makes if what it adds is replaced by what step i + d
-            has added, (R, T, D); 0 where there is no step i + d.
+            has added, and if its output is replaced by that of step i + d, (R, T, D + J); 0 where there is no
+            step i + d.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The settings of the fit of forecast weights."""
+"""The settings of the fit of forecasts and of the output's correction."""
 
 from harmonica.validation.settings import Count, Natural, require, settings
 
@@ -9,7 +9,7 @@ _MEASURED_FOR_ONE_TRIED = 5
 
 @settings("train.forecast")
 class ForecastConfig:
-    """The settings of the fit of forecast weights, after the router's own training."""
+    """The settings of the fit of forecasts and the output's correction, after the router's own training."""
 
     trajectories: Natural = 0
     """Number of trajectories in all, each of `train.batch_size` samples; 0 leaves forecasts linear. Give some
@@ -22,6 +22,9 @@ class ForecastConfig:
     pass."""
     order: Count = 2
     """Research: Number of differences in a forecast; a cache keeps one value more."""
+    corrections: Natural = 1
+    """Research: Number of differences of the model's last outputs that correct its output at every step; 0
+    fits the forecasts alone."""
     rows_at_once: Count = 4
     """Number of samples that a worker computes at a time; it keeps the activations of a whole trajectory.
     Lower it if a worker runs out of memory."""

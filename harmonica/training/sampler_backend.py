@@ -42,8 +42,8 @@ class SamplerBackend(TrajectoryBackend):
         inputs = (self.sampler, batch.noise_NCHW, batch.condition_N)
         return sample(*inputs, plan, reuse=reuse, keys=batch.keys)
 
-    def step_sketch(self, batch: Batch, *, reach: int, probes: int) -> Tensor:
-        return sketch_steps(self.sampler, batch, reach=reach, probes=probes)
+    def step_sketch(self, batch: Batch, *, reach: int, corrections: int, probes: int) -> Tensor:
+        return sketch_steps(self.sampler, batch, reach=reach, corrections=corrections, probes=probes)
 
     def image_changes(self, router: Router, batch: Batch, config: TrainingConfig) -> Tensor:
         assert config.iepo != "none"

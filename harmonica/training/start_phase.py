@@ -30,10 +30,10 @@ class StartPhase(Phase):
         config = context.config
         self.ridges = RIDGES if config.forecast.trajectories else (LINEAR,)
         """The ridges of the starts, the main one first; forecasts that are not fitted will stay linear."""
-        order = config.forecast.order if config.forecast.trajectories else 1
-        self.search = StepSearch(
-            context.sampler.num_steps, order if config.sdt.reuse == "forecast" else 0, self.ridges[0]
-        )
+        order, corrections = (1, 0) if config.sdt.reuse == "forecast" else (0, 0)
+        if config.forecast.trajectories:
+            order, corrections = config.forecast.order, config.forecast.corrections
+        self.search = StepSearch(context.sampler.num_steps, order, self.ridges[0], corrections=corrections)
         context.search = self.search
 
     @staticmethod

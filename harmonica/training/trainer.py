@@ -23,6 +23,7 @@ from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
 from harmonica.training.phase import Phase
 from harmonica.training.phases import PHASES, ForecastPhase
+from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.start_phase import StartPhase
 from harmonica.validation.finite import CURE, NotFinite, check_finite, not_finite
@@ -170,15 +171,25 @@ class RouterTrainer:
             threshold=self.context.target.threshold_of(logits_TB),
             reuse=self.config.sdt.reuse,
             forecast_TBK=self.forecast_TBK,
+            correction_TJ=self.correction_TJ,
             training=self.provenance(**provenance),
         )
 
     @property
     def forecast_TBK(self) -> Tensor | None:
         """Return the fitted forecast weights; None where forecasts are linear."""
+        return self._fit.weights.forecast_TBK if self._fit else None
+
+    @property
+    def correction_TJ(self) -> Tensor | None:
+        """Return the fitted weights of the output's correction; None where there is none."""
+        has_some = self._fit is not None and bool(self._fit.weights.correction_TJ.shape[1])
+        return self._fit.weights.correction_TJ if self._fit and has_some else None
+
+    @property
+    def _fit(self) -> ForecastFit | None:
         last = self.phases[-1]
-        fit = last.fit if isinstance(last, ForecastPhase) else None
-        return fit.weights_TBK if fit else None
+        return last.fit if isinstance(last, ForecastPhase) else None
 
     def provenance(self, **more: Any) -> dict[str, Any]:
         """Return what an artifact says of its training, as JSON values."""

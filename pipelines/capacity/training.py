@@ -112,7 +112,10 @@ def _messages(
         updates = [float(branches * _FLOAT)] * (count * (num_steps - 1))
         return updates + [3.0 * _FLOAT] * count + [float(effects * _FLOAT)] * refreshes
     if phase.name == "start":
-        return [float(size_of_form(num_steps) ** 2 * _DOUBLE), float(_DOUBLE)] * count
+        return [
+            float(size_of_form(num_steps, config.forecast.corrections) ** 2 * _DOUBLE),
+            float(_DOUBLE),
+        ] * count
     if phase.name == "choice":
         return [3.0 * _DOUBLE] * count
     # Normal equations of the weights of all reused entries.

@@ -91,7 +91,7 @@ def test_rows_at_once_change_nothing(sampler):
         fit = ForecastFit(alternating(), FIT)
         for k in range(4):
             fit.observe(SamplerBackend(sampler), rows(4 * k).split(size), lambda sums: None)
-        fits.append(fit.weights_TBK)
+        fits.append(fit.weights.forecast_TBK)
     torch.testing.assert_close(*fits, rtol=1e-5, atol=1e-6)
 
 
@@ -176,7 +176,7 @@ def test_a_plan_that_reuses_nothing_has_nothing_to_fit(tiny_sampler, batch):
     for k in range(4):
         parts = [Batch(noise, labels, SampleKeys.of(0, range(4 * k, 4 * k + 4)))]
         assert fit.observe(SamplerBackend(tiny_sampler), parts, lambda tensor: None)["loss"] < 1e-20
-    assert not fit.weights_TBK.any()
+    assert not fit.weights.forecast_TBK.any()
 
 
 def test_values_that_are_held_have_no_forecast():

@@ -36,7 +36,7 @@ class PlannedTrajectory(Trajectory):
             views,
             plan.num_steps,
             reuse=reuse,
-            learned=plan.forecast,
+            learned=(plan.forecast, plan.correction),
             check_view=check_view,
             check_pipeline=check_pipeline,
         )

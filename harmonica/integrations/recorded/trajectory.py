@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from harmonica.core.cache import Reuse
-from harmonica.core.plan import Forecast
+from harmonica.core.plan import Correction, Forecast
 from harmonica.integrations.call_owner import current_pipeline
 from harmonica.integrations.recorded.call_tracker import (
     CallKey,
@@ -43,7 +43,7 @@ class Trajectory(ABC):
         num_steps: int,
         *,
         reuse: Reuse,
-        learned: Forecast | None = None,
+        learned: tuple[Forecast | None, Correction | None] = (None, None),
         check_view: Callable[[RecordedTransformer], None] | None = None,
         check_pipeline: Callable[[Any], None] | None = None,
     ) -> None:
@@ -51,7 +51,7 @@ class Trajectory(ABC):
 
         Args:
             reuse: what a reused branch hands out.
-            learned: the forecasts' weights, if they are not linear.
+            learned: the weights of forecasts, if they are not linear, and of the output's correction.
             check_view: refuses a transformer, when it is first called.
             check_pipeline: refuses a pipeline, at the first step of a trajectory.
         """
@@ -114,7 +114,7 @@ class Trajectory(ABC):
 
     def new_kept(self, view: RecordedTransformer) -> KeptValues:
         """Return the empty values of one of the trajectory's calls."""
-        return view.new_kept(self.reuse, self.learned)
+        return view.new_kept(self.reuse, *self.learned)
 
     @abstractmethod
     def compute(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.core.cache import Reuse
-from harmonica.core.plan import Forecast
+from harmonica.core.plan import Correction, Forecast
 from harmonica.integrations.recorded.branches import BlockGraph, RecordedBranch, describe
 from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.kinds import ARCHITECTURE_KEY, KINDS, RefusedTransformer, declaration_of
@@ -125,9 +125,14 @@ class RecordedTransformer:
     def _branch_of(self) -> dict[str, int]:
         return {unit: place for place, branch in enumerate(self.branches) for unit in branch.units}
 
-    def new_kept(self, reuse: Reuse = "hold", learned: Forecast | None = None) -> KeptValues:
+    def new_kept(
+        self,
+        reuse: Reuse = "hold",
+        learned: Forecast | None = None,
+        correction: Correction | None = None,
+    ) -> KeptValues:
         """Return the empty values of one trajectory of one batch."""
-        return KeptValues(self._branch_of, reuse, learned)
+        return KeptValues(self._branch_of, reuse, learned, correction)
 
     def planned(
         self,
@@ -148,7 +153,8 @@ class RecordedTransformer:
             compute_row, kept, step, skipped=skipped, shapes=shapes, overwritten=self._overwritten
         )
         with self._board.during(unit_pass):
-            return self.forward(*args, **kwargs)
+            output = self.forward(*args, **kwargs)
+        return output if kept.correction is None else kept.corrected(step, output)
 
     def _find_skipped(self, compute_row: tuple[bool, ...]) -> frozenset[str]:
         assert self._graph is not None

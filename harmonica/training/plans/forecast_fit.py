@@ -1,10 +1,11 @@
-"""Fit forecast weights, from which reused branches compute their output.
+"""Fit the weights of a plan's forecasts and of its output's correction.
 
 They are fitted so that the final image is right.
 
 The router decides when a branch is reused, and the forecast its output then: `v1 + w1 (v1 - v2) +
-w2 (v2 - v3)` of its last computed values, with weights w of each entry's own. They are fitted to the image:
-near the present weights, the change of the final latents is linear in w (`forecast_sketch`), and a damped
+w2 (v2 - v3)` of its last computed values, with weights w of each entry's own. The correction then mends the
+model's output, at computed steps too (`harmonica.core.correction`). Both are fitted to the image: near the
+present weights, the change of the final latents is linear in them (`forecast_sketch`), and a damped
 Gauss-Newton step takes them to the least squares (Levenberg and Marquardt; Nocedal and Wright 2006, 10.3).
 How much it is damped is found by trying: fresh images are generated under the solution for each ridge, and
 the nearest are kept. The linear prediction itself overrates large moves. Each image counts by its own error,
@@ -16,16 +17,17 @@ Shapes: N images, M model rows, C H W image, P weights, R = N * probes rows of t
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harmonica.core.plan import Plan, forecast_of
+from harmonica.core.plan import Plan, correction_of, forecast_of
 from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.plans.forecast_sketch import linear_weights, unknowns
+from harmonica.training.plans.forecast_sketch import OUTPUT, Unknown, linear_weights, unknowns
 from harmonica.training.plans.least_squares import RIDGES, NormalEquations, penalty_of
 from harmonica.training.plans.selection import PlanSelector
 
@@ -36,14 +38,42 @@ _UNMOVED = 1e6
 """The ridge that is logged where the weights stay: any as large moves nothing."""
 
 
+@dataclass(frozen=True)
+class FittedWeights:
+    """What is fitted of a plan."""
+
+    forecast_TBK: Tensor
+    correction_TJ: Tensor
+
+    def moved(self, moves: Iterable[tuple[Unknown, float]]) -> "FittedWeights":
+        """Return other weights, some of which differ by so much."""
+        forecast_TBK, correction_TJ = self.forecast_TBK.clone(), self.correction_TJ.clone()
+        for (i, branch, k), by in moves:
+            if branch == OUTPUT:
+                correction_TJ[i, k] += by
+            else:
+                forecast_TBK[i, branch, k] += by
+        return FittedWeights(forecast_TBK, correction_TJ)
+
+    def of(self, plan: Plan) -> Plan:
+        """Return the plan with these weights."""
+        correction = correction_of(self.correction_TJ) if self.correction_TJ.shape[1] else None
+        return Plan(plan.compute, forecast_of(self.forecast_TBK), correction)
+
+
 class ForecastFit:
-    """The Gauss-Newton fit of one plan's forecast weights."""
+    """The Gauss-Newton fit of one plan's weights."""
 
     def __init__(self, plan: Plan, config: ForecastConfig) -> None:
         self.plan, self.config = plan, config
-        self.unknowns = unknowns(plan, config.order)
-        self.weights_TBK = linear_weights(plan, config.order)
         self.trajectories = 0
+        self._begin(config.corrections)
+
+    def _begin(self, corrections: int) -> None:
+        plan, order = self.plan, self.config.order
+        self.unknowns = unknowns(plan, order, corrections)
+        none_TJ = torch.zeros(plan.num_steps, corrections, dtype=torch.float64)
+        self.weights = FittedWeights(linear_weights(plan, order), none_TJ)
         self._begin_round()
 
     def _begin_round(self) -> None:
@@ -52,7 +82,7 @@ class ForecastFit:
 
     def planned(self) -> Plan:
         """Return the plan with the present weights."""
-        return Plan(self.plan.compute, forecast_of(self.weights_TBK))
+        return self.weights.of(self.plan)
 
     def observe(
         self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
@@ -96,18 +126,21 @@ class ForecastFit:
         return {"loss": self._trial.observe(backend, batches, average)["loss"]}
 
     def _new_trial(self) -> PlanSelector:
-        tried = {_PRESENT: self.weights_TBK}
-        # Weights of a step and a difference move together, as far as the images do not tell them apart.
-        penalty_PP = penalty_of([(i, k) for i, _, k in self.unknowns])
-        for ridge in RIDGES if self.unknowns else ():
-            weights_TBK = self.weights_TBK.clone()
-            moves = self._sums.solve(ridge, penalty_PP).tolist()
-            for (i, branch, k), by in zip(self.unknowns, moves, strict=True):
-                weights_TBK[i, branch, k] += by
-            tried[f"{ridge:g}"] = weights_TBK
-        compute = self.plan.compute
-        plans = {name: Plan(compute, forecast_of(weights)) for name, weights in tried.items()}
+        plans = {_PRESENT: self.planned()}
+        plans |= {f"{ridge:g}": weights.of(self.plan) for ridge, weights in self._solutions().items()}
         return PlanSelector(plans, "forecast")
+
+    def _solutions(self) -> dict[float, FittedWeights]:
+        """Return what to try, by its ridge."""
+        corrects = [branch == OUTPUT for _, branch, _ in self.unknowns]
+        # Weights of a step and a difference move together, as far as the images do not tell them apart.
+        places = ((i, k) for i, _, k in self.unknowns)
+        penalty_PP = penalty_of(list(zip(places, corrects, strict=True)))
+        found = {}
+        for ridge in RIDGES if self.unknowns else ():
+            moves = self._sums.solve(ridge, penalty_PP, corrects).tolist()
+            found[ridge] = self.weights.moved(zip(self.unknowns, moves, strict=True))
+        return found
 
     def _end_round(self) -> dict[str, float]:
         """Take the weights whose images are nearest, and begin a round around them."""
@@ -117,7 +150,8 @@ class ForecastFit:
             gain_db = self._trial.psnr(best) - self._trial.psnr(_PRESENT)
             ridge = _UNMOVED if best == _PRESENT else float(best)
             metrics = {"forecast.ridge": ridge, "forecast.promise": 10 ** (-gain_db / 10) - 1}
-        self.weights_TBK = torch.tensor(self._trial.plans[best].forecast, dtype=torch.float64)
+        if best != _PRESENT:
+            self.weights = self._solutions()[float(best)]
         self._begin_round()
         return metrics
 
@@ -138,16 +172,22 @@ class ForecastFit:
     def state(self) -> dict[str, Any]:
         """Return the weights and the sums of the round for a checkpoint."""
         return {
-            "weights": self.weights_TBK,
+            "weights": self.weights.forecast_TBK,
+            "correction": self.weights.correction_TJ,
             "folds": [(self._sums.matrix_PP, self._sums.right_P)],
             "trial": self._trial.state() if self._trial else None,
             "trajectories": self.trajectories,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Load what `state` returned; sums that were kept in several parts are added up."""
-        self.weights_TBK, self.trajectories = state["weights"].cpu(), state["trajectories"]
-        self._begin_round()
+        """Load what `state` returned; sums that were kept in several parts are added up.
+
+        A fit that was begun without a correction, as by an earlier version, ends without one.
+        """
+        self.trajectories = state["trajectories"]
+        correction_TJ = state.get("correction", torch.zeros(self.plan.num_steps, 0)).double().cpu()
+        self._begin(correction_TJ.shape[1])
+        self.weights = FittedWeights(state["weights"].cpu(), correction_TJ)
         for matrix_PP, right_P in state["folds"]:
             self._sums.add(matrix_PP.cpu(), right_P.cpu())
         if state.get("trial") is not None:

@@ -1,4 +1,4 @@
-"""Linearise the image error of a plan in the weights of its forecasts.
+"""Linearise the image error of a plan in the weights of its forecasts and its correction.
 
 The change of the final latents is close to linear in the weights. It is seen through random probes u: one
 backward pass along a planned trajectory gives `u . dx_0/dw` of all weights at once
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harmonica.core.cache import BranchCache
-from harmonica.core.plan import Forecast, Plan
+from harmonica.core.plan import Correction, Forecast, Plan
 from harmonica.core.sampling import sample
 from harmonica.core.trajectory import planned_end
 from harmonica.data.batch import Batch
@@ -24,13 +24,19 @@ from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch
 
 Unknown = tuple[int, int, int]
-"""An unknown weight: step, branch and number of the difference."""
+"""An unknown weight: step, branch (`OUTPUT` for the model's output) and number of the difference."""
+OUTPUT = -1
+"""In place of a branch: the weight corrects the model's output."""
 
 
-def unknowns(plan: Plan, order: int) -> list[Unknown]:
+def unknowns(plan: Plan, order: int, corrections: int = 0) -> list[Unknown]:
     """Return the weights to fit.
 
-    A reused entry has as many as it has earlier values.
+    A reused entry has as many as it has earlier values. Outputs are corrected from the first step that
+    reuses anything.
+
+    Args:
+        corrections: number of differences that correct an output, J.
     """
     found: list[Unknown] = []
     computed = [0] * plan.num_branches
@@ -40,6 +46,9 @@ def unknowns(plan: Plan, order: int) -> list[Unknown]:
                 computed[branch] += 1
             else:
                 found += [(i, branch, k) for k in range(min(order, computed[branch] - 1))]
+    reused = [i for i, row in enumerate(plan.compute) if not all(row)]
+    for i in reversed(range(1 + max(reused, default=-1))):
+        found += [(i, OUTPUT, k) for k in range(min(corrections, plan.num_steps - 1 - i))]
     return found
 
 
@@ -60,12 +69,19 @@ def linear_weights(plan: Plan, order: int) -> Tensor:
 
 
 class ProbedCache(BranchCache):
-    """A cache that is differentiable in every forecast weight of every image."""
+    """A cache that is differentiable in every weight of every image."""
 
-    def __init__(self, num_branches: int, learned: Forecast | None) -> None:
-        super().__init__(num_branches, "forecast", learned)
+    def __init__(
+        self, num_branches: int, learned: Forecast | None, correction: Correction | None = None
+    ) -> None:
         self.handles: dict[Unknown, Tensor] = {}
         """Of each weight that was used, zeros (M,) of the rows."""
+        super().__init__(num_branches, "forecast", learned, correction)
+
+    def _of_outputs(self, learned: Forecast) -> "BranchCache":
+        outputs = _ProbedOutputs(1, learned)
+        outputs.handles = self.handles
+        return outputs
 
     def write(self, branch: int, step: int, value: Tensor) -> None:
         self._keep(branch, step, value)
@@ -80,11 +96,21 @@ class ProbedCache(BranchCache):
             forecast = forecast + (handle_M.view(-1, *[1] * (difference.ndim - 1)) * difference).to(
                 forecast.dtype
             )
-            self.handles[step, branch, k] = handle_M
+            self.handles[self._name(step, branch, k)] = handle_M
         return forecast
+
+    def _name(self, step: int, branch: int, k: int) -> Unknown:
+        return step, branch, k
 
     def kept(self, branch: int, step: int) -> KeptValues:
         return KeptValues.of([self.read(branch, step)], ())
+
+
+class _ProbedOutputs(ProbedCache):
+    """The outputs of a probed cache, which share its handles."""
+
+    def _name(self, step: int, branch: int, k: int) -> Unknown:
+        return step, OUTPUT, k
 
 
 def sketch_image_error(
@@ -96,23 +122,22 @@ def sketch_image_error(
     probes: int,
     full_NCHW: Tensor | None = None,
 ) -> Sketch:
-    """Linearise the change from full to planned latents in the forecast weights.
+    """Linearise the change from full to planned latents in the weights of a plan.
 
     Args:
-        plan: with forecast weights, around which the change is linearised.
+        plan: with weights of forecasts and of a correction, around which the change is linearised.
         batch: with keys, which also determine the probes, so that these do not depend on the worker.
         full_NCHW: the full sampler's latents, where they are known.
     """
     assert batch.keys is not None, "training's samples have keys"
     if full_NCHW is None:
         full_NCHW = sample(sampler, batch.noise_NCHW, batch.condition_N, keys=batch.keys).clone()
-    cache = ProbedCache(plan.num_branches, plan.forecast)
+    cache = ProbedCache(plan.num_branches, plan.forecast, plan.correction)
     with torch.enable_grad():
         images_NCHW = planned_end(sampler, plan, batch.start(sampler), cache, plan.num_steps - 1)
     handles = {name: [handle_M] for name, handle_M in cache.handles.items()}
-    return sketch_of(
-        full_NCHW, images_NCHW, handles, unknowns(plan, order), batch.keys, plan.num_steps, probes
-    )
+    names = unknowns(plan, order, plan.corrections)
+    return sketch_of(full_NCHW, images_NCHW, handles, names, batch.keys, plan.num_steps, probes)
 
 
 def sketch_of(

@@ -14,7 +14,8 @@ from torch import Tensor
 SHARED = 10.0
 """Prior variance of what the weights of a group share, next to that of each one's own part."""
 
-RIDGES = (0.1, 0.4, 1.5, 6.0, 25.0, 100.0)
+_TINY = 1e-30
+RIDGES = (0.02, 0.1, 0.5, 2.5, 12.0, 60.0)
 """The ridges to choose from, relative to the mean diagonal of the normal equations."""
 
 
@@ -30,17 +31,18 @@ class NormalEquations:
         self.matrix_PP += matrix_PP
         self.right_P += right_P
 
-    def solve(self, ridge: float, penalty_PP: Tensor) -> Tensor:
-        """Return the solution, a change of the weights (P,).
+    def solve(self, ridge: float, penalty_PP: Tensor, corrects: Sequence[bool]) -> Tensor:
+        """Return the solution, a change of the weights (P,); see `ridge_solution`.
 
         Args:
-            ridge: weight of the penalty, relative to the mean diagonal.
             penalty_PP: what `penalty_of` returned for the weights.
         """
-        return ridge_solution(self.matrix_PP, self.right_P, ridge, penalty_PP)
+        return ridge_solution(self.matrix_PP, self.right_P, ridge, penalty_PP, corrects)
 
 
-def ridge_solution(matrix_PP: Tensor, right_P: Tensor, ridge: float, penalty_PP: Tensor) -> Tensor:
+def ridge_solution(
+    matrix_PP: Tensor, right_P: Tensor, ridge: float, penalty_PP: Tensor, corrects: Sequence[bool]
+) -> Tensor:
     """Solve normal equations with a penalty.
 
     Returns the change of the weights (P,).
@@ -48,11 +50,20 @@ def ridge_solution(matrix_PP: Tensor, right_P: Tensor, ridge: float, penalty_PP:
     Where the matrix is zero, as that of silent branches, nothing changes.
 
     Args:
-        ridge: weight of the penalty, relative to the mean diagonal.
+        ridge: weight of the penalty, relative to the mean diagonal of the forecasts' weights.
+        corrects: of each weight, whether it is a correction's (P). One moves the whole output, and is
+            counted in units in which its diagonal is in the mean that of a forecast's.
     """
-    shift = ridge * matrix_PP.diagonal().mean().clamp_min(1e-30)
-    change_P: Tensor = torch.linalg.solve(matrix_PP + shift * penalty_PP, -right_P)
-    return change_P
+    diagonal_P = matrix_PP.diagonal().clamp_min(_TINY)
+    is_correction_P = torch.tensor(corrects, dtype=torch.bool)
+    scale_P = torch.ones_like(diagonal_P)
+    if any(corrects) and not all(corrects):
+        unit = diagonal_P[~is_correction_P].mean() / diagonal_P[is_correction_P].mean()
+        scale_P[is_correction_P] = unit.sqrt()
+    scaled_PP = matrix_PP * scale_P[:, None] * scale_P
+    shift = ridge * scaled_PP.diagonal().mean().clamp_min(_TINY)
+    change_P: Tensor = torch.linalg.solve(scaled_PP + shift * penalty_PP, -right_P * scale_P)
+    return change_P * scale_P
 
 
 def penalty_of(groups: Sequence[Hashable]) -> Tensor:

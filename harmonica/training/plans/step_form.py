@@ -1,12 +1,13 @@
 """The quadratic form of the image change in the forecasts of reused steps.
 
 To first order, the change of the final latents by reusing a set of steps is a sum of measured derivatives,
-weighted by the coefficients of the steps' forecasts (`harmonica.training.plans.step_sketch`). So its size is
-a quadratic form in these coefficients, and the best weights of a set solve a small least-squares problem,
-with a ridge that keeps them near the linear forecast.
+weighted by the coefficients of the steps' forecasts and of the corrections of the model's output
+(`harmonica.training.plans.step_sketch`). So its size is a quadratic form in these coefficients, and the best
+weights of a set solve a small least-squares problem, with a ridge that keeps them near the linear forecast.
 
-Ours; `tests/benchmarks/RESULTS.md` has what it is worth. Shapes: T steps, D distances, P = T * D pairs of a
-reused step and a distance, K weights of a step, Q of all steps, U pairs in use, R rows.
+Ours; `tests/benchmarks/RESULTS.md` has what it is worth. Shapes: T steps, D distances that branches are
+reused over, J distances to the outputs that correct one, P = T * (D + J) pairs of a step and a distance,
+K weights of a step's forecast, Q unknowns of all steps, U pairs in use, R rows.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmonica.core.plan import Plan, forecast_of
+from harmonica.core.plan import Plan, correction_of, forecast_of
 from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.plans.least_squares import ridge_solution
 
@@ -34,23 +35,28 @@ _REACH = 16
 _SMALLEST_CHANGE = 1e-24
 
 
-def size_of_form(num_steps: int) -> int:
-    """Return the number of pairs of a reused step and a distance, P."""
-    return num_steps * min(_REACH, num_steps - 1)
+def size_of_form(num_steps: int, corrections: int) -> int:
+    """Return the number of pairs of a step and a distance, P.
+
+    Args:
+        corrections: number of differences that correct an output, J.
+    """
+    return num_steps * (min(_REACH, num_steps - 1) + corrections)
 
 
 class StepForm:
     """The quadratic form, summed over images, and what it says of sets of steps."""
 
-    def __init__(self, num_steps: int, order: int, ridge: float = RIDGES[0]) -> None:
+    def __init__(self, num_steps: int, order: int, ridge: float = RIDGES[0], *, corrections: int = 0) -> None:
         """Begin with nothing measured.
 
         Args:
             order: number of weights of a forecast K; 0 where values are held.
             ridge: how much the weights are held at the linear forecast, where nothing else is said.
+            corrections: number of differences that correct an output, J.
         """
-        self.num_steps, self.order, self.ridge = num_steps, order, ridge
-        self.reach, count = min(_REACH, num_steps - 1), size_of_form(num_steps)
+        self.num_steps, self.order, self.ridge, self.corrections = num_steps, order, ridge, corrections
+        self.reach, count = min(_REACH, num_steps - 1), size_of_form(num_steps, corrections)
         self.gram_PP = torch.zeros(count, count, dtype=torch.float64)
 
     def observe(
@@ -68,7 +74,9 @@ class StepForm:
         loss = torch.zeros(1, dtype=torch.float64, device=gram_PP.device)
         count = sum(map(len, batches))
         for batch in batches:
-            moved_RTD = backend.step_sketch(batch, reach=self.reach, probes=probes).double()
+            moved_RTD = backend.step_sketch(
+                batch, reach=self.reach, corrections=self.corrections, probes=probes
+            ).double()
             # At distance 1 are the changes of each step alone, held. The rows of a probe are all images.
             alone_R = moved_RTD[:, :, 0].square().sum(1)
             scale_R = alone_R.unflatten(0, (-1, len(batch))).mean(0).repeat(probes)
@@ -89,10 +97,11 @@ class StepForm:
         return self._solve(frozenset(steps), self.ridge if ridge is None else ridge)[0]
 
     def with_forecast(self, plan: Plan) -> Plan:
-        """Return a plan with about the forecasts that it would be fitted.
+        """Return a plan with about the forecasts and the correction that it would be fitted.
 
         The branches of a step share them. A branch that is not reused in whole steps has those of a plan in
-        which all branches are reused where it is.
+        which all branches are reused where it is; the correction is that of the steps that most branches
+        share.
         """
         if not self.order or not bool(self.gram_PP.any()):
             return plan
@@ -102,42 +111,59 @@ class StepForm:
         for branch, column in enumerate(zip(*plan.compute, strict=True)):
             reused = frozenset(i for i, is_computed in enumerate(column) if not is_computed)
             branches.setdefault(reused, []).append(branch)
-        for steps, where in branches.items():
+        correction_TJ = torch.zeros(plan.num_steps, self.corrections, dtype=torch.float64)
+        for steps, where in sorted(branches.items(), key=lambda each: len(each[1])):
             _, names, weights = self._solve(steps, ridge)
-            for (i, k), weight in zip(names, weights, strict=True):
-                weights_TBK[i, where, k] = float(weight)
-        return Plan(plan.compute, forecast_of(weights_TBK))
+            correction_TJ.zero_()
+            for (i, k, corrects), weight in zip(names, weights, strict=True):
+                if corrects:
+                    correction_TJ[i, k] = float(weight)
+                else:
+                    weights_TBK[i, where, k] = float(weight)
+        correction = correction_of(correction_TJ) if self.corrections else None
+        return Plan(plan.compute, forecast_of(weights_TBK), correction)
 
     def _solve(
         self, steps: frozenset[int], ridge: float
-    ) -> tuple[float, list[tuple[int, int]], "np.ndarray[Any, Any]"]:
+    ) -> tuple[float, list[tuple[int, int, bool]], "np.ndarray[Any, Any]"]:
         """Return the least cost, and the weights that have it.
 
-        There is one of each step and difference, under its name.
+        There is one of each step and difference, under its name, which also says whether it corrects the
+        output.
         """
         gram_PP = self.gram_PP.numpy()
         first: list[int] = []  # the pairs of the last value that each step has
         pairs: list[tuple[int, int]] = []  # of the newer and the older value of each difference
-        names: list[tuple[int, int]] = []
+        names: list[tuple[int, int, bool]] = []
         linear: list[float] = []
+        stride = self.reach + self.corrections
         for i in sorted(steps):
             reach = range(1, 1 + min(self.reach, self.num_steps - 1 - i))
             sources = [d for d in reach if i + d not in steps][: 1 + self.order]
             if not sources:
                 return np.inf, [], np.zeros(0)
-            place = i * self.reach - 1
+            place = i * stride - 1
             first.append(place + sources[0])
             for k, (newer, older) in enumerate(pairwise(sources)):
                 pairs.append((place + newer, place + older))
-                names.append((i, k))
+                names.append((i, k, False))
                 linear.append(sources[0] / (older - newer) if k == 0 else 0.0)
+        outputs: list[tuple[int, int]] = []
+        for i in range(1 + max(steps, default=-1)):
+            for k in range(min(self.corrections, self.num_steps - 1 - i)):
+                place = i * stride + self.reach + k
+                outputs.append((place - 1 if k else place, place))  # the first moves away from one alone
+                names.append((i, k, True))
+        pairs += outputs
+        linear += [0.0] * len(outputs)
         used, places = np.unique(
             np.array([*first, *(p for pair in pairs for p in pair)]), return_inverse=True
         )
         count, firsts = len(pairs), len(first)
+        newer_Q, older_Q = places[firsts::2], places[firsts + 1 :: 2]
         differences_UQ = np.zeros((len(used), count))
-        differences_UQ[places[firsts::2], range(count)] = 1.0
-        differences_UQ[places[firsts + 1 :: 2], range(count)] = -1.0
+        differences_UQ[newer_Q, range(count)] = 1.0
+        differences_UQ[older_Q, range(count)] = -1.0  # alone where both are one pair
         start_U = differences_UQ @ np.array(linear, dtype=float)
         start_U[places[:firsts]] += 1.0  # each step has its own
         gram_UU = gram_PP[np.ix_(used, used)]
@@ -151,6 +177,7 @@ class StepForm:
             torch.from_numpy(right_Q),
             ridge,
             torch.eye(count, dtype=torch.float64),
+            [corrects for *_, corrects in names],
         ).numpy()
         # Rounded, so that the search goes the same way on processors that round differently.
         least = float(f"{max(0.0, cost + float(right_Q @ change_Q)):.9g}")

@@ -5,26 +5,28 @@ This takes one full trajectory.
 Reusing step i means to merge, in place of what its branches compute, a combination of what they computed at
 earlier steps. With y_i the values that the step adds and coefficients c_d that sum to 1, the hidden state
 before the head changes by `sum over d of c_d * (y_{i+d} - y_i)`, and the final latents, to first order, by
-the same combination of their derivatives. One full trajectory and a backward pass for each random probe
+the same combination of their derivatives. A correction of the model's output changes it in the same way. One
+full trajectory and a backward pass for each random probe
 measure those of all steps and distances at once; any plan of whole steps, with any forecast, is then a sum of
 some of them (`harmonica.training.plans.search`).
 
-Shapes: N images, M model rows, T steps, D distances, R = N * probes.
+Shapes: N images, M model rows, T steps, D distances of branches and J of outputs, R = N * probes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harmonica.core.cache import BranchCache
+from harmonica.core.correction import corrected
 from harmonica.core.passes import planned_pass
 from harmonica.data.batch import Batch
 from harmonica.execution.values import KeptValues
 from harmonica.samplers import Sampler
 from harmonica.samplers.noise import SampleKeys
-from harmonica.training.plans.forecast_sketch import Unknown, sketch_of
+from harmonica.training.plans.forecast_sketch import OUTPUT, Unknown, sketch_of
 
 
 def _precise(value: Tensor) -> torch.dtype:
@@ -83,20 +85,23 @@ class ChangesCache(BranchCache):
         return KeptValues.of([self.read(branch, step)], ())
 
 
-def sketch_steps(sampler: Sampler, batch: Batch, *, reach: int, probes: int) -> Tensor:
-    """Project the change of the latents by each step's reuse on random probes.
+def sketch_steps(sampler: Sampler, batch: Batch, *, reach: int, corrections: int, probes: int) -> Tensor:
+    """Project the change of the latents by each step's reuse, and by its correction, on random probes.
 
     Args:
         batch: with keys, which determine the probes.
         reach: the largest distance of a step that another one is reused from, D.
+        corrections: the largest distance of an output that corrects another one, J.
 
     Returns:
-        The derivatives (R, T, D) in the coefficient c_d of each step; 0 where there is no step i + d.
+        The derivatives (R, T, D + J) in the coefficient c_d of each step, of its branches and then of its
+        output; 0 where there is no step i + d.
     """
     assert batch.keys is not None, "training's samples have keys"
     model, num_branches = sampler.model, len(sampler.model.branches)
     everything, nothing = (True,) * num_branches, (False,) * num_branches
     cache, state = ChangesCache(num_branches, reach), batch.start(sampler)
+    outputs = ChangesCache(1, reach) if corrections else None
     with torch.enable_grad():
         for i in reversed(range(sampler.num_steps)):
             hidden, conditioning = sampler.embed(i, state)
@@ -105,10 +110,26 @@ def sketch_steps(sampler: Sampler, batch: Batch, *, reach: int, probes: int) -> 
                 # The step once more, all of it reused from itself: its branches do not respond to each other.
                 same = planned_pass(model, hidden.detach(), conditioning, nothing, cache, i)
                 output = with_gradient(output, same)
+            # Its gradient is that of the correction alone.
+            output = with_gradient(output, corrected(output.detach(), i, outputs, model.in_channels))
             state = sampler.advance(i, state, sampler.guide(output))
         images_NCHW = sampler.finish(state)
-    handles = {i: [handle_MD] for i, handle_MD in cache.handles.items()}
-    return projected_steps(images_NCHW, handles, batch.keys, sampler.num_steps, reach, probes)
+    handles = handles_of([cache], [outputs] if outputs else [])
+    return projected_steps(images_NCHW, handles, batch.keys, sampler.num_steps, (reach, corrections), probes)
+
+
+StepHandles = tuple[Mapping[int, Sequence[Tensor]], Mapping[int, Sequence[Tensor]]]
+"""Of each step, zeros (M, D), as often as it was run: of its branches and of its output."""
+
+
+def handles_of(branches: Iterable[ChangesCache], outputs: Iterable[ChangesCache]) -> StepHandles:
+    """Return the handles of all caches of a trajectory, step by step."""
+    found: tuple[dict[int, list[Tensor]], dict[int, list[Tensor]]] = ({}, {})
+    for handles, caches in zip(found, (branches, outputs), strict=True):
+        for cache in caches:
+            for i, handle_MD in cache.handles.items():
+                handles.setdefault(i, []).append(handle_MD)
+    return found
 
 
 def with_gradient(output: Any, same: Any) -> Any:
@@ -121,24 +142,31 @@ def with_gradient(output: Any, same: Any) -> Any:
 
 def projected_steps(
     images_NX: Tensor,
-    handles: Mapping[int, Sequence[Tensor]],
+    handles: StepHandles,
     keys: SampleKeys,
     num_steps: int,
-    reach: int,
+    distances: tuple[int, int],
     probes: int,
 ) -> Tensor:
     """Differentiate projections of the latents in the handles of all steps.
 
     Args:
         images_NX: the latents (N, ...), with the graph of the handles.
-        handles: of each step, zeros (M, D), M being rows of images, as often as the step was run.
+        handles: M being rows of images.
+        distances: D and J, how many are kept of the branches and of the output.
 
     Returns:
-        The derivatives (R, T, D).
+        The derivatives (R, T, D + J).
     """
-    names: dict[Unknown, Sequence[Tensor]] = {(i, 0, 0): each for i, each in sorted(handles.items())}
+    names: dict[Unknown, Sequence[Tensor]] = {}
+    for branch, of_steps in zip((0, OUTPUT), handles, strict=True):
+        names |= {(i, branch, 0): each for i, each in sorted(of_steps.items())}
     seen = sketch_of(images_NX.detach(), images_NX, names, list(names), keys, num_steps, probes)
-    moved_RTD = images_NX.new_zeros(len(images_NX) * probes, num_steps, reach)
-    if names:
-        moved_RTD[:, sorted(handles)] = seen.jacobian_RP.to(moved_RTD)
+    reach, corrections = distances
+    moved_RTD = images_NX.new_zeros(len(images_NX) * probes, num_steps, reach + corrections)
+    for place, (i, branch, _) in enumerate(names):
+        if branch == OUTPUT:
+            moved_RTD[:, i, reach:] = seen.jacobian_RP[:, place, :corrections].to(moved_RTD)
+        else:
+            moved_RTD[:, i, :reach] = seen.jacobian_RP[:, place].to(moved_RTD)
     return moved_RTD
