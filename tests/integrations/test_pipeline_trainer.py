@@ -141,7 +141,7 @@ def test_costs_count_the_calls_of_the_pipeline(monkeypatch):
     monkeypatch.setattr(TransformerStep, "planned", planned)
     with make_trainer() as trainer:
         batch = trainer._batch(0)
-        trainer.backend.step_sketch(batch, reach=3, probes=CONFIG.forecast.probes)
+        trainer.backend.step_sketch(batch, reach=3, corrections=1, probes=CONFIG.forecast.probes)
         start, router, *rest = phase_budgets(CONFIG, STEPS, from_start=True)
         assert start.costs[0] == pytest.approx(full / STEPS + 1.2 * CONFIG.forecast.probes)  # a backward each
         calls = mock.Mock(side_effect=trainer.backend._run)

@@ -58,6 +58,7 @@ def compare(views: PixartViews, config: TrainingConfig) -> None:
     assert router.plan.compute == other.plan.compute and 0 < router.plan.cur < 1
     assert router.training["chosen"] == other.training["chosen"]
     torch.testing.assert_close(router.forecast_TBK, other.forecast_TBK, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(router.correction_TJ, other.correction_TJ, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

@@ -21,8 +21,9 @@ from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.plans.forecast_fit import ForecastFit
-from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error, unknowns
+from harmonica.training.plans.builders import stepwise_plan
+from harmonica.training.plans.forecast_fit import FittedWeights, ForecastFit
+from harmonica.training.plans.forecast_sketch import OUTPUT, linear_weights, sketch_image_error, unknowns
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.sdt_config import SdtConfig
 from harmonica.training.trainer import RouterTrainer
@@ -59,17 +60,17 @@ def test_linear_weights_are_the_linear_forecast(sampler):
 
 def test_derivatives_are_those_of_moved_weights(sampler):
     plan, batch, small = alternating(), rows(0, 2), 1e-5
-    weights = linear_weights(plan, 2)
-    names = unknowns(plan, 2)
-    at = lambda w: Plan(plan.compute, forecast_of(w))  # noqa: E731
-    seen = sketch_image_error(sampler, at(weights), batch, order=2, probes=2)
+    weights = FittedWeights(linear_weights(plan, 2), torch.full((STEPS, 2), 0.1, dtype=torch.float64))
+    names = unknowns(plan, 2, 2)
+    seen = sketch_image_error(sampler, weights.of(plan), batch, order=2, probes=2)
     assert seen.jacobian_RP.shape == (4, len(names))
-    for column in (0, len(names) // 2, len(names) - 1):
+    corrections = [(i, OUTPUT, k) for i in range(7, -1, -1) for k in range(2) if i + k < STEPS - 1]
+    assert names[-len(corrections) :] == corrections
+    for column in (0, (len(names) - len(corrections)) // 2, len(names) - len(corrections), len(names) - 1):
         moved = []
         for sign in (1, -1):
-            w = weights.clone()
-            w[names[column]] += sign * small
-            other = sketch_image_error(sampler, at(w), batch, order=2, probes=2)
+            plan_moved = weights.moved([(names[column], sign * small)]).of(plan)
+            other = sketch_image_error(sampler, plan_moved, batch, order=2, probes=2)
             moved.append(other.residual_R)
         slope = (moved[0] - moved[1]) / (2 * small)
         assert slope.abs().max() > 1e-9
@@ -118,9 +119,35 @@ def test_a_run_resumes_bit_for_bit_within_its_forecasts(tiny_dit):
         resumed = RouterTrainer(sampler, config, seed=0)
         resumed.load_state(states[stop])
         assert list(go_on(resumed)) == list(range(stop + 1, config.all_trajectories + 1))
-        weights = resumed.artifact().forecast_TBK
+        weights, correction_TJ = resumed.artifact().forecast_TBK, resumed.artifact().correction_TJ
         assert torch.equal(weights, whole.artifact().forecast_TBK), stop
+        assert torch.equal(correction_TJ, whole.artifact().correction_TJ) and correction_TJ.any(), stop
     assert not torch.equal(weights.double(), linear_weights(whole.artifact().plan, 2))
+
+
+def test_a_correction_mends_what_no_forecast_can(sampler):
+    # Step T-2 has one value before it, and so no difference to weigh.
+    plan = stepwise_plan(STEPS, 6, [STEPS - 2])
+    assert {branch for _, branch, _ in unknowns(plan, 2, 1)} == {OUTPUT}
+    fit = ForecastFit(plan, replace(FIT, trajectories=16, probes=4))
+    before = error(sampler, fit.planned(), 100, 16)
+    for k in range(16):
+        fit.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
+    assert error(sampler, fit.planned(), 100, 16) < 0.9 * before
+
+
+def test_a_fit_that_was_begun_without_a_correction_ends_without_one(sampler):
+    fit = ForecastFit(alternating(), replace(FIT, corrections=0))
+    for k in range(5):
+        fit.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
+    state = fit.state()
+    del state["correction"]
+    other = ForecastFit(alternating(), FIT)
+    other.load_state(state)
+    for each in (fit, other):
+        for k in range(5, 8):
+            each.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
+    assert other.planned() == fit.planned() and other.planned().correction is None
 
 
 def test_an_artifact_keeps_its_forecast(sampler, tmp_path: Path):

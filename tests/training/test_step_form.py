@@ -9,13 +9,14 @@ from torch import Tensor
 
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import planned_pass
-from harmonica.core.plan import Plan
+from harmonica.core.plan import Plan, correction_of
 from harmonica.data.batch import Batch
 from harmonica.execution.values import KeptValues
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.training.plans import step_form
 from harmonica.training.plans.builders import stepwise_plan
+from harmonica.training.plans.forecast_sketch import sketch_image_error
 from harmonica.training.plans.search import StepSearch
 from harmonica.training.plans.step_form import LINEAR, StepForm, size_of_form
 from harmonica.training.plans.step_sketch import sketch_steps
@@ -62,7 +63,7 @@ def moved_images(sampler: Sampler, batch: Batch, moved: int, distance: int, by: 
 
 def test_the_sketch_has_the_derivatives_of_the_images(sampler):
     batch, by = rows(0, 2), 1e-2
-    sketch_RTD = sketch_steps(sampler, batch, reach=REACH, probes=PROBES)
+    sketch_RTD = sketch_steps(sampler, batch, reach=REACH, corrections=0, probes=PROBES)
     assert sketch_RTD.shape == (2 * PROBES, STEPS, REACH)
     for i, distance in ((0, 1), (2, 3), (4, 1)):
         up, down = (moved_images(sampler, batch, i, distance, sign * by) for sign in (1, -1))
@@ -76,11 +77,34 @@ def test_the_sketch_has_the_derivatives_of_the_images(sampler):
     assert not sketch_RTD[:, STEPS - 1].any() and not sketch_RTD[:, 4, 1:].any(), "there is no such step"
 
 
-def random_form(order: int, steps: int = 10, num_rows: int = 60) -> tuple[StepSearch, Tensor]:
-    """A form of random derivatives, and the derivatives (R, T, D)."""
-    search = StepSearch(steps, order)
+def test_the_sketch_has_the_derivatives_of_corrections(sampler):
+    """Those of a full trajectory, whose branches' derivatives are what they were."""
+    batch, small = rows(0, 2), 1e-5
+    sketch_RTD = sketch_steps(sampler, batch, reach=REACH, corrections=2, probes=PROBES)
+    alone_RTD = sketch_steps(sampler, batch, reach=REACH, corrections=0, probes=PROBES)
+    torch.testing.assert_close(sketch_RTD[:, :, :REACH], alone_RTD, rtol=1e-5, atol=1e-9)
+    everything = Plan.full(STEPS, BRANCHES).compute
+    for i, k in ((0, 0), (2, 1), (4, 0)):
+        moved = []
+        for sign in (1, -1):
+            weights_TJ = torch.zeros(STEPS, 2, dtype=torch.float64)
+            weights_TJ[i, k] = sign * small
+            plan = Plan(everything, None, correction_of(weights_TJ))
+            moved.append(sketch_image_error(sampler, plan, batch, order=2, probes=PROBES).residual_R)
+        expected_R = (moved[0] - moved[1]) / (2 * small)
+        towards_R = sketch_RTD[:, i, REACH + k - 1] if k else 0  # the newer of the two outputs is its own
+        found_R = towards_R - sketch_RTD[:, i, REACH + k]
+        torch.testing.assert_close(found_R.double(), expected_R.double(), rtol=1e-3, atol=1e-8)
+
+
+def random_form(
+    order: int, steps: int = 10, num_rows: int = 60, corrections: int = 0
+) -> tuple[StepSearch, Tensor]:
+    """A form of random derivatives, and the derivatives (R, T, D + J)."""
+    search = StepSearch(steps, order, corrections=corrections)
     generator = torch.Generator().manual_seed(3)
-    moved_RTD = torch.randn(num_rows, steps, search.reach, generator=generator, dtype=torch.float64)
+    count = search.reach + corrections
+    moved_RTD = torch.randn(num_rows, steps, count, generator=generator, dtype=torch.float64)
     moved_RP = moved_RTD.flatten(1)
     search.load_state(moved_RP.T @ moved_RP)
     return search, moved_RTD
@@ -133,6 +157,28 @@ def test_the_weights_are_those_of_least_squares(monkeypatch):
     assert search.cost(steps) == pytest.approx(float(change(weights).square().sum()), rel=1e-5)
 
 
+def test_the_correction_is_that_of_least_squares_too(monkeypatch):
+    search, moved_RTD = random_form(order=1, corrections=2)
+    monkeypatch.setattr(step_form, "_OF_PLANS", 1e-12)
+    search.ridge = 1e-12
+    plan = search.with_forecast(stepwise_plan(10, 3, [2, 5]))
+    assert plan.correction is not None and plan.forecast is not None
+    columns = []
+    for i in (2, 5):  # the difference between the last values but one and two steps before
+        columns.append(moved_RTD[:, i, 0] - moved_RTD[:, i, 1])
+    reach, names = search.reach, [(i, k) for i in range(6) for k in range(2)]  # from the first reused step
+    for i, k in names:
+        towards_R = moved_RTD[:, i, reach + k - 1] if k else 0
+        columns.append(towards_R - moved_RTD[:, i, reach + k])
+    origin_R = moved_RTD[:, 2, 0] + moved_RTD[:, 5, 0]
+    expected = torch.linalg.lstsq(torch.stack(columns, 1), -origin_R[:, None]).solution.flatten()
+    found = [plan.forecast[i][0][0] for i in (2, 5)] + [plan.correction[i][k] for i, k in names]
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-5, atol=1e-6)
+    assert not any(any(row) for row in plan.correction[6:])
+    residual_R = origin_R + torch.stack(columns, 1) @ expected
+    assert search.cost([2, 5]) == pytest.approx(float(residual_R.square().sum()), rel=1e-5)
+
+
 def test_a_branch_that_is_reused_elsewhere_has_the_weights_of_its_own_steps():
     search, _ = random_form(order=2)
     rows_ = [[True, True] for _ in range(10)]
@@ -157,6 +203,6 @@ def test_the_search_finds_the_best_set_of_a_small_form(order):
 def test_the_form_of_a_version_before_is_left_out():
     form = StepForm(10, 2)
     form.load_state(torch.ones(18, 18, dtype=torch.float64))
-    assert form.gram_PP.shape == (size_of_form(10),) * 2 and not form.gram_PP.any()
+    assert form.gram_PP.shape == (size_of_form(10, 0),) * 2 and not form.gram_PP.any()
     plan = stepwise_plan(10, 2, [3])
     assert form.with_forecast(plan) == plan, "nothing is known of its forecasts"
