@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.evaluation.evaluation_report import FEWER, EvaluationReport
@@ -139,7 +140,12 @@ def _incomparable(
 def _is_same_router(ours: RouterArtifact, theirs: RouterArtifact) -> bool:
     if (ours.plan.to_strings(), ours.reuse) != (theirs.plan.to_strings(), theirs.reuse):
         return False
-    a, b = ours.forecast_TBK, theirs.forecast_TBK
+    return _are_near(ours.forecast_TBK, theirs.forecast_TBK) and _are_near(
+        ours.correction_TJ, theirs.correction_TJ
+    )
+
+
+def _are_near(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
