@@ -111,7 +111,10 @@ class RouterArtifact:
 
     @property
     def _format_version(self) -> int:
-        """The oldest format that has all of it: its readers would pass over the rest, and draw otherwise."""
+        """Return the oldest format that has all of it.
+
+        Readers of an older one would pass over the rest, and draw something else.
+        """
         if self.correction_TJ is not None:
             return FORMAT_VERSION
         return 1 if self.forecast_TBK is None else 2

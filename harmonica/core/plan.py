@@ -103,7 +103,10 @@ class Plan:
 
     @property
     def corrections(self) -> int:
-        """Return J, the number of differences that correct an output; 0 where none is corrected."""
+        """Return J, the number of differences that correct an output.
+
+        It is 0 where none is corrected.
+        """
         return len(self.correction[0]) if self.correction else 0
 
     @property

@@ -72,7 +72,7 @@ class ProbedPolicy(PlanPolicy):
 
 
 class StepSketchPolicy(Policy):
-    """Calls in full, each differentiable in what its reuse and its correction would change."""
+    """Calls in full, differentiable in what reuse and correction would change."""
 
     def __init__(self, reach: int, *, corrects: bool) -> None:
         """Begin.
@@ -111,7 +111,7 @@ class StepSketchPolicy(Policy):
         return _pytree.tree_map(with_gradient, output, step.kept.corrected(step.i, detached(output)))
 
     def handles(self) -> StepHandles:
-        """Return the zeros of each step, of all calls and units, and of the calls' outputs."""
+        """Return the zeros of each step: of all units, and of the calls' outputs."""
         return handles_of(self._caches, self._outputs)
 
 

@@ -69,7 +69,9 @@ class TrajectoryBackend(ABC):
 
     @abstractmethod
     def step_sketch(self, batch: Any, *, reach: int, corrections: int, probes: int) -> Tensor:
-        """Linearise the final latents in the reuse and the correction of each step, along a full trajectory.
+        """Linearise the final latents in the reuse and the correction of each step.
+
+        This takes one full trajectory.
 
         Args:
             reach: the largest distance D of a step that another one is reused from.

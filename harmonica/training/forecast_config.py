@@ -9,7 +9,10 @@ _MEASURED_FOR_ONE_TRIED = 5
 
 @settings("train.forecast")
 class ForecastConfig:
-    """The settings of the fit of forecasts and the output's correction, after the router's own training."""
+    """The settings of the fit of forecasts and of the output's correction.
+
+    It comes after the router's own training.
+    """
 
     trajectories: Natural = 0
     """Number of trajectories in all, each of `train.batch_size` samples; 0 leaves forecasts linear. Give some

@@ -44,20 +44,24 @@ def test_an_artifact_of_the_first_format_fits_the_built_in_model():
     artifact.check(load_model(ModelConfig()).model, SamplerConfig(**config["sampler"]))
 
 
-@pytest.mark.parametrize("folder", [CHAMPION, BEFORE / "training" / "expected"], ids=["champion", "expected"])
-def test_an_artifact_is_written_again_as_it_was_read(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "version"),
+    [(CHAMPION, 3), (BEFORE / "training" / "expected", 2)],
+    ids=["champion", "expected"],
+)
+def test_an_artifact_is_written_again_as_it_was_read(folder, version, tmp_path):
     artifact = RouterArtifact.load(folder)
     artifact.save(tmp_path)
     before, now = (json.loads((place / "config.json").read_text()) for place in (folder, tmp_path))
     del before["versions"], now["versions"]
-    assert now == before and now["format_version"] == 2
+    assert now == before and now["format_version"] == version
 
 
 def test_an_artifact_of_a_later_format_is_refused(tmp_path):
     shutil.copytree(CHAMPION, tmp_path / "router")
     path = tmp_path / "router" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 3}))
-    with pytest.raises(ValueError, match=r"has format_version 3, this version reads 1 to 2: install the"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 4}))
+    with pytest.raises(ValueError, match=r"has format_version 4, this version reads 1 to 3: install the"):
         RouterArtifact.load(tmp_path / "router")
 
 

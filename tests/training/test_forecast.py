@@ -157,7 +157,7 @@ def test_a_fit_that_was_begun_without_a_correction_ends_without_one(sampler):
     for k in range(5):
         fit.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
     state = fit.state()
-    del state["correction"]
+    assert "correction" not in state
     other = ForecastFit(alternating(), FIT)
     other.load_state(state)
     for each in (fit, other):

@@ -59,7 +59,10 @@ class KeptValues:
             self._caches[unit].write(place, step, tensor)
 
     def corrected(self, step: int, output: Any) -> Any:
-        """Return the transformer's output, every tensor of it corrected (`harmonica.core.correction`)."""
+        """Return the transformer's output with every tensor of it corrected.
+
+        See `harmonica.core.correction`.
+        """
         leaves, layout = _pytree.tree_flatten(output)
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if self._outputs is None:
@@ -74,7 +77,10 @@ class KeptValues:
         return BranchCache(count, self.reuse, self.forecast_of(unit, count))
 
     def forecast_of(self, unit: str, count: int) -> Forecast | None:
-        """Return the weights of a unit's tensors: its branch's, or of the transformer's output."""
+        """Return the weights of a unit's tensors.
+
+        They are its branch's, or those that correct the transformer's output.
+        """
         if unit == OF_OUTPUT:
             return None if self.correction is None else tuple((row,) * count for row in self.correction)
         if self.learned is None:

@@ -40,7 +40,7 @@ _UNMOVED = 1e6
 
 @dataclass(frozen=True)
 class FittedWeights:
-    """What is fitted of a plan."""
+    """The weights of a plan that are fitted."""
 
     forecast_TBK: Tensor
     correction_TJ: Tensor
@@ -171,9 +171,10 @@ class ForecastFit:
 
     def state(self) -> dict[str, Any]:
         """Return the weights and the sums of the round for a checkpoint."""
+        correction_TJ = self.weights.correction_TJ
         return {
             "weights": self.weights.forecast_TBK,
-            "correction": self.weights.correction_TJ,
+            **({"correction": correction_TJ} if correction_TJ.shape[1] else {}),
             "folds": [(self._sums.matrix_PP, self._sums.right_P)],
             "trial": self._trial.state() if self._trial else None,
             "trajectories": self.trajectories,

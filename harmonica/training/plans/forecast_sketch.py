@@ -1,4 +1,6 @@
-"""Linearise the image error of a plan in the weights of its forecasts and its correction.
+"""Linearise the image error of a plan in its fitted weights.
+
+These are the weights of its forecasts and of its output's correction.
 
 The change of the final latents is close to linear in the weights. It is seen through random probes u: one
 backward pass along a planned trajectory gives `u . dx_0/dw` of all weights at once

@@ -97,7 +97,7 @@ class StepForm:
         return self._solve(frozenset(steps), self.ridge if ridge is None else ridge)[0]
 
     def with_forecast(self, plan: Plan) -> Plan:
-        """Return a plan with about the forecasts and the correction that it would be fitted.
+        """Return a plan with about the weights that it would be fitted.
 
         The branches of a step share them. A branch that is not reused in whole steps has those of a plan in
         which all branches are reused where it is; the correction is that of the steps that most branches

@@ -86,7 +86,9 @@ class ChangesCache(BranchCache):
 
 
 def sketch_steps(sampler: Sampler, batch: Batch, *, reach: int, corrections: int, probes: int) -> Tensor:
-    """Project the change of the latents by each step's reuse, and by its correction, on random probes.
+    """Project the change of the latents by each step on random probes.
+
+    It is changed by reuse, and by correction of its output.
 
     Args:
         batch: with keys, which determine the probes.
