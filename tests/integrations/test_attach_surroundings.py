@@ -65,7 +65,7 @@ def planned(case: Case, **artifact) -> tuple[Tensor, Tensor]:
 def test_a_compiled_transformer_makes_the_same_latents(kind, reuse, is_compiled_first, tmp_path):
     """In whole graphs, one for each distinct row or forecast, none compiled again."""
     case, graphs = make_case(kind, tmp_path), []
-    artifact, transformer = case.artifact(reuse=reuse), case.transformer
+    artifact, transformer = case.artifact(reuse=reuse, is_corrected=reuse == "forecast"), case.transformer
     artifact.logits_TB[1] = artifact.logits_TB[0]
     distinct = STEPS - 1 if reuse == "hold" else STEPS
     without = case.run()
@@ -98,7 +98,7 @@ def test_a_compiled_transformer_makes_the_same_latents(kind, reuse, is_compiled_
 def test_compiled_branches_make_the_same_latents(kind, reuse, tmp_path, no_codegen):
     """With a graph for each kind of branch, not for each row of the plan, and a few for what is reused."""
     case = make_case(kind, tmp_path)
-    artifact = case.artifact(reuse=reuse)
+    artifact = case.artifact(reuse=reuse, is_corrected=reuse == "forecast")
     latents = {}
     for execution in ("eager", "compiled"):
         harmonica.apply(case.transformer, artifact, execution=execution)

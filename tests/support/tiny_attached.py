@@ -46,14 +46,22 @@ class Case:
         return self.pipe.transformer
 
     def artifact(
-        self, *, reuse: str = "hold", sampler: SamplerConfig | None = None, seed: int = 0
+        self,
+        *,
+        reuse: str = "hold",
+        sampler: SamplerConfig | None = None,
+        seed: int = 0,
+        is_corrected: bool = False,
     ) -> RouterArtifact:
-        """A router that reuses about half of its entries."""
+        """A router that reuses about half of its entries; a corrected one adds to every output."""
         sampler = sampler or config()
         shape = (sampler.num_inference_steps, len(self.model.branches))
         logits = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         ready = make_sampler(self.model, sampler)
-        return RouterArtifact.build(logits, ready, threshold=0.5, reuse=reuse, training={})
+        correction_TJ = torch.linspace(-0.3, 0.3, shape[0])[:, None] if is_corrected else None
+        return RouterArtifact.build(
+            logits, ready, threshold=0.5, reuse=reuse, training={}, correction_TJ=correction_TJ
+        )
 
     def ours(self, artifact: RouterArtifact, sampler: SamplerConfig | None = None) -> Tensor:
         """Latents by our own sampler under the same plan."""
