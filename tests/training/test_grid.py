@@ -70,6 +70,13 @@ def test_a_point_that_is_begun_again_measures_what_it_lacks(make, tmp_path, monk
     path.write_text("".join(f"{json.dumps(line)}\n" for line in first if line["method"] != EVEN))
     (again,) = measure(make(), 1.5, Judge(ideas.rows, IMAGES), path, **KINDS)
     assert {**again, "cpu_s": 0} == {**first[1], "cpu_s": 0}
+    # One that was fitted in another way is measured again, and counts.
+    older = [{**line, "psnr": 1.0, "fit": "1 rounds"} if "fit" in line else line for line in first]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in older))
+    newer = measure(make(), 1.5, Judge(ideas.rows, IMAGES), path, **KINDS)
+    assert [line["method"] for line in newer] == [LEARNED, EVEN]
+    counted = PointResults(9, 1.5, read_lines(path)).of
+    assert [line["psnr"] for line in counted[LEARNED]] == [newer[0]["psnr"]]
     with pytest.raises(ValueError, match=r"has \{4\} judged images and --images is 3"):
         measure(make(), 1.5, Judge(ideas.rows, 3), path, **KINDS)
 

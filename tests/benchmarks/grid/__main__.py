@@ -36,6 +36,8 @@ from tests.benchmarks.grid.table import LOG, PRESETS, RESULTS, Line, read_lines,
 def measure(series: Series, speedup: float, judge: Judge, results: Path, **kinds: bool) -> list[Line]:
     """Add the arms of a point that the results lack, each as it is done, and return them.
 
+    An arm that was fitted in another way is lacking; its line is left, and the new one counts.
+
     Raises:
         ValueError: the results are of another number of images.
     """
@@ -43,16 +45,19 @@ def measure(series: Series, speedup: float, judge: Judge, results: Path, **kinds
     if others := {line["images"] for line in lines} - {judge.count}:
         raise ValueError(f"{results} has {others} judged images and --images is {judge.count}: give its own")
     place = {"steps": series.sampler.num_steps, "speedup": speedup}
-    done = {(line["method"], line["seed"]) for line in lines if line.items() >= place.items()}
+    done = {
+        (line["method"], line["seed"], line.get("fit")) for line in lines if line.items() >= place.items()
+    }
     added = []
     for arm in series.arms(speedup, **kinds):
         seed = series.seed if arm.depends_on_seed else None
-        if (arm.name, seed) in done:
+        if (arm.name, seed, arm.fit) in done:
             continue
         started = time.process_time()
         found = judge.line(series.sampler, arm.make())
         spent = {"images": judge.count, "cpu_s": round(time.process_time() - started)}
-        line = place | {"seed": seed, "method": arm.name} | found | spent
+        fit = {"fit": arm.fit} if arm.fit else {}
+        line = place | {"seed": seed, "method": arm.name} | fit | found | spent
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         added.append(line)

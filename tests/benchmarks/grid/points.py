@@ -59,6 +59,8 @@ class Arm:
     make: Callable[[], Drawn]
     """Learns or builds it, when it is asked for."""
     depends_on_seed: bool = True
+    fit: str | None = None
+    """How its weights were fitted, where they were."""
 
 
 class RememberedImages(SamplerBackend):
@@ -140,8 +142,10 @@ class Series:
 
     def arms(self, speedup: float, *, has_published: bool, has_calibrated: bool) -> Iterator[Arm]:
         """What is compared at a speed."""
-        yield Arm(LEARNED, partial(self.learned, speedup))
-        yield Arm(EVEN, partial(self.even_fitted, speedup))
+        forecast = self.train.forecast
+        fit = f"{forecast.num_rounds} rounds, {forecast.corrections} corrections"
+        yield Arm(LEARNED, partial(self.learned, speedup), fit=fit)
+        yield Arm(EVEN, partial(self.even_fitted, speedup), fit=fit)
         even = self.even(speedup)
         fixed = {
             "linear forecast": Drawn(self.sampler, even),

@@ -73,10 +73,13 @@ class PointResults:
 
     def __init__(self, num_steps: int, speedup: float, lines: Iterable[Line]) -> None:
         self.num_steps, self.speedup = num_steps, speedup
-        self.of: dict[str, list[Line]] = {}
+        last: dict[tuple[str, int | None], Line] = {}  # later lines are of a newer fit
         for line in lines:
             if (line["steps"], line["speedup"]) == (num_steps, speedup):
-                self.of.setdefault(line["method"], []).append(line)
+                last[line["method"], line["seed"]] = line
+        self.of: dict[str, list[Line]] = {}
+        for (method, _), line in last.items():
+            self.of.setdefault(method, []).append(line)
         fast = _NEAR * speedup
         self.rivals = [
             name
