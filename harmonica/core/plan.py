@@ -68,6 +68,8 @@ class Plan:
         """
         if scores_TB.ndim != 2:
             raise ValueError(f"router scores have shape {tuple(scores_TB.shape)}: give a T x B table")
+        if correction_TJ is not None and correction_TJ.ndim != 2:
+            raise ValueError(f"the correction has shape {tuple(correction_TJ.shape)}: give a T x J table")
         compute_TB = scores_TB.detach() > threshold
         compute_TB[-1] = True
         forecast = None if forecast_TBK is None else forecast_of(forecast_TBK)

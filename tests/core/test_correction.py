@@ -14,6 +14,7 @@ from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan, correction_of, forecast_of
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
+from harmonica.io.tensor_files import write_tensors
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.training.plans.builders import stepwise_plan
@@ -113,6 +114,17 @@ def test_an_artifact_keeps_it_and_an_older_reader_refuses_it(sampler, tmp_path):
 def test_another_shape_is_refused(rows_TJ):
     with pytest.raises(ValueError, match="give T rows of as many weights"):
         Plan(stepwise_plan(STEPS, BRANCHES, [1]).compute, None, rows_TJ)
+
+
+def test_a_file_with_another_shape_is_refused(sampler, tmp_path):
+    logits = Router.alternating(STEPS, BRANCHES, 1.0).logits()
+    settings = {"threshold": 0.5, "reuse": "forecast", "training": {}}
+    artifact = RouterArtifact.build(logits, sampler, **settings, correction_TJ=torch.zeros(STEPS, 1))
+    for shape, words in (((STEPS,), "give a T x J table"), ((STEPS + 1, 1), "give T rows of as many")):
+        folder = artifact.save(tmp_path)
+        write_tensors({"logits": logits, "correction": torch.zeros(shape)}, folder / "router.safetensors")
+        with pytest.raises(ValueError, match=words):
+            RouterArtifact.load(folder)
 
 
 def test_a_stretched_plan_has_none():
