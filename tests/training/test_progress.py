@@ -61,13 +61,15 @@ def test_standing_still_is_an_error_that_says_at_what(private_cluster: None) -> 
 def test_no_thread_is_left_waiting_for_ray(private_cluster: None) -> None:
     """One that were would crash the process at its end; and SIGTERM stays itself."""
     board, here = make_board(), threading.active_count()
+    stop = threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM))
 
     def work() -> None:
-        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        stop.start()
         ray.get(ray.remote(num_cpus=0)(lambda: time.sleep(60)).remote())
 
     with pytest.raises(Terminated):
         run_watched(work, board, 60, "")
+    stop.join()  # it may not have returned from the signal yet
     assert threading.active_count() <= here
 
 

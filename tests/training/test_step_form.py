@@ -191,6 +191,15 @@ def test_a_branch_that_is_reused_elsewhere_has_the_weights_of_its_own_steps():
     assert plan.forecast[4] == ((0.0, 0.0), both.forecast[4][1])
 
 
+@pytest.mark.parametrize("corrections", [0, 1])
+def test_a_set_of_no_steps_costs_nothing(corrections):
+    search, _ = random_form(2, corrections=corrections)
+    assert search.cost([]) == 0
+    full = Plan.full(10, 3)
+    found = search.with_forecast(full)
+    assert found.compute == full.compute and not torch.tensor(found.forecast).any()
+
+
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_the_search_finds_the_best_set_of_a_small_form(order):
     search, _ = random_form(order)

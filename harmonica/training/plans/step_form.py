@@ -156,9 +156,8 @@ class StepForm:
                 names.append((i, k, True))
         pairs += outputs
         linear += [0.0] * len(outputs)
-        used, places = np.unique(
-            np.array([*first, *(p for pair in pairs for p in pair)]), return_inverse=True
-        )
+        indices = np.array([*first, *(p for pair in pairs for p in pair)], dtype=np.intp)
+        used, places = np.unique(indices, return_inverse=True)
         count, firsts = len(pairs), len(first)
         newer_Q, older_Q = places[firsts::2], places[firsts + 1 :: 2]
         differences_UQ = np.zeros((len(used), count))
