@@ -77,6 +77,8 @@ def test_a_point_that_is_begun_again_measures_what_it_lacks(make, tmp_path, monk
     assert [line["method"] for line in newer] == [LEARNED, EVEN]
     counted = PointResults(9, 1.5, read_lines(path)).of
     assert [line["psnr"] for line in counted[LEARNED]] == [newer[0]["psnr"]]
+    other = [{**older[0], "seed": 1}, *newer]
+    assert PointResults(9, 1.5, other).of[LEARNED] == newer[:1], "a seed of another fit is no spread of this"
     with pytest.raises(ValueError, match=r"has \{4\} judged images and --images is 3"):
         measure(make(), 1.5, Judge(ideas.rows, 3), path, **KINDS)
 

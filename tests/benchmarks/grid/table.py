@@ -78,8 +78,10 @@ class PointResults:
             if (line["steps"], line["speedup"]) == (num_steps, speedup):
                 last[line["method"], line["seed"]] = line
         self.of: dict[str, list[Line]] = {}
+        newest = {method: line.get("fit") for (method, _), line in last.items()}
         for (method, _), line in last.items():
-            self.of.setdefault(method, []).append(line)
+            if line.get("fit") == newest[method]:  # seeds of another fit are no spread of this one
+                self.of.setdefault(method, []).append(line)
         fast = _NEAR * speedup
         self.rivals = [
             name
