@@ -111,10 +111,7 @@ class RouterArtifact:
 
     @property
     def _format_version(self) -> int:
-        """Return the oldest format that has all of it.
-
-        Readers of an older one would pass over the rest, and draw something else.
-        """
+        """Return the oldest format whose readers leave nothing of it out."""
         if self.correction_TJ is not None:
             return FORMAT_VERSION
         return 1 if self.forecast_TBK is None else 2
