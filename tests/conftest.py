@@ -36,8 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     # Installed, the folder `pipelines` has another name: processes that tests start find it in the clone.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # Ray gives its workers a niceness of 15, so that next to tests of another file they have a thirtieth of a
-    # core, and time out.
+    # Ray gives its workers a niceness of 15, which next to tests of another file leaves them a thirtieth of a
+    # core by their weights.
     os.environ.setdefault("RAY_worker_niceness", "0")
     torch.set_num_threads(int(os.environ.get("HARMONICA_TEST_THREADS", "1")))
     if os.environ.get("HARMONICA_TEST_SUMS") == "other":
