@@ -13,7 +13,7 @@ Shapes: N rows, L tokens, D width.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -46,6 +46,7 @@ class AccumulationPlan:
     """For every computed value, the sums of later steps that it is added to."""
 
     plan: Plan
+    reuse: Reuse
     terms: Mapping[Entry, tuple[Term, ...]]
     """Terms of each computed entry that is used later."""
     ends: Mapping[Entry, int]
@@ -125,9 +126,9 @@ def _accumulation_plan(plan: Plan, reuse: Reuse, has_post_branch: tuple[bool, ..
         for branch, is_computed in enumerate(plan.compute[i]):
             if is_computed:
                 cache.write(branch, i, unit_TT[i])
-    if reuse == "hold":
-        plan = replace(plan, correction=None)
-    return AccumulationPlan(plan, {entry: tuple(each) for entry, each in terms.items()}, ends, _most(terms))
+    return AccumulationPlan(
+        plan, reuse, {entry: tuple(each) for entry, each in terms.items()}, ends, _most(terms)
+    )
 
 
 def is_worth_accumulating(model: BranchedTransformer, plan: Plan, reuse: Reuse) -> bool:
@@ -164,8 +165,7 @@ class AccumulatedSums:
         self.plan, self._conditionings_T = plan, conditionings_T
         self._sums: dict[Entry, Tensor] = {}
         self._scalars = Scalars()
-        # A forecast is what corrections come with; of such a cache only its outputs are used.
-        self._outputs = BranchCache(0, "forecast", correction=plan.plan.correction).outputs
+        self._outputs = BranchCache(0, plan.reuse, correction=plan.plan.correction).outputs
 
     def planned_pass(
         self, model: BranchedTransformer, hidden_NLD: Tensor, conditioning: Any, step: int

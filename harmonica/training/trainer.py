@@ -183,8 +183,8 @@ class RouterTrainer:
     @property
     def correction_TJ(self) -> Tensor | None:
         """Return the fitted weights of the output's correction; None where there is none."""
-        has_some = self._fit is not None and bool(self._fit.weights.correction_TJ.shape[1])
-        return self._fit.weights.correction_TJ if self._fit and has_some else None
+        fit = self._fit
+        return fit.weights.correction_TJ if fit and fit.weights.correction_TJ.numel() else None
 
     @property
     def _fit(self) -> ForecastFit | None:
