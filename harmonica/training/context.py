@@ -3,7 +3,7 @@
 It holds the router, the optimiser, the target and the starts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -34,6 +34,8 @@ class TrainingContext:
     """The search that the starts come from, where they are measured."""
     chosen: str = ""
     """Name of the selected plan, whose images are nearest to the full sampler's; "" until it is known."""
+    finalists: dict[str, Tensor] = field(default_factory=dict)
+    """Logits (T, B) of the selected plan and of the nearest others, by name, until one of them is fitted."""
 
     @classmethod
     def create(
@@ -84,12 +86,17 @@ class TrainingContext:
             "aim": self.target.state(),
             "starts": self.starts,
             "chosen": self.chosen,
+            **({"finalists": self.finalists} if self.finalists else {}),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Load what `state` returned."""
         self.router.load_state_dict(state["router"])
         self.sdt.optimizer.load_state_dict(state["optimizer"])
-        self.starts = {name: logits_TB.to(self.device) for name, logits_TB in state["starts"].items()}
+        finalists = state.get("finalists", {})  # newer than some checkpoints
+        self.starts, self.finalists = (
+            {name: logits_TB.to(self.device) for name, logits_TB in found.items()}
+            for found in (state["starts"], finalists)
+        )
         self.chosen = state["chosen"]
         self.target.load_state(state["aim"])

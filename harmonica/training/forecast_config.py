@@ -25,6 +25,9 @@ class ForecastConfig:
     pass."""
     order: Count = 2
     """Research: Number of differences in a forecast; a cache keeps one value more."""
+    finalists: Count = 2
+    """Research: Number of plans that the first round fits, of those that the choice has found nearest; the
+    nearest after it goes on."""
     corrections: Natural = 1
     """Research: Number of differences of the model's last outputs that correct its output at every step; 0
     fits the forecasts alone."""
@@ -59,6 +62,10 @@ class ForecastConfig:
     def ends_round(self, done: int) -> bool:
         """Return whether a round ends once `done` trajectories are done."""
         return done > 0 and done == self._round_of(done - 1).stop
+
+    def in_first_round(self, place: int) -> bool:
+        """Return whether a trajectory belongs to the first round."""
+        return self._round_of(place).start == 0
 
     def _round_of(self, place: int) -> range:
         """Return the places of the round that a trajectory belongs to."""

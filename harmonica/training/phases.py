@@ -25,7 +25,7 @@ from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.plans.step_form import RIDGES as RIDGES_OF_STARTS
 from harmonica.training.progress import PhaseBudget
 from harmonica.training.research import follows_plan, num_trained_in_pairs
-from harmonica.training.start_phase import StartPhase
+from harmonica.training.start_phase import NEAREST, StartPhase
 
 
 class RouterPhase(Phase):
@@ -99,9 +99,9 @@ class ChoicePhase(Phase):
     def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
         """Count full images, and those of all plans.
 
-        The plans are the trained one and its starts: even steps, and those found under each ridge.
+        The plans are the trained one and its starts: even steps, and those that the search has left.
         """
-        plans = 2 + (len(RIDGES_OF_STARTS) if config.start_trajectories else 0)
+        plans = 2 + (NEAREST + len(RIDGES_OF_STARTS) - 1 if config.start_trajectories else 0)
         return [1 + plans / assumed_speedup(config)] * config.choice_trajectories
 
     def begin(self) -> None:
@@ -124,12 +124,18 @@ class ChoicePhase(Phase):
             return self.selector.observe(context.backend, batch.split(self.config.micro_batch_size), average)
 
     def finish(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
-        """Set the router to the nearest plan."""
+        """Set the router to the nearest plan, and leave it and the next nearest to the fit."""
         assert self.selector is not None, "begin() makes it"
-        context, best = self.context, self.selector.best
-        context.chosen, self.selector = best, None
-        if best in context.starts:
-            context.set_router(context.starts[best])
+        context, selector = self.context, self.selector
+        context.chosen, self.selector = selector.best, None
+        logits = {"trained": context.router.logits()} | context.starts
+        entries: list[Any] = []  # the trained plan may be a start's
+        context.finalists = {}
+        for name in selector.ranked:
+            if len(entries) < self.config.forecast.finalists and selector.plans[name].compute not in entries:
+                entries.append(selector.plans[name].compute)
+                context.finalists[name] = logits[name]
+        context.set_router(logits[context.chosen])
         return {}
 
     def state(self) -> dict[str, Tensor] | None:
@@ -142,41 +148,75 @@ class ChoicePhase(Phase):
 
 
 class ForecastPhase(Phase):
-    """Fit of the final plan's forecasts; its weights stay for the artifact."""
+    """Fit of the final plan's forecasts; its weights stay for the artifact.
+
+    The first round fits the plans that the choice has found nearest, since a fit is worth more to some steps
+    than to others. The one whose images are nearest after it goes on.
+    """
 
     name, state_key = "forecast", "forecast"
-    fit: ForecastFit | None = None
-    """The weights, once the plan is final."""
+
+    def __init__(self, context: TrainingContext) -> None:
+        super().__init__(context)
+        self.fits: dict[str, ForecastFit] = {}
+        """The weights of each plan that is fitted, by its name; the nearest is first."""
+
+    @property
+    def fit(self) -> ForecastFit | None:
+        """Return the weights of the plan that the router has; None before the phase."""
+        return next(iter(self.fits.values()), None)
 
     @staticmethod
     def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
-        """Count a full and a planned trajectory, and a backward for each probe.
+        """Count a full and a planned trajectory, and a backward for each probe, of each plan that is fitted.
 
         A trajectory that tries solutions runs the plan with each of them instead.
         """
-        forecast = config.forecast
-        planned = [
-            1 + (len(RIDGES) if forecast.is_tried(place) else forecast.probes)
-            for place in range(forecast.trajectories)
-        ]
-        return [1 + each / assumed_speedup(config) for each in planned]
+        forecast, costs = config.forecast, []
+        for place in range(forecast.trajectories):
+            planned = 1 + (len(RIDGES) if forecast.is_tried(place) else forecast.probes)
+            fits = forecast.finalists if config.choice_trajectories and forecast.in_first_round(place) else 1
+            costs.append(fits * (1 + planned / assumed_speedup(config)))
+        return costs
 
     def begin(self) -> None:
-        self.fit = ForecastFit(self.context.plan, self.config.forecast)
+        context = self.context
+        finalists = context.finalists or {context.chosen: context.router.logits()}
+        self.fits = {
+            name: ForecastFit(context.target.plan_of(logits_TB), self.config.forecast)
+            for name, logits_TB in finalists.items()
+        }
 
     def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
-        assert self.fit is not None, "begin() makes it"
         size = self.config.micro_batch_size or self.config.forecast.rows_at_once
+        batches = batch.split(size)
         with self.context.sdt.stopwatch.measure("forecast"):
-            return self.fit.observe(self.context.backend, batch.split(size), average)
+            # Those of the first are logged.
+            metrics, *_ = [fit.observe(self.context.backend, batches, average) for fit in self.fits.values()]
+        if len(self.fits) > 1 and self.config.forecast.ends_round(self.done + 1):
+            metrics |= self._keep_nearest()
+        return metrics
+
+    def _keep_nearest(self) -> dict[str, float]:
+        """Set the router to the plan whose images are nearest after a round, and leave the others."""
+        context, fits = self.context, self.fits
+        metrics = {f"finalist.{name}_psnr": fit.reached_psnr for name, fit in fits.items()}
+        best = max(fits, key=lambda name: fits[name].reached_psnr)
+        context.set_router(context.finalists[best])
+        context.chosen, context.finalists, self.fits = best, {}, {best: fits[best]}
+        return metrics
 
     def state(self) -> dict[str, Any] | None:
-        return self.fit.state() if self.fit else None
+        if self.fit is None:
+            return None
+        others = {name: fit.state() for name, fit in [*self.fits.items()][1:]}
+        return self.fit.state() | ({"others": others} if others else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.begin()
-        assert self.fit is not None, "begin() makes it"
-        self.fit.load_state(state)
+        states = [state, *state.get("others", {}).values()]  # in the order of the finalists
+        for fit, own in zip(self.fits.values(), states, strict=True):
+            fit.load_state(own)
 
 
 PHASES: tuple[type[Phase], ...] = (StartPhase, RouterPhase, ChoicePhase, ForecastPhase)

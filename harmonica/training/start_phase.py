@@ -13,6 +13,8 @@ from harmonica.training.plans.builders import even_plan, logits_of, speedup_of
 from harmonica.training.plans.search import StepSearch, fastest_plan, most_steps
 from harmonica.training.plans.step_form import LINEAR, RIDGES
 
+NEAREST = 4
+"""The largest number of sets of steps that the search leaves to the choice, best first."""
 _BACKWARD = 1.2
 """The measured cost of a backward and its products with earlier values; those take a sixth of it."""
 
@@ -71,16 +73,17 @@ class StartPhase(Phase):
     def _set_starts(self) -> None:
         """Set the router to the best steps.
 
-        What other ridges lead to is kept for the choice.
+        The next best, and what other ridges lead to, are kept for the choice.
         """
         context, fixed = self.context, self.context.backend.fixed_steps
         num_steps, macs = context.sampler.num_steps, context.sampler.model.macs()
         speedup = context.target.speedup or speedup_of(self.config.target_cur, macs)
         plans: dict[str, Plan] = {}
         for ridge in self.ridges:
-            plan = self.search.plan(macs, speedup, fixed, ridge)
-            if plan not in plans.values():
-                plans[_name(ridge) if plans else "measured"] = plan
+            number = NEAREST if ridge == self.ridges[0] else 1
+            for place, plan in enumerate(self.search.plans(macs, speedup, fixed, ridge, number)):
+                if plan not in plans.values():
+                    plans[_name(ridge, place) if plans else "measured"] = plan
         plans["even"] = even_plan(num_steps, macs, speedup, fixed)
         logit, device = self.config.initial_logit, context.device
         context.starts = {name: logits_of(plan, logit).to(device) for name, plan in plans.items()}
@@ -93,5 +96,7 @@ class StartPhase(Phase):
         self.search.load_state(state)
 
 
-def _name(ridge: float) -> str:
+def _name(ridge: float, place: int) -> str:
+    if place:
+        return f"measured_no{place + 1}"
     return "measured_linear" if ridge == LINEAR else f"measured_{ridge:g}"

@@ -110,7 +110,7 @@ def starts_of(sampler: Sampler, config: TrainingConfig, seed: int) -> dict[str, 
         search.observe(SamplerBackend(sampler), batch.split(4), PROBES, on_one_worker)
     return {
         "even": even_plan(sampler.num_steps, macs, config.target_speedup),
-        "measured": search.plan(macs, config.target_speedup),
+        "measured": search.plans(macs, config.target_speedup)[0],
     }
 
 

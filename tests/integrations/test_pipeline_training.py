@@ -180,7 +180,8 @@ def test_all_phases_reach_the_pipeline_that_a_router_is_applied_to(kind):
     fixed = trainer.state()["fixed_steps"]
     assert len(fixed) == (kind in ("wan 2.2", "z-image truncated"))
     assert all(all(artifact.plan.compute[i]) for i in fixed)
-    starts = ("measured", "measured_0.1", "measured_3", "measured_linear", "even")
+    found = ("measured", *(f"measured_no{k}" for k in (2, 3, 4)))
+    starts = (*found, "measured_0.1", "measured_3", "measured_linear", "even")
     assert artifact.training["chosen"] in (*starts, "trained") and artifact.plan.cur > 0
     assert "choice.measured_db" in metrics[3] and "forecast.ridge" in metrics[-1]
     harmonica.apply(case.pipe, artifact)

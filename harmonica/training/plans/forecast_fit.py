@@ -67,6 +67,8 @@ class ForecastFit:
     def __init__(self, plan: Plan, config: ForecastConfig) -> None:
         self.plan, self.config = plan, config
         self.trajectories = 0
+        self.reached_psnr = math.nan
+        """Of the images in the last trial, with the weights that were taken; NaN before the first."""
         self._begin(config.corrections)
 
     def _begin(self, corrections: int) -> None:
@@ -146,8 +148,9 @@ class ForecastFit:
         """Take the weights whose images are nearest, and begin a round around them."""
         assert self._trial is not None, "a round ends with a trajectory that tries"
         best, metrics = self._trial.best, dict[str, float]()
+        self.reached_psnr = self._trial.psnr(best)
         if self.unknowns:
-            gain_db = self._trial.psnr(best) - self._trial.psnr(_PRESENT)
+            gain_db = self.reached_psnr - self._trial.psnr(_PRESENT)
             ridge = _UNMOVED if best == _PRESENT else float(best)
             metrics = {"forecast.ridge": ridge, "forecast.promise": 10 ** (-gain_db / 10) - 1}
         if best != _PRESENT:

@@ -53,37 +53,56 @@ def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Route
 class StepSearch(StepForm):
     """The search for steps of least change."""
 
-    def plan(
-        self, macs: Macs, speedup: float, fixed: Collection[int] = (), ridge: float | None = None
-    ) -> Plan:
-        """Return the best plan found for a speed; its costliest step is reused in part.
+    def plans(
+        self,
+        macs: Macs,
+        speedup: float,
+        fixed: Collection[int] = (),
+        ridge: float | None = None,
+        number: int = 1,
+    ) -> list[Plan]:
+        """Return the best plans found for a speed, best first; of each, the costliest step is reused in part.
 
         Args:
             fixed: steps that are computed in any case.
             ridge: replaces the search's own.
+            number: how many plans at most.
         """
         count, fraction = steps_for(self.num_steps, macs, speedup)
-        steps = self.best(count, fixed, ridge)
-        plan = stepwise_plan(self.num_steps, len(macs.branches), steps)
-        if fraction == 1:
-            return plan
-        left_out = {step: self.cost([other for other in steps if other != step], ridge) for step in steps}
-        return with_part(plan, min(left_out, key=lambda step: left_out[step]), fraction, macs)
+        found = []
+        for steps in self.best_sets(count, number, fixed, ridge):
+            plan = stepwise_plan(self.num_steps, len(macs.branches), steps)
+            if fraction != 1:
+                left_out = {
+                    step: self.cost([other for other in steps if other != step], ridge) for step in steps
+                }
+                plan = with_part(plan, min(left_out, key=lambda step: left_out[step]), fraction, macs)
+            found.append(plan)
+        return found
 
     def best(self, count: int, fixed: Collection[int] = (), ridge: float | None = None) -> list[int]:
-        """Return the best `count` steps found, ascending.
+        """Return the best `count` steps found, ascending; see `best_sets`."""
+        return self.best_sets(count, 1, fixed, ridge)[0]
+
+    def best_sets(
+        self, count: int, number: int, fixed: Collection[int] = (), ridge: float | None = None
+    ) -> list[list[int]]:
+        """Return the best sets of `count` steps found, best first, each ascending.
 
         Args:
+            number: how many sets at most.
             fixed: steps that are computed in any case.
             ridge: replaces the search's own.
         """
         ridge = self.ridge if ridge is None else ridge
         even = even_steps(self.num_steps, count, fixed)
         known: dict[frozenset[int], float] = {}
-        found = [
-            self._search(even, np.random.default_rng(start), fixed, ridge, known) for start in range(_STARTS)
-        ]
-        return sorted(min([even, *found], key=lambda steps: self.cost(steps, ridge)))
+        for start in range(_STARTS):
+            self._search(even, np.random.default_rng(start), fixed, ridge, known)
+        # Of equal ones even steps come first, as where all cost nothing.
+        ranked = sorted(known, key=lambda steps: (known[steps], steps != frozenset(even), sorted(steps)))
+        finite = [steps for steps in ranked if np.isfinite(known[steps])]
+        return [sorted(steps) for steps in (finite or ranked)[:number]]
 
     def _search(
         self,
@@ -92,8 +111,8 @@ class StepSearch(StepForm):
         fixed: Collection[int],
         ridge: float,
         known: dict[frozenset[int], float],
-    ) -> list[int]:
-        """Run simulated annealing over moves of one step.
+    ) -> None:
+        """Run simulated annealing over moves of one step; `known` gets the costs of the sets on its way.
 
         It is deterministic for a given form.
         """
@@ -104,8 +123,8 @@ class StepSearch(StepForm):
                 known[key] = self.cost(key, ridge)
             return known[key]
 
-        best = chosen = list(start)
-        best_cost = cost = cost_of(chosen)
+        chosen = list(start)
+        cost = cost_of(chosen)
         for turn in range(_ROUNDS if chosen else 0):
             heat = 0.2 * (1 - turn / _ROUNDS)
             place = int(generator.integers(len(chosen)))
@@ -117,9 +136,6 @@ class StepSearch(StepForm):
             # Branches that are silent, as an untrained model's are, cost nothing.
             if new < cost or new == 0 or generator.random() < (cost / new) ** (1 / max(heat, 1e-9)):
                 chosen, cost = [*others, moved], new
-            if cost < best_cost:
-                best, best_cost = chosen, cost
-        return best
 
 
 def most_steps(num_steps: int) -> int:

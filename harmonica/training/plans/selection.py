@@ -62,7 +62,13 @@ class PlanSelector:
     @property
     def best(self) -> str:
         """Return the name of the plan whose images are nearest; of equals, the first."""
-        return list(self.plans)[int(self.total_P.argmin())]
+        return self.ranked[0]
+
+    @property
+    def ranked(self) -> list[str]:
+        """Return the names of the plans, the one with the nearest images first."""
+        names = list(self.plans)
+        return [names[place] for place in self.total_P.argsort(stable=True).tolist()]
 
     def psnr(self, name: str) -> float:
         """Return the mean PSNR of a plan's images to the full ones in dB.
