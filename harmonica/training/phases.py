@@ -17,12 +17,11 @@ from torch import Tensor
 
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
+from harmonica.training.fit_phase import ForecastPhase
 from harmonica.training.loss_weights import StepWeights
 from harmonica.training.phase import Phase, assumed_speedup
-from harmonica.training.plans.forecast_fit import ForecastFit
-from harmonica.training.plans.least_squares import RIDGES
 from harmonica.training.plans.selection import PlanSelector
-from harmonica.training.plans.step_form import RIDGES as RIDGES_OF_STARTS
+from harmonica.training.plans.step_form import RIDGES
 from harmonica.training.progress import PhaseBudget
 from harmonica.training.research import follows_plan, num_trained_in_pairs
 from harmonica.training.start_phase import NEAREST, StartPhase
@@ -101,7 +100,7 @@ class ChoicePhase(Phase):
 
         The plans are the trained one and its starts: even steps, and those that the search has left.
         """
-        plans = 2 + (NEAREST + len(RIDGES_OF_STARTS) - 1 if config.start_trajectories else 0)
+        plans = 2 + (NEAREST + len(RIDGES) - 1 if config.start_trajectories else 0)
         return [1 + plans / assumed_speedup(config)] * config.choice_trajectories
 
     def begin(self) -> None:
@@ -145,78 +144,6 @@ class ChoicePhase(Phase):
         self.begin()
         assert self.selector is not None, "begin() makes it"
         self.selector.load_state(state)
-
-
-class ForecastPhase(Phase):
-    """Fit of the final plan's forecasts; its weights stay for the artifact.
-
-    The first round fits the plans that the choice has found nearest, since a fit is worth more to some steps
-    than to others. The one whose images are nearest after it goes on.
-    """
-
-    name, state_key = "forecast", "forecast"
-
-    def __init__(self, context: TrainingContext) -> None:
-        super().__init__(context)
-        self.fits: dict[str, ForecastFit] = {}
-        """The weights of each plan that is fitted, by its name; the nearest is first."""
-
-    @property
-    def fit(self) -> ForecastFit | None:
-        """Return the weights of the plan that the router has; None before the phase."""
-        return next(iter(self.fits.values()), None)
-
-    @staticmethod
-    def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
-        """Count a full and a planned trajectory, and a backward for each probe, of each plan that is fitted.
-
-        A trajectory that tries solutions runs the plan with each of them instead.
-        """
-        forecast, costs = config.forecast, []
-        for place in range(forecast.trajectories):
-            planned = 1 + (len(RIDGES) if forecast.is_tried(place) else forecast.probes)
-            fits = forecast.finalists if config.choice_trajectories and forecast.in_first_round(place) else 1
-            costs.append(fits * (1 + planned / assumed_speedup(config)))
-        return costs
-
-    def begin(self) -> None:
-        context = self.context
-        finalists = context.finalists or {context.chosen: context.router.logits()}
-        self.fits = {
-            name: ForecastFit(context.target.plan_of(logits_TB), self.config.forecast)
-            for name, logits_TB in finalists.items()
-        }
-
-    def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
-        size = self.config.micro_batch_size or self.config.forecast.rows_at_once
-        batches = batch.split(size)
-        with self.context.sdt.stopwatch.measure("forecast"):
-            # Those of the first are logged.
-            metrics, *_ = [fit.observe(self.context.backend, batches, average) for fit in self.fits.values()]
-        if len(self.fits) > 1 and self.config.forecast.ends_round(self.done + 1):
-            metrics |= self._keep_nearest()
-        return metrics
-
-    def _keep_nearest(self) -> dict[str, float]:
-        """Set the router to the plan whose images are nearest after a round, and leave the others."""
-        context, fits = self.context, self.fits
-        metrics = {f"finalist.{name}_psnr": fit.reached_psnr for name, fit in fits.items()}
-        best = max(fits, key=lambda name: fits[name].reached_psnr)
-        context.set_router(context.finalists[best])
-        context.chosen, context.finalists, self.fits = best, {}, {best: fits[best]}
-        return metrics
-
-    def state(self) -> dict[str, Any] | None:
-        if self.fit is None:
-            return None
-        others = {name: fit.state() for name, fit in [*self.fits.items()][1:]}
-        return self.fit.state() | ({"others": others} if others else {})
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.begin()
-        states = [state, *state.get("others", {}).values()]  # in the order of the finalists
-        for fit, own in zip(self.fits.values(), states, strict=True):
-            fit.load_state(own)
 
 
 PHASES: tuple[type[Phase], ...] = (StartPhase, RouterPhase, ChoicePhase, ForecastPhase)

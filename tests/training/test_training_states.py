@@ -131,7 +131,10 @@ def test_a_recorded_state_is_gone_on_from(sampler: Sampler, name: str, stop: int
     run = MultiTargetTrainer(sampler, config, seed=0)
     run.load_state(recorded_state(name, stop))
     # What was measured of the start was of another kind: starts under other ridges were not compared then.
-    found = [sorted(name for name in one if not re.search("measured_[0-9ln]|^finalist", name)) for one in go_on(run)]
+    found = [
+        sorted(name for name in one if not re.search("measured_[0-9ln]|^finalist", name))
+        for one in go_on(run)
+    ]
     assert found == RECORDED[name]["metrics"][stop:], "metrics keep their names"
     ours, theirs = kept_leaves(run.state()), kept_leaves(recorded_state(name, config.all_trajectories))
     assert ours.keys() == theirs.keys()
