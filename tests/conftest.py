@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import hypothesis
 import other_sums
 import pytest
 import torch
@@ -40,6 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # core by their weights.
     os.environ.setdefault("RAY_worker_niceness", "0")
     torch.set_num_threads(int(os.environ.get("HARMONICA_TEST_THREADS", "1")))
+    # By default an example fails that takes 0.2 s, which says how busy the machine is.
+    hypothesis.settings.register_profile("without deadlines", deadline=None)
+    hypothesis.settings.load_profile("without deadlines")
     if os.environ.get("HARMONICA_TEST_SUMS") == "other":
         config.stash[pytest.StashKey[torch.library.Library]()] = other_sums.install()
 

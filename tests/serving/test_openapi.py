@@ -125,7 +125,6 @@ WRONG = st.dictionaries(st.sampled_from(sorted(FIELDS)), ANYTHING, max_size=4)
 
 @settings(
     max_examples=150,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

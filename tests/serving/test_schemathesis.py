@@ -48,7 +48,7 @@ def try_out(operation, mode, count, change=lambda case: case):
     statuses = Counter()
 
     @seed(7)
-    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=count, database=None, suppress_health_check=list(HealthCheck))
     @given(operation.as_strategy(generation_mode=mode).map(change))
     def check(case):
         answer = case.call()

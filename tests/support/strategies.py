@@ -14,7 +14,7 @@ from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.models.dit.model import DiT, DiTConfig
 
-quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=25, derandomize=True, database=None)
 """The same few examples at every run: a test that fails by chance is run again, not read."""
 reuses = st.sampled_from(["hold", "forecast"])
 

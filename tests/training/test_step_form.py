@@ -12,6 +12,7 @@ from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan, correction_of
 from harmonica.data.batch import Batch
 from harmonica.execution.values import KeptValues
+from harmonica.models.base import Macs
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.training.plans import step_form
@@ -207,6 +208,15 @@ def test_the_search_finds_the_best_set_of_a_small_form(order):
     assert search.best(3) == list(best)
     fixed = min((steps for steps in combinations(range(9), 3) if best[0] not in steps), key=search.cost)
     assert search.best(3, fixed=[best[0]]) == list(fixed)
+
+
+def test_the_next_best_sets_come_in_their_order():
+    search, _ = random_form(2)
+    ranked = sorted(combinations(range(9), 3), key=search.cost)
+    assert search.best_sets(3, 4) == [list(steps) for steps in ranked[:4]]
+    macs = Macs(branches=(30, 60), rest=12)
+    plans = search.plans(macs, stepwise_plan(10, 2, ranked[0]).ideal_speedup(macs), number=4)
+    assert plans == [stepwise_plan(10, 2, steps) for steps in ranked[:4]]
 
 
 def test_the_form_of_a_version_before_is_left_out():

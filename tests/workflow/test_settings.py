@@ -169,7 +169,7 @@ MACS = st.builds(
 )
 
 
-@examples(derandomize=True, deadline=None, max_examples=100)
+@examples(derandomize=True, max_examples=100)
 @given(macs=MACS, num_steps=st.integers(2, 120))
 def test_every_speed_between_the_slowest_and_the_fastest_reuses_something(macs: Macs, num_steps: int) -> None:
     slowest, fastest = slowest_speedup(num_steps, macs), fastest_speedup(num_steps, macs)
@@ -370,7 +370,7 @@ def assert_said_well(error: ValueError, changed: dict[tuple[str, str], Any]) -> 
     assert any(name in text for name in spelled), f"{text}: of {spelled}"
 
 
-@examples(derandomize=True, deadline=None, max_examples=150)
+@examples(derandomize=True, max_examples=150)
 @given(changed=changes())
 def test_settings_start_what_they_are_for_or_are_refused(changed: dict[tuple[str, str], Any]) -> None:
     base = dataclasses.replace(fashion(), compare=CompareConfig(targets=(1.4,)))
@@ -399,7 +399,7 @@ TRAINED = dataclasses.replace(
 NUMBERS = {"trajectories", "start_trajectories", "choice_trajectories", "probes", "rounds", "order"}
 
 
-@examples(derandomize=True, deadline=None, max_examples=60)
+@examples(derandomize=True, max_examples=60)
 @given(
     changed=changes(("train", "train.sdt", "train.forecast")),
     steps=st.integers(2, 6),
