@@ -8,9 +8,9 @@ from harmonica.evaluation.plots import router_heat_map
 
 from ..tracking.metric_log import MetricLog
 from ..tracking.mlflow_runs import StageRun
+from .board import Reached
 from .checkpoints import Checkpoints
 from .jobs import TrainingRun
-from .watchdog import Reached
 
 logger = logging.getLogger(__name__)
 
