@@ -4,6 +4,7 @@ Rows come from Ray Data; checkpoints go to the run's storage and metrics to MLfl
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -141,9 +142,10 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
         workers = (settings.min_workers, settings.num_workers)
         os.environ.setdefault(*_START_PATIENCE)
     board = make_board()
+    job = {"config": config, "mlflow": stage, "board": board}
     trainer = Trainer(
-        _train_loop,
-        train_loop_config={"config": config, "mlflow": stage, "board": board},
+        # Not as `train_loop_config`, which Ray Train's controller reads too, and imports for what is in it.
+        functools.partial(_train_loop, job),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=settings.resize_interval_s,
