@@ -90,6 +90,7 @@ def test_killed_while_stages_are_done_again(make_run, unbroken: TrainingRun):
         run.start("--from=train", *judged, stages=both)  # the same command: what is done since stays
         assert run.wait() == 0, run.said
         assert run.said.count("[train] done before") == 1
+        assert run.statuses == {"FINISHED"}, "also of the two that were killed"
         check_same(run, unbroken)
         assert all((folder / name).stat().st_mtime_ns > written[name] for name in before)
         assert not (folder / "train").exists() and not (folder / "lease.json").exists()
