@@ -60,6 +60,7 @@ def test_kill_of_a_training_worker_and_then_of_a_raylet(
 def test_killed_while_stages_are_done_again(make_run, unbroken: TrainingRun):
     both = ("train", "evaluate")
     judged = ["--evaluate.samples=16", "--evaluate.batch-size=8", "--evaluate.timing-rounds=1"]
+    judged += ["--evaluate.num-actors=1"]  # each takes seven seconds of a core to start
     with closing(make_run("again")) as run:
         folder = Path(run.storage.uri())
 
