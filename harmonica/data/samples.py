@@ -8,15 +8,18 @@ of the number of workers.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from harmonica.data.batch import Batch
-from harmonica.data.prompts import PromptStore, text_condition
-from harmonica.models.base import BranchedTransformer
 from harmonica.samplers.noise import SampleKeys, sample_label, sample_noise
+
+if TYPE_CHECKING:  # elsewhere where it is needed: processes that only make rows import no torch for it
+    import torch
+
+    from harmonica.data.batch import Batch
+    from harmonica.data.prompts import PromptStore
+    from harmonica.models.base import BranchedTransformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +31,15 @@ class SampleSpec:
     """Number of labels to draw from: the model's classes, or the prompts of the store."""
     shape: tuple[int, int, int]
     """Shape (C, H, W) of the noise."""
-    prompts: PromptStore | None = None
+    prompts: "PromptStore | None" = None
     """The embedded prompts, for a model that takes prompts."""
     pixels: tuple[int, int] | None = None
     """Height and width, for a model that is conditioned on its size."""
 
     @classmethod
-    def of(cls, model: BranchedTransformer, seed: int, prompts: PromptStore | None = None) -> "SampleSpec":
+    def of(
+        cls, model: "BranchedTransformer", seed: int, prompts: "PromptStore | None" = None
+    ) -> "SampleSpec":
         """Return the spec of samples for a model.
 
         Raises:
@@ -61,7 +66,7 @@ class SampleSpec:
         """Return the prompts of labels; None where labels are classes."""
         return self.prompts.rows(labels).prompts if self.prompts is not None else None
 
-    def batch_of(self, trajectory: int, shard: "Shard", device: torch.device | str) -> Batch:
+    def batch_of(self, trajectory: int, shard: "Shard", device: "torch.device | str") -> "Batch":
         """Return the batch of one worker's samples of a trajectory."""
         indices = shard.indices(np.arange(shard.size), trajectory)
         return self.to_batch(self.make(indices), device)
@@ -70,15 +75,21 @@ class SampleSpec:
         """Return the spec of other samples of the same shape, at another seed."""
         return replace(self, seed=self.seed + offset)
 
-    def to_batch(self, columns: Mapping[str, Any], device: torch.device | str) -> Batch:
+    def to_batch(self, columns: Mapping[str, Any], device: "torch.device | str") -> "Batch":
         """Return the batch of `make_samples`' columns, numpy's or torch's.
 
         They are copied, because Ray's batches are read-only.
         """
+        import torch
+
+        from harmonica.data.batch import Batch
+
         noise, label = (torch.as_tensor(np.array(columns[name])).to(device) for name in ("noise", "label"))
         keys = SampleKeys.of(self.seed, [int(i) for i in columns["index"]])
         if self.prompts is None:
             return Batch(noise, label, keys)
+        from harmonica.data.prompts import text_condition
+
         return Batch(noise, text_condition(columns, self.prompts, self.pixels).to(device), keys)
 
 

@@ -3,15 +3,14 @@
 Four are the package's own; others use diffusers' schedulers.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from harmonica.models.base import BranchedTransformer
-from harmonica.samplers.base import Sampler, State, guide
-from harmonica.samplers.config import MAX_GUIDANCE_SCALE, SamplerConfig, SamplerName
-from harmonica.samplers.respaced import Ddim, Iddpm
-from harmonica.validation.extras import need
+if TYPE_CHECKING:
+    from harmonica.samplers.base import Sampler, State, guide
+    from harmonica.samplers.choice import make_sampler, with_scheduler
+    from harmonica.samplers.config import MAX_GUIDANCE_SCALE, SamplerConfig, SamplerName
+    from harmonica.samplers.respaced import Ddim, Iddpm
 
 __all__ = [
     "MAX_GUIDANCE_SCALE",
@@ -26,34 +25,22 @@ __all__ = [
     "with_scheduler",
 ]
 
-
-def make_sampler(model: BranchedTransformer, config: SamplerConfig) -> Sampler:
-    """Return the configured sampler of `model`.
-
-    Raises:
-        ValueError: the scheduler of `diffusers` is missing or not supported, or the sampler takes another
-            prediction than the model's.
-    """
-    if config.name in ("ddim", "iddpm") and model.prediction != "epsilon":
-        raise ValueError(
-            f"sampler.name is {config.name}, which takes predicted noise, and the model predicts "
-            f"{model.prediction}: give sampler.name diffusers and the scheduler that it was trained with"
-        )
-    if config.name == "ddim":
-        return Ddim(model, config)
-    if config.name == "iddpm":
-        return Iddpm(model, config)
-    need("diffusers", extra="diffusers")
-    from harmonica.samplers.scheduled import Scheduled  # diffusers takes a second to import
-
-    return Scheduled(model, config)
+_HOMES = {
+    "MAX_GUIDANCE_SCALE": "config",
+    "Ddim": "respaced",
+    "Iddpm": "respaced",
+    "Sampler": "base",
+    "SamplerConfig": "config",
+    "SamplerName": "config",
+    "State": "base",
+    "guide": "base",
+    "make_sampler": "choice",
+    "with_scheduler": "choice",
+}
 
 
-def with_scheduler(config: SamplerConfig, scheduler: Mapping[str, Any] | None) -> SamplerConfig:
-    """Return `config` with the model's scheduler where it names none.
-
-    This concerns the sampler `diffusers` alone.
-    """
-    if config.name != "diffusers" or config.scheduler is not None or scheduler is None:
-        return config
-    return replace(config, scheduler=dict(scheduler))
+def __getattr__(name: str) -> Any:
+    """Import a name on first access: who draws rows' noise (`noise`) alone needs no torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

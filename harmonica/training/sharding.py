@@ -8,15 +8,16 @@ the same order, which gathering needs.
 """
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from harmonica.models.base import BranchedTransformer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def sharded_layers(model: nn.Module) -> list[nn.Module]:
@@ -24,7 +25,7 @@ def sharded_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
-def shard_weights(model: BranchedTransformer, mesh: DeviceMesh | None = None) -> None:
+def shard_weights(model: BranchedTransformer, mesh: "DeviceMesh | None" = None) -> None:
     """Spread a frozen model's linear and convolutional layers over the processes.
 
     Layers and not blocks: branches call sub-layers where they lie, and FSDP gathers a module's weights when
@@ -37,6 +38,11 @@ def shard_weights(model: BranchedTransformer, mesh: DeviceMesh | None = None) ->
     Raises:
         ValueError: a single process, or a model that is not frozen.
     """
+    # Not at the top, since FSDP takes as long to import as half of torch, and few trainings use it.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
         raise ValueError(
@@ -65,7 +71,7 @@ def shard_weights(model: BranchedTransformer, mesh: DeviceMesh | None = None) ->
     del vars(model)["forward"]
 
 
-def _device(mesh: DeviceMesh) -> torch.device:
+def _device(mesh: "DeviceMesh") -> torch.device:
     if mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(mesh.device_type)

@@ -198,10 +198,11 @@ def _metric_batches(
     rows = stream_samples(
         spec, Shard(batch_size=1), trajectories=settings.samples, samples_per_block=settings.batch_size
     )
+    blocks = -(-settings.samples // settings.batch_size)
     columns = rows.map_batches(
         VariantSampler,
         fn_constructor_kwargs={"config": config, "spec": spec, "variants": variants},
-        compute=ActorPoolStrategy(size=settings.num_actors),
+        compute=ActorPoolStrategy(size=min(settings.num_actors, blocks)),  # more would idle
         batch_size=settings.batch_size,
         num_cpus=1,
         num_gpus=1 if settings.use_gpu else None,

@@ -110,7 +110,7 @@ def _start_private(address: str, dashboard_port: int) -> None:
         address="local",
         num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
         object_store_memory=500_000_000,
-        # Ray Train asks the dashboard's state API for its controller, and complains where there is none.
+        # Ray Data asks its state API about tasks that seem to hang.
         include_dashboard=True,
         dashboard_host=address,
         dashboard_port=dashboard_port,
@@ -141,8 +141,9 @@ def _dashboard_port() -> int:
 def _told_to_workers(name: str, value: str) -> Iterator[None]:
     """Set an environment variable while a cluster starts, for its processes.
 
-    Ray Train's cleaner asks the dashboard. Without an address it would ask the cluster that a file in Ray's
-    temporary folder names, which may be another one, or one that was killed.
+    What uses Ray's state API, as Ray Data does about tasks that seem to hang, asks the dashboard. Without an
+    address it would ask the cluster that a file in Ray's temporary folder names, which may be another one, or
+    one that was killed.
     """
     before = os.environ.get(name)
     os.environ[name] = value

@@ -8,9 +8,9 @@ from harmonica.evaluation.plots import router_heat_map
 
 from ..tracking.metric_log import MetricLog
 from ..tracking.mlflow_runs import StageRun
+from .board import Reached
 from .checkpoints import Checkpoints
 from .jobs import TrainingRun
-from .watchdog import Reached
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,8 @@ UNLOGGED_METRICS = "unlogged_metrics"
 """Key of a checkpoint's metrics that are not in MLflow yet."""
 _WORKERS_TAG = "harmonica.workers"
 _MLFLOW_PATIENCE_S = 600
+# A picture takes a third of a second of a core, as long as many trajectories of a small model.
+_PICTURE_EVERY_S = 20.0
 
 
 class RunRecorder:
@@ -37,7 +39,7 @@ class RunRecorder:
         self.checkpoints, self.run, self.stage, self.board = checkpoints, run, stage, board
         self.log = MetricLog(stage, pending)
         self._since, self._began = run.trajectory, time.monotonic()
-        self._announced = ""
+        self._announced, self._pictured = "", float("-inf")
         self._announce()
 
     def say_where(self, nodes: list[str]) -> None:
@@ -65,10 +67,18 @@ class RunRecorder:
             self.board.announce.remote(self._announced)
 
     def save(self) -> None:
-        """Write a checkpoint, log the metrics that wait, and plot the router."""
+        """Write a checkpoint and log the metrics that wait.
+
+        The router is plotted now and then, and at the last checkpoint.
+        """
         self.checkpoints.save(self.run.trajectory, self.run.state() | {UNLOGGED_METRICS: self.log.state()})
-        if self.log.flush():
+        if self.log.flush() and self._is_picture_due():
             self._log_heat_map()
+            self._pictured = time.monotonic()
+
+    def _is_picture_due(self) -> bool:
+        is_last = self.run.trajectory == self.run.all_trajectories
+        return is_last or time.monotonic() - self._pictured > _PICTURE_EVERY_S
 
     def _log_heat_map(self) -> None:
         names = [branch.name for branch in self.run.sampler.model.branches]

@@ -4,6 +4,7 @@ Rows come from Ray Data; checkpoints go to the run's storage and metrics to MLfl
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -16,7 +17,6 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchTrainer
 
 from harmonica.data.samples import Shard
 from harmonica.integrations.recorded.kinds import RefusedTransformer
@@ -27,12 +27,12 @@ from harmonica.validation.settings import SettingError
 from ..config.workflow import WorkflowConfig
 from ..run_state.resume import work_folder
 from ..run_state.storage import RunStorage
-from ..runtime.log_filters import drop_remarks
 from ..runtime.ray_runtime import quiet_libraries
 from ..tracking.mlflow_runs import StageRun
 from ..tracking.worker_times import WorkerTimes, worker_nodes
 from .checkpoints import Checkpoints
 from .jobs import Routers, Tell, TrainingJob, TrainingRun, build_artifacts, opened_job
+from .ray_trainer import QuietController, Trainer
 from .run_recorder import UNLOGGED_METRICS, RunRecorder
 from .watchdog import make_board, run_watched
 
@@ -66,29 +66,6 @@ def _resume(run: TrainingRun, checkpoints: Checkpoints, is_rank_0: bool) -> list
     logger.info("resumed after trajectory %d", run.trajectory)
     metrics: list[Any] = state[UNLOGGED_METRICS]
     return metrics
-
-
-class _QuietController(ray.train.UserCallback):
-    """Keep Ray's remarks away in the process of Ray Train's controller.
-
-    It is made anew there.
-    """
-
-    def __init__(self) -> None:
-        drop_remarks()
-
-    def __reduce__(self) -> tuple[type["_QuietController"], tuple[()]]:
-        return _QuietController, ()
-
-
-class _Trainer(TorchTrainer):
-    """Leave Ctrl-C as it is.
-
-    With Ray Train's own handler this process would end with exit code 0.
-    """
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        pass
 
 
 def _train_loop(job: dict[str, Any]) -> None:
@@ -165,9 +142,10 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
         workers = (settings.min_workers, settings.num_workers)
         os.environ.setdefault(*_START_PATIENCE)
     board = make_board()
-    trainer = _Trainer(
-        _train_loop,
-        train_loop_config={"config": config, "mlflow": stage, "board": board},
+    job = {"config": config, "mlflow": stage, "board": board}
+    trainer = Trainer(
+        # Not as `train_loop_config`, which Ray Train's controller reads too, and imports for what is in it.
+        functools.partial(_train_loop, job),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=settings.resize_interval_s,
@@ -179,7 +157,7 @@ def train(config: WorkflowConfig, storage: RunStorage, stage: StageRun) -> Route
             storage_path=storage.uri(),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[_QuietController()],  # type: ignore[list-item]
+            callbacks=[QuietController()],  # type: ignore[list-item]
         ),
     )
     kind = "GPU" if settings.use_gpu else "CPU"

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -12,58 +12,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from harmonica.cli.common import say
 
 from ..run_state.interruption import interrupt_main_thread, sigterm_raises
+from .board import Board, Reached
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 _LOOK_EVERY_S, _SAY_EVERY_S, _END_S = 1.0, 20.0, 1.0
-
-
-class Reached(NamedTuple):
-    """The progress of training, as its first worker sees it."""
-
-    phase: str
-    """The present phase and how much of it is done."""
-    time_left: str
-    """The time left, and what follows."""
-    loss: float
-    cur: float
-
-
-class _Board:
-    """An actor beside the driver, which workers tell what they begin.
-
-    They do not wait for it.
-    """
-
-    def __init__(self) -> None:
-        self._said: dict[int, tuple[str, float]] = {}
-        self._reached: Reached | None = None
-        self._stopped: Exception | None = None
-        self._announced = ""
-
-    def tell(self, rank: int, doing: str) -> None:
-        self._said[rank] = (doing, time.monotonic())
-
-    def reach(self, reached: Reached) -> None:
-        self._reached = reached
-
-    def announce(self, line: str) -> None:
-        """Have the driver print a line, once."""
-        self._announced = line
-
-    def stop(self, error: Exception) -> None:
-        """End training here, since going on or trying again would not help."""
-        self._stopped = error
-
-    def why_stopped(self) -> Exception | None:
-        return self._stopped
-
-    def read(self) -> tuple[dict[int, tuple[str, float]], Reached | None, str]:
-        """Return each rank's work and its age, the progress and an announcement."""
-        now = time.monotonic()
-        said = {rank: (doing, now - since) for rank, (doing, since) in sorted(self._said.items())}
-        return said, self._reached, self._announced
 
 
 def make_board() -> Any:
@@ -72,7 +26,7 @@ def make_board() -> Any:
     The actor lives on the driver's node and ends with the driver.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def run_watched(work: Callable[[], Result], board: Any, stall_s: float, wanted: str) -> Result:

@@ -60,6 +60,7 @@ def test_kill_of_a_training_worker_and_then_of_a_raylet(
 def test_killed_while_stages_are_done_again(make_run, unbroken: TrainingRun):
     both = ("train", "evaluate")
     judged = ["--evaluate.samples=16", "--evaluate.batch-size=8", "--evaluate.timing-rounds=1"]
+    judged += ["--evaluate.num-actors=1"]  # each takes seven seconds of a core to start
     with closing(make_run("again")) as run:
         folder = Path(run.storage.uri())
 
@@ -90,6 +91,7 @@ def test_killed_while_stages_are_done_again(make_run, unbroken: TrainingRun):
         run.start("--from=train", *judged, stages=both)  # the same command: what is done since stays
         assert run.wait() == 0, run.said
         assert run.said.count("[train] done before") == 1
+        assert run.statuses == {"FINISHED"}, "also of the two that were killed"
         check_same(run, unbroken)
         assert all((folder / name).stat().st_mtime_ns > written[name] for name in before)
         assert not (folder / "train").exists() and not (folder / "lease.json").exists()

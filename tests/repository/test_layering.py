@@ -134,10 +134,16 @@ print([name for name in sys.argv[1].split() if name in sys.modules])
     [
         (("pipelines.workflow", "pipelines.serve"), HEAVY),
         # Of the workers' processes: of training, of Ray Data, of evaluation and of Serve.
-        (("pipelines.training.stage", "pipelines.data.stream"), (*HEAVY, "matplotlib")),
+        (
+            ("pipelines.training.stage", "pipelines.data.stream"),
+            (*HEAVY, "matplotlib", "torch.distributed.fsdp"),
+        ),
+        (("pipelines.training.ray_trainer",), (*HEAVY, "matplotlib", "sqlalchemy", "tyro")),
+        # What rows are made with, and what workers tell how far they are.
+        (("harmonica.data.samples", "pipelines.training.board"), (*HEAVY, "ray", "torch", "tyro")),
         (("pipelines.evaluation.quality", "pipelines.serving.deployments"), (*HEAVY, "matplotlib")),
     ],
-    ids=["commands", "training", "sampling"],
+    ids=["commands", "training", "controller", "rows and board", "sampling"],
 )
 def test_no_process_begins_with_what_it_may_not_need(modules, heavy, tmp_path):
     result = subprocess.run(

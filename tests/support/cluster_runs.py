@@ -46,7 +46,7 @@ SETTINGS = [
     "--train.checkpoint-interval-s=0",
     "--train.placement-strategy=SPREAD",
 ]
-_WAIT_S = 200.0
+_WAIT_S = 200.0  # without a sign of work; pytest's own limit is what bounds all of it
 TRAIN_WORKER = "RayTrainWorker"
 _RUN = """select run.run_uuid from tags run join tags stage on stage.run_uuid = run.run_uuid
     where run.key = 'harmonica.run_id' and run.value = ?
@@ -54,11 +54,22 @@ _RUN = """select run.run_uuid from tags run join tags stage on stage.run_uuid = 
 Curves = dict[str, list[tuple[int, float]]]
 
 
-def until(what: str, holds: Callable[[], object], timeout_s: float = _WAIT_S) -> None:
-    deadline = time.monotonic() + timeout_s
+def until(
+    what: str,
+    holds: Callable[[], object],
+    timeout_s: float = _WAIT_S,
+    sign: Callable[[], object] = lambda: None,
+) -> None:
+    """Wait for it, and lose patience only `timeout_s` after `sign()` last changed.
+
+    However long work takes on a busy machine, it shows that it goes on.
+    """
+    seen, since = sign(), time.monotonic()
     while not holds():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} is not so after {timeout_s:.0f} s")
+        if (now := sign()) != seen:
+            seen, since = now, time.monotonic()
+        if time.monotonic() - since > timeout_s:
+            raise TimeoutError(f"{what} is not so {timeout_s:.0f} s after the last sign of work: {seen}")
         time.sleep(0.1)
 
 
@@ -111,7 +122,8 @@ class TrainingRun:
                 seen, changed = now, time.monotonic()
             return self.driver.process.poll() is not None
 
-        until("the driver's end", ended)
+        # Checkpoints, since the trajectory is known from `ended` anyway, and lines of the log.
+        until("the driver's end", ended, sign=lambda: (seen, self.log.stat().st_size))
         logger.info("%s: longest pause %.0f s", self.storage.run_id, pause)
         return self.driver.process.wait()
 
@@ -136,9 +148,12 @@ class TrainingRun:
         def reached() -> bool:
             if self.driver.process.poll() is not None:
                 raise AssertionError(f"the driver has ended:\n{self.said[-3000:]}")
-            return self.trajectory >= trajectory
+            nonlocal newest
+            newest = self.trajectory
+            return newest >= trajectory
 
-        until(f"trajectory {trajectory}", reached)
+        newest = 0
+        until(f"trajectory {trajectory}", reached, sign=lambda: (newest, self.log.stat().st_size))
         assert self.trajectory < self.trajectories, "too late to break anything"
 
     def workers(self, node: int) -> list[int]:

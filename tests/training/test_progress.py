@@ -29,7 +29,7 @@ def test_what_a_worker_announces_is_printed_once(capsys: pytest.CaptureFixture[s
 
 
 def assert_workers_ask_this_cluster() -> None:
-    """Whatever else runs on the machine, or was killed: as Ray Train's cleaner of placement groups does."""
+    """Whatever else runs on the machine, or was killed: as Ray Data does about tasks that seem to hang."""
 
     def ask() -> list[str]:
         return [node.node_id for node in list_nodes()]

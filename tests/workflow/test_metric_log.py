@@ -1,13 +1,18 @@
 """Metrics of training reach MLflow once each: a real SQLite store, and an address where nothing answers."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
+import torch
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from pipelines.run_state.storage import RunStorage
 from pipelines.tracking.metric_log import MetricLog
 from pipelines.tracking.mlflow_runs import Point, StageRun, find_or_create
+from pipelines.training import run_recorder
+from pipelines.training.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +131,26 @@ def test_what_does_not_pass_by_itself_is_raised(run):
     add(gone, 1)
     with pytest.raises(MlflowException, match="not found"):
         gone.flush()
+
+
+def test_pictures_are_few_and_the_last_checkpoint_s_is_there(run, tmp_path, monkeypatch):
+    """Each takes a third of a second of a core, and checkpoints may be written as often."""
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(run_recorder.time, "monotonic", lambda: next(clock))
+    model = SimpleNamespace(branches=[SimpleNamespace(name="attn 0")])
+    training = SimpleNamespace(
+        trajectory=0,
+        all_trajectories=20,
+        announcement="",
+        sampler=SimpleNamespace(model=model),
+        plan=SimpleNamespace(to_tensor=lambda: torch.ones(2, 1)),
+        router=SimpleNamespace(logits=lambda: torch.zeros(2, 1)),
+        state=dict,
+    )
+    checkpoints = Checkpoints(RunStorage(str(tmp_path), "pictures"))
+    recorder = run_recorder.RunRecorder(checkpoints, training, run, board=None, pending=[])
+    for training.trajectory in range(1, 21):
+        recorder.save()
+    drawn = [path.path for path in run.client.list_artifacts(run.mlflow_run_id, "router")]
+    assert drawn[0] == "router/trajectory_000001.png" and drawn[-1] == "router/trajectory_000020.png"
+    assert 3 <= len(drawn) <= 6, drawn

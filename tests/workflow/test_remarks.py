@@ -11,7 +11,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as client
 
 from pipelines.runtime.log_filters import drop_remarks
-from pipelines.training.stage import _QuietController
+from pipelines.training.ray_trainer import QuietController
 
 TOKEN = "ray._private.authentication.authentication_token_setup"
 REMARKS = (
@@ -71,7 +71,7 @@ def test_of_what_the_token_set_up_logs_only_that_it_is_on_is_dropped(caplog):
 
 def test_the_process_of_the_controller_is_as_quiet(caplog):
     client.logger.filters.clear()
-    sent = ray_cloudpickle.dumps(RunConfig(callbacks=[_QuietController()]).callbacks)
+    sent = ray_cloudpickle.dumps(RunConfig(callbacks=[QuietController()]).callbacks)
     client.logger.filters.clear()
 
     class Busy(client.TrainAutoscalingCoordinatorClient):
@@ -85,5 +85,5 @@ def test_the_process_of_the_controller_is_as_quiet(caplog):
         return len(caplog.records)
 
     assert said() == 2
-    assert isinstance(ray_cloudpickle.loads(sent)[0], _QuietController)
+    assert isinstance(ray_cloudpickle.loads(sent)[0], QuietController)
     assert said() == 1
