@@ -8,8 +8,6 @@ from typing import Any
 
 import ray.train
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from ..runtime.log_filters import drop_remarks
 from ..runtime.ray_runtime import is_private
@@ -44,8 +42,9 @@ class Trainer(TorchTrainer):
         this trainer has none: workers open their own streams. The other frees the workers' place if the
         controller dies, and a private cluster ends with this process anyway.
         """
-        idle: tuple[type, ...] = (DatasetsCallback,)
+        # By name, so that a release of Ray that has moved or renamed them just starts them.
+        idle = {"DatasetsCallback"}
         if is_private():
-            idle = (*idle, PlacementGroupCleanerCallback)
+            idle.add("PlacementGroupCleanerCallback")
         made = super()._create_default_callbacks()  # type: ignore[misc]  # of V2, which Ray's types leave out
-        return [one for one in made if not isinstance(one, idle)]
+        return [one for one in made if type(one).__name__ not in idle]
