@@ -21,7 +21,6 @@ from harmonica.training.fit_phase import ForecastPhase
 from harmonica.training.loss_weights import StepWeights
 from harmonica.training.phase import Phase, assumed_speedup
 from harmonica.training.plans.selection import PlanSelector
-from harmonica.training.plans.step_form import RIDGES
 from harmonica.training.progress import PhaseBudget
 from harmonica.training.research import follows_plan, num_trained_in_pairs
 from harmonica.training.start_phase import NEAREST, StartPhase
@@ -98,9 +97,10 @@ class ChoicePhase(Phase):
     def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
         """Count full images, and those of all plans.
 
-        The plans are the trained one and its starts: even steps, and those that the search has left.
+        The plans are the trained one and its starts: even steps, and those that the search has left. Other
+        ridges as a rule lead to one more of these.
         """
-        plans = 2 + (NEAREST + len(RIDGES) - 1 if config.start_trajectories else 0)
+        plans = 2 + (NEAREST + 1 if config.start_trajectories else 0)
         return [1 + plans / assumed_speedup(config)] * config.choice_trajectories
 
     def begin(self) -> None:
