@@ -17,10 +17,12 @@ ROOT = Path(__file__).parents[2]
 SHORTER = (
     "--train.start-trajectories=1",
     "--train.trajectories=4",
-    "--train.forecast.trajectories=6",
-    "--evaluate.samples=64",
+    "--train.batch-size=4",
+    "--train.forecast.trajectories=4",
+    "--evaluate.samples=32",
+    "--evaluate.timing-batch-size=4",
 )
-"""The rest is as it stands."""
+"""The rest is as it stands. 45.5 dB, a Frechet distance of 0.004; twice the images have 50.7 and 0.001."""
 OURS = re.compile(
     r"run demo: train, evaluate, register, serve|"
     r"\[train\] (measuring the start|training the router|choosing the plan|fitting the forecasts): "
