@@ -40,7 +40,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name on first access: who draws rows' noise (`noise`) alone needs no torch."""
+    """Import a name on first access.
+
+    Who draws the noise of rows alone (`noise`) needs no torch.
+    """
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

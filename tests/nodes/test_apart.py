@@ -17,7 +17,7 @@ from tiny_dit import write_model
 from harmonica.models.loading import ModelConfig
 from pipelines.tracking import registry
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 NAME = "tiny"
 _WAIT_S = 200.0
 

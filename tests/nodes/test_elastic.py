@@ -7,7 +7,7 @@ from cluster_runs import LONGER, TrainingRun, check_close, closing, trained_alon
 from local_cluster import LocalCluster
 from tiny_dit import write_model
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_a_node_that_comes_and_a_node_that_goes(tmp_path: Path) -> None:

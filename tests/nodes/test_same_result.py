@@ -13,7 +13,7 @@ from tiny_dit import write_model
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import make_client
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 MODEL = "shared"
 
 

@@ -30,7 +30,7 @@ from tiny_dit import write_model
 from pipelines.training.checkpoints import FOLDER
 
 _ENDED = re.compile("SUCCEEDED|FAILED|STOPPED")
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_ctrl_c_and_sigterm_leave_a_run_that_goes_on_from_the_newest_whole_checkpoint(

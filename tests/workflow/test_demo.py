@@ -22,7 +22,7 @@ SHORTER = (
     "--evaluate.samples=32",
     "--evaluate.timing-batch-size=4",
 )
-"""The rest is as it stands. 45.5 dB and a Frechet distance of 0.004; with twice the images 50.7 and 0.001."""
+"""The rest is as it stands. 45.5 dB, a Frechet distance of 0.004; twice the images have 50.7 and 0.001."""
 OURS = re.compile(
     r"run demo: train, evaluate, register, serve|"
     r"\[train\] (measuring the start|training the router|choosing the plan|fitting the forecasts): "
