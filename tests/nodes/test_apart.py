@@ -19,7 +19,6 @@ from pipelines.tracking import registry
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 NAME = "tiny"
-_WAIT_S = 200.0
 
 
 @pytest.fixture
@@ -53,7 +52,9 @@ def train(cluster: LocalCluster, name: str, model: ModelConfig, mlflow: MlflowSe
         arguments = ("--promote=always", f"--registered-model={NAME}", f"--train.num-workers={workers}")
         run.start(*arguments, stages=("train", "register"))
         # Not `run.wait`, which asks S3 for checkpoints all the time, and that answers in this process.
-        assert run.driver.process.wait(_WAIT_S) == 0, run.said[-3000:]
+        ended = run.driver.process.poll
+        until("the driver's end", lambda: ended() is not None, sign=lambda: run.log.stat().st_size)
+        assert ended() == 0, run.said[-3000:]
         assert run.nodes == workers
 
 
@@ -70,7 +71,7 @@ def serving(cluster: LocalCluster, model: ModelConfig) -> Iterator[str]:
         return "Serving at" in session.log.read_text()
 
     try:
-        until("the endpoint serves", serves)
+        until("the endpoint serves", serves, sign=lambda: session.log.stat().st_size)
         yield f"http://127.0.0.1:{port}"
     finally:
         session.stop()
