@@ -128,13 +128,12 @@ class ChoicePhase(Phase):
         context, selector = self.context, self.selector
         context.chosen, self.selector = selector.best, None
         logits = {"trained": context.router.logits()} | context.starts
-        entries: list[Any] = []  # the trained plan may be a start's
-        context.finalists = {}
-        for name in selector.ranked:
-            if len(entries) < self.config.forecast.finalists and selector.plans[name].compute not in entries:
-                entries.append(selector.plans[name].compute)
-                context.finalists[name] = logits[name]
         context.set_router(logits[context.chosen])
+        distinct: dict[Any, str] = {}  # the trained plan may be a start's
+        for name in selector.ranked:
+            distinct.setdefault(selector.plans[name].compute, name)
+        names = [*distinct.values()][: self.config.forecast.finalists]
+        context.finalists = {name: logits[name] for name in names}
         return {}
 
     def state(self) -> dict[str, Tensor] | None:
