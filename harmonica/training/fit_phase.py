@@ -1,4 +1,7 @@
-"""The phase that fits the forecasts and the output's correction, and so decides between the nearest plans."""
+"""The phase that fits the forecasts and the output's correction.
+
+So it decides between the plans that the choice has found nearest.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,9 +36,9 @@ class ForecastPhase(Phase):
 
     @staticmethod
     def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
-        """Count a full and a planned trajectory, and a backward for each probe, of each plan that is fitted.
+        """Count full and planned trajectories, and a backward for each probe.
 
-        A trajectory that tries solutions runs the plan with each of them instead.
+        They count for each plan that is fitted. A trajectory that tries solutions runs the plan with each of them instead.
         """
         forecast, costs = config.forecast, []
         for place in range(forecast.trajectories):
@@ -63,7 +66,10 @@ class ForecastPhase(Phase):
         return metrics
 
     def _keep_nearest(self) -> dict[str, float]:
-        """Set the router to the plan whose images are nearest after a round, and leave the others."""
+        """Set the router to the plan that is nearest after a round.
+
+        The others are left.
+        """
         context, fits = self.context, self.fits
         metrics = {f"finalist.{name}_psnr": fit.reached_psnr for name, fit in fits.items()}
         best = max(fits, key=lambda name: fits[name].reached_psnr)

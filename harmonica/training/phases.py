@@ -123,7 +123,10 @@ class ChoicePhase(Phase):
             return self.selector.observe(context.backend, batch.split(self.config.micro_batch_size), average)
 
     def finish(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
-        """Set the router to the nearest plan, and leave it and the next nearest to the fit."""
+        """Set the router to the nearest plan.
+
+        It and the next nearest are left to the fit.
+        """
         assert self.selector is not None, "begin() makes it"
         context, selector = self.context, self.selector
         context.chosen, self.selector = selector.best, None

@@ -61,7 +61,9 @@ class StepSearch(StepForm):
         ridge: float | None = None,
         number: int = 1,
     ) -> list[Plan]:
-        """Return the best plans found for a speed, best first; of each, the costliest step is reused in part.
+        """Return the best plans found for a speed, best first.
+
+        The costliest step of each is reused in part.
 
         Args:
             fixed: steps that are computed in any case.
@@ -112,9 +114,9 @@ class StepSearch(StepForm):
         ridge: float,
         known: dict[frozenset[int], float],
     ) -> None:
-        """Run simulated annealing over moves of one step; `known` gets the costs of the sets on its way.
+        """Run simulated annealing over moves of one step.
 
-        It is deterministic for a given form.
+        `known` gets the costs of the sets on its way. It is deterministic for a given form.
         """
 
         def cost_of(steps: list[int]) -> float:
