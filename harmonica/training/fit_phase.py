@@ -38,7 +38,8 @@ class ForecastPhase(Phase):
     def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
         """Count full and planned trajectories, and a backward for each probe.
 
-        They count for each plan that is fitted. A trajectory that tries solutions runs the plan with each of them instead.
+        They count for each plan that is fitted. A trajectory that tries solutions runs the plan with each of
+        them instead.
         """
         forecast, costs = config.forecast, []
         for place in range(forecast.trajectories):
