@@ -18,8 +18,8 @@ from harmonica.training.plans.least_squares import RIDGES
 class ForecastPhase(Phase):
     """Fit of the final plan's forecasts; its weights stay for the artifact.
 
-    The first round fits the plans that the choice has found nearest, since a fit is worth more to some steps
-    than to others. The one whose images are nearest after it goes on.
+    At first it fits the plans that the choice has found nearest, since a fit is worth more to some steps than
+    to others. The one whose images are nearest after the first round goes on (`ForecastConfig.compared`).
     """
 
     name, state_key = "forecast", "forecast"
@@ -44,7 +44,7 @@ class ForecastPhase(Phase):
         forecast, costs = config.forecast, []
         for place in range(forecast.trajectories):
             planned = 1 + (len(RIDGES) if forecast.is_tried(place) else forecast.probes)
-            fits = forecast.finalists if config.choice_trajectories and forecast.in_first_round(place) else 1
+            fits = forecast.finalists if config.choice_trajectories and place < forecast.compared else 1
             costs.append(fits * (1 + planned / assumed_speedup(config)))
         return costs
 
@@ -62,12 +62,12 @@ class ForecastPhase(Phase):
         with self.context.sdt.stopwatch.measure("forecast"):
             # Those of the first are logged.
             metrics, *_ = [fit.observe(self.context.backend, batches, average) for fit in self.fits.values()]
-        if len(self.fits) > 1 and self.config.forecast.ends_round(self.done + 1):
+        if len(self.fits) > 1 and self.done + 1 == self.config.forecast.compared:
             metrics |= self._keep_nearest()
         return metrics
 
     def _keep_nearest(self) -> dict[str, float]:
-        """Set the router to the plan that is nearest after a round.
+        """Set the router to the plan whose images are nearest with the weights of the first round.
 
         The others are left.
         """

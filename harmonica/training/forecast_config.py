@@ -5,6 +5,8 @@ from harmonica.validation.settings import Count, Natural, require, settings
 _LEAST = 4
 """Number of trajectories that a round takes at least."""
 _MEASURED_FOR_ONE_TRIED = 5
+_COMPARED_FURTHER = 2
+"""Fewer than a round of the least length measures."""
 
 
 @settings("train.forecast")
@@ -26,8 +28,8 @@ class ForecastConfig:
     order: Count = 2
     """Research: Number of differences in a forecast; a cache keeps one value more."""
     finalists: Count = 2
-    """Research: Number of plans that the first round fits, of those that the choice has found nearest; the
-    nearest after it goes on."""
+    """Research: Number of plans that are fitted at first, of those that the choice has found nearest. The one
+    that is nearest in the trial of the first round and two trajectories of the second goes on."""
     corrections: Natural = 1
     """Research: Number of differences of the model's last outputs that correct its output at every step; 0
     fits the forecasts alone."""
@@ -63,9 +65,15 @@ class ForecastConfig:
         """Return whether a round ends once `done` trajectories are done."""
         return done > 0 and done == self._round_of(done - 1).stop
 
-    def in_first_round(self, place: int) -> bool:
-        """Return whether a trajectory belongs to the first round."""
-        return self._round_of(place).start == 0
+    @property
+    def compared(self) -> int:
+        """Return after how many trajectories one of the finalists goes on.
+
+        They are those of the first round and, where there is a second, the first two of that, which compare
+        the fitted plans on more images than a trial has.
+        """
+        first = self._round_of(0).stop
+        return first + (_COMPARED_FURTHER if first < self.trajectories else 0)
 
     def _round_of(self, place: int) -> range:
         """Return the places of the round that a trajectory belongs to."""

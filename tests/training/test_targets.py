@@ -143,7 +143,7 @@ ALL_PHASES = replace(
 )
 
 
-def test_the_fit_s_first_round_decides_between_the_nearest_plans(sampler):
+def test_the_fit_decides_between_the_nearest_plans(sampler):
     run = RouterTrainer(sampler, ALL_PHASES, seed=0)
     train(run, 6)
     assert isinstance(run.phase, ForecastPhase)
@@ -151,15 +151,18 @@ def test_the_fit_s_first_round_decides_between_the_nearest_plans(sampler):
     assert list(run.phase.fits) == [first, second] and run.context.chosen == first
     fits = dict(run.phase.fits)
     assert fits[first].plan.compute != fits[second].plan.compute, "not the same under two names"
-    *_, metrics = train(run, 10)
+    train(run, 10)
+    assert run.phase.fits == fits, "a first round is followed by a second one's first measurements"
+    *_, metrics = train(run, 12)
     reached = {name: metrics[f"finalist.{name}_psnr"] for name in (first, second)}
     best = max(reached, key=lambda name: reached[name])
     assert run.context.chosen == best and run.phase.fits == {best: fits[best]}
     assert run.plan.compute == fits[best].plan.compute, "the router's plan is the fitted one"
-    # And these are the PSNRs of the fitted plans, on the trajectory that tried them.
+    # And these are the PSNRs of the fitted plans, on the trajectory that tried them and the two after it.
     plans = {name: fit.planned() for name, fit in fits.items()}
     again = PlanSelector(plans, "forecast")
-    again.observe(SamplerBackend(sampler), [rows(4 * 9)], lambda tensor: None)
+    for trajectory in (9, 10, 11):
+        again.observe(SamplerBackend(sampler), [rows(4 * trajectory)], lambda tensor: None)
     assert {name: again.psnr(name) for name in plans} == pytest.approx(reached, rel=1e-6)
     train(run, ALL_PHASES.all_trajectories)
     artifact = run.artifact()

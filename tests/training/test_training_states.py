@@ -80,12 +80,13 @@ def with_one_sum(state: dict[str, Any]) -> dict[str, Any]:
 def kept_leaves(state: dict[str, Any]) -> dict[str, Any]:
     """What a release goes on from: not the form of the start, which was of another kind.
 
-    A fit that begins after the state was written has a correction, which was none of theirs.
+    A fit that begins after the state was written has a correction and sums by which finalists are compared,
+    which were none of theirs.
     """
     return {
         path: leaf
         for path, leaf in leaves(with_one_sum(state)).items()
-        if not re.search("/search|/starts/measured_|/forecast/correction", path)
+        if not re.search("/search|/starts/measured_|/forecast/(correction|reached)", path)
     }
 
 

@@ -29,9 +29,8 @@ from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.forecast_sketch import OUTPUT, Unknown, linear_weights, unknowns
 from harmonica.training.plans.least_squares import RIDGES, NormalEquations, penalty_of
-from harmonica.training.plans.selection import PlanSelector
+from harmonica.training.plans.selection import SMALLEST_ERROR, PlanSelector, mean_log_of, psnr_of
 
-_SMALLEST_ERROR = 1e-12
 _PRESENT = "present"
 """Name of the weights that a round begins with, in its trial."""
 _UNMOVED = 1e6
@@ -67,8 +66,9 @@ class ForecastFit:
     def __init__(self, plan: Plan, config: ForecastConfig) -> None:
         self.plan, self.config = plan, config
         self.trajectories = 0
-        self.reached_psnr = math.nan
-        """Of the images in the last trial, with the weights that were taken; NaN before the first."""
+        self._reached: tuple[float, int] = (0.0, 0)
+        """The sum over trajectories of the mean logarithms of errors with the present weights, and their
+        number."""
         self._begin(config.corrections)
 
     def _begin(self, corrections: int) -> None:
@@ -85,6 +85,16 @@ class ForecastFit:
     def planned(self) -> Plan:
         """Return the plan with the present weights."""
         return self.weights.of(self.plan)
+
+    @property
+    def reached_psnr(self) -> float:
+        """Return the mean PSNR in dB of all images that were generated with the present weights.
+
+        They are those of the trial in which the weights were found, and what the next round has measured.
+        NaN in the first round.
+        """
+        total, trajectories = self._reached
+        return psnr_of(total / trajectories) if trajectories else math.nan
 
     def observe(
         self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
@@ -109,16 +119,19 @@ class ForecastFit:
     ) -> dict[str, float]:
         """Add a batch's images to the normal equations."""
         count = len(self.unknowns)
-        # Matrix and right side of the normal equations, and below them the mean error.
-        sums = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=backend.device)
+        # Matrix and right side of the normal equations; below them the mean error and its mean logarithm.
+        sums = torch.zeros(count + 2, count + 1, dtype=torch.float64, device=backend.device)
         num_images = sum(map(len, batches))
         for batch in batches:
             sums += self._measure(backend, batch) / num_images
         average(sums)
         sums = sums.cpu()
-        self._sums.add(sums[:-1, :-1], sums[:-1, -1])
+        self._sums.add(sums[:-2, :-1], sums[:-2, -1])
+        error, mean_log = sums[-2:, -1].tolist()
+        if self._reached[1]:
+            self._reached = (self._reached[0] + mean_log, self._reached[1] + 1)
         # A run whose sums are not finite stops and says why, before it solves for anything.
-        return {"loss": float(sums[-1, -1]) if sums.isfinite().all() else math.nan}
+        return {"loss": error if sums.isfinite().all() else math.nan}
 
     def _try(
         self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
@@ -148,9 +161,9 @@ class ForecastFit:
         """Take the weights whose images are nearest, and begin a round around them."""
         assert self._trial is not None, "a round ends with a trajectory that tries"
         best, metrics = self._trial.best, dict[str, float]()
-        self.reached_psnr = self._trial.psnr(best)
+        self._reached = (self._trial.mean_log(best) * self._trial.trajectories, self._trial.trajectories)
         if self.unknowns:
-            gain_db = self.reached_psnr - self._trial.psnr(_PRESENT)
+            gain_db = self._trial.psnr(best) - self._trial.psnr(_PRESENT)
             ridge = _UNMOVED if best == _PRESENT else float(best)
             metrics = {"forecast.ridge": ridge, "forecast.promise": 10 ** (-gain_db / 10) - 1}
         if best != _PRESENT:
@@ -159,17 +172,16 @@ class ForecastFit:
         return metrics
 
     def _measure(self, backend: TrajectoryBackend, batch: Any) -> Tensor:
-        """Return the sums of products over a batch's images (P + 1, P + 1)."""
+        """Return the sums over a batch's images (P + 2, P + 1), of products, errors and their logarithms."""
         config = self.config
         seen = backend.sketch(self.planned(), batch, order=config.order, probes=config.probes)
-        weight_R = (1 / seen.error_N.clamp_min(_SMALLEST_ERROR)).repeat(
-            config.probes
-        ).double() / config.probes
+        weight_R = (1 / seen.error_N.clamp_min(SMALLEST_ERROR)).repeat(config.probes).double() / config.probes
         jacobian_RP = seen.jacobian_RP.double()
         weighted_PR = (jacobian_RP * weight_R[:, None]).T
         sides = torch.cat([weighted_PR @ jacobian_RP, (weighted_PR @ seen.residual_R.double())[:, None]], 1)
-        last = sides.new_zeros(1, sides.shape[1])
+        last = sides.new_zeros(2, sides.shape[1])
         last[0, -1] = seen.error_N.sum()
+        last[1, -1] = mean_log_of(seen.error_N) * len(seen.error_N)
         return torch.cat([sides, last])
 
     def state(self) -> dict[str, Any]:
@@ -180,6 +192,7 @@ class ForecastFit:
             **({"correction": correction_TJ} if correction_TJ.shape[1] else {}),
             "folds": [(self._sums.matrix_PP, self._sums.right_P)],
             "trial": self._trial.state() if self._trial else None,
+            **({"reached": self._reached} if self._reached[1] else {}),
             "trajectories": self.trajectories,
         }
 
@@ -192,6 +205,7 @@ class ForecastFit:
         correction_TJ = state.get("correction", torch.zeros(self.plan.num_steps, 0)).double().cpu()
         self._begin(correction_TJ.shape[1])
         self.weights = FittedWeights(state["weights"].cpu(), correction_TJ)
+        self._reached = state.get("reached", self._reached)  # newer than some checkpoints
         for matrix_PP, right_P in state["folds"]:
             self._sums.add(matrix_PP.cpu(), right_P.cpu())
         if state.get("trial") is not None:

@@ -14,8 +14,19 @@ from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.training.backend import TrajectoryBackend
 
-_SMALLEST_ERROR = 1e-12
+SMALLEST_ERROR = 1e-12
+"""Mean squared error of an image, below which none is told from another."""
 _RANGE = 2.0
+
+
+def mean_log_of(error_N: Tensor) -> Tensor:
+    """Return the mean logarithm (base 10) of images' mean squared errors (N,), double precision."""
+    return error_N.double().clamp_min(SMALLEST_ERROR).log10().mean()
+
+
+def psnr_of(mean_log: float) -> float:
+    """Return the PSNR in dB for a mean logarithm of squared errors; values are in [-1, 1]."""
+    return 10 * (math.log10(_RANGE**2) - mean_log)
 
 
 class PlanSelector:
@@ -51,7 +62,7 @@ class PlanSelector:
             for place, plan in enumerate(self.plans.values()):
                 images_NX = drawn(batch, plan, self.reuse)
                 error_N = (images_NX - full_NX).double().square().flatten(1).mean(1)
-                sums_P[place] += error_N.clamp_min(_SMALLEST_ERROR).log10().sum() / count
+                sums_P[place] += mean_log_of(error_N) * len(error_N) / count
             sums_P[-1] += error_N.sum() / count  # of the last one, the plan as trained
         average(sums_P)
         *logs, loss = sums_P.tolist()
@@ -75,8 +86,11 @@ class PlanSelector:
 
         Values are in [-1, 1].
         """
-        mean_log = float(self.total_P[list(self.plans).index(name)]) / self.trajectories
-        return 10 * (math.log10(_RANGE**2) - mean_log)
+        return psnr_of(self.mean_log(name))
+
+    def mean_log(self, name: str) -> float:
+        """Return the mean logarithm (base 10) of the errors of a plan's images."""
+        return float(self.total_P[list(self.plans).index(name)]) / self.trajectories
 
     def state(self) -> dict[str, Tensor]:
         """Return the sums over the observed trajectories for a checkpoint."""

@@ -144,7 +144,11 @@ class Series:
         """What is compared at a speed."""
         forecast = self.train.forecast
         fit = f"{forecast.num_rounds} rounds, {forecast.corrections} corrections"
-        yield Arm(LEARNED, partial(self.learned, speedup), fit=f"{fit}, {forecast.finalists} finalists")
+        yield Arm(
+            LEARNED,
+            partial(self.learned, speedup),
+            fit=f"{fit}, {forecast.finalists} finalists over {forecast.compared}",
+        )
         yield Arm(EVEN, partial(self.even_fitted, speedup), fit=fit)
         even = self.even(speedup)
         fixed = {
