@@ -67,9 +67,9 @@ class ForecastPhase(Phase):
         return metrics
 
     def _keep_nearest(self) -> dict[str, float]:
-        """Set the router to the plan whose images are nearest with the weights of the first round.
+        """Set the router to the plan whose images are nearest.
 
-        The others are left.
+        Those are images with the weights of the first round. The other plans are left.
         """
         context, fits = self.context, self.fits
         metrics = {f"finalist.{name}_psnr": fit.reached_psnr for name, fit in fits.items()}

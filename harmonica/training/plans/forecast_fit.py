@@ -88,7 +88,7 @@ class ForecastFit:
 
     @property
     def reached_psnr(self) -> float:
-        """Return the mean PSNR in dB of all images that were generated with the present weights.
+        """Return the mean PSNR in dB of all images with the present weights.
 
         They are those of the trial in which the weights were found, and what the next round has measured.
         NaN in the first round.
@@ -172,7 +172,10 @@ class ForecastFit:
         return metrics
 
     def _measure(self, backend: TrajectoryBackend, batch: Any) -> Tensor:
-        """Return the sums over a batch's images (P + 2, P + 1), of products, errors and their logarithms."""
+        """Return the sums over a batch's images (P + 2, P + 1).
+
+        They are of products and, in the last two rows, of errors and of their logarithms.
+        """
         config = self.config
         seen = backend.sketch(self.planned(), batch, order=config.order, probes=config.probes)
         weight_R = (1 / seen.error_N.clamp_min(SMALLEST_ERROR)).repeat(config.probes).double() / config.probes

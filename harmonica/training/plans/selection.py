@@ -20,12 +20,19 @@ _RANGE = 2.0
 
 
 def mean_log_of(error_N: Tensor) -> Tensor:
-    """Return the mean logarithm (base 10) of images' mean squared errors (N,), double precision."""
+    """Return the mean logarithm (base 10) of images' errors.
+
+    Args:
+        error_N: the mean squared error of each image; it counts in double precision.
+    """
     return error_N.double().clamp_min(SMALLEST_ERROR).log10().mean()
 
 
 def psnr_of(mean_log: float) -> float:
-    """Return the PSNR in dB for a mean logarithm of squared errors; values are in [-1, 1]."""
+    """Return the PSNR in dB for a mean logarithm (base 10) of errors.
+
+    Values are in [-1, 1].
+    """
     return 10 * (math.log10(_RANGE**2) - mean_log)
 
 
