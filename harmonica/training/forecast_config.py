@@ -6,7 +6,7 @@ _LEAST = 4
 """Number of trajectories that a round takes at least."""
 _MEASURED_FOR_ONE_TRIED = 5
 _COMPARED_FURTHER = 2
-"""Fewer than a round of the least length measures."""
+"""Trajectories of the second round that compare finalists; it measures three of them at least."""
 
 
 @settings("train.forecast")
