@@ -35,6 +35,8 @@ QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Two cores need longer than half a minute to start a replica beside everything else.
     "RAY_SERVE_SLOW_STARTUP_WARNING_S": "180",
+    # Serve ends a proxy that takes longer to start and starts another, which takes as long again.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 _PRIVATE = {
     # A private cluster loses no node, so the actor that watches for that is left out.
