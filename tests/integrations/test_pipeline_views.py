@@ -71,4 +71,4 @@ def test_all_phases_of_a_random_pixart_are_those_of_its_branch_file(guidance_sca
 def test_all_phases_of_the_built_in_pixart_are_those_of_its_branch_file(guidance_scale):
     # Lambda takes a generation a step; the random one has it.
     config = dataclasses.replace(CONFIG, iepo="none")
-    compare(builtin_views(CAPTIONS.read_text().splitlines()[:16], guidance_scale, num_steps=8), config)
+    compare(builtin_views(CAPTIONS.read_text().splitlines()[:16], guidance_scale, num_steps=6), config)
