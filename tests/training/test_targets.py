@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from latent_rows import rows
 from metrics_without_times import without_times
+from torch import Tensor
 
+from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
+from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
@@ -105,6 +108,26 @@ def test_a_measured_start_is_nearer_than_an_even_one(sampler):
     choice = PlanSelector(plans, "forecast")
     choice.observe(SamplerBackend(sampler), [rows(100, 16)], lambda tensor: None)
     assert choice.best == "measured"
+
+
+def test_a_plan_under_two_names_is_drawn_once(sampler):
+    drawn: list[Plan | None] = []
+
+    class Watched(SamplerBackend):
+        def images(self, batch: Batch, plan: Plan | None = None, reuse: Reuse = "hold") -> Tensor:
+            drawn.append(plan)
+            return super().images(batch, plan, reuse)
+
+    steps, branches = sampler.num_steps, len(sampler.model.branches)
+    one, other = (stepwise_plan(steps, branches, [i]) for i in (1, 2))
+    choice = PlanSelector({"start": one, "other": other, "trained": one}, "forecast")
+    metrics = choice.observe(Watched(sampler), [rows(0, 2), rows(2, 2)], lambda tensor: None)
+    assert drawn == [None, one, other] * 2
+    assert metrics["choice.trained_db"] == metrics["choice.start_db"] != metrics["choice.other_db"]
+    alone = PlanSelector({"trained": one}, "forecast")
+    assert alone.observe(SamplerBackend(sampler), [rows(0, 4)], lambda tensor: None) == pytest.approx(
+        {"loss": metrics["loss"], "choice.trained_db": metrics["choice.trained_db"]}, rel=1e-5
+    )
 
 
 def test_the_nearest_plan_is_kept_and_says_whose_it_is(sampler):

@@ -66,11 +66,13 @@ class PlanSelector:
         sums_P = torch.zeros(len(self.plans) + 1, dtype=torch.float64, device=backend.device)
         for batch in batches:
             full_NX = drawn(batch)
+            errors: dict[Plan, Tensor] = {}  # training often leaves the plan that it began with
             for place, plan in enumerate(self.plans.values()):
-                images_NX = drawn(batch, plan, self.reuse)
-                error_N = (images_NX - full_NX).double().square().flatten(1).mean(1)
-                sums_P[place] += mean_log_of(error_N) * len(error_N) / count
-            sums_P[-1] += error_N.sum() / count  # of the last one, the plan as trained
+                if plan not in errors:
+                    images_NX = drawn(batch, plan, self.reuse)
+                    errors[plan] = (images_NX - full_NX).double().square().flatten(1).mean(1)
+                sums_P[place] += mean_log_of(errors[plan]) * len(batch) / count
+            sums_P[-1] += errors[plan].sum() / count  # of the last one, the plan as trained
         average(sums_P)
         *logs, loss = sums_P.tolist()
         self.total_P += sums_P[:-1].cpu()
