@@ -86,12 +86,14 @@ EXTRAS_run := all
 EXTRAS_test := all,test
 EXTRAS_dev := all,test,dev
 
-# pip's some 600 lines are cut down to the packages large enough to wait for.
+# pip's some 600 lines are cut down to the packages large enough to wait for. It would compile one file after
+# another, a third of the whole time: all cores do that afterwards. Files that do not compile are not meant to.
 $(STAMP)-run $(STAMP)-test $(STAMP)-dev: $(STAMP)-%: pyproject.toml setup.py cluster/constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV) (the first time: some minutes, 2 to 6 GB with torch) ..."
-	@$(BIN)/python -u -m pip install --progress-bar off -c cluster/constraints.txt \
+	@$(BIN)/python -u -m pip install --progress-bar off --no-compile -c cluster/constraints.txt \
 	  -e '.[$(EXTRAS_$*)]' | awk \
 	  '/^ *(Downloading|Using cached) .*MB\)/ { sub(/.*\//, "", $$(NF-2)); print "  " $$(NF-2), $$(NF-1), $$NF; fflush() } \
 	   /^Installing collected/ { print "  Installing", NF - 3, "packages"; fflush() }'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@ $(STAMP)-run $(if $(filter dev,$*),$(STAMP)-test)
 

@@ -201,8 +201,11 @@ def test_a_set_of_no_steps_costs_nothing(corrections):
     assert found.compute == full.compute and not torch.tensor(found.forecast).any()
 
 
+@pytest.mark.parametrize("are_all_tried", [True, False])
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_the_search_finds_the_best_set_of_a_small_form(order):
+def test_the_search_finds_the_best_set_of_a_small_form(order, are_all_tried, monkeypatch):
+    if not are_all_tried:
+        monkeypatch.setattr("harmonica.training.plans.search._ALL", 0)
     search, _ = random_form(order)
     best = min(combinations(range(9), 3), key=search.cost)
     assert search.best(3) == list(best)
@@ -213,7 +216,7 @@ def test_the_search_finds_the_best_set_of_a_small_form(order):
 def test_the_next_best_sets_come_in_their_order():
     search, _ = random_form(2)
     ranked = sorted(combinations(range(9), 3), key=search.cost)
-    assert search.best_sets(3, 4) == [list(steps) for steps in ranked[:4]]
+    assert search.best_sets(3, len(ranked)) == [list(steps) for steps in ranked], "few sets are all tried"
     macs = Macs(branches=(30, 60), rest=12)
     plans = search.plans(macs, stepwise_plan(10, 2, ranked[0]).ideal_speedup(macs), number=4)
     assert plans == [stepwise_plan(10, 2, steps) for steps in ranked[:4]]

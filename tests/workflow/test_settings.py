@@ -221,7 +221,7 @@ def test_a_quality_in_decibels_is_for_models_that_draw_pixels() -> None:
 
 
 def test_a_search_over_silent_branches_ends() -> None:
-    assert len(StepSearch(12, 2).best(4)) == 4
+    assert len(StepSearch(20, 2).best(8)) == 8
 
 
 @pytest.mark.parametrize("name", ["fashion", "dit-xl-2-256-t20"])

@@ -6,7 +6,9 @@ The search looks for the set of steps whose least change of the image, with the 
 Ours; `tests/benchmarks/RESULTS.md` has what it is worth.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,8 @@ from harmonica.training.plans.builders import (
 from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.plans.step_form import StepForm
 
+_ALL = 1000
+"""The largest number of sets that are all tried; with more, steps are moved at random."""
 _ROUNDS, _STARTS = 3000, 4
 _MOVES = (-3, -2, -1, 1, 2, 3)
 
@@ -91,6 +95,8 @@ class StepSearch(StepForm):
     ) -> list[list[int]]:
         """Return the best sets of `count` steps found, best first, each ascending.
 
+        They are the best of all where these are few, as at T = 10.
+
         Args:
             number: how many sets at most.
             fixed: steps that are computed in any case.
@@ -98,9 +104,13 @@ class StepSearch(StepForm):
         """
         ridge = self.ridge if ridge is None else ridge
         even = even_steps(self.num_steps, count, fixed)
+        free = [step for step in range(self.num_steps - 1) if step not in fixed]
         known: dict[frozenset[int], float] = {}
-        for start in range(_STARTS):
-            self._search(even, np.random.default_rng(start), fixed, ridge, known)
+        if math.comb(len(free), len(even)) <= _ALL:
+            known = {frozenset(steps): self.cost(steps, ridge) for steps in combinations(free, len(even))}
+        else:
+            for start in range(_STARTS):
+                self._search(even, np.random.default_rng(start), fixed, ridge, known)
         # Of equal ones even steps come first, as where all cost nothing.
         ranked = sorted(known, key=lambda steps: (known[steps], steps != frozenset(even), sorted(steps)))
         finite = [steps for steps in ranked if np.isfinite(known[steps])]
@@ -130,7 +140,7 @@ class StepSearch(StepForm):
         for turn in range(_ROUNDS if chosen else 0):
             heat = 0.2 * (1 - turn / _ROUNDS)
             place = int(generator.integers(len(chosen)))
-            moved = chosen[place] + int(generator.choice(_MOVES))
+            moved = chosen[place] + _MOVES[generator.integers(len(_MOVES))]
             others = chosen[:place] + chosen[place + 1 :]
             if not 0 <= moved < self.num_steps - 1 or moved in fixed or moved in others:
                 continue
