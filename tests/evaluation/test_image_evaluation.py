@@ -187,6 +187,7 @@ def test_pictures_are_held_against_their_prompts(tmp_path: Path, monkeypatch: py
     assert scores.shape == (6,) and len(set(scores.tolist())) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_the_number_of_workers_does_not_change_the_report(private_cluster: None) -> None:
     plain = evaluate_images(workflow(), SPEC, variants())

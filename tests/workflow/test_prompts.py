@@ -386,6 +386,7 @@ def start_and_kill(arguments: list[str], out: Path, folder: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     private_cluster, folder, encoder, texts, small_parts, embedded, tmp_path
