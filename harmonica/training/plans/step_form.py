@@ -7,7 +7,7 @@ weights of a set solve a small least-squares problem, with a ridge that keeps th
 
 Ours; `tests/benchmarks/RESULTS.md` has what it is worth. Shapes: T steps, D distances that branches are
 reused over, J distances to the outputs that correct one, P = T * (D + J) pairs of a step and a distance,
-K weights of a step's forecast, Q unknowns of all steps, U pairs in use, R rows.
+K weights of a step's forecast, F reused steps, Q unknowns of all steps, U = F + 2 Q, R rows.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -156,19 +156,21 @@ class StepForm:
                 names.append((i, k, True))
         pairs += outputs
         linear += [0.0] * len(outputs)
-        indices = np.array([*first, *(p for pair in pairs for p in pair)], dtype=np.intp)
-        used, places = np.unique(indices, return_inverse=True)
-        count, firsts = len(pairs), len(first)
-        newer_Q, older_Q = places[firsts::2], places[firsts + 1 :: 2]
-        differences_UQ = np.zeros((len(used), count))
-        differences_UQ[newer_Q, range(count)] = 1.0
-        differences_UQ[older_Q, range(count)] = -1.0  # alone where both are one pair
-        start_U = differences_UQ @ np.array(linear, dtype=float)
-        start_U[places[:firsts]] += 1.0  # each step has its own
-        gram_UU = gram_PP[np.ix_(used, used)]
-        moved_UQ = gram_UU @ differences_UQ
-        matrix_QQ, right_Q = differences_UQ.T @ moved_UQ, moved_UQ.T @ start_U
-        cost = float(start_U @ gram_UU @ start_U)
+        # The form in the unknowns is that in the newer pairs minus that in the older ones. It is gathered:
+        # products with a matrix of differences cost more, above all where numpy's take several threads.
+        count, first_F = len(pairs), np.array(first, dtype=np.intp)
+        newer_Q, older_Q = np.array(pairs, dtype=np.intp).reshape(-1, 2).T
+        is_two_Q = (newer_Q != older_Q).astype(float)  # a single pair counts as the older alone
+        linear_Q = np.array(linear)
+        start_U = np.concatenate([np.ones(len(first)), is_two_Q * linear_Q, -linear_Q])
+        used_U = np.concatenate([first_F, newer_Q, older_Q])
+        in_start = start_U != 0
+        moved_U = gram_PP[np.ix_(used_U, used_U[in_start])] @ start_U[in_start]
+        moved_newer_Q, moved_older_Q = moved_U[len(first) :].reshape(2, -1)
+        cost, right_Q = float(start_U @ moved_U), is_two_Q * moved_newer_Q - moved_older_Q
+        mixed_QQ = is_two_Q[:, None] * gram_PP[np.ix_(newer_Q, older_Q)]
+        matrix_QQ = np.outer(is_two_Q, is_two_Q) * gram_PP[np.ix_(newer_Q, newer_Q)]
+        matrix_QQ += gram_PP[np.ix_(older_Q, older_Q)] - mixed_QQ - mixed_QQ.T
         if not count:  # each step has a single value to hold
             return max(0.0, cost), names, np.zeros(0)
         change_Q = ridge_solution(
