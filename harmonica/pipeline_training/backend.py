@@ -170,8 +170,8 @@ class PipelineBackend(TrajectoryBackend):
             raise ValueError("no step of the pipeline reuses anything of another: there is nothing to train")
         return records
 
-    def sketch(self, plan: Plan, batch: PipelineBatch, *, order: int, probes: int) -> Sketch:
-        full_NX, policy = self.images(batch), ProbedPolicy(plan)
+    def sketch(self, plan: Plan, batch: PipelineBatch, full_NX: Tensor, *, order: int, probes: int) -> Sketch:
+        policy = ProbedPolicy(plan)
         planned_NX, handles = self._run(policy, batch, has_gradient=True), policy.handles()
         self._check_gradient(planned_NX, handles, batch, "train.forecast.trajectories 0")
         names = unknowns(plan, order, plan.corrections)

@@ -101,9 +101,10 @@ class TrajectoryBackend(ABC):
         """Update every trained row once, and return the updates' records."""
 
     @abstractmethod
-    def sketch(self, plan: Plan, batch: Any, *, order: int, probes: int) -> Sketch:
+    def sketch(self, plan: Plan, batch: Any, full_NX: Tensor, *, order: int, probes: int) -> Sketch:
         """Linearise the change from full to planned latents in the forecast weights.
 
         Args:
             plan: with forecast weights, around which the change is linearised.
+            full_NX: the batch's final latents with every branch computed, as `images` returns them.
         """

@@ -11,7 +11,7 @@ from torch import Tensor
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
 from harmonica.training.phase import Phase, assumed_speedup
-from harmonica.training.plans.forecast_fit import ForecastFit
+from harmonica.training.plans.forecast_fit import ForecastFit, full_latents
 from harmonica.training.plans.least_squares import RIDGES
 
 
@@ -36,16 +36,16 @@ class ForecastPhase(Phase):
 
     @staticmethod
     def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
-        """Count full and planned trajectories, and a backward for each probe.
+        """Count a full trajectory, planned ones, and a backward for each probe.
 
-        They count for each plan that is fitted. A trajectory that tries solutions runs the plan with each of
-        them instead.
+        The latter count for each plan that is fitted. A trajectory that tries solutions runs the plan with
+        each of them instead.
         """
         forecast, costs = config.forecast, []
         for place in range(forecast.trajectories):
             planned = 1 + (len(RIDGES) if forecast.is_tried(place) else forecast.probes)
             fits = forecast.finalists if config.choice_trajectories and place < forecast.compared else 1
-            costs.append(fits * (1 + planned / assumed_speedup(config)))
+            costs.append(1 + fits * planned / assumed_speedup(config))
         return costs
 
     def begin(self) -> None:
@@ -59,9 +59,11 @@ class ForecastPhase(Phase):
     def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         size = self.config.micro_batch_size or self.config.forecast.rows_at_once
         batches = batch.split(size)
+        backend = self.context.backend
         with self.context.sdt.stopwatch.measure("forecast"):
+            full = full_latents(backend, batches)
             # Those of the first are logged.
-            metrics, *_ = [fit.observe(self.context.backend, batches, average) for fit in self.fits.values()]
+            metrics, *_ = [fit.observe(backend, batches, average, full) for fit in self.fits.values()]
         if len(self.fits) > 1 and self.done + 1 == self.config.forecast.compared:
             metrics |= self._keep_nearest()
         return metrics

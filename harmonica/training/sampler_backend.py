@@ -64,5 +64,5 @@ class SamplerBackend(TrajectoryBackend):
         )
         return records
 
-    def sketch(self, plan: Plan, batch: Batch, *, order: int, probes: int) -> Sketch:
-        return sketch_image_error(self.sampler, plan, batch, order=order, probes=probes)
+    def sketch(self, plan: Plan, batch: Batch, full_NX: Tensor, *, order: int, probes: int) -> Sketch:
+        return sketch_image_error(self.sampler, plan, batch, full_NX, order=order, probes=probes)

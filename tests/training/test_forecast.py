@@ -64,8 +64,8 @@ def test_linear_weights_are_the_linear_forecast(sampler):
 def test_derivatives_are_those_of_moved_weights(sampler):
     plan, batch, small = alternating(), rows(0, 2), 1e-5
     weights = FittedWeights(linear_weights(plan, 2), torch.full((STEPS, 2), 0.1, dtype=torch.float64))
-    names = unknowns(plan, 2, 2)
-    seen = sketch_image_error(sampler, weights.of(plan), batch, order=2, probes=2)
+    names, full_NCHW = unknowns(plan, 2, 2), sample(sampler, batch.noise_NCHW, batch.condition_N).clone()
+    seen = sketch_image_error(sampler, weights.of(plan), batch, full_NCHW, order=2, probes=2)
     assert seen.jacobian_RP.shape == (4, len(names))
     corrections = [(i, OUTPUT, k) for i in range(7, -1, -1) for k in range(2) if i + k < STEPS - 1]
     assert names[-len(corrections) :] == corrections
@@ -73,7 +73,7 @@ def test_derivatives_are_those_of_moved_weights(sampler):
         moved = []
         for sign in (1, -1):
             plan_moved = weights.moved([(names[column], sign * small)]).of(plan)
-            other = sketch_image_error(sampler, plan_moved, batch, order=2, probes=2)
+            other = sketch_image_error(sampler, plan_moved, batch, full_NCHW, order=2, probes=2)
             moved.append(other.residual_R)
         slope = (moved[0] - moved[1]) / (2 * small)
         assert slope.abs().max() > 1e-9

@@ -10,6 +10,7 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan, correction_of
+from harmonica.core.sampling import sample
 from harmonica.data.batch import Batch
 from harmonica.execution.values import KeptValues
 from harmonica.models.base import Macs
@@ -85,13 +86,15 @@ def test_the_sketch_has_the_derivatives_of_corrections(sampler):
     alone_RTD = sketch_steps(sampler, batch, reach=REACH, corrections=0, probes=PROBES)
     torch.testing.assert_close(sketch_RTD[:, :, :REACH], alone_RTD, rtol=1e-5, atol=1e-9)
     everything = Plan.full(STEPS, BRANCHES).compute
+    full_NCHW = sample(sampler, batch.noise_NCHW, batch.condition_N).clone()
     for i, k in ((0, 0), (2, 1), (4, 0)):
         moved = []
         for sign in (1, -1):
             weights_TJ = torch.zeros(STEPS, 2, dtype=torch.float64)
             weights_TJ[i, k] = sign * small
             plan = Plan(everything, None, correction_of(weights_TJ))
-            moved.append(sketch_image_error(sampler, plan, batch, order=2, probes=PROBES).residual_R)
+            seen = sketch_image_error(sampler, plan, batch, full_NCHW, order=2, probes=PROBES)
+            moved.append(seen.residual_R)
         expected_R = (moved[0] - moved[1]) / (2 * small)
         towards_R = sketch_RTD[:, i, REACH + k - 1] if k else 0  # the newer of the two outputs is its own
         found_R = towards_R - sketch_RTD[:, i, REACH + k]

@@ -192,6 +192,21 @@ def test_the_fit_decides_between_the_nearest_plans(sampler):
     assert artifact.training["chosen"] == best and artifact.plan.compute == fits[best].plan.compute
 
 
+def test_plans_that_are_fitted_share_the_full_images(sampler, monkeypatch):
+    run = RouterTrainer(sampler, ALL_PHASES, seed=0)
+    train(run, 6)
+    assert isinstance(run.phase, ForecastPhase) and len(run.phase.fits) == 2
+    drawn, images = [], SamplerBackend.images
+
+    def watched(self, batch, plan=None, reuse="hold"):
+        drawn.append(plan)
+        return images(self, batch, plan, reuse)
+
+    monkeypatch.setattr(SamplerBackend, "images", watched)
+    train(run, 10)  # three that measure and one that tries
+    assert drawn.count(None) == 4
+
+
 def test_a_run_of_all_phases_resumes_bit_for_bit(sampler):
     config = ALL_PHASES
     whole = RouterTrainer(sampler, config, seed=0)

@@ -60,6 +60,12 @@ class FittedWeights:
         return Plan(plan.compute, forecast_of(self.forecast_TBK), correction)
 
 
+def full_latents(backend: TrajectoryBackend, batches: Sequence[Any]) -> list[Tensor]:
+    """Return the full latents (N, ...) of each part of a batch, for fits of any plan."""
+    # Copies, since what inference mode has made takes no part in a backward pass.
+    return [backend.images(batch).clone() for batch in batches]
+
+
 class ForecastFit:
     """The Gauss-Newton fit of one plan's weights."""
 
@@ -97,33 +103,46 @@ class ForecastFit:
         return psnr_of(total / trajectories) if trajectories else math.nan
 
     def observe(
-        self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
+        self,
+        backend: TrajectoryBackend,
+        batches: Sequence[Any],
+        average: Callable[[Tensor], None],
+        full: Sequence[Tensor] | None = None,
     ) -> dict[str, float]:
         """Measure one batch, given in parts, or try solutions on it; returns the metrics.
 
         Where a round ends, the weights become those of the nearest solution.
 
         `loss` is the mean squared change of the final latents.
+
+        Args:
+            full: the full latents of each part (N, ...), as `full_latents` returns them; by default they are
+                generated.
         """
         place = self.trajectories
         self.trajectories += 1
+        full = full or full_latents(backend, batches)
         if not self.config.is_tried(place):
-            return self._add(backend, batches, average)
-        metrics = self._try(backend, batches, average)
+            return self._add(backend, batches, full, average)
+        metrics = self._try(backend, batches, full, average)
         if self.config.ends_round(self.trajectories):
             metrics |= self._end_round()
         return metrics
 
     def _add(
-        self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
+        self,
+        backend: TrajectoryBackend,
+        batches: Sequence[Any],
+        full: Sequence[Tensor],
+        average: Callable[[Tensor], None],
     ) -> dict[str, float]:
         """Add a batch's images to the normal equations."""
         count = len(self.unknowns)
         # Matrix and right side of the normal equations; below them the mean error and its mean logarithm.
         sums = torch.zeros(count + 2, count + 1, dtype=torch.float64, device=backend.device)
         num_images = sum(map(len, batches))
-        for batch in batches:
-            sums += self._measure(backend, batch) / num_images
+        for batch, full_NX in zip(batches, full, strict=True):
+            sums += self._measure(backend, batch, full_NX) / num_images
         average(sums)
         sums = sums.cpu()
         self._sums.add(sums[:-2, :-1], sums[:-2, -1])
@@ -134,11 +153,15 @@ class ForecastFit:
         return {"loss": error if sums.isfinite().all() else math.nan}
 
     def _try(
-        self, backend: TrajectoryBackend, batches: Sequence[Any], average: Callable[[Tensor], None]
+        self,
+        backend: TrajectoryBackend,
+        batches: Sequence[Any],
+        full: Sequence[Tensor],
+        average: Callable[[Tensor], None],
     ) -> dict[str, float]:
         """Compare the present weights with the solutions, on images not measured."""
         self._trial = self._trial or self._new_trial()
-        return {"loss": self._trial.observe(backend, batches, average)["loss"]}
+        return {"loss": self._trial.observe(backend, batches, average, full=full)["loss"]}
 
     def _new_trial(self) -> PlanSelector:
         plans = {_PRESENT: self.planned()}
@@ -171,13 +194,14 @@ class ForecastFit:
         self._begin_round()
         return metrics
 
-    def _measure(self, backend: TrajectoryBackend, batch: Any) -> Tensor:
+    def _measure(self, backend: TrajectoryBackend, batch: Any, full_NX: Tensor) -> Tensor:
         """Return the sums over a batch's images (P + 2, P + 1).
 
         They are of products and, in the last two rows, of errors and of their logarithms.
         """
         config = self.config
-        seen = backend.sketch(self.planned(), batch, order=config.order, probes=config.probes)
+        plan = self.planned()
+        seen = backend.sketch(plan, batch, full_NX, order=config.order, probes=config.probes)
         weight_R = (1 / seen.error_N.clamp_min(SMALLEST_ERROR)).repeat(config.probes).double() / config.probes
         jacobian_RP = seen.jacobian_RP.double()
         weighted_PR = (jacobian_RP * weight_R[:, None]).T

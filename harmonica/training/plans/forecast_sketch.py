@@ -17,7 +17,6 @@ from torch import Tensor
 
 from harmonica.core.cache import BranchCache
 from harmonica.core.plan import Correction, Forecast, Plan
-from harmonica.core.sampling import sample
 from harmonica.core.trajectory import planned_end
 from harmonica.data.batch import Batch
 from harmonica.execution.values import KeptValues, extrapolate
@@ -119,21 +118,19 @@ def sketch_image_error(
     sampler: Sampler,
     plan: Plan,
     batch: Batch,
+    full_NCHW: Tensor,
     *,
     order: int,
     probes: int,
-    full_NCHW: Tensor | None = None,
 ) -> Sketch:
     """Linearise the change from full to planned latents in the weights of a plan.
 
     Args:
         plan: with weights of forecasts and of a correction, around which the change is linearised.
         batch: with keys, which also determine the probes, so that these do not depend on the worker.
-        full_NCHW: the full sampler's latents, where they are known.
+        full_NCHW: the full sampler's latents.
     """
     assert batch.keys is not None, "training's samples have keys"
-    if full_NCHW is None:
-        full_NCHW = sample(sampler, batch.noise_NCHW, batch.condition_N, keys=batch.keys).clone()
     cache = ProbedCache(plan.num_branches, plan.forecast, plan.correction)
     with torch.enable_grad():
         images_NCHW = planned_end(sampler, plan, batch.start(sampler), cache, plan.num_steps - 1)

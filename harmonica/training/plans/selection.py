@@ -54,18 +54,20 @@ class PlanSelector:
         batches: Sequence[Any],
         average: Callable[[Tensor], None],
         *,
+        full: Sequence[Tensor] | None = None,
         as_pictures: bool = False,
     ) -> dict[str, float]:
         """Measure some samples and return the metrics to log, errors in decibels below 1.
 
         Args:
+            full: the full images of each part (N, ...), where they are known.
             as_pictures: compare the backend's pictures, where its images are latents.
         """
         drawn = backend.pictures if as_pictures else backend.images
         count = sum(map(len, batches))
         sums_P = torch.zeros(len(self.plans) + 1, dtype=torch.float64, device=backend.device)
-        for batch in batches:
-            full_NX = drawn(batch)
+        for number, batch in enumerate(batches):
+            full_NX = full[number] if full else drawn(batch)
             errors: dict[Plan, Tensor] = {}  # training often leaves the plan that it began with
             for place, plan in enumerate(self.plans.values()):
                 if plan not in errors:

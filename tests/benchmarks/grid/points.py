@@ -14,11 +14,9 @@ from harmonica.data.conditions import make_conditions
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import LoadedModel
 from harmonica.samplers import Sampler, make_sampler
-from harmonica.training.backend import Sketch
 from harmonica.training.phases import RouterPhase
 from harmonica.training.plans.builders import even_plan
 from harmonica.training.plans.forecast_fit import ForecastFit
-from harmonica.training.plans.forecast_sketch import sketch_image_error
 from harmonica.training.presets import Recipe
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.trainer import RouterTrainer
@@ -76,10 +74,6 @@ class RememberedImages(SamplerBackend):
         if key not in self._known:
             self._known[key] = super().images(batch, plan, reuse).clone()
         return self._known[key]
-
-    def sketch(self, plan: Plan, batch: Batch, *, order: int, probes: int) -> Sketch:
-        full_NCHW = self.images(batch)
-        return sketch_image_error(self.sampler, plan, batch, order=order, probes=probes, full_NCHW=full_NCHW)
 
 
 class Series:
