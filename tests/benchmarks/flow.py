@@ -137,8 +137,8 @@ class Study:
                 see[trajectory + 1]()
 
 
-def judge_untrained(study: Study, config: TrainingConfig, seed: int) -> None:
-    """Fewer steps, and every so many steps reused."""
+def judge_untrained(study: Study, config: TrainingConfig, seed: int) -> RouterArtifact:
+    """Fewer steps, and even steps, held and forecast; the last are returned."""
     fewer = round(study.num_steps / config.target_speedup)
     study.judge(f"{fewer} steps", lambda: study.latents(fewer))
     for reuse in ("hold", "forecast"):
@@ -147,10 +147,11 @@ def judge_untrained(study: Study, config: TrainingConfig, seed: int) -> None:
         with study.trainer(even, seed) as trainer:
             artifact = trainer.artifact()
         study.judge_artifact(f"even steps, {reuse}", artifact)
+    return artifact
 
 
-def judge_trained(study: Study, config: TrainingConfig, seed: int) -> PipelineTrainer:
-    """The start, the trained router, and both with fitted forecasts; the choice is of one of them."""
+def judge_trained(study: Study, config: TrainingConfig, even: RouterArtifact, seed: int) -> PipelineTrainer:
+    """The start, the trained router, what the whole training makes, and even steps after the same fit."""
     artifacts: dict[str, Any] = {}
     trainer = study.trainer(config, seed)
 
@@ -161,27 +162,24 @@ def judge_trained(study: Study, config: TrainingConfig, seed: int) -> PipelineTr
     with trainer:
         see = dict(zip(ends, map(keep, ("measured", "trained")), strict=True))
         study.go_on(f"whole-{seed}", trainer, see)
-        chosen = trainer.run.context.chosen
+        chosen = trainer.run.current.context.chosen
         artifacts["fitted"] = trainer.artifact()
     for name in ("measured", "trained"):
         artifacts[name] = RouterArtifact.load(study.folder / f"{name}-{seed}.json")
         study.judge_artifact(f"{name}, linear, seed {seed}", artifacts[name])
     study.judge_artifact(f"{chosen}, fitted (chosen), seed {seed}", artifacts["fitted"])
-    fitted = {artifacts["fitted"].plan.compute}
-    for name in ("measured", "trained"):
-        if (plan := artifacts[name].plan.compute) in fitted:
-            continue  # training may leave the start as it is
-        fitted.add(plan)
+    if even.plan.compute != artifacts["fitted"].plan.compute:
         second = study.trainer(config, seed)
         with second:
-            second.run.start_as(trainer.run)
-            for phase in second.run.phases[:-1]:  # the forecasts alone are fitted
+            run = second.run.current
+            run.start_as(trainer.run.current)
+            for phase in run.phases[:-1]:  # the forecasts alone are fitted
                 phase.done = phase.trajectories
-            second.run.context.set_router(artifacts[name].logits_TB)
-            second.run.phase.begin()
-            study.go_on(f"{name}-fitted-{seed}", second)
+            run.context.set_router(even.logits_TB)
+            run.phase.begin()
+            study.go_on(f"even-fitted-{seed}", second)
             artifact = second.artifact()
-        study.judge_artifact(f"{name}, fitted, seed {seed}", artifact)
+        study.judge_artifact(f"even, fitted, seed {seed}", artifact)
     return trainer
 
 
@@ -193,7 +191,7 @@ def judge_learning_rate(
     alone, kept = dataclasses.replace(config, sdt=sdt, choice_trajectories=0), study.folder / f"{name}.json"
     trainer = study.trainer(alone, seed)
     with trainer:
-        trainer.run.start_as(measured.run)
+        trainer.run.current.start_as(measured.run.current)
         end = config.start_trajectories + config.trajectories
         study.go_on(name, trainer, {end: lambda: trainer.artifact().save(kept)})
         artifact = trainer.artifact()
@@ -216,8 +214,8 @@ def main() -> None:
     torch.set_num_threads(1)
     study = Study(arguments.folder, num_steps=arguments.num_inference_steps, count=arguments.images)
     config = fashion().train.for_target(target_speedup=arguments.speedup)
-    judge_untrained(study, config, arguments.seed)
-    measured = judge_trained(study, config, arguments.seed)
+    even = judge_untrained(study, config, arguments.seed)
+    measured = judge_trained(study, config, even, arguments.seed)
     if rate := arguments.learning_rate:
         judge_learning_rate(study, config, arguments.seed, rate, measured)
 
