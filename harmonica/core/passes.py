@@ -24,23 +24,47 @@ def planned_pass(
     compute_row: Sequence[bool],
     cache: BranchCache,
     step: int,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Run one step of inference: compute and cache the planned branches.
 
     A reused branch costs one fused multiply-add; its norm, modulation and sub-layer are not run.
 
+    Args:
+        recompute: backward computes the branches again, some at a time, instead of keeping what they need.
+
     Returns:
         The model's output (N, out_channels, H, W), corrected where the plan says so.
     """
-    runner = runner_of(model)
+    runner, size = runner_of(model), branches_per_checkpoint(len(model.branches)) if recompute else 1
     for indices, is_computed in runs_of(compute_row):
         if not is_computed:
             hidden_NLD = runner.reuse(model.branches, indices, hidden_NLD, conditioning, cache, step)
             continue
-        for index in indices:
-            hidden_NLD, y = runner.compute(model.branches[index], index, hidden_NLD, conditioning)
-            cache.write(index, step, y)
+        for first in indices[::size]:
+            group = range(first, min(first + size, indices.stop))
+            compute = partial(_computed_branches, model, group, conditioning)
+            if recompute:
+                hidden_NLD, *values = checkpoint(
+                    compute, hidden_NLD, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden_NLD, *values = compute(hidden_NLD)
+            for index, y in zip(group, values, strict=True):
+                cache.write(index, step, y)
     return corrected(model.head(hidden_NLD, conditioning), step, cache.outputs, model.in_channels)
+
+
+def _computed_branches(
+    model: BranchedTransformer, indices: range, conditioning: Any, hidden_NLD: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the hidden state after these branches, and the value of each."""
+    runner, values = runner_of(model), []
+    for index in indices:
+        hidden_NLD, y = runner.compute(model.branches[index], index, hidden_NLD, conditioning)
+        values.append(y)
+    return hidden_NLD, *values
 
 
 def runs_of(compute_row: Sequence[bool]) -> Iterator[tuple[range, bool]]:
@@ -56,7 +80,7 @@ def runs_of(compute_row: Sequence[bool]) -> Iterator[tuple[range, bool]]:
 
 
 def branches_per_checkpoint(num_branches: int) -> int:
-    """Return how many branches a checkpointed soft pass recomputes at a time.
+    """Return how many branches a checkpointed pass recomputes at a time.
 
     The number about minimises memory. Between groups the pass keeps the hidden state, 4 bytes a value, and
     within the group being recomputed about 14 bytes a value and branch: B / k * 4 + 14 * k is least near

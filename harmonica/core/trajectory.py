@@ -28,21 +28,43 @@ def full_step(sampler: Sampler, i: int, state: State) -> tuple[State, Tensor]:
 
 
 def planned_step(
-    sampler: Sampler, i: int, state: State, compute_row: Sequence[bool], cache: BranchCache
+    sampler: Sampler,
+    i: int,
+    state: State,
+    compute_row: Sequence[bool],
+    cache: BranchCache,
+    *,
+    recompute: bool = False,
 ) -> tuple[State, Tensor]:
-    """Run step i under a row of a plan; returns the next state and the guided output."""
+    """Run step i under a row of a plan; returns the next state and the guided output.
+
+    Args:
+        recompute: backward computes the branches again (`harmonica.core.passes`).
+    """
     hidden, conditioning = sampler.embed(i, state)
-    guided = sampler.guide(planned_pass(sampler.model, hidden, conditioning, compute_row, cache, i))
+    output = planned_pass(sampler.model, hidden, conditioning, compute_row, cache, i, recompute=recompute)
+    guided = sampler.guide(output)
     return sampler.advance(i, state, guided), guided
 
 
-def planned_end(sampler: Sampler, plan: Plan, state: State, cache: BranchCache, first: int) -> Tensor:
+def planned_end(
+    sampler: Sampler,
+    plan: Plan,
+    state: State,
+    cache: BranchCache,
+    first: int,
+    *,
+    recompute: bool = False,
+) -> Tensor:
     """Run steps `first` ... 0 under a plan.
 
     Returns the final images or latents (N, C, H, W).
+
+    Args:
+        recompute: backward computes the branches again (`harmonica.core.passes`).
     """
     for i in range(first, -1, -1):
-        state, _ = planned_step(sampler, i, state, plan.compute[i], cache)
+        state, _ = planned_step(sampler, i, state, plan.compute[i], cache, recompute=recompute)
     return sampler.finish(state)
 
 

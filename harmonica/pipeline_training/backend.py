@@ -107,8 +107,10 @@ class PipelineBackend(TrajectoryBackend):
     def _find_fixed(self, steps: Collection[int]) -> None:
         self.fixed_steps |= frozenset(steps) - {self.calls.num_steps - 1}
 
-    def step_sketch(self, batch: PipelineBatch, *, reach: int, corrections: int, probes: int) -> Tensor:
-        policy = StepSketchPolicy(reach, corrects=corrections > 0)
+    def step_sketch(
+        self, batch: PipelineBatch, *, reach: int, corrections: int, probes: int, recompute: bool = False
+    ) -> Tensor:
+        policy = StepSketchPolicy(reach, corrects=corrections > 0, recompute=recompute)
         images_NX = self._run(policy, batch, has_gradient=True)
         self._find_fixed(policy.fixed)
         handles = policy.handles()
@@ -170,8 +172,17 @@ class PipelineBackend(TrajectoryBackend):
             raise ValueError("no step of the pipeline reuses anything of another: there is nothing to train")
         return records
 
-    def sketch(self, plan: Plan, batch: PipelineBatch, full_NX: Tensor, *, order: int, probes: int) -> Sketch:
-        policy = ProbedPolicy(plan)
+    def sketch(
+        self,
+        plan: Plan,
+        batch: PipelineBatch,
+        full_NX: Tensor,
+        *,
+        order: int,
+        probes: int,
+        recompute: bool = False,
+    ) -> Sketch:
+        policy = ProbedPolicy(plan, recompute=recompute)
         planned_NX, handles = self._run(policy, batch, has_gradient=True), policy.handles()
         self._check_gradient(planned_NX, handles, batch, "train.forecast.trajectories 0")
         names = unknowns(plan, order, plan.corrections)

@@ -23,8 +23,13 @@ from harmonica.training.plans.step_sketch import ChangesCache, StepHandles, hand
 class PlanPolicy(Policy):
     """Each call follows a plan, and computes all where it has nothing to reuse."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, *, recompute: bool = False) -> None:
+        """Begin.
+
+        Args:
+            recompute: backward computes branches again, in place of keeping what they need.
+        """
+        self.plan, self._recompute = plan, recompute
         self.fixed: set[int] = set()
         """Steps at which a call had nothing to reuse."""
 
@@ -38,15 +43,15 @@ class PlanPolicy(Policy):
     def _planned(self, step: TransformerStep) -> Any:
         if not len(step.kept):
             self.fixed.add(step.i)
-            return step.full()
-        return step.planned(self.plan.compute[step.i])
+            return step.full(recompute=self._recompute)
+        return step.planned(self.plan.compute[step.i], recompute=self._recompute)
 
 
 class ProbedPolicy(PlanPolicy):
     """Calls that are differentiable in every forecast weight of every row."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
+    def __init__(self, plan: Plan, *, recompute: bool = False) -> None:
+        super().__init__(plan, recompute=recompute)
         self._caches: list[tuple[int, ProbedCache]] = []
 
     def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
@@ -74,14 +79,15 @@ class ProbedPolicy(PlanPolicy):
 class StepSketchPolicy(Policy):
     """Calls in full, differentiable in what reuse and correction would change."""
 
-    def __init__(self, reach: int, *, corrects: bool) -> None:
+    def __init__(self, reach: int, *, corrects: bool, recompute: bool = False) -> None:
         """Begin.
 
         Args:
             reach: the largest distance of a step that another one is reused from.
             corrects: measure what the outputs of earlier steps would change, too.
+            recompute: backward computes branches again, in place of keeping what they need.
         """
-        self.reach, self._corrects = reach, corrects
+        self.reach, self._corrects, self._recompute = reach, corrects, recompute
         self.fixed: set[int] = set()
         """Steps at which a call had nothing to reuse."""
         self._caches: list[ChangesCache] = []
@@ -98,8 +104,8 @@ class StepSketchPolicy(Policy):
     def compute(self, step: TransformerStep) -> Any:
         if not len(step.kept):
             self.fixed.add(step.i)
-            return self._corrected(step, step.full())
-        output = step.full()
+            return self._corrected(step, step.full(recompute=self._recompute))
+        output = step.full(recompute=self._recompute)
         # The call once more, all of it reused from itself: its branches do not respond to each other.
         inputs = detached((step.args, step.kwargs))
         same = replace(step, args=inputs[0], kwargs=inputs[1]).planned((False,) * len(step.view.branches))

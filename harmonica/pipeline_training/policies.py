@@ -36,13 +36,15 @@ class TransformerStep:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def planned(self, row: Any) -> Any:
+    def planned(self, row: Any, *, recompute: bool = False) -> Any:
         """Run the call under a row of a plan."""
-        return self.view.planned(row, self.kept, self.i, self.shapes, self.args, self.kwargs)
+        return self.view.planned(
+            row, self.kept, self.i, self.shapes, self.args, self.kwargs, recompute=recompute
+        )
 
-    def full(self) -> Any:
+    def full(self, *, recompute: bool = False) -> Any:
         """Run the call with every branch computed and kept."""
-        return self.planned((True,) * len(self.view.branches))
+        return self.planned((True,) * len(self.view.branches), recompute=recompute)
 
     def plain(self) -> Any:
         """Run the transformer's own forward; nothing is kept."""

@@ -68,7 +68,9 @@ class TrajectoryBackend(ABC):
         return self.images(batch, plan, reuse)
 
     @abstractmethod
-    def step_sketch(self, batch: Any, *, reach: int, corrections: int, probes: int) -> Tensor:
+    def step_sketch(
+        self, batch: Any, *, reach: int, corrections: int, probes: int, recompute: bool = False
+    ) -> Tensor:
         """Linearise the final latents in the reuse and the correction of each step.
 
         This takes one full trajectory.
@@ -76,6 +78,7 @@ class TrajectoryBackend(ABC):
         Args:
             reach: the largest distance D of a step that another one is reused from.
             corrections: the largest distance J of an output that corrects another one.
+            recompute: backward computes branches again, in place of keeping what they need.
 
         Returns:
             Random projections of the change that step i makes if what it adds is replaced by what step i + d
@@ -101,10 +104,20 @@ class TrajectoryBackend(ABC):
         """Update every trained row once, and return the updates' records."""
 
     @abstractmethod
-    def sketch(self, plan: Plan, batch: Any, full_NX: Tensor, *, order: int, probes: int) -> Sketch:
+    def sketch(
+        self,
+        plan: Plan,
+        batch: Any,
+        full_NX: Tensor,
+        *,
+        order: int,
+        probes: int,
+        recompute: bool = False,
+    ) -> Sketch:
         """Linearise the change from full to planned latents in the forecast weights.
 
         Args:
             plan: with forecast weights, around which the change is linearised.
             full_NX: the batch's final latents with every branch computed, as `images` returns them.
+            recompute: backward computes branches again, in place of keeping what they need.
         """

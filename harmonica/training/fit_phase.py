@@ -43,7 +43,8 @@ class ForecastPhase(Phase):
         """
         forecast, costs = config.forecast, []
         for place in range(forecast.trajectories):
-            planned = 1 + (len(RIDGES) if forecast.is_tried(place) else forecast.probes)
+            backward = forecast.probes * (1 + forecast.activation_checkpointing)
+            planned = 1 + (len(RIDGES) if forecast.is_tried(place) else backward)
             fits = forecast.finalists if config.choice_trajectories and place < forecast.compared else 1
             costs.append(1 + fits * planned / assumed_speedup(config))
         return costs

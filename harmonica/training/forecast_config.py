@@ -36,6 +36,10 @@ class ForecastConfig:
     rows_at_once: Count = 4
     """Number of samples that a worker computes at a time; it keeps the activations of a whole trajectory.
     Lower it if a worker runs out of memory."""
+    activation_checkpointing: bool = False
+    """Compute branches again in the backward passes of the fit and of a measured start, in place of keeping
+    what they need: several times less memory, for the time of as many forward passes. The results are the
+    same."""
 
     def __post_init__(self) -> None:
         require(

@@ -42,8 +42,12 @@ class SamplerBackend(TrajectoryBackend):
         inputs = (self.sampler, batch.noise_NCHW, batch.condition_N)
         return sample(*inputs, plan, reuse=reuse, keys=batch.keys)
 
-    def step_sketch(self, batch: Batch, *, reach: int, corrections: int, probes: int) -> Tensor:
-        return sketch_steps(self.sampler, batch, reach=reach, corrections=corrections, probes=probes)
+    def step_sketch(
+        self, batch: Batch, *, reach: int, corrections: int, probes: int, recompute: bool = False
+    ) -> Tensor:
+        return sketch_steps(
+            self.sampler, batch, reach=reach, corrections=corrections, probes=probes, recompute=recompute
+        )
 
     def image_changes(self, router: Router, batch: Batch, config: TrainingConfig) -> Tensor:
         assert config.iepo != "none"
@@ -64,5 +68,16 @@ class SamplerBackend(TrajectoryBackend):
         )
         return records
 
-    def sketch(self, plan: Plan, batch: Batch, full_NX: Tensor, *, order: int, probes: int) -> Sketch:
-        return sketch_image_error(self.sampler, plan, batch, full_NX, order=order, probes=probes)
+    def sketch(
+        self,
+        plan: Plan,
+        batch: Batch,
+        full_NX: Tensor,
+        *,
+        order: int,
+        probes: int,
+        recompute: bool = False,
+    ) -> Sketch:
+        return sketch_image_error(
+            self.sampler, plan, batch, full_NX, order=order, probes=probes, recompute=recompute
+        )

@@ -40,8 +40,12 @@ class StartPhase(Phase):
 
     @staticmethod
     def costs(config: TrainingConfig, num_steps: int, *, from_start: bool = False) -> list[float]:
-        """Count a full trajectory, and a backward with its products for each probe."""
-        costs = [1 + _BACKWARD * config.forecast.probes] * config.start_trajectories
+        """Count a full trajectory, and a backward with its products for each probe.
+
+        A forward comes before each backward where branches are computed again.
+        """
+        backward = _BACKWARD + config.forecast.activation_checkpointing
+        costs = [1 + backward * config.forecast.probes] * config.start_trajectories
         if costs and config.target_psnr:  # the plan that is near enough is looked for with the last batch
             costs[-1] += 1 + sum(1 - count / num_steps for count in range(1, 1 + most_steps(num_steps)))
         return costs
@@ -50,7 +54,13 @@ class StartPhase(Phase):
         context, config = self.context, self.config
         batches = batch.split(config.micro_batch_size or config.forecast.rows_at_once)
         with context.sdt.stopwatch.measure("start"):
-            return self.search.observe(context.backend, batches, config.forecast.probes, average)
+            return self.search.observe(
+                context.backend,
+                batches,
+                config.forecast.probes,
+                average,
+                recompute=config.forecast.activation_checkpointing,
+            )
 
     def finish(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         """Find the speed for a wanted quality, and start the router at the best steps."""

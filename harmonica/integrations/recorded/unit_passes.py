@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+from torch.utils.checkpoint import checkpoint
 
 from harmonica.execution.mixing import mix
 from harmonica.integrations.recorded.kept_values import KeptValues
@@ -27,6 +28,7 @@ class PlannedPass:
         skipped: Container[str] = (),
         shapes: dict[str, Any],
         overwritten: Container[str] = (),
+        recompute: bool = False,
     ) -> None:
         """Compute or reuse in one step what its row says.
 
@@ -34,8 +36,9 @@ class PlannedPass:
             skipped: units whose output nothing reads under this row.
             shapes: what such units returned, as stand-ins; computed units are added.
             overwritten: units whose output the block changes in place, so that it gets a copy.
+            recompute: backward computes branches again, in place of keeping what they need.
         """
-        self._row, self._kept, self._step = compute_row, kept, step
+        self._row, self._kept, self._step, self._recompute = compute_row, kept, step, recompute
         self._skipped, self._shapes, self._overwritten = skipped, shapes, overwritten
 
     def run(self, unit: str, forward: Callable[[], Any]) -> Any:
@@ -44,7 +47,7 @@ class PlannedPass:
         if branch is None:
             return self._run_other(unit, forward)
         if self._row[branch] or unit not in self._kept:
-            output = forward()
+            output = _recomputed(forward) if self._recompute else forward()
             kept = _copied(output) if unit in self._overwritten else output
             self._kept.write(unit, self._step, kept)
             return output
@@ -101,6 +104,11 @@ class MixedPass:
             kept = _copied(output) if unit in self._overwritten else output
             self._kept.write(unit, self._step, kept)
         return output
+
+
+def _recomputed(forward: Callable[[], Any]) -> Any:
+    """Return a unit's output, which backward computes again."""
+    return checkpoint(forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _copied(output: Any) -> Any:

@@ -142,15 +142,24 @@ class RecordedTransformer:
         shapes: dict[str, Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        *,
+        recompute: bool = False,
     ) -> Any:
         """Run one forward under a row of a plan.
 
         Args:
             shapes: what units of this trajectory returned, as stand-ins; filled as they are computed.
+            recompute: backward computes branches again, in place of keeping what they need.
         """
         skipped = self._skipped_for(tuple(compute_row)) if self._can_skip else frozenset[str]()
         unit_pass = PlannedPass(
-            compute_row, kept, step, skipped=skipped, shapes=shapes, overwritten=self._overwritten
+            compute_row,
+            kept,
+            step,
+            skipped=skipped,
+            shapes=shapes,
+            overwritten=self._overwritten,
+            recompute=recompute,
         )
         with self._board.during(unit_pass):
             output = self.forward(*args, **kwargs)

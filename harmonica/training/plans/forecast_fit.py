@@ -201,7 +201,14 @@ class ForecastFit:
         """
         config = self.config
         plan = self.planned()
-        seen = backend.sketch(plan, batch, full_NX, order=config.order, probes=config.probes)
+        seen = backend.sketch(
+            plan,
+            batch,
+            full_NX,
+            order=config.order,
+            probes=config.probes,
+            recompute=config.activation_checkpointing,
+        )
         weight_R = (1 / seen.error_N.clamp_min(SMALLEST_ERROR)).repeat(config.probes).double() / config.probes
         jacobian_RP = seen.jacobian_RP.double()
         weighted_PR = (jacobian_RP * weight_R[:, None]).T

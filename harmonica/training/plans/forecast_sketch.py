@@ -11,6 +11,7 @@ Shapes: N images, M model rows, C H W image, P weights, R = N * probes rows of t
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,31 @@ def linear_weights(plan: Plan, order: int) -> Tensor:
     return weights_TBK
 
 
+def precise(value: Tensor) -> torch.dtype:
+    """Return the value's precision, float32 at least."""
+    return torch.promote_types(value.dtype, torch.float32)
+
+
+class _Weighted(torch.autograd.Function):
+    """A forecast with handles that would move its weights.
+
+    The gradient of row m of the k-th handle is `<g_m, value_k - value_(k+1)>`. Only the values are kept for
+    it, which the cache keeps anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, forecast: Tensor, *handles_and_values: Tensor) -> Tensor:
+        ctx.save_for_backward(*handles_and_values[count:])
+        return forecast.view_as(forecast)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), values = gradients, ctx.saved_tensors
+        wide = gradient.to(precise(gradient))  # a row's sum is of many small products
+        moved = [(wide * (newer - older).to(wide)).flatten(1).sum(1) for newer, older in pairwise(values)]
+        return None, gradient, *moved, *(None for _ in values)
+
+
 class ProbedCache(BranchCache):
     """A cache that is differentiable in every weight of every image."""
 
@@ -90,15 +116,14 @@ class ProbedCache(BranchCache):
     def read(self, branch: int, step: int) -> Tensor:
         values = [value for _, value in self._kept[branch]]
         forecast = extrapolate(values, self.weights(branch, step) if len(values) > 1 else ())
-        for k, (newer, older) in enumerate(pairwise(values)):
-            # A zero that is added: its gradient, in float32, is what moving the weight would do.
-            handle_M = torch.zeros(len(forecast), device=forecast.device, requires_grad=True)
-            difference = (newer - older).detach().float()
-            forecast = forecast + (handle_M.view(-1, *[1] * (difference.ndim - 1)) * difference).to(
-                forecast.dtype
-            )
-            self.handles[self._name(step, branch, k)] = handle_M
-        return forecast
+        count = len(values) - 1
+        handles = [
+            torch.zeros(len(forecast), dtype=precise(forecast), device=forecast.device, requires_grad=True)
+            for _ in range(count)
+        ]
+        self.handles |= {self._name(step, branch, k): handle_M for k, handle_M in enumerate(handles)}
+        weighted: Tensor = _Weighted.apply(count, forecast, *handles, *values)  # type: ignore[no-untyped-call]
+        return weighted
 
     def _name(self, step: int, branch: int, k: int) -> Unknown:
         return step, branch, k
@@ -122,6 +147,7 @@ def sketch_image_error(
     *,
     order: int,
     probes: int,
+    recompute: bool = False,
 ) -> Sketch:
     """Linearise the change from full to planned latents in the weights of a plan.
 
@@ -129,11 +155,13 @@ def sketch_image_error(
         plan: with weights of forecasts and of a correction, around which the change is linearised.
         batch: with keys, which also determine the probes, so that these do not depend on the worker.
         full_NCHW: the full sampler's latents.
+        recompute: backward computes branches again, in place of keeping what they need.
     """
     assert batch.keys is not None, "training's samples have keys"
     cache = ProbedCache(plan.num_branches, plan.forecast, plan.correction)
     with torch.enable_grad():
-        images_NCHW = planned_end(sampler, plan, batch.start(sampler), cache, plan.num_steps - 1)
+        state, first = batch.start(sampler), plan.num_steps - 1
+        images_NCHW = planned_end(sampler, plan, state, cache, first, recompute=recompute)
     handles = {name: [handle_M] for name, handle_M in cache.handles.items()}
     names = unknowns(plan, order, plan.corrections)
     return sketch_of(full_NCHW, images_NCHW, handles, names, batch.keys, plan.num_steps, probes)

@@ -65,17 +65,26 @@ class StepForm:
         batches: Sequence[Any],
         probes: int,
         average: Callable[[Tensor], None],
+        *,
+        recompute: bool = False,
     ) -> dict[str, float]:
         """Measure one batch, given in parts, and return the metrics to log.
 
         Each image is weighted by the inverse of the sum of its single changes, so that no few images decide.
+
+        Args:
+            recompute: backward computes branches again, in place of keeping what they need.
         """
         gram_PP = torch.zeros_like(self.gram_PP, device=backend.device)
         loss = torch.zeros(1, dtype=torch.float64, device=gram_PP.device)
         count = sum(map(len, batches))
         for batch in batches:
             moved_RTD = backend.step_sketch(
-                batch, reach=self.reach, corrections=self.corrections, probes=probes
+                batch,
+                reach=self.reach,
+                corrections=self.corrections,
+                probes=probes,
+                recompute=recompute,
             ).double()
             # At distance 1 are the changes of each step alone, held. The rows of a probe are all images.
             alone_R = moved_RTD[:, :, 0].square().sum(1)

@@ -26,12 +26,7 @@ from harmonica.data.batch import Batch
 from harmonica.execution.values import KeptValues
 from harmonica.samplers import Sampler
 from harmonica.samplers.noise import SampleKeys
-from harmonica.training.plans.forecast_sketch import OUTPUT, Unknown, sketch_of
-
-
-def _precise(value: Tensor) -> torch.dtype:
-    """Return the value's precision, float32 at least."""
-    return torch.promote_types(value.dtype, torch.float32)
+from harmonica.training.plans.forecast_sketch import OUTPUT, Unknown, precise, sketch_of
 
 
 class _Changing(torch.autograd.Function):
@@ -50,10 +45,10 @@ class _Changing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         value, *others = ctx.saved_tensors
-        precise = _precise(value)  # a row's sum is of many small products
-        moved_MD = torch.zeros(ctx.shape, dtype=precise, device=value.device)
+        wide = gradients[0].to(precise(value))  # a row's sum is of many small products
+        moved_MD = torch.zeros(ctx.shape, dtype=wide.dtype, device=value.device)
         for place, other in enumerate(others):
-            moved_MD[:, place] = (gradients[0].to(precise) * (other - value).to(precise)).flatten(1).sum(1)
+            moved_MD[:, place] = (wide * (other - value).to(wide)).flatten(1).sum(1)
         return moved_MD, *(None for _ in (value, *others))
 
 
@@ -74,7 +69,7 @@ class ChangesCache(BranchCache):
         (_, value), *earlier = self._kept[branch]
         if step not in self.handles:
             self.handles[step] = torch.zeros(
-                len(value), self.reach, dtype=_precise(value), device=value.device, requires_grad=True
+                len(value), self.reach, dtype=precise(value), device=value.device, requires_grad=True
             )
         changing: Tensor = _Changing.apply(  # type: ignore[no-untyped-call]
             self.handles[step], value, *(other for _, other in earlier)
@@ -85,7 +80,15 @@ class ChangesCache(BranchCache):
         return KeptValues.of([self.read(branch, step)], ())
 
 
-def sketch_steps(sampler: Sampler, batch: Batch, *, reach: int, corrections: int, probes: int) -> Tensor:
+def sketch_steps(
+    sampler: Sampler,
+    batch: Batch,
+    *,
+    reach: int,
+    corrections: int,
+    probes: int,
+    recompute: bool = False,
+) -> Tensor:
     """Project the change of the latents by each step on random probes.
 
     It is changed by reuse, and by correction of its output.
@@ -94,6 +97,7 @@ def sketch_steps(sampler: Sampler, batch: Batch, *, reach: int, corrections: int
         batch: with keys, which determine the probes.
         reach: the largest distance of a step that another one is reused from, D.
         corrections: the largest distance of an output that corrects another one, J.
+        recompute: backward computes branches again, in place of keeping what they need.
 
     Returns:
         The derivatives (R, T, D + J) in the coefficient c_d of each step, of its branches and then of its
@@ -107,7 +111,7 @@ def sketch_steps(sampler: Sampler, batch: Batch, *, reach: int, corrections: int
     with torch.enable_grad():
         for i in reversed(range(sampler.num_steps)):
             hidden, conditioning = sampler.embed(i, state)
-            output = planned_pass(model, hidden, conditioning, everything, cache, i)
+            output = planned_pass(model, hidden, conditioning, everything, cache, i, recompute=recompute)
             if i < sampler.num_steps - 1:
                 # The step once more, all of it reused from itself: its branches do not respond to each other.
                 same = planned_pass(model, hidden.detach(), conditioning, nothing, cache, i)
