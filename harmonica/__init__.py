@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from harmonica.models.loading import ModelConfig, load_model
     from harmonica.pipeline_training.train import train_pipeline
     from harmonica.samplers import SamplerConfig, make_sampler
+    from harmonica.training.presets import learned_steps
 
 __all__ = [
     "ModelConfig",
     "RouterArtifact",
     "SamplerConfig",
     "apply",
+    "learned_steps",
     "load_model",
     "make_sampler",
     "remove",
@@ -43,6 +45,7 @@ _HOMES = {
     "RouterArtifact": "harmonica.core.artifact",
     "SamplerConfig": "harmonica.samplers",
     "apply": "harmonica.integrations.diffusers_pipeline",
+    "learned_steps": "harmonica.training.presets",
     "load_model": "harmonica.models.loading",
     "make_sampler": "harmonica.samplers",
     "remove": "harmonica.integrations.diffusers_pipeline",

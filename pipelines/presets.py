@@ -13,7 +13,6 @@ from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig
 from harmonica.training import presets
 from harmonica.training.presets import Recipe
-from harmonica.training.sdt_config import SdtConfig
 
 from .config.evaluate import EvaluateConfig
 from .config.pipeline import PipelineConfig
@@ -65,7 +64,9 @@ def fashion_text() -> WorkflowConfig:
 
 
 def _on_gpus(name: str) -> WorkflowConfig:
-    """Return settings for a public model on four GPUs, as the paper trained.
+    """Return settings for a public model on four GPUs.
+
+    Steps are learned, or trained as in the paper.
 
     The model's path has to be given, and for PixArt that of the prompts.
     """
@@ -87,23 +88,18 @@ def pipeline() -> WorkflowConfig:
 
     It wants `model.path` and `prompts.path`.
     """
-    return WorkflowConfig(
+    recipe = Recipe(
+        model=ModelConfig(path="", dtype="bfloat16"),
+        sampler=SamplerConfig(name="diffusers", num_inference_steps=28),
+        train=presets.learned_steps(),
+    )
+    return _from_recipe(
+        lambda: recipe,
         preset="pipeline",
         registered_model="harmonica-pipeline",
         stages=TEXT_STAGES,
-        model=ModelConfig(path="", dtype="bfloat16"),
-        sampler=SamplerConfig(name="diffusers", num_inference_steps=28),
         pipeline=PipelineConfig(enabled=True),
-        train=TrainConfig(
-            target_speedup=1.8,
-            initial="even",
-            initial_logit=2.0,
-            trajectories=40,
-            batch_size=2,
-            sdt=SdtConfig(learning_rate=0.05, threshold=0.5, reuse="forecast", penalty="macs"),
-            iepo="none",
-            checkpoint_interval_s=300,
-        ),
+        train={"checkpoint_interval_s": 300},
         evaluate=EvaluateConfig(samples=64, batch_size=2, timing_rounds=2, timing_batch_size=1),
         promotion=PromoteConfig(min_psnr_to_full=20, min_speedup=1.2),
     )

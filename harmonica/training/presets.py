@@ -1,6 +1,7 @@
-"""The paper's settings, each with its source.
+"""Settings of trainings: of learned steps, and the paper's.
 
-Settings that the sources do not state are said to be unknown.
+Learned steps fit any model. The paper's settings have their source each; those that the sources do not state
+are said to be unknown.
 
 Sources: [R] README of the released code, its training command (DiT-XL/2 256, T = 10); [P] the paper's
 tables (sampler, T, guidance and CUR of every row; [S] its slides for PixArt-Sigma at 2048, where CUR is not
@@ -11,10 +12,12 @@ code was released; which sub-layers the paper caches there is not said: self-att
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig
+from harmonica.models.text_blocks import Kind
 from harmonica.samplers import SamplerConfig, SamplerName
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
@@ -30,6 +33,41 @@ class Recipe:
     model: ModelConfig
     sampler: SamplerConfig
     train: TrainingConfig
+
+
+def learned_steps(*, is_large: bool = True, **settings: Any) -> TrainingConfig:
+    """Return settings that learn which steps to reuse, with fitted forecasts.
+
+    A correction of the model's output is fitted with them. Whole steps are reused.
+    In the mean of the images it was nearest to the full sampler wherever it was measured
+    (`tests/benchmarks/RESULTS.md`), and it takes about as long as 170 full samplings of a batch at T = 20,
+    240 where branches are computed again. In that time it goes away from the paper, which trains a row of the
+    router 2,000 times and not 12: it has a speed to reach instead of beta, a start from the steps whose reuse
+    changes the image least, lambda per unit of step error, and reuse by forecasts that are fitted to the
+    image. What SDT has trained is kept only where it is nearer than its start.
+
+    Args:
+        is_large: the activations of a trajectory fill a GPU, as those of diffusers' pipelines do. A
+            trajectory has four images, one at a time, and its branches are computed again in backward passes.
+        settings: replace those of this recipe, as in `learned_steps(target_speedup=2.5)`.
+    """
+    forecast = ForecastConfig(trajectories=12)
+    if is_large:
+        forecast = replace(forecast, rows_at_once=1, activation_checkpointing=True)
+        settings = {"batch_size": 4} | settings
+    recipe = TrainingConfig(
+        target_speedup=1.8,
+        initial="measured",
+        initial_logit=2.0,
+        start_trajectories=6,
+        trajectories=12,
+        sdt=SdtConfig(learning_rate=0.1, threshold=0.5, reuse="forecast", penalty="macs"),
+        iepo="sensitivity",
+        iepo_every=12,
+        choice_trajectories=3,
+        forecast=forecast,
+    )
+    return replace(recipe, **settings)
 
 
 def _dit(num_inference_steps: int, train: TrainingConfig, image_size: int = 256) -> Recipe:
@@ -109,26 +147,8 @@ _PIXART: dict[str, tuple[str, SamplerName, int, float]] = {
 
 
 def fashion() -> Recipe:
-    """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download.
-
-    Away from the paper, because minutes allow some 12 updates a row where the released setting takes 2,000: a
-    speed to reach instead of beta, a start from the steps whose reuse is measured to change the image least,
-    lambda per unit of step error, reuse by forecasts that are fitted to the image; and what was trained is
-    kept only where it is nearer than its start.
-    """
-    train = TrainingConfig(
-        target_speedup=1.8,
-        initial="measured",
-        initial_logit=2.0,
-        start_trajectories=6,
-        trajectories=12,
-        sdt=SdtConfig(learning_rate=0.1, threshold=0.5, reuse="forecast", penalty="macs"),
-        iepo="sensitivity",
-        iepo_every=12,
-        choice_trajectories=3,
-        forecast=ForecastConfig(trajectories=12),
-    )
-    return Recipe(model=ModelConfig(), sampler=SamplerConfig(), train=train)
+    """The built-in DiT on Fashion-MNIST, DDIM-20: minutes on two cores, no download."""
+    return Recipe(model=ModelConfig(), sampler=SamplerConfig(), train=learned_steps(is_large=False))
 
 
 def fashion_text() -> Recipe:
@@ -137,19 +157,49 @@ def fashion_text() -> Recipe:
     All three kinds of sub-layer may be reused, cross-attention costs the images nothing here
     (tests/benchmarks/RESULTS.md).
     """
-    train = fashion().train
     return Recipe(
         model=ModelConfig(path=BUILTIN_TEXT, text_tokens=16, cacheable=("attn", "cross", "mlp")),
         sampler=SamplerConfig(name="dpm-solver++", guidance_scale=4.5),
-        train=train,
+        train=learned_steps(is_large=False),
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "fashion": fashion,
-    "fashion-text": fashion_text,
+def _learned(row: str) -> Recipe:
+    """Return learned steps for the model and the sampler of a row of the paper.
+
+    A trajectory has 32 samples. All three kinds of a PixArt's sub-layers may be reused, so that whole steps
+    are.
+    """
+    paper = _PAPER[row]()
+    at_once = 4 if "256" in paper.model.path else 1  # a trajectory's values at 512 and more fill a GPU
+    train = learned_steps(batch_size=32, checkpoint_interval_s=300)
+    train = replace(train, forecast=replace(train.forecast, rows_at_once=at_once))
+    cacheable: tuple[Kind, ...] = (
+        ("attn", "cross", "mlp") if paper.model.path.startswith("PixArt") else ("attn", "mlp")
+    )
+    return Recipe(model=replace(paper.model, cacheable=cacheable), sampler=paper.sampler, train=train)
+
+
+_PAPER: dict[str, Callable[[], Recipe]] = {
     "dit-xl-2-256-t10": dit_xl_2_256_t10,
     "dit-xl-2-256-t20": dit_xl_2_256_t20,
     "dit-xl-2-256-t50": dit_xl_2_256_t50,
     "dit-xl-2-512-t20": dit_xl_2_512_t20,
 } | {name: partial(_pixart, *row) for name, row in _PIXART.items()}
+_LEARNED = {
+    "dit-xl-2-256": "dit-xl-2-256-t20",
+    "dit-xl-2-512": "dit-xl-2-512-t20",
+    "pixart-alpha-256": "pixart-alpha-256-dpm20",
+    "pixart-alpha-512": "pixart-alpha-512-dpm20",
+    "pixart-alpha-1024": "pixart-alpha-1024-dpm20",
+}
+"""Name -> the row of the paper that has the model and the sampler.
+
+At 2K a trajectory's values do not fit on one GPU (docs/pages/operations/memory.md)."""
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "fashion": fashion,
+    "fashion-text": fashion_text,
+    **{name: partial(_learned, row) for name, row in _LEARNED.items()},
+    **_PAPER,
+}

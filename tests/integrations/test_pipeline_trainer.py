@@ -132,10 +132,10 @@ def test_costs_count_the_calls_of_the_pipeline(monkeypatch):
     """Every run begins at the first step: steps that compute everything, in those of a full sampling."""
     full = 0
 
-    def planned(self: TransformerStep, row: Any) -> Any:
+    def planned(self: TransformerStep, row: Any, **how: Any) -> Any:
         nonlocal full
         full += all(row)
-        return whole(self, row)
+        return whole(self, row, **how)
 
     whole = TransformerStep.planned
     monkeypatch.setattr(TransformerStep, "planned", planned)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,7 @@ def test_presets_are_the_papers():
     assert (released.train.sdt.beta, released.train.sdt.learning_rate) == (7e-8, 0.01)
     assert released.sampler.guidance_scale == 1.5 and released.train.sdt.threshold == 0.1
     cur = {name: make().train.target_cur for name, make in RECIPES.items() if name.startswith("dit")}
+    assert all(cur.pop(name) == 0 for name in ("dit-xl-2-256", "dit-xl-2-512")), "they have learned steps"
     assert cur == {
         "dit-xl-2-256-t10": 0,  # its beta is known
         "dit-xl-2-256-t20": 0.375,
@@ -157,6 +159,9 @@ def test_presets_are_the_papers():
     }
     text = {name: make() for name, make in RECIPES.items() if name.startswith("pixart")}
     assert {recipe.sampler.guidance_scale for recipe in text.values()} == {4.5}
+    learned = {name: text.pop(name) for name in [*text] if re.fullmatch(r"pixart-alpha-\d+", name)}
+    assert {name.rsplit("-", 1)[1] for name in learned} == {"256", "512", "1024"}
+    assert {recipe.sampler.num_inference_steps for recipe in learned.values()} == {20}
     steps = {name.rsplit("-", 1)[1]: recipe.sampler.num_inference_steps for name, recipe in text.items()}
     assert steps == {"dpm20": 20, "iddpm100": 100, "sa25": 25}
 

@@ -1,0 +1,109 @@
+"""Memory of the measured start and of the fit of forecasts at full size, counted on tensors without values.
+
+    python -m tests.benchmarks.fit_memory [dit-256 dit-512 pixart-256 pixart-512 pixart-1024] [--layers 28]
+
+One image under guidance, 20 steps, even steps at 1.8x, one probe, weights in bfloat16 and not counted, with
+and without branches that are computed again (`train.forecast.activation_checkpointing`).
+"""
+
+import argparse
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from harmonica.core.plan import Plan, correction_of, forecast_of
+from harmonica.data.batch import Batch
+from harmonica.models.base import BranchedTransformer, freeze
+from harmonica.models.dit.config import dit_shape
+from harmonica.models.dit.model import DiT
+from harmonica.models.text_condition import TextCondition
+from harmonica.samplers import Sampler, SamplerConfig, make_sampler
+from harmonica.samplers.noise import SampleKeys
+from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.training.plans.builders import even_plan
+from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error
+from harmonica.training.plans.step_sketch import sketch_steps
+from tests.benchmarks.live_tensors import peak_of
+
+STEPS, SPEEDUP, TOKENS = 20, 1.8, 120
+MODELS = ["dit-256", "dit-512", "pixart-256", "pixart-512", "pixart-1024"]
+
+
+def dit(image_size: int, layers: int) -> tuple[BranchedTransformer, object]:
+    """DiT-XL/2, and one label."""
+    shape = replace(dit_shape("DiT-XL/2", image_size), num_layers=layers)
+    return DiT(shape), torch.zeros(1, dtype=torch.long)
+
+
+def pixart(image_size: int, layers: int) -> tuple[BranchedTransformer, object]:
+    """PixArt-alpha with all three kinds of sub-layers, and one prompt."""
+    ensure_torchvision_imports()
+    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+
+    from harmonica.models.pixart.model import PixArt
+
+    transformer = PixArtTransformer2DModel(
+        sample_size=image_size // 8, num_layers=layers, use_additional_conditions=False
+    )
+    width = transformer.config["caption_channels"] or 4096
+    text, mask = torch.zeros(1, TOKENS, width), torch.ones(1, TOKENS, dtype=torch.bool)
+    condition = TextCondition(
+        embeddings=text, mask=mask, negative_embeddings=text.clone(), negative_mask=mask.clone()
+    )
+    return PixArt(transformer, cacheable=("attn", "cross", "mlp"), text_tokens=TOKENS), condition
+
+
+def planned(sampler: Sampler) -> Plan:
+    """Even steps, with forecasts of two differences and a correction."""
+    plan = even_plan(STEPS, sampler.model.macs(), SPEEDUP)
+    correction = correction_of(torch.full((STEPS, 1), 0.1, dtype=torch.float64))
+    return Plan(plan.compute, forecast_of(linear_weights(plan, 2)), correction)
+
+
+def measure(name: str, layers: int) -> None:
+    """Print a row: the start and the fit, each without and with recomputation, in GiB."""
+    kind, size = name.split("-")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model, condition = {"dit": dit, "pixart": pixart}[kind](int(size), layers)
+        freeze(model)
+        for part, parameter in model.named_parameters():
+            is_full = part.startswith(model.full_precision_parts)
+            parameter.data = parameter.data.to(torch.float32 if is_full else torch.bfloat16)
+    steps = SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.5, clip_sample=False)
+    sampler, keys = make_sampler(model, steps), SampleKeys.of(0, [0])
+    shape, plan = (1, model.in_channels, model.sample_size, model.sample_size), planned(sampler)
+
+    def start(recompute: bool) -> None:
+        with mode:
+            batch = Batch(torch.zeros(shape), condition, keys)
+            sketch_steps(sampler, batch, reach=16, corrections=1, probes=1, recompute=recompute)
+
+    def fit(recompute: bool) -> None:
+        with mode:
+            noise = torch.zeros(shape)
+            batch = Batch(noise, condition, keys)
+            sketch_image_error(sampler, plan, batch, noise, order=2, probes=1, recompute=recompute)
+
+    peaks = [
+        peak_of(model, lambda run=run, recompute=recompute: run(recompute)) / 2**30
+        for run in (start, fit)
+        for recompute in (False, True)
+    ]
+    print(f"| {name} | {' | '.join(f'{peak:.1f}' for peak in peaks)} |", flush=True)
+
+
+def main() -> None:
+    """A row for each model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--layers", type=int, default=28)
+    chosen = parser.parse_args()
+    print("| | start | recomputed | fit | recomputed |\n|---|---|---|---|---|")
+    for name in chosen.models:
+        measure(name, chosen.layers)
+
+
+if __name__ == "__main__":
+    main()
