@@ -26,7 +26,8 @@ from harmonica.training.plans.forecast_sketch import linear_weights, sketch_imag
 from harmonica.training.plans.step_sketch import sketch_steps
 from tests.benchmarks.live_tensors import peak_of
 
-STEPS, SPEEDUP, TOKENS = 20, 1.8, 120
+STEPS, SPEEDUP = 20, 1.8
+TOKENS, WIDTH = 120, 4096  # of the T5 that PixArt-alpha was trained with
 MODELS = ["dit-256", "dit-512", "pixart-256", "pixart-512", "pixart-1024"]
 
 
@@ -44,10 +45,12 @@ def pixart(image_size: int, layers: int) -> tuple[BranchedTransformer, object]:
     from harmonica.models.pixart.model import PixArt
 
     transformer = PixArtTransformer2DModel(
-        sample_size=image_size // 8, num_layers=layers, use_additional_conditions=False
+        sample_size=image_size // 8,
+        num_layers=layers,
+        caption_channels=WIDTH,
+        use_additional_conditions=False,
     )
-    width = transformer.config["caption_channels"] or 4096
-    text, mask = torch.zeros(1, TOKENS, width), torch.ones(1, TOKENS, dtype=torch.bool)
+    text, mask = torch.zeros(1, TOKENS, WIDTH), torch.ones(1, TOKENS, dtype=torch.bool)
     condition = TextCondition(
         embeddings=text, mask=mask, negative_embeddings=text.clone(), negative_mask=mask.clone()
     )
