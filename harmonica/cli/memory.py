@@ -15,6 +15,9 @@ state (4 beside half precision), G blocks, B branches:
     working      results and gradients of the branch under way, and the modulations: about 5 r E in the
                  backward, E (2r + 10s) without one
     lambda       two caches of a micro-batch and that working memory; no activations
+    start, fit   the activations of all steps but the first, in the fit of those that the plan computes; with
+                 checkpointing of a step only r * E a group of branches and the values; and in the fit
+                 gradients of the last values of all branches
 
 Not included are the CUDA context and libraries (about 1 GiB a process), and the allocator's fragmentation.
 Shapes: M model rows (two an image under guidance), L tokens, D width, S text tokens.
@@ -74,6 +77,38 @@ def training_memory(
     )
     lambda_ = Memory(weights, 2 * kept * rows * values + prepared, 0, shape.working(rows))
     return max(sdt, lambda_, key=lambda memory: memory.total)
+
+
+def learning_memory(
+    shape: Shape,
+    *,
+    rows_at_once: int,
+    computed_steps: float,
+    is_guided: bool = True,
+    order: int = 2,
+    activation_checkpointing: bool = False,
+    processes: int = 1,
+    num_steps: int = NUM_STEPS,
+) -> tuple[Memory, Memory]:
+    """Return the peak memory of the measured start and that of the fit.
+
+    Of the fit it is an upper bound: a plan may compute several steps before it first reuses anything.
+
+    Args:
+        rows_at_once: number of images that a worker has at a time.
+        computed_steps: number of steps of a trajectory that the plan computes.
+        order: number of differences in a forecast.
+    """
+    rows = (1 + is_guided) * rows_at_once
+    weights, values = shape.weights(processes), shape.num_branches * shape.value(rows)
+    prepared, working = shape.prepared(rows, num_steps), shape.working(rows, backward=True)
+    if activation_checkpointing:
+        working += shape.of_group(rows)
+    step = shape.of_step(rows, checkpointing=activation_checkpointing)
+    start = Memory(weights, values + prepared, (num_steps - 1) * step, working)
+    gradients = (1 + order) * values
+    fit = Memory(weights, values + gradients + prepared, round((computed_steps - 1) * step), working)
+    return start, fit
 
 
 def sampling_memory(

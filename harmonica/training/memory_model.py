@@ -138,16 +138,36 @@ class Shape:
         own = self.hidden(rows) + 4 * self.value(rows) + norm
         return own + logsumexp if kind == "attn" else own
 
+    def of_step(self, rows: int, *, checkpointing: bool = False) -> int:
+        """Return the bytes that a trajectory's backward keeps of a computed step.
+
+        The step has M rows. The values of its branches are among them.
+        """
+        if checkpointing:
+            return self._of_groups(rows) + self.num_branches * self.value(rows)
+        return self.layers * self._of_block(rows)
+
+    def _of_block(self, rows: int) -> int:
+        """Return the bytes that a block's backward keeps, with its branches' values."""
+        return sum(self.inside(kind, rows) for kind in self.kinds) + len(self.cacheable) * self.value(rows)
+
+    def _of_groups(self, rows: int) -> int:
+        """Return the bytes of the hidden states before recomputed groups."""
+        return -(-self.num_branches // branches_per_checkpoint(self.num_branches)) * self.hidden(rows)
+
+    def of_group(self, rows: int) -> int:
+        """Return the bytes that the backward of a group keeps once it is computed again."""
+        size = branches_per_checkpoint(self.num_branches)
+        return self._of_block(rows) * size // len(self.cacheable)
+
     def activations(self, rows: int, *, checkpointing: bool = False) -> int:
         """Return the bytes that a soft pass's backward keeps of M rows.
 
         The caches are not counted.
         """
-        block = sum(self.inside(kind, rows) for kind in self.kinds) + len(self.cacheable) * self.value(rows)
+        block = self._of_block(rows)
         if checkpointing:
-            size = branches_per_checkpoint(self.num_branches)
-            groups = -(-self.num_branches // size)
-            return groups * self.hidden(rows) + block * size // len(self.cacheable)
+            return self._of_groups(rows) + self.of_group(rows)
         # No score reaches what lies before the first branch's y. The last hidden state is the head's.
         first = self.kinds.index(self.cacheable[0])
         before = sum(self.inside(kind, rows) for kind in self.kinds[: first + 1])

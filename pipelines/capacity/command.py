@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from harmonica.models.base import Macs
 from harmonica.training.feasibility import check_speedup
+from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.builders import even_plan, speedup_of
 from harmonica.validation.settings import (
     Count,
@@ -71,7 +72,11 @@ class CapacityCommand:
     """GPUs of each of these nodes."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            target_speedup=1.8, initial="measured", initial_logit=2.0, start_trajectories=6
+            target_speedup=1.8,
+            initial="measured",
+            initial_logit=2.0,
+            start_trajectories=6,
+            forecast=ForecastConfig(rows_at_once=1, activation_checkpointing=True),
         )
     )
     """Training, with the plan's target: train.target_speedup, or train.target_cur with 0 for the former."""

@@ -115,7 +115,7 @@ def training_section(training: TrainingEstimate, gpu: str, batch_size: int) -> S
         duration(sum(phase.network_s for phase in training.phases)),
         amount(sum(phase.reduced_bytes for phase in training.phases)),
     )
-    cure = "train.micro_batch_size, train.sdt.activation_checkpointing, train.shard_model or more workers"
+    cure = "train.micro_batch_size, train.*.activation_checkpointing, train.shard_model or more workers"
     fit = "it fits" if training.fits else f"it does not fit, see {cure}"
     price = f", cost {training.cost:,.2f}" if training.cost else ""
     return Section(

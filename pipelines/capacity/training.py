@@ -3,7 +3,7 @@
 The cost of a trajectory in full samplings is what `harmonica.training.phases.phase_budgets` counts: SDT's
 updates with teacher, student and backward, lambda's refreshes, the measured start, the choice and the fit of
 forecasts. A full sampling takes T forwards of a worker's rows (`latency`). Memory is
-`harmonica.cli.memory.training_memory`.
+`harmonica.cli.memory.training_memory`, or `learning_memory` where a trajectory's gradients take more.
 
 The network carries three things, in bytes sent by each of n workers:
 
@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harmonica.cli.memory import training_memory
+from harmonica.cli.memory import learning_memory, training_memory
 from harmonica.training.memory_model import Memory
 from harmonica.training.phases import phase_budgets
 from harmonica.training.plans.step_form import size_of_form
@@ -167,7 +167,7 @@ def estimate_training(
             )
         )
     reduce_s = reduce_seconds(workers, model.num_branches * _FLOAT, network_bytes_per_s)
-    memory = _memory(model, config, images, num_steps)
+    memory = _memory(model, config, images, num_steps, cur)
     seconds = sum(phase.seconds for phase in phases)
     return TrainingEstimate(
         workers=workers,
@@ -182,8 +182,13 @@ def estimate_training(
     )
 
 
-def _memory(model: SizedModel, config: TrainConfig, images: int, num_steps: int) -> Memory:
-    return combined(
+def _memory(model: SizedModel, config: TrainConfig, images: int, num_steps: int, cur: float) -> Memory:
+    """Return the memory of the phase that takes most.
+
+    It is the router's, the measured start's or the fit's.
+    """
+    processes = config.num_workers if config.shard_model else 1
+    router = combined(
         [
             training_memory(
                 shape,
@@ -192,12 +197,33 @@ def _memory(model: SizedModel, config: TrainConfig, images: int, num_steps: int)
                 is_guided=model.is_guided,
                 reuse=config.sdt.reuse,
                 activation_checkpointing=config.sdt.activation_checkpointing,
-                processes=config.num_workers if config.shard_model else 1,
+                processes=processes,
                 num_steps=num_steps,
             )
             for shape in model.shapes
         ]
     )
+    forecast = config.forecast
+    learning = [
+        learning_memory(
+            shape,
+            rows_at_once=min(images, config.micro_batch_size or forecast.rows_at_once),
+            computed_steps=(1 - cur) * num_steps,
+            is_guided=model.is_guided,
+            order=forecast.order,
+            activation_checkpointing=forecast.activation_checkpointing,
+            processes=processes,
+            num_steps=num_steps,
+        )
+        for shape in model.shapes
+    ]
+    starts, fits = zip(*learning, strict=True)
+    phases = [router]
+    if config.start_trajectories:
+        phases.append(combined(starts))
+    if forecast.trajectories:
+        phases.append(combined(fits))
+    return max(phases, key=lambda phase: phase.total)
 
 
 def combined(parts: Sequence[Memory]) -> Memory:

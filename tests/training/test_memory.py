@@ -13,9 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from harmonica.cli import memory
-from harmonica.cli.memory import sampling_memory, training_memory
+from harmonica.cli.memory import learning_memory, sampling_memory, training_memory
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import soft_pass
+from harmonica.core.plan import Plan, forecast_of
 from harmonica.core.router import Router
 from harmonica.core.trajectory import planned_step
 from harmonica.data.batch import Batch
@@ -23,8 +24,12 @@ from harmonica.models.base import BranchedTransformer, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import SamplerConfig, make_sampler
+from harmonica.samplers.noise import SampleKeys
 from harmonica.training.iepo import image_error_proxy
 from harmonica.training.memory_model import Shape
+from harmonica.training.plans.builders import stepwise_plan
+from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error
+from harmonica.training.plans.step_sketch import sketch_steps
 from harmonica.training.sdt import SdtTrainer
 from harmonica.training.sdt_config import SdtConfig
 from tests.benchmarks.live_tensors import peak_of
@@ -244,3 +249,32 @@ def test_a_model_that_keeps_no_part_in_full_precision_has_a_shape(tiny_dit: DiT,
     whole = Shape.of(tiny_dit)
     monkeypatch.setattr(tiny_dit, "full_precision_parts", ())
     assert Shape.of(tiny_dit) == whole, "all of it is float64 here"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["dit", "pixart, all three"])
+def test_peaks_of_start_and_fit_are_near_the_formula(kind: str, recompute: bool) -> None:
+    """The fit's is an upper bound, since a plan may compute some steps before any reuse."""
+    model, condition = SMALL[kind]()
+    in_precision(model, torch.float32)
+    steps, reused = 8, [1, 3, 5]
+    config = SamplerConfig(num_inference_steps=steps, guidance_scale=1.5, clip_sample=False)
+    sampler, keys = make_sampler(model, config), SampleKeys.of(0, [0])
+    batch = Batch(torch.randn(1, 4, model.sample_size, model.sample_size), condition, keys)
+    plan = stepwise_plan(steps, len(model.branches), reused)
+    plan = Plan(plan.compute, forecast_of(linear_weights(plan, 2)))
+    full = torch.zeros_like(batch.noise_NCHW)
+    runs = (
+        lambda: sketch_steps(sampler, batch, reach=7, corrections=0, probes=1, recompute=recompute),
+        lambda: sketch_image_error(sampler, plan, batch, full, order=2, probes=1, recompute=recompute),
+    )
+    start, fit = learning_memory(
+        Shape.of(model),
+        rows_at_once=1,
+        computed_steps=steps - len(reused),
+        activation_checkpointing=recompute,
+        num_steps=steps,
+    )
+    peaks = [peak_of(model, run) for run in runs]
+    assert peaks[0] == pytest.approx(start.total - start.weights, rel=0.1)
+    assert 0.6 < peaks[1] / (fit.total - fit.weights) < 1.05
