@@ -29,7 +29,7 @@ from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.pretraining.evaluate_flow_model import load_flow_pipeline
 from harmonica.pretraining.flow_matching import embed_captions
 from harmonica.training.config import TrainingConfig
-from harmonica.training.presets import fashion
+from harmonica.training.presets import learned_steps
 from harmonica.training.sdt_config import SdtConfig
 
 MODEL = Path(harmonica.pretraining.__file__).with_name("fashion-sd3")
@@ -209,11 +209,12 @@ def main() -> None:
     parser.add_argument("--num-inference-steps", type=int, default=28)
     parser.add_argument("--speedup", type=float, default=1.8)
     parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--batch-size", type=int, default=8, help="images of a trajectory of training")
     parser.add_argument("--learning-rate", type=float, help="train once more at this rate")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     study = Study(arguments.folder, num_steps=arguments.num_inference_steps, count=arguments.images)
-    config = fashion().train.for_target(target_speedup=arguments.speedup)
+    config = learned_steps(is_large=False, target_speedup=arguments.speedup, batch_size=arguments.batch_size)
     even = judge_untrained(study, config, arguments.seed)
     measured = judge_trained(study, config, even, arguments.seed)
     if rate := arguments.learning_rate:
