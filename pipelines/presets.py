@@ -27,11 +27,11 @@ from .config.workflow import (
 )
 
 
-def _from_recipe(recipe: Callable[[], Recipe], **settings: Any) -> WorkflowConfig:
-    parts, train = recipe(), settings.pop("train", {})
-    base = {f.name: getattr(parts.train, f.name) for f in dataclasses.fields(parts.train)}
+def _from_recipe(recipe: Recipe, **settings: Any) -> WorkflowConfig:
+    train = settings.pop("train", {})
+    base = {f.name: getattr(recipe.train, f.name) for f in dataclasses.fields(recipe.train)}
     return WorkflowConfig(
-        model=parts.model, sampler=parts.sampler, train=TrainConfig(**base | train), **settings
+        model=recipe.model, sampler=recipe.sampler, train=TrainConfig(**base | train), **settings
     )
 
 
@@ -41,7 +41,7 @@ def fashion() -> WorkflowConfig:
     A run takes minutes on two cores and downloads nothing.
     """
     return _from_recipe(
-        presets.fashion,
+        presets.fashion(),
         evaluate=EvaluateConfig(samples=128, timing_rounds=4),
         promotion=PromoteConfig(min_psnr_to_full=38, max_frechet_to_full=0.02, min_speedup=1.2),
     )
@@ -53,7 +53,7 @@ def fashion_text() -> WorkflowConfig:
     This is text to image on two cores; nothing is downloaded.
     """
     return _from_recipe(
-        presets.fashion_text,
+        presets.fashion_text(),
         preset="fashion-text",
         registered_model="harmonica-fashion-text",
         stages=TEXT_STAGES,
@@ -72,7 +72,7 @@ def _on_gpus(name: str) -> WorkflowConfig:
     """
     is_text = name.startswith("pixart")
     return _from_recipe(
-        presets.RECIPES[name],
+        presets.RECIPES[name](),
         stages=TEXT_STAGES if is_text else CLASS_STAGES,
         prompts=PromptsConfig(max_tokens=300 if "sigma" in name else 120, use_gpu=is_text),
         preset=name,
@@ -94,7 +94,7 @@ def pipeline() -> WorkflowConfig:
         train=presets.learned_steps(),
     )
     return _from_recipe(
-        lambda: recipe,
+        recipe,
         preset="pipeline",
         registered_model="harmonica-pipeline",
         stages=TEXT_STAGES,
