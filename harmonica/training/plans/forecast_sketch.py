@@ -70,7 +70,7 @@ def linear_weights(plan: Plan, order: int) -> Tensor:
     return weights_TBK
 
 
-def precise(value: Tensor) -> torch.dtype:
+def precision_of(value: Tensor) -> torch.dtype:
     """Return the value's precision, float32 at least."""
     return torch.promote_types(value.dtype, torch.float32)
 
@@ -90,7 +90,7 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), values = gradients, ctx.saved_tensors
-        wide = gradient.to(precise(gradient))  # a row's sum is of many small products
+        wide = gradient.to(precision_of(gradient))  # a row's sum is of many small products
         moved = [(wide * (newer - older).to(wide)).flatten(1).sum(1) for newer, older in pairwise(values)]
         return None, gradient, *moved, *(None for _ in values)
 
@@ -118,7 +118,9 @@ class ProbedCache(BranchCache):
         forecast = extrapolate(values, self.weights(branch, step) if len(values) > 1 else ())
         count = len(values) - 1
         handles = [
-            torch.zeros(len(forecast), dtype=precise(forecast), device=forecast.device, requires_grad=True)
+            torch.zeros(
+                len(forecast), dtype=precision_of(forecast), device=forecast.device, requires_grad=True
+            )
             for _ in range(count)
         ]
         self.handles |= {self._name(step, branch, k): handle_M for k, handle_M in enumerate(handles)}

@@ -26,7 +26,7 @@ from harmonica.data.batch import Batch
 from harmonica.execution.values import KeptValues
 from harmonica.samplers import Sampler
 from harmonica.samplers.noise import SampleKeys
-from harmonica.training.plans.forecast_sketch import OUTPUT, Unknown, precise, sketch_of
+from harmonica.training.plans.forecast_sketch import OUTPUT, Unknown, precision_of, sketch_of
 
 
 class _Changing(torch.autograd.Function):
@@ -45,7 +45,7 @@ class _Changing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         value, *others = ctx.saved_tensors
-        wide = gradients[0].to(precise(value))  # a row's sum is of many small products
+        wide = gradients[0].to(precision_of(value))  # a row's sum is of many small products
         moved_MD = torch.zeros(ctx.shape, dtype=wide.dtype, device=value.device)
         for place, other in enumerate(others):
             moved_MD[:, place] = (wide * (other - value).to(wide)).flatten(1).sum(1)
@@ -69,7 +69,7 @@ class ChangesCache(BranchCache):
         (_, value), *earlier = self._kept[branch]
         if step not in self.handles:
             self.handles[step] = torch.zeros(
-                len(value), self.reach, dtype=precise(value), device=value.device, requires_grad=True
+                len(value), self.reach, dtype=precision_of(value), device=value.device, requires_grad=True
             )
         changing: Tensor = _Changing.apply(  # type: ignore[no-untyped-call]
             self.handles[step], value, *(other for _, other in earlier)
