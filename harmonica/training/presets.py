@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig
-from harmonica.models.text_blocks import Kind
+from harmonica.models.text_blocks import KINDS
 from harmonica.samplers import SamplerConfig, SamplerName
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
@@ -41,7 +41,7 @@ def learned_steps(*, is_large: bool = True, **settings: Any) -> TrainingConfig:
     A correction of the model's output is fitted with them. Whole steps are reused.
     In the mean of the images it was nearest to the full sampler wherever it was measured
     (`tests/benchmarks/RESULTS.md`), and it takes about as long as 170 full samplings of a batch at T = 20,
-    240 where branches are computed again. In that time it goes away from the paper, which trains a row of the
+    230 where branches are computed again. In that time it goes away from the paper, which trains a row of the
     router 2,000 times and not 12: it has a speed to reach instead of beta, a start from the steps whose reuse
     changes the image least, lambda per unit of step error, and reuse by forecasts that are fitted to the
     image. What SDT has trained is kept only where it is nearer than its start.
@@ -158,7 +158,7 @@ def fashion_text() -> Recipe:
     (tests/benchmarks/RESULTS.md).
     """
     return Recipe(
-        model=ModelConfig(path=BUILTIN_TEXT, text_tokens=16, cacheable=("attn", "cross", "mlp")),
+        model=ModelConfig(path=BUILTIN_TEXT, text_tokens=16, cacheable=KINDS),
         sampler=SamplerConfig(name="dpm-solver++", guidance_scale=4.5),
         train=learned_steps(is_large=False),
     )
@@ -171,13 +171,11 @@ def _learned(row: str) -> Recipe:
     are.
     """
     paper = _PAPER[row]()
-    at_once = 4 if "256" in paper.model.path else 1  # a trajectory's values at 512 and more fill a GPU
+    at_once = 4 if "-256-" in row else 1  # a trajectory's values at 512 and more fill a GPU
     train = learned_steps(batch_size=32, checkpoint_interval_s=300)
     train = replace(train, forecast=replace(train.forecast, rows_at_once=at_once))
-    cacheable: tuple[Kind, ...] = (
-        ("attn", "cross", "mlp") if paper.model.path.startswith("PixArt") else ("attn", "mlp")
-    )
-    return Recipe(model=replace(paper.model, cacheable=cacheable), sampler=paper.sampler, train=train)
+    model = replace(paper.model, cacheable=KINDS) if row.startswith("pixart") else paper.model
+    return Recipe(model=model, sampler=paper.sampler, train=train)
 
 
 _PAPER: dict[str, Callable[[], Recipe]] = {

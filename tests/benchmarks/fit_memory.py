@@ -17,6 +17,7 @@ from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer, freeze
 from harmonica.models.dit.config import dit_shape
 from harmonica.models.dit.model import DiT
+from harmonica.models.text_blocks import KINDS
 from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
@@ -24,6 +25,7 @@ from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.training.plans.builders import even_plan
 from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error
 from harmonica.training.plans.step_sketch import sketch_steps
+from tests.benchmarks.hardware import Hardware
 from tests.benchmarks.live_tensors import peak_of
 
 STEPS, SPEEDUP = 20, 1.8
@@ -54,7 +56,7 @@ def pixart(image_size: int, layers: int) -> tuple[BranchedTransformer, object]:
     condition = TextCondition(
         embeddings=text, mask=mask, negative_embeddings=text.clone(), negative_mask=mask.clone()
     )
-    return PixArt(transformer, cacheable=("attn", "cross", "mlp"), text_tokens=TOKENS), condition
+    return PixArt(transformer, cacheable=KINDS, text_tokens=TOKENS), condition
 
 
 def planned(sampler: Sampler) -> Plan:
@@ -70,10 +72,7 @@ def measure(name: str, layers: int) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model, condition = {"dit": dit, "pixart": pixart}[kind](int(size), layers)
-        freeze(model)
-        for part, parameter in model.named_parameters():
-            is_full = part.startswith(model.full_precision_parts)
-            parameter.data = parameter.data.to(torch.float32 if is_full else torch.bfloat16)
+        freeze(Hardware(dtype=torch.bfloat16).place(model))
     steps = SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.5, clip_sample=False)
     sampler, keys = make_sampler(model, steps), SampleKeys.of(0, [0])
     shape, plan = (1, model.in_channels, model.sample_size, model.sample_size), planned(sampler)
