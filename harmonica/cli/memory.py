@@ -17,7 +17,8 @@ state (4 beside half precision), G blocks, B branches:
     lambda       two caches of a micro-batch and that working memory; no activations
     start, fit   the activations of all steps but the first, in the fit of those that the plan computes; with
                  checkpointing of a step only r * E a group of branches and the values; and in the fit
-                 gradients of the last values of all branches
+                 gradients of the last values of all branches. With offloading the activations are in the
+                 host's memory
 
 Not included are the CUDA context and libraries (about 1 GiB a process), and the allocator's fragmentation.
 Shapes: M model rows (two an image under guidance), L tokens, D width, S text tokens.
@@ -25,6 +26,7 @@ Shapes: M model rows (two an image under guidance), L tokens, D width, S text to
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, get_args
 
@@ -39,6 +41,7 @@ from harmonica.models.dit.stored import skeleton
 from harmonica.models.loading import Dtype
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.training.memory_model import Memory, Shape
+from harmonica.training.memory_savings import NO_SAVINGS, MemorySavings
 
 NUM_STEPS = 20
 """Number of steps of a trajectory, by default."""
@@ -86,7 +89,7 @@ def learning_memory(
     computed_steps: float,
     is_guided: bool = True,
     order: int = 2,
-    activation_checkpointing: bool = False,
+    savings: MemorySavings = NO_SAVINGS,
     processes: int = 1,
     num_steps: int = NUM_STEPS,
 ) -> tuple[Memory, Memory]:
@@ -102,12 +105,22 @@ def learning_memory(
     rows = (1 + is_guided) * rows_at_once
     weights, values = shape.weights(processes), shape.num_branches * shape.value(rows)
     prepared, working = shape.prepared(rows, num_steps), shape.working(rows, backward=True)
-    if activation_checkpointing:
+    if savings.recompute:
         working += shape.of_group(rows)
-    step = shape.of_step(rows, checkpointing=activation_checkpointing)
-    start = Memory(weights, values + prepared, (num_steps - 1) * step, working)
-    gradients = (1 + order) * values
-    fit = Memory(weights, values + gradients + prepared, round((computed_steps - 1) * step), working)
+    step = shape.of_step(rows, checkpointing=savings.recompute)
+    of_start, of_fit = (num_steps - 1) * step, round((computed_steps - 1) * step)
+    # The fit has gradients of the last values; before those, where values go to the host, these themselves.
+    caches = values + prepared, (2 + order) * values + prepared
+    start, fit = Memory(weights, caches[0], of_start, working), Memory(weights, caches[1], of_fit, working)
+    if savings.offload:
+        # What an MLP's backward reads and returns; elsewhere it takes the place of what the step before kept.
+        working += (4 if savings.recompute else 8) * shape.value(rows)
+        # The first step's values too, and what each step keeps of its head.
+        others = values + num_steps * 2 * shape.hidden(rows)
+        start, fit = (
+            replace(each, activations=0, working=working, host=each.activations + others)
+            for each in (start, fit)
+        )
     return start, fit
 
 

@@ -4,8 +4,10 @@ A pipeline's loop cannot be entered in the middle, so runs share nothing of what
 they differ at: a refresh of lambda takes T calls a batch.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from harmonica.pipeline_training.sampling import Prompt
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.config import TrainingConfig
+from harmonica.training.memory_savings import NO_SAVINGS, MemorySavings
 from harmonica.training.plans.forecast_sketch import sketch_of, unknowns
 from harmonica.training.plans.step_sketch import projected_steps
 from harmonica.training.sdt import SdtTrainer, StepRecord
@@ -104,14 +107,27 @@ class PipelineBackend(TrajectoryBackend):
         )
         return precise(drawn)
 
+    def _weights(self) -> Iterator[Tensor]:
+        return chain.from_iterable(transformer.parameters() for transformer in self.calls.transformers)
+
     def _find_fixed(self, steps: Collection[int]) -> None:
         self.fixed_steps |= frozenset(steps) - {self.calls.num_steps - 1}
 
     def step_sketch(
-        self, batch: PipelineBatch, *, reach: int, corrections: int, probes: int, recompute: bool = False
+        self,
+        batch: PipelineBatch,
+        *,
+        reach: int,
+        corrections: int,
+        probes: int,
+        savings: MemorySavings = NO_SAVINGS,
     ) -> Tensor:
-        policy = StepSketchPolicy(reach, corrects=corrections > 0, recompute=recompute)
-        images_NX = self._run(policy, batch, has_gradient=True)
+        offloading = savings.offloading(self._weights())
+        policy = StepSketchPolicy(
+            reach, corrects=corrections > 0, recompute=savings.recompute, offloading=offloading
+        )
+        with offloading or nullcontext():
+            images_NX = self._run(policy, batch, has_gradient=True)
         self._find_fixed(policy.fixed)
         handles = policy.handles()
         cure = "train.initial even and train.start_trajectories 0"
@@ -180,10 +196,13 @@ class PipelineBackend(TrajectoryBackend):
         *,
         order: int,
         probes: int,
-        recompute: bool = False,
+        savings: MemorySavings = NO_SAVINGS,
     ) -> Sketch:
-        policy = ProbedPolicy(plan, recompute=recompute)
-        planned_NX, handles = self._run(policy, batch, has_gradient=True), policy.handles()
+        policy = ProbedPolicy(plan, recompute=savings.recompute)
+        with savings.offloading(self._weights()) or nullcontext():
+            planned_NX = self._run(policy, batch, has_gradient=True)
+        handles = policy.handles()
+        del policy  # the backward pass has what it needs of its caches
         self._check_gradient(planned_NX, handles, batch, "train.forecast.trajectories 0")
         names = unknowns(plan, order, plan.corrections)
         return sketch_of(full_NX, planned_NX, handles, names, batch.keys, plan.num_steps, probes)

@@ -13,6 +13,7 @@ from torch.utils import _pytree
 
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.plan import Forecast, Plan
+from harmonica.execution.offloading import ActivationOffloading
 from harmonica.integrations.recorded.kept_values import OF_OUTPUT, KeptValues
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.pipeline_training.policies import Policy, TransformerStep, detached
@@ -79,15 +80,24 @@ class ProbedPolicy(PlanPolicy):
 class StepSketchPolicy(Policy):
     """Calls in full, differentiable in what reuse and correction would change."""
 
-    def __init__(self, reach: int, *, corrects: bool, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        reach: int,
+        *,
+        corrects: bool,
+        recompute: bool = False,
+        offloading: ActivationOffloading | None = None,
+    ) -> None:
         """Begin.
 
         Args:
             reach: the largest distance of a step that another one is reused from.
             corrects: measure what the outputs of earlier steps would change, too.
             recompute: backward computes branches again, in place of keeping what they need.
+            offloading: keeps the values of earlier steps.
         """
         self.reach, self._corrects, self._recompute = reach, corrects, recompute
+        self._offloading = offloading
         self.fixed: set[int] = set()
         """Steps at which a call had nothing to reuse."""
         self._caches: list[ChangesCache] = []
@@ -96,7 +106,7 @@ class StepSketchPolicy(Policy):
     def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
         def make(unit: str, count: int, learned: Forecast | None) -> BranchCache:
             caches = self._outputs if unit == OF_OUTPUT else self._caches
-            caches.append(cache := ChangesCache(count, self.reach))
+            caches.append(cache := ChangesCache(count, self.reach, self._offloading))
             return cache
 
         return _HandedValues(view.new_kept(reuse), make)

@@ -17,6 +17,7 @@ from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.training.config import TrainingConfig
+from harmonica.training.memory_savings import NO_SAVINGS, MemorySavings
 from harmonica.training.sdt import SdtTrainer, StepRecord
 
 
@@ -69,7 +70,7 @@ class TrajectoryBackend(ABC):
 
     @abstractmethod
     def step_sketch(
-        self, batch: Any, *, reach: int, corrections: int, probes: int, recompute: bool = False
+        self, batch: Any, *, reach: int, corrections: int, probes: int, savings: MemorySavings = NO_SAVINGS
     ) -> Tensor:
         """Linearise the final latents in the reuse and the correction of each step.
 
@@ -78,7 +79,6 @@ class TrajectoryBackend(ABC):
         Args:
             reach: the largest distance D of a step that another one is reused from.
             corrections: the largest distance J of an output that corrects another one.
-            recompute: backward computes branches again, in place of keeping what they need.
 
         Returns:
             Random projections of the change that step i makes if what it adds is replaced by what step i + d
@@ -112,12 +112,11 @@ class TrajectoryBackend(ABC):
         *,
         order: int,
         probes: int,
-        recompute: bool = False,
+        savings: MemorySavings = NO_SAVINGS,
     ) -> Sketch:
         """Linearise the change from full to planned latents in the forecast weights.
 
         Args:
             plan: with forecast weights, around which the change is linearised.
             full_NX: the batch's final latents with every branch computed, as `images` returns them.
-            recompute: backward computes branches again, in place of keeping what they need.
         """

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
+from harmonica.training.memory_savings import advised
 from harmonica.training.phase import Phase, assumed_speedup
 from harmonica.training.plans.forecast_fit import ForecastFit, full_latents
 from harmonica.training.plans.least_squares import RIDGES
@@ -61,7 +62,7 @@ class ForecastPhase(Phase):
         size = self.config.micro_batch_size or self.config.forecast.rows_at_once
         batches = batch.split(size)
         backend = self.context.backend
-        with self.context.sdt.stopwatch.measure("forecast"):
+        with self.context.sdt.stopwatch.measure("forecast"), advised(*self.config.forecast.cures):
             full = full_latents(backend, batches)
             # Those of the first are logged.
             metrics, *_ = [fit.observe(backend, batches, average, full) for fit in self.fits.values()]

@@ -1,5 +1,6 @@
 """The settings of the fit of forecasts and of the output's correction."""
 
+from harmonica.training.memory_savings import MemorySavings
 from harmonica.validation.settings import Count, Natural, require, settings
 
 _LEAST = 4
@@ -40,6 +41,9 @@ class ForecastConfig:
     """Compute branches again in the backward passes of the fit and of a measured start, in place of keeping
     what they need: several times less memory, for the time of as many forward passes. The results are the
     same."""
+    activation_offloading: bool = False
+    """Keep in the host's memory what the backward passes of the fit and of a measured start need. A GPU then
+    has the values of a few steps, however many there are. The copies take time; the results are the same."""
 
     def __post_init__(self) -> None:
         require(
@@ -48,6 +52,21 @@ class ForecastConfig:
             self.trajectories,
             f"give {_LEAST} or more, or 0",
         )
+
+    @property
+    def savings(self) -> MemorySavings:
+        """Return how the gradients of a trajectory need less memory."""
+        return MemorySavings(recompute=self.activation_checkpointing, offload=self.activation_offloading)
+
+    @property
+    def cures(self) -> list[str]:
+        """Return what to give where a worker runs out of memory."""
+        found = {
+            "train.forecast.rows_at_once 1": self.rows_at_once == 1,
+            "train.forecast.activation_checkpointing True": self.activation_checkpointing,
+            "train.forecast.activation_offloading True": self.activation_offloading,
+        }
+        return [cure for cure, is_given in found.items() if not is_given]
 
     @property
     def num_rounds(self) -> int:

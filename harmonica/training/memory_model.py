@@ -24,10 +24,12 @@ class Memory:
     caches: int
     activations: int
     working: int
+    host: int = 0
+    """Bytes in the host's memory."""
 
     @property
     def total(self) -> int:
-        """Return the sum of all parts in bytes."""
+        """Return the sum of all parts on the device in bytes."""
         return self.weights + self.caches + self.activations + self.working
 
 

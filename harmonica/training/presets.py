@@ -167,13 +167,17 @@ def fashion_text() -> Recipe:
 def _learned(row: str) -> Recipe:
     """Return learned steps for the model and the sampler of a row of the paper.
 
-    A trajectory has 32 samples. All three kinds of a PixArt's sub-layers may be reused, so that whole steps
-    are.
+    A trajectory has 32 samples, at 2K 8. All three kinds of a PixArt's sub-layers may be reused, so that
+    whole steps are.
     """
-    paper = _PAPER[row]()
+    paper, is_2k = _PAPER[row](), "-2k-" in row
     at_once = 4 if "-256-" in row else 1  # a trajectory's values at 512 and more fill a GPU
     train = learned_steps(batch_size=32, checkpoint_interval_s=300)
-    train = replace(train, forecast=replace(train.forecast, rows_at_once=at_once))
+    forecast = replace(train.forecast, rows_at_once=at_once, activation_offloading=is_2k)
+    train = replace(train, forecast=forecast)
+    if is_2k:
+        sdt = replace(train.sdt, activation_checkpointing=True)
+        train = replace(train, batch_size=8, micro_batch_size=1, sdt=sdt)
     model = replace(paper.model, cacheable=KINDS) if row.startswith("pixart") else paper.model
     return Recipe(model=model, sampler=paper.sampler, train=train)
 
@@ -190,10 +194,9 @@ _LEARNED = {
     "pixart-alpha-256": "pixart-alpha-256-dpm20",
     "pixart-alpha-512": "pixart-alpha-512-dpm20",
     "pixart-alpha-1024": "pixart-alpha-1024-dpm20",
+    "pixart-sigma-2k": "pixart-sigma-2k-dpm20",
 }
-"""Name -> the row of the paper that has the model and the sampler.
-
-At 2K a trajectory's values do not fit on one GPU (docs/pages/operations/memory.md)."""
+"""Name -> the row of the paper that has the model and the sampler."""
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "fashion": fashion,

@@ -18,6 +18,7 @@ from harmonica.samplers import Sampler
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.iepo import image_changes
+from harmonica.training.memory_savings import NO_SAVINGS, MemorySavings
 from harmonica.training.plans.forecast_sketch import sketch_image_error
 from harmonica.training.plans.step_sketch import sketch_steps
 from harmonica.training.sdt import SdtTrainer, StepRecord
@@ -43,10 +44,10 @@ class SamplerBackend(TrajectoryBackend):
         return sample(*inputs, plan, reuse=reuse, keys=batch.keys)
 
     def step_sketch(
-        self, batch: Batch, *, reach: int, corrections: int, probes: int, recompute: bool = False
+        self, batch: Batch, *, reach: int, corrections: int, probes: int, savings: MemorySavings = NO_SAVINGS
     ) -> Tensor:
         return sketch_steps(
-            self.sampler, batch, reach=reach, corrections=corrections, probes=probes, recompute=recompute
+            self.sampler, batch, reach=reach, corrections=corrections, probes=probes, savings=savings
         )
 
     def image_changes(self, router: Router, batch: Batch, config: TrainingConfig) -> Tensor:
@@ -76,8 +77,8 @@ class SamplerBackend(TrajectoryBackend):
         *,
         order: int,
         probes: int,
-        recompute: bool = False,
+        savings: MemorySavings = NO_SAVINGS,
     ) -> Sketch:
         return sketch_image_error(
-            self.sampler, plan, batch, full_NX, order=order, probes=probes, recompute=recompute
+            self.sampler, plan, batch, full_NX, order=order, probes=probes, savings=savings
         )

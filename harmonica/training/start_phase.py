@@ -8,6 +8,7 @@ from torch import Tensor
 from harmonica.core.plan import Plan
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
+from harmonica.training.memory_savings import advised
 from harmonica.training.phase import Phase
 from harmonica.training.plans.builders import even_plan, logits_of, speedup_of
 from harmonica.training.plans.search import StepSearch, fastest_plan, most_steps
@@ -53,13 +54,13 @@ class StartPhase(Phase):
     def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         context, config = self.context, self.config
         batches = batch.split(config.micro_batch_size or config.forecast.rows_at_once)
-        with context.sdt.stopwatch.measure("start"):
+        with context.sdt.stopwatch.measure("start"), advised(*config.forecast.cures):
             return self.search.observe(
                 context.backend,
                 batches,
                 config.forecast.probes,
                 average,
-                recompute=config.forecast.activation_checkpointing,
+                savings=config.forecast.savings,
             )
 
     def finish(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:

@@ -115,7 +115,11 @@ def training_section(training: TrainingEstimate, gpu: str, batch_size: int) -> S
         duration(sum(phase.network_s for phase in training.phases)),
         amount(sum(phase.reduced_bytes for phase in training.phases)),
     )
-    cure = "train.micro_batch_size, train.*.activation_checkpointing, train.shard_model or more workers"
+    cure = (
+        "train.micro_batch_size, train.*.activation_checkpointing, train.forecast.activation_offloading, "
+        "train.shard_model or more workers"
+    )
+    host = f", and {gib(training.memory.host)} of its host" if training.memory.host else ""
     fit = "it fits" if training.fits else f"it does not fit, see {cure}"
     price = f", cost {training.cost:,.2f}" if training.cost else ""
     return Section(
@@ -125,7 +129,7 @@ def training_section(training: TrainingEstimate, gpu: str, batch_size: int) -> S
         (
             f"Time {duration(training.seconds)}, {training.gpu_hours:.3g} GPU hours{price}. An update takes "
             f"{duration(training.update_s)}, of which its all-reduce {duration(training.reduce_s)}.",
-            f"Memory of a worker {gib(training.memory.total)} (weights {gib(training.memory.weights)}, "
+            f"Memory of a worker {gib(training.memory.total)}{host} (weights {gib(training.memory.weights)}, "
             f"caches {gib(training.memory.caches)}, activations {gib(training.memory.activations)}): {fit}.",
             f"Rows {amount(training.row_bytes)}, weights read at the start {amount(training.start_bytes)}.",
         ),

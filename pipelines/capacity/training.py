@@ -19,7 +19,7 @@ The network carries three things, in bytes sent by each of n workers:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harmonica.cli.memory import learning_memory, training_memory
 from harmonica.training.memory_model import Memory
@@ -183,9 +183,9 @@ def estimate_training(
 
 
 def _memory(model: SizedModel, config: TrainConfig, images: int, num_steps: int, cur: float) -> Memory:
-    """Return the memory of the phase that takes most.
+    """Return the memory of the phase that takes most, and the most of the host's memory that any takes.
 
-    It is the router's, the measured start's or the fit's.
+    The phases are the router's, the measured start and the fit.
     """
     processes = config.num_workers if config.shard_model else 1
     router = combined(
@@ -211,7 +211,7 @@ def _memory(model: SizedModel, config: TrainConfig, images: int, num_steps: int,
             computed_steps=(1 - cur) * num_steps,
             is_guided=model.is_guided,
             order=forecast.order,
-            activation_checkpointing=forecast.activation_checkpointing,
+            savings=forecast.savings,
             processes=processes,
             num_steps=num_steps,
         )
@@ -223,7 +223,7 @@ def _memory(model: SizedModel, config: TrainConfig, images: int, num_steps: int,
         phases.append(combined(starts))
     if forecast.trajectories:
         phases.append(combined(fits))
-    return max(phases, key=lambda phase: phase.total)
+    return replace(max(phases, key=lambda phase: phase.total), host=max(phase.host for phase in phases))
 
 
 def combined(parts: Sequence[Memory]) -> Memory:
@@ -233,4 +233,5 @@ def combined(parts: Sequence[Memory]) -> Memory:
         sum(part.caches for part in parts),
         sum(part.activations for part in parts),
         max(part.working for part in parts),
+        sum(part.host for part in parts),
     )

@@ -1,13 +1,16 @@
 """Memory of the measured start and of the fit of forecasts at full size, counted on tensors without values.
 
-    python -m tests.benchmarks.fit_memory [dit-256 dit-512 pixart-256 pixart-512 pixart-1024] [--layers 28]
+    python -m tests.benchmarks.fit_memory [dit-256 dit-512 pixart-256 pixart-512 pixart-1024
+        pixart-2048] [--layers 28]
 
-One image under guidance, 20 steps, even steps at 1.8x, one probe, weights in bfloat16 and not counted, with
-and without branches that are computed again (`train.forecast.activation_checkpointing`).
+One image under guidance, 20 steps, even steps at 1.8x, one probe, weights in bfloat16 and not counted: as it
+is, with branches that are computed again (`train.forecast.activation_checkpointing`), and with what is left
+in the host's memory too (`train.forecast.activation_offloading`), the host's bytes beside the device's.
 """
 
 import argparse
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,15 +25,17 @@ from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.torchvision_ops import ensure_torchvision_imports
+from harmonica.training.memory_savings import MemorySavings
 from harmonica.training.plans.builders import even_plan
 from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error
 from harmonica.training.plans.step_sketch import sketch_steps
 from tests.benchmarks.hardware import Hardware
-from tests.benchmarks.live_tensors import peak_of
+from tests.benchmarks.live_tensors import SAVINGS, peaks_in_both
 
 STEPS, SPEEDUP = 20, 1.8
-TOKENS, WIDTH = 120, 4096  # of the T5 that PixArt-alpha was trained with
-MODELS = ["dit-256", "dit-512", "pixart-256", "pixart-512", "pixart-1024"]
+WIDTH = 4096  # of the T5 that PixArt was trained with
+LEAN = "recomputed | offloaded"
+MODELS = ["dit-256", "dit-512", "pixart-256", "pixart-512", "pixart-1024", "pixart-2048"]
 
 
 def dit(image_size: int, layers: int) -> tuple[BranchedTransformer, object]:
@@ -40,7 +45,7 @@ def dit(image_size: int, layers: int) -> tuple[BranchedTransformer, object]:
 
 
 def pixart(image_size: int, layers: int) -> tuple[BranchedTransformer, object]:
-    """PixArt-alpha with all three kinds of sub-layers, and one prompt."""
+    """PixArt with all three kinds of sub-layers, and one prompt."""
     ensure_torchvision_imports()
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
@@ -52,11 +57,12 @@ def pixart(image_size: int, layers: int) -> tuple[BranchedTransformer, object]:
         caption_channels=WIDTH,
         use_additional_conditions=False,
     )
-    text, mask = torch.zeros(1, TOKENS, WIDTH), torch.ones(1, TOKENS, dtype=torch.bool)
+    tokens = 300 if image_size == 2048 else 120  # PixArt-Sigma's and PixArt-alpha's
+    text, mask = torch.zeros(1, tokens, WIDTH), torch.ones(1, tokens, dtype=torch.bool)
     condition = TextCondition(
         embeddings=text, mask=mask, negative_embeddings=text.clone(), negative_mask=mask.clone()
     )
-    return PixArt(transformer, cacheable=KINDS, text_tokens=TOKENS), condition
+    return PixArt(transformer, cacheable=KINDS, text_tokens=tokens), condition
 
 
 def planned(sampler: Sampler) -> Plan:
@@ -67,7 +73,7 @@ def planned(sampler: Sampler) -> Plan:
 
 
 def measure(name: str, layers: int) -> None:
-    """Print a row: the start and the fit, each without and with recomputation, in GiB."""
+    """Print a row: the start and the fit, each under all savings, in GiB."""
     kind, size = name.split("-")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -77,23 +83,23 @@ def measure(name: str, layers: int) -> None:
     sampler, keys = make_sampler(model, steps), SampleKeys.of(0, [0])
     shape, plan = (1, model.in_channels, model.sample_size, model.sample_size), planned(sampler)
 
-    def start(recompute: bool) -> None:
+    def start(savings: MemorySavings) -> None:
         with mode:
             batch = Batch(torch.zeros(shape), condition, keys)
-            sketch_steps(sampler, batch, reach=16, corrections=1, probes=1, recompute=recompute)
+            sketch_steps(sampler, batch, reach=16, corrections=1, probes=1, savings=savings)
 
-    def fit(recompute: bool) -> None:
+    def fit(savings: MemorySavings) -> None:
         with mode:
             noise = torch.zeros(shape)
             batch = Batch(noise, condition, keys)
-            sketch_image_error(sampler, plan, batch, noise, order=2, probes=1, recompute=recompute)
+            sketch_image_error(sampler, plan, batch, noise, order=2, probes=1, savings=savings)
 
-    peaks = [
-        peak_of(model, lambda run=run, recompute=recompute: run(recompute)) / 2**30
-        for run in (start, fit)
-        for recompute in (False, True)
-    ]
-    print(f"| {name} | {' | '.join(f'{peak:.1f}' for peak in peaks)} |", flush=True)
+    cells = [name]
+    for run in (start, fit):
+        for savings in (SAVINGS["none"], SAVINGS["recomputed"], SAVINGS["both"]):
+            device, host = peaks_in_both(model, partial(run, savings))
+            cells.append(f"{device / 2**30:.1f}" + (f" and {host / 2**30:.1f}" if host else ""))
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -102,7 +108,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--layers", type=int, default=28)
     chosen = parser.parse_args()
-    print("| | start | recomputed | fit | recomputed |\n|---|---|---|---|---|")
+    print(f"| | start | {LEAN} | fit | {LEAN} |\n|---|---|---|---|---|---|---|")
     for name in chosen.models:
         measure(name, chosen.layers)
 

@@ -159,8 +159,11 @@ def test_presets_are_the_papers():
     }
     text = {name: make() for name, make in RECIPES.items() if name.startswith("pixart")}
     assert {recipe.sampler.guidance_scale for recipe in text.values()} == {4.5}
-    learned = {name: text.pop(name) for name in [*text] if re.fullmatch(r"pixart-alpha-\d+", name)}
-    assert {name.rsplit("-", 1)[1] for name in learned} == {"256", "512", "1024"}
+    learned = {name: text.pop(name) for name in [*text] if re.fullmatch(r"pixart-\w+-(\d+|2k)", name)}
+    assert {name.rsplit("-", 1)[1] for name in learned} == {"256", "512", "1024", "2k"}
+    assert [name for name in learned if learned[name].train.forecast.activation_offloading] == [
+        "pixart-sigma-2k"
+    ]
     assert {recipe.sampler.num_inference_steps for recipe in learned.values()} == {20}
     steps = {name.rsplit("-", 1)[1]: recipe.sampler.num_inference_steps for name, recipe in text.items()}
     assert steps == {"dpm20": 20, "iddpm100": 100, "sa25": 25}

@@ -32,7 +32,7 @@ from harmonica.training.plans.forecast_sketch import linear_weights, sketch_imag
 from harmonica.training.plans.step_sketch import sketch_steps
 from harmonica.training.sdt import SdtTrainer
 from harmonica.training.sdt_config import SdtConfig
-from tests.benchmarks.live_tensors import peak_of
+from tests.benchmarks.live_tensors import SAVINGS, peak_of, peaks_in_both
 
 STEPS = SamplerConfig(num_inference_steps=5, guidance_scale=1.5, clip_sample=False)
 REUSES = ("hold", "forecast")
@@ -251,9 +251,9 @@ def test_a_model_that_keeps_no_part_in_full_precision_has_a_shape(tiny_dit: DiT,
     assert Shape.of(tiny_dit) == whole, "all of it is float64 here"
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("how", SAVINGS)
 @pytest.mark.parametrize("kind", ["dit", "pixart, all three"])
-def test_peaks_of_start_and_fit_are_near_the_formula(kind: str, recompute: bool) -> None:
+def test_peaks_of_start_and_fit_are_near_the_formula(kind: str, how: str) -> None:
     """The fit's is an upper bound, since a plan may compute some steps before any reuse."""
     model, condition = SMALL[kind]()
     in_precision(model, torch.float32)
@@ -263,18 +263,23 @@ def test_peaks_of_start_and_fit_are_near_the_formula(kind: str, recompute: bool)
     batch = Batch(torch.randn(1, 4, model.sample_size, model.sample_size), condition, keys)
     plan = stepwise_plan(steps, len(model.branches), reused)
     plan = Plan(plan.compute, forecast_of(linear_weights(plan, 2)))
-    full = torch.zeros_like(batch.noise_NCHW)
+    full, savings = torch.zeros_like(batch.noise_NCHW), SAVINGS[how]
     runs = (
-        lambda: sketch_steps(sampler, batch, reach=7, corrections=0, probes=1, recompute=recompute),
-        lambda: sketch_image_error(sampler, plan, batch, full, order=2, probes=1, recompute=recompute),
+        lambda: sketch_steps(sampler, batch, reach=7, corrections=0, probes=1, savings=savings),
+        lambda: sketch_image_error(sampler, plan, batch, full, order=2, probes=1, savings=savings),
     )
     start, fit = learning_memory(
         Shape.of(model),
         rows_at_once=1,
         computed_steps=steps - len(reused),
-        activation_checkpointing=recompute,
+        savings=savings,
         num_steps=steps,
     )
-    peaks = [peak_of(model, run) for run in runs]
+    peaks, on_host = zip(*(peaks_in_both(model, run) for run in runs), strict=True)
     assert peaks[0] == pytest.approx(start.total - start.weights, rel=0.1)
     assert 0.6 < peaks[1] / (fit.total - fit.weights) < 1.05
+    if savings.offload:
+        assert on_host[0] == pytest.approx(start.host, rel=0.15)
+        assert 0.6 < on_host[1] / fit.host < 1.05
+    else:
+        assert on_host == (start.host, fit.host) == (0, 0)

@@ -207,7 +207,7 @@ class ForecastFit:
             full_NX,
             order=config.order,
             probes=config.probes,
-            recompute=config.activation_checkpointing,
+            savings=config.savings,
         )
         weight_R = (1 / seen.error_N.clamp_min(SMALLEST_ERROR)).repeat(config.probes).double() / config.probes
         jacobian_RP = seen.jacobian_RP.double()

@@ -10,6 +10,7 @@ Shapes: N images, M model rows, C H W image, P weights, R = N * probes rows of t
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +25,7 @@ from harmonica.execution.values import KeptValues, extrapolate
 from harmonica.samplers import Sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch
+from harmonica.training.memory_savings import NO_SAVINGS, MemorySavings
 
 Unknown = tuple[int, int, int]
 """An unknown weight: step, branch (`OUTPUT` for the model's output) and number of the difference."""
@@ -149,7 +151,7 @@ def sketch_image_error(
     *,
     order: int,
     probes: int,
-    recompute: bool = False,
+    savings: MemorySavings = NO_SAVINGS,
 ) -> Sketch:
     """Linearise the change from full to planned latents in the weights of a plan.
 
@@ -157,15 +159,16 @@ def sketch_image_error(
         plan: with weights of forecasts and of a correction, around which the change is linearised.
         batch: with keys, which also determine the probes, so that these do not depend on the worker.
         full_NCHW: the full sampler's latents.
-        recompute: backward computes branches again, in place of keeping what they need.
     """
     assert batch.keys is not None, "training's samples have keys"
     cache = ProbedCache(plan.num_branches, plan.forecast, plan.correction)
-    with torch.enable_grad():
+    offloading = savings.offloading(sampler.model.parameters())
+    with torch.enable_grad(), offloading or nullcontext():
         state, first = batch.start(sampler), plan.num_steps - 1
-        images_NCHW = planned_end(sampler, plan, state, cache, first, recompute=recompute)
+        images_NCHW = planned_end(sampler, plan, state, cache, first, recompute=savings.recompute)
     handles = {name: [handle_M] for name, handle_M in cache.handles.items()}
     names = unknowns(plan, order, plan.corrections)
+    del cache  # the backward pass has what it needs of it
     return sketch_of(full_NCHW, images_NCHW, handles, names, batch.keys, plan.num_steps, probes)
 
 

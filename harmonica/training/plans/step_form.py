@@ -20,6 +20,7 @@ from torch import Tensor
 
 from harmonica.core.plan import Plan, correction_of, forecast_of
 from harmonica.training.backend import TrajectoryBackend
+from harmonica.training.memory_savings import NO_SAVINGS, MemorySavings
 from harmonica.training.plans.least_squares import ridge_solution
 
 LINEAR = 1e6
@@ -66,14 +67,11 @@ class StepForm:
         probes: int,
         average: Callable[[Tensor], None],
         *,
-        recompute: bool = False,
+        savings: MemorySavings = NO_SAVINGS,
     ) -> dict[str, float]:
         """Measure one batch, given in parts, and return the metrics to log.
 
         Each image is weighted by the inverse of the sum of its single changes, so that no few images decide.
-
-        Args:
-            recompute: backward computes branches again, in place of keeping what they need.
         """
         gram_PP = torch.zeros_like(self.gram_PP, device=backend.device)
         loss = torch.zeros(1, dtype=torch.float64, device=gram_PP.device)
@@ -84,7 +82,7 @@ class StepForm:
                 reach=self.reach,
                 corrections=self.corrections,
                 probes=probes,
-                recompute=recompute,
+                savings=savings,
             ).double()
             # At distance 1 are the changes of each step alone, held. The rows of a probe are all images.
             alone_R = moved_RTD[:, :, 0].square().sum(1)

@@ -14,6 +14,7 @@ Shapes: N images, M model rows, T steps, D distances of branches and J of output
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from harmonica.core.cache import BranchCache
 from harmonica.core.correction import corrected
 from harmonica.core.passes import planned_pass
 from harmonica.data.batch import Batch
+from harmonica.execution.offloading import ActivationOffloading
 from harmonica.execution.values import KeptValues
 from harmonica.samplers import Sampler
 from harmonica.samplers.noise import SampleKeys
+from harmonica.training.memory_savings import NO_SAVINGS, MemorySavings
 from harmonica.training.plans.forecast_sketch import OUTPUT, Unknown, precision_of, sketch_of
 
 
@@ -48,7 +51,8 @@ class _Changing(torch.autograd.Function):
         wide = gradients[0].to(precision_of(value))  # a row's sum is of many small products
         moved_MD = torch.zeros(ctx.shape, dtype=wide.dtype, device=value.device)
         for place, other in enumerate(others):
-            moved_MD[:, place] = (wide * (other - value).to(wide)).flatten(1).sum(1)
+            change = other.to(value.device, non_blocking=True) - value
+            moved_MD[:, place] = (wide * change.to(wide)).flatten(1).sum(1)
         return moved_MD, *(None for _ in (value, *others))
 
 
@@ -59,11 +63,22 @@ class ChangesCache(BranchCache):
     handles say what moving towards the values of earlier steps would do.
     """
 
-    def __init__(self, num_branches: int, reach: int) -> None:
+    def __init__(self, num_branches: int, reach: int, offloading: ActivationOffloading | None = None) -> None:
+        """Begin empty.
+
+        Args:
+            reach: the largest distance of a step that another one is reused from.
+            offloading: keeps the values of earlier steps, which only the backward pass reads.
+        """
         super().__init__(num_branches, "forecast")
-        self.reach, self._depth = reach, 1 + reach
+        self.reach, self._depth, self._offloading = reach, 1 + reach, offloading
         self.handles: dict[int, Tensor] = {}
         """Of each step, zeros (M, D), which all branches share. Column d - 1 is of distance d."""
+
+    def _keep(self, branch: int, step: int, value: Tensor) -> None:
+        if (to := self._offloading) is not None:
+            self._kept[branch] = tuple((i, to.on_host(earlier)) for i, earlier in self._kept[branch])
+        super()._keep(branch, step, value)
 
     def read(self, branch: int, step: int) -> Tensor:
         (_, value), *earlier = self._kept[branch]
@@ -87,7 +102,7 @@ def sketch_steps(
     reach: int,
     corrections: int,
     probes: int,
-    recompute: bool = False,
+    savings: MemorySavings = NO_SAVINGS,
 ) -> Tensor:
     """Project the change of the latents by each step on random probes.
 
@@ -97,7 +112,6 @@ def sketch_steps(
         batch: with keys, which determine the probes.
         reach: the largest distance of a step that another one is reused from, D.
         corrections: the largest distance of an output that corrects another one, J.
-        recompute: backward computes branches again, in place of keeping what they need.
 
     Returns:
         The derivatives (R, T, D + J) in the coefficient c_d of each step, of its branches and then of its
@@ -106,12 +120,15 @@ def sketch_steps(
     assert batch.keys is not None, "training's samples have keys"
     model, num_branches = sampler.model, len(sampler.model.branches)
     everything, nothing = (True,) * num_branches, (False,) * num_branches
-    cache, state = ChangesCache(num_branches, reach), batch.start(sampler)
-    outputs = ChangesCache(1, reach) if corrections else None
-    with torch.enable_grad():
+    offloading = savings.offloading(model.parameters())
+    cache, state = ChangesCache(num_branches, reach, offloading), batch.start(sampler)
+    outputs = ChangesCache(1, reach, offloading) if corrections else None
+    with torch.enable_grad(), offloading or nullcontext():
         for i in reversed(range(sampler.num_steps)):
             hidden, conditioning = sampler.embed(i, state)
-            output = planned_pass(model, hidden, conditioning, everything, cache, i, recompute=recompute)
+            output = planned_pass(
+                model, hidden, conditioning, everything, cache, i, recompute=savings.recompute
+            )
             if i < sampler.num_steps - 1:
                 # The step once more, all of it reused from itself: its branches do not respond to each other.
                 same = planned_pass(model, hidden.detach(), conditioning, nothing, cache, i)
