@@ -20,7 +20,10 @@ LEAST_BYTES = 2**20
 
 
 class ActivationOffloading(saved_tensors_hooks):
-    """A context in which large tensors that are saved for the backward pass go to the host's memory."""
+    """A context in which saved tensors go to the host's memory.
+
+    Saved are those that the backward pass needs.
+    """
 
     def __init__(self, weights: Iterable[Tensor], *, least_bytes: int = LEAST_BYTES) -> None:
         """Begin with no copies.

@@ -1,4 +1,4 @@
-"""How the gradients of a whole trajectory do with less memory of the device."""
+"""How a trajectory's gradients need less memory of the device."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ class MemorySavings:
     """What the backward pass needs is kept in the host's memory."""
 
     def offloading(self, weights: Iterable[Tensor]) -> ActivationOffloading | None:
-        """Return the context of a forward pass whose tensors go to the host, where that is wanted.
+        """Return the context of a forward pass, where anything is offloaded.
 
         Args:
             weights: of the model, which stay where they are.

@@ -183,9 +183,10 @@ def estimate_training(
 
 
 def _memory(model: SizedModel, config: TrainConfig, images: int, num_steps: int, cur: float) -> Memory:
-    """Return the memory of the phase that takes most, and the most of the host's memory that any takes.
+    """Return the memory of the phase that takes most.
 
-    The phases are the router's, the measured start and the fit.
+    The phases are the router's, the measured start and the fit. Of the host's memory it is the most that any
+    of them takes.
     """
     processes = config.num_workers if config.shard_model else 1
     router = combined(
