@@ -1,4 +1,4 @@
-"""How a trajectory's gradients need less memory of the device."""
+"""Ways to need less memory for the gradients of a whole trajectory."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

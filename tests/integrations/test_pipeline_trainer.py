@@ -35,8 +35,8 @@ def alone(tensor: Tensor) -> None:
 
 def make_trainer(config: TrainingConfig = CONFIG, shard: Shard | None = None) -> PipelineTrainer:
     """A PixArt of random weights in float64, guided, and four prompts."""
-    case = tiny_attached.make_case("alpha 1024", None)
-    noise, condition = tiny_pixart.make_batch("alpha 1024", 4)
+    case = tiny_attached.make_case("sigma", None)
+    noise, condition = tiny_pixart.make_batch("sigma", 4)
     prompts: list[dict[str, Any]] = [
         {
             "prompt_embeds": condition.embeddings[row : row + 1],
