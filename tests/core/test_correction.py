@@ -77,7 +77,7 @@ def test_values_that_are_held_are_not_corrected(sampler, accumulate):
     assert torch.equal(*held)
 
 
-def test_recorded_steps_correct_too(sampler):
+def test_recorded_steps_correct_too(sampler, no_codegen):
     plan, batch = corrected_plan(1), rows(0, 3)
     sampler.model.execution = "graphed"
     drawn = sample(sampler, batch.noise_NCHW, batch.condition_N, plan, reuse="forecast")

@@ -101,7 +101,7 @@ def test_fewer_steps_take_no_less_time_than_cached(cached, steps) -> None:
 
 @pytest.fixture(scope="module")
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
-    rows = make_samples(np.arange(40), SampleSpec(seed=11, num_classes=10, shape=(1, 28, 28)))
+    rows = make_samples(np.arange(20), SampleSpec(seed=11, num_classes=10, shape=(1, 28, 28)))
     return torch.from_numpy(rows["noise"]), torch.from_numpy(rows["label"])
 
 
