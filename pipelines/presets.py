@@ -3,7 +3,6 @@
 The command line takes them by name.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,11 +27,8 @@ from .config.workflow import (
 
 
 def _from_recipe(recipe: Recipe, **settings: Any) -> WorkflowConfig:
-    train = settings.pop("train", {})
-    base = {f.name: getattr(recipe.train, f.name) for f in dataclasses.fields(recipe.train)}
-    return WorkflowConfig(
-        model=recipe.model, sampler=recipe.sampler, train=TrainConfig(**base | train), **settings
-    )
+    train = TrainConfig.of(recipe.train, **settings.pop("train", {}))
+    return WorkflowConfig(model=recipe.model, sampler=recipe.sampler, train=train, **settings)
 
 
 def fashion() -> WorkflowConfig:

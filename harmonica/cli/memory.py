@@ -129,14 +129,17 @@ def sampling_memory(
     *,
     batch_size: int,
     is_guided: bool = True,
-    reuse: Reuse = "hold",
-    forecast_order: int = 1,
+    values: int = 1,
     processes: int = 1,
     num_steps: int = NUM_STEPS,
 ) -> Memory:
-    """Return the peak memory of sampling, without the images' decoder."""
-    rows, kept = (1 + is_guided) * batch_size, values_kept(reuse, forecast_order)
-    caches = kept * shape.num_branches * shape.value(rows) + shape.prepared(rows, num_steps)
+    """Return the peak memory of sampling, without the images' decoder.
+
+    Args:
+        values: number of a branch's values that the cache keeps (`harmonica.core.cache.values_kept`).
+    """
+    rows = (1 + is_guided) * batch_size
+    caches = values * shape.num_branches * shape.value(rows) + shape.prepared(rows, num_steps)
     return Memory(shape.weights(processes), caches, 0, shape.working(rows))
 
 

@@ -4,10 +4,11 @@ import dataclasses
 from dataclasses import field
 from typing import Annotated, Any, Literal, get_args
 
+from harmonica.core.cache import values_kept
 from harmonica.models.base import Macs
 from harmonica.training.feasibility import check_speedup
-from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.builders import even_plan, speedup_of
+from harmonica.training.presets import learned_steps
 from harmonica.validation.settings import (
     Count,
     Cure,
@@ -70,16 +71,9 @@ class CapacityCommand:
     """Numbers of nodes to hold against the limits of Ray, MLflow and this program."""
     gpus_per_node: Count = 8
     """GPUs of each of these nodes."""
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            target_speedup=1.8,
-            initial="measured",
-            initial_logit=2.0,
-            start_trajectories=6,
-            forecast=ForecastConfig(rows_at_once=1, activation_checkpointing=True),
-        )
-    )
-    """Training, with the plan's target: train.target_speedup, or train.target_cur with 0 for the former."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig.of(learned_steps()))
+    """Training, by default of learned steps, with the plan's target: train.target_speedup, or
+    train.target_cur with 0 for the former."""
     serve: ServeConfig = field(default_factory=ServeConfig)
     """The endpoint. Without serve.latency_target_s: four times what one image takes alone."""
     tables: Annotated[tuple[TableName, ...], Field(min_length=1)] = TABLES
@@ -212,7 +206,7 @@ def estimate(command: CapacityCommand) -> Estimates:
             rate=command.images_per_s,
             num_steps=num_steps,
             speedup=each,
-            reuse=command.train.sdt.reuse,
+            values=_values_kept(command.train),
             execution=command.execution,
             quantile=command.quantile,
             price=command.gpu_price,
@@ -241,3 +235,8 @@ def estimate(command: CapacityCommand) -> Estimates:
         serving=serving,
         limits=tuple(all_limits(cluster)),
     )
+
+
+def _values_kept(train: TrainConfig) -> int:
+    """Return how many values of a branch the plan of a training keeps."""
+    return values_kept(train.sdt.reuse, train.forecast.order if train.forecast.trajectories else 1)

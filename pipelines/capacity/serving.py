@@ -5,11 +5,9 @@ The batch size is what the endpoint would choose: its `LatencyModel`, given the 
 of `queueing.replicas_for`, and more where the simulated endpoint needs them.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 from harmonica.cli.memory import sampling_memory
-from harmonica.core.cache import Reuse
 from harmonica.training.memory_model import Memory
 from harmonica.validation.settings import require
 
@@ -61,7 +59,7 @@ def estimate_serving(
     rate: float,
     num_steps: int,
     speedup: float,
-    reuse: Reuse,
+    values: int,
     execution: ExecutionLevel,
     quantile: float,
     price: float = 0.0,
@@ -72,6 +70,7 @@ def estimate_serving(
     Args:
         rate: images a second.
         speedup: the plan's ideal speedup.
+        values: number of a branch's values that the plan's cache keeps.
         quantile: share of the images that has to keep to `config.latency_target_s`.
         price: of a GPU hour.
         share: replaces the assumed share of the peak FLOP/s, if above 0.
@@ -95,7 +94,7 @@ def estimate_serving(
         target_s,
         f"give {least:.3g} or more: one image takes {seconds(1):.3g} s, and may wait for another",
     )
-    kept = reuse if speedup > 1 else None
+    kept = values if speedup > 1 else 0
     latency_model, sizes = LatencyModel(), range(1, _most_that_fit(model, gpu, config, kept, num_steps) + 1)
     for size in sizes:
         latency_model.add(size, seconds(size))
@@ -123,26 +122,23 @@ def estimate_serving(
     )
 
 
-def _memory(model: SizedModel, images: int, reuse: Reuse | None, num_steps: int) -> Memory:
-    """Return the peak of a batch; with no values kept where `reuse` is None."""
-    parts = []
-    for shape in model.shapes:
-        part = sampling_memory(
-            shape, batch_size=images, is_guided=model.is_guided, reuse=reuse or "hold", num_steps=num_steps
-        )
-        if reuse is None:
-            part = dataclasses.replace(part, caches=shape.prepared(model.rows * images, num_steps))
-        parts.append(part)
-    return combined(parts)
+def _memory(model: SizedModel, images: int, values: int, num_steps: int) -> Memory:
+    """Return the peak of a batch."""
+    return combined(
+        [
+            sampling_memory(
+                shape, batch_size=images, is_guided=model.is_guided, values=values, num_steps=num_steps
+            )
+            for shape in model.shapes
+        ]
+    )
 
 
-def _most_that_fit(
-    model: SizedModel, gpu: Gpu, config: ServeConfig, reuse: Reuse | None, num_steps: int
-) -> int:
+def _most_that_fit(model: SizedModel, gpu: Gpu, config: ServeConfig, values: int, num_steps: int) -> int:
     """Return the largest batch that the GPU holds, at least 1.
 
     It is at most `serve.max_batch_size`.
     """
     sizes = range(config.max_batch_size, 1, -1)
-    fitting = (size for size in sizes if _memory(model, size, reuse, num_steps).total < gpu.memory)
+    fitting = (size for size in sizes if _memory(model, size, values, num_steps).total < gpu.memory)
     return next(fitting, 1)

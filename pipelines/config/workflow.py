@@ -84,6 +84,16 @@ class TrainConfig(TrainingConfig):
     """A run of which no worker has begun anything new for this long fails, and says what it waited for. Raise
     it where loading the model takes longer."""
 
+    @classmethod
+    def of(cls, training: TrainingConfig, **changes: Any) -> "TrainConfig":
+        """Return a training's settings on Ray Train.
+
+        Args:
+            changes: replace settings, or give those of Ray Train.
+        """
+        base = {each.name: getattr(training, each.name) for each in dataclasses.fields(training)}
+        return cls(**base | changes)
+
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)  # super() does not work in a dataclass with slots
         self._check_elastic()

@@ -127,7 +127,7 @@ def test_limits_bind_where_their_load_passes_them():
             assert limit.load(limit.binds_at) > limit.capacity
             assert limit.binds_at == 1 or limit.load(limit.binds_at - 1) <= limit.capacity
     by_name = {limit.name: limit for limit in found.limits}
-    assert by_name["workers that share a batch"].binds_at == 2  # 8 samples, 8 GPUs a node
+    assert by_name["workers that share a batch"].binds_at == 1  # 4 samples, 8 GPUs a node
     assert by_name["nodes of Ray's release test many_nodes"].binds_at == 251
 
 
@@ -169,7 +169,7 @@ def test_the_command_prints_tables_or_json(capsys):
         (["--model", "flux", "--height", "1000"], "height is 1000: give a multiple of 16"),
         (["--num-inference-steps", "1"], "num_inference_steps is 1: give 2 or more"),
         (["--train.target-speedup", "30"], "train.target_speedup is 30.0: 20 steps"),
-        (["--train.num-workers", "3"], "train.batch_size is 8: give a multiple of"),
+        (["--train.num-workers", "3"], "train.batch_size is 4: give a multiple of"),
         (["--serve.latency-target-s", "0.03"], "serve.latency_target_s is 0.03: give"),
         (["--images-per-s", "0"], "images_per_s is 0.0: give"),
     ],
