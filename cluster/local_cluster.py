@@ -97,7 +97,8 @@ class LocalCluster:
                 f"--dashboard-port={self._dashboard}",
                 "--dashboard-host=127.0.0.1",
             ]
-            head += [f"--ray-client-server-port={self._new_port()}"]
+            # No autoscaler: nodes come and go by `add_node` and `kill`.
+            head += [f"--ray-client-server-port={self._new_port()}", "--no-monitor"]
             self._start(["--head", *head], self.head_cpus).wait_started()
             for _ in range(self.workers):  # one by one: together they starve each other on a small machine
                 self.add_node()

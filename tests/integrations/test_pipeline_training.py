@@ -159,7 +159,17 @@ def test_hard_students_and_forecasts_are_trained():
     assert artifact.reuse == "forecast" and 0 < artifact.plan.cur < 0.6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+TRAINED_QUICKLY = ("flux guided", "sd3", "wan 2.2", "z-image truncated")
+"""One or two calls a step, two streams, two transformers, and a batch that shrinks."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in TRAINED_QUICKLY else [pytest.mark.slow], id=kind)
+        for kind in KINDS
+    ],
+)
 def test_all_phases_reach_the_pipeline_that_a_router_is_applied_to(kind):
     """What the last plan and forecasts draw in training is what the pipeline draws under the router."""
     case = make_case(kind)

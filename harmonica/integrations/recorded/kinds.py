@@ -7,11 +7,13 @@ The names are those of diffusers' blocks: `attn`, `attn1`, `attention`, `self_at
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Final, Literal
 
-RecordedKind = Literal["attn", "cross", "mlp", "single"]
-KINDS: tuple[RecordedKind, ...] = get_args(RecordedKind)
+RecordedKind = Literal["attn", "cross", "mlp", "single", "blocks"]
+KINDS: tuple[RecordedKind, ...] = ("attn", "cross", "mlp", "single")
 """Attention; cross-attention; feed-forward; attention and feed-forward that end in one projection."""
+BLOCKS: Final = "blocks"
+"""Alone in place of these: all blocks are one branch (`block_stack`)."""
 
 ARCHITECTURE_KEY = "diffusers_class"
 """Key of an artifact's model that says that its branches were found by recording."""

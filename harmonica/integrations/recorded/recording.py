@@ -98,7 +98,7 @@ class _Recorder:
         self._block = ""
         self._outputs: dict[str, tuple[Unit, list[tuple[Tensor, int]]]] = {}
         self.recording = Recording()
-        self.flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+        self.flops = counted()
 
     def __enter__(self) -> "_Recorder":
         for path, block in self._blocks.items():
@@ -174,8 +174,17 @@ def record(transformer: nn.Module, forward: Callable[..., Any], *args: Any, **kw
     """
     with _Recorder(transformer) as recorder, recorder.flops:
         output = forward(*args, **kwargs)
-    recording = recorder.recording
-    recording.macs, recording.output = recorder.flops.get_total_flops() // 2, output
+    return filled(recorder.recording, output, recorder.flops)
+
+
+def counted() -> FlopCounterMode:
+    """Return a context that counts the FLOPs of what runs in it."""
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+
+
+def filled(recording: Recording, output: Any, flops: FlopCounterMode) -> Recording:
+    """Return a recording with what the forward returned and took."""
+    recording.macs, recording.output = flops.get_total_flops() // 2, output
     first = next(tensors_of(output), None)
     is_list = isinstance(output, tuple | list) and isinstance(output[0], list)
     recording.rows = len(output[0]) if is_list else 1 if first is None else len(first)

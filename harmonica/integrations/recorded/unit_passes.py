@@ -29,6 +29,7 @@ class PlannedPass:
         shapes: dict[str, Any],
         overwritten: Container[str] = (),
         recompute: bool = False,
+        recompute_others: bool = False,
     ) -> None:
         """Compute or reuse in one step what its row says.
 
@@ -37,7 +38,9 @@ class PlannedPass:
             shapes: what such units returned, as stand-ins; computed units are added.
             overwritten: units whose output the block changes in place, so that it gets a copy.
             recompute: backward computes branches again, in place of keeping what they need.
+            recompute_others: it computes the units that no branch keeps again, too.
         """
+        self._recompute_others = recompute_others
         self._row, self._kept, self._step, self._recompute = compute_row, kept, step, recompute
         self._skipped, self._shapes, self._overwritten = skipped, shapes, overwritten
 
@@ -57,7 +60,7 @@ class PlannedPass:
     def _run_other(self, unit: str, forward: Callable[[], Any]) -> Any:
         if unit in self._skipped and unit in self._shapes:
             return self._shapes[unit]
-        output = forward()
+        output = _recomputed(forward) if self._recompute_others else forward()
         if unit not in self._shapes:
             self._shapes[unit] = skipped_like(output)
         return output

@@ -10,9 +10,16 @@ from torch import Tensor, nn
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Correction, Forecast
-from harmonica.integrations.recorded.branches import BlockGraph, RecordedBranch, describe
+from harmonica.integrations.recorded.block_stack import record_blocks
+from harmonica.integrations.recorded.branches import BlockGraph, RecordedBranch, check_kinds, describe
 from harmonica.integrations.recorded.kept_values import KeptValues
-from harmonica.integrations.recorded.kinds import ARCHITECTURE_KEY, KINDS, RefusedTransformer, declaration_of
+from harmonica.integrations.recorded.kinds import (
+    ARCHITECTURE_KEY,
+    BLOCKS,
+    KINDS,
+    RefusedTransformer,
+    declaration_of,
+)
 from harmonica.integrations.recorded.recording import record
 from harmonica.integrations.recorded.skipped import has_skipped
 from harmonica.integrations.recorded.tensor_tags import tensors_of
@@ -62,6 +69,10 @@ class RecordedTransformer:
         self._skipped_for = lru_cache(maxsize=64)(self._find_skipped)
 
     @property
+    def _is_stack(self) -> bool:
+        return self.cacheable == (BLOCKS,)
+
+    @property
     def is_recorded(self) -> bool:
         """Return whether the branches are known, as they are after the first call."""
         return self._graph is not None
@@ -77,7 +88,9 @@ class RecordedTransformer:
         name = type(self.transformer).__name__
         if refused := declaration_of(self.transformer).refused:
             raise RefusedTransformer(f"transformer is a {name}, which has no plan: {refused}")
-        recording = record(self.transformer, self.forward, *args, **kwargs)
+        check_kinds(self.cacheable)
+        look = record_blocks if self._is_stack else record
+        recording = look(self.transformer, self.forward, *args, **kwargs)
         graph = BlockGraph(recording)
         branches = graph.chosen(self.cacheable)
         if not branches:
@@ -89,6 +102,12 @@ class RecordedTransformer:
         self._overwritten = frozenset(unit.name for unit in recording.units if unit.is_overwritten)
         self._install()
         self._can_skip = self._probe(recording.output, *args, **kwargs)
+        if self._is_stack and not self._can_skip:
+            self.close()
+            raise RefusedTransformer(
+                f"cacheable is {self.cacheable!r}: a {name} reads what its blocks return after the last one, "
+                f"give some of {', '.join(KINDS)}"
+            )
         return recording.output
 
     def _install(self) -> None:
@@ -160,6 +179,7 @@ class RecordedTransformer:
             shapes=shapes,
             overwritten=self._overwritten,
             recompute=recompute,
+            recompute_others=recompute and self._is_stack,
         )
         with self._board.during(unit_pass):
             output = self.forward(*args, **kwargs)
