@@ -1,6 +1,7 @@
 """Quality of plans on the built-in flow-matching model, in the loop of diffusers' own pipeline.
 
     python -m tests.benchmarks.flow FOLDER [--seed 0] [--num-inference-steps 28] [--learning-rate 0.3]
+        [--cacheable blocks]
 
 Plans that need no training, and a whole training of `PipelineTrainer` by the recipe of the built-in models:
 a measured start, SDT, the choice of a plan, and fitted forecasts. Each is judged by the PSNR of its latents
@@ -25,6 +26,7 @@ import harmonica.pretraining
 from harmonica.builtin import CAPTIONS, FASHION_PIXART
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.text_encoder import TextEncoder
+from harmonica.integrations.recorded.kinds import KINDS
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.pretraining.evaluate_flow_model import load_flow_pipeline
 from harmonica.pretraining.flow_matching import embed_captions
@@ -56,9 +58,9 @@ def split_captions(count: int) -> tuple[Prompts, Prompts]:
 class Study:
     """A pipeline, the full latents of its test captions, and what was measured so far."""
 
-    def __init__(self, folder: Path, *, num_steps: int, count: int) -> None:
+    def __init__(self, folder: Path, *, num_steps: int, count: int, cacheable: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.num_steps = folder, num_steps
+        self.folder, self.num_steps, self.cacheable = folder, num_steps, cacheable
         self.pipe = load_flow_pipeline(MODEL)
         self.train, self.test = split_captions(count)
         side = self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
@@ -118,7 +120,8 @@ class Study:
     def trainer(self, config: TrainingConfig, seed: int) -> PipelineTrainer:
         """A training on the captions that are for it."""
         call = self.call | {"num_inference_steps": self.num_steps}
-        return PipelineTrainer(self.pipe, self.train, config, call=call, seed=seed)
+        how = {"call": call, "seed": seed, "cacheable": self.cacheable}
+        return PipelineTrainer(self.pipe, self.train, config, **how)
 
     def go_on(
         self, name: str, trainer: PipelineTrainer, see: Mapping[int, Callable[[], None]] | None = None
@@ -210,10 +213,16 @@ def main() -> None:
     parser.add_argument("--speedup", type=float, default=1.8)
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=8, help="images of a trajectory of training")
+    parser.add_argument("--cacheable", nargs="+", default=KINDS, help="kinds of branches, or blocks")
     parser.add_argument("--learning-rate", type=float, help="train once more at this rate")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    study = Study(arguments.folder, num_steps=arguments.num_inference_steps, count=arguments.images)
+    study = Study(
+        arguments.folder,
+        num_steps=arguments.num_inference_steps,
+        count=arguments.images,
+        cacheable=arguments.cacheable,
+    )
     config = learned_steps(is_large=False, target_speedup=arguments.speedup, batch_size=arguments.batch_size)
     even = judge_untrained(study, config, arguments.seed)
     measured = judge_trained(study, config, even, arguments.seed)
