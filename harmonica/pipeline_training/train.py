@@ -45,7 +45,8 @@ def train_pipeline(
         call: arguments of every call: `num_inference_steps`, guidance, height, width. The plan is for this
             number of steps.
         seed: of the noise and of random logits.
-        cacheable: kinds of sub-modules that are branches: attn, cross, mlp, single.
+        cacheable: kinds of sub-modules that are branches: attn, cross, mlp, single. Or `("blocks",)`: all
+            blocks are one branch, whose last output is kept. That takes much less memory.
         on_trajectory: called after each trajectory.
 
     Returns:

@@ -61,7 +61,7 @@ class PipelineTrainer:
             prompts: of all workers, each a text or what `encode_prompt` gave; rows take them in turn.
             call: arguments of every call of the pipeline.
             seed: of the noise and of random logits.
-            cacheable: kinds of sub-modules that are branches.
+            cacheable: kinds of sub-modules that are branches, or `("blocks",)`.
             shard: this worker's rows of each batch; by default all.
 
         Raises:

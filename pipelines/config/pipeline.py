@@ -2,8 +2,8 @@
 
 from typing import Annotated, Any
 
-from harmonica.integrations.recorded.kinds import KINDS, RecordedKind
-from harmonica.validation.settings import Field, Natural, settings
+from harmonica.integrations.recorded.kinds import BLOCKS, KINDS, RecordedKind, are_kinds
+from harmonica.validation.settings import Field, Natural, require, settings
 
 
 @settings("pipeline")
@@ -29,7 +29,16 @@ class PipelineConfig:
     """Tokens of a prompt at most, as encode_prompt takes them. 0: the pipeline's own."""
     cacheable: Annotated[tuple[RecordedKind, ...], Field(min_length=1)] = KINDS
     """Kinds of sub-modules that a router may reuse: attn, cross, mlp, and single, the blocks whose attention
-    and feed-forward end in one projection."""
+    and feed-forward end in one projection. Or blocks alone: all blocks are reused together, and one value is
+    kept in place of one a sub-module."""
+
+    def __post_init__(self) -> None:
+        require(
+            are_kinds(self.cacheable),
+            "pipeline.cacheable",
+            self.cacheable,
+            f"give some of {', '.join(KINDS)}, or {BLOCKS} alone",
+        )
 
     def call(self, num_inference_steps: int) -> dict[str, Any]:
         """Return the arguments that are given to each of the pipeline's calls."""

@@ -20,6 +20,8 @@ from harmonica.pipeline_training.sampling import batched
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.plans.builders import stepwise_plan
 from harmonica.training.plans.forecast_sketch import linear_weights
+from harmonica.validation.settings import SettingError
+from pipelines.config.pipeline import PipelineConfig
 from tests.benchmarks.live_tensors import SAVINGS, peaks_in_both
 from tests.integrations.test_pipeline_training import prompts_of
 
@@ -134,12 +136,13 @@ def test_one_value_a_call_is_kept():
 
 
 def test_blocks_stand_alone():
-    case = make_case("sd3")
-    view = RecordedTransformer(
-        case.pipe.transformer, case.pipe.transformer.forward, cacheable=(BLOCKS, "mlp")
-    )
-    with pytest.raises(ValueError, match=r"give some of attn, cross, mlp, single, or blocks alone"):
-        view.record()
+    transformer, kinds = make_case("sd3").pipe.transformer, (BLOCKS, "mlp")
+    cure = r"cacheable is \('blocks', 'mlp'\): give some of attn, cross, mlp, single, or blocks alone"
+    with pytest.raises(ValueError, match=cure):
+        RecordedTransformer(transformer, transformer.forward, cacheable=kinds)
+    with pytest.raises(SettingError, match=f"^pipeline.{cure}"):
+        PipelineConfig(cacheable=kinds)
+    assert PipelineConfig(cacheable=(BLOCKS,)).cacheable == (BLOCKS,)
 
 
 def test_a_transformer_that_reads_other_blocks_later_is_refused_and_left_as_it_was():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from harmonica.integrations.recorded.kinds import BLOCKS, KINDS, RecordedKind
+from harmonica.integrations.recorded.kinds import RecordedKind
 from harmonica.integrations.recorded.recording import Recording, Unit
 from harmonica.integrations.recorded.tensor_tags import INPUT
 from harmonica.models.base import Macs
@@ -90,12 +90,7 @@ class BlockGraph:
         return RecordedBranch(ends[0], kind, tuple(ends), macs)
 
     def chosen(self, cacheable: Sequence[str]) -> tuple[RecordedBranch, ...]:
-        """Return the branches of these kinds.
-
-        Raises:
-            ValueError: no such kind.
-        """
-        check_kinds(cacheable)
+        """Return the branches of these kinds."""
         return tuple(branch for branch in self.branches if branch.kind in cacheable)
 
     def macs_of(self, branches: Sequence[RecordedBranch]) -> Macs:
@@ -106,16 +101,6 @@ class BlockGraph:
     def bytes_of(self, branches: Sequence[RecordedBranch]) -> int:
         """Return the bytes that these branches keep of the recorded call, all rows."""
         return sum(self.units[name].nbytes for branch in branches for name in branch.units)
-
-
-def check_kinds(cacheable: Sequence[str]) -> None:
-    """Refuse kinds of branches that there are not.
-
-    Raises:
-        ValueError: with what may be given.
-    """
-    if tuple(cacheable) != (BLOCKS,) and (not cacheable or set(cacheable) - set(KINDS)):
-        raise ValueError(f"cacheable is {cacheable!r}: give some of {', '.join(KINDS)}, or {BLOCKS} alone")
 
 
 def describe(branches: Sequence[RecordedBranch]) -> list[dict[str, Any]]:

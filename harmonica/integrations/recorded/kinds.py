@@ -5,7 +5,7 @@ The names are those of diffusers' blocks: `attn`, `attn1`, `attention`, `self_at
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -17,6 +17,22 @@ BLOCKS: Final = "blocks"
 
 ARCHITECTURE_KEY = "diffusers_class"
 """Key of an artifact's model that says that its branches were found by recording."""
+
+
+def are_kinds(cacheable: Sequence[str]) -> bool:
+    """Return whether branches may be of these kinds."""
+    return tuple(cacheable) == (BLOCKS,) or (bool(cacheable) and not set(cacheable) - set(KINDS))
+
+
+def check_kinds(cacheable: Sequence[str]) -> None:
+    """Refuse kinds of branches that there are not.
+
+    Raises:
+        ValueError: with what may be given.
+    """
+    if not are_kinds(cacheable):
+        raise ValueError(f"cacheable is {cacheable!r}: give some of {', '.join(KINDS)}, or {BLOCKS} alone")
+
 
 _CROSS = re.compile(r"attn2|cross_?att|crossattn|_to_.*attn|text_?cross")
 _ATTENTION = re.compile(r"attn|attention")

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Correction, Forecast
 from harmonica.integrations.recorded.block_stack import record_blocks
-from harmonica.integrations.recorded.branches import BlockGraph, RecordedBranch, check_kinds, describe
+from harmonica.integrations.recorded.branches import BlockGraph, RecordedBranch, describe
 from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.kinds import (
     ARCHITECTURE_KEY,
     BLOCKS,
     KINDS,
     RefusedTransformer,
+    check_kinds,
     declaration_of,
 )
 from harmonica.integrations.recorded.recording import record
@@ -50,7 +51,11 @@ class RecordedTransformer:
             forward: the transformer's own.
             cacheable: kinds of sub-modules that are branches.
             is_compiled: compute each of them as a graph of torch.compile.
+
+        Raises:
+            ValueError: no such kind.
         """
+        check_kinds(cacheable)
         self._is_compiled = is_compiled
         self.transformer, self.forward, self.cacheable = transformer, forward, tuple(cacheable)
         self.recorded_fingerprint: Fingerprint | None = None
@@ -88,7 +93,6 @@ class RecordedTransformer:
         name = type(self.transformer).__name__
         if refused := declaration_of(self.transformer).refused:
             raise RefusedTransformer(f"transformer is a {name}, which has no plan: {refused}")
-        check_kinds(self.cacheable)
         look = record_blocks if self._is_stack else record
         recording = look(self.transformer, self.forward, *args, **kwargs)
         graph = BlockGraph(recording)
