@@ -125,6 +125,19 @@ def test_savings_of_memory_measure_the_same(kind):
     assert peaks["both"] < peaks["recomputed"] < 0.7 * peaks["none"]
 
 
+def test_compiled_blocks_make_the_same_latents(no_codegen):
+    case = make_case("flux")
+    with trainer_of(case) as trainer:
+        artifact = trainer.artifact()
+    logits = torch.where(stepwise_plan(STEPS, 1, [1, 3]).to_tensor(), 1.0, 0.0)
+    artifact = dataclasses.replace(artifact, logits_TB=logits, threshold=0.5)
+    harmonica.apply(case.pipe, artifact)
+    eager = drawn(case)
+    harmonica.remove(case.pipe)
+    harmonica.apply(case.pipe, artifact, execution="compiled")
+    torch.testing.assert_close(drawn(case), eager, rtol=1e-4, atol=1e-4)
+
+
 def test_one_value_a_call_is_kept():
     case, sizes = make_case("flux"), {}
     for kinds in ((BLOCKS,), ("attn", "cross", "mlp", "single")):

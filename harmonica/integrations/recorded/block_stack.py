@@ -1,8 +1,8 @@
-"""Record a forward's blocks as one branch, of which the last block's output alone is kept.
+"""Record a forward's blocks as one branch.
 
-A plan of whole steps then keeps one value a call in place of one a sub-module, as does FreqCa (Liu et al.
-2025), and a step of reuse runs no block at all. What the blocks of a reused step would have made of its own
-input is not seen: forecasts are of the last hidden state, not of what each branch adds to it.
+The last block's output alone is kept. A plan of whole steps then keeps one value a call in place of one a
+sub-module, as FreqCa does (arXiv 2510.08669), and a step of reuse runs no block at all. Forecasts are of the
+last hidden state, and not of what each branch adds to it before its gate.
 """
 
 from collections import Counter
