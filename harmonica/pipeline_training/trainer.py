@@ -199,11 +199,13 @@ class PipelineTrainer:
         forecast_TBK, correction_TJ = run.forecast_TBK, run.correction_TJ
         plan = target.plan_of(logits_TB)
         if run.config.has_target and not target.is_met_by(plan):
+            cause = (
+                "one branch is reused in whole steps" if plan.num_branches == 1 else "give more trajectories"
+            )
             logger.warning(
-                "the router's plan is %.2fx and reuses %.0f%%, which is not what it was trained for: give "
-                "more trajectories; steps at which a second transformer or a smaller batch begins are "
-                "always computed",
-                *(plan.ideal_speedup(macs), 100 * plan.cur),
+                "the router's plan is %.2fx and reuses %.0f%%, which is not what it was trained for: %s; "
+                "steps at which a second transformer or a smaller batch begins are always computed",
+                *(plan.ideal_speedup(macs), 100 * plan.cur, cause),
             )
         weights = fingerprint_of(transformers_of(calls.pipe))
         shared = {"transformers": len(calls.transformers)}
