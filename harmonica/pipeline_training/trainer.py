@@ -19,7 +19,7 @@ from harmonica.core.router import Router
 from harmonica.data.samples import Shard
 from harmonica.integrations.recorded.kinds import KINDS
 from harmonica.integrations.recorded.pipelines import transformers_of
-from harmonica.integrations.recorded.view import fingerprint_of
+from harmonica.integrations.recorded.weights import fingerprint_of
 from harmonica.pipeline_training.backend import PipelineBackend, PipelineBatch
 from harmonica.pipeline_training.pipeline_calls import PipelineCalls
 from harmonica.pipeline_training.sampling import Prompt

@@ -20,7 +20,8 @@ from torch import Tensor
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan
 from harmonica.integrations.recorded.pipelines import transformers_of
-from harmonica.integrations.recorded.view import RecordedTransformer, fingerprint_of
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.weights import fingerprint_of
 from harmonica.samplers import SamplerConfig
 
 STEPS = 4

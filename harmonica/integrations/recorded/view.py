@@ -26,8 +26,8 @@ from harmonica.integrations.recorded.skipped import has_skipped
 from harmonica.integrations.recorded.tensor_tags import tensors_of
 from harmonica.integrations.recorded.unit_calls import Switchboard, install, uninstall
 from harmonica.integrations.recorded.unit_passes import MixedPass, PlannedPass
+from harmonica.integrations.recorded.weights import fingerprint_of
 from harmonica.models.base import Macs
-from harmonica.models.dit.diffusers_view import base_parameters
 from harmonica.models.fingerprint import Fingerprint
 
 
@@ -238,15 +238,6 @@ class RecordedTransformer:
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the weights without adapters."""
         return self.recorded_fingerprint or fingerprint_of([self.transformer])
-
-
-def fingerprint_of(transformers: Sequence[nn.Module]) -> Fingerprint:
-    """Return one fingerprint of all transformers of a pipeline, without adapters."""
-    first, *others = [base_parameters(each) for each in transformers]
-    both = dict(first)
-    for number, parameters in enumerate(others, 2):
-        both |= {f"{number}.{name}": each for name, each in parameters.items()}
-    return Fingerprint.of(both)
 
 
 @contextmanager
