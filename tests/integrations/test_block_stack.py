@@ -28,9 +28,9 @@ from tests.integrations.test_pipeline_training import prompts_of
 STEPS = 6
 
 
-def trainer_of(case: Case, **changes: Any) -> PipelineTrainer:
+def trainer_of(case: Case) -> PipelineTrainer:
     prompts, call = prompts_of(case)
-    config = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_cur=1 / 3, **changes)
+    config = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_cur=1 / 3)
     call["num_inference_steps"] = STEPS
     return PipelineTrainer(case.pipe, prompts, config, call=call, cacheable=(BLOCKS,))
 
