@@ -8,41 +8,24 @@ import tiny_transformers
 import torch
 from all_phases import ALL_PHASES
 from tiny_recorded_pipelines import Case, make_case
-from torch import Tensor
 
 import harmonica
-from harmonica.core.plan import Plan, correction_of, forecast_of
 from harmonica.integrations.recorded.kinds import BLOCKS, RefusedTransformer
 from harmonica.integrations.recorded.pipelines import transformers_of
 from harmonica.integrations.recorded.recording import block_modules
 from harmonica.integrations.recorded.view import RecordedTransformer, recorded
-from harmonica.pipeline_training.sampling import batched
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.plans.builders import stepwise_plan
-from harmonica.training.plans.forecast_sketch import linear_weights
 from harmonica.validation.settings import SettingError
 from pipelines.config.pipeline import PipelineConfig
 from tests.benchmarks.live_tensors import SAVINGS, peaks_in_both
-from tests.integrations.test_pipeline_training import prompts_of
-
-STEPS = 6
+from tests.integrations.test_pipeline_training import ALL_STEPS as STEPS
+from tests.integrations.test_pipeline_training import all_phases_trainer, drawn_by, prompts_of
+from tests.training.test_memory_savings import with_weights
 
 
 def trainer_of(case: Case) -> PipelineTrainer:
-    prompts, call = prompts_of(case)
-    config = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_cur=1 / 3)
-    call["num_inference_steps"] = STEPS
-    return PipelineTrainer(case.pipe, prompts, config, call=call, cacheable=(BLOCKS,))
-
-
-def drawn(case: Case) -> Tensor:
-    """What the pipeline itself draws of the training's prompts."""
-    prompts, call = prompts_of(case)
-    call["num_inference_steps"] = STEPS
-    generator = [torch.Generator().manual_seed(row) for row in range(2)]
-    how = {"output_type": "latent", "return_dict": False, "generator": generator}
-    latents = case.pipe(**call, **batched(prompts), **how)[0]
-    return (latents if isinstance(latents, Tensor) else torch.stack(list(latents))).float()
+    return all_phases_trainer(case, cacheable=(BLOCKS,))
 
 
 def calls_in_blocks(case: Case) -> int:
@@ -58,7 +41,7 @@ def calls_in_blocks(case: Case) -> int:
         for transformer in transformers_of(case.pipe)
         for _, block in block_modules(transformer)
     ]
-    drawn(case)
+    drawn_by(case)
     for handle in handles:
         handle.remove()
     return calls
@@ -67,7 +50,7 @@ def calls_in_blocks(case: Case) -> int:
 @pytest.mark.parametrize("kind", ["flux", "flux guided", "sd3", "wan 2.1", "qwen", "krea2", "z-image"])
 def test_a_step_of_reuse_runs_no_block(kind):
     case = make_case(kind)
-    whole, calls = drawn(case), calls_in_blocks(case)
+    whole, calls = drawn_by(case), calls_in_blocks(case)
     with trainer_of(case) as trainer:
         (branch,) = trainer.calls.view.branches
         assert (branch.kind, len(branch.units)) == (BLOCKS, 1)
@@ -76,11 +59,11 @@ def test_a_step_of_reuse_runs_no_block(kind):
     assert 0.85 < share < 1
     everything = dataclasses.replace(artifact, logits_TB=torch.ones(STEPS, 1), threshold=0.5)
     harmonica.apply(case.pipe, everything)
-    assert torch.equal(drawn(case), whole), "a plan that computes everything changes no bit"
+    assert torch.equal(drawn_by(case), whole), "a plan that computes everything changes no bit"
     harmonica.remove(case.pipe)
     logits = torch.where(stepwise_plan(STEPS, 1, [1, 3]).to_tensor(), 1.0, 0.0)
     harmonica.apply(case.pipe, dataclasses.replace(everything, logits_TB=logits))
-    found = drawn(case)  # whose first call finds the blocks
+    found = drawn_by(case)  # whose first call finds the blocks
     assert calls_in_blocks(case) == calls * (STEPS - 2) // STEPS
     assert not torch.allclose(found, whole, rtol=1e-4) and found.isfinite().all()
 
@@ -97,15 +80,13 @@ def test_all_phases_reach_the_pipeline_that_a_router_is_applied_to(kind):
         images = trainer.backend.images(trainer._batch(0), artifact.plan, "forecast")
     assert 0 < artifact.plan.cur < 1 and artifact.model["cacheable"] == [BLOCKS]
     harmonica.apply(case.pipe, artifact)
-    assert torch.equal(drawn(case), images)
+    assert torch.equal(drawn_by(case), images)
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
 def test_savings_of_memory_measure_the_same(kind):
     case = make_case(kind)
-    plan = stepwise_plan(STEPS, 1, [1, 3])
-    correction = correction_of(torch.full((STEPS, 1), 0.1, dtype=torch.float64))
-    plan = Plan(plan.compute, forecast_of(linear_weights(plan, 2)), correction)
+    plan = with_weights(stepwise_plan(STEPS, 1, [1, 3]))
     found, peaks = {}, {}
     with trainer_of(case) as trainer:
         backend, batch = trainer.backend, trainer._batch(0)
@@ -132,10 +113,10 @@ def test_compiled_blocks_make_the_same_latents(no_codegen):
     logits = torch.where(stepwise_plan(STEPS, 1, [1, 3]).to_tensor(), 1.0, 0.0)
     artifact = dataclasses.replace(artifact, logits_TB=logits, threshold=0.5)
     harmonica.apply(case.pipe, artifact)
-    eager = drawn(case)
+    eager = drawn_by(case)
     harmonica.remove(case.pipe)
     harmonica.apply(case.pipe, artifact, execution="compiled")
-    torch.testing.assert_close(drawn(case), eager, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn_by(case), eager, rtol=1e-4, atol=1e-4)
 
 
 def test_one_value_a_call_is_kept():

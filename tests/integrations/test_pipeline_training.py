@@ -35,6 +35,25 @@ def prompts_of(case: Case) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, rest | {"num_inference_steps": STEPS}
 
 
+ALL_STEPS = 6
+
+
+def all_phases_trainer(case: Case, **how: Any) -> PipelineTrainer:
+    """A training of every phase, of six steps."""
+    prompts, call = prompts_of(case)
+    config = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_cur=1 / 3)
+    return PipelineTrainer(case.pipe, prompts, config, call=call | {"num_inference_steps": ALL_STEPS}, **how)
+
+
+def drawn_by(case: Case) -> Tensor:
+    """What the pipeline itself draws of that training's prompts."""
+    prompts, call = prompts_of(case)
+    generator = [torch.Generator().manual_seed(row) for row in range(2)]
+    how = {"output_type": "latent", "return_dict": False, "generator": generator}
+    latents = case.pipe(**call | {"num_inference_steps": ALL_STEPS}, **batched(prompts), **how)[0]
+    return (latents if isinstance(latents, Tensor) else torch.stack(list(latents))).float()
+
+
 def settings(**changes: Any) -> TrainingConfig:
     return TrainingConfig(**{"trajectories": 2, "batch_size": 2, "iepo": "none"} | changes)
 
@@ -173,10 +192,7 @@ TRAINED_QUICKLY = ("flux guided", "sd3", "wan 2.2", "z-image truncated")
 def test_all_phases_reach_the_pipeline_that_a_router_is_applied_to(kind):
     """What the last plan and forecasts draw in training is what the pipeline draws under the router."""
     case = make_case(kind)
-    prompts, call = prompts_of(case)
-    call["num_inference_steps"] = 6
-    config = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_cur=1 / 3)
-    with PipelineTrainer(case.pipe, prompts, config, call=call) as trainer:
+    with all_phases_trainer(case) as trainer:
         metrics = [trainer.train_one() for _ in trainer.next_trajectories]
         artifact = trainer.artifact()
         linear = Plan(artifact.plan.compute)
@@ -195,12 +211,7 @@ def test_all_phases_reach_the_pipeline_that_a_router_is_applied_to(kind):
     assert artifact.training["chosen"] in (*starts, "trained") and artifact.plan.cur > 0
     assert "choice.measured_db" in metrics[3] and "forecast.ridge" in metrics[-1]
     harmonica.apply(case.pipe, artifact)
-    generator = [torch.Generator().manual_seed(row) for row in range(2)]
-    settings = {"output_type": "latent", "return_dict": False, "generator": generator}
-    applied = case.pipe(**call, **batched(prompts), **settings)[0]
-    if not isinstance(applied, Tensor):
-        applied = torch.stack(list(applied))
-    assert torch.equal(applied.float(), drawn)
+    assert torch.equal(drawn_by(case), drawn)
     assert not any(torch.allclose(drawn, other, rtol=1e-4) for other in others)
 
 

@@ -14,7 +14,6 @@ from harmonica.core.sampling import sample
 from harmonica.data.batch import Batch
 from harmonica.models.base import freeze
 from harmonica.models.dit.model import DiT, DiTConfig
-from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch, TrajectoryBackend
@@ -25,7 +24,7 @@ from harmonica.training.plans.step_sketch import sketch_steps
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.trainer import RouterTrainer
 from tests.benchmarks.live_tensors import SAVINGS, peak_of, peaks_in_both
-from tests.integrations.test_pipeline_training import prompts_of
+from tests.integrations.test_pipeline_training import all_phases_trainer
 
 STEPS = 8
 
@@ -112,10 +111,7 @@ def test_a_weight_keeps_no_difference_of_its_own(sampler):
 @pytest.mark.parametrize("kind", ["flux", "sd3", "wan 2.2", "z-image truncated"])
 def test_a_pipeline_measures_the_same(kind):
     case = make_case(kind)
-    prompts, call = prompts_of(case)
-    call["num_inference_steps"] = 6
-    config = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_cur=1 / 3)
-    with PipelineTrainer(case.pipe, prompts, config, call=call) as trainer:
+    with all_phases_trainer(case) as trainer:
         backend, batch = trainer.backend, trainer._batch(0)
         assert isinstance(backend, TrajectoryBackend)
         full = backend.images(batch).clone()
