@@ -8,11 +8,16 @@ import functools
 import inspect
 import os
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fork_client
 import hypothesis
 import other_sums
 import pytest
@@ -26,6 +31,11 @@ from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import Ddim, SamplerConfig
 
 ROOT = Path(__file__).parents[1]
+FORKS = Path(fork_client.__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-forks", action="store_true", help="Ray's workers import everything themselves")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -95,6 +105,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Those that share one follow each other.
     """
     items.sort(key=lambda item: (item.get_closest_marker("cluster") is None, not _shares_a_cluster(item)))
+
+
+_FORK_SERVER = pytest.StashKey[subprocess.Popen[bytes]]()
+
+
+def _start_fork_server(config: pytest.Config) -> None:
+    """From now on, Ray's workers are forks of a process that has imported what takes long (support/forks)."""
+    address = os.path.join(tempfile.mkdtemp(dir="/tmp"), "socket")  # a socket's path has to be short
+    path = os.pathsep.join([str(FORKS), os.environ["PYTHONPATH"]])
+    os.environ.update({fork_client.ADDRESS: address, "PYTHONPATH": path})
+    # As workers have it (pipelines/runtime/ray_runtime.py): huggingface_hub reads it when it is imported.
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-u", str(FORKS / "fork_server.py"), address]
+    config.stash[_FORK_SERVER] = subprocess.Popen(command, env=os.environ | own)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Start the server of forks before the first test with a cluster."""
+    wanted = item.get_closest_marker("cluster") is not None and not item.config.getoption("--no-forks")
+    if wanted and _FORK_SERVER not in item.config.stash:
+        _start_fork_server(item.config)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the server of forks, and with it those that are left."""
+    if (server := config.stash.get(_FORK_SERVER, None)) is not None:
+        server.terminate()
+        server.wait()
+        shutil.rmtree(os.path.dirname(os.environ[fork_client.ADDRESS]), ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from cluster_runs import ROOT, kill, until
+from cluster_runs import ROOT, kill, until, workers_of
 from local_cluster import LocalCluster
 from mlflow_server import MlflowServer
 from processes import Session, free_port
@@ -80,7 +80,7 @@ class Endpoint:
         return "Serving at" in self.session.log.read_text()
 
     def pids(self, kind: str) -> list[int]:
-        return [pid for node in self.cluster.nodes for pid in node.pids(kind)]
+        return [pid for node in self.cluster.nodes for pid in workers_of(node, kind)]
 
     def version(self) -> str:
         return httpx.get(f"{self.url}/healthz", timeout=30).json()["router_version"]
@@ -198,7 +198,7 @@ def test_kill_of_a_node(endpoint: Endpoint):
     """The last: it takes the node away."""
     endpoint.wait_whole()
     node = endpoint.cluster.nodes[1]
-    assert node.pids("ray::ServeReplica:harmonica"), "nothing of the endpoint is on it"
+    assert workers_of(node, "ray::ServeReplica:harmonica"), "nothing of the endpoint is on it"
     with endpoint.load("node"):
         node.kill()
         endpoint.cluster.nodes.remove(node)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fork_client import fork_of
 from local_cluster import LocalCluster
 from processes import Session
 from router_only import ROUTER_ONLY, ROUTER_ONLY_FLAGS
@@ -52,6 +53,19 @@ _RUN = """select run.run_uuid from tags run join tags stage on stage.run_uuid = 
     where run.key = 'harmonica.run_id' and run.value = ?
     and stage.key = 'harmonica.stage' and stage.value = ?"""
 Curves = dict[str, list[tuple[int, float]]]
+
+
+def workers_of(node: Session, name: str) -> list[int]:
+    """Process ids of a node's workers with this in their names, forks among them (support/forks)."""
+    forks = [fork for pid in node.pids() if (fork := fork_of(pid))]
+    return [*node.pids(name), *(pid for pid in forks if name in _program(pid))]
+
+
+def _program(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]
+    except OSError:  # it ended meanwhile
+        return ""
 
 
 def until(
@@ -158,7 +172,7 @@ class TrainingRun:
 
     def workers(self, node: int) -> list[int]:
         """Process ids of the training workers on a node."""
-        return self.cluster.nodes[node].pids(TRAIN_WORKER)
+        return workers_of(self.cluster.nodes[node], TRAIN_WORKER)
 
     @contextmanager
     def paused(self, node: int) -> Iterator[None]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import psutil
+from fork_client import fork_of
 
 _EVERY_S = 2.0
 Listeners = dict[bool, set[tuple[str, str]]]
@@ -20,13 +21,14 @@ def _is_loopback(address: str) -> bool:
 
 def _look(found: Listeners) -> None:
     mine = psutil.Process()
-    ours = {process.pid: process for process in (mine, *mine.children(recursive=True))}
+    started = [mine.pid, *(process.pid for process in mine.children(recursive=True))]
+    ours = {*started, *(fork for pid in started if (fork := fork_of(pid)))}
     # All at once: the kernel's table of sockets is read again for each process that is asked.
     for connection in psutil.net_connections("tcp"):
         if connection.status != psutil.CONN_LISTEN or connection.pid not in ours:
             continue
         with suppress(psutil.Error):  # it has ended meanwhile
-            process, address = ours[connection.pid], connection.laddr.ip
+            process, address = psutil.Process(connection.pid), connection.laddr.ip
             words = process.cmdline() or [process.name()]
             name = next((word for word in words if word.startswith("ray::")), process.name())
             found[_is_loopback(address)].add((name.partition(".")[0], address))
