@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cluster_runs import ROOT, TrainingRun, closing, until
+from cluster_runs import TrainingRun, closing, until
 from local_cluster import LocalCluster
 from mlflow_server import MlflowServer
 from processes import Session, free_port
@@ -40,7 +40,7 @@ def mlflow(s3: S3Server, tmp_path: Path) -> Iterator[MlflowServer]:
 def machines(home: Path, count: int, s3: S3Server, mlflow: MlflowServer) -> LocalCluster:
     """A cluster with a home of its own, whose processes know what `cluster/base/settings.yaml` tells."""
     home.mkdir()
-    own = {"HOME": str(home), "HARMONICA_CACHE": str(home / "cache"), "PYTHONPATH": str(ROOT)}
+    own = {"HOME": str(home), "HARMONICA_CACHE": str(home / "cache")}
     told = s3.environment | {"MLFLOW_TRACKING_URI": mlflow.uri}
     return LocalCluster(workers=count - 1, head_cpus=3, worker_cpus=2, environment=own | told)
 

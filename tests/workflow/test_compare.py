@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -286,7 +287,7 @@ def test_a_small_comparison_with_a_variant_that_fails_and_its_resumes(
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('made for another diffusers')")
     monkeypatch.syspath_prepend(str(broken.parent))
-    monkeypatch.setenv("PYTHONPATH", f"{broken.parent}:{Path(workflow.__file__).parents[1]}")
+    monkeypatch.setenv("PYTHONPATH", f"{broken.parent}:{os.environ['PYTHONPATH']}")
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     request.addfinalizer(ray.shutdown)

@@ -341,7 +341,8 @@ def test_the_chain_goes_on_after_an_interruption_and_ends_in_a_version_that_appl
 
 def _interrupt(arguments: list[str], storage: RunStorage, log: Path) -> None:
     """Run the command until its training has left a checkpoint, and stop it as a scheduler does."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])}
+    path = os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT / "tests/support")])
+    environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, str(ROOT / "workflow.py"), *arguments, "--promote=always"]
     with log.open("w") as output:
         driver = subprocess.Popen(command, stdout=output, stderr=output, env=environment)

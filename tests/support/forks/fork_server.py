@@ -1,9 +1,9 @@
 """Ray's workers in tests, as forks of one process that has imported PyTorch and other large libraries.
 
-A chain with Ray has 40 workers, and each of them imports for 2 to 9 seconds of a core, which is most of what the
-tests with clusters would take (tests/benchmarks/RESULTS.md). Nothing of Ray, of `harmonica` or of `pipelines` is
-imported beforehand: those are found and set up as in a process that Ray starts by itself, which
-`pytest --no-forks` keeps.
+A chain with Ray has 40 workers, and each of them imports for 2 to 9 seconds of a core, which is most of what
+the tests with clusters would take (tests/benchmarks/RESULTS.md). Nothing of Ray, of `harmonica` or of
+`pipelines` is imported beforehand: those are found and set up as in a process that Ray starts by itself.
+`pytest --no-forks` has only such processes.
 
     python fork_server.py SOCKET
 
