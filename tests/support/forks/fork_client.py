@@ -44,7 +44,7 @@ def fork_of(pid: int) -> int | None:
 
 def hand_over(address: str) -> None:
     """Have this worker forked, and exit as it does; return if it has to be started here."""
-    if (asked := _request()) is None:
+    if (asked := request(sys.orig_argv)) is None:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         try:
@@ -61,9 +61,9 @@ def hand_over(address: str) -> None:
     os._exit(status[0] if status else 1)
 
 
-def _request() -> dict[str, Any] | None:
+def request(argv: list[str]) -> dict[str, Any] | None:
     """What the fork needs to be this process; None if its runtime environment wants more than variables."""
-    argv, environment = list(sys.orig_argv), dict(os.environ)
+    environment = dict(os.environ)
     script = _script(argv)
     if argv[script].endswith("setup_worker.py"):
         # It would import Ray, set the variables and start Python once more with the arguments after its own.

@@ -40,10 +40,12 @@ READ_AT_IMPORT = (
 A worker with others than the server has is not forked. Ray sets OMP_NUM_THREADS to a worker's number of CPUs;
 a fork has the server's, which is 1.
 """
+READ_LATER = ("TORCHINDUCTOR_CACHE_DIR",)  # which torch's compiler sets itself, for processes that it starts
 
 
 def read_at_import(environment: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+    found = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+    return {name: value for name, value in found.items() if name not in READ_LATER}
 
 
 @dataclass
