@@ -28,7 +28,8 @@ from fork_client import ACCEPTED, DECLINED, TERMINATE
 
 LIBRARIES = (
     *("numpy", "pandas", "pyarrow.dataset", "torch", "timm.layers", "torchmetrics", "diffusers"),
-    *("mlflow.tracking", "s3fs", "aiohttp", "fastapi", "pydantic", "PIL.Image"),
+    *("mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "matplotlib.figure", "PIL.Image"),
+    *("s3fs", "aiohttp", "fastapi", "pydantic"),
 )
 READ_AT_IMPORT = (
     *("ATEN", "CUDA", "DNNL", "KMP_", "LD_", "MKL", "ONEDNN", "PYTORCH", "TORCH"),

@@ -1,0 +1,125 @@
+"""Ray's workers as forks of one process (tests/support/forks)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fork_client
+import pytest
+import ray
+from fork_client import fork_of
+
+pytestmark = pytest.mark.cluster
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(ray.__file__).parent / "_private" / "workers" / "default_worker.py"
+
+
+@pytest.fixture(autouse=True)
+def with_forks(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--no-forks"):
+        pytest.skip("there are no forks")
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def __init__(self) -> None:
+        self.imported = {
+            name for name in ("torch", "harmonica", "pipelines", "ray.train") if name in sys.modules
+        }
+
+    def seen(self) -> dict[str, object]:
+        """What a fork could have wrong."""
+        return {
+            "pid": os.getpid(),
+            "parent": os.getppid(),
+            "imported": self.imported,
+            "told": os.environ.get("TOLD"),
+            "folder": os.getcwd(),
+            "path": sys.path,
+            "main": vars(sys.modules["__main__"])["__file__"],
+        }
+
+
+def _server() -> int:
+    """Its process id, from a worker that it has forked."""
+    return next(pid for pid in map(int, _children(os.getpid())) if b"fork_server.py" in _command(pid))
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def _children(pid: int) -> list[str]:
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [child for thread in threads for child in thread.read_text().split()]
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_a_fork_is_what_ray_would_have_started(private_cluster: None) -> None:
+    plain = Worker.remote()
+    told = Worker.options(runtime_env={"env_vars": {"TOLD": "${HOME}/x${NOT_THERE}"}}).remote()
+    first, second = ray.get([plain.seen.remote(), told.seen.remote()])
+    for seen in (first, second):
+        assert seen["parent"] == _server()
+        assert seen["imported"] <= {"torch", "harmonica"}, "what is tested is imported by each worker itself"
+        assert "torch" in seen["imported"]
+        assert seen["main"].endswith("default_worker.py")
+        assert seen["folder"] == os.getcwd()
+    assert first["told"] is None
+    assert second["told"] == f"{os.environ['HOME']}/x"
+    assert {str(ROOT), str(SCRIPT.parent)} <= set(first["path"])
+    ray.kill(plain)
+    ray.kill(told)
+    _until(lambda: not _is_alive(first["pid"]) and not _is_alive(second["pid"]))
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--no-such-thing", 2)])
+def test_output_and_exit_status_are_the_fork_s(argument: str, status: int, private_cluster: None) -> None:
+    done = subprocess.run([sys.executable, SCRIPT, argument], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert "default_worker.py [-h]" in done.stdout + done.stderr
+
+
+def test_a_fork_ends_with_the_process_in_whose_place_it_is(private_cluster: None) -> None:
+    worker = Worker.remote()
+    fork = ray.get(worker.seen.remote())["pid"]
+    (raylet,) = [int(pid) for pid in _children(os.getpid()) if b"raylet/raylet" in _command(int(pid))]
+    client = next(int(pid) for pid in _children(raylet) if fork_of(int(pid)) == fork)
+    os.kill(client, signal.SIGKILL)
+    _until(lambda: not _is_alive(fork))
+    assert fork_of(client) is None
+
+
+def test_only_variables_are_set_up_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BASE", "/b")
+
+    def asked(context: dict[str, object]) -> dict[str, Any] | None:
+        own = ["--language=PYTHON", f"--serialized-runtime-env-context={json.dumps(context)}"]
+        argv = ["python", "-u", str(SCRIPT.with_name("setup_worker.py")), str(SCRIPT), "--node-id=1", *own]
+        assert fork_client.is_worker(argv)
+        return fork_client.request(argv)
+
+    known = {"py_executable": sys.executable, "command_prefix": [], "override_worker_entrypoint": None}
+    plain = asked(known | {"env_vars": {"TOLD": "${BASE}/x${NOT_THERE}"}})
+    assert plain is not None
+    assert plain["argv"] == [str(SCRIPT), "--node-id=1"]
+    assert plain["environment"]["TOLD"] == "/b/x"
+    assert asked(known | {"command_prefix": ["nice"]}) is None
+    assert asked(known | {"py_executable": "/usr/bin/python3"}) is None
+    assert not fork_client.is_worker(["python", "-m", "pytest", str(SCRIPT)])
