@@ -75,6 +75,8 @@ class LocalCluster:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+            # Ray's own is 15, which beside any other work leaves its workers a thirtieth of a core.
+            "RAY_worker_niceness": "0",
             "RAY_raylet_start_wait_time_s": f"{_START_S:.0f}",
             # Ray Train's actors look for the dashboard, and else find another cluster's in /tmp/ray.
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self._dashboard}",
