@@ -112,14 +112,30 @@ def test_only_variables_are_set_up_without_ray(monkeypatch: pytest.MonkeyPatch) 
     def asked(context: dict[str, object]) -> dict[str, Any] | None:
         own = ["--language=PYTHON", f"--serialized-runtime-env-context={json.dumps(context)}"]
         argv = ["python", "-u", str(SCRIPT.with_name("setup_worker.py")), str(SCRIPT), "--node-id=1", *own]
-        assert fork_client.is_worker(argv)
+        assert fork_client.is_known(argv)
         return fork_client.request(argv)
 
     known = {"py_executable": sys.executable, "command_prefix": [], "override_worker_entrypoint": None}
     plain = asked(known | {"env_vars": {"TOLD": "${BASE}/x${NOT_THERE}"}})
     assert plain is not None
-    assert plain["argv"] == [str(SCRIPT), "--node-id=1"]
+    assert plain["runs"] == [str(SCRIPT), "--node-id=1"]
     assert plain["environment"]["TOLD"] == "/b/x"
     assert asked(known | {"command_prefix": ["nice"]}) is None
     assert asked(known | {"py_executable": "/usr/bin/python3"}) is None
-    assert not fork_client.is_worker(["python", "-m", "pytest", str(SCRIPT)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        (["-u", str(SCRIPT)], True),
+        (["workflow.py", "fashion"], False),  # some other's
+        ([str(ROOT / "workflow.py"), "fashion"], True),
+        (["-W", "ignore", "-m", "pipelines.serve"], False),
+        (["-m", "pipelines.serve", "--serve.port=1"], True),
+        (["-m", "pytest", str(SCRIPT)], False),
+        (["-c", "pass"], False),
+        ([], False),
+    ],
+)
+def test_what_is_forked(arguments: list[str], known: bool) -> None:
+    assert fork_client.is_known(["python", *arguments]) == known

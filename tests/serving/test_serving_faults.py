@@ -68,10 +68,7 @@ class Endpoint:
         command += ["--serve.min-replicas=2", "--serve.max-replicas=2", "--serve.api-replicas=2"]
         command += ["--serve.reproducible"]  # or company may tip a grey level on some CPUs
         command += [f"--model.path={self.model.path}", f"--registered-model={NAME}"]
-        environment = self.cluster.environment | {
-            "MLFLOW_TRACKING_URI": self.mlflow.uri,
-            "PYTHONPATH": str(ROOT),
-        }
+        environment = self.cluster.environment | {"MLFLOW_TRACKING_URI": self.mlflow.uri}
         self.session = Session(command, environment, self.folder / "serve.log")
         until("the endpoint serves", self._serves)
 

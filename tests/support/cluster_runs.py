@@ -109,7 +109,7 @@ class TrainingRun:
         self.log = folder / f"{name}.log"
         self._environment = cluster.environment | {
             "MLFLOW_TRACKING_URI": mlflow or f"sqlite:///{self.database}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)),
         }
         self.command = [sys.executable, str(ROOT / "workflow.py"), "fashion", f"--run-id={name}"]
         self.command += [f"--storage-path={self.storage.root}", f"--model.path={model.path}", *SETTINGS]

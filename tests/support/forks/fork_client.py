@@ -1,7 +1,7 @@
-"""A process that Ray has started as a worker lets the server fork in its place (fork_server.py).
+"""A process that begins as a worker of Ray, or as a command of ours, has itself forked (fork_server.py).
 
-It goes on as a small process that ends with the fork, passes SIGTERM on, and takes the fork with it when it
-is killed. Where the server declines or cannot be reached, it becomes the worker itself.
+It goes on as a small process that passes signals on, ends as the fork does, and takes the fork with it when
+it is killed. Where the server declines or cannot be reached, it becomes what it was started for.
 
 No import here is large: every process that tests with clusters start runs this module.
 """
@@ -12,25 +12,32 @@ import re
 import signal
 import socket
 import sys
+from types import FrameType
 from typing import Any
 
 ADDRESS = "HARMONICA_TEST_FORKS"
 """The environment variable with the path of the server's socket."""
-TERMINATE = b"T"
 ACCEPTED = b"+"
 DECLINED = b"-"
-_WORKERS = "ray/_private/workers/"
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM)
+_RAY = "ray/_private/workers"
+_SETUP = f"{_RAY}/setup_worker.py"
+_SCRIPTS = (f"{_RAY}/default_worker.py", _SETUP, "/workflow.py")
+_MODULES = ("pipelines.serve",)
 
 
-def is_worker(argv: list[str]) -> bool:
-    """Return whether Ray starts a worker by this command line, with or without its own step of setting up."""
-    script = argv[_script(argv)]
-    return script.endswith((f"{_WORKERS}default_worker.py", f"{_WORKERS}setup_worker.py"))
+def is_known(argv: list[str]) -> bool:
+    """Return whether this command line starts a worker, the workflow or the endpoint."""
+    runs = _run_by(argv)
+    return bool(runs) and (runs[0].endswith(_SCRIPTS) or (runs[0] == "-m" and runs[1] in _MODULES))
 
 
-def _script(argv: list[str]) -> int:
-    """The position of what Python runs: its first argument that is no option, or else the program."""
-    return next((i for i, argument in enumerate(argv) if i and not argument.startswith("-")), 0)
+def _run_by(argv: list[str]) -> list[str]:
+    """The arguments from the script or from `-m MODULE` on."""
+    for position, argument in enumerate(argv[1:], 1):
+        if argument == "-m" or not argument.startswith("-"):
+            return argv[position:]
+    return []
 
 
 def fork_of(pid: int) -> int | None:
@@ -43,45 +50,57 @@ def fork_of(pid: int) -> int | None:
 
 
 def hand_over(address: str) -> None:
-    """Have this worker forked, and exit as it does; return if it has to be started here."""
+    """Have this process forked, and end as the fork does; return if it has to go on itself."""
     if (asked := request(sys.orig_argv)) is None:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        before = {number: signal.getsignal(number) for number in _PASSED_ON}
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            server.send(bytes([number]))
+
         try:
             server.connect(address)
             _send(server, asked)
-            signal.signal(signal.SIGTERM, lambda *_: server.send(TERMINATE))
+            for number in _PASSED_ON:
+                if before[number] != signal.SIG_IGN:
+                    signal.signal(number, pass_on)
             answer = server.recv(1)
         except OSError:
             answer = DECLINED
         if answer != ACCEPTED:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in _PASSED_ON:
+                signal.signal(number, before[number])
             return
-        status = server.recv(1)
-    os._exit(status[0] if status else 1)
+        ended = server.recv(2)
+    killed_by, status = ended if len(ended) == 2 else (0, 1)
+    if killed_by:
+        if killed_by != signal.SIGKILL:
+            signal.signal(killed_by, signal.SIG_DFL)
+        os.kill(os.getpid(), killed_by)
+    os._exit(status)
 
 
 def request(argv: list[str]) -> dict[str, Any] | None:
     """What the fork needs to be this process; None if its runtime environment wants more than variables."""
-    environment = dict(os.environ)
-    script = _script(argv)
-    if argv[script].endswith("setup_worker.py"):
+    environment, runs = dict(os.environ), _run_by(argv)
+    if runs[0].endswith(_SETUP):
         # It would import Ray, set the variables and start Python once more with the arguments after its own.
-        values = dict(argument.partition("=")[::2] for argument in argv[script + 1 :] if argument[:2] == "--")
+        values = dict(argument.partition("=")[::2] for argument in runs if argument.startswith("--"))
         context = json.loads(values.get("--serialized-runtime-env-context", "{}"))
         for name, value in context.pop("env_vars", {}).items():
             environment[name] = re.sub(r"\$\{[A-Z0-9_]+\}", "", os.path.expandvars(value))
         if context.pop("py_executable", sys.executable) != sys.executable or any(context.values()):
             return None
         own = ("--serialized-runtime-env-context=", "--language=")
-        argv = [*argv[:script], *(a for a in argv[script + 1 :] if not a.startswith(own))]
+        runs = [argument for argument in runs[1:] if not argument.startswith(own)]
     return {
-        "argv": argv[script:],
+        "runs": runs,
         "path": sys.path,
         "prefix": sys.prefix,
         "environment": environment,
         "folder": os.getcwd(),
-        "ignores_interrupts": signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
+        "ignored": [number for number in _PASSED_ON if signal.getsignal(number) == signal.SIG_IGN],
     }
 
 

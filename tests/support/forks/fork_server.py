@@ -1,9 +1,9 @@
-"""Ray's workers in tests, as forks of one process that has imported PyTorch and other large libraries.
+"""Processes that tests with clusters start, as forks of one that has imported PyTorch and other libraries.
 
 A chain with Ray has 40 workers, and each of them imports for 2 to 9 seconds of a core, which is most of what
-the tests with clusters would take (tests/benchmarks/RESULTS.md). Nothing of Ray, of `harmonica` or of
-`pipelines` is imported beforehand: those are found and set up as in a process that Ray starts by itself.
-`pytest --no-forks` has only such processes.
+such tests would take (tests/benchmarks/RESULTS.md). Nothing of Ray, of `harmonica` or of `pipelines` is
+imported beforehand: those are found and set up as in a process that is started plainly. `pytest --no-forks`
+has only such processes, and so has the demo's test.
 
     python fork_server.py SOCKET
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from fork_client import ACCEPTED, DECLINED, TERMINATE
+from fork_client import ACCEPTED, DECLINED
 
 LIBRARIES = (
     *("numpy", "pandas", "pyarrow.dataset", "torch", "timm.layers", "torchmetrics", "diffusers"),
@@ -41,7 +41,8 @@ READ_AT_IMPORT = (
 A worker with others than the server has is not forked. Ray sets OMP_NUM_THREADS to a worker's number of CPUs;
 a fork has the server's, which is 1.
 """
-READ_LATER = ("TORCHINDUCTOR_CACHE_DIR",)  # which torch's compiler sets itself, for processes that it starts
+READ_LATER = ("HF_HUB_DISABLE_PROGRESS_BARS", "TORCHINDUCTOR_CACHE_DIR")
+"""Set by ourselves and by torch's compiler for processes that they start; the server has no bars either."""
 
 
 def read_at_import(environment: dict[str, str]) -> dict[str, str]:
@@ -50,32 +51,37 @@ def read_at_import(environment: dict[str, str]) -> dict[str, str]:
 
 
 @dataclass
-class Worker:
+class Process:
     """What a fork has to become: the client's command line, import path, environment and folder."""
 
-    argv: list[str]
+    runs: list[str]
     path: list[str]
     prefix: str
     environment: dict[str, str]
     folder: str
-    ignores_interrupts: bool
+    ignored: list[int]
 
     def run(self, streams: list[int]) -> None:
-        """Run its script as `python SCRIPT` does, in this process."""
+        """Run the script or module in this process, as `python SCRIPT` or `python -m MODULE` does."""
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
         os.environ.clear()
         os.environ.update(self.environment)
         os.chdir(self.folder)
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN if self.ignores_interrupts else signal.default_int_handler
-        )
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in self.ignored:
+            signal.signal(number, signal.SIG_IGN)
         import_module("numpy").random.seed()  # Python's own generator does this itself
-        script = self.argv[0]
-        sys.argv = list(self.argv)
-        sys.path[:] = dict.fromkeys([os.path.dirname(script), *self.path])
-        runpy.run_path(script, run_name="__main__")
+        is_module = self.runs[0] == "-m"
+        script = os.path.abspath(self.runs[0])
+        first = self.folder if is_module else os.path.dirname(script)
+        sys.path[:] = dict.fromkeys([first, *self.path])
+        sys.argv = self.runs[1:] if is_module else self.runs
+        if is_module:
+            runpy.run_module(self.runs[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script, run_name="__main__")
 
 
 class Server:
@@ -92,7 +98,7 @@ class Server:
         self._forks: dict[socket.socket, int] = {}
         self._environment = read_at_import(dict(os.environ))
 
-    def serve(self) -> tuple[Worker, list[int]] | None:
+    def serve(self) -> tuple[Process, list[int]] | None:
         """Go on until the parent process ends; in a fork, return what it has to become, and its streams."""
         parent = os.getppid()
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -112,14 +118,14 @@ class Server:
             _send_signal(pid, signal.SIGKILL)
         return None
 
-    def _accept(self) -> tuple[Worker, list[int]] | None:
+    def _accept(self) -> tuple[Process, list[int]] | None:
         client, _ = self._listener.accept()
         client.settimeout(10)
         streams: list[int] = []
         try:
             head, streams, _, _ = socket.recv_fds(client, 8, 3)
-            worker = Worker(**json.loads(_exactly(client, int.from_bytes(head, "little"))))
-            if worker.prefix != sys.prefix or read_at_import(worker.environment) != self._environment:
+            process = Process(**json.loads(_exactly(client, int.from_bytes(head, "little"))))
+            if process.prefix != sys.prefix or read_at_import(process.environment) != self._environment:
                 client.sendall(DECLINED)
                 return None
             client.sendall(ACCEPTED)
@@ -127,7 +133,7 @@ class Server:
                 self._leave()
                 client.close()
                 kept, streams = streams, []
-                return worker, kept
+                return process, kept
             self._forks[client] = pid
             self._record(client).write_text(str(pid))
         except (OSError, ValueError, TypeError):  # a client that was killed meanwhile
@@ -148,12 +154,12 @@ class Server:
         self._forks.clear()
 
     def _pass_on(self, client: socket.socket) -> None:
-        """Pass a client's SIGTERM on; kill the fork of one that is gone."""
+        """Pass a client's signals on; kill the fork of one that is gone."""
         try:
             said = client.recv(1)
         except OSError:
             said = b""
-        _send_signal(self._forks[client], signal.SIGTERM if said == TERMINATE else signal.SIGKILL)
+        _send_signal(self._forks[client], said[0] if said else signal.SIGKILL)
         if not said:
             self._forget(client)
 
@@ -164,7 +170,7 @@ class Server:
                 code = os.waitstatus_to_exitcode(ended[1])
                 for client in [one for one, pid in self._forks.items() if pid == ended[0]]:
                     with contextlib.suppress(OSError):
-                        client.sendall(bytes([code if code >= 0 else 128 - code]))
+                        client.sendall(bytes([max(0, -code), max(0, code)]))
                     self._forget(client)
 
     def _record(self, client: socket.socket) -> Path:
@@ -187,7 +193,7 @@ def _exactly(client: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def _send_signal(pid: int, number: signal.Signals) -> None:
+def _send_signal(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
@@ -200,8 +206,8 @@ def main() -> None:
     gc.freeze()  # what is there stays, in memory that the forks share
     become = server.serve()
     if become is not None:
-        worker, streams = become
-        worker.run(streams)
+        process, streams = become
+        process.run(streams)
 
 
 if __name__ == "__main__":
