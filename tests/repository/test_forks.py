@@ -38,6 +38,7 @@ class Worker:
         return {
             "pid": os.getpid(),
             "parent": os.getppid(),
+            "group": os.getpgid(0),
             "imported": self.imported,
             "told": os.environ.get("TOLD"),
             "folder": os.getcwd(),
@@ -77,6 +78,7 @@ def test_a_fork_is_what_ray_would_have_started(private_cluster: None) -> None:
     first, second = ray.get([plain.seen.remote(), told.seen.remote()])
     for seen in (first, second):
         assert seen["parent"] == _server()
+        assert seen["group"] == seen["pid"], "Ray kills a worker's group with it"
         assert seen["imported"] <= {"torch", "harmonica"}, "what is tested is imported by each worker itself"
         assert "torch" in seen["imported"]
         assert seen["main"].endswith("default_worker.py")
