@@ -146,7 +146,7 @@ class Server:
         return None
 
     def _leave(self) -> None:
-        """In a fork: be no server any more, nor of its process group, since Ray kills a worker's as a whole."""
+        """In a fork: be no server any more, nor in its process group: Ray kills a worker's as a whole."""
         os.setsid()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
