@@ -74,7 +74,7 @@ def test_killed_while_stages_are_done_again(make_run, unbroken: TrainingRun):
         written = {name: (folder / name).stat().st_mtime_ns for name in before}
         run.start("--from=train", *judged, stages=both)
         run.wait_for(5)
-        with pytest.raises(ValueError, match=f"is being written by process {run.driver.process.pid} on"):
+        with pytest.raises(ValueError, match=f"is being written by process {run.pid} on"):
             claim(run.storage)
         run.driver.kill()
         run.cluster_is_idle()

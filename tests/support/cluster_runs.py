@@ -170,6 +170,12 @@ class TrainingRun:
         until(f"trajectory {trajectory}", reached, sign=lambda: (newest, self.log.stat().st_size))
         assert self.trajectory < self.trajectories, "too late to break anything"
 
+    @property
+    def pid(self) -> int:
+        """Of the driver, or of the fork in its place (support/forks)."""
+        started = self.driver.process.pid
+        return fork_of(started) or started
+
     def workers(self, node: int) -> list[int]:
         """Process ids of the training workers on a node."""
         return workers_of(self.cluster.nodes[node], TRAIN_WORKER)
