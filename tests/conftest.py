@@ -125,7 +125,7 @@ def _start_fork_server(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Start the server of forks before the first test with a cluster."""
     wanted = item.get_closest_marker("cluster") is not None and not item.config.getoption("--no-forks")
-    if wanted and _FORK_SERVER not in item.config.stash:
+    if wanted and sys.platform == "linux" and _FORK_SERVER not in item.config.stash:
         _start_fork_server(item.config)
 
 

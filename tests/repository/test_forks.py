@@ -22,7 +22,7 @@ SCRIPT = Path(ray.__file__).parent / "_private" / "workers" / "default_worker.py
 
 @pytest.fixture(autouse=True)
 def with_forks(request: pytest.FixtureRequest) -> None:
-    if request.config.getoption("--no-forks"):
+    if request.config.getoption("--no-forks") or sys.platform != "linux":
         pytest.skip("there are no forks")
 
 
