@@ -101,6 +101,7 @@ class Server:
     def serve(self) -> tuple[Process, list[int]] | None:
         """Go on until the parent process ends; in a fork, return what it has to become, and its streams."""
         parent = os.getppid()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which end this process
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         while os.getppid() == parent:
