@@ -67,6 +67,7 @@ OTHERS_OPTIONS = {
     "--experiment-id",
     "--nproc-per-node",
     "--help",
+    "--no-forks",
     "--version",
     "--node-ip-address",
     "--log-level",
