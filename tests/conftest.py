@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -50,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Ray gives its workers a niceness of 15, which next to tests of another file leaves them a thirtieth of a
     # core by their weights.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # On two busy cores a node may need longer to start than Ray waits for.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     torch.set_num_threads(int(os.environ.get("HARMONICA_TEST_THREADS", "1")))
     # By default an example fails that takes 0.2 s, which says how busy the machine is.
     hypothesis.settings.register_profile("without deadlines", deadline=None)
@@ -118,7 +121,10 @@ def _start_fork_server(config: pytest.Config) -> None:
     # As workers have it (pipelines/runtime/ray_runtime.py): huggingface_hub reads it when it is imported.
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, "-u", str(FORKS / "fork_server.py"), address]
-    config.stash[_FORK_SERVER] = subprocess.Popen(command, env=os.environ | own)
+    server = config.stash[_FORK_SERVER] = subprocess.Popen(command, env=os.environ | own)
+    # Its imports would take the cores from a cluster that starts meanwhile, and has half a minute for that.
+    while not os.path.exists(address) and server.poll() is None:
+        time.sleep(0.1)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -91,20 +91,25 @@ class Server:
         self._folder = Path(address).parent
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(address)
-        self._listener.listen(128)  # who comes before the libraries are there waits
+        self._listener.listen(128)
         self._waker, self._woken = socket.socketpair()
         for end in (self._waker, self._woken):
             end.setblocking(False)
         self._forks: dict[socket.socket, int] = {}
         self._environment = read_at_import(dict(os.environ))
+        self._ends = False
 
     def serve(self) -> tuple[Process, list[int]] | None:
-        """Go on until the parent process ends; in a fork, return what it has to become, and its streams."""
+        """Go on until SIGTERM or the parent's end, which is that of all forks.
+
+        In a fork, return what it has to become, and its streams.
+        """
         parent = os.getppid()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which end this process
+        signal.signal(signal.SIGTERM, self._end)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        while os.getppid() == parent:
+        while not self._ends and os.getppid() == parent:
             ready, _, _ = select.select([self._listener, self._woken, *self._forks], [], [], 1)
             for one in ready:
                 if one is self._woken:
@@ -118,6 +123,9 @@ class Server:
         for pid in self._forks.values():
             _send_signal(pid, signal.SIGKILL)
         return None
+
+    def _end(self, *_: object) -> None:
+        self._ends = True
 
     def _accept(self) -> tuple[Process, list[int]] | None:
         client, _ = self._listener.accept()
@@ -150,7 +158,8 @@ class Server:
         """In a fork: be no server any more, nor in its process group: Ray kills a worker's as a whole."""
         os.setsid()
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         for one in (self._listener, self._waker, self._woken, *self._forks):
             one.close()
         self._forks.clear()
@@ -201,12 +210,11 @@ def _send_signal(pid: int, number: int) -> None:
 
 
 def main() -> None:
-    server = Server(sys.argv[1])
     for name in LIBRARIES:
         import_module(name)
     gc.collect()
     gc.freeze()  # what is there stays, in memory that the forks share
-    become = server.serve()
+    become = Server(sys.argv[1]).serve()
     if become is not None:
         process, streams = become
         process.run(streams)
