@@ -5,14 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fork_client
+import psutil
 import pytest
 import ray
+from cluster_runs import until
 from fork_client import fork_of
 
 pytestmark = pytest.mark.cluster
@@ -47,29 +47,9 @@ class Worker:
         }
 
 
-def _server() -> int:
-    """Its process id, from a worker that it has forked."""
-    return next(pid for pid in map(int, _children(os.getpid())) if b"fork_server.py" in _command(pid))
-
-
-def _command(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def _children(pid: int) -> list[str]:
-    threads = Path(f"/proc/{pid}/task").glob("*/children")
-    return [child for thread in threads for child in thread.read_text().split()]
-
-
-def _until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def _is_alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+def _child(name: str) -> psutil.Process:
+    """The process of this name that the tests themselves have started."""
+    return next(one for one in psutil.Process().children() if any(name in word for word in one.cmdline()))
 
 
 def test_a_fork_is_what_ray_would_have_started(private_cluster: None) -> None:
@@ -77,7 +57,7 @@ def test_a_fork_is_what_ray_would_have_started(private_cluster: None) -> None:
     told = Worker.options(runtime_env={"env_vars": {"TOLD": "${HOME}/x${NOT_THERE}"}}).remote()
     first, second = ray.get([plain.seen.remote(), told.seen.remote()])
     for seen in (first, second):
-        assert seen["parent"] == _server()
+        assert seen["parent"] == _child("fork_server.py").pid
         assert seen["group"] == seen["pid"], "Ray kills a worker's group with it"
         assert seen["imported"] <= {"torch", "harmonica"}, "what is tested is imported by each worker itself"
         assert "torch" in seen["imported"]
@@ -88,7 +68,7 @@ def test_a_fork_is_what_ray_would_have_started(private_cluster: None) -> None:
     assert {str(ROOT), str(SCRIPT.parent)} <= set(first["path"])
     ray.kill(plain)
     ray.kill(told)
-    _until(lambda: not _is_alive(first["pid"]) and not _is_alive(second["pid"]))
+    until("both have ended", lambda: not any(psutil.pid_exists(seen["pid"]) for seen in (first, second)))
 
 
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--no-such-thing", 2)])
@@ -101,10 +81,10 @@ def test_output_and_exit_status_are_the_fork_s(argument: str, status: int, priva
 def test_a_fork_ends_with_the_process_in_whose_place_it_is(private_cluster: None) -> None:
     worker = Worker.remote()
     fork = ray.get(worker.seen.remote())["pid"]
-    (raylet,) = [int(pid) for pid in _children(os.getpid()) if b"raylet/raylet" in _command(int(pid))]
-    client = next(int(pid) for pid in _children(raylet) if fork_of(int(pid)) == fork)
+    clients = [one.pid for one in _child("raylet/raylet").children()]
+    client = next(pid for pid in clients if fork_of(pid) == fork)
     os.kill(client, signal.SIGKILL)
-    _until(lambda: not _is_alive(fork))
+    until("the fork has ended", lambda: not psutil.pid_exists(fork))
     assert fork_of(client) is None
 
 
