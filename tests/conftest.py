@@ -51,8 +51,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # Ray gives its workers a niceness of 15, which next to tests of another file leaves them a thirtieth of a
     # core by their weights.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # On two busy cores a node may need longer to start than Ray waits for.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     torch.set_num_threads(int(os.environ.get("HARMONICA_TEST_THREADS", "1")))
     # By default an example fails that takes 0.2 s, which says how busy the machine is.
     hypothesis.settings.register_profile("without deadlines", deadline=None)

@@ -2,15 +2,12 @@
 
 import logging
 import os
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import ray
-from ray._private import ray_constants
 
 from harmonica.validation.finite import NotFinite
 
@@ -18,6 +15,7 @@ from ..run_state.interruption import kept_sigterm
 from ..run_state.storage import ENDPOINT
 from .cluster_address import check_address, cluster_address
 from .log_filters import drop_remarks
+from .private_cluster import start_private_cluster
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +24,6 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -38,17 +35,6 @@ QUIET = {
     # Serve ends a proxy that takes longer to start and starts another, which takes as long again.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
-_PRIVATE = {
-    # A private cluster loses no node, so the actor that watches for that is left out.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
-_DASHBOARD_ADDRESS = "RAY_API_SERVER_ADDRESS"
-_DASHBOARD_PORTS = range(8265, 8315)
-# Two training workers, a Serve replica and Ray Data's tasks must fit side by side: with only as many
-# logical CPUs as workers, Data starves and training waits for ever without an error.
-MIN_LOGICAL_CPUS = 6
-
-
 _LOUD = {
     "ray.data": logging.ERROR,
     "ray.train": logging.WARNING,
@@ -99,91 +85,8 @@ def connect(endpoint: str = "") -> None:
         with kept_sigterm():  # Ray's own handler exits with code 15 and no message
             ray.init(logging_level=logging.WARNING, runtime_env=shared)
         return
-    for name, value in _PRIVATE.items():
-        os.environ.setdefault(name, value)
-    port = _dashboard_port()
-    told = _told_to_workers(_DASHBOARD_ADDRESS, f"http://127.0.0.1:{port}")
-    with kept_sigterm(), told, on_loopback() as address:
-        _start_private(address, port)
-
-
-def _start_private(address: str, dashboard_port: int) -> None:
-    ray.init(
-        address="local",
-        num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-        object_store_memory=500_000_000,
-        # Ray Data asks its state API about tasks that seem to hang.
-        include_dashboard=True,
-        dashboard_host=address,
-        dashboard_port=dashboard_port,
-        _node_ip_address=address,
-        logging_level=logging.WARNING,
-    )
-
-
-def _dashboard_port() -> int:
-    """Return the first free port of those that Ray itself would try.
-
-    The port is known before the dashboard starts.
-    """
-    for port in _DASHBOARD_PORTS:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError(
-        f"no port from {_DASHBOARD_PORTS[0]} to {_DASHBOARD_PORTS[-1]} is free for Ray's dashboard"
-    )
-
-
-@contextmanager
-def _told_to_workers(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable while a cluster starts, for its processes.
-
-    What uses Ray's state API, as Ray Data does about tasks that seem to hang, asks the dashboard. Without an
-    address it would ask the cluster that a file in Ray's temporary folder names, which may be another one, or
-    one that was killed.
-    """
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextmanager
-def on_loopback() -> Iterator[str]:
-    """Make servers started inside listen on the loopback address, and yield it.
-
-    Ray's servers (GCS, raylet, workers, agents) do so where the node's address is 127.0.0.1. Ray however puts
-    an address of the network in its place, unless it believes that clusters are impossible here, as on macOS.
-    gloo and NCCL take the interface whose name they are given.
-    """
-    address = "127.0.0.1"
-    if name := _interface_of(address):
-        for library in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", name)  # the cluster's processes inherit it
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield address
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def _interface_of(address: str) -> str:
-    """Return the network interface that has this IPv4 address; "" if there is none."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(one.family == socket.AF_INET and one.address == address for one in addresses):
-            return str(name)
-    return ""
+    with kept_sigterm():
+        start_private_cluster()
 
 
 @contextmanager

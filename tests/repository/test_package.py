@@ -199,6 +199,7 @@ def test_the_commands_of_the_wheel(scripts, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_the_workflow_of_the_wheel_trains_on_ray(scripts, tmp_path):
     """Workers unpickle functions by their module's name, which is that of the wheel."""
     asked = [f"--storage-path={tmp_path / 'runs'}", "--run-id=r1", *SMALL]

@@ -32,7 +32,7 @@ from pipelines.serving.image_sampler import ImageSampler
 from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import find_or_create, make_client
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 logger = logging.getLogger(__name__)
 NAME, CLIENTS = "tiny", 4
 SAMPLER, API = "ray::ServeReplica:harmonica:Sampler", "ray::ServeReplica:harmonica:Api"
@@ -154,6 +154,7 @@ def test_nothing_happens(endpoint: Endpoint):
     endpoint.wait_whole()
     with endpoint.load("nothing"):
         time.sleep(5)
+    assert "Downloading" not in endpoint.session.log.read_text(), "MLflow's progress bar"
 
 
 @pytest.mark.parametrize("kind", [SAMPLER, API], ids=["sampler", "ingress"])

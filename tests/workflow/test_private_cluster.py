@@ -9,7 +9,7 @@ import local_cluster
 import processes
 import pytest
 
-from pipelines.runtime import ray_runtime
+from pipelines.runtime import private_cluster
 
 
 def test_the_dashboard_takes_the_first_free_port_of_those_that_ray_tries(monkeypatch):
@@ -17,21 +17,21 @@ def test_the_dashboard_takes_the_first_free_port_of_those_that_ray_tries(monkeyp
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setattr(ray_runtime, "_DASHBOARD_PORTS", range(port, port + 20))
-        assert port < ray_runtime._dashboard_port() < port + 20
-        monkeypatch.setattr(ray_runtime, "_DASHBOARD_PORTS", range(port, port + 1))
+        monkeypatch.setattr(private_cluster, "_DASHBOARD_PORTS", range(port, port + 20))
+        assert port < private_cluster._dashboard_port() < port + 20
+        monkeypatch.setattr(private_cluster, "_DASHBOARD_PORTS", range(port, port + 1))
         with pytest.raises(RuntimeError, match=rf"no port from {port} to {port} is free"):
-            ray_runtime._dashboard_port()
+            private_cluster._dashboard_port()
 
 
 @pytest.mark.parametrize("before", [None, "http://another:8265"])
 def test_its_address_is_told_to_the_cluster_and_not_to_what_starts_later(monkeypatch, before):
-    name = ray_runtime._DASHBOARD_ADDRESS
+    name = private_cluster._DASHBOARD_ADDRESS
     if before is None:
         monkeypatch.delenv(name, raising=False)
     else:
         monkeypatch.setenv(name, before)
-    with pytest.raises(ZeroDivisionError), ray_runtime._told_to_workers(name, "http://127.0.0.1:8266"):
+    with pytest.raises(ZeroDivisionError), private_cluster._told_to_workers(name, "http://127.0.0.1:8266"):
         assert os.environ[name] == "http://127.0.0.1:8266"
         _ = 1 // 0
     assert os.environ.get(name) == before
@@ -62,13 +62,14 @@ class _Named:
 class _Node:
     """A node that starts nothing."""
 
-    def __init__(self, arguments, environment, log):
+    def __init__(self, arguments, environment, folder):
         self.ports = [int(port) for port in re.findall(r"port=(\d+)", " ".join(arguments))]
 
     def wait_started(self):
-        pass
+        return True
 
-    stop = wait_started
+    def stop(self):
+        pass
 
 
 def test_no_two_ports_of_a_local_cluster_are_the_same(monkeypatch):

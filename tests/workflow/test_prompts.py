@@ -304,7 +304,8 @@ DRIVER = """
 import os, sys, time
 from pathlib import Path
 from pipelines.data import embed_prompts as pipeline
-from pipelines.runtime.ray_runtime import connect, on_loopback
+from pipelines.runtime.private_cluster import on_loopback
+from pipelines.runtime.ray_runtime import connect
 
 text, folder, out, rows, pids = sys.argv[1:]
 

@@ -155,8 +155,12 @@ class Server:
         return None
 
     def _leave(self) -> None:
-        """In a fork: be no server any more, nor in its process group: Ray kills a worker's as a whole."""
-        os.setsid()
+        """In a fork: be no server any more, nor in its process group: Ray kills a worker's as a whole.
+
+        Its session stays the server's: Linux shares the cores out among sessions first, and with one each the
+        forks of one cluster would starve the start of another.
+        """
+        os.setpgid(0, 0)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
