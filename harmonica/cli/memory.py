@@ -16,9 +16,9 @@ state (4 beside half precision), G blocks, B branches:
                  backward, E (2r + 10s) without one
     lambda       two caches of a micro-batch and that working memory; no activations
     start, fit   the activations of all steps but the first, in the fit of those that the plan computes; with
-                 checkpointing of a step only r * E a group of branches and the values; and in the fit
-                 gradients of the last values of all branches. With offloading the activations are in the
-                 host's memory
+                 checkpointing of a step only r * E a group of branches; besides, of a step the values, r * E
+                 a segment where branches are reused as one; and in the fit gradients of the last values. With
+                 offloading the activations are in the host's memory
 
 Not included are the CUDA context and libraries (about 1 GiB a process), and the allocator's fragmentation.
 Shapes: M model rows (two an image under guidance), L tokens, D width, S text tokens.
@@ -89,6 +89,7 @@ def learning_memory(
     computed_steps: float,
     is_guided: bool = True,
     order: int = 2,
+    segments: bool = False,
     savings: MemorySavings = NO_SAVINGS,
     processes: int = 1,
     num_steps: int = NUM_STEPS,
@@ -101,14 +102,22 @@ def learning_memory(
         rows_at_once: number of images that a worker has at a time.
         computed_steps: number of steps of a trajectory that the plan computes.
         order: number of differences in a forecast.
+        segments: whole steps are reused, and branches without uncached sub-layers between them as one.
     """
     rows = (1 + is_guided) * rows_at_once
     weights, values = shape.weights(processes), shape.num_branches * shape.value(rows)
+    if segments:
+        values = shape.num_segments * shape.hidden(rows)
     prepared, working = shape.prepared(rows, num_steps), shape.working(rows, backward=True)
     if savings.recompute:
-        working += shape.of_group(rows)
-    step = shape.of_step(rows, checkpointing=savings.recompute)
+        working += shape.of_group(rows, segments=segments)
+    step = shape.of_step(rows, checkpointing=savings.recompute, segments=segments)
     of_start, of_fit = (num_steps - 1) * step, round((computed_steps - 1) * step)
+    if segments:
+        # No gradient reaches inside of the first two steps. Each step keeps its value, and what enters its
+        # head, in the start twice.
+        others = (num_steps - 1) * (values + 2 * shape.hidden(rows))
+        of_start, of_fit = (num_steps - 2) * step + others, round((computed_steps - 1) * step) + others
     # The fit has gradients of the last values; before those, where values go to the host, these themselves.
     caches = values + prepared, (2 + order) * values + prepared
     start, fit = Memory(weights, caches[0], of_start, working), Memory(weights, caches[1], of_fit, working)
@@ -117,6 +126,8 @@ def learning_memory(
         working += (4 if savings.recompute else 8) * shape.value(rows)
         # The first step's values too, and what each step keeps of its head.
         others = values + num_steps * 2 * shape.hidden(rows)
+        if segments:
+            working, others = working + 2 * shape.hidden(rows), values + 3 * shape.hidden(rows)
         start, fit = (
             replace(each, activations=0, working=working, host=each.activations + others)
             for each in (start, fit)

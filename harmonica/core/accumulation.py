@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.core.cache import BranchCache, Reuse, cache_bytes
+from harmonica.core.cache import BranchCache, Reuse, cache_bytes, values_kept
 from harmonica.core.correction import corrected
 from harmonica.core.plan import Plan
+from harmonica.core.segments import units_of
 from harmonica.execution.eager import Addition
 from harmonica.execution.levels import runner_of
 from harmonica.execution.values import Scalars
@@ -46,6 +47,7 @@ class AccumulationPlan:
     """For every computed value, the sums of later steps that it is added to."""
 
     plan: Plan
+    """In terms of what is computed or reused as one, branches or segments."""
     reuse: Reuse
     terms: Mapping[Entry, tuple[Term, ...]]
     """Terms of each computed entry that is used later."""
@@ -57,12 +59,13 @@ class AccumulationPlan:
     @classmethod
     def of(cls, plan: Plan, reuse: Reuse, model: BranchedTransformer) -> "AccumulationPlan":
         """Return the accumulation plan for a model's branches."""
-        return _accumulation_plan(plan, reuse, tuple(branch.has_post_branch for branch in model.branches))
+        units, rows = units_of(model, plan)
+        return _accumulation_plan(rows, reuse, tuple(unit.has_post_branch for unit in units))
 
     def nbytes(self, model: BranchedTransformer, *, is_guided: bool) -> int:
         """Return the bytes of one image's sums, in the hidden state's precision."""
-        itemsize = (model.residual_dtype or torch.promote_types(model.dtype, torch.float32)).itemsize
-        return self.most_sums * (1 + is_guided) * math.prod(model.value_shape) * itemsize
+        values = self.most_sums * (1 + is_guided) * math.prod(model.value_shape)
+        return values * _hidden_dtype(model).itemsize
 
     @property
     def lookahead(self) -> int:
@@ -108,7 +111,7 @@ def _accumulation_plan(plan: Plan, reuse: Reuse, has_post_branch: tuple[bool, ..
     """Compute the sums of a plan; the last few plans are remembered.
 
     Args:
-        has_post_branch: `has_post_branch` of each branch.
+        has_post_branch: `has_post_branch` of what each column is of.
     """
     # A cache of unit vectors, one a step, hands out weights: what `BranchCache` says of forecasts holds here.
     unit_TT = torch.eye(plan.num_steps, dtype=torch.float64)
@@ -137,7 +140,7 @@ def is_worth_accumulating(model: BranchedTransformer, plan: Plan, reuse: Reuse) 
     Not for a plan of single entries, which has nearly as many sums as values, and more additions. The batch
     does not count: the last bits of an image must not depend on the batch size.
     """
-    values = cache_bytes(model, reuse, is_guided=False, forecast_order=_order(plan))
+    values = _values_bytes(model, plan, reuse, is_guided=False)
     return 2 * AccumulationPlan.of(plan, reuse, model).nbytes(model, is_guided=False) <= values
 
 
@@ -145,7 +148,19 @@ def kept_bytes(model: BranchedTransformer, plan: Plan, reuse: Reuse, *, is_guide
     """Return the most bytes that one image keeps between steps under a plan."""
     if is_worth_accumulating(model, plan, reuse):
         return AccumulationPlan.of(plan, reuse, model).nbytes(model, is_guided=is_guided)
-    return cache_bytes(model, reuse, is_guided=is_guided, forecast_order=_order(plan))
+    return _values_bytes(model, plan, reuse, is_guided=is_guided)
+
+
+def _values_bytes(model: BranchedTransformer, plan: Plan, reuse: Reuse, *, is_guided: bool) -> int:
+    """Return the bytes of one image's kept values."""
+    if plan.segments is None:
+        return cache_bytes(model, reuse, is_guided=is_guided, forecast_order=_order(plan))
+    values = len(plan.segments) * values_kept(reuse, _order(plan)) * (1 + is_guided)
+    return values * math.prod(model.value_shape) * _hidden_dtype(model).itemsize
+
+
+def _hidden_dtype(model: BranchedTransformer) -> torch.dtype:
+    return model.residual_dtype or torch.promote_types(model.dtype, torch.float32)
 
 
 def _order(plan: Plan) -> int:
@@ -156,12 +171,19 @@ def _order(plan: Plan) -> int:
 class AccumulatedSums:
     """The sums of one batch during one trajectory under an accumulation plan."""
 
-    def __init__(self, plan: AccumulationPlan, conditionings_T: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        plan: AccumulationPlan,
+        conditionings_T: Sequence[Any],
+        units: Sequence[Branch] | None = None,
+    ) -> None:
         """Start with no sums.
 
         Args:
             conditionings_T: the conditioning of every step, as `embed` returns it.
+            units: what the plan has columns for, if not the model's branches.
         """
+        self._units = units
         self.plan, self._conditionings_T = plan, conditionings_T
         self._sums: dict[Entry, Tensor] = {}
         self._scalars = Scalars()
@@ -175,7 +197,7 @@ class AccumulatedSums:
         Returns:
             The model's output (N, out_channels, H, W), corrected where the plan says so.
         """
-        branches, row, runner = model.branches, self.plan.plan.compute[step], runner_of(model)
+        branches, row, runner = self._units or model.branches, self.plan.plan.compute[step], runner_of(model)
         for index, (branch, is_computed) in enumerate(zip(branches, row, strict=True)):
             if is_computed:
                 terms = self.plan.terms.get((step, index), ())

@@ -23,7 +23,7 @@ from harmonica.models.base import BranchedTransformer
 from harmonica.samplers import Sampler, SamplerConfig
 from harmonica.version import __version__
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _SAMPLE = "sample.safetensors"
 _STARTS = {"measured": "learned steps", "even": "even steps"}
 
@@ -40,6 +40,9 @@ class RouterArtifact:
     """Learned weights of the forecasts (`training.plans.forecast_fit`); None where they are linear."""
     correction_TJ: Tensor | None = None
     """Learned weights of the output's correction (`core.correction`); None where there is none."""
+    segments: tuple[int, ...] | None = None
+    """The first branch of each segment, which are forecast as one (`core.segments`); None where there are
+    none."""
     model: dict[str, Any]
     """The model's `identity()`."""
     rounded_weights: Mapping[str, str] = field(default_factory=dict)
@@ -58,7 +61,7 @@ class RouterArtifact:
     @property
     def plan(self) -> Plan:
         """Return the plan of these scores at the recorded threshold."""
-        learned = self.forecast_TBK, self.correction_TJ
+        learned = self.forecast_TBK, self.correction_TJ, self.segments
         return Plan.from_scores(self.logits_TB.sigmoid(), self.threshold, *learned)
 
     @property
@@ -90,10 +93,12 @@ class RouterArtifact:
         training: dict[str, Any],
         forecast_TBK: Tensor | None = None,
         correction_TJ: Tensor | None = None,
+        segments: tuple[int, ...] | None = None,
     ) -> "RouterArtifact":
         """Build the artifact of a router that was trained with `sampler`."""
         macs = sampler.model.macs()
-        plan = Plan.from_scores(logits_TB.sigmoid(), threshold, forecast_TBK, correction_TJ)
+        learned = forecast_TBK, correction_TJ, segments
+        plan = Plan.from_scores(logits_TB.sigmoid(), threshold, *learned)
         return cls(
             logits_TB=logits_TB.detach().float().cpu(),
             threshold=threshold,
@@ -101,6 +106,7 @@ class RouterArtifact:
             reuse=reuse,
             forecast_TBK=None if forecast_TBK is None else forecast_TBK.detach().float().cpu(),
             correction_TJ=None if correction_TJ is None else correction_TJ.detach().float().cpu(),
+            segments=segments,
             model=sampler.model.identity(),
             rounded_weights=sampler.model.fingerprint().rounded,
             ideal_speedup=plan.ideal_speedup(macs),
@@ -112,8 +118,10 @@ class RouterArtifact:
     @property
     def _format_version(self) -> int:
         """Return the oldest format whose readers leave nothing of it out."""
-        if self.correction_TJ is not None:
+        if self.segments is not None:
             return FORMAT_VERSION
+        if self.correction_TJ is not None:
+            return 3
         return 1 if self.forecast_TBK is None else 2
 
     def save(self, folder: str | Path) -> Path:
@@ -136,6 +144,7 @@ class RouterArtifact:
             "sampler": self.sampler.to_dict(),
             "threshold": self.threshold,
             "reuse": self.reuse,
+            **({} if self.segments is None else {"segments": list(self.segments)}),
             "plan": plan.to_strings(),
             "cur": plan.cur,
             "ideal_speedup": self.ideal_speedup,
@@ -182,6 +191,7 @@ class RouterArtifact:
                 reuse=config["reuse"],
                 forecast_TBK=tensors.get("forecast"),
                 correction_TJ=tensors.get("correction"),
+                segments=tuple(config["segments"]) if "segments" in config else None,
                 model=_complete(config["model"]),
                 rounded_weights=config.get("rounded_weights", {}),
                 ideal_speedup=config["ideal_speedup"],

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from harmonica.core.plan import Correction, Forecast
+from harmonica.core.plan import Correction, Forecast, Plan
 from harmonica.execution.values import KeptValues, Scalars, extrapolate
 from harmonica.models.base import BranchedTransformer
 
@@ -52,6 +52,11 @@ class BranchCache:
         self._kept: list[tuple[tuple[int, Tensor], ...]] = [()] * num_branches
         self.scalars = Scalars()
         """Coefficients of forecasts on the device."""
+
+    @classmethod
+    def under(cls, plan: Plan, reuse: Reuse) -> "BranchCache":
+        """Return the empty cache of a trajectory, with a place for each column of a plan."""
+        return cls(plan.num_branches, reuse, plan.forecast, plan.correction)
 
     def _of_outputs(self, learned: Forecast) -> "BranchCache":
         """Return the cache of the model's outputs, T x 1 weights of which correct them."""

@@ -1,6 +1,7 @@
 """The plan: which branch is computed at which step, the same for all images."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class Plan:
     """Learned weights that correct the model's output at every step (`harmonica.core.correction`).
 
     None where outputs stay as they are."""
+    segments: tuple[int, ...] | None = field(default=None, repr=False)
+    """The first branch of each segment: neighbours that are reused and forecast as one, with the same weights
+    (`harmonica.core.segments`).
+
+    None where branches are forecast one by one."""
 
     def __post_init__(self) -> None:
         if not self.compute or len({len(row) for row in self.compute}) != 1:
@@ -51,6 +57,39 @@ class Plan:
             len(self.correction) != len(self.compute) or len({len(row) for row in self.correction}) != 1
         ):
             raise ValueError("the correction has another shape than the plan: give T rows of as many weights")
+        if self.segments is not None:
+            self._check_segments(self.segments)
+
+    def _check_segments(self, segments: tuple[int, ...]) -> None:
+        if segments[:1] != (0,) or any(not a < b < self.num_branches for a, b in pairwise(segments)):
+            raise ValueError(
+                f"the plan's segments begin at {segments}: give numbers of branches from 0, ascending"
+            )
+        for rows in (self.compute, self.forecast or ()):
+            if any(len({*row[each.start : each.stop]}) > 1 for row in rows for each in self.segment_ranges):
+                raise ValueError("branches of one of the plan's segments differ: give each the same entries")
+
+    @property
+    def segment_ranges(self) -> list[range]:
+        """Return the branches of each segment.
+
+        Where there are none, each branch is one by itself.
+        """
+        ends = (*range(self.num_branches), self.num_branches)
+        if self.segments is not None:
+            ends = (*self.segments, self.num_branches)
+        return [range(first, end) for first, end in pairwise(ends)]
+
+    def by_segment(self) -> "Plan":
+        """Return the plan with a column a segment in place of one a branch."""
+        if self.segments is None:
+            return self
+        firsts = self.segments
+        compute = tuple(tuple(row[first] for first in firsts) for row in self.compute)
+        if self.forecast is None:
+            return Plan(compute, None, self.correction)
+        forecast = tuple(tuple(row[first] for first in firsts) for row in self.forecast)
+        return Plan(compute, forecast, self.correction)
 
     @classmethod
     def from_scores(
@@ -59,12 +98,14 @@ class Plan:
         threshold: float,
         forecast_TBK: Tensor | None = None,
         correction_TJ: Tensor | None = None,
+        segments: tuple[int, ...] | None = None,
     ) -> "Plan":
         """Compute where r > tau, and everywhere in row T-1.
 
         Args:
             forecast_TBK: learned weights, K of each entry.
             correction_TJ: learned weights of the output's correction, J of each step.
+            segments: the first branch of each segment, where there are any.
         """
         if scores_TB.ndim != 2:
             raise ValueError(f"router scores have shape {tuple(scores_TB.shape)}: give a T x B table")
@@ -74,7 +115,7 @@ class Plan:
         compute_TB[-1] = True
         forecast = None if forecast_TBK is None else forecast_of(forecast_TBK)
         correction = None if correction_TJ is None else correction_of(correction_TJ)
-        return cls(tuple(tuple(row) for row in compute_TB.tolist()), forecast, correction)
+        return cls(tuple(tuple(row) for row in compute_TB.tolist()), forecast, correction, segments)
 
     @classmethod
     def full(cls, num_steps: int, num_branches: int) -> "Plan":

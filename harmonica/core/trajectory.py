@@ -13,7 +13,9 @@ from harmonica.core.accumulation import AccumulatedSums, AccumulationPlan, is_wo
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan
+from harmonica.core.segments import units_of
 from harmonica.execution.levels import runner_of
+from harmonica.models.base import Branch
 from harmonica.models.step_conditionings import StepConditionings
 from harmonica.samplers import Sampler, State
 from harmonica.samplers.noise import SampleKeys
@@ -34,15 +36,19 @@ def planned_step(
     compute_row: Sequence[bool],
     cache: BranchCache,
     *,
+    units: Sequence[Branch] | None = None,
     recompute: bool = False,
 ) -> tuple[State, Tensor]:
     """Run step i under a row of a plan; returns the next state and the guided output.
 
     Args:
+        units: what the row has entries for, if not the model's branches (`harmonica.core.segments`).
         recompute: backward computes the branches again (`harmonica.core.passes`).
     """
     hidden, conditioning = sampler.embed(i, state)
-    output = planned_pass(sampler.model, hidden, conditioning, compute_row, cache, i, recompute=recompute)
+    output = planned_pass(
+        sampler.model, hidden, conditioning, compute_row, cache, i, units=units, recompute=recompute
+    )
     guided = sampler.guide(output)
     return sampler.advance(i, state, guided), guided
 
@@ -54,6 +60,7 @@ def planned_end(
     cache: BranchCache,
     first: int,
     *,
+    units: Sequence[Branch] | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """Run steps `first` ... 0 under a plan.
@@ -61,10 +68,12 @@ def planned_end(
     Returns the final images or latents (N, C, H, W).
 
     Args:
+        units: what the plan has columns for, if not the model's branches (`harmonica.core.segments`).
         recompute: backward computes the branches again (`harmonica.core.passes`).
     """
     for i in range(first, -1, -1):
-        state, _ = planned_step(sampler, i, state, plan.compute[i], cache, recompute=recompute)
+        row = plan.compute[i]
+        state, _ = planned_step(sampler, i, state, row, cache, units=units, recompute=recompute)
     return sampler.finish(state)
 
 
@@ -88,13 +97,15 @@ class Trajectory:
             accumulate: as for `harmonica.core.sampling.sample`.
         """
         self.sampler, self._plan = sampler, plan
-        learned = (plan.forecast, plan.correction) if plan else ()
-        self._cache = BranchCache(len(sampler.model.branches), reuse, *learned)
+        self._units: Sequence[Branch] = sampler.model.branches
+        self._cache = BranchCache(0)
         self._ahead: AccumulationPlan | None = None
         self._sums: AccumulatedSums | None = None
-        if plan is not None and accumulate is None:
-            accumulate = is_worth_accumulating(sampler.model, plan, reuse)
-        if plan is not None and accumulate:
+        if plan is None:
+            return
+        self._units, self._plan = units_of(sampler.model, plan)
+        self._cache = BranchCache.under(self._plan, reuse)
+        if is_worth_accumulating(sampler.model, plan, reuse) if accumulate is None else accumulate:
             self._ahead = AccumulationPlan.of(plan, reuse, sampler.model)
 
     def start(
@@ -113,7 +124,7 @@ class Trajectory:
         if self._ahead is not None and isinstance(state.conditions_T, StepConditionings):
             ahead_T = state.conditions_T.looking_ahead(self._ahead.lookahead)
             state = replace(state, conditions_T=ahead_T)
-            self._sums = AccumulatedSums(self._ahead, ahead_T)
+            self._sums = AccumulatedSums(self._ahead, ahead_T, self._units)
         self.state = state
 
     def step(self, i: int) -> tuple[State, Tensor]:
@@ -122,7 +133,8 @@ class Trajectory:
         if self._sums is not None:
             self.state, guided = accumulated_step(sampler, i, before, self._sums)
         elif self._plan is not None:
-            self.state, guided = planned_step(sampler, i, before, self._plan.compute[i], self._cache)
+            row = self._plan.compute[i]
+            self.state, guided = planned_step(sampler, i, before, row, self._cache, units=self._units)
         else:
             self.state, guided = full_step(sampler, i, before)
         return before, guided

@@ -130,6 +130,8 @@ class CompiledRunner(EagerRunner):
     def compute(
         self, branch: Branch, index: int, hidden_NLD: Tensor, conditioning: Any
     ) -> tuple[Tensor, Tensor]:
+        if branch.parts:  # each of them is a graph, which others of its kind share
+            return super().compute(branch, index, hidden_NLD, conditioning)
         gate, inputs = branch.gate(conditioning), branch.inputs(conditioning)
         hidden_NLD, y_NLD = _call(functions.compute, _kind_of(branch), branch, hidden_NLD, gate, inputs)
         return self.run_all(branch.always, hidden_NLD, conditioning), y_NLD
@@ -143,10 +145,15 @@ class CompiledRunner(EagerRunner):
         additions: Sequence[Addition],
         scalars: Scalars,
     ) -> Tensor:
-        gate, inputs, kind = branch.gate(conditioning), branch.inputs(conditioning), _kind_of(branch)
         first, *others = _arguments(additions, scalars)
         if not first[0]:
             return self.compute(branch, index, hidden_NLD, conditioning)[0]
+        if branch.parts:
+            hidden_NLD, y_NLD = self.compute(branch, index, hidden_NLD, conditioning)
+            for each in (first, *others):
+                _call(functions.add_to, "any", *each, y_NLD)
+            return hidden_NLD
+        gate, inputs, kind = branch.gate(conditioning), branch.inputs(conditioning), _kind_of(branch)
         hidden_NLD, y_NLD = _call(functions.compute_and_add, kind, branch, hidden_NLD, gate, inputs, *first)
         for each in others:
             _call(functions.add_to, "any", *each, y_NLD)

@@ -42,6 +42,9 @@ class EagerRunner:
         Returns:
             The next hidden state and y, both (N, L, D).
         """
+        if branch.parts:
+            after_NLD = self.run_all(branch.parts, hidden_NLD, conditioning)
+            return self.run_all(branch.always, after_NLD, conditioning), after_NLD - hidden_NLD
         y_NLD = branch.compute(hidden_NLD, conditioning)
         return merge_of(branch, index)(hidden_NLD, y_NLD, conditioning), y_NLD
 
@@ -59,13 +62,13 @@ class EagerRunner:
         Returns:
             The next hidden state (N, L, D).
         """
-        y_NLD = branch.compute(hidden_NLD, conditioning)
+        hidden_NLD, y_NLD = self.compute(branch, index, hidden_NLD, conditioning)
         for each in additions:
             if each.gate_N1D is None:
                 each.total_NLD.add_(y_NLD, alpha=each.weight)
             else:
                 each.total_NLD.addcmul_(each.gate_N1D, y_NLD, value=each.weight)
-        return merge_of(branch, index)(hidden_NLD, y_NLD, conditioning)
+        return hidden_NLD
 
     def reuse(
         self,

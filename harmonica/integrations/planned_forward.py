@@ -11,23 +11,29 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan
+from harmonica.core.segments import units_of
 from harmonica.integrations.pipeline_transformer import Call, PipelineTransformer
 from harmonica.integrations.scheduler_guard import SecondCallError
 from harmonica.integrations.step_tracker import StepCounter
 from harmonica.integrations.timestep_reader import TimestepReader, read_all
 from harmonica.integrations.trajectory_claim import TrajectoryClaim
-from harmonica.models.base import BranchedTransformer, Execution
+from harmonica.models.base import Branch, BranchedTransformer, Execution
 
 PipelineExecution = Literal["auto", "eager", "compiled"]
 """How branches are run in a pipeline; `auto` compiles them on CUDA."""
 
 
 def _step(
-    view: BranchedTransformer, row: Sequence[bool], cache: BranchCache, step: int, inputs: tuple[Any, ...]
+    view: BranchedTransformer,
+    units: Sequence[Branch],
+    row: Sequence[bool],
+    cache: BranchCache,
+    step: int,
+    inputs: tuple[Any, ...],
 ) -> Tensor:
     """Compute the model's output under one row of the plan; this is compiled."""
     hidden, conditioning = view.embed(*inputs)
-    return planned_pass(view, hidden, conditioning, row, cache, step)
+    return planned_pass(view, hidden, conditioning, row, cache, step, units=units)
 
 
 def _step_of_its_own(name: str) -> Any:
@@ -59,6 +65,7 @@ class PlannedForward:
         self._set_up()
 
     def _set_up(self) -> None:
+        self._units, self._rows = units_of(self._model.view, self._plan)
         steps = range(self._plan.num_steps)
         self._graphs = {self._graph(i): _step_of_its_own(f"plan_step_{i}") for i in steps}
         self._cache: BranchCache | None = None
@@ -93,8 +100,8 @@ class PlannedForward:
             i, call, inputs = self._enter(args, kwargs)
             # To hold, the cache need not know the step, and as a number it would be compiled in.
             step = i if self._reuse == "forecast" else 0
-            row = self._plan.compute[i]
-            output_NCHW = self._graphs[self._graph(i)](self._model.view, row, self._cache, step, inputs)
+            row, run = self._rows.compute[i], self._graphs[self._graph(i)]
+            output_NCHW = run(self._model.view, self._units, row, self._cache, step, inputs)
             if i == 0:
                 self._check_timesteps()
         except SecondCallError:
@@ -113,8 +120,7 @@ class PlannedForward:
         shape = tuple(call.sample_NCHW.shape)
         if i == self._plan.num_steps - 1:
             self._model.check()  # hooks, adapters and attention processors can have come since
-            learned = (self._plan.forecast, self._plan.correction)
-            self._cache = BranchCache(self._plan.num_branches, self._reuse, *learned)
+            self._cache = BranchCache.under(self._rows, self._reuse)
             self._shape = shape
             self._model.view.execution = self._execution_on(call.sample_NCHW.device)
         elif shape != self._shape:

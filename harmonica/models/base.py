@@ -23,6 +23,8 @@ class Branch(ABC):
     """`attn`, `cross` or `mlp`: branches of one class and kind do the same arithmetic."""
     macs: int
     """Multiply-accumulates of `compute` for one sample, without its modulation."""
+    parts: "Sequence[Branch]" = ()
+    """The branches that it consists of, where these are reused as one (`harmonica.core.segments`)."""
 
     @abstractmethod
     def inputs(self, conditioning: Any) -> tuple[Any, ...]:
@@ -61,6 +63,11 @@ class Branch(ABC):
     def always(self) -> "Sequence[Branch]":
         """The uncached sub-layers after the branch, which run at every merge."""
         return ()
+
+    @property
+    def alone(self) -> "Branch":
+        """The branch without the uncached sub-layers after it."""
+        return self
 
     @property
     def has_post_branch(self) -> bool:

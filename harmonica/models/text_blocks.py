@@ -140,6 +140,10 @@ class LeadingBranch(Branch):
     def always(self) -> Sequence[Branch]:
         return self._always
 
+    @property
+    def alone(self) -> Branch:
+        return self.branch
+
 
 def arrange(
     layers: Iterable[SubLayer], cacheable: tuple[Kind, ...]

@@ -120,8 +120,10 @@ class PipelineBackend(TrajectoryBackend):
         reach: int,
         corrections: int,
         probes: int,
+        segments: bool = False,
         savings: MemorySavings = NO_SAVINGS,
     ) -> Tensor:
+        assert not segments, "a recorded transformer has one branch for all blocks instead"
         offloading = savings.offloading(self._weights())
         policy = StepSketchPolicy(
             reach, corrects=corrections > 0, recompute=savings.recompute, offloading=offloading

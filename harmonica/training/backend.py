@@ -46,6 +46,8 @@ class TrajectoryBackend(ABC):
     """Steps below T-1 that compute everything under any plan, as far as they are known."""
     from_start: ClassVar[bool] = False
     """Whether every run begins at the first step; else runs share what lies before they differ."""
+    has_segments: ClassVar[bool] = False
+    """Whether neighbouring branches can be reused as one (`harmonica.core.segments`)."""
 
     @property
     @abstractmethod
@@ -70,7 +72,14 @@ class TrajectoryBackend(ABC):
 
     @abstractmethod
     def step_sketch(
-        self, batch: Any, *, reach: int, corrections: int, probes: int, savings: MemorySavings = NO_SAVINGS
+        self,
+        batch: Any,
+        *,
+        reach: int,
+        corrections: int,
+        probes: int,
+        segments: bool = False,
+        savings: MemorySavings = NO_SAVINGS,
     ) -> Tensor:
         """Linearise the final latents in the reuse and the correction of each step.
 
@@ -79,6 +88,7 @@ class TrajectoryBackend(ABC):
         Args:
             reach: the largest distance D of a step that another one is reused from.
             corrections: the largest distance J of an output that corrects another one.
+            segments: of what branches add together, and not of each branch's value; where `has_segments`.
 
         Returns:
             Random projections of the change that step i makes if what it adds is replaced by what step i + d

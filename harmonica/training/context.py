@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harmonica.core.plan import Plan
 from harmonica.core.router import FIXED_LOGIT, Router
+from harmonica.core.segments import with_segments
 from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.plans.search import StepSearch, initial_router
@@ -66,6 +67,23 @@ class TrainingContext:
         """Return the device of the router's logits."""
         device: torch.device = self.router.rows[0].device
         return device
+
+    @property
+    def has_segments(self) -> bool:
+        """Return whether learned forecasts are of segments."""
+        forecast = self.config.forecast
+        return forecast.segments and forecast.trajectories > 0 and self.backend.has_segments
+
+    @property
+    def cures(self) -> list[str]:
+        """Return what to give where a trajectory's gradients do not fit."""
+        forecast = self.config.forecast
+        can_have = self.backend.has_segments and forecast.trajectories > 0 and not forecast.segments
+        return ["train.forecast.segments True"] * can_have + forecast.cures
+
+    def in_segments(self, plan: Plan) -> Plan:
+        """Return a plan with segments, if learned forecasts are of these."""
+        return with_segments(plan, self.sampler.model) if self.has_segments else plan
 
     @property
     def plan(self) -> Plan:

@@ -54,7 +54,7 @@ class ForecastPhase(Phase):
         context = self.context
         finalists = context.finalists or {context.chosen: context.router.logits()}
         self.fits = {
-            name: ForecastFit(context.target.plan_of(logits_TB), self.config.forecast)
+            name: ForecastFit(context.in_segments(context.target.plan_of(logits_TB)), self.config.forecast)
             for name, logits_TB in finalists.items()
         }
 
@@ -62,7 +62,7 @@ class ForecastPhase(Phase):
         size = self.config.micro_batch_size or self.config.forecast.rows_at_once
         batches = batch.split(size)
         backend = self.context.backend
-        with self.context.sdt.stopwatch.measure("forecast"), advised(*self.config.forecast.cures):
+        with self.context.sdt.stopwatch.measure("forecast"), advised(*self.context.cures):
             full = full_latents(backend, batches)
             # Those of the first are logged.
             metrics, *_ = [fit.observe(backend, batches, average, full) for fit in self.fits.values()]

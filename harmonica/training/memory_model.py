@@ -8,7 +8,7 @@ Shapes: M model rows (two a picture under guidance), L tokens, D width, S text t
 
 from dataclasses import dataclass
 
-from harmonica.core.passes import branches_per_checkpoint
+from harmonica.core.passes import GROUPS_OF_SEGMENT, branches_per_checkpoint
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.dit.conditioning import ROWS_AT_ONCE
 from harmonica.training.sharding import sharded_layers
@@ -93,6 +93,12 @@ class Shape:
         """Return the number of branches that can be cached."""
         return self.layers * len(self.cacheable)
 
+    @property
+    def num_segments(self) -> int:
+        """Return the number of segments of a whole step (`harmonica.core.segments`)."""
+        uncached = any(kind not in self.cacheable for kind in self.kinds)
+        return self.layers + 1 if uncached else 1
+
     def weights(self, processes: int = 1) -> int:
         """Return the bytes of weights on each process that the model is sharded over."""
         return self.sharded_weights // processes + self.other_weights
@@ -140,11 +146,15 @@ class Shape:
         own = self.hidden(rows) + 4 * self.value(rows) + norm
         return own + logsumexp if kind == "attn" else own
 
-    def of_step(self, rows: int, *, checkpointing: bool = False) -> int:
+    def of_step(self, rows: int, *, checkpointing: bool = False, segments: bool = False) -> int:
         """Return the bytes that a trajectory's backward keeps of a computed step.
 
-        The step has M rows. The values of its branches are among them.
+        The step has M rows. The values of its branches are among them; those of segments are not.
         """
+        if segments:
+            if checkpointing:
+                return max(GROUPS_OF_SEGMENT, self.num_segments) * self.hidden(rows)
+            return self.layers * sum(self.inside(kind, rows) for kind in self.kinds)
         if checkpointing:
             return self._of_groups(rows) + self.num_branches * self.value(rows)
         return self.layers * self._of_block(rows)
@@ -157,8 +167,11 @@ class Shape:
         """Return the bytes of the hidden states before recomputed groups."""
         return -(-self.num_branches // branches_per_checkpoint(self.num_branches)) * self.hidden(rows)
 
-    def of_group(self, rows: int) -> int:
+    def of_group(self, rows: int, *, segments: bool = False) -> int:
         """Return the bytes that the backward of a group keeps once it is computed again."""
+        if segments:
+            inside = self.layers * sum(self.inside(kind, rows) for kind in self.kinds)
+            return inside // max(GROUPS_OF_SEGMENT, self.num_segments)
         size = branches_per_checkpoint(self.num_branches)
         return self._of_block(rows) * size // len(self.cacheable)
 

@@ -113,7 +113,8 @@ class ChoicePhase(Phase):
         if context.target.is_met_by(context.plan) or not plans:
             plans["trained"] = context.plan
         if context.search is not None:  # each with the forecasts that it would about be fitted
-            plans = {name: context.search.with_forecast(plan) for name, plan in plans.items()}
+            search = context.search
+            plans = {name: search.with_forecast(context.in_segments(plan)) for name, plan in plans.items()}
         self.selector = PlanSelector(plans, self.config.sdt.reuse)
 
     def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:

@@ -48,12 +48,13 @@ def learned_steps(*, is_large: bool = True, **settings: Any) -> TrainingConfig:
 
     Args:
         is_large: the activations of a trajectory fill a GPU, as those of diffusers' pipelines do. A
-            trajectory has four images, one at a time, and its branches are computed again in backward passes.
+            trajectory has four images, one at a time, its branches are computed again in backward passes, and
+            those of a branch file are forecast together (`harmonica.core.segments`).
         settings: replace those of this recipe, as in `learned_steps(target_speedup=2.5)`.
     """
     forecast = ForecastConfig(trajectories=12)
     if is_large:
-        forecast = replace(forecast, rows_at_once=1, activation_checkpointing=True)
+        forecast = replace(forecast, rows_at_once=1, activation_checkpointing=True, segments=True)
         settings = {"batch_size": 4} | settings
     recipe = TrainingConfig(
         target_speedup=1.8,
@@ -171,10 +172,9 @@ def _learned(row: str) -> Recipe:
     whole steps are.
     """
     paper, is_2k = _PAPER[row](), "-2k-" in row
-    at_once = 4 if "-256-" in row else 1  # a trajectory's values at 512 and more fill a GPU
+    at_once = 1 if is_2k or "-1024-" in row else 4  # one takes 6 GiB of a GPU at 1024, and 26 at 2K
     train = learned_steps(batch_size=32, checkpoint_interval_s=300)
-    forecast = replace(train.forecast, rows_at_once=at_once, activation_offloading=is_2k)
-    train = replace(train, forecast=forecast)
+    train = replace(train, forecast=replace(train.forecast, rows_at_once=at_once))
     if is_2k:
         sdt = replace(train.sdt, activation_checkpointing=True)
         train = replace(train, batch_size=8, micro_batch_size=1, sdt=sdt)

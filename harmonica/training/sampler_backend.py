@@ -27,6 +27,8 @@ from harmonica.training.sdt import SdtTrainer, StepRecord
 class SamplerBackend(TrajectoryBackend):
     """Runs that differ only from some step on share what lies before it."""
 
+    has_segments = True
+
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
 
@@ -44,10 +46,23 @@ class SamplerBackend(TrajectoryBackend):
         return sample(*inputs, plan, reuse=reuse, keys=batch.keys)
 
     def step_sketch(
-        self, batch: Batch, *, reach: int, corrections: int, probes: int, savings: MemorySavings = NO_SAVINGS
+        self,
+        batch: Batch,
+        *,
+        reach: int,
+        corrections: int,
+        probes: int,
+        segments: bool = False,
+        savings: MemorySavings = NO_SAVINGS,
     ) -> Tensor:
         return sketch_steps(
-            self.sampler, batch, reach=reach, corrections=corrections, probes=probes, savings=savings
+            self.sampler,
+            batch,
+            reach=reach,
+            corrections=corrections,
+            probes=probes,
+            segments=segments,
+            savings=savings,
         )
 
     def image_changes(self, router: Router, batch: Batch, config: TrainingConfig) -> Tensor:

@@ -36,7 +36,13 @@ class StartPhase(Phase):
         order, corrections = (1, 0) if config.sdt.reuse == "forecast" else (0, 0)
         if config.forecast.trajectories:
             order, corrections = config.forecast.order, config.forecast.corrections
-        self.search = StepSearch(context.sampler.num_steps, order, self.ridges[0], corrections=corrections)
+        self.search = StepSearch(
+            context.sampler.num_steps,
+            order,
+            self.ridges[0],
+            corrections=corrections,
+            segments=context.has_segments,
+        )
         context.search = self.search
 
     @staticmethod
@@ -54,7 +60,7 @@ class StartPhase(Phase):
     def step(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
         context, config = self.context, self.config
         batches = batch.split(config.micro_batch_size or config.forecast.rows_at_once)
-        with context.sdt.stopwatch.measure("start"), advised(*config.forecast.cures):
+        with context.sdt.stopwatch.measure("start"), advised(*context.cures):
             return self.search.observe(
                 context.backend,
                 batches,

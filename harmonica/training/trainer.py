@@ -173,13 +173,14 @@ class RouterTrainer:
             reuse=self.config.sdt.reuse,
             forecast_TBK=self.forecast_TBK,
             correction_TJ=self.correction_TJ,
+            segments=self._fit.plan.segments if self._fit else None,
             training=self.provenance(**provenance),
         )
 
     @property
     def forecast_TBK(self) -> Tensor | None:
         """Return the fitted forecast weights; None where forecasts are linear."""
-        return self._fit.weights.forecast_TBK if self._fit else None
+        return self._fit.weights.forecast_of(self._fit.plan) if self._fit else None
 
     @property
     def correction_TJ(self) -> Tensor | None:

@@ -99,6 +99,7 @@ def flux(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
         num_steps=28,
         is_guided=False,
         sample_bytes=4 * 16 * height * width + prompt_bytes(text) + 2 * module.config.pooled_projection_dim,
+        is_recorded=True,
     )
 
 
@@ -144,4 +145,5 @@ def wan(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
         num_steps=50,
         is_guided=True,
         sample_bytes=4 * math.prod((16, frames, height, width)) + prompt_bytes(text),
+        is_recorded=True,
     )

@@ -50,6 +50,8 @@ class SizedModel:
     """Whether an image is two rows."""
     sample_bytes: int
     """Bytes of a training sample: its noise in float32 and its prompt's embeddings."""
+    is_recorded: bool = False
+    """Whether its branches are recorded in a pipeline, and forecast one by one."""
 
     @property
     def rows(self) -> int:

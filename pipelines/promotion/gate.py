@@ -138,7 +138,8 @@ def _incomparable(
 
 
 def _is_same_router(ours: RouterArtifact, theirs: RouterArtifact) -> bool:
-    if (ours.plan.to_strings(), ours.reuse) != (theirs.plan.to_strings(), theirs.reuse):
+    one, other = ((each.plan.to_strings(), each.reuse, each.segments) for each in (ours, theirs))
+    if one != other:
         return False
     return _are_near(ours.forecast_TBK, theirs.forecast_TBK) and _are_near(
         ours.correction_TJ, theirs.correction_TJ

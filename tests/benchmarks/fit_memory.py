@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from harmonica.core.plan import Plan, correction_of, forecast_of
+from harmonica.core.plan import Plan, correction_of
+from harmonica.core.segments import with_segments
 from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer, freeze
 from harmonica.models.dit.config import dit_shape
@@ -27,6 +28,7 @@ from harmonica.samplers.noise import SampleKeys
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.training.memory_savings import MemorySavings
 from harmonica.training.plans.builders import even_plan
+from harmonica.training.plans.forecast_fit import FittedWeights
 from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error
 from harmonica.training.plans.step_sketch import sketch_steps
 from tests.benchmarks.hardware import Hardware
@@ -66,10 +68,11 @@ def pixart(image_size: int, layers: int) -> tuple[BranchedTransformer, object]:
 
 
 def planned(sampler: Sampler) -> Plan:
-    """Even steps, with forecasts of two differences and a correction."""
-    plan = even_plan(STEPS, sampler.model.macs(), SPEEDUP)
+    """Even steps in segments, with forecasts of two differences and a correction."""
+    plan = with_segments(even_plan(STEPS, sampler.model.macs(), SPEEDUP), sampler.model)
     correction = correction_of(torch.full((STEPS, 1), 0.1, dtype=torch.float64))
-    return Plan(plan.compute, forecast_of(linear_weights(plan, 2)), correction)
+    weights = FittedWeights(linear_weights(plan, 2), torch.zeros(STEPS, 0))
+    return replace(weights.of(plan), correction=correction)
 
 
 def measure(name: str, layers: int) -> None:
@@ -86,7 +89,7 @@ def measure(name: str, layers: int) -> None:
     def start(savings: MemorySavings) -> None:
         with mode:
             batch = Batch(torch.zeros(shape), condition, keys)
-            sketch_steps(sampler, batch, reach=16, corrections=1, probes=1, savings=savings)
+            sketch_steps(sampler, batch, reach=16, corrections=1, probes=1, segments=True, savings=savings)
 
     def fit(savings: MemorySavings) -> None:
         with mode:

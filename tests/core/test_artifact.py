@@ -180,8 +180,8 @@ def test_a_config_without_a_field_names_it(folder):
 
 
 def test_a_future_format_says_what_to_install(folder):
-    edit(folder, format_version=4, versions={"harmonica": "9.1"})
-    with pytest.raises(ValueError, match=r"format_version 4, this version reads 1 to 3: install .*\(9\.1\)"):
+    edit(folder, format_version=5, versions={"harmonica": "9.1"})
+    with pytest.raises(ValueError, match=r"format_version 5, this version reads 1 to 4: install .*\(9\.1\)"):
         RouterArtifact.load(folder)
 
 

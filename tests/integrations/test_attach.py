@@ -46,11 +46,17 @@ def pixart(tmp_path) -> Case:
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize(
-    ("reuse", "is_corrected"), [("hold", False), ("forecast", False), ("forecast", True)]
+    ("reuse", "is_corrected", "has_segments"),
+    [("hold", False, False), ("forecast", False, False), ("forecast", True, False), ("forecast", True, True)],
 )
-def test_a_pipeline_with_a_plan_makes_our_samplers_latents(case, reuse, is_corrected, guidance_scale):
+def test_a_pipeline_with_a_plan_makes_our_samplers_latents(
+    case, reuse, is_corrected, has_segments, guidance_scale
+):
     sampler = config(guidance_scale=guidance_scale)
-    artifact = case.artifact(reuse=reuse, sampler=sampler, is_corrected=is_corrected)
+    how = {"reuse": reuse, "sampler": sampler, "has_segments": has_segments}
+    artifact = case.artifact(**how, is_corrected=is_corrected)
+    if has_segments:
+        assert len(artifact.segments) < artifact.plan.num_branches
     wanted, full = case.ours(artifact), case.run(guidance_scale=guidance_scale)
     harmonica.apply(case.transformer, artifact)
     found = case.run(guidance_scale=guidance_scale)
@@ -58,7 +64,7 @@ def test_a_pipeline_with_a_plan_makes_our_samplers_latents(case, reuse, is_corre
     assert apart(found, wanted) < of_trajectory(STEPS)
     assert apart(full, wanted) > 1e-3, "caching is seen"
     if is_corrected:
-        assert apart(case.ours(case.artifact(reuse=reuse, sampler=sampler)), wanted) > 1e-3
+        assert apart(case.ours(case.artifact(**how)), wanted) > 1e-3
 
 
 def test_the_scheduler_of_a_folder_is_followed_from_the_artifacts_folder(case, tmp_path):

@@ -60,13 +60,18 @@ def planned(case: Case, **artifact) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "reuse", "is_compiled_first"), [("dit", "hold", True), ("sigma", "forecast", False)]
+    ("kind", "reuse", "has_segments", "is_compiled_first"),
+    [("dit", "hold", False, True), ("sigma", "forecast", False, False), ("dit", "forecast", True, False)],
 )
-def test_a_compiled_transformer_makes_the_same_latents(kind, reuse, is_compiled_first, tmp_path):
+def test_a_compiled_transformer_makes_the_same_latents(
+    kind, reuse, has_segments, is_compiled_first, tmp_path
+):
     """In whole graphs, one for each distinct row or forecast, none compiled again."""
     case, graphs = make_case(kind, tmp_path), []
-    artifact, transformer = case.artifact(reuse=reuse, is_corrected=reuse == "forecast"), case.transformer
-    artifact.logits_TB[1] = artifact.logits_TB[0]
+    how = {"reuse": reuse, "is_corrected": reuse == "forecast", "has_segments": has_segments}
+    artifact, transformer = case.artifact(**how), case.transformer
+    if not has_segments:
+        artifact.logits_TB[1] = artifact.logits_TB[0]
     distinct = STEPS - 1 if reuse == "hold" else STEPS
     without = case.run()
     harmonica.apply(transformer, artifact)
@@ -94,11 +99,15 @@ def test_a_compiled_transformer_makes_the_same_latents(kind, reuse, is_compiled_
     assert torch.equal(case.run(), without)
 
 
-@pytest.mark.parametrize(("kind", "reuse"), [("dit", "hold"), ("sigma", "forecast")])
-def test_compiled_branches_make_the_same_latents(kind, reuse, tmp_path, no_codegen):
+@pytest.mark.parametrize(
+    ("kind", "reuse", "has_segments"),
+    [("dit", "hold", False), ("sigma", "forecast", False), ("dit", "forecast", True)],
+)
+def test_compiled_branches_make_the_same_latents(kind, reuse, has_segments, tmp_path, no_codegen):
     """With a graph for each kind of branch, not for each row of the plan, and a few for what is reused."""
     case = make_case(kind, tmp_path)
-    artifact = case.artifact(reuse=reuse, is_corrected=reuse == "forecast")
+    how = {"reuse": reuse, "is_corrected": reuse == "forecast", "has_segments": has_segments}
+    artifact = case.artifact(**how)
     latents = {}
     for execution in ("eager", "compiled"):
         harmonica.apply(case.transformer, artifact, execution=execution)

@@ -161,9 +161,12 @@ def test_presets_are_the_papers():
     assert {recipe.sampler.guidance_scale for recipe in text.values()} == {4.5}
     learned = {name: text.pop(name) for name in [*text] if re.fullmatch(r"pixart-\w+-(\d+|2k)", name)}
     assert {name.rsplit("-", 1)[1] for name in learned} == {"256", "512", "1024", "2k"}
-    assert [name for name in learned if learned[name].train.forecast.activation_offloading] == [
-        "pixart-sigma-2k"
-    ]
+    forecasts = {name: recipe.train.forecast for name, recipe in learned.items()}
+    assert all(each.segments and each.activation_checkpointing for each in forecasts.values())
+    assert {name for name in forecasts if forecasts[name].rows_at_once == 1} == {
+        "pixart-alpha-1024",
+        "pixart-sigma-2k",
+    }
     assert {recipe.sampler.num_inference_steps for recipe in learned.values()} == {20}
     steps = {name.rsplit("-", 1)[1]: recipe.sampler.num_inference_steps for name, recipe in text.items()}
     assert steps == {"dpm20": 20, "iddpm100": 100, "sa25": 25}

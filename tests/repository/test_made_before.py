@@ -60,8 +60,8 @@ def test_an_artifact_is_written_again_as_it_was_read(folder, version, tmp_path):
 def test_an_artifact_of_a_later_format_is_refused(tmp_path):
     shutil.copytree(CHAMPION, tmp_path / "router")
     path = tmp_path / "router" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 4}))
-    with pytest.raises(ValueError, match=r"has format_version 4, this version reads 1 to 3: install the"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 5}))
+    with pytest.raises(ValueError, match=r"has format_version 5, this version reads 1 to 4: install the"):
         RouterArtifact.load(tmp_path / "router")
 
 

@@ -1,5 +1,6 @@
 """A small DiT in float32, batches, and every kind of pass: what levels of execution are compared on."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ def random_plan(num_branches: int, *, order: int = 0) -> Plan:
     return Plan(tuple(map(tuple, compute.tolist())), forecast_of(weights) if order else None)
 
 
+def segmented(plan: Plan, *, order: int = 0) -> Plan:
+    """The plan with neighbours that are reused at the same steps as one; an order is that of its weights."""
+    columns = list(zip(*plan.compute, strict=True))
+    starts = [b for b in range(plan.num_branches) if b == 0 or columns[b] != columns[b - 1]]
+    if order:
+        generator = torch.Generator().manual_seed(8)
+        weights_TK = 0.2 * torch.randn(STEPS, 1, order, generator=generator).double()
+        plan = replace(plan, forecast=forecast_of(weights_TK.expand(-1, plan.num_branches, -1)))
+    return replace(plan, segments=tuple(starts))
+
+
 def ways(num_branches: int) -> dict[str, dict[str, Any]]:
     """Arguments of `sample`: every kind of pass."""
     plan = random_plan(num_branches)
@@ -78,6 +90,13 @@ def ways(num_branches: int) -> dict[str, dict[str, Any]]:
             "plan": random_plan(num_branches, order=3),
             "reuse": "forecast",
             "accumulate": False,
+        },
+        "segments": {"plan": segmented(plan), "reuse": "forecast"},
+        "segments of order 2": {"plan": segmented(even_plan(num_branches), order=2), "reuse": "forecast"},
+        "folded segments": {
+            "plan": segmented(even_plan(num_branches), order=2),
+            "reuse": "forecast",
+            "accumulate": True,
         },
         "folded": {"plan": even_plan(num_branches)},
         "folded forecast": {"plan": plan, "reuse": "forecast", "accumulate": True},

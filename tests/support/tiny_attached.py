@@ -13,7 +13,9 @@ from tiny_pipeline import LINEAR, make_vae, write_pipeline
 from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
+from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
+from harmonica.core.segments import segment_starts
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler
@@ -52,15 +54,29 @@ class Case:
         sampler: SamplerConfig | None = None,
         seed: int = 0,
         is_corrected: bool = False,
+        has_segments: bool = False,
     ) -> RouterArtifact:
-        """A router that reuses about half of its entries; a corrected one adds to every output."""
+        """A router that reuses about half of its entries; a corrected one adds to every output.
+
+        One with segments reuses whole steps, and one of them from the second half on.
+        """
         sampler = sampler or config()
         shape = (sampler.num_inference_steps, len(self.model.branches))
         logits = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         ready = make_sampler(self.model, sampler)
+        segmented: dict[str, Any] = {}
+        if has_segments:
+            logits = torch.tensor([-1.0, 1.0]).repeat(shape[0])[: shape[0], None].repeat(1, shape[1])
+            logits[1, shape[1] // 2 :] = -1
+            plan = Plan.from_scores(logits.sigmoid(), 0.5)
+            weights_TBK = torch.linspace(0.1, 0.4, shape[0])[:, None, None].repeat(1, shape[1], 2)
+            segmented = {
+                "forecast_TBK": weights_TBK,
+                "segments": segment_starts(self.model, plan),
+            }
         correction_TJ = torch.linspace(-0.3, 0.3, shape[0])[:, None] if is_corrected else None
         return RouterArtifact.build(
-            logits, ready, threshold=0.5, reuse=reuse, training={}, correction_TJ=correction_TJ
+            logits, ready, threshold=0.5, reuse=reuse, training={}, correction_TJ=correction_TJ, **segmented
         )
 
     def ours(self, artifact: RouterArtifact, sampler: SamplerConfig | None = None) -> Tensor:

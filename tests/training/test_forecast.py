@@ -15,6 +15,7 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan, forecast_of
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
+from harmonica.core.segments import with_segments
 from harmonica.data.batch import Batch
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import load_model
@@ -61,14 +62,23 @@ def test_linear_weights_are_the_linear_forecast(sampler):
     assert torch.equal(held, sample(sampler, *inputs, plan, reuse="hold")), "to hold asks for no weights"
 
 
-def test_derivatives_are_those_of_moved_weights(sampler):
+@pytest.mark.parametrize("segments", [False, True])
+def test_derivatives_are_those_of_moved_weights(sampler, segments):
     plan, batch, small = alternating(), rows(0, 2), 1e-5
+    if segments:
+        plan = with_segments(plan, sampler.model)
+        assert plan.segments == (0,), "whole steps"
     weights = FittedWeights(linear_weights(plan, 2), torch.full((STEPS, 2), 0.1, dtype=torch.float64))
     names, full_NCHW = unknowns(plan, 2, 2), sample(sampler, batch.noise_NCHW, batch.condition_N).clone()
     seen = sketch_image_error(sampler, weights.of(plan), batch, full_NCHW, order=2, probes=2)
     assert seen.jacobian_RP.shape == (4, len(names))
     corrections = [(i, OUTPUT, k) for i in range(7, -1, -1) for k in range(2) if i + k < STEPS - 1]
     assert names[-len(corrections) :] == corrections
+    assert len(names) - len(corrections) == sum(
+        min(2, sum(column[i + 1 :]) - 1) * (not column[i])
+        for column in zip(*plan.by_segment().compute, strict=True)
+        for i in range(STEPS)
+    )
     for column in (0, (len(names) - len(corrections)) // 2, len(names) - len(corrections), len(names) - 1):
         moved = []
         for sign in (1, -1):
@@ -80,8 +90,10 @@ def test_derivatives_are_those_of_moved_weights(sampler):
         torch.testing.assert_close(seen.jacobian_RP[:, column].double(), slope, rtol=1e-3, atol=1e-8)
 
 
-def test_a_fit_holds_for_images_it_has_not_seen(sampler):
-    fit = ForecastFit(alternating(), replace(FIT, trajectories=16, probes=4))
+@pytest.mark.parametrize("segments", [False, True])
+def test_a_fit_holds_for_images_it_has_not_seen(sampler, segments):
+    plan = with_segments(alternating(), sampler.model) if segments else alternating()
+    fit = ForecastFit(plan, replace(FIT, trajectories=16, probes=4))
     before = error(sampler, fit.planned(), 100, 16)
     for k in range(16):
         metrics = fit.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
@@ -95,11 +107,12 @@ def test_rows_at_once_change_nothing(sampler):
         fit = ForecastFit(alternating(), FIT)
         for k in range(4):
             fit.observe(SamplerBackend(sampler), rows(4 * k).split(size), lambda sums: None)
-        fits.append(fit.weights.forecast_TBK)
+        fits.append(fit.weights.forecast_TUK)
     torch.testing.assert_close(*fits, rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_resumes_bit_for_bit_within_its_forecasts(tiny_dit):
+@pytest.mark.parametrize("segments", [False, True])
+def test_a_run_resumes_bit_for_bit_within_its_forecasts(tiny_dit, segments):
     sampler = make_sampler(tiny_dit, SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.5))
     config = TrainingConfig(
         trajectories=2,
@@ -108,7 +121,7 @@ def test_a_run_resumes_bit_for_bit_within_its_forecasts(tiny_dit):
         initial_logit=1.0,
         iepo="none",
         sdt=SdtConfig(reuse="forecast", threshold=0.5),
-        forecast=FIT,
+        forecast=replace(FIT, segments=segments),
     )
 
     def go_on(run: RouterTrainer) -> Iterator[int]:
@@ -125,7 +138,24 @@ def test_a_run_resumes_bit_for_bit_within_its_forecasts(tiny_dit):
         weights, correction_TJ = resumed.artifact().forecast_TBK, resumed.artifact().correction_TJ
         assert torch.equal(weights, whole.artifact().forecast_TBK), stop
         assert torch.equal(correction_TJ, whole.artifact().correction_TJ) and correction_TJ.any(), stop
-    assert not torch.equal(weights.double(), linear_weights(whole.artifact().plan, 2))
+    plan = whole.artifact().plan
+    assert resumed.artifact().segments == plan.segments == ((0,) if segments else None)
+    assert not torch.equal(weights.double(), linear_weights(replace(plan, segments=None), 2))
+    if segments:
+        assert torch.equal(weights, weights[:, :1].expand_as(weights)), "one weight for all branches"
+
+
+def test_a_fit_that_was_begun_without_segments_ends_without_them(sampler):
+    fit = ForecastFit(alternating(), FIT)
+    for k in range(5):
+        fit.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
+    state = {name: value for name, value in fit.state().items() if name != "segments"}
+    other = ForecastFit(with_segments(alternating(), sampler.model), FIT)
+    other.load_state(state)
+    for each in (fit, other):
+        for k in range(5, 8):
+            each.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
+    assert other.planned() == fit.planned() and other.planned().segments is None
 
 
 def test_a_correction_of_the_built_in_model_brings_its_images_nearer():
@@ -183,6 +213,31 @@ def test_an_artifact_keeps_its_forecast(sampler, tmp_path: Path):
     assert not torch.allclose(drawn, sample(sampler, *inputs, plain.plan, reuse="forecast"))
 
 
+def test_an_artifact_keeps_its_segments(sampler, tmp_path: Path):
+    plan = with_segments(alternating(), sampler.model)
+    weights_TBK = 0.1 + linear_weights(plan, 2).repeat(1, 6, 1)
+    made = RouterArtifact.build(
+        Router.alternating(STEPS, 6, 1.0).logits(),
+        sampler,
+        threshold=0.5,
+        reuse="forecast",
+        training={},
+        forecast_TBK=weights_TBK,
+        segments=plan.segments,
+    )
+    read = RouterArtifact.load(made.save(tmp_path))
+    assert read.plan == made.plan and read.plan.segments == (0,)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["format_version"] == 4, "what reads version 3 would forecast each branch alone"
+    inputs = (rows(0).noise_NCHW, rows(0).condition_N)
+    alone = replace(read.plan, segments=None)
+    drawn = sample(sampler, *inputs, read.plan, reuse=read.reuse)
+    assert not torch.allclose(drawn, sample(sampler, *inputs, alone, reuse=read.reuse))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"segments": [0, 9]}))
+    with pytest.raises(ValueError, match=r"segments begin at \(0, 9\)"):
+        RouterArtifact.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -219,7 +274,7 @@ def test_a_plan_that_reuses_nothing_has_nothing_to_fit(tiny_sampler, batch):
     for k in range(4):
         parts = [Batch(noise, labels, SampleKeys.of(0, range(4 * k, 4 * k + 4)))]
         assert fit.observe(SamplerBackend(tiny_sampler), parts, lambda tensor: None)["loss"] < 1e-20
-    assert not fit.weights.forecast_TBK.any()
+    assert not fit.weights.forecast_TUK.any()
 
 
 def test_values_that_are_held_have_no_forecast():

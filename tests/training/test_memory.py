@@ -18,6 +18,7 @@ from harmonica.core.cache import BranchCache
 from harmonica.core.passes import soft_pass
 from harmonica.core.plan import Plan, forecast_of
 from harmonica.core.router import Router
+from harmonica.core.segments import with_segments
 from harmonica.core.trajectory import planned_step
 from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer, freeze
@@ -251,9 +252,10 @@ def test_a_model_that_keeps_no_part_in_full_precision_has_a_shape(tiny_dit: DiT,
     assert Shape.of(tiny_dit) == whole, "all of it is float64 here"
 
 
+@pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("how", SAVINGS)
 @pytest.mark.parametrize("kind", ["dit", "pixart, all three"])
-def test_peaks_of_start_and_fit_are_near_the_formula(kind: str, how: str) -> None:
+def test_peaks_of_start_and_fit_are_near_the_formula(kind: str, how: str, segments: bool) -> None:
     """The fit's is an upper bound, since a plan may compute some steps before any reuse."""
     model, condition = SMALL[kind]()
     in_precision(model, torch.float32)
@@ -263,15 +265,20 @@ def test_peaks_of_start_and_fit_are_near_the_formula(kind: str, how: str) -> Non
     batch = Batch(torch.randn(1, 4, model.sample_size, model.sample_size), condition, keys)
     plan = stepwise_plan(steps, len(model.branches), reused)
     plan = Plan(plan.compute, forecast_of(linear_weights(plan, 2)))
+    if segments:
+        plan = with_segments(plan, model)
     full, savings = torch.zeros_like(batch.noise_NCHW), SAVINGS[how]
     runs = (
-        lambda: sketch_steps(sampler, batch, reach=7, corrections=0, probes=1, savings=savings),
+        lambda: sketch_steps(
+            sampler, batch, reach=7, corrections=0, probes=1, segments=segments, savings=savings
+        ),
         lambda: sketch_image_error(sampler, plan, batch, full, order=2, probes=1, savings=savings),
     )
     start, fit = learning_memory(
         Shape.of(model),
         rows_at_once=1,
         computed_steps=steps - len(reused),
+        segments=segments,
         savings=savings,
         num_steps=steps,
     )

@@ -11,6 +11,7 @@ from tiny_recorded_pipelines import make_case
 
 from harmonica.core.plan import Plan, correction_of, forecast_of
 from harmonica.core.sampling import sample
+from harmonica.core.segments import with_segments
 from harmonica.data.batch import Batch
 from harmonica.models.base import freeze
 from harmonica.models.dit.model import DiT, DiTConfig
@@ -64,11 +65,15 @@ def same(one: Sketch, other: Sketch) -> None:
         torch.testing.assert_close(getattr(one, name), getattr(other, name))
 
 
-def test_the_fit_measures_the_same_in_less_memory(sampler):
+@pytest.mark.parametrize("segments", [False, True])
+def test_the_fit_measures_the_same_in_less_memory(sampler, segments):
     # A part of step 3 too, so that a run of branches ends within a step.
     rows = [list(row) for row in stepwise_plan(STEPS, 12, [1, 2, 5]).compute]
     rows[3][4:7] = [False] * 3
     plan, batch = with_weights(Plan(tuple(map(tuple, rows)))), batch_of(sampler)
+    if segments:
+        plan = with_segments(plan, sampler.model)
+        assert plan.segments == (0, 4, 7)
     full = sample(sampler, batch.noise_NCHW, batch.condition_N).clone()
     seen: dict[str, Sketch] = {}
 
@@ -81,11 +86,12 @@ def test_the_fit_measures_the_same_in_less_memory(sampler):
         same(seen[name], seen["none"])
 
 
-def test_the_start_measures_the_same_in_less_memory(sampler):
+@pytest.mark.parametrize("segments", [False, True])
+def test_the_start_measures_the_same_in_less_memory(sampler, segments):
     batch, seen = batch_of(sampler), dict[str, Any]()
 
     def measure(name: str) -> None:
-        how = {"reach": 7, "corrections": 1, "probes": 2, "savings": SAVINGS[name]}
+        how = {"reach": 7, "corrections": 1, "probes": 2, "savings": SAVINGS[name], "segments": segments}
         seen[name] = sketch_steps(sampler, batch, **how)
 
     check_peaks({name: peaks_in_both(sampler.model, partial(measure, name)) for name in SAVINGS})
@@ -144,7 +150,8 @@ def test_an_error_of_too_little_memory_says_what_helps(sampler, phase, monkeypat
         while run.trajectory < config.all_trajectories:
             run.train_one(batch)
     assert caught.value.__notes__ == [
-        "The gradients of a whole trajectory do not fit: give train.forecast.activation_offloading True."
+        "The gradients of a whole trajectory do not fit: give train.forecast.segments True, or "
+        "train.forecast.activation_offloading True."
     ]
     assert ForecastConfig().cures[0] == "train.forecast.rows_at_once 1"
     assert not dataclasses.replace(forecast, activation_offloading=True).cures

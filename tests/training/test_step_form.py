@@ -1,5 +1,7 @@
 """What the start is learned from: the image's derivatives in the reuse of each step, and their form."""
 
+from collections.abc import Sequence
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -11,9 +13,10 @@ from harmonica.core.cache import BranchCache
 from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan, correction_of
 from harmonica.core.sampling import sample
+from harmonica.core.segments import segments_of
 from harmonica.data.batch import Batch
 from harmonica.execution.values import KeptValues
-from harmonica.models.base import Macs
+from harmonica.models.base import Branch, Macs
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.training.plans import step_form
@@ -35,8 +38,8 @@ def sampler(tiny_dit: DiT) -> Sampler:
 class Moved(BranchCache):
     """Every value of one step, moved a little towards that of an earlier one."""
 
-    def __init__(self, distance: int, by: float) -> None:
-        super().__init__(BRANCHES)
+    def __init__(self, distance: int, by: float, count: int) -> None:
+        super().__init__(count)
         self.distance, self.by, self.values = distance, by, dict[tuple[int, int], Tensor]()
 
     def write(self, branch: int, step: int, value: Tensor) -> None:
@@ -51,24 +54,30 @@ class Moved(BranchCache):
 
 
 @torch.no_grad()
-def moved_images(sampler: Sampler, batch: Batch, moved: int, distance: int, by: float) -> Tensor:
+def moved_images(
+    sampler: Sampler, batch: Batch, moved: int, distance: int, by: float, units: Sequence[Branch]
+) -> Tensor:
     """The images where the whole of one step is reused, with a value near its own."""
-    state, cache = batch.start(sampler), Moved(distance, by)
+    state, cache, count = batch.start(sampler), Moved(distance, by, len(units)), len(units)
     for i in reversed(range(STEPS)):
         hidden, conditioning = sampler.embed(i, state)
-        output = planned_pass(sampler.model, hidden, conditioning, (True,) * BRANCHES, cache, i)
+        step = partial(planned_pass, sampler.model, hidden, conditioning, units=units)
+        output = step((True,) * count, cache, i)
         if i == moved:
-            output = planned_pass(sampler.model, hidden, conditioning, (False,) * BRANCHES, cache, i)
+            output = step((False,) * count, cache, i)
         state = sampler.advance(i, state, sampler.guide(output))
     return sampler.finish(state)
 
 
-def test_the_sketch_has_the_derivatives_of_the_images(sampler):
+@pytest.mark.parametrize("segments", [False, True])
+def test_the_sketch_has_the_derivatives_of_the_images(sampler, segments):
     batch, by = rows(0, 2), 1e-2
-    sketch_RTD = sketch_steps(sampler, batch, reach=REACH, corrections=0, probes=PROBES)
+    units = segments_of(sampler.model, [0]) if segments else sampler.model.branches
+    how = {"reach": REACH, "corrections": 0, "probes": PROBES, "segments": segments}
+    sketch_RTD = sketch_steps(sampler, batch, **how)
     assert sketch_RTD.shape == (2 * PROBES, STEPS, REACH)
     for i, distance in ((0, 1), (2, 3), (4, 1)):
-        up, down = (moved_images(sampler, batch, i, distance, sign * by) for sign in (1, -1))
+        up, down = (moved_images(sampler, batch, i, distance, sign * by, units) for sign in (1, -1))
         change_NX = ((up - down) / (2 * by)).flatten(1)
         for probe in range(PROBES):
             drawn = torch.from_numpy(batch.keys.step_noise(STEPS + probe, (4, 8, 8))).double().flatten(1)

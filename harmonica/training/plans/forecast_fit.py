@@ -18,7 +18,7 @@ Shapes: N images, M model rows, C H W image, P weights, R = N * probes rows of t
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,23 +41,29 @@ _UNMOVED = 1e6
 class FittedWeights:
     """The weights of a plan that are fitted."""
 
-    forecast_TBK: Tensor
+    forecast_TUK: Tensor
+    """Of each unit: a branch, or a segment where the plan has any."""
     correction_TJ: Tensor
 
     def moved(self, moves: Iterable[tuple[Unknown, float]]) -> "FittedWeights":
         """Return other weights, some of which differ by so much."""
-        forecast_TBK, correction_TJ = self.forecast_TBK.clone(), self.correction_TJ.clone()
-        for (i, branch, k), by in moves:
-            if branch == OUTPUT:
+        forecast_TUK, correction_TJ = self.forecast_TUK.clone(), self.correction_TJ.clone()
+        for (i, unit, k), by in moves:
+            if unit == OUTPUT:
                 correction_TJ[i, k] += by
             else:
-                forecast_TBK[i, branch, k] += by
-        return FittedWeights(forecast_TBK, correction_TJ)
+                forecast_TUK[i, unit, k] += by
+        return FittedWeights(forecast_TUK, correction_TJ)
+
+    def forecast_of(self, plan: Plan) -> Tensor:
+        """Return the weights of the forecasts (T, B, K) of a plan's branches."""
+        lengths = torch.tensor([len(each) for each in plan.segment_ranges])
+        return self.forecast_TUK.repeat_interleave(lengths, 1)
 
     def of(self, plan: Plan) -> Plan:
         """Return the plan with these weights."""
         correction = correction_of(self.correction_TJ) if self.correction_TJ.shape[1] else None
-        return Plan(plan.compute, forecast_of(self.forecast_TBK), correction)
+        return Plan(plan.compute, forecast_of(self.forecast_of(plan)), correction, plan.segments)
 
 
 def full_latents(backend: TrajectoryBackend, batches: Sequence[Any]) -> list[Tensor]:
@@ -70,6 +76,7 @@ class ForecastFit:
     """The Gauss-Newton fit of one plan's weights."""
 
     def __init__(self, plan: Plan, config: ForecastConfig) -> None:
+        """Begin with linear forecasts of a plan's branches, or of its segments."""
         self.plan, self.config = plan, config
         self.trajectories = 0
         self._reached: tuple[float, int] = (0.0, 0)
@@ -222,7 +229,8 @@ class ForecastFit:
         """Return the weights and the sums of the round for a checkpoint."""
         correction_TJ = self.weights.correction_TJ
         return {
-            "weights": self.weights.forecast_TBK,
+            "weights": self.weights.forecast_TUK,
+            "segments": self.plan.segments,
             **({"correction": correction_TJ} if correction_TJ.shape[1] else {}),
             "folds": [(self._sums.matrix_PP, self._sums.right_P)],
             "trial": self._trial.state() if self._trial else None,
@@ -235,6 +243,8 @@ class ForecastFit:
 
         A fit that was begun without a correction, as by an earlier version, ends without one.
         """
+        # A fit that was begun by an earlier version ends without segments.
+        self.plan = replace(self.plan, segments=state.get("segments"))
         self.trajectories = state["trajectories"]
         correction_TJ = state.get("correction", torch.zeros(self.plan.num_steps, 0)).double().cpu()
         self._begin(correction_TJ.shape[1])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harmonica.core.cache import BranchCache
 from harmonica.core.plan import Correction, Forecast, Plan
+from harmonica.core.segments import units_of
 from harmonica.core.trajectory import planned_end
 from harmonica.data.batch import Batch
 from harmonica.execution.values import KeptValues, extrapolate
@@ -34,7 +35,7 @@ OUTPUT = -1
 
 
 def unknowns(plan: Plan, order: int, corrections: int = 0) -> list[Unknown]:
-    """Return the weights to fit.
+    """Return the weights to fit of a plan, by its segments where it has any.
 
     A reused entry has as many as it has earlier values. Outputs are corrected from the first step that
     reuses anything.
@@ -42,7 +43,7 @@ def unknowns(plan: Plan, order: int, corrections: int = 0) -> list[Unknown]:
     Args:
         corrections: number of differences that correct an output, J.
     """
-    found: list[Unknown] = []
+    plan, found = plan.by_segment(), list[Unknown]()
     computed = [0] * plan.num_branches
     for i in reversed(range(plan.num_steps)):
         for branch, is_computed in enumerate(plan.compute[i]):
@@ -59,8 +60,9 @@ def unknowns(plan: Plan, order: int, corrections: int = 0) -> list[Unknown]:
 def linear_weights(plan: Plan, order: int) -> Tensor:
     """Return the weights (T, B, order) of the linear forecast.
 
-    The fit starts from them.
+    They are (T, S, order) of a plan with segments. The fit starts from them.
     """
+    plan = plan.by_segment()
     weights_TBK = torch.zeros(plan.num_steps, plan.num_branches, order, dtype=torch.float64)
     for branch in range(plan.num_branches):
         last = before = -1
@@ -161,11 +163,14 @@ def sketch_image_error(
         full_NCHW: the full sampler's latents.
     """
     assert batch.keys is not None, "training's samples have keys"
+    units, plan = units_of(sampler.model, plan)
     cache = ProbedCache(plan.num_branches, plan.forecast, plan.correction)
     offloading = savings.offloading(sampler.model.parameters())
     with torch.enable_grad(), offloading or nullcontext():
         state, first = batch.start(sampler), plan.num_steps - 1
-        images_NCHW = planned_end(sampler, plan, state, cache, first, recompute=savings.recompute)
+        images_NCHW = planned_end(
+            sampler, plan, state, cache, first, units=units, recompute=savings.recompute
+        )
     handles = {name: [handle_M] for name, handle_M in cache.handles.items()}
     names = unknowns(plan, order, plan.corrections)
     del cache  # the backward pass has what it needs of it

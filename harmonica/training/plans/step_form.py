@@ -11,6 +11,7 @@ K weights of a step's forecast, F reused steps, Q unknowns of all steps, U = F +
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -48,15 +49,25 @@ def size_of_form(num_steps: int, corrections: int) -> int:
 class StepForm:
     """The quadratic form, summed over images, and what it says of sets of steps."""
 
-    def __init__(self, num_steps: int, order: int, ridge: float = RIDGES[0], *, corrections: int = 0) -> None:
+    def __init__(
+        self,
+        num_steps: int,
+        order: int,
+        ridge: float = RIDGES[0],
+        *,
+        corrections: int = 0,
+        segments: bool = False,
+    ) -> None:
         """Begin with nothing measured.
 
         Args:
             order: number of weights of a forecast K; 0 where values are held.
             ridge: how much the weights are held at the linear forecast, where nothing else is said.
             corrections: number of differences that correct an output, J.
+            segments: measure what branches add together, and not each branch's value.
         """
         self.num_steps, self.order, self.ridge, self.corrections = num_steps, order, ridge, corrections
+        self.segments = segments
         self.reach, count = min(_REACH, num_steps - 1), size_of_form(num_steps, corrections)
         self.gram_PP = torch.zeros(count, count, dtype=torch.float64)
 
@@ -82,6 +93,7 @@ class StepForm:
                 reach=self.reach,
                 corrections=self.corrections,
                 probes=probes,
+                segments=self.segments,
                 savings=savings,
             ).double()
             # At distance 1 are the changes of each step alone, held. The rows of a probe are all images.
@@ -111,7 +123,7 @@ class StepForm:
         share.
         """
         if not self.order or not bool(self.gram_PP.any()):
-            return plan
+            return replace(plan, segments=None)  # linear forecasts are nearer of each branch alone
         ridge = self.ridge if self.ridge == LINEAR else _OF_PLANS
         weights_TBK = torch.zeros(plan.num_steps, plan.num_branches, self.order, dtype=torch.float64)
         branches: dict[frozenset[int], list[int]] = {}
@@ -128,7 +140,7 @@ class StepForm:
                 else:
                     weights_TBK[i, where, k] = float(weight)
         correction = correction_of(correction_TJ) if self.corrections else None
-        return Plan(plan.compute, forecast_of(weights_TBK), correction)
+        return Plan(plan.compute, forecast_of(weights_TBK), correction, plan.segments)
 
     def _solve(
         self, steps: frozenset[int], ridge: float

@@ -23,6 +23,7 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache
 from harmonica.core.correction import corrected
 from harmonica.core.passes import planned_pass
+from harmonica.core.segments import segment_starts, segments_of
 from harmonica.data.batch import Batch
 from harmonica.execution.offloading import ActivationOffloading
 from harmonica.execution.values import KeptValues
@@ -102,6 +103,7 @@ def sketch_steps(
     reach: int,
     corrections: int,
     probes: int,
+    segments: bool = False,
     savings: MemorySavings = NO_SAVINGS,
 ) -> Tensor:
     """Project the change of the latents by each step on random probes.
@@ -112,26 +114,28 @@ def sketch_steps(
         batch: with keys, which determine the probes.
         reach: the largest distance of a step that another one is reused from, D.
         corrections: the largest distance of an output that corrects another one, J.
+        segments: of what branches add together (`harmonica.core.segments`), and not of each branch's value.
 
     Returns:
         The derivatives (R, T, D + J) in the coefficient c_d of each step, of its branches and then of its
         output; 0 where there is no step i + d.
     """
     assert batch.keys is not None, "training's samples have keys"
-    model, num_branches = sampler.model, len(sampler.model.branches)
-    everything, nothing = (True,) * num_branches, (False,) * num_branches
+    model = sampler.model
+    units = segments_of(model, segment_starts(model)) if segments else model.branches
+    everything, nothing = (True,) * len(units), (False,) * len(units)
     offloading = savings.offloading(model.parameters())
-    cache, state = ChangesCache(num_branches, reach, offloading), batch.start(sampler)
+    cache, state = ChangesCache(len(units), reach, offloading), batch.start(sampler)
     outputs = ChangesCache(1, reach, offloading) if corrections else None
     with torch.enable_grad(), offloading or nullcontext():
         for i in reversed(range(sampler.num_steps)):
             hidden, conditioning = sampler.embed(i, state)
             output = planned_pass(
-                model, hidden, conditioning, everything, cache, i, recompute=savings.recompute
+                model, hidden, conditioning, everything, cache, i, units=units, recompute=savings.recompute
             )
             if i < sampler.num_steps - 1:
                 # The step once more, all of it reused from itself: its branches do not respond to each other.
-                same = planned_pass(model, hidden.detach(), conditioning, nothing, cache, i)
+                same = planned_pass(model, hidden.detach(), conditioning, nothing, cache, i, units=units)
                 output = with_gradient(output, same)
             # Its gradient is that of the correction alone.
             output = with_gradient(output, corrected(output.detach(), i, outputs, model.in_channels))

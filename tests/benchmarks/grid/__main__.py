@@ -1,7 +1,7 @@
 """Quality over steps, speeds and training seeds: learned steps and forecasts, beside published methods.
 
     python -m tests.benchmarks.grid [--preset fashion] [--steps 10 20] [--speedups 1.2 1.4 1.6 2]
-        [--seeds 0 1 2] [--images 64] [--results FILE] [--published] [--calibrated]
+        [--seeds 0 1 2] [--images 64] [--results FILE] [--segments] [--published] [--calibrated]
     python -m tests.benchmarks.grid --table
     python -m tests.benchmarks.grid --write
 
@@ -22,6 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -73,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--results", type=Path, help="by default the preset's in this folder")
+    parser.add_argument(
+        "--segments", action="store_true", help="with train.forecast.segments, in own --results"
+    )
     parser.add_argument("--published", action="store_true", help="also published forecasts")
     parser.add_argument("--calibrated", action="store_true", help="also methods that see images first")
     parser.add_argument("--table", action="store_true", help="print the tables of the results, in Markdown")
@@ -85,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         LOG.write_text(with_tables(LOG.read_text()))
         return
     recipe = RECIPES[chosen.preset]()
+    if chosen.segments:
+        forecast = replace(recipe.train.forecast, segments=True)
+        recipe = replace(recipe, train=replace(recipe.train, forecast=forecast))
     loaded = load_model(recipe.model)
     rows = rows_of(recipe, loaded)
     judge = Judge(rows, chosen.images)

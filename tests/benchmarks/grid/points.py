@@ -9,6 +9,7 @@ from torch import Tensor
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
+from harmonica.core.segments import with_segments
 from harmonica.data.batch import Batch
 from harmonica.data.conditions import make_conditions
 from harmonica.models.base import BranchedTransformer
@@ -126,7 +127,8 @@ class Series:
         """Even steps after the same fit, of the same images; where they are what was learned, that plan."""
         even, forecast = self.even(speedup), self.train.forecast
         if even.compute not in self._fitted:
-            fit = ForecastFit(even, forecast)
+            plan = with_segments(even, self.model) if forecast.segments else even
+            fit = ForecastFit(plan, forecast)
             first = self.train.for_target(target_speedup=speedup).all_trajectories - forecast.trajectories
             for trajectory in range(first, first + forecast.trajectories):
                 parts = self.batch(trajectory).split(forecast.rows_at_once)
@@ -138,6 +140,8 @@ class Series:
         """What is compared at a speed."""
         forecast = self.train.forecast
         fit = f"{forecast.num_rounds} rounds, {forecast.corrections} corrections"
+        if forecast.segments:
+            fit += ", segments"
         yield Arm(
             LEARNED,
             partial(self.learned, speedup),
