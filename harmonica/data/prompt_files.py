@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pyarrow import fs
 from torch import Tensor
 
-from harmonica.io.file_systems import open_uri
+from harmonica.io.file_systems import list_folder, open_uri
 from harmonica.io.paths import shown
 
 MANIFEST = "store.json"
@@ -78,7 +77,7 @@ def part_path(name: str) -> str:
 def stored_parts(uri: str) -> set[str]:
     """Return the names of the parts that a store has, finished or not."""
     filesystem, root = open_uri(uri, "prompt store")
-    found = filesystem.get_file_info(fs.FileSelector(f"{root}/{_PARTS}", allow_not_found=True))
+    found = list_folder(filesystem, f"{root}/{_PARTS}")
     return {info.base_name.removesuffix(_SUFFIX) for info in found if info.base_name.endswith(_SUFFIX)}
 
 

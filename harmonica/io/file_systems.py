@@ -39,6 +39,20 @@ def open_uri(uri: str, field: str, *, patient: bool = False) -> tuple[fs.FileSys
     return filesystem, root.rstrip("/")
 
 
+def list_folder(filesystem: fs.FileSystem, path: str, *, recursive: bool = False) -> list[fs.FileInfo]:
+    """Return what is in a folder; nothing where there is no such folder.
+
+    Args:
+        recursive: whether to list what is in its folders too.
+    """
+    try:
+        found: list[fs.FileInfo] = filesystem.get_file_info(fs.FileSelector(path, True, recursive))
+    except FileNotFoundError:
+        # A local folder that was not there, and is made before pyarrow looks a second time.
+        return []
+    return found
+
+
 def _patient(filesystem: fs.S3FileSystem) -> fs.S3FileSystem:
     """Return the file system with more retries.
 

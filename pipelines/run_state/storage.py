@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs
 
-from harmonica.io.file_systems import open_uri
+from harmonica.io.file_systems import list_folder, open_uri
 from harmonica.io.paths import is_remote, resolved, shown
 
 _PROBE = ".write-probe"
@@ -126,7 +126,7 @@ class RunStorage:
 
         Files that are still being written are left out.
         """
-        found = self._fs.get_file_info(fs.FileSelector(f"{self._run}/{folder}", allow_not_found=True))
+        found = list_folder(self._fs, f"{self._run}/{folder}")
         return sorted(one.base_name for one in found if one.is_file and not one.base_name.endswith(".tmp"))
 
     def read_bytes(self, name: str) -> bytes:
@@ -190,7 +190,7 @@ class RunStorage:
             self._swap_folder(folder, name)
             return
         new = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        found = self._fs.get_file_info(fs.FileSelector(f"{self._run}/{name}", True, True))
+        found = list_folder(self._fs, f"{self._run}/{name}", recursive=True)
         start = len(f"{self._run}/{name}/")
         for stale in {one.path[start:] for one in found if one.is_file} - new:
             self.delete(f"{name}/{stale}")

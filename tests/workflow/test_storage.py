@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import boto3
@@ -55,6 +56,26 @@ def test_what_is_written_is_read(storage):
     for name in ("train", "train", "b", "b"):
         storage.delete_all(name)
     assert not storage.exists("train/b") and not storage.exists("b") and storage.names("train") == []
+
+
+def test_a_folder_is_listed_while_it_is_made(tmp_path):
+    """pyarrow looks twice where there is none, and fails if it is there the second time."""
+    storage, ended = RunStorage(str(tmp_path), "r1"), threading.Event()
+    (tmp_path / "r1").mkdir()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            (tmp_path / "r1" / "train").mkdir()
+            (tmp_path / "r1" / "train").rmdir()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(come_and_go)
+        until = time.monotonic() + 2
+        try:
+            while time.monotonic() < until:
+                assert storage.names("train") == []
+        finally:
+            ended.set()
 
 
 def test_of_a_folder_the_manifest_comes_last(storage, tmp_path, monkeypatch):
