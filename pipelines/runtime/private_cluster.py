@@ -38,6 +38,15 @@ def start_private_cluster() -> None:
         _start(address, port)
 
 
+def has_ended() -> bool:
+    """Return whether a process of this cluster has ended.
+
+    It then answers no more. That happens where all processes of a service or a job get a signal, and not this one alone.
+    """
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.dead_processes())
+
+
 def _start(address: str, dashboard_port: int) -> None:
     """Start the cluster, and once more if its node does not come up.
 

@@ -2,8 +2,10 @@
 
 import re
 import socket
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 
 import httpx
 from ray import serve
@@ -11,6 +13,7 @@ from ray import serve
 from harmonica.models.loading import ModelConfig
 
 from ..config.serve import ServeConfig
+from ..runtime.private_cluster import has_ended
 from ..runtime.ray_runtime import is_private
 from . import proxy
 from .application import JSON_LOGS, make_application
@@ -22,6 +25,7 @@ _NO_CARD = "ASGI lifespan startup failed"
 """Serve's words for a replica of `Api` that got no model card."""
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
 _READY_TIMEOUT_S = 60.0
+_ENDING_S = 10.0  # of a cluster whose actors have ended already
 
 
 def deploy(
@@ -82,7 +86,30 @@ def deploy_args(args: ServeArgs) -> str:
 
 
 def shutdown() -> None:
-    """Stop serving. The cluster stays, and so do other applications on it."""
+    """Stop serving. The cluster stays, and so do other applications on it.
+
+    A private cluster may end meanwhile, by a signal that its processes got too, as systemd and `timeout` send
+    it: then there is nothing left to stop, and Ray would wait a minute for it.
+    """
+    outcome: Future[None] = Future()
+    threading.Thread(target=_stop, args=[outcome], daemon=True).start()
+    while not (outcome.done() or has_ended()):
+        time.sleep(0.1)
+    if outcome.done():
+        outcome.result()
+
+
+def _stop(outcome: "Future[None]") -> None:
+    try:
+        _stop_serving()
+        outcome.set_result(None)
+    except Exception as error:
+        if is_private():
+            time.sleep(_ENDING_S)
+        outcome.set_exception(error)
+
+
+def _stop_serving() -> None:
     if APP_NAME in serve.status().applications:
         serve.delete(APP_NAME)
     if not serve.status().applications:
