@@ -41,7 +41,8 @@ def start_private_cluster() -> None:
 def has_ended() -> bool:
     """Return whether a process of this cluster has ended.
 
-    It then answers no more. That happens where all processes of a service or a job get a signal, and not this one alone.
+    It then answers no more. That happens where all processes of a service or a job get a signal, and not this
+    one alone.
     """
     node = ray._private.worker._global_node
     return node is not None and bool(node.dead_processes())
@@ -56,7 +57,7 @@ def _start(address: str, dashboard_port: int) -> None:
     Raises:
         RuntimeError: none of the starts has succeeded.
     """
-    for _ in range(_TRIES):
+    for attempt in range(1, _TRIES + 1):
         before = _ray_processes()
         try:
             ray.init(
@@ -75,7 +76,8 @@ def _start(address: str, dashboard_port: int) -> None:
             if _TIMED_OUT not in str(error):
                 raise
             _kill(_ray_processes() - before)
-            logger.warning("Ray's node was too slow to start beside other work; starting it once more")
+            if attempt < _TRIES:
+                logger.warning("Ray's node was too slow to start beside other work; starting it once more")
     raise RuntimeError(
         f"a Ray cluster did not start on this machine in {_TRIES} tries, since its agents took "
         "longer than Ray's limit of 15 s: end other work that keeps the cores busy"

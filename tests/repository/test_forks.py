@@ -39,6 +39,7 @@ class Worker:
             "pid": os.getpid(),
             "parent": os.getppid(),
             "group": os.getpgid(0),
+            "session": os.getsid(0),
             "imported": self.imported,
             "told": os.environ.get("TOLD"),
             "folder": os.getcwd(),
@@ -59,6 +60,7 @@ def test_a_fork_is_what_ray_would_have_started(private_cluster: None) -> None:
     for seen in (first, second):
         assert seen["parent"] == _child("fork_server.py").pid
         assert seen["group"] == seen["pid"], "Ray kills a worker's group with it"
+        assert seen["session"] == os.getsid(seen["parent"]), "Linux shares cores among sessions first"
         assert seen["imported"] <= {"torch", "harmonica"}, "what is tested is imported by each worker itself"
         assert "torch" in seen["imported"]
         assert seen["main"].endswith("default_worker.py")
