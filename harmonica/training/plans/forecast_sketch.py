@@ -2,14 +2,15 @@
 
 These are the weights of its forecasts and of its output's correction.
 
-The change of the final latents is close to linear in the weights. It is seen through random probes u: one
-backward pass along a planned trajectory gives `u . dx_0/dw` of all weights at once
-(`harmonica.training.plans.forecast_fit` fits them).
+The change of the final latents is close to linear in the weights. It is seen through probes u: one backward
+pass along a planned trajectory gives `u . dx_0/dw` of all weights at once
+(`harmonica.training.plans.forecast_fit` fits them). The first probe of an image is the direction of its
+change, so that the gradient of its error is exact; the others are random.
 
 Shapes: N images, M model rows, C H W image, P weights, R = N * probes rows of the least squares.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -159,7 +160,7 @@ def sketch_image_error(
 
     Args:
         plan: with weights of forecasts and of a correction, around which the change is linearised.
-        batch: with keys, which also determine the probes, so that these do not depend on the worker.
+        batch: with keys, which also determine the random probes, so that these do not depend on the worker.
         full_NCHW: the full sampler's latents.
     """
     assert batch.keys is not None, "training's samples have keys"
@@ -177,6 +178,29 @@ def sketch_image_error(
     return sketch_of(full_NCHW, images_NCHW, handles, names, batch.keys, plan.num_steps, probes)
 
 
+def _probes_of(change_NX: Tensor, keys: SampleKeys, num_steps: int, probes: int) -> Iterator[Tensor]:
+    """Yield the probes u (N, ...); the mean of their u u^T is expected to be I over the number of elements.
+
+    The first is the direction of each image's change, so that the gradient of its error has no variance. The
+    others are drawn at random and made perpendicular to it. A single probe is random, and so are all those of
+    an image that has not changed.
+    """
+    size, ones = change_NX[0].numel(), [1] * (change_NX.dim() - 1)
+    norm_N = change_NX.flatten(1).norm(dim=1).view(-1, *ones)
+    along_NX = change_NX / norm_N.clamp_min(torch.finfo(change_NX.dtype).tiny)
+    has_changed_N = norm_N > 0 if probes > 1 else torch.zeros_like(norm_N, dtype=torch.bool)
+    for probe in range(probes):
+        # Steps from T on are nobody's noise.
+        drawn = torch.from_numpy(keys.step_noise(num_steps + probe, tuple(change_NX.shape[1:])))
+        random_NX = drawn.to(change_NX)
+        if probe == 0:
+            u_NX = along_NX * probes**0.5
+        else:
+            share_N = (random_NX * along_NX).flatten(1).sum(1).view(-1, *ones)
+            u_NX = (random_NX - share_N * along_NX) * (probes / (probes - 1)) ** 0.5
+        yield torch.where(has_changed_N, u_NX, random_NX) / size**0.5
+
+
 def sketch_of(
     full_NX: Tensor,
     images_NX: Tensor,
@@ -186,7 +210,7 @@ def sketch_of(
     num_steps: int,
     probes: int,
 ) -> Sketch:
-    """Project the change of the latents on random probes, and differentiate it.
+    """Project the change of the latents on probes, and differentiate it.
 
     Args:
         full_NX: the full sampler's latents (N, ...).
@@ -194,23 +218,19 @@ def sketch_of(
         handles: of each weight, zeros (M,) that were added, M being rows of images, as often as it takes; or
             (M, D) for D weights of each name, where all names have handles.
         names: the weights to differentiate in; one without handles had nothing to weigh.
-        keys: of the images; they determine the probes.
+        keys: of the images; they determine the random probes.
     """
-    change_NX = images_NX.detach() - full_NX
-    size, count = change_NX[0].numel(), len(full_NX)
+    precision = precision_of(images_NX)
+    change_NX, count = images_NX.detach().to(precision) - full_NX.to(precision), len(full_NX)
     flat = [handle_M for name in names for handle_M in handles.get(name, ())]
     residuals, jacobians = [], []
-    for probe in range(probes):
-        # Steps from T on are nobody's noise.
-        drawn = torch.from_numpy(keys.step_noise(num_steps + probe, tuple(change_NX.shape[1:])))
-        u_NX = drawn.to(change_NX) / size**0.5
+    for probe, u_NX in enumerate(_probes_of(change_NX, keys, num_steps, probes)):
         residuals.append((change_NX * u_NX).flatten(1).sum(1))
         moved: list[Tensor] = []
         if flat:  # else nothing is reused that has two values before it
+            projected, is_last = (images_NX * u_NX.to(images_NX)).sum(), probe == probes - 1
             moved = list(
-                torch.autograd.grad(
-                    (images_NX * u_NX).sum(), flat, retain_graph=probe < probes - 1, materialize_grads=True
-                )
+                torch.autograd.grad(projected, flat, retain_graph=not is_last, materialize_grads=True)
             )
         columns = []
         for name in names:
