@@ -10,6 +10,7 @@ import pytest
 import torch
 from latent_rows import rows
 from tolerances import CLOSE
+from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan, forecast_of
@@ -25,7 +26,13 @@ from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.builders import stepwise_plan
 from harmonica.training.plans.forecast_fit import FittedWeights, ForecastFit
-from harmonica.training.plans.forecast_sketch import OUTPUT, linear_weights, sketch_image_error, unknowns
+from harmonica.training.plans.forecast_sketch import (
+    OUTPUT,
+    linear_weights,
+    probes_of,
+    sketch_image_error,
+    unknowns,
+)
 from harmonica.training.presets import fashion
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.sdt_config import SdtConfig
@@ -44,6 +51,10 @@ def alternating() -> Plan:
 def sampler(tiny_dit: DiT) -> Sampler:
     config = SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.5, clip_sample=False)
     return make_sampler(tiny_dit, config)
+
+
+def planned_images(sampler: Sampler, plan: Plan, batch: Batch) -> Tensor:
+    return sample(sampler, batch.noise_NCHW, batch.condition_N, plan, reuse="forecast").clone()
 
 
 def error(sampler: Sampler, plan: Plan, first: int, count: int) -> float:
@@ -79,15 +90,39 @@ def test_derivatives_are_those_of_moved_weights(sampler, segments):
         for column in zip(*plan.by_segment().compute, strict=True)
         for i in range(STEPS)
     )
+    change_NCHW = planned_images(sampler, weights.of(plan), batch) - full_NCHW
+    probes = list(probes_of(change_NCHW, batch.keys, STEPS, 2))
+    towards_NP = (seen.jacobian_RP * seen.residual_R[:, None]).unflatten(0, (2, -1)).mean(0)
     for column in (0, (len(names) - len(corrections)) // 2, len(names) - len(corrections), len(names) - 1):
-        moved = []
-        for sign in (1, -1):
-            plan_moved = weights.moved([(names[column], sign * small)]).of(plan)
-            other = sketch_image_error(sampler, plan_moved, batch, full_NCHW, order=2, probes=2)
-            moved.append(other.residual_R)
-        slope = (moved[0] - moved[1]) / (2 * small)
-        assert slope.abs().max() > 1e-9
-        torch.testing.assert_close(seen.jacobian_RP[:, column].double(), slope, rtol=1e-3, atol=1e-8)
+        above, below = (
+            planned_images(sampler, weights.moved([(names[column], by)]).of(plan), batch)
+            for by in (small, -small)
+        )
+        slope_NCHW = (above - below) / (2 * small)
+        slope_R = torch.cat([(slope_NCHW * probe).flatten(1).sum(1) for probe in probes])
+        assert slope_R.abs().max() > 1e-9
+        torch.testing.assert_close(seen.jacobian_RP[:, column].double(), slope_R, rtol=1e-3, atol=1e-8)
+        # Of each image's error the gradient is exact, whatever is drawn.
+        half_N = (change_NCHW * slope_NCHW).flatten(1).mean(1)
+        torch.testing.assert_close(towards_NP[:, column].double(), half_N, rtol=1e-3, atol=1e-8)
+
+
+def test_the_mean_of_probes_is_as_that_of_random_ones():
+    keys, change_X = SampleKeys.of(3, range(20_000)), torch.tensor([3.0, -4.0, 12.0])
+    change_NX = change_X.expand(20_000, 3).clone()
+    change_NX[::2] = 0.0  # nothing has changed in every second image
+    probes = list(probes_of(change_NX, keys, STEPS, 3))
+    for each in (0, 1):
+        products = [torch.einsum("nx,ny->nxy", probe[each::2], probe[each::2]) for probe in probes]
+        seen_XX = torch.stack(products).flatten(0, 1)
+        spread_XX = seen_XX.std(0) / len(seen_XX) ** 0.5
+        assert ((seen_XX.mean(0) - torch.eye(3) / 3).abs() < 5 * spread_XX + 1e-6).all()
+    along_NX, *others = (probe[1::2] for probe in probes)
+    torch.testing.assert_close(along_NX, (change_X / 13).expand_as(along_NX), **CLOSE)
+    for probe in others:
+        assert (probe @ change_X).abs().max() < 1e-4
+    (alone_NX,) = probes_of(change_NX, keys, STEPS, 1)
+    assert torch.equal(alone_NX, torch.from_numpy(keys.step_noise(STEPS, (3,))).float() / 3**0.5)
 
 
 @pytest.mark.parametrize("segments", [False, True])

@@ -178,7 +178,7 @@ def sketch_image_error(
     return sketch_of(full_NCHW, images_NCHW, handles, names, batch.keys, plan.num_steps, probes)
 
 
-def _probes_of(change_NX: Tensor, keys: SampleKeys, num_steps: int, probes: int) -> Iterator[Tensor]:
+def probes_of(change_NX: Tensor, keys: SampleKeys, num_steps: int, probes: int) -> Iterator[Tensor]:
     """Yield the probes u (N, ...); the mean of their u u^T is expected to be I over the number of elements.
 
     The first is the direction of each image's change, so that the gradient of its error has no variance. The
@@ -224,7 +224,7 @@ def sketch_of(
     change_NX, count = images_NX.detach().to(precision) - full_NX.to(precision), len(full_NX)
     flat = [handle_M for name in names for handle_M in handles.get(name, ())]
     residuals, jacobians = [], []
-    for probe, u_NX in enumerate(_probes_of(change_NX, keys, num_steps, probes)):
+    for probe, u_NX in enumerate(probes_of(change_NX, keys, num_steps, probes)):
         residuals.append((change_NX * u_NX).flatten(1).sum(1))
         moved: list[Tensor] = []
         if flat:  # else nothing is reused that has two values before it
