@@ -24,8 +24,8 @@ class ForecastConfig:
     """Research: Largest number of times that the weights are solved for; each round measures anew, around the
     last weights, and takes 4 trajectories at least."""
     probes: Count = 4
-    """Research: Number of random directions in which each image's error is measured; each costs a backward
-    pass."""
+    """Research: Number of directions in which each image's error is measured, its own and random ones; each
+    costs a backward pass."""
     order: Count = 2
     """Research: Number of differences in a forecast; a cache keeps one value more."""
     finalists: Count = 2
