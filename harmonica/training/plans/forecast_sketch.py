@@ -179,11 +179,12 @@ def sketch_image_error(
 
 
 def probes_of(change_NX: Tensor, keys: SampleKeys, num_steps: int, probes: int) -> Iterator[Tensor]:
-    """Yield the probes u (N, ...); the mean of their u u^T is expected to be I over the number of elements.
+    """Yield the probes u (N, ...) of each image.
 
-    The first is the direction of each image's change, so that the gradient of its error has no variance. The
-    others are drawn at random and made perpendicular to it. A single probe is random, and so are all those of
-    an image that has not changed.
+    The expected mean of their u u^T is the identity over the number of elements, as of random ones. The first
+    is the direction of each image's change, so that the gradient of its error has no variance. The others are
+    drawn at random and made perpendicular to it. A single probe is random, and so are all those of an image
+    that has not changed.
     """
     size, ones = change_NX[0].numel(), [1] * (change_NX.dim() - 1)
     norm_N = change_NX.flatten(1).norm(dim=1).view(-1, *ones)
