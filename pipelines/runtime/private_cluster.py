@@ -21,6 +21,7 @@ _PRIVATE = {
 }
 _TRIES = 4
 _TIMED_OUT = "timed out during startup"
+_NEEDED = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
 _DASHBOARD_ADDRESS = "RAY_API_SERVER_ADDRESS"
 _DASHBOARD_PORTS = range(8265, 8315)
 # Two training workers, a Serve replica and Ray Data's tasks must fit side by side: with only as many
@@ -39,13 +40,12 @@ def start_private_cluster() -> None:
 
 
 def has_ended() -> bool:
-    """Return whether a process of this cluster has ended.
+    """Return whether this process's cluster has ended, which then answers no more.
 
-    It then answers no more. That happens where all processes of a service or a job get a signal, and not this
-    one alone.
+    That happens where all processes of a service or a job get a signal, and not this one alone.
     """
     node = ray._private.worker._global_node
-    return node is not None and bool(node.dead_processes())
+    return node is not None and any(kind in _NEEDED for kind, _ in node.dead_processes())
 
 
 def _start(address: str, dashboard_port: int) -> None:

@@ -6,8 +6,8 @@ import sys
 from contextlib import suppress
 
 import fork_client
-import psutil
 import pytest
+from cluster_runs import until
 from processes import Session, free_port
 from tiny_dit import make_artifact, write_model
 
@@ -34,7 +34,6 @@ def test_sigterm_for_the_command_and_for_all_that_it_started(tmp_path):
                 os.kill(pid, signal.SIGTERM)
         assert session.process.wait(300) == 0, session.log.read_text()[-2000:]
         assert "Traceback" not in session.log.read_text()
-        psutil.wait_procs([psutil.Process(pid) for pid in session.pids()], timeout=60)
-        assert session.pids() == []
+        until("nothing runs any more", lambda: session.pids() == [])
     finally:
         session.kill()
