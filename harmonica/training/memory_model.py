@@ -170,8 +170,7 @@ class Shape:
     def of_group(self, rows: int, *, segments: bool = False) -> int:
         """Return the bytes that the backward of a group keeps once it is computed again."""
         if segments:
-            inside = self.layers * sum(self.inside(kind, rows) for kind in self.kinds)
-            return inside // max(GROUPS_OF_SEGMENT, self.num_segments)
+            return self.of_step(rows, segments=True) // max(GROUPS_OF_SEGMENT, self.num_segments)
         size = branches_per_checkpoint(self.num_branches)
         return self._of_block(rows) * size // len(self.cacheable)
 

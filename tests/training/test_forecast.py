@@ -59,9 +59,8 @@ def planned_images(sampler: Sampler, plan: Plan, batch: Batch) -> Tensor:
 
 def error(sampler: Sampler, plan: Plan, first: int, count: int) -> float:
     batch = rows(first, count)
-    noise, labels, keys = batch.noise_NCHW, batch.condition_N, batch.keys
-    full = sample(sampler, noise, labels, keys=keys)
-    return (sample(sampler, noise, labels, plan, reuse="forecast", keys=keys) - full).square().mean().item()
+    full_NCHW = sample(sampler, batch.noise_NCHW, batch.condition_N)
+    return (planned_images(sampler, plan, batch) - full_NCHW).square().mean().item()
 
 
 def test_linear_weights_are_the_linear_forecast(sampler):

@@ -188,6 +188,7 @@ def projected_steps(
     names: dict[Unknown, Sequence[Tensor]] = {}
     for branch, of_steps in zip((0, OUTPUT), handles, strict=True):
         names |= {(i, branch, 0): each for i, each in sorted(of_steps.items())}
+    # Nothing has changed from full to full, so that all probes are random.
     seen = sketch_of(images_NX.detach(), images_NX, names, list(names), keys, num_steps, probes)
     reach, corrections = distances
     moved_RTD = images_NX.new_zeros(len(images_NX) * probes, num_steps, reach + corrections)
