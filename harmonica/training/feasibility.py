@@ -5,10 +5,10 @@ The checks run before anything starts.
 
 import math
 
+from harmonica.core.plan_builders import even_plan, fastest_speedup, slowest_speedup
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.models.vae import draws_pixels
 from harmonica.training.config import OF_STEPS, TrainingConfig
-from harmonica.training.plans.builders import even_plan, fastest_speedup, slowest_speedup
 from harmonica.validation.settings import SettingError, require
 
 

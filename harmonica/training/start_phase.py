@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import even_plan, logits_of, speedup_of
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
 from harmonica.training.memory_savings import advised
 from harmonica.training.phase import Phase
-from harmonica.training.plans.builders import even_plan, logits_of, speedup_of
 from harmonica.training.plans.search import StepSearch, fastest_plan, most_steps
 from harmonica.training.plans.step_form import LINEAR, RIDGES
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import reusable_fraction, threshold_for
 from harmonica.training.beta import BetaController
 from harmonica.training.config import TrainingConfig
-from harmonica.training.plans.builders import reusable_fraction, threshold_for
 from harmonica.training.sdt import SdtTrainer
 
 _MET = 0.02

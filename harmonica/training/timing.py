@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import even_steps, stepwise_plan
 from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import TrainingConfig
-from harmonica.training.plans.builders import even_steps, stepwise_plan
 from harmonica.training.plans.forecast_fit import ForecastFit
 
 _ROUNDS = 3

@@ -5,9 +5,9 @@ from dataclasses import field
 from typing import Annotated, Any, Literal, get_args
 
 from harmonica.core.cache import values_kept
+from harmonica.core.plan_builders import even_plan, speedup_of
 from harmonica.models.base import Macs
 from harmonica.training.feasibility import check_speedup
-from harmonica.training.plans.builders import even_plan, speedup_of
 from harmonica.training.presets import learned_steps
 from harmonica.validation.settings import (
     Count,

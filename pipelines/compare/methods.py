@@ -13,11 +13,11 @@ from torch import Tensor
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import even_plan, threshold_for
 from harmonica.evaluation.evaluation_report import FULL
 from harmonica.models.base import Macs
 from harmonica.samplers import SamplerConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.plans.builders import even_plan, threshold_for
 
 from ..config.workflow import TrainConfig
 from ..evaluation.variants import Variant

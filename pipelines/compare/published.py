@@ -13,12 +13,12 @@ import numpy as np
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import even_plan
 from harmonica.data.batch import Batch
 from harmonica.data.samples import make_samples
 from harmonica.models.base import Macs
 from harmonica.models.loading import load_model
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.training.plans.builders import even_plan
 
 from ..config.workflow import WorkflowConfig
 from ..data.stream import sample_spec

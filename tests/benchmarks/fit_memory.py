@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harmonica.core.plan import Plan, correction_of
+from harmonica.core.plan_builders import even_plan
 from harmonica.core.segments import with_segments
 from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer, freeze
@@ -27,7 +28,6 @@ from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.training.memory_savings import MemorySavings
-from harmonica.training.plans.builders import even_plan
 from harmonica.training.plans.forecast_fit import FittedWeights
 from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error
 from harmonica.training.plans.step_sketch import sketch_steps

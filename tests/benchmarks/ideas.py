@@ -20,6 +20,7 @@ from torch import Tensor
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import even_plan, logits_of
 from harmonica.core.router import Router
 from harmonica.data.batch import Batch
 from harmonica.models.loading import load_model
@@ -28,7 +29,6 @@ from harmonica.samplers.noise import SampleKeys, sample_label
 from harmonica.training.config import TrainingConfig
 from harmonica.training.iepo import IepoKind
 from harmonica.training.loss_weights import StepWeights
-from harmonica.training.plans.builders import even_plan, logits_of
 from harmonica.training.plans.search import StepSearch
 from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.plans.step_form import LINEAR

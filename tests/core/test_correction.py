@@ -12,12 +12,12 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan, correction_of, forecast_of
+from harmonica.core.plan_builders import stepwise_plan
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
 from harmonica.io.tensor_files import write_tensors
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.training.plans.builders import stepwise_plan
 from harmonica.training.plans.forecast_sketch import linear_weights
 
 STEPS, BRANCHES, CHANNELS = 6, 6, 4

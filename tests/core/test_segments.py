@@ -14,11 +14,11 @@ from torch import Tensor
 from harmonica.core.accumulation import kept_bytes
 from harmonica.core.cache import cache_bytes
 from harmonica.core.plan import Plan, correction_of, forecast_of
+from harmonica.core.plan_builders import stepwise_plan
 from harmonica.core.sampling import sample
 from harmonica.core.segments import Segment, segment_starts, units_of, with_segments
 from harmonica.models.base import run_all
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.training.plans.builders import stepwise_plan
 
 BRANCHES = 6
 

@@ -10,12 +10,12 @@ from all_phases import ALL_PHASES
 from tiny_recorded_pipelines import Case, make_case
 
 import harmonica
+from harmonica.core.plan_builders import stepwise_plan
 from harmonica.integrations.recorded.kinds import BLOCKS, RefusedTransformer
 from harmonica.integrations.recorded.pipelines import transformers_of
 from harmonica.integrations.recorded.recording import block_modules
 from harmonica.integrations.recorded.view import RecordedTransformer, recorded
 from harmonica.pipeline_training.trainer import PipelineTrainer
-from harmonica.training.plans.builders import stepwise_plan
 from harmonica.validation.settings import SettingError
 from pipelines.config.pipeline import PipelineConfig
 from tests.benchmarks.live_tensors import SAVINGS, peaks_in_both

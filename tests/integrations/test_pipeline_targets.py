@@ -13,11 +13,11 @@ from torch import Tensor
 
 import harmonica
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import stepwise_plan
 from harmonica.pipeline_training.sampling import sample_pipeline
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.plans.builders import stepwise_plan
 from harmonica.validation.settings import SettingError
 
 STEPS = 7

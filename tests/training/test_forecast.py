@@ -14,6 +14,7 @@ from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan, forecast_of
+from harmonica.core.plan_builders import stepwise_plan
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
 from harmonica.core.segments import with_segments
@@ -24,7 +25,6 @@ from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.plans.builders import stepwise_plan
 from harmonica.training.plans.forecast_fit import FittedWeights, ForecastFit
 from harmonica.training.plans.forecast_sketch import (
     OUTPUT,

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from harmonica.core.plan_builders import stepwise_plan
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
 from harmonica.data.batch import Batch
 from harmonica.samplers import Ddim, SamplerConfig
 from harmonica.training.iepo import KINDS, image_error_proxy
-from harmonica.training.plans.builders import stepwise_plan
 from harmonica.training.sdt import SdtTrainer
 from harmonica.training.sdt_config import SdtConfig
 

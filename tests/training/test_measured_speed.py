@@ -10,6 +10,7 @@ from all_phases import ALL_PHASES
 from tiny_dit import write_model
 
 from harmonica.cli import train
+from harmonica.core.plan_builders import stepwise_plan
 from harmonica.data.samples import SampleSpec, Shard
 from harmonica.models.base import Macs
 from harmonica.models.loading import load_model
@@ -18,7 +19,6 @@ from harmonica.training import multi_target, timing
 from harmonica.training.config import TrainingConfig
 from harmonica.training.measured_speed import in_macs, macs_speedup
 from harmonica.training.multi_target import MultiTargetTrainer
-from harmonica.training.plans.builders import stepwise_plan
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.validation.settings import SettingError
 

@@ -17,6 +17,7 @@ from harmonica.cli.memory import learning_memory, sampling_memory, training_memo
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import soft_pass
 from harmonica.core.plan import Plan, forecast_of
+from harmonica.core.plan_builders import stepwise_plan
 from harmonica.core.router import Router
 from harmonica.core.segments import with_segments
 from harmonica.core.trajectory import planned_step
@@ -28,7 +29,6 @@ from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.iepo import image_error_proxy
 from harmonica.training.memory_model import Shape
-from harmonica.training.plans.builders import stepwise_plan
 from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error
 from harmonica.training.plans.step_sketch import sketch_steps
 from harmonica.training.sdt import SdtTrainer

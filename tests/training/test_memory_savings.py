@@ -10,6 +10,7 @@ from all_phases import ALL_PHASES
 from tiny_recorded_pipelines import make_case
 
 from harmonica.core.plan import Plan, correction_of, forecast_of
+from harmonica.core.plan_builders import stepwise_plan
 from harmonica.core.sampling import sample
 from harmonica.core.segments import with_segments
 from harmonica.data.batch import Batch
@@ -19,7 +20,6 @@ from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.plans.builders import stepwise_plan
 from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error
 from harmonica.training.plans.step_sketch import sketch_steps
 from harmonica.training.sampler_backend import SamplerBackend

@@ -12,6 +12,7 @@ from torch import Tensor
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan, correction_of
+from harmonica.core.plan_builders import stepwise_plan
 from harmonica.core.sampling import sample
 from harmonica.core.segments import segments_of
 from harmonica.data.batch import Batch
@@ -20,7 +21,6 @@ from harmonica.models.base import Branch, Macs
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.training.plans import step_form
-from harmonica.training.plans.builders import stepwise_plan
 from harmonica.training.plans.forecast_sketch import probes_of
 from harmonica.training.plans.search import StepSearch
 from harmonica.training.plans.step_form import LINEAR, StepForm, size_of_form

@@ -13,6 +13,14 @@ from torch import Tensor
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import (
+    even_plan,
+    even_steps,
+    reusable_fraction,
+    steps_for,
+    stepwise_plan,
+    threshold_for,
+)
 from harmonica.core.sampling import sample
 from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
@@ -21,14 +29,6 @@ from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.training.config import TrainingConfig
 from harmonica.training.fit_phase import ForecastPhase
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.plans.builders import (
-    even_plan,
-    even_steps,
-    reusable_fraction,
-    steps_for,
-    stepwise_plan,
-    threshold_for,
-)
 from harmonica.training.plans.search import StepSearch
 from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.plans.step_form import LINEAR

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from harmonica.core.cache import BranchCache
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import even_steps, steps_for, stepwise_plan
 from harmonica.core.sampling import sample
 from harmonica.core.trajectory import planned_step
 from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
 from harmonica.samplers import Ddim, SamplerConfig
-from harmonica.training.plans.builders import even_steps, steps_for, stepwise_plan
 from harmonica.training.plans.forecast_sketch import linear_weights
 from pipelines.compare.baselines.budcache import budcache
 from pipelines.compare.baselines.foca import calibrated, foca

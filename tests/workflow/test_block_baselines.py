@@ -8,11 +8,11 @@ from torch import Tensor
 
 from harmonica.core.cache import BranchCache
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import stepwise_plan
 from harmonica.core.trajectory import planned_step
 from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
 from harmonica.samplers import Ddim
-from harmonica.training.plans.builders import stepwise_plan
 from pipelines.compare.baselines.dbcache import LONGEST, dbcache, partial_steps, residual_changes
 from pipelines.compare.baselines.schedules import bisected, branches_of_blocks, interval_plan
 from pipelines.compare.baselines.speca import _Verifier, speca, speculative_plan, threshold

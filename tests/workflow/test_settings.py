@@ -15,6 +15,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from harmonica.cli.sample import SampleCommand
+from harmonica.core.plan_builders import even_plan, fastest_speedup, slowest_speedup
 from harmonica.data.batch import Batch
 from harmonica.models.base import Macs, freeze
 from harmonica.models.dit.model import DiT, DiTConfig
@@ -26,7 +27,6 @@ from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.multi_target import MultiTargetTrainer
-from harmonica.training.plans.builders import even_plan, fastest_speedup, slowest_speedup
 from harmonica.training.plans.search import StepSearch
 from harmonica.training.sdt_config import SdtConfig
 from harmonica.validation.settings import SettingError

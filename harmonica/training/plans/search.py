@@ -16,12 +16,7 @@ from torch import Tensor
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
-from harmonica.core.router import Router
-from harmonica.models.base import Macs
-from harmonica.samplers import Sampler
-from harmonica.training.backend import TrajectoryBackend
-from harmonica.training.config import OF_STEPS, TrainingConfig
-from harmonica.training.plans.builders import (
+from harmonica.core.plan_builders import (
     even_plan,
     even_steps,
     logits_of,
@@ -30,6 +25,11 @@ from harmonica.training.plans.builders import (
     stepwise_plan,
     with_part,
 )
+from harmonica.core.router import Router
+from harmonica.models.base import Macs
+from harmonica.samplers import Sampler
+from harmonica.training.backend import TrajectoryBackend
+from harmonica.training.config import OF_STEPS, TrainingConfig
 from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.plans.step_form import StepForm
 

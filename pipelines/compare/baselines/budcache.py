@@ -12,10 +12,10 @@ import torch
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import even_steps, steps_for, stepwise_plan
 from harmonica.core.sampling import sample
 from harmonica.data.batch import Batch
 from harmonica.samplers import Sampler
-from harmonica.training.plans.builders import even_steps, steps_for, stepwise_plan
 
 _HEAT = 0.3  # of the start's error, falling to zero over the annealing
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import stepwise_plan
 from harmonica.core.trajectory import Trajectory
 from harmonica.data.batch import Batch
 from harmonica.models.base import BranchedTransformer, Macs
 from harmonica.samplers import Sampler
-from harmonica.training.plans.builders import stepwise_plan
 
 INTERVALS = range(2, 7)
 """Intervals of TaylorSeer's experiments."""

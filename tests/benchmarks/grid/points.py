@@ -9,6 +9,7 @@ from torch import Tensor
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import even_plan
 from harmonica.core.segments import with_segments
 from harmonica.data.batch import Batch
 from harmonica.data.conditions import make_conditions
@@ -16,7 +17,6 @@ from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import LoadedModel
 from harmonica.samplers import Sampler, make_sampler
 from harmonica.training.phases import RouterPhase
-from harmonica.training.plans.builders import even_plan
 from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.presets import Recipe
 from harmonica.training.sampler_backend import SamplerBackend
