@@ -2,8 +2,9 @@
 
 Under a plan, a reused step's output is wrong by an error that the next computed step lets one see: it lies
 off the line of its neighbours. So at each step, computed or reused, the sampler is given
-`o_i + sum over k of c_ik (o_(i+k) - o_(i+k+1))` of the last outputs o, uncorrected, with learned weights c of
-the step (`harmonica.training.plans.forecast_fit`). Guidance is linear, so that correcting both halves
+`o_i + sum over k of c_ik (o_(i+k) - o_(i+k+1))` of the last outputs o, uncorrected, with weights c of the
+step: learned (`harmonica.training.plans.forecast_fit`), or, without training, fixed
+(`harmonica.core.plan_builders.with_fixed_correction`). Guidance is linear, so that correcting both halves
 corrects what is guided. It costs one addition of the latents' size a step.
 
 Ours, close to the corrector of a predictor-corrector sampler (UniPC, Zhao et al. 2023, Section 3.1), whose

@@ -35,7 +35,7 @@ class Plan:
 
     None where they are linear, or values are held."""
     correction: Correction | None = field(default=None, repr=False)
-    """Learned weights that correct the model's output at every step (`harmonica.core.correction`).
+    """Weights that correct the model's output at every step (`harmonica.core.correction`).
 
     None where outputs stay as they are."""
     segments: tuple[int, ...] | None = field(default=None, repr=False)

@@ -7,6 +7,7 @@ Speed is counted in multiply-accumulates, full over planned; `tests/benchmarks` 
 
 import math
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -124,6 +125,28 @@ def even_plan(num_steps: int, macs: Macs, speedup: float, fixed: Collection[int]
     chosen = even_steps(num_steps, count, fixed)
     plan = stepwise_plan(num_steps, len(macs.branches), chosen)
     return plan if fraction == 1 else with_part(plan, chosen[len(chosen) // 2], fraction, macs)
+
+
+def with_fixed_correction(plan: Plan, share: float = 0.5) -> Plan:
+    """Return the plan with a correction that needs no learning.
+
+    A computed step shows what the reused ones right before it should have been: where outputs change evenly,
+    they lie on the line between its output and that of the last computed step before them. What r reused
+    steps lack to that line, times `share`, is added to its output. By the differences d_j of the last outputs
+    (`harmonica.core.correction`) that is `share * sum over j = 0 ... r of (r / 2 - j) d_j`. The whole of it
+    would be too much, since the model sees the error in its latents and makes up for a part of it itself.
+    Ours; `tests/benchmarks/RESULTS.md` has what it is worth.
+    """
+    rows, run = [], 0
+    for row in reversed(plan.compute):
+        is_reused = not any(row)
+        rows.append([] if is_reused or not run else [share * (run / 2 - j) for j in range(run + 1)])
+        run = run + 1 if is_reused else 0
+    longest = max(map(len, rows))
+    if not longest:
+        return plan
+    correction = tuple((*row, *[0.0] * (longest - len(row))) for row in reversed(rows))
+    return replace(plan, correction=correction)
 
 
 def logits_of(plan: Plan, logit: float) -> Tensor:

@@ -12,10 +12,11 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan, correction_of, forecast_of
-from harmonica.core.plan_builders import stepwise_plan
+from harmonica.core.plan_builders import even_plan, stepwise_plan, with_fixed_correction
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
 from harmonica.io.tensor_files import write_tensors
+from harmonica.models.base import Macs
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.training.plans.forecast_sketch import linear_weights
@@ -129,3 +130,33 @@ def test_a_file_with_another_shape_is_refused(sampler, tmp_path):
 
 def test_a_stretched_plan_has_none():
     assert corrected_plan(1).at_steps(9).correction is None
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75])
+@pytest.mark.parametrize("reused", [[1], [1, 3], [1, 2, 4], [0, 1, 2, 3]])
+def test_without_training_a_computed_step_makes_up_for_what_reused_ones_lack_to_the_line(reused, share):
+    plan = with_fixed_correction(stepwise_plan(STEPS, BRANCHES, reused), share)
+    outputs = torch.randn(STEPS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for i in range(STEPS):
+        run = 0
+        while i not in reused and i + run + 1 in reused:
+            run += 1
+        ends = outputs[i], outputs[min(i + run + 1, STEPS - 1)]
+        lacking = sum(torch.lerp(*ends, k / (run + 1)) - outputs[i + k] for k in range(1, run + 1))
+        row = plan.correction[i] if plan.correction else ()
+        given = sum(w * (outputs[i + j] - outputs[i + j + 1]) for j, w in enumerate(row) if i + j + 1 < STEPS)
+        assert float(given) == pytest.approx(float(share * lacking), abs=1e-12), i
+
+
+def test_without_training_a_plan_that_mends_nothing_has_no_correction():
+    for plan in (Plan.full(STEPS, BRANCHES), stepwise_plan(STEPS, BRANCHES, [0, 1])):
+        assert with_fixed_correction(plan).correction is None, "no computed step follows a reused one"
+    part = Plan(tuple((i != 2, True) for i in range(STEPS)))
+    assert with_fixed_correction(part).correction is None, "a step that is reused in part is computed"
+
+
+def test_outputs_that_change_evenly_are_left_as_they_are():
+    """A straight line of outputs has nothing to make up for, however long the runs."""
+    plan = with_fixed_correction(even_plan(20, Macs((10,) * BRANCHES, 0), 3.0))
+    assert plan.correction is not None
+    assert all(abs(sum(row)) < 1e-12 for row in plan.correction)
