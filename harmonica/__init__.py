@@ -9,8 +9,9 @@ objective (`training.sdt`, `training.iepo`), or the steps that it reuses are lea
 (`training.plans.search`).
 
 `harmonica.apply(pipe, router)` and `harmonica.remove(pipe)` put a trained plan on a diffusers pipeline and
-take it off; `harmonica.train_pipeline(pipe, prompts)` trains one for any pipeline with a transformer. The
-names in `__all__` are the public interface; modules may move.
+take it off; `harmonica.train_pipeline(pipe, prompts)` trains one for any pipeline with a transformer, and
+`harmonica.EvenSteps` is a plan without training. The names in `__all__` are the public interface; modules may
+move.
 """
 
 import importlib
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from harmonica.core.artifact import RouterArtifact
     from harmonica.core.sampling import sample
     from harmonica.integrations.diffusers_pipeline import apply, remove
+    from harmonica.integrations.recorded.even_steps import EvenSteps
     from harmonica.models.loading import ModelConfig, load_model
     from harmonica.pipeline_training.train import train_pipeline
     from harmonica.samplers import SamplerConfig, make_sampler
     from harmonica.training.presets import learned_steps
 
 __all__ = [
+    "EvenSteps",
     "ModelConfig",
     "RouterArtifact",
     "SamplerConfig",
@@ -41,6 +44,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "EvenSteps": "harmonica.integrations.recorded.even_steps",
     "ModelConfig": "harmonica.models.loading",
     "RouterArtifact": "harmonica.core.artifact",
     "SamplerConfig": "harmonica.samplers",

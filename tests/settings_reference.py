@@ -55,7 +55,7 @@ WHEN = {
     "compare": "Touch it for the stage `compare`, which puts other methods beside this one.",
     "harmonica.cli.train": "Touch `output` to keep several trainings.",
     "harmonica.cli.sample": "Touch it on each call: what to sample, and with which router.",
-    "harmonica.cli.apply": "Touch it on each call: which pipeline, router and prompts.",
+    "harmonica.cli.apply": "Touch it on each call: which pipeline, plan and prompts.",
     "harmonica.cli.convert": "Touch it on each call: what to convert, and into which layout.",
     "pipelines.serve": "Touch it to serve another router than the registry's champion.",
     "pipelines.capacity": "Touch it before hardware is rented: model, GPU, rate and nodes.",

@@ -1,11 +1,13 @@
-"""Sample from a diffusers pipeline with and without a router, timed.
+"""Sample from a diffusers pipeline with and without a plan, timed.
 
 Both runs begin from the same noise.
 
+    harmonica apply --pipeline PIPELINE --speedup 1.8 --prompts "a harmonica on a table"
     harmonica apply --pipeline PIPELINE --router ROUTER --prompts "a harmonica on a table"
 
 PIPELINE is the folder of a diffusers pipeline, ROUTER an artifact folder that was trained for its
-transformer. The pipeline keeps its own scheduler; steps and guidance are the router's.
+transformer; a speed in its place needs no training (`harmonica.EvenSteps`). The pipeline keeps its own
+scheduler; steps and guidance are the router's, or those that are given.
 """
 
 import sys
@@ -20,6 +22,7 @@ from harmonica.cli.common import fail, parse_settings, say
 from harmonica.cli.train import pick_device
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.diffusers_pipeline import apply, remove
+from harmonica.integrations.recorded.even_steps import EvenSteps
 from harmonica.io.paths import local
 from harmonica.samplers.noise import MAX_SEED
 from harmonica.torchvision_ops import ensure_torchvision_imports
@@ -35,6 +38,12 @@ class ApplyCommand:
     """Folder of a diffusers pipeline with a supported transformer."""
     router: str = ""
     """Artifact folder of a router that was trained for this transformer."""
+    speedup: Annotated[float, Field(ge=0)] = 0.0
+    """In place of a router: how many times less arithmetic evenly spread steps do, without training."""
+    num_inference_steps: Annotated[int, Field(ge=0)] = 0
+    """With `speedup`: number of steps; 0 leaves it to the pipeline. A router has its own."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 0.0
+    """With `speedup`: guidance of both runs; 0 leaves it to the pipeline. A router has its own."""
     prompts: tuple[str, ...] = ()
     """For a pipeline that takes prompts: one an image."""
     classes: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -48,27 +57,31 @@ class ApplyCommand:
     allow_other_sampler: bool = False
     """Follow the plan by the count of steps under a scheduler that the router was not trained for."""
     output: Path = Path("applied.png")
-    """Picture to write: the first row plain, the second under the router."""
+    """Picture to write: the first row plain, the second under the plan."""
 
 
 def run(command: ApplyCommand) -> Path:
-    """Sample with and without the router, and write the images.
+    """Sample with and without the plan, and write the images.
 
     The seconds of each are reported.
 
     Raises:
-        ValueError: a setting is refused, or the router does not fit the pipeline.
+        ValueError: a setting is refused, or the plan does not fit the pipeline.
     """
     device = pick_device(command.device)
     if not command.pipeline or not (local(command.pipeline, "pipeline") / "model_index.json").is_file():
         raise SettingError(f"pipeline is {command.pipeline!r}: give the folder that holds model_index.json")
-    require(bool(command.router), "router", command.router, "give the artifact folder of a router")
+    if bool(command.router) == bool(command.speedup):
+        raise SettingError(
+            f"router is {command.router!r} and speedup {command.speedup:g}: give the artifact folder of a "
+            "router, or a speed such as 1.8 that needs none"
+        )
     if bool(command.prompts) == bool(command.classes):
         raise SettingError(
             f"prompts is {command.prompts!r} and classes {command.classes!r}: give the one that the "
             "pipeline takes"
         )
-    artifact = RouterArtifact.load(command.router)
+    plan, call = _plan_and_call(command)
     need("diffusers", extra="diffusers")
     ensure_torchvision_imports()
     from diffusers import DiffusionPipeline
@@ -79,28 +92,38 @@ def run(command: ApplyCommand) -> Path:
         local_files_only=True,
     ).to(device)
     pipe.set_progress_bar_config(disable=True)
-    rows = [_sample_row(pipe, command, artifact, "plain")]
-    apply(pipe.transformer, artifact, allow_other_sampler=command.allow_other_sampler)
-    rows.append(_sample_row(pipe, command, artifact, "router"))
-    remove(pipe.transformer)
-    say(f"ideal speedup {artifact.ideal_speedup:.2f}x, {artifact.method}")
+    rows = [_sample_row(pipe, command, call, "plain")]
+    apply(pipe, plan, allow_other_sampler=command.allow_other_sampler)
+    rows.append(_sample_row(pipe, command, call, "plan"))
+    if isinstance(plan, RouterArtifact):
+        say(f"ideal speedup {plan.ideal_speedup:.2f}x, {plan.method}")
+    else:
+        say("the second run recorded the transformer too, which takes it two forwards more")
+    remove(pipe)
     output = local(command.output, "output")
     _write(rows, output)
     say(f"pictures in {output}")
     return output
 
 
-def _sample_row(pipe: Any, command: ApplyCommand, artifact: RouterArtifact, way: str) -> list[Any]:
+def _plan_and_call(command: ApplyCommand) -> tuple[RouterArtifact | EvenSteps, dict[str, Any]]:
+    """Return the plan, and the arguments of the pipeline's calls that go with it."""
+    given = {"num_inference_steps": command.num_inference_steps, "guidance_scale": command.guidance_scale}
+    if not command.router:
+        return EvenSteps(speedup=command.speedup), {name: value for name, value in given.items() if value}
+    for name, value in given.items():
+        require(not value, name, value, "leave it out, since the router has its own")
+    artifact = RouterArtifact.load(command.router)
+    return artifact, {name: getattr(artifact.sampler, name) for name in given}
+
+
+def _sample_row(pipe: Any, command: ApplyCommand, call: dict[str, Any], way: str) -> list[Any]:
     """Sample the images of one row and say how many seconds they took."""
     subjects: Any = list(command.prompts or command.classes)
     started = time.perf_counter()
-    images: list[Any] = pipe(
-        subjects,
-        generator=torch.Generator().manual_seed(command.seed),
-        num_inference_steps=artifact.sampler.num_inference_steps,
-        guidance_scale=artifact.sampler.guidance_scale,
-    ).images
-    say(f"{way:7} {time.perf_counter() - started:.3f} s for {len(images)} images")
+    generator = torch.Generator().manual_seed(command.seed)
+    images: list[Any] = pipe(subjects, generator=generator, **call).images
+    say(f"{way:5} {time.perf_counter() - started:.3f} s for {len(images)} images")
     return images
 
 

@@ -1,8 +1,10 @@
-"""Use a router in an unmodified diffusers pipeline: `apply` and `remove`.
+"""Use a plan in an unmodified diffusers pipeline: `apply` and `remove`.
 
     pipe = PixArtSigmaPipeline.from_pretrained(...)
     harmonica.apply(pipe.transformer, "router/")
     pipe("a harmonica", num_inference_steps=20).images[0].save("harmonica.png")
+
+The plan is a trained router's; `harmonica.EvenSteps` is one that needs no training.
 
 The transformer's forward is replaced by a walk over its branches, the very functions that our sampler
 calls: a reused branch costs one fused multiply-add, and the images are ours. Hooks on the sub-layers
@@ -37,6 +39,7 @@ from harmonica.integrations.forward_slots import (
 )
 from harmonica.integrations.pipeline_transformer import PipelineTransformer
 from harmonica.integrations.planned_forward import PipelineExecution, PlannedForward
+from harmonica.integrations.recorded.even_steps import EvenSteps, even_calls
 from harmonica.integrations.recorded.pipelines import is_recorded, planned_calls, transformers_of
 from harmonica.integrations.recorded.trajectory import TransformerCall
 from harmonica.integrations.step_tracker import StepCounter
@@ -51,13 +54,13 @@ ensure_torchvision_imports()
 
 def apply(
     transformer: Any,
-    artifact: RouterArtifact | str | Path,
+    artifact: RouterArtifact | EvenSteps | str | Path,
     *,
     allow_other_sampler: bool = False,
     check_weights: bool = True,
     execution: PipelineExecution = "eager",
 ) -> None:
-    """Run a pipeline's transformer under a router's plan, until `remove`.
+    """Run a pipeline's transformer under a plan, until `remove`.
 
     Before or after `torch.compile` and `enable_model_cpu_offload`. Height, width, batch and guidance may
     change from call to call. `save_pretrained` saves the plain model; `copy.deepcopy` takes the plan along,
@@ -66,7 +69,7 @@ def apply(
     Args:
         transformer: a pipeline, or `pipe.transformer`, changed in place. A pipeline whose trajectories are
             shared by two transformers (Wan 2.2) has to be given itself.
-        artifact: or its folder.
+        artifact: a router, or its folder; or `EvenSteps()`, which needs no training.
         allow_other_sampler: count calls, whatever their timesteps. For routers of ddim and iddpm, whose
             steps are the public DiT code's and no diffusers scheduler's, and for measuring transfer.
         check_weights: False where the weights are the router's in another form: quantised, or with an adapter
@@ -85,18 +88,22 @@ def apply(
     modules = [unwrapped(each) for each in transformers_of(transformer)]
     if any(hasattr(module, STATE) for module in modules):
         raise ValueError("transformer has a plan already: harmonica.remove(transformer) first")
-    if not isinstance(artifact, RouterArtifact):
+    if not isinstance(artifact, RouterArtifact | EvenSteps):
         artifact = RouterArtifact.load(artifact)
-    if is_recorded(artifact):
+    replaced: list[tuple[nn.Module, PlannedForward | TransformerCall]]
+    forwards, is_compiled = [own_forward(module) for module in modules], execution == "compiled"
+    if isinstance(artifact, EvenSteps):
+        replaced = list(zip(modules, even_calls(modules, forwards, artifact, is_compiled=is_compiled)))
+    elif is_recorded(artifact):
         calls = planned_calls(
             modules,
-            [own_forward(module) for module in modules],
+            forwards,
             artifact,
             allow_other_sampler=allow_other_sampler,
             check_weights=check_weights,
-            is_compiled=execution == "compiled",
+            is_compiled=is_compiled,
         )
-        replaced: list[tuple[nn.Module, PlannedForward | TransformerCall]] = list(zip(modules, calls))
+        replaced = list(zip(modules, calls))
     else:
         replaced = [
             (

@@ -21,6 +21,7 @@ PLACES = {
     r'from_pretrained\("[^"]+"': 'from_pretrained("{folder}/pipeline"',
     r'"runs/NAME/router"': '"{folder}/router"',
     r'"cuda"': '"cpu"',
+    r'"even.png"': '"{folder}/even {name}.png"',
     r'"harmonica.png"': '"{folder}/{name}.png"',
 }
 
@@ -69,4 +70,5 @@ def test_the_example_runs_in_both_orders_of_import(tmp_path):
     for name, process in processes.items():
         exit_code, said = outcome(process)
         assert exit_code == 0, said
-        assert Image.open(tmp_path / f"{name}.png").size == (64, 64)
+        for each in (name, f"even {name}"):
+            assert Image.open(tmp_path / f"{each}.png").size == (64, 64)

@@ -28,7 +28,7 @@ def trainer_of(case: Case) -> PipelineTrainer:
     return all_phases_trainer(case, cacheable=(BLOCKS,))
 
 
-def calls_in_blocks(case: Case) -> int:
+def calls_in_blocks(case: Case, num_steps: int = STEPS) -> int:
     """How often the first modules of all blocks are called while the pipeline draws."""
     calls = 0
 
@@ -41,7 +41,7 @@ def calls_in_blocks(case: Case) -> int:
         for transformer in transformers_of(case.pipe)
         for _, block in block_modules(transformer)
     ]
-    drawn_by(case)
+    drawn_by(case, num_steps)
     for handle in handles:
         handle.remove()
     return calls

@@ -45,12 +45,12 @@ def all_phases_trainer(case: Case, **how: Any) -> PipelineTrainer:
     return PipelineTrainer(case.pipe, prompts, config, call=call | {"num_inference_steps": ALL_STEPS}, **how)
 
 
-def drawn_by(case: Case) -> Tensor:
+def drawn_by(case: Case, num_steps: int = ALL_STEPS) -> Tensor:
     """What the pipeline itself draws of that training's prompts."""
     prompts, call = prompts_of(case)
     generator = [torch.Generator().manual_seed(row) for row in range(2)]
     how = {"output_type": "latent", "return_dict": False, "generator": generator}
-    latents = case.pipe(**call | {"num_inference_steps": ALL_STEPS}, **batched(prompts), **how)[0]
+    latents = case.pipe(**call | {"num_inference_steps": num_steps}, **batched(prompts), **how)[0]
     return (latents if isinstance(latents, Tensor) else torch.stack(list(latents))).float()
 
 

@@ -83,13 +83,20 @@ def test_need_imports_nothing(monkeypatch):
     assert "this" not in sys.modules
 
 
-def test_a_pipeline_draws_plain_and_under_a_router(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        (["--router={}/router"], "ideal speedup"),
+        (["--speedup=1.5", "--num-inference-steps=6", "--guidance-scale=3"], "two forwards more"),
+    ],
+)
+def test_a_pipeline_draws_plain_and_under_a_plan(tmp_path, capsys, plan, told):
     write_folder(tmp_path)
-    asked = [f"--pipeline={tmp_path / 'pipeline'}", f"--router={tmp_path / 'router'}"]
+    asked = [f"--pipeline={tmp_path / 'pipeline'}", *(each.format(tmp_path) for each in plan)]
     output = tmp_path / "both.png"
     assert main(["apply", *asked, "--prompts", "a coat", "a boot", f"--output={output}", "--device=cpu"]) == 0
     said = capsys.readouterr().out
-    assert "plain" in said and "ideal speedup" in said
+    assert "plain" in said and told in said
     picture = Image.open(output)
     assert picture.size == (128, 128), "two images a row, of 64 pixels"
     assert picture.crop((0, 0, 128, 64)).tobytes() != picture.crop((0, 64, 128, 128)).tobytes()
@@ -98,3 +105,18 @@ def test_a_pipeline_draws_plain_and_under_a_router(tmp_path, capsys):
 def test_unusable_input_to_apply_is_one_line(tmp_path, capsys):
     assert main(["apply", f"--pipeline={tmp_path}", "--router=r", "--prompts", "a coat"]) == 2
     assert "give the folder that holds model_index.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ([], "router is '' and speedup 0: give the artifact folder of a router, or a speed"),
+        (["--router=r", "--speedup=2"], "router is 'r' and speedup 2"),
+        (["--speedup=1"], "speedup is 1.0: give a number above 1"),
+        (["--router=r", "--num-inference-steps=9"], "num_inference_steps is 9: leave it out"),
+    ],
+)
+def test_a_plan_that_apply_cannot_use_is_one_line(tmp_path, capsys, plan, said):
+    (tmp_path / "model_index.json").write_text("{}")
+    assert main(["apply", f"--pipeline={tmp_path}", "--prompts", "a coat", *plan]) == 2
+    assert said in capsys.readouterr().err

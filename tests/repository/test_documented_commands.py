@@ -19,6 +19,7 @@ import harmonica
 from harmonica.builtin import CHAMPION
 from harmonica.cli import train
 from harmonica.cli.common import parse, parse_settings
+from harmonica.cli.apply import ApplyCommand
 from harmonica.cli.convert import ConvertCommand
 from harmonica.cli.sample import SampleCommand
 from harmonica.core.artifact import RouterArtifact
@@ -40,6 +41,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "-m pipelines.serve": lambda given: parse_settings(ServeCommand, given, "serve"),
     "-m harmonica.cli.convert": lambda given: parse_settings(ConvertCommand, given, "convert"),
     "-m pipelines.capacity": lambda given: parse_settings(CapacityCommand, given, "capacity"),
+    "harmonica apply": lambda given: parse_settings(ApplyCommand, given, "apply"),
 }
 """Programs of ours: what follows their name is read by their own parser."""
 RUN_BY = {

@@ -1,0 +1,153 @@
+"""Put evenly spread steps on a pipeline's transformers, without training."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import even_plan, fastest_speedup, with_fixed_correction
+from harmonica.integrations.call_owner import current_pipeline
+from harmonica.integrations.pipeline_transformer import refuse_other_caches
+from harmonica.integrations.recorded.call_tracker import steps_of
+from harmonica.integrations.recorded.kept_values import KeptValues
+from harmonica.integrations.recorded.kinds import BLOCKS, check_kinds
+from harmonica.integrations.recorded.trajectory import Trajectory, TransformerCall
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.models.base import Macs
+
+logger = logging.getLogger(__name__)
+
+_SHARE, _SHARE_OF_FLOW_MATCHING = 0.5, 0.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvenSteps:
+    """A plan that needs no training: evenly spread steps are reused.
+
+    Values are forecast linearly, and the outputs of computed steps corrected by what they show of the reused
+    ones before them (`harmonica.core.plan_builders.with_fixed_correction`). The number of steps may change
+    from call to call. A trained router is nearer to the full images at the same speed.
+
+    Raises:
+        ValueError: a field that makes no sense, with what to give.
+    """
+
+    speedup: float = 1.8
+    """How many times less arithmetic the transformer does, above 1. Steps are reused as a whole, so speeds
+    come in jumps."""
+    cacheable: Sequence[str] = (BLOCKS,)
+    """What is reused: all blocks as one, which keeps one value a call; or kinds of sub-modules: attn, cross,
+    mlp, single."""
+    correction: float | None = None
+    """Share of what reused steps lack that the next computed one makes up for, 0 to 1. None takes 0.75 where
+    the pipeline's scheduler is of flow matching and 0.5 elsewhere (tests/benchmarks/RESULTS.md)."""
+    num_inference_steps: int | None = None
+    """Number of steps of a loop of your own; None reads it from the pipeline that runs, at each call."""
+
+    def __post_init__(self) -> None:
+        if not self.speedup > 1:
+            raise ValueError(f"speedup is {self.speedup}: give a number above 1, such as 1.8")
+        check_kinds(self.cacheable)
+        if self.correction is not None and not 0 <= self.correction <= 1:
+            raise ValueError(f"correction is {self.correction}: give a share from 0 to 1, or None")
+        if self.num_inference_steps is not None and self.num_inference_steps < 2:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}: give 2 or more, or None")
+
+    def plan(self, num_steps: int, macs: Macs, *, is_flow_matching: bool = False) -> Plan:
+        """Return the plan for a number of steps.
+
+        Args:
+            macs: of one call of the transformer.
+            is_flow_matching: whether the scheduler is.
+
+        Raises:
+            ValueError: so few steps do not reach the speed.
+        """
+        if self.speedup > (most := fastest_speedup(num_steps, macs)):
+            raise ValueError(
+                f"speedup is {self.speedup}: {num_steps} steps of this transformer reach {most:.2f} at most, "
+                "give that or more steps"
+            )
+        share = self.correction
+        if share is None:
+            share = _SHARE_OF_FLOW_MATCHING if is_flow_matching else _SHARE
+        plan = even_plan(num_steps, macs, self.speedup)
+        return with_fixed_correction(plan, share) if share else plan
+
+
+def is_flow_matching(scheduler: Any) -> bool:
+    """Return whether a diffusers scheduler's steps are those of flow matching."""
+    config = getattr(scheduler, "config", {})
+    by_setting = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(by_setting) or type(scheduler).__name__.startswith("FlowMatch")
+
+
+def even_calls(
+    transformers: Sequence[nn.Module], forwards: Sequence[Any], even: EvenSteps, *, is_compiled: bool = False
+) -> Iterator[TransformerCall]:
+    """Yield the call that replaces each transformer's forward.
+
+    Raises:
+        ValueError: another cache is on.
+    """
+    for transformer in transformers:
+        refuse_other_caches(transformer)
+    views = [
+        RecordedTransformer(transformer, forward, cacheable=even.cacheable, is_compiled=is_compiled)
+        for transformer, forward in zip(transformers, forwards, strict=True)
+    ]
+    trajectory = EvenTrajectory(views, even)
+    return (TransformerCall(trajectory, number) for number in range(len(views)))
+
+
+class EvenTrajectory(Trajectory):
+    """Follows the plan for the number of steps that the running pipeline makes."""
+
+    def __init__(self, views: Sequence[RecordedTransformer], even: EvenSteps) -> None:
+        """Wait for the first step."""
+        super().__init__(views, even.num_inference_steps or 1, reuse="forecast")
+        self._even = even
+        self._is_flow_matching = False
+        self._plans: dict[tuple[int, Macs, bool], Plan] = {}
+
+    def _begin(self) -> None:
+        pipe = current_pipeline()
+        steps = self._even.num_inference_steps or (None if pipe is None else steps_of(pipe))
+        if steps is None:
+            raise ValueError(
+                "no diffusers pipeline runs that says how many steps it makes: give num_inference_steps to "
+                "EvenSteps"
+            )
+        self.num_steps = self.tracker.num_steps = steps
+        self._is_flow_matching = is_flow_matching(getattr(pipe, "scheduler", None))
+        super()._begin()
+
+    def _plan(self, view: RecordedTransformer) -> Plan:
+        macs, is_flow = view.macs(), self._is_flow_matching
+        key = (self.num_steps, macs, is_flow)
+        if key not in self._plans:
+            plan = self._plans[key] = self._even.plan(self.num_steps, macs, is_flow_matching=is_flow)
+            reused = sum(not any(row) for row in plan.compute)
+            logger.info(
+                "evenly spread steps: %d of %d are reused, for %.2f times less arithmetic",
+                *(reused, self.num_steps, plan.ideal_speedup(macs)),
+            )
+        return self._plans[key]
+
+    def new_kept(self, view: RecordedTransformer) -> KeptValues:
+        return view.new_kept("forecast", None, self._plan(view).correction)
+
+    def compute(
+        self,
+        view: RecordedTransformer,
+        i: int,
+        kept: KeptValues,
+        shapes: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        row = self._plan(view).compute[i] if len(kept) else (True,) * len(view.branches)
+        return view.planned(row, kept, i, shapes, args, kwargs)
