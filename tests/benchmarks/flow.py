@@ -104,18 +104,18 @@ class Study:
         rest = ", ".join(f"{key} {value:.2f}" for key, value in result.items() if isinstance(value, float))
         print(f"{name}: {rest}", flush=True)
 
+    def latents_under(self, plan: RouterArtifact | harmonica.EvenSteps) -> Tensor:
+        """Of all test captions, under a plan (N, C, H, W)."""
+        harmonica.apply(self.pipe, plan)
+        try:
+            return self.latents(self.num_steps)
+        finally:
+            harmonica.remove(self.pipe)
+
     def judge_artifact(self, name: str, artifact: RouterArtifact) -> None:
         """Measure an artifact's plan."""
-
-        def draw() -> Tensor:
-            harmonica.apply(self.pipe, artifact)
-            try:
-                return self.latents(self.num_steps)
-            finally:
-                harmonica.remove(self.pipe)
-
         found = {"speedup": artifact.ideal_speedup, "cur": artifact.plan.cur}
-        self.judge(name, draw, **found)
+        self.judge(name, lambda: self.latents_under(artifact), **found)
 
     def trainer(self, config: TrainingConfig, seed: int) -> PipelineTrainer:
         """A training on the captions that are for it."""
@@ -141,7 +141,7 @@ class Study:
 
 
 def judge_untrained(study: Study, config: TrainingConfig, seed: int) -> RouterArtifact:
-    """Fewer steps, and even steps, held and forecast; the last are returned."""
+    """Fewer steps, and even steps, held, forecast and corrected; the forecast ones are returned."""
     fewer = round(study.num_steps / config.target_speedup)
     study.judge(f"{fewer} steps", lambda: study.latents(fewer))
     for reuse in ("hold", "forecast"):
@@ -150,6 +150,8 @@ def judge_untrained(study: Study, config: TrainingConfig, seed: int) -> RouterAr
         with study.trainer(even, seed) as trainer:
             artifact = trainer.artifact()
         study.judge_artifact(f"even steps, {reuse}", artifact)
+    untrained = harmonica.EvenSteps(speedup=config.target_speedup, cacheable=study.cacheable)
+    study.judge("even steps, forecast, fixed correction", lambda: study.latents_under(untrained))
     return artifact
 
 

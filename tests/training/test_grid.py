@@ -15,7 +15,7 @@ from pipelines.compare.published import FORECASTS
 from tests.benchmarks import ideas
 from tests.benchmarks.grid.__main__ import measure
 from tests.benchmarks.grid.judging import Judge
-from tests.benchmarks.grid.points import EVEN, LEARNED, RememberedImages, Series
+from tests.benchmarks.grid.points import EVEN, LEARNED, UNTRAINED, RememberedImages, Series
 from tests.benchmarks.grid.table import LOG, PointResults, read_lines, table, with_tables
 
 KINDS = {"has_published": False, "has_calibrated": False}
@@ -62,8 +62,8 @@ def test_a_point_that_is_begun_again_measures_what_it_lacks(make, tmp_path, monk
     path, judge = tmp_path / "results.jsonl", Judge(ideas.rows, IMAGES)
     series = make()
     first = measure(series, 1.5, judge, path, **KINDS)
-    assert read_lines(path) == first and len(first) == 5
-    assert [line["seed"] for line in first] == [0, 0, None, None, None]
+    assert read_lines(path) == first and len(first) == 6
+    assert [line["seed"] for line in first] == [0, 0, None, None, None, None]
     assert not measure(make(), 1.5, judge, path, **KINDS)
     assert [line["method"] for line in measure(make(1), 1.5, judge, path, **KINDS)] == [LEARNED, EVEN]
 
@@ -92,8 +92,8 @@ def test_full_images_are_drawn_once_and_are_nothing_apart(make, monkeypatch):
     for series in (make(), make(1)):
         for arm in list(series.arms(1.5, **KINDS))[2:]:
             judge.line(series.sampler, arm.make())
-    assert sorted(drawn) == [6, 9, 9, 9], (
-        "of 6 and of 9 steps, and of the even plan with and without forecasts"
+    assert sorted(drawn) == [6, 9, 9, 9, 9], (
+        "of 6 and of 9 steps, and of the even plan held, with forecasts and corrected"
     )
     full_NCHW = judge.full(series.sampler)
     found = judge.metrics(full_NCHW, full_NCHW)
@@ -116,6 +116,7 @@ def line(method, psnr, seed=None, *, speed=1.6, worst=30.0, frechet=1e-2):
 LINES = [
     *(line(LEARNED, psnr, seed, frechet=2e-3) for seed, psnr in enumerate((49.0, 50.0, 51.0))),
     *(line(EVEN, psnr, seed, worst=31.0) for seed, psnr in enumerate((48.8, 49.0))),
+    line(UNTRAINED, 60.0, worst=33.0),
     line("FoCa", 47.0, worst=32.0),
     line("linear forecast", 48.5, frechet=1e-3),
     line("too slow", 60.0, speed=1.5),
@@ -130,6 +131,7 @@ def test_a_point_says_whether_ours_is_first_and_by_more_than_the_spread():
         "T = 20, 1.6x",
         "**50.0 (49.0 to 51.0)**, worst 30.0 (30.0 to 30.0)",
         "48.9 (48.8 to 49.0), worst 31.0 (31.0 to 31.0)",
+        "60.0, worst 33.0",
         "linear forecast 48.5",
         "first, within the spread",
         "no: FoCa 32.0",
@@ -139,14 +141,14 @@ def test_a_point_says_whether_ours_is_first_and_by_more_than_the_spread():
         "+0.6 dB over even steps; worst tenth behind FoCa; worst tenth behind even steps",
     ]
     higher = [each | {"psnr": each["psnr"] + (each["method"] == LEARNED)} for each in LINES]
-    assert str(PointResults(20, 1.6, higher).row()[4]) == "**yes**"
+    assert str(PointResults(20, 1.6, higher).row()[5]) == "**yes**"
     alone = [each for each in LINES if not each["seed"]]
-    assert PointResults(20, 1.6, alone).row()[4] == "first, one seed"
+    assert PointResults(20, 1.6, alone).row()[5] == "first, one seed"
     lower = [each | {"psnr": each["psnr"] - 5 * (each["method"] == LEARNED)} for each in LINES]
-    assert PointResults(20, 1.6, lower).row()[4] == "no: linear forecast 48.5"
+    assert PointResults(20, 1.6, lower).row()[5] == "no: linear forecast 48.5"
     assert "not first" in PointResults(20, 1.6, lower).disappointments()
     begun = [each for each in LINES if each["method"] != "Spectrum"]
-    assert PointResults(20, 1.6, begun).row()[3:9] == [""] * 6, "not all that compete are measured"
+    assert PointResults(20, 1.6, begun).row()[4:10] == [""] * 6, "not all that compete are measured"
 
 
 def test_the_log_has_the_tables_of_the_recorded_results():

@@ -7,10 +7,11 @@
 
 Ours is the training of the preset without what SDT and IEPO learn: the measured start, the choice, then the
 fit. Even steps of the same speed, after the same fit on the same images, stand beside it, so that the
-difference is what the steps are worth; where they are what was learned, the two are one. With `--published`
-come published forecasts over the even steps and TaylorSeer at the intervals of its authors, with
-`--calibrated` those methods that see 32 other images first. Each is judged by its images' distance to the
-full ones of the same noise, which no training saw: PSNR and structural similarity, `features` (LPIPS's
+difference is what the steps are worth; where they are what was learned, the two are one. Even steps with
+linear forecasts and the fixed correction of `harmonica.EvenSteps` are ours without training. With
+`--published` come published forecasts over the even steps and TaylorSeer at the intervals of its authors,
+with `--calibrated` those methods that see 32 other images first. Each is judged by its images' distance to
+the full ones of the same noise, which no training saw: PSNR and structural similarity, `features` (LPIPS's
 distance on the convolutions of the shipped classifier) and the Frechet distance of its pooled features;
 `worst` is the mean PSNR of the worst tenth. What no seed changes is measured once.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
-from harmonica.core.plan_builders import even_plan
+from harmonica.core.plan_builders import even_plan, with_fixed_correction
 from harmonica.core.segments import with_segments
 from harmonica.data.batch import Batch
 from harmonica.data.conditions import make_conditions
@@ -25,6 +25,7 @@ from pipelines.compare.published import CALIBRATED, FORECASTS, interval_variant,
 from tests.benchmarks import cross_attention, ideas
 
 LEARNED, EVEN = "learned steps, fitted forecast", "even steps, fitted forecast"
+UNTRAINED = "even steps, linear forecast, fixed correction"
 _CALIBRATION_BATCHES, _CALIBRATION_BATCH = 4, 8
 Rows = Callable[[Sampler, int, int, int], Batch]
 """Takes a sampler, a seed, the number of the first row and how many."""
@@ -150,6 +151,7 @@ class Series:
         yield Arm(EVEN, partial(self.even_fitted, speedup), fit=fit)
         even = self.even(speedup)
         fixed = {
+            UNTRAINED: Drawn(self.sampler, with_fixed_correction(even)),
             "linear forecast": Drawn(self.sampler, even),
             "held (FORA)": Drawn(self.sampler, even, "hold"),
             "fewer steps": Drawn(self.fewer(speedup)),

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from pipelines.compare.published import FORECASTS
-from tests.benchmarks.grid.points import EVEN, LEARNED
+from tests.benchmarks.grid.points import EVEN, LEARNED, UNTRAINED
 
 RESULTS = Path(__file__).parent
 LOG = RESULTS.parent / "RESULTS.md"
@@ -86,7 +86,7 @@ class PointResults:
         self.rivals = [
             name
             for name, lines in self.of.items()
-            if name not in (LEARNED, EVEN) and all(line["speed"] >= fast for line in lines)
+            if name not in (LEARNED, EVEN, UNTRAINED) and all(line["speed"] >= fast for line in lines)
         ]
         if not self.of.keys() >= FORECASTS.keys():  # who is first is said once all are measured
             self.rivals = []
@@ -140,14 +140,17 @@ class PointResults:
             standings = [self.standing(measure) for measure in MEASURES]
             rival, first = f"{standings[0].rival} {standings[0].value:.1f}", list(map(str, standings))
         ours = f"**{self.shown(LEARNED, PSNR)}**, worst {self.shown(LEARNED, WORST)}"
-        even = f"{self.shown(EVEN, PSNR)}, worst {self.shown(EVEN, WORST)}" if EVEN in self.of else ""
+        even, untrained = (
+            f"{self.shown(name, PSNR)}, worst {self.shown(name, WORST)}" if name in self.of else ""
+            for name in (EVEN, UNTRAINED)
+        )
         place = f"T = {self.num_steps}, {self.speedup:.1f}x"
-        return [place, ours, even, rival, *first, "; ".join(self.disappointments())]
+        return [place, ours, even, untrained, rival, *first, "; ".join(self.disappointments())]
 
 
 def table(lines: Sequence[Line]) -> str:
     """The table of one model's results, in Markdown; points without a learned plan are left out."""
-    head = ["", "learned, fitted", "even steps, fitted", "best rival in PSNR"]
+    head = ["", "learned, fitted", "even steps, fitted", "even steps, untrained", "best rival in PSNR"]
     head += [f"first in {measure.name}" for measure in MEASURES] + ["disappoints"]
     places = sorted({(line["steps"], line["speedup"]) for line in lines})
     points = [PointResults(*place, lines) for place in places]
