@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harmonica.core.artifact import RouterArtifact
+from harmonica.integrations.recorded.even_steps import EvenSteps
 from harmonica.integrations.recorded.kinds import KINDS
+from harmonica.pipeline_training.artifacts import untrained_artifact
 from harmonica.pipeline_training.sampling import Prompt
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.config import TrainingConfig
@@ -21,7 +23,7 @@ OnTrajectory = Callable[[int, dict[str, float]], object]
 def train_pipeline(
     pipe: Any,
     prompts: Sequence[Prompt],
-    config: TrainingConfig | None = None,
+    config: TrainingConfig | EvenSteps | None = None,
     *,
     call: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -41,7 +43,8 @@ def train_pipeline(
         prompts: texts, or what `encode_prompt` gave for each, by the names of the pipeline's arguments.
         config: trajectories, batch size, objective and target; a target of speed is met by the plan. By
             default learned steps on four images a trajectory, with branches computed again in backward
-            passes: `harmonica.learned_steps()`.
+            passes: `harmonica.learned_steps()`. `EvenSteps()` trains nothing and has its own `cacheable`: the
+            artifact, of evenly spread steps, is for what takes a router, such as the endpoint.
         call: arguments of every call: `num_inference_steps`, guidance, height, width. The plan is for this
             number of steps.
         seed: of the noise and of random logits.
@@ -59,6 +62,8 @@ def train_pipeline(
             do not fit together.
         NotFinite: the router's updates are.
     """
+    if isinstance(config, EvenSteps):
+        return untrained_artifact(pipe, prompts, config, call=call or {}, seed=seed)
     config = config or learned_steps()
     require(
         not config.targets,

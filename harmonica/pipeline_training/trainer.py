@@ -18,8 +18,7 @@ from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.data.samples import Shard
 from harmonica.integrations.recorded.kinds import KINDS
-from harmonica.integrations.recorded.pipelines import transformers_of
-from harmonica.integrations.recorded.weights import fingerprint_of
+from harmonica.pipeline_training.artifacts import artifact_of
 from harmonica.pipeline_training.backend import PipelineBackend, PipelineBatch
 from harmonica.pipeline_training.pipeline_calls import PipelineCalls
 from harmonica.pipeline_training.sampling import Prompt
@@ -194,9 +193,8 @@ class PipelineTrainer:
         }
 
     def _artifact(self, run: RouterTrainer, provenance: Mapping[str, Any]) -> RouterArtifact:
-        calls, view, logits_TB = self.calls, self.calls.view, run.router.logits().cpu()
-        target, macs = run.context.target, view.macs()
-        forecast_TBK, correction_TJ = run.forecast_TBK, run.correction_TJ
+        logits_TB = run.router.logits().cpu()
+        target, macs = run.context.target, self.calls.view.macs()
         plan = target.plan_of(logits_TB)
         if run.config.has_target and not target.is_met_by(plan):
             cause = (
@@ -207,28 +205,16 @@ class PipelineTrainer:
                 "steps at which a second transformer or a smaller batch begins are always computed",
                 *(plan.ideal_speedup(macs), 100 * plan.cur, cause),
             )
-        weights = fingerprint_of(transformers_of(calls.pipe))
-        shared = {"transformers": len(calls.transformers)}
         settings: dict[str, Any] = {"initial": self.config.initial, "prompts": len(self.prompts)}
-        return RouterArtifact(
-            logits_TB=logits_TB.float(),
+        return artifact_of(
+            self.calls,
+            self.prompts,
+            plan,
+            logits_TB,
             threshold=target.threshold_of(logits_TB),
-            sampler=calls.sampler_config(),
             reuse=self.config.sdt.reuse,
-            forecast_TBK=None if forecast_TBK is None else forecast_TBK.float(),
-            correction_TJ=None if correction_TJ is None else correction_TJ.float(),
-            model={**view.shape(), **shared, "weights": weights.exact},
-            rounded_weights=weights.rounded,
-            ideal_speedup=plan.ideal_speedup(macs),
-            macs_full=macs.full * plan.num_steps,
-            cache_bytes=calls.kept_bytes(
-                self.config.sdt.reuse, 1 if forecast_TBK is None else forecast_TBK.shape[2]
-            ),
-            training=run.provenance(
-                pipeline=type(calls.pipe).__name__,
-                call=calls.described_call(self.prompts[:1]),
-                **settings | dict(provenance),
-            ),
+            learned=(run.forecast_TBK, run.correction_TJ),
+            training=run.provenance(**settings | dict(provenance)),
         )
 
 

@@ -19,7 +19,7 @@ from harmonica.integrations.recorded.kinds import BLOCKS
 from harmonica.models.base import Macs
 from tests.integrations.test_block_stack import calls_in_blocks, trainer_of
 from tests.integrations.test_pipeline_training import ALL_STEPS as STEPS
-from tests.integrations.test_pipeline_training import drawn_by
+from tests.integrations.test_pipeline_training import drawn_by, prompts_of
 
 HALF = harmonica.EvenSteps(speedup=1.5)
 
@@ -33,24 +33,22 @@ def drawn_under(case: Any, plan: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_draws_what_a_router_of_the_same_plan_draws(kind):
+def test_it_draws_what_a_router_of_the_same_plan_draws(kind, tmp_path):
     case = make_case(kind)
     whole = drawn_by(case)
     with trainer_of(case) as trainer:
-        macs, artifact = trainer.calls.view.macs(), trainer.artifact()
+        macs = trainer.calls.view.macs()
     assert is_flow_matching(case.pipe.scheduler), "as those of all of these pipelines are"
     plan = with_fixed_correction(even_plan(STEPS, macs, HALF.speedup), 0.75)
     assert plan.correction is not None and 0 < plan.cur < 1
-    same = dataclasses.replace(
-        artifact,
-        logits_TB=torch.where(plan.to_tensor(), 1.0, 0.0),
-        threshold=0.5,
-        reuse="forecast",
-        forecast_TBK=None,
-        correction_TJ=torch.tensor(plan.correction),
-    )
+    prompts, call = prompts_of(case)
+    artifact = harmonica.train_pipeline(case.pipe, prompts, HALF, call=call | {"num_inference_steps": STEPS})
+    artifact.save(tmp_path)
+    assert artifact.plan.compute == plan.compute and artifact.method == "even steps + linear forecast"
+    assert artifact.ideal_speedup == plan.ideal_speedup(macs)
+    torch.testing.assert_close(torch.tensor(artifact.plan.correction), torch.tensor(plan.correction))
     found = drawn_under(case, HALF)
-    torch.testing.assert_close(found, drawn_under(case, same))
+    torch.testing.assert_close(found, drawn_under(case, tmp_path))
     assert not torch.allclose(found, whole, rtol=1e-4) and found.isfinite().all()
     assert torch.equal(drawn_by(case), whole), "removal leaves nothing behind"
 
@@ -142,6 +140,15 @@ def test_a_pipeline_that_makes_other_steps_than_were_given_is_refused():
     harmonica.apply(case.pipe, harmonica.EvenSteps(speedup=1.5, num_inference_steps=STEPS + 1))
     with pytest.raises(ValueError, match=f"is to make {STEPS} steps"):
         drawn_by(case)
+
+
+def test_an_artifact_is_of_the_steps_that_the_call_makes():
+    case = make_case("flux")
+    prompts, call = prompts_of(case)
+    given = dataclasses.replace(HALF, num_inference_steps=STEPS + 1)
+    with pytest.raises(ValueError, match=f"the pipeline makes {STEPS} steps: leave it out"):
+        harmonica.train_pipeline(case.pipe, prompts, given, call=call | {"num_inference_steps": STEPS})
+    assert torch.equal(drawn_by(case), drawn_by(make_case("flux"))), "the pipeline is as it was"
 
 
 def test_a_speed_that_so_few_steps_do_not_reach_is_refused_at_the_call():

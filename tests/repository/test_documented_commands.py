@@ -18,8 +18,8 @@ from tiny_recorded_pipelines import make_case
 import harmonica
 from harmonica.builtin import CHAMPION
 from harmonica.cli import train
-from harmonica.cli.common import parse, parse_settings
 from harmonica.cli.apply import ApplyCommand
+from harmonica.cli.common import parse, parse_settings
 from harmonica.cli.convert import ConvertCommand
 from harmonica.cli.sample import SampleCommand
 from harmonica.core.artifact import RouterArtifact
