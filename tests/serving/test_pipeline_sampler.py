@@ -74,6 +74,18 @@ def test_an_image_is_that_of_the_pipeline_alone_or_in_company(images, folder, ar
     assert not torch.allclose(other[0], together[0], atol=1e-4), "the plan changes something"
 
 
+def test_a_router_that_was_not_trained_is_served_too(folder):
+    pipe, even = FluxPipeline.from_pretrained(folder), harmonica.EvenSteps(speedup=1.5)
+    untrained = harmonica.train_pipeline(pipe, ["the moon"], even, call=CALL)
+    images = make_sampler(ModelConfig(path=str(folder)), ServeConfig(max_steps=30, max_pixels=2**15))
+    served = images.make_plan(untrained, "even")
+    images.try_out(untrained, served)
+    images.use(served)
+    (image,) = images.generate([ImageRequest("a red cat", 7, 0)])
+    assert torch.allclose(image, drawn(folder, even, 7, "a red cat", **CALL), atol=1e-5)
+    assert not torch.allclose(image, drawn(folder, None, 7, "a red cat", **CALL), atol=1e-4)
+
+
 def test_size_steps_and_guidance_are_free_with_high(images, folder):
     served = images.plan_for("high", 6, 2.0)
     assert (served.version, served.config.num_inference_steps) == ("uncached", 6)
