@@ -13,7 +13,7 @@ from torch import Tensor
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
-from harmonica.core.plan_builders import even_plan, threshold_for
+from harmonica.core.plan_builders import even_plan, threshold_for, with_fixed_correction
 from harmonica.evaluation.evaluation_report import FULL
 from harmonica.models.base import Macs
 from harmonica.samplers import SamplerConfig
@@ -24,9 +24,11 @@ from ..evaluation.variants import Variant
 from .names import FEWER_STEPS, OURS, PAPER, RELEASED
 
 _RANDOM, _RANDOM_SEED = "random plan", 7
+_CORRECTED = "fixed intervals + linear forecast + fixed correction (EvenSteps)"
 _EVEN: dict[str, Reuse] = {
     "fixed intervals (FORA)": "hold",
     "fixed intervals + linear forecast (TaylorSeer)": "forecast",
+    _CORRECTED: "forecast",
 }
 """What baselines of even steps make of the values they kept."""
 
@@ -86,8 +88,8 @@ def learned_variant(entry: Entry, artifact: RouterArtifact) -> Variant:
 def untrained_entries(target: float, seeds: int) -> list[Entry]:
     """Return the entries of the baselines that need no training, at a speed.
 
-    They are fewer steps of the same sampler, whole steps reused at even intervals (held or forecast), and
-    random plans, one for each seed.
+    They are fewer steps of the same sampler, whole steps reused at even intervals (held, forecast, or also
+    corrected), and random plans, one for each seed.
     """
     random = [Entry(_RANDOM, target, seed) for seed in range(seeds)]
     return [Entry(FEWER_STEPS, target), *(Entry(name, target) for name in _EVEN), *random]
@@ -103,7 +105,9 @@ def untrained_variant(sampler: SamplerConfig, macs: Macs, entry: Entry) -> Varia
         scores_TB = _random_scores(count, len(macs.branches), entry.seed)
         random = Plan.from_scores(scores_TB, threshold_for(scores_TB, macs, target))
         return Variant(entry.name, sampler, random, "hold")
-    return Variant(entry.name, sampler, even_plan(count, macs, target), _EVEN[entry.method])
+    even = even_plan(count, macs, target)
+    plan = with_fixed_correction(even) if entry.method == _CORRECTED else even
+    return Variant(entry.name, sampler, plan, _EVEN[entry.method])
 
 
 def _random_scores(num_steps: int, num_branches: int, seed: int) -> Tensor:

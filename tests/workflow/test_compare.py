@@ -252,6 +252,9 @@ def test_plans_that_nobody_learns_meet_the_speed() -> None:
         assert abs(variant.plan.ideal_speedup(MACS) / 1.6 - 1) < 0.02, variant.name
     names = [variant.name for variant in variants]
     assert len(set(names)) == len(names)
+    assert [name for name, one in zip(names, variants) if one.plan and one.plan.correction] == [
+        "fixed-intervals-and-linear-forecast-and-fixed-correction-EvenSteps_1.6x_seed0"
+    ]
 
 
 @pytest.mark.parametrize(
