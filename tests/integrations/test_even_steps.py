@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -109,6 +110,16 @@ def test_a_copy_of_the_transformer_takes_it_along():
     harmonica.apply(case.pipe, HALF)
     case.pipe.transformer = copy.deepcopy(case.pipe.transformer)
     assert torch.equal(drawn_by(case), wanted)
+
+
+def test_the_log_says_what_a_call_has_and_warns_where_it_has_nothing(caplog):
+    case = make_case("flux")
+    with caplog.at_level(logging.INFO):
+        drawn_under(case, HALF)
+        assert drawn_under(case, harmonica.EvenSteps(speedup=1.01)).isfinite().all()
+    told = [each for each in caplog.records if "evenly spread steps" in each.message]
+    assert [each.levelname for each in told] == ["INFO", "WARNING"]
+    assert f"0 of {STEPS} are reused, for 1.00 times less" in told[1].message
 
 
 def test_a_loop_of_ones_own_says_how_many_steps_it_makes():

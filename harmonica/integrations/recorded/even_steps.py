@@ -69,7 +69,7 @@ class EvenSteps:
         if self.speedup > (most := fastest_speedup(num_steps, macs)):
             raise ValueError(
                 f"speedup is {self.speedup}: {num_steps} steps of this transformer reach {most:.2f} at most, "
-                "give that or more steps"
+                "give at most that, or more steps"
             )
         share = self.correction
         if share is None:
@@ -131,7 +131,8 @@ class EvenTrajectory(Trajectory):
         if key not in self._plans:
             plan = self._plans[key] = self._even.plan(self.num_steps, macs, is_flow_matching=is_flow)
             reused = sum(not any(row) for row in plan.compute)
-            logger.info(
+            tell = logger.info if plan.cur else logger.warning
+            tell(
                 "evenly spread steps: %d of %d are reused, for %.2f times less arithmetic",
                 *(reused, self.num_steps, plan.ideal_speedup(macs)),
             )
