@@ -14,7 +14,8 @@ from harmonica.integrations.pipeline_transformer import refuse_other_caches
 from harmonica.integrations.recorded.call_tracker import steps_of
 from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.kinds import BLOCKS, check_kinds
-from harmonica.integrations.recorded.trajectory import Trajectory, TransformerCall
+from harmonica.integrations.recorded.planned_trajectory import TrajectoryByPlan
+from harmonica.integrations.recorded.trajectory import TransformerCall
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.models.base import Macs
 
@@ -103,7 +104,7 @@ def even_calls(
     return (TransformerCall(trajectory, number) for number in range(len(views)))
 
 
-class EvenTrajectory(Trajectory):
+class EvenTrajectory(TrajectoryByPlan):
     """Follows the plan for the number of steps that the running pipeline makes."""
 
     def __init__(self, views: Sequence[RecordedTransformer], even: EvenSteps) -> None:
@@ -125,7 +126,7 @@ class EvenTrajectory(Trajectory):
         self._is_flow_matching = is_flow_matching(getattr(pipe, "scheduler", None))
         super()._begin()
 
-    def _plan(self, view: RecordedTransformer) -> Plan:
+    def plan_of(self, view: RecordedTransformer) -> Plan:
         macs, is_flow = view.macs(), self._is_flow_matching
         key = (self.num_steps, macs, is_flow)
         if key not in self._plans:
@@ -139,16 +140,4 @@ class EvenTrajectory(Trajectory):
         return self._plans[key]
 
     def new_kept(self, view: RecordedTransformer) -> KeptValues:
-        return view.new_kept("forecast", None, self._plan(view).correction)
-
-    def compute(
-        self,
-        view: RecordedTransformer,
-        i: int,
-        kept: KeptValues,
-        shapes: dict[str, Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        row = self._plan(view).compute[i] if len(kept) else (True,) * len(view.branches)
-        return view.planned(row, kept, i, shapes, args, kwargs)
+        return view.new_kept("forecast", None, self.plan_of(view).correction)

@@ -1,5 +1,6 @@
 """Run the trajectory of a pipeline's transformers under a plan."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,12 +11,32 @@ from harmonica.integrations.recorded.trajectory import Trajectory
 from harmonica.integrations.recorded.view import RecordedTransformer
 
 
-class PlannedTrajectory(Trajectory):
-    """Computes, reuses or skips units as the plan's row of a step says.
+class TrajectoryByPlan(Trajectory):
+    """Computes, reuses or skips units as a plan's row of a step says.
 
     A call whose values are not there computes everything: a second transformer's first call, and one of a
     batch that has shrunk.
     """
+
+    @abstractmethod
+    def plan_of(self, view: RecordedTransformer) -> Plan:
+        """Return the plan that a recorded transformer follows."""
+
+    def compute(
+        self,
+        view: RecordedTransformer,
+        i: int,
+        kept: KeptValues,
+        shapes: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        row = self.plan_of(view).compute[i] if len(kept) else (True,) * len(view.branches)
+        return view.planned(row, kept, i, shapes, args, kwargs)
+
+
+class PlannedTrajectory(TrajectoryByPlan):
+    """Follows one plan, which all transformers share."""
 
     def __init__(
         self,
@@ -42,14 +63,5 @@ class PlannedTrajectory(Trajectory):
         )
         self.plan = plan
 
-    def compute(
-        self,
-        view: RecordedTransformer,
-        i: int,
-        kept: KeptValues,
-        shapes: dict[str, Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        row = self.plan.compute[i] if len(kept) else (True,) * len(view.branches)
-        return view.planned(row, kept, i, shapes, args, kwargs)
+    def plan_of(self, view: RecordedTransformer) -> Plan:
+        return self.plan
