@@ -60,6 +60,16 @@ def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
 
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Check that there are prompts.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not prompts:
+        raise ValueError("prompts is empty: give one or more")
+
+
 def batched(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Return a pipeline's arguments for several prompts.
 

@@ -21,7 +21,7 @@ from harmonica.integrations.recorded.kinds import KINDS
 from harmonica.pipeline_training.artifacts import artifact_of
 from harmonica.pipeline_training.backend import PipelineBackend, PipelineBatch
 from harmonica.pipeline_training.pipeline_calls import PipelineCalls
-from harmonica.pipeline_training.sampling import Prompt
+from harmonica.pipeline_training.sampling import Prompt, check_prompts
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.multi_target import MultiTargetTrainer, target_name
@@ -68,8 +68,7 @@ class PipelineTrainer:
             ValueError: no prompts, or a pipeline without a transformer.
         """
         check_settings(config)
-        if not prompts:
-            raise ValueError("prompts is empty: give one or more")
+        check_prompts(prompts)
         self.prompts, self.config, self.seed = prompts, config, seed
         self.shard = shard or Shard(config.batch_size)
         self.calls = PipelineCalls(pipe, call or {}, seed=seed, cacheable=cacheable, reuse=config.sdt.reuse)

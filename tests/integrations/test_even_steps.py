@@ -156,6 +156,8 @@ def test_a_pipeline_that_makes_other_steps_than_were_given_is_refused():
 def test_an_artifact_is_of_the_steps_that_the_call_makes():
     case = make_case("flux")
     prompts, call = prompts_of(case)
+    with pytest.raises(ValueError, match="prompts is empty"):
+        harmonica.train_pipeline(case.pipe, [], HALF, call=call)
     given = dataclasses.replace(HALF, num_inference_steps=STEPS + 1)
     with pytest.raises(ValueError, match=f"the pipeline makes {STEPS} steps: leave it out"):
         harmonica.train_pipeline(case.pipe, prompts, given, call=call | {"num_inference_steps": STEPS})
