@@ -22,7 +22,7 @@ from harmonica.integrations.recorded.pipelines import (
     transformers_of,
 )
 from harmonica.integrations.recorded.trajectory import TransformerCall
-from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.view import RecordedTransformer, views_of
 from harmonica.integrations.recorded.weights import fingerprint_of
 from harmonica.models.fingerprint import Fingerprint
 
@@ -66,12 +66,10 @@ class ExchangedPlans:
         check_router(self._modules, artifact, self._read_weights, check_weights=True)
         cacheable = tuple(artifact.model["cacheable"])
         if cacheable not in self._views:
-            self._views[cacheable] = [
-                RecordedTransformer(
-                    module, own_forward(module), cacheable=cacheable, is_compiled=self._is_compiled
-                )
-                for module in self._modules
-            ]
+            forwards = [own_forward(module) for module in self._modules]
+            self._views[cacheable] = views_of(
+                self._modules, forwards, cacheable=cacheable, is_compiled=self._is_compiled
+            )
         return list(calls_of(self._views[cacheable], artifact, allow_other_sampler=False))
 
     def compile_blocks(self) -> None:

@@ -4,7 +4,6 @@ Its transformers' forwards are replaced for the call.
 """
 
 import json
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 
 from harmonica.core.cache import Reuse, values_kept
 from harmonica.integrations.call_owner import current_pipeline
+from harmonica.integrations.forward_slots import own_forward
 from harmonica.integrations.recorded.call_tracker import steps_of
 from harmonica.integrations.recorded.kinds import RefusedTransformer
 from harmonica.integrations.recorded.pipelines import transformers_of
 from harmonica.integrations.recorded.trajectory import TransformerCall
-from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.view import RecordedTransformer, views_of
 from harmonica.models.vae import are_pixels
 from harmonica.pipeline_training.policies import Policy, PolicyTrajectory
 from harmonica.pipeline_training.sampling import Prompt, batched, sample_pipeline
@@ -50,9 +50,8 @@ class PipelineCalls:
                     "transformer.forward is not the class's own: harmonica.remove first, and load the "
                     "pipeline without offloading"
                 )
-        self._views = [
-            RecordedTransformer(each, _own_forward(each), cacheable=cacheable) for each in self.transformers
-        ]
+        forwards = [own_forward(each) for each in self.transformers]
+        self._views = views_of(self.transformers, forwards, cacheable=cacheable)
         self.num_steps = 0
         self.num_calls = 0
         """Calls of a trajectory whose values are kept side by side: those of a step, and of both transformers
@@ -206,7 +205,3 @@ class PipelineCalls:
             guidance_scale=min(max(scale, 1.0), MAX_GUIDANCE_SCALE),
             scheduler=json.loads(self.pipe.scheduler.to_json_string()),
         )
-
-
-def _own_forward(module: nn.Module) -> types.MethodType:
-    return types.MethodType(type(module).forward, module)

@@ -16,7 +16,7 @@ from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.kinds import BLOCKS, check_kinds
 from harmonica.integrations.recorded.planned_trajectory import TrajectoryByPlan
 from harmonica.integrations.recorded.trajectory import TransformerCall
-from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.view import RecordedTransformer, views_of
 from harmonica.models.base import Macs
 
 logger = logging.getLogger(__name__)
@@ -96,12 +96,8 @@ def even_calls(
     """
     for transformer in transformers:
         refuse_other_caches(transformer)
-    views = [
-        RecordedTransformer(transformer, forward, cacheable=even.cacheable, is_compiled=is_compiled)
-        for transformer, forward in zip(transformers, forwards, strict=True)
-    ]
-    trajectory = EvenTrajectory(views, even)
-    return (TransformerCall(trajectory, number) for number in range(len(views)))
+    views = views_of(transformers, forwards, cacheable=even.cacheable, is_compiled=is_compiled)
+    return EvenTrajectory(views, even).calls()
 
 
 class EvenTrajectory(TrajectoryByPlan):
@@ -112,7 +108,7 @@ class EvenTrajectory(TrajectoryByPlan):
         super().__init__(views, even.num_inference_steps or 1, reuse="forecast")
         self._even = even
         self._is_flow_matching = False
-        self._plans: dict[tuple[int, Macs, bool], Plan] = {}
+        self._plans: dict[tuple[RecordedTransformer, int, bool], Plan] = {}
 
     def _begin(self) -> None:
         pipe = current_pipeline()
@@ -127,10 +123,11 @@ class EvenTrajectory(TrajectoryByPlan):
         super()._begin()
 
     def plan_of(self, view: RecordedTransformer) -> Plan:
-        macs, is_flow = view.macs(), self._is_flow_matching
-        key = (self.num_steps, macs, is_flow)
+        key = (view, self.num_steps, self._is_flow_matching)
         if key not in self._plans:
-            plan = self._plans[key] = self._even.plan(self.num_steps, macs, is_flow_matching=is_flow)
+            macs = view.macs()
+            plan = self._even.plan(self.num_steps, macs, is_flow_matching=self._is_flow_matching)
+            self._plans[key] = plan
             reused = sum(not any(row) for row in plan.compute)
             tell = logger.info if plan.cur else logger.warning
             tell(

@@ -11,7 +11,7 @@ from harmonica.integrations.recorded.branches import describe
 from harmonica.integrations.recorded.kinds import ARCHITECTURE_KEY
 from harmonica.integrations.recorded.planned_trajectory import PlannedTrajectory
 from harmonica.integrations.recorded.trajectory import TransformerCall
-from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.view import RecordedTransformer, views_of
 from harmonica.integrations.recorded.weights import fingerprint_of
 from harmonica.integrations.weight_check import matched_fingerprint, other_weights
 from harmonica.models.fingerprint import Fingerprint
@@ -74,12 +74,7 @@ def planned_calls(
         ValueError: another cache is on, or the router was made for another class or other weights.
     """
     check_router(transformers, artifact, lambda: fingerprint_of(transformers), check_weights=check_weights)
-    views = [
-        RecordedTransformer(
-            transformer, forward, cacheable=artifact.model["cacheable"], is_compiled=is_compiled
-        )
-        for transformer, forward in zip(transformers, forwards, strict=True)
-    ]
+    views = views_of(transformers, forwards, cacheable=artifact.model["cacheable"], is_compiled=is_compiled)
     return calls_of(views, artifact, allow_other_sampler=allow_other_sampler)
 
 
@@ -129,7 +124,7 @@ def calls_of(
         check_view=_BranchCheck(artifact.model),
         check_pipeline=_SchedulerCheck(artifact, allow_other_sampler),
     )
-    return (TransformerCall(trajectory, number) for number in range(len(views)))
+    return trajectory.calls()
 
 
 class _BranchCheck:

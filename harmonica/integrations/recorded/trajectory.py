@@ -81,6 +81,10 @@ class Trajectory(ABC):
         self._shapes: dict[CallKey, dict[str, Any]] = {}
         self._inputs: dict[CallKey, list[torch.Size]] = {}
 
+    def calls(self) -> Iterator["TransformerCall"]:
+        """Yield the call that replaces each transformer's forward."""
+        return (TransformerCall(self, number) for number in range(len(self.views)))
+
     def forward(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of a transformer's forward.
 

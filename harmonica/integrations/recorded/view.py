@@ -240,6 +240,20 @@ class RecordedTransformer:
         return self.recorded_fingerprint or fingerprint_of([self.transformer])
 
 
+def views_of(
+    transformers: Sequence[nn.Module],
+    forwards: Sequence[Callable[..., Any]],
+    *,
+    cacheable: Sequence[str],
+    is_compiled: bool = False,
+) -> list[RecordedTransformer]:
+    """Return a view of each of a pipeline's transformers, with its own forward."""
+    return [
+        RecordedTransformer(transformer, forward, cacheable=cacheable, is_compiled=is_compiled)
+        for transformer, forward in zip(transformers, forwards, strict=True)
+    ]
+
+
 @contextmanager
 def recorded(
     transformer: nn.Module, *args: Any, cacheable: Sequence[str] = KINDS, **kwargs: Any
