@@ -4,9 +4,10 @@ They are fitted so that the final image is right.
 
 The router decides when a branch is reused, and the forecast its output then: `v1 + w1 (v1 - v2) +
 w2 (v2 - v3)` of its last computed values, with weights w of each entry's own. The correction then mends the
-model's output, at computed steps too (`harmonica.core.correction`). Both are fitted to the image: near the
-present weights, the change of the final latents is linear in them (`forecast_sketch`), and a damped
-Gauss-Newton step takes them to the least squares (Levenberg and Marquardt; Nocedal and Wright 2006, 10.3).
+model's output, at computed steps too (`harmonica.core.correction`). The fit begins at linear forecasts and
+the fixed correction, as `harmonica.EvenSteps` has them. Near the present weights, the change of the final
+latents is linear in them (`forecast_sketch`), and a damped Gauss-Newton step takes them to the least squares
+(Levenberg and Marquardt; Nocedal and Wright 2006, 10.3).
 How much it is damped is found by trying: fresh images are generated under the solution for each ridge, and
 the nearest are kept. The linear prediction itself overrates large moves. Each image counts by its own error,
 so that the few that a plan hurts most do not decide for all. No images are needed, and the base model stays
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from harmonica.core.plan import Plan, correction_of, forecast_of
+from harmonica.core.plan_builders import with_fixed_correction
 from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.forecast_sketch import OUTPUT, Unknown, linear_weights, unknowns
@@ -72,23 +74,35 @@ def full_latents(backend: TrajectoryBackend, batches: Sequence[Any]) -> list[Ten
     return [backend.images(batch).clone() for batch in batches]
 
 
+def first_correction(plan: Plan, config: ForecastConfig) -> Tensor:
+    """Return the weights of a plan's correction (T, J) from which its fit begins.
+
+    They are the fixed ones, of which there may be more than asked for; none where none is asked for.
+    """
+    if not config.corrections:
+        return torch.zeros(plan.num_steps, 0, dtype=torch.float64)
+    fixed = with_fixed_correction(plan)
+    first_TJ = torch.zeros(plan.num_steps, max(config.corrections, fixed.corrections), dtype=torch.float64)
+    if fixed.correction:
+        first_TJ[:, : fixed.corrections] = torch.tensor(fixed.correction, dtype=torch.float64)
+    return first_TJ
+
+
 class ForecastFit:
     """The Gauss-Newton fit of one plan's weights."""
 
     def __init__(self, plan: Plan, config: ForecastConfig) -> None:
-        """Begin with linear forecasts of a plan's branches, or of its segments."""
+        """Begin with linear forecasts of a plan's branches, or of its segments, and the fixed correction."""
         self.plan, self.config = plan, config
         self.trajectories = 0
         self._reached: tuple[float, int] = (0.0, 0)
         """The sum over trajectories of the mean logarithms of errors with the present weights, and their
         number."""
-        self._begin(config.corrections)
+        self._begin(FittedWeights(linear_weights(plan, config.order), first_correction(plan, config)))
 
-    def _begin(self, corrections: int) -> None:
-        plan, order = self.plan, self.config.order
-        self.unknowns = unknowns(plan, order, corrections)
-        none_TJ = torch.zeros(plan.num_steps, corrections, dtype=torch.float64)
-        self.weights = FittedWeights(linear_weights(plan, order), none_TJ)
+    def _begin(self, weights: FittedWeights) -> None:
+        self.weights = weights
+        self.unknowns = unknowns(self.plan, self.config.order, weights.correction_TJ.shape[1])
         self._begin_round()
 
     def _begin_round(self) -> None:
@@ -241,14 +255,13 @@ class ForecastFit:
     def load_state(self, state: dict[str, Any]) -> None:
         """Load what `state` returned; sums that were kept in several parts are added up.
 
-        A fit that was begun without a correction, as by an earlier version, ends without one.
+        A fit that an earlier version began, without a correction or with fewer differences, ends so.
         """
         # A fit that was begun by an earlier version ends without segments.
         self.plan = replace(self.plan, segments=state.get("segments"))
         self.trajectories = state["trajectories"]
         correction_TJ = state.get("correction", torch.zeros(self.plan.num_steps, 0)).double().cpu()
-        self._begin(correction_TJ.shape[1])
-        self.weights = FittedWeights(state["weights"].cpu(), correction_TJ)
+        self._begin(FittedWeights(state["weights"].cpu(), correction_TJ))
         self._reached = state.get("reached", self._reached)  # newer than some checkpoints
         for matrix_PP, right_P in state["folds"]:
             self._sums.add(matrix_PP.cpu(), right_P.cpu())

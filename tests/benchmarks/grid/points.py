@@ -140,7 +140,7 @@ class Series:
     def arms(self, speedup: float, *, has_published: bool, has_calibrated: bool) -> Iterator[Arm]:
         """What is compared at a speed."""
         forecast = self.train.forecast
-        fit = f"{forecast.num_rounds} rounds, {forecast.corrections} corrections, probes along the change"
+        fit = f"{forecast.num_rounds} rounds from the fixed correction, probes along the change"
         if forecast.segments:
             fit += ", segments"
         yield Arm(
