@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan, forecast_of
-from harmonica.core.plan_builders import stepwise_plan
+from harmonica.core.plan_builders import stepwise_plan, with_fixed_correction
 from harmonica.core.router import Router
 from harmonica.core.sampling import sample
 from harmonica.core.segments import with_segments
@@ -216,6 +216,18 @@ def test_steps_after_the_first_that_is_reused_are_corrected():
     assert unknowns(Plan.full(STEPS, 6), 2, 1) == []
 
 
+def test_a_fit_begins_at_the_fixed_correction():
+    plan = stepwise_plan(STEPS, 6, [1, 2, 5])
+    fixed = with_fixed_correction(plan).correction
+    assert fixed is not None and len(fixed[0]) == 3, "two steps run"
+    for corrections, zeros in ((1, ()), (5, (0.0, 0.0))):
+        begun = ForecastFit(plan, ForecastConfig(trajectories=4, corrections=corrections)).planned()
+        assert begun.correction == tuple((*row, *zeros) for row in fixed)
+    assert ForecastFit(plan, ForecastConfig(trajectories=4, corrections=0)).planned().correction is None
+    nothing = ForecastFit(Plan.full(STEPS, 6), ForecastConfig(trajectories=4)).planned().correction
+    assert nothing == ((0.0,),) * STEPS
+
+
 def test_a_fit_that_was_begun_without_a_correction_ends_without_one(sampler):
     fit = ForecastFit(alternating(), replace(FIT, corrections=0))
     for k in range(5):
@@ -228,6 +240,25 @@ def test_a_fit_that_was_begun_without_a_correction_ends_without_one(sampler):
         for k in range(5, 8):
             each.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
     assert other.planned() == fit.planned() and other.planned().correction is None
+
+
+def test_a_fit_that_was_begun_with_fewer_differences_goes_on_with_them(sampler):
+    # As by versions in which a fit began without a correction, and had one difference.
+    weights = linear_weights(alternating(), FIT.order)
+    state = {
+        "weights": weights,
+        "segments": None,
+        "correction": torch.full((STEPS, 1), 0.1, dtype=torch.float64),
+        "folds": [],
+        "trial": None,
+        "trajectories": 0,
+    }
+    fit = ForecastFit(alternating(), FIT)
+    assert fit.planned().corrections == 2, "every second step is reused"
+    fit.load_state(state)
+    for k in range(8):
+        fit.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
+    assert fit.planned().corrections == 1
 
 
 def test_an_artifact_keeps_its_forecast(sampler, tmp_path: Path):
