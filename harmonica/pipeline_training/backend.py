@@ -26,7 +26,8 @@ from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.config import TrainingConfig
 from harmonica.training.memory_savings import NO_SAVINGS, MemorySavings
-from harmonica.training.plans.forecast_sketch import sketch_of, unknowns
+from harmonica.training.plans.fitted_weights import unknowns
+from harmonica.training.plans.forecast_sketch import sketch_of
 from harmonica.training.plans.step_sketch import projected_steps
 from harmonica.training.sdt import SdtTrainer, StepRecord
 

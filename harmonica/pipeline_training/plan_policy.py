@@ -17,7 +17,8 @@ from harmonica.execution.offloading import ActivationOffloading
 from harmonica.integrations.recorded.kept_values import OF_OUTPUT, KeptValues
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.pipeline_training.policies import Policy, TransformerStep, detached
-from harmonica.training.plans.forecast_sketch import OUTPUT, ProbedCache, Unknown
+from harmonica.training.plans.fitted_weights import OUTPUT, Unknown
+from harmonica.training.plans.forecast_sketch import ProbedCache
 from harmonica.training.plans.step_sketch import ChangesCache, StepHandles, handles_of, with_gradient
 
 

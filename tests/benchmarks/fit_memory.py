@@ -28,8 +28,8 @@ from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.training.memory_savings import MemorySavings
-from harmonica.training.plans.forecast_fit import FittedWeights
-from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error
+from harmonica.training.plans.fitted_weights import FittedWeights, linear_weights
+from harmonica.training.plans.forecast_sketch import sketch_image_error
 from harmonica.training.plans.step_sketch import sketch_steps
 from tests.benchmarks.hardware import Hardware
 from tests.benchmarks.live_tensors import SAVINGS, peaks_in_both

@@ -19,7 +19,7 @@ from harmonica.io.tensor_files import write_tensors
 from harmonica.models.base import Macs
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
-from harmonica.training.plans.forecast_sketch import linear_weights
+from harmonica.training.plans.fitted_weights import linear_weights
 
 STEPS, BRANCHES, CHANNELS = 6, 6, 4
 

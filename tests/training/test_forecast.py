@@ -25,14 +25,9 @@ from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.plans.forecast_fit import FittedWeights, ForecastFit
-from harmonica.training.plans.forecast_sketch import (
-    OUTPUT,
-    linear_weights,
-    probes_of,
-    sketch_image_error,
-    unknowns,
-)
+from harmonica.training.plans.fitted_weights import OUTPUT, FittedWeights, linear_weights, unknowns
+from harmonica.training.plans.forecast_fit import ForecastFit
+from harmonica.training.plans.forecast_sketch import probes_of, sketch_image_error
 from harmonica.training.presets import fashion
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.sdt_config import SdtConfig

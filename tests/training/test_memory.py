@@ -29,7 +29,8 @@ from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.iepo import image_error_proxy
 from harmonica.training.memory_model import Shape
-from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error
+from harmonica.training.plans.fitted_weights import linear_weights
+from harmonica.training.plans.forecast_sketch import sketch_image_error
 from harmonica.training.plans.step_sketch import sketch_steps
 from harmonica.training.sdt import SdtTrainer
 from harmonica.training.sdt_config import SdtConfig

@@ -20,7 +20,8 @@ from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch, TrajectoryBackend
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.plans.forecast_sketch import linear_weights, sketch_image_error
+from harmonica.training.plans.fitted_weights import linear_weights
+from harmonica.training.plans.forecast_sketch import sketch_image_error
 from harmonica.training.plans.step_sketch import sketch_steps
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.trainer import RouterTrainer

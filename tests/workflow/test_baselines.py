@@ -15,7 +15,7 @@ from harmonica.core.trajectory import planned_step
 from harmonica.data.batch import Batch
 from harmonica.models.base import Macs
 from harmonica.samplers import Ddim, SamplerConfig
-from harmonica.training.plans.forecast_sketch import linear_weights
+from harmonica.training.plans.fitted_weights import linear_weights
 from pipelines.compare.baselines.budcache import budcache
 from pipelines.compare.baselines.foca import calibrated, foca
 from pipelines.compare.baselines.forecast_tables import difference_weights, with_forecasts

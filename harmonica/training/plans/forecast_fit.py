@@ -18,18 +18,23 @@ Shapes: N images, M model rows, C H W image, P weights, R = N * probes rows of t
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harmonica.core.plan import Plan, correction_of, forecast_of
-from harmonica.core.plan_builders import with_fixed_correction
+from harmonica.core.plan import Plan
 from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.plans.forecast_sketch import OUTPUT, Unknown, linear_weights, unknowns
+from harmonica.training.plans.fitted_weights import (
+    OUTPUT,
+    FittedWeights,
+    first_correction,
+    linear_weights,
+    unknowns,
+)
 from harmonica.training.plans.least_squares import RIDGES, NormalEquations, penalty_of
 from harmonica.training.plans.selection import SMALLEST_ERROR, PlanSelector, mean_log_of, psnr_of
 
@@ -39,53 +44,10 @@ _UNMOVED = 1e6
 """The ridge that is logged where the weights stay: any as large moves nothing."""
 
 
-@dataclass(frozen=True)
-class FittedWeights:
-    """The weights of a plan that are fitted."""
-
-    forecast_TUK: Tensor
-    """Of each unit: a branch, or a segment where the plan has any."""
-    correction_TJ: Tensor
-
-    def moved(self, moves: Iterable[tuple[Unknown, float]]) -> "FittedWeights":
-        """Return other weights, some of which differ by so much."""
-        forecast_TUK, correction_TJ = self.forecast_TUK.clone(), self.correction_TJ.clone()
-        for (i, unit, k), by in moves:
-            if unit == OUTPUT:
-                correction_TJ[i, k] += by
-            else:
-                forecast_TUK[i, unit, k] += by
-        return FittedWeights(forecast_TUK, correction_TJ)
-
-    def forecast_of(self, plan: Plan) -> Tensor:
-        """Return the weights of the forecasts (T, B, K) of a plan's branches."""
-        lengths = torch.tensor([len(each) for each in plan.segment_ranges])
-        return self.forecast_TUK.repeat_interleave(lengths, 1)
-
-    def of(self, plan: Plan) -> Plan:
-        """Return the plan with these weights."""
-        correction = correction_of(self.correction_TJ) if self.correction_TJ.shape[1] else None
-        return Plan(plan.compute, forecast_of(self.forecast_of(plan)), correction, plan.segments)
-
-
 def full_latents(backend: TrajectoryBackend, batches: Sequence[Any]) -> list[Tensor]:
     """Return the full latents (N, ...) of each part of a batch, for fits of any plan."""
     # Copies, since what inference mode has made takes no part in a backward pass.
     return [backend.images(batch).clone() for batch in batches]
-
-
-def first_correction(plan: Plan, config: ForecastConfig) -> Tensor:
-    """Return the weights of a plan's correction (T, J) from which its fit begins.
-
-    They are the fixed ones, of which there may be more than asked for; none where none is asked for.
-    """
-    if not config.corrections:
-        return torch.zeros(plan.num_steps, 0, dtype=torch.float64)
-    fixed = with_fixed_correction(plan)
-    first_TJ = torch.zeros(plan.num_steps, max(config.corrections, fixed.corrections), dtype=torch.float64)
-    if fixed.correction:
-        first_TJ[:, : fixed.corrections] = torch.tensor(fixed.correction, dtype=torch.float64)
-    return first_TJ
 
 
 class ForecastFit:

@@ -28,51 +28,7 @@ from harmonica.samplers import Sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.backend import Sketch
 from harmonica.training.memory_savings import NO_SAVINGS, MemorySavings
-
-Unknown = tuple[int, int, int]
-"""An unknown weight: step, branch (`OUTPUT` for the model's output) and number of the difference."""
-OUTPUT = -1
-"""In place of a branch: the weight corrects the model's output."""
-
-
-def unknowns(plan: Plan, order: int, corrections: int = 0) -> list[Unknown]:
-    """Return the weights to fit of a plan, by its segments where it has any.
-
-    A reused entry has as many as it has earlier values. Outputs are corrected from the first step that
-    reuses anything.
-
-    Args:
-        corrections: number of differences that correct an output, J.
-    """
-    plan, found = plan.by_segment(), list[Unknown]()
-    computed = [0] * plan.num_branches
-    for i in reversed(range(plan.num_steps)):
-        for branch, is_computed in enumerate(plan.compute[i]):
-            if is_computed:
-                computed[branch] += 1
-            else:
-                found += [(i, branch, k) for k in range(min(order, computed[branch] - 1))]
-    reused = [i for i, row in enumerate(plan.compute) if not all(row)]
-    for i in reversed(range(1 + max(reused, default=-1))):
-        found += [(i, OUTPUT, k) for k in range(min(corrections, plan.num_steps - 1 - i))]
-    return found
-
-
-def linear_weights(plan: Plan, order: int) -> Tensor:
-    """Return the weights (T, B, order) of the linear forecast.
-
-    They are (T, S, order) of a plan with segments. The fit starts from them.
-    """
-    plan = plan.by_segment()
-    weights_TBK = torch.zeros(plan.num_steps, plan.num_branches, order, dtype=torch.float64)
-    for branch in range(plan.num_branches):
-        last = before = -1
-        for i in reversed(range(plan.num_steps)):
-            if plan.compute[i][branch]:
-                last, before = i, last
-            elif before > 0:
-                weights_TBK[i, branch, 0] = (last - i) / (before - last)
-    return weights_TBK
+from harmonica.training.plans.fitted_weights import OUTPUT, Unknown, unknowns
 
 
 def precision_of(value: Tensor) -> torch.dtype:

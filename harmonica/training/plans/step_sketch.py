@@ -30,7 +30,8 @@ from harmonica.execution.values import KeptValues
 from harmonica.samplers import Sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.memory_savings import NO_SAVINGS, MemorySavings
-from harmonica.training.plans.forecast_sketch import OUTPUT, Unknown, precision_of, sketch_of
+from harmonica.training.plans.fitted_weights import OUTPUT, Unknown
+from harmonica.training.plans.forecast_sketch import precision_of, sketch_of
 
 
 class _Changing(torch.autograd.Function):
