@@ -1,4 +1,6 @@
-"""The weights of a plan that are fitted: of its forecasts, and of its output's correction.
+"""The weights of a plan that are fitted.
+
+They are those of its forecasts and of its output's correction.
 
 Shapes: T steps, B branches, U units (branches, or segments where the plan has any), K differences of a
 forecast, J of a correction.

@@ -54,7 +54,10 @@ class ForecastFit:
     """The Gauss-Newton fit of one plan's weights."""
 
     def __init__(self, plan: Plan, config: ForecastConfig) -> None:
-        """Begin with linear forecasts of a plan's branches, or of its segments, and the fixed correction."""
+        """Begin with linear forecasts and the fixed correction.
+
+        The forecasts are of the plan's branches, or of its segments.
+        """
         self.plan, self.config = plan, config
         self.trajectories = 0
         self._reached: tuple[float, int] = (0.0, 0)
