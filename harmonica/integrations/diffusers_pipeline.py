@@ -77,7 +77,8 @@ def apply(
             with fused projections of queries, keys and values, are recognised.
         execution: `compiled` runs each branch as one graph of torch.compile, one a kind for all blocks and
             rows of the plan; leave the transformer itself uncompiled then. `auto` does so on CUDA, but not
-            for recorded branches, beside which `compile_repeated_blocks` compiles what lies between them.
+            for recorded branches. Where the pipeline's owner has compiled the blocks, as
+            `compile_repeated_blocks` does, they stay compiled, and so are the branches in them.
 
     Raises:
         ValueError: no such execution, there is a plan already, or the router was not made for this model,
@@ -85,13 +86,16 @@ def apply(
     """
     if execution not in get_args(PipelineExecution):
         raise ValueError(f"execution is {execution!r}: give one of {', '.join(get_args(PipelineExecution))}")
-    modules = [unwrapped(each) for each in transformers_of(transformer)]
+    given = transformers_of(transformer)
+    modules = [unwrapped(each) for each in given]
     if any(hasattr(module, STATE) for module in modules):
         raise ValueError("transformer has a plan already: harmonica.remove(transformer) first")
     if not isinstance(artifact, RouterArtifact | EvenSteps):
         artifact = RouterArtifact.load(artifact)
     replaced: list[tuple[nn.Module, PlannedForward | TransformerCall]]
-    forwards, is_compiled = [own_forward(module) for module in modules], execution == "compiled"
+    forwards = [own_forward(module) for module in modules]
+    # Recorded branches end the graphs of a transformer that is compiled as a whole.
+    is_compiled = execution == "compiled" or any(each is not module for each, module in zip(given, modules))
     if isinstance(artifact, EvenSteps):
         replaced = list(zip(modules, even_calls(modules, forwards, artifact, is_compiled=is_compiled)))
     elif is_recorded(artifact):

@@ -48,7 +48,7 @@ class PipelineTransformer(ABC):
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer: Any = transformer
         blocks: Any = transformer.transformer_blocks
-        self._blocks = list(blocks)
+        self.blocks: list[nn.Module] = list(blocks)
 
     def read(self, *args: Any, **kwargs: Any) -> Call:
         """Read the arguments of a forward.
@@ -87,7 +87,7 @@ class PipelineTransformer(ABC):
             ValueError: names the module, what it has, and the cure.
         """
         blocks = list(self.transformer.transformer_blocks)
-        if len(blocks) != len(self._blocks) or any(one is not new for one, new in zip(self._blocks, blocks)):
+        if len(blocks) != len(self.blocks) or any(one is not new for one, new in zip(self.blocks, blocks)):
             raise ValueError(
                 "transformer.transformer_blocks are not those that the plan was put on: something, such as "
                 "another cache (cache-dit), has replaced them. Take that off, or harmonica.remove first"

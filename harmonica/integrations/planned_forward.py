@@ -12,6 +12,7 @@ from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan
 from harmonica.core.segments import units_of
+from harmonica.integrations.compiled_modules import any_compiled
 from harmonica.integrations.pipeline_transformer import Call, PipelineTransformer
 from harmonica.integrations.scheduler_guard import SecondCallError
 from harmonica.integrations.step_tracker import StepCounter
@@ -151,7 +152,7 @@ class PlannedForward:
     def _execution_on(self, device: torch.device) -> Execution:
         if self._execution == "auto":
             return "compiled" if device.type == "cuda" else "eager"
-        return self._execution
+        return "compiled" if any_compiled(self._model.blocks) else self._execution
 
     @torch.compiler.disable
     def _leave(self, i: int, call: Call, output_NCHW: Tensor) -> Any:

@@ -1,18 +1,19 @@
 """What the view of any diffusers transformer costs: the share of a plan's promise that is realised.
 
-    python -m tests.benchmarks.recorded [--rounds 3] [--tokens 256] [--compiled]
+    python -m tests.benchmarks.recorded [--rounds 3] [--tokens 256] [--compiled] [--cacheable blocks]
 
 Transformers of width 1024 with random weights, on one thread. A trajectory is that of a plan that computes
 everything, or reuses every second step, or entries drawn at random; all arms take turns in one run. With
 `--compiled` the repeated blocks are compiled in all arms (`transformer.compile_repeated_blocks`), and an arm
-of the plain forward without compilation is added.
+of the plain forward without compilation is added. With `--cacheable blocks` all blocks are one branch, so
+that there are whole steps alone.
 """
 
 import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Trans
 from torch import nn
 
 from harmonica.core.plan import Plan
+from harmonica.integrations.recorded.kinds import KINDS
 from harmonica.integrations.recorded.recording import block_modules
 from harmonica.integrations.recorded.view import RecordedTransformer, recorded
 from tests.benchmarks.arms import random_plan
@@ -136,6 +138,7 @@ def shares(
     rounds: int,
     *,
     is_compiled: bool = False,
+    cacheable: Sequence[str] = KINDS,
 ) -> list[Row]:
     """Realised shares of one transformer, whole steps and random entries."""
     torch.manual_seed(0)
@@ -149,13 +152,14 @@ def shares(
         eager = copy.deepcopy(module)
         for each in (module, full):
             compile_blocks(each)
-    with recorded(module, **inputs) as view:
+    with recorded(module, **inputs, cacheable=cacheable) as view:
         count, macs = len(view.branches), view.macs()
         plans = {
             "full": Plan.full(STEPS, count),
             "whole steps": Plan(tuple(((STEPS - 1 - i) % 2 == 0,) * count for i in range(STEPS))),
-            "random": random_plan(STEPS, count, 0.5),
         }
+        if count > 1:
+            plans["random"] = random_plan(STEPS, count, 0.5)
 
         def plain(forward: Callable[..., Any]) -> Callable[[], None]:
             @torch.no_grad()
@@ -170,6 +174,8 @@ def shares(
         timings = time_arms(arms, rounds=rounds)
     rows = []
     for name, bound in (("whole steps", 0.93), ("random", 0.85)):
+        if name not in plans:
+            continue
         ideal = plans[name].ideal_speedup(macs)
         share = (1 - timings[name].median_s / timings["plain"].median_s) / (1 - 1 / ideal)
         what = f"{type(module).__name__}, {tokens} tokens, {name}, ideal {ideal:.2f}x"
@@ -186,11 +192,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--compiled", action="store_true", help="compile the repeated blocks")
+    parser.add_argument("--cacheable", nargs="+", default=KINDS, help="kinds of branches, or blocks")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), flush=True)
     for make in (make_pixart, make_sd3, make_flux):
-        for row in shares(make, arguments.tokens, arguments.rounds, is_compiled=arguments.compiled):
+        how = {"is_compiled": arguments.compiled, "cacheable": arguments.cacheable}
+        for row in shares(make, arguments.tokens, arguments.rounds, **how):
             times = ", ".join(f"{arm} {t.median_s:.3g} s ({t.spread_s:.2g})" for arm, t in row.arms.items())
             verdict = "holds" if row.holds else "missed"
             print(f"{row.what}: {row.value:.3f}; aim {row.aim} {verdict}; {times}", flush=True)

@@ -7,6 +7,7 @@ output. From that graph `branches` finds branches.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +90,8 @@ def _has_kind(block: nn.Module, declared: Declaration) -> bool:
 class _Recorder:
     """Hooks every module of the blocks, for one forward."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: nn.Module, flops: FlopCounterMode) -> None:
+        self.flops = flops
         self._declared = declaration_of(transformer)
         self._blocks = dict(block_modules(transformer))
         self._handles: list[Any] = []
@@ -98,7 +100,6 @@ class _Recorder:
         self._block = ""
         self._outputs: dict[str, tuple[Unit, list[tuple[Tensor, int]]]] = {}
         self.recording = Recording()
-        self.flops = counted()
 
     def __enter__(self) -> "_Recorder":
         for path, block in self._blocks.items():
@@ -172,14 +173,18 @@ def record(transformer: nn.Module, forward: Callable[..., Any], *args: Any, **kw
     Args:
         forward: the transformer's own; its other arguments are what a pipeline gives it.
     """
-    with _Recorder(transformer) as recorder, recorder.flops:
+    with counted() as flops, _Recorder(transformer, flops) as recorder:
         output = forward(*args, **kwargs)
-    return filled(recorder.recording, output, recorder.flops)
+    return filled(recorder.recording, output, flops)
 
 
-def counted() -> FlopCounterMode:
-    """Return a context that counts the FLOPs of what runs in it."""
-    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+@contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """Count the FLOPs of what runs in this context, in which nothing is compiled."""
+    # Dynamo never again compiles a function that it has met under a counter.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as flops:
+        yield flops
 
 
 def filled(recording: Recording, output: Any, flops: FlopCounterMode) -> Recording:

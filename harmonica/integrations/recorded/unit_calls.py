@@ -1,16 +1,18 @@
 """Replace the forwards of a transformer's units while a pass runs.
 
-Outside of a pass they are the module's own forward.
+Outside of a pass they are the module's own forward. A block that its owner has compiled is replaced as a
+whole call, around the compiled one: inside, Dynamo would leave it out of its graphs.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from harmonica.integrations.compiled_modules import COMPILED_CALL, forget_graphs
 from harmonica.integrations.recorded.compiled_units import compiled_unit
 
 _HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they wrap
@@ -96,13 +98,34 @@ class UnitCall:
 
 
 def install(
-    transformer: nn.Module, paths: Iterable[str], board: Switchboard, *, is_compiled: bool = False
+    modules: Mapping[str, nn.Module],
+    board: Switchboard,
+    *,
+    is_compiled: bool = False,
+    are_blocks: bool = False,
 ) -> None:
-    """Replace the forwards of the modules at `paths`."""
-    for path in dict.fromkeys(paths):
-        module = transformer.get_submodule(path)
-        slot = _slot(module)
+    """Replace the forwards of modules, given by their paths.
+
+    Args:
+        are_blocks: they are called by the transformer itself, and may have been compiled by their owner.
+    """
+    for path, module in modules.items():
+        _restore(module)  # one that was compiled since
+        slot = _slot(module, is_block=are_blocks)
         setattr(module, slot, UnitCall(path, getattr(module, slot), board, is_compiled=is_compiled))
+
+
+def not_replaced(modules: Mapping[str, nn.Module], *, are_blocks: bool) -> dict[str, nn.Module]:
+    """Return the modules whose forwards are to be replaced, the first time or again.
+
+    Blocks may have been compiled since, and in a copy they are as they were before.
+    """
+    return {
+        path: module
+        for path, module in modules.items()
+        if _slot(module, is_block=are_blocks) == COMPILED_CALL
+        or not (_replaced_slot(module) or _hides_unit_call(module))
+    }
 
 
 def uninstall(transformer: nn.Module) -> None:
@@ -111,25 +134,40 @@ def uninstall(transformer: nn.Module) -> None:
     Raises:
         ValueError: something wraps one of them.
     """
-    found = []
     for name, module in transformer.named_modules():
-        slot = next((s for s in (_HOOKED, "forward") if isinstance(vars(module).get(s), UnitCall)), None)
-        if slot is None and _hides_unit_call(module):
+        if _replaced_slot(module) is None and _hides_unit_call(module):
             raise ValueError(
                 f"transformer.{name}.forward is wrapped since the plan came: take that off first, then "
                 "harmonica.remove"
             )
-        if slot is not None:
-            found.append((module, slot))
-    for module, slot in found:
+    has_inside = [_restore(module) not in (None, COMPILED_CALL) for module in transformer.modules()]
+    if any(has_inside):
+        forget_graphs(transformer.modules())
+
+
+def _restore(module: nn.Module) -> str | None:
+    """Put back what `install` has replaced, and return the attribute."""
+    slot = _replaced_slot(module)
+    if slot is not None:
         own = vars(module)[slot].forward
         if slot == "forward" and getattr(own, "__func__", None) is type(module).forward:
             del module.forward
         else:
             setattr(module, slot, own)
+    return slot
 
 
-def _slot(module: nn.Module) -> str:
+def _replaced_slot(module: nn.Module) -> str | None:
+    """Return the attribute of a module that `install` has replaced."""
+    slots = (COMPILED_CALL, _HOOKED, "forward")
+    return next((slot for slot in slots if isinstance(vars(module).get(slot), UnitCall)), None)
+
+
+def _slot(module: nn.Module, *, is_block: bool) -> str:
+    """Return the attribute to replace."""
+    compiled = vars(module).get(COMPILED_CALL)
+    if is_block and compiled is not None and not isinstance(compiled, UnitCall):
+        return COMPILED_CALL
     return _HOOKED if _HOOKED in vars(module) else "forward"
 
 

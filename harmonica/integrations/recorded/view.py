@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Correction, Forecast
+from harmonica.integrations.compiled_modules import any_compiled
 from harmonica.integrations.recorded.block_stack import record_blocks
 from harmonica.integrations.recorded.branches import BlockGraph, RecordedBranch, describe
 from harmonica.integrations.recorded.kept_values import KeptValues
@@ -24,7 +25,12 @@ from harmonica.integrations.recorded.kinds import (
 from harmonica.integrations.recorded.recording import record
 from harmonica.integrations.recorded.skipped import has_skipped
 from harmonica.integrations.recorded.tensor_tags import tensors_of
-from harmonica.integrations.recorded.unit_calls import Switchboard, install, uninstall
+from harmonica.integrations.recorded.unit_calls import (
+    Switchboard,
+    install,
+    not_replaced,
+    uninstall,
+)
 from harmonica.integrations.recorded.unit_passes import MixedPass, PlannedPass
 from harmonica.integrations.recorded.weights import fingerprint_of
 from harmonica.models.base import Macs
@@ -62,6 +68,7 @@ class RecordedTransformer:
         self.branches: tuple[RecordedBranch, ...] = ()
         self._graph: BlockGraph | None = None
         self._board = Switchboard()
+        self._modules: dict[str, nn.Module] = {}
         self._overwritten: frozenset[str] = frozenset()
         self._can_skip = True
         self._skipped_for = lru_cache(maxsize=64)(self._find_skipped)
@@ -118,8 +125,15 @@ class RecordedTransformer:
         assert self._graph is not None
         kept = self._branch_of
         feeders = self._graph.skippable(kept, kept)
-        paths = (name.partition("#")[0] for name in (*kept, *feeders))
-        install(self.transformer, paths, self._board, is_compiled=self._is_compiled)
+        paths = dict.fromkeys(name.partition("#")[0] for name in (*kept, *feeders))
+        self._modules = {path: self.transformer.get_submodule(path) for path in paths}
+        self._put_on()
+
+    def _put_on(self) -> None:
+        """Replace the forwards that are not replaced yet, or no longer."""
+        if missing := not_replaced(self._modules, are_blocks=self._is_stack):
+            is_compiled = self._is_compiled or any_compiled(self.transformer.modules())
+            install(missing, self._board, is_compiled=is_compiled, are_blocks=self._is_stack)
 
     def close(self) -> None:
         """Restore the transformer's modules."""
@@ -185,6 +199,8 @@ class RecordedTransformer:
             recompute=recompute,
             recompute_others=recompute and self._is_stack,
         )
+        if self._is_stack:
+            self._put_on()
         with self._board.during(unit_pass):
             output = self.forward(*args, **kwargs)
         return output if kept.correction is None else kept.corrected(step, output)

@@ -1,0 +1,30 @@
+"""Tell which modules their owner has compiled, by `nn.Module.compile` or a diffusers method that calls it.
+
+A plan then keeps them compiled: eager branches beside compiled ones would cost more than a plan saves.
+"""
+
+from collections.abc import Iterable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+COMPILED_CALL = "_compiled_call_impl"
+"""Attribute of a module that holds what its calls run, where it was compiled."""
+
+
+def any_compiled(modules: Iterable[nn.Module]) -> bool:
+    """Return whether any of the modules was compiled by its owner."""
+    return any(vars(module).get(COMPILED_CALL) is not None for module in modules)
+
+
+def forget_graphs(modules: Iterable[nn.Module]) -> None:
+    """Let compiled modules be compiled anew when they are called next.
+
+    Graphs that were made while sub-modules followed a plan end at each of them, and would go on to be used.
+    """
+    forwards: list[Any] = [type(module).forward for module in modules if any_compiled([module])]
+    codes: set[CodeType] = {forward.__code__ for forward in forwards if hasattr(forward, "__code__")}
+    for code in codes:
+        torch._dynamo.reset_code(code)  # type: ignore[attr-defined]
