@@ -254,6 +254,15 @@ def _with(arm: Arm, start: Callable[[], None], full: str, even: Plan, macs: Any)
     return dataclasses.replace(arm, run=run, full=full, ideal=even.ideal_speedup(macs))
 
 
+def pipeline(setting: Setting, section: str = "flux-1024") -> Iterator[Arm]:
+    """Even steps in the loop of diffusers' own pipeline, eager and with compiled blocks."""
+    from tests.benchmarks.gpu_pipelines import draws
+
+    make_model.cache_clear()  # its memory is wanted
+    for name, full, ideal, draw in draws(setting.hardware, is_tiny=setting.tiny):
+        yield Arm(section, name, 1, draw, full, ideal)
+
+
 def static(setting: Setting, section: str = "dit-256") -> Iterator[Arm]:
     """Our graphs once more with sizes that are no symbols; the last, since it compiles anew."""
     sampler, size = dit_sampler(setting), setting.batches[1] if len(setting.batches) > 1 else 1
@@ -273,6 +282,7 @@ def static(setting: Setting, section: str = "dit-256") -> Iterator[Arm]:
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[Arm]]] = {
     "dit-256": dit_256,
+    "flux-1024": pipeline,
     "sdt": sdt,
     "caches": caches,
     "pixart-1024": lambda setting: _pixart(setting, "pixart-1024", 128, 20),

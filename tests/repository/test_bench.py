@@ -117,11 +117,17 @@ def test_the_script_for_a_gpu_runs_on_something_small(tmp_path, monkeypatch, no_
 
 
 def test_its_other_sections_run_too(tmp_path, no_codegen):
-    others = ("sdt", "caches", "pixart-1024", "dit-512", "pixart-2048", "static")
+    others = ("flux-1024", "sdt", "caches", "pixart-1024", "dit-512", "pixart-2048", "static")
     arms = run_gpu(tmp_path, "--sections", *others)["arms"]
     assert [arm["section"] for arm in arms if arm["section"] not in ("caches",)] == (
-        ["sdt"] * 2 + ["pixart-1024"] * 6 + ["dit-512"] * 6 + ["pixart-2048"] * 6 + ["dit-256"] * 2
+        ["flux-1024"] * 4
+        + ["sdt"] * 2
+        + ["pixart-1024"] * 6
+        + ["dit-512"] * 6
+        + ["pixart-2048"] * 6
+        + ["dit-256"] * 2
     )
+    assert [arm["ideal"] > 1 for arm in arms[:4]] == [False, True] * 2, "even steps of a pipeline"
     assert {arm["name"] for arm in arms if arm["section"] == "caches"} >= {"diffusers TaylorSeer"}
     for arm in arms:
         assert (arm["updates_per_s"] is not None) == (arm["section"] == "sdt")
