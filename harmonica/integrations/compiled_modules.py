@@ -1,9 +1,11 @@
-"""Tell which modules their owner has compiled, by `nn.Module.compile` or a diffusers method that calls it.
+"""Tell which modules their owner has compiled.
 
-A plan then keeps them compiled: eager branches beside compiled ones would cost more than a plan saves.
+That is by `nn.Module.compile`, or by a method of diffusers that calls it. A plan then keeps them compiled:
+eager branches in place of compiled ones would cost more than a plan saves.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
@@ -17,6 +19,17 @@ COMPILED_CALL = "_compiled_call_impl"
 def any_compiled(modules: Iterable[nn.Module]) -> bool:
     """Return whether any of the modules was compiled by its owner."""
     return any(vars(module).get(COMPILED_CALL) is not None for module in modules)
+
+
+@contextmanager
+def uncompiled(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run modules in this context as if their owner had not compiled them."""
+    calls = [(module, vars(module).pop(COMPILED_CALL)) for module in modules if any_compiled([module])]
+    try:
+        yield
+    finally:
+        for module, call in calls:
+            setattr(module, COMPILED_CALL, call)
 
 
 def forget_graphs(modules: Iterable[nn.Module]) -> None:

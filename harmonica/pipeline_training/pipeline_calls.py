@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from harmonica.core.cache import Reuse, values_kept
 from harmonica.integrations.call_owner import current_pipeline
+from harmonica.integrations.compiled_modules import uncompiled
 from harmonica.integrations.forward_slots import own_forward
 from harmonica.integrations.recorded.call_tracker import steps_of
 from harmonica.integrations.recorded.kinds import RefusedTransformer
@@ -75,28 +76,30 @@ class PipelineCalls:
         parts = [each for each in self.pipe.components.values() if isinstance(each, nn.Module)]
         learned = [p for each in (*parts, *self.transformers) for p in each.parameters() if p.requires_grad]
         progress = getattr(self.pipe, "_progress_bar_config", None)
-        try:
-            for each in self.transformers:
-                each.eval()
-            for parameter in learned:
-                parameter.requires_grad_(False)
-            self.pipe.set_progress_bar_config(disable=True)
-            self._record(prompts)
-            self._trajectory = PolicyTrajectory(
-                self._views, self.num_steps, reuse=self.reuse, check_view=self._check_view
-            )
-            yield
-        finally:
-            for view in self._views:
-                view.close()
-            for each, was in training:
-                each.train(was)
-            for parameter in learned:
-                parameter.requires_grad_(True)
-            if progress is None:
-                vars(self.pipe).pop("_progress_bar_config", None)
-            else:
-                self.pipe._progress_bar_config = progress
+        # Backward passes would have compiled blocks compiled again for each kind of gradient.
+        with uncompiled(module for each in self.transformers for module in each.modules()):
+            try:
+                for each in self.transformers:
+                    each.eval()
+                for parameter in learned:
+                    parameter.requires_grad_(False)
+                self.pipe.set_progress_bar_config(disable=True)
+                self._record(prompts)
+                self._trajectory = PolicyTrajectory(
+                    self._views, self.num_steps, reuse=self.reuse, check_view=self._check_view
+                )
+                yield
+            finally:
+                for view in self._views:
+                    view.close()
+                for each, was in training:
+                    each.train(was)
+                for parameter in learned:
+                    parameter.requires_grad_(True)
+                if progress is None:
+                    vars(self.pipe).pop("_progress_bar_config", None)
+                else:
+                    self.pipe._progress_bar_config = progress
 
     def _check_view(self, view: RecordedTransformer) -> None:
         if [b.units for b in view.branches] != [b.units for b in self.view.branches]:

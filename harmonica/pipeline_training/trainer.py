@@ -164,10 +164,7 @@ class PipelineTrainer:
         Raises:
             NotFinite: a metric is infinite or NaN, on all workers alike.
         """
-        # Blocks that their owner has compiled would be compiled again for each kind of gradient, until Dynamo
-        # gives them up.
-        with torch.compiler.set_stance("force_eager"):
-            return self.run.train_one(self._batch(self.run.current.trajectory), average)
+        return self.run.train_one(self._batch(self.run.current.trajectory), average)
 
     def state(self) -> dict[str, Any]:
         """Return a checkpoint's tensors and plain values, the same on every worker."""

@@ -163,11 +163,11 @@ def test_a_training_leaves_compiled_blocks_as_they_are(graphs):
     graphs.compile_blocks(case)
     drawn_by(case)
     of_full = graphs.runs_in(lambda: drawn_by(case))
-    found = []
+    before, found = graphs.runs, []
     for each in (plain, case):
         with trainer_of(each) as trainer:
             for _ in trainer.next_trajectories:
                 trainer.train_one()
             found.append(trainer.artifact())
-    assert found[0].plan == found[1].plan
+    assert found[0].plan == found[1].plan and graphs.runs == before, "a training runs eagerly"
     assert graphs.runs_in(lambda: drawn_by(case)) == of_full

@@ -50,7 +50,7 @@ def record_blocks(
         if not running:  # a block inside of another one is a part of that
             recording.units.append(unit)
 
-    with counted() as flops:
+    with counted(transformer) as flops:
         try:
             for path, block in block_modules(transformer):
                 handles += [block.register_forward_pre_hook(enter(path)), block.register_forward_hook(leave)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from harmonica.integrations.compiled_modules import uncompiled
 from harmonica.integrations.recorded.kinds import Declaration, RecordedKind, declaration_of, kind_of
 from harmonica.integrations.recorded.tensor_tags import INPUT, tagged, tags_of, tensors_of, untagged
 
@@ -173,17 +174,20 @@ def record(transformer: nn.Module, forward: Callable[..., Any], *args: Any, **kw
     Args:
         forward: the transformer's own; its other arguments are what a pipeline gives it.
     """
-    with counted() as flops, _Recorder(transformer, flops) as recorder:
+    with counted(transformer) as flops, _Recorder(transformer, flops) as recorder:
         output = forward(*args, **kwargs)
     return filled(recorder.recording, output, flops)
 
 
 @contextmanager
-def counted() -> Iterator[FlopCounterMode]:
-    """Count the FLOPs of what runs in this context, in which nothing is compiled."""
+def counted(transformer: nn.Module) -> Iterator[FlopCounterMode]:
+    """Count the FLOPs of what runs in this context.
+
+    In it the transformer's modules run eagerly.
+    """
     # Dynamo never again compiles a function that it has met under a counter.
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as flops:
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with uncompiled(transformer.modules()), counter as flops:
         yield flops
 
 
