@@ -39,7 +39,7 @@ from harmonica.integrations.forward_slots import (
 )
 from harmonica.integrations.pipeline_transformer import PipelineTransformer
 from harmonica.integrations.planned_forward import PipelineExecution, PlannedForward
-from harmonica.integrations.recorded.even_steps import EvenSteps, even_calls
+from harmonica.integrations.recorded.even_steps import EvenSteps, EvenTrajectory, even_calls
 from harmonica.integrations.recorded.pipelines import is_recorded, planned_calls, transformers_of
 from harmonica.integrations.recorded.trajectory import TransformerCall
 from harmonica.integrations.step_tracker import StepCounter
@@ -159,6 +159,24 @@ def remove(transformer: Any) -> None:
             planned.close()
     for module in modules:
         take_off(module)
+
+
+def even_speedup(transformer: Any) -> float:
+    """Return how many times less arithmetic the last call took under `EvenSteps`.
+
+    Args:
+        transformer: a pipeline, or its transformer.
+
+    Raises:
+        ValueError: it has no such plan, or has not been called since that came.
+    """
+    call = getattr(unwrapped(transformers_of(transformer)[0]), STATE, None)
+    trajectory = getattr(call, "trajectory", None)
+    if not isinstance(trajectory, EvenTrajectory) or not trajectory.views[0].is_recorded:
+        raise ValueError(
+            "transformer has not run under EvenSteps: harmonica.apply it, then call the pipeline"
+        )
+    return trajectory.ideal_speedup()
 
 
 def _check_weights_and_shape(

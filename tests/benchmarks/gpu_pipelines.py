@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from torch import Tensor
 
 import harmonica
+from harmonica.integrations.diffusers_pipeline import even_speedup
 from tests.benchmarks.hardware import Hardware
 
 SPEEDUP = 1.8
@@ -70,10 +71,7 @@ def draws(hardware: Hardware, *, is_tiny: bool) -> Iterator[tuple[str, str, floa
             pipe.transformer.compile_repeated_blocks()
         full = f"diffusers, {way}"
         yield full, full, 1.0, draw
-        even = harmonica.EvenSteps(speedup=1.5 if is_tiny else SPEEDUP)
-        harmonica.apply(pipe, even)
+        harmonica.apply(pipe, harmonica.EvenSteps(speedup=1.5 if is_tiny else SPEEDUP))
         draw()  # finds the blocks, and so what they cost
-        macs = pipe.transformer._harmonica.trajectory.views[0].macs()
-        plan = even.plan(call["num_inference_steps"], macs)
-        yield f"EvenSteps, {way}", full, plan.ideal_speedup(macs), draw
+        yield f"EvenSteps, {way}", full, even_speedup(pipe), draw
         harmonica.remove(pipe)

@@ -21,8 +21,8 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Trans
 from torch import nn
 
 from harmonica.core.plan import Plan
+from harmonica.integrations.recorded.compiled_units import compile_blocks
 from harmonica.integrations.recorded.kinds import KINDS
-from harmonica.integrations.recorded.recording import block_modules
 from harmonica.integrations.recorded.view import RecordedTransformer, recorded
 from tests.benchmarks.arms import random_plan
 from tests.benchmarks.timing import Aim, Row, Timing, describe_machine
@@ -121,15 +121,6 @@ def time_arms(arms: dict[str, Callable[[], None]], *, rounds: int) -> dict[str, 
             arm()
             seconds[name].append(time.process_time() - start)
     return {name: Timing(statistics.median(each), max(each) - min(each)) for name, each in seconds.items()}
-
-
-def compile_blocks(module: Any) -> None:
-    """As `compile_repeated_blocks`, also where diffusers does not say which blocks are repeated (PixArt)."""
-    if module._repeated_blocks:
-        module.compile_repeated_blocks()
-        return
-    for _, block in block_modules(module):
-        block.compile()
 
 
 def shares(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import harmonica
 from harmonica.core.plan_builders import even_plan, with_fixed_correction
+from harmonica.integrations.diffusers_pipeline import even_speedup
 from harmonica.integrations.recorded.even_steps import EvenTrajectory, is_flow_matching
 from harmonica.integrations.recorded.kinds import BLOCKS
 from harmonica.models.base import Macs
@@ -185,3 +186,16 @@ def test_a_speed_that_so_few_steps_do_not_reach_is_refused_at_the_call():
 def test_a_field_that_makes_no_sense_is_named(field, value, cure):
     with pytest.raises(ValueError, match=f"{field} is .*{cure}"):
         harmonica.EvenSteps(**{field: value})
+
+
+def test_the_speed_of_the_last_call_is_told():
+    case = make_case("flux")
+    with pytest.raises(ValueError, match="has not run under EvenSteps"):
+        even_speedup(case.pipe)
+    harmonica.apply(case.pipe, HALF)
+    with pytest.raises(ValueError, match="has not run under EvenSteps"):
+        even_speedup(case.pipe)
+    for steps in (6, 9):
+        drawn_by(case, steps)
+        macs = case.pipe.transformer._harmonica.trajectory.views[0].macs()
+        assert even_speedup(case.pipe) == HALF.plan(steps, macs).ideal_speedup(macs) > 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch._dynamo.utils import counters
 
 import harmonica
 from harmonica.__main__ import COMMANDS, main
@@ -86,8 +87,8 @@ def test_need_imports_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("plan", "told"),
     [
-        (["--router={}/router"], "ideal speedup"),
-        (["--speedup=1.5", "--num-inference-steps=6", "--guidance-scale=3"], "two forwards more"),
+        (["--router={}/router"], "two forwards: see --rounds 3"),
+        (["--speedup=1.5", "--num-inference-steps=6", "--guidance-scale=3", "--rounds=2"], "even steps"),
     ],
 )
 def test_a_pipeline_draws_plain_and_under_a_plan(tmp_path, capsys, plan, told):
@@ -97,9 +98,25 @@ def test_a_pipeline_draws_plain_and_under_a_plan(tmp_path, capsys, plan, told):
     assert main(["apply", *asked, "--prompts", "a coat", "a boot", f"--output={output}", "--device=cpu"]) == 0
     said = capsys.readouterr().out
     assert "plain" in said and told in said
+    fast = re.search(r"([\d.]+)x as fast; ideal speedup ([\d.]+)x", said)
+    near = re.search(r"([\d.]+) dB PSNR from the plain images, mean of 2", said)
+    assert fast and near and float(fast[1]) > 0 and 1 < float(fast[2]) < 3 and 5 < float(near[1]) < 100
     picture = Image.open(output)
     assert picture.size == (128, 128), "two images a row, of 64 pixels"
     assert picture.crop((0, 0, 128, 64)).tobytes() != picture.crop((0, 64, 128, 128)).tobytes()
+
+
+def test_a_pipeline_is_compiled_in_both_runs(tmp_path, capsys, no_codegen):
+    write_folder(tmp_path)
+    asked = [f"--pipeline={tmp_path / 'pipeline'}", "--speedup=1.5", "--num-inference-steps=6"]
+    asked += ["--prompts", "a coat", f"--output={tmp_path / 'both.png'}", "--device=cpu"]
+    said = {}
+    for execution in ("eager", "compiled"):
+        assert main(["apply", *asked, f"--execution={execution}"]) == 0
+        said[execution] = capsys.readouterr().out
+        assert (counters["stats"]["unique_graphs"] > 0) == (execution == "compiled")
+    near = [re.search(r"[\d.]+ dB", text) for text in said.values()]
+    assert near[0] and near[1] and near[0][0] == near[1][0]
 
 
 def test_unusable_input_to_apply_is_one_line(tmp_path, capsys):

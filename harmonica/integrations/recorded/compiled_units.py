@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from harmonica.execution.compiled import compiled_for
+from harmonica.integrations.recorded.recording import block_modules
 
 
 def compiled_unit(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,6 +24,12 @@ def compiled_unit(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward
     kind: Any = type(module)  # mypy takes no metaclass for hashable
     return partial(compiled_for(_forward, kind, fullgraph=False), module)
+
+
+def compile_blocks(transformer: nn.Module) -> None:
+    """Compile each block of a transformer, as `compile_repeated_blocks` does where diffusers names them."""
+    for _, block in block_modules(transformer):
+        block.compile()
 
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:

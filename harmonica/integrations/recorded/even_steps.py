@@ -138,3 +138,8 @@ class EvenTrajectory(TrajectoryByPlan):
 
     def new_kept(self, view: RecordedTransformer) -> KeptValues:
         return view.new_kept("forecast", None, self.plan_of(view).correction)
+
+    def ideal_speedup(self) -> float:
+        """Return how many times less arithmetic the last call of the pipeline took."""
+        view = self.views[0]
+        return self.plan_of(view).ideal_speedup(view.macs())
