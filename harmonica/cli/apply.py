@@ -70,7 +70,9 @@ class ApplyCommand:
 
 
 def run(command: ApplyCommand) -> Path:
-    """Sample with and without the plan, write the images, and say how fast and how near they are.
+    """Sample with and without the plan, and write the images.
+
+    How fast both are is said, and how near their images.
 
     Raises:
         ValueError: a setting is refused, or the plan does not fit the pipeline.

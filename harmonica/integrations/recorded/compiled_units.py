@@ -27,7 +27,10 @@ def compiled_unit(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compile_blocks(transformer: nn.Module) -> None:
-    """Compile each block of a transformer, as `compile_repeated_blocks` does where diffusers names them."""
+    """Compile each block of a transformer.
+
+    diffusers' `compile_repeated_blocks` does so too, where it names the blocks of a class.
+    """
     for _, block in block_modules(transformer):
         block.compile()
 
