@@ -9,7 +9,12 @@ from tiny_recorded_pipelines import STEPS, make_case
 import harmonica
 from harmonica.core.plan import Plan
 from harmonica.integrations.exchanged_plans import ExchangedPlans
+from harmonica.integrations.recorded.compiled_units import compile_blocks
+from harmonica.integrations.recorded.kinds import BLOCKS
+from harmonica.integrations.recorded.unit_calls import UnitCall
 from harmonica.integrations.recorded.view import RecordedTransformer
+from tests.integrations.test_pipeline_training import ALL_STEPS as STEPS_DRAWN
+from tests.integrations.test_pipeline_training import drawn_by, prompts_of
 
 
 @pytest.mark.parametrize("kind", ["flux", "flux guided", "krea2", "wan 2.2"])
@@ -31,6 +36,38 @@ def test_plans_take_turns(kind):
             assert torch.equal(case.run(), expected.get(name, full)), name
     assert not torch.equal(expected["half"], expected["steps"])
     assert vars(case.pipe.transformer) == attributes
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_plans_of_other_branches_take_turns(is_compiled, no_codegen):
+    case = make_case("flux")
+    prompts, call = prompts_of(case)
+    kinds = {"blocks": (BLOCKS,), "all": ("attn", "mlp", "single"), "some": ("attn", "single")}
+    made, expected = {}, {"full": drawn_by(case)}
+    for name, cacheable in kinds.items():
+        even = harmonica.EvenSteps(speedup=1.2, cacheable=cacheable)
+        made[name] = harmonica.train_pipeline(
+            case.pipe, prompts, even, call=call | {"num_inference_steps": STEPS_DRAWN}
+        )
+        harmonica.apply(case.pipe, made[name])
+        expected[name] = drawn_by(case)
+        harmonica.remove(case.pipe)
+    if is_compiled:
+        compile_blocks(case.pipe.transformer)
+    plans = ExchangedPlans(case.pipe)
+    put = {name: plans.make(artifact) for name, artifact in made.items()} | {"full": None}
+    for name in ("all", "some", "blocks", "full", "all", "blocks", "some", "full"):
+        with plans.under(put[name]):
+            torch.testing.assert_close(drawn_by(case), expected[name], msg=name)
+    for calls in (put["some"], put["all"], put["blocks"]):
+        calls[0].close()
+    slots = ("forward", "_compiled_call_impl")
+    assert not any(
+        isinstance(vars(each).get(slot), UnitCall)
+        for each in case.pipe.transformer.modules()
+        for slot in slots
+    )
+    torch.testing.assert_close(drawn_by(case), expected["full"])
 
 
 def test_what_is_recorded_is_shared(monkeypatch):

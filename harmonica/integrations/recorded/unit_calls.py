@@ -16,6 +16,7 @@ from harmonica.integrations.compiled_modules import COMPILED_CALL, forget_graphs
 from harmonica.integrations.recorded.compiled_units import compiled_unit
 
 _HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they wrap
+_SLOTS = (COMPILED_CALL, _HOOKED, "forward")
 
 
 class UnitPass(Protocol):
@@ -110,12 +111,14 @@ def install(
         are_blocks: they are called by the transformer itself, and may have been compiled by their owner.
     """
     for path, module in modules.items():
-        _restore(module)  # one that was compiled since
+        _take_off(module, board)  # it would be inside of what was compiled since
         slot = _slot(module, is_block=are_blocks)
         setattr(module, slot, UnitCall(path, getattr(module, slot), board, is_compiled=is_compiled))
 
 
-def not_replaced(modules: Mapping[str, nn.Module], *, are_blocks: bool) -> dict[str, nn.Module]:
+def not_replaced(
+    modules: Mapping[str, nn.Module], board: Switchboard, *, are_blocks: bool
+) -> dict[str, nn.Module]:
     """Return the modules whose forwards are to be replaced, the first time or again.
 
     Blocks may have been compiled since, and in a copy they are as they were before.
@@ -123,50 +126,62 @@ def not_replaced(modules: Mapping[str, nn.Module], *, are_blocks: bool) -> dict[
     return {
         path: module
         for path, module in modules.items()
-        if _slot(module, is_block=are_blocks) == COMPILED_CALL
-        or not (_replaced_slot(module) or _hides_unit_call(module))
+        if not _has_call(vars(module).get(_slot(module, is_block=are_blocks)), board)
+        and not _hides_unit_call(module)
     }
 
 
-def uninstall(transformer: nn.Module) -> None:
+def uninstall(transformer: nn.Module, board: Switchboard) -> None:
     """Restore the forwards that `install` replaced.
 
     Raises:
         ValueError: something wraps one of them.
     """
     for name, module in transformer.named_modules():
-        if _replaced_slot(module) is None and _hides_unit_call(module):
+        if _hides_unit_call(module) and not _has_call(vars(module).get(_HOOKED), board):
             raise ValueError(
                 f"transformer.{name}.forward is wrapped since the plan came: take that off first, then "
                 "harmonica.remove"
             )
-    has_inside = [_restore(module) not in (None, COMPILED_CALL) for module in transformer.modules()]
-    if any(has_inside):
+    slots = {slot for module in transformer.modules() for slot in _take_off(module, board)}
+    if slots - {COMPILED_CALL}:
         forget_graphs(transformer.modules())
 
 
-def _restore(module: nn.Module) -> str | None:
-    """Put back what `install` has replaced, and return the attribute."""
-    slot = _replaced_slot(module)
-    if slot is not None:
-        own = vars(module)[slot].forward
+def _take_off(module: nn.Module, board: Switchboard) -> list[str]:
+    """Put back what a board's calls have replaced, and return the attributes."""
+    found = [slot for slot in _SLOTS if _has_call(vars(module).get(slot), board)]
+    for slot in found:
+        own = _without(vars(module)[slot], board)
         if slot == "forward" and getattr(own, "__func__", None) is type(module).forward:
             del module.forward
         else:
             setattr(module, slot, own)
-    return slot
+    return found
 
 
-def _replaced_slot(module: nn.Module) -> str | None:
-    """Return the attribute of a module that `install` has replaced."""
-    slots = (COMPILED_CALL, _HOOKED, "forward")
-    return next((slot for slot in slots if isinstance(vars(module).get(slot), UnitCall)), None)
+def _has_call(call: Any, board: Switchboard) -> bool:
+    """Return whether a board's call is among those around a forward; a pipeline may have several views."""
+    while isinstance(call, UnitCall):
+        if call.board is board:
+            return True
+        call = call.forward
+    return False
+
+
+def _without(call: Any, board: Switchboard) -> Any:
+    """Return what a board's call is around, inside of other boards' calls."""
+    if not isinstance(call, UnitCall):
+        return call
+    if call.board is board:
+        return call.forward
+    call.forward, call._compiled = _without(call.forward, board), None
+    return call
 
 
 def _slot(module: nn.Module, *, is_block: bool) -> str:
     """Return the attribute to replace."""
-    compiled = vars(module).get(COMPILED_CALL)
-    if is_block and compiled is not None and not isinstance(compiled, UnitCall):
+    if is_block and vars(module).get(COMPILED_CALL) is not None:
         return COMPILED_CALL
     return _HOOKED if _HOOKED in vars(module) else "forward"
 

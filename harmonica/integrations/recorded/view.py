@@ -131,13 +131,13 @@ class RecordedTransformer:
 
     def _put_on(self) -> None:
         """Replace the forwards that are not replaced yet, or no longer."""
-        if missing := not_replaced(self._modules, are_blocks=self._is_stack):
+        if missing := not_replaced(self._modules, self._board, are_blocks=self._is_stack):
             is_compiled = self._is_compiled or any_compiled(self.transformer.modules())
             install(missing, self._board, is_compiled=is_compiled, are_blocks=self._is_stack)
 
     def close(self) -> None:
         """Restore the transformer's modules."""
-        uninstall(self.transformer)
+        uninstall(self.transformer, self._board)
         self._graph = None
 
     @torch.no_grad()
