@@ -15,6 +15,7 @@ from harmonica.integrations.forward_slots import (
     take_off,
     unwrapped,
 )
+from harmonica.integrations.recorded.compiled_units import compile_blocks
 from harmonica.integrations.recorded.pipelines import (
     calls_of,
     check_router,
@@ -73,20 +74,12 @@ class ExchangedPlans:
         return list(calls_of(self._views[cacheable], artifact, allow_other_sampler=False))
 
     def compile_blocks(self) -> None:
-        """Compile the transformers' repeated blocks.
+        """Compile the transformers' blocks, where branches are to be compiled and there is no plan.
 
-        That is for a pipeline that never follows a plan, whose branches would be left out of their graphs.
-
-        Raises:
-            ValueError: diffusers knows no repeated blocks of the class.
+        A plan compiles its own branches.
         """
         for module in self._modules if self._is_compiled and not self._views else ():
-            if not getattr(module, "_repeated_blocks", None):
-                raise ValueError(
-                    f"model.execution is compiled and a {type(module).__name__} names no repeated blocks "
-                    "that diffusers could compile: give eager"
-                )
-            module.compile_repeated_blocks()  # type: ignore[operator]
+            compile_blocks(module)
 
     def _read_weights(self) -> Fingerprint:
         if self._fingerprint is None:

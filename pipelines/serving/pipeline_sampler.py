@@ -114,11 +114,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         )
 
     def make_uncached(self, config: SamplerConfig) -> PipelineServedPlan:
-        """Make a plan that computes everything, for calls with the champion's arguments.
-
-        Raises:
-            ValueError: there is no champion, and the transformer's blocks cannot be compiled.
-        """
+        """Make a plan that computes everything, for calls with the champion's arguments."""
         champion = self._plans.get("medium")
         if champion is None:
             self._exchanged.compile_blocks()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -14,6 +15,7 @@ from tiny_recorded_pipelines import make_case
 
 import harmonica
 from harmonica.builtin import CHAMPION
+from harmonica.integrations.compiled_modules import any_compiled
 from harmonica.integrations.exchanged_plans import ExchangedPlans
 from harmonica.integrations.pipeline_folder import PipelineFolder
 from harmonica.models.loading import ModelConfig
@@ -419,7 +421,11 @@ def test_compiled_execution_makes_the_same_images(images, folder, artifact, rout
     assert len(traced) == before, "warmed up"
 
 
-def test_blocks_that_diffusers_cannot_compile_are_refused(images, monkeypatch):
+def test_blocks_that_diffusers_does_not_name_are_compiled_too(images, monkeypatch):
     monkeypatch.setattr(type(images.pipe.transformer), "_repeated_blocks", [])
-    with pytest.raises(ValueError, match="is compiled and a FluxTransformer2DModel names no repeated blocks"):
-        ExchangedPlans(images.pipe, is_compiled=True).compile_blocks()
+    pipe = copy.deepcopy(images.pipe)
+    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
+    ExchangedPlans(pipe, is_compiled=False).compile_blocks()
+    assert not any_compiled(blocks)
+    ExchangedPlans(pipe, is_compiled=True).compile_blocks()
+    assert all(any_compiled([block]) for block in blocks)
