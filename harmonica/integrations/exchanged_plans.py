@@ -74,9 +74,9 @@ class ExchangedPlans:
         return list(calls_of(self._views[cacheable], artifact, allow_other_sampler=False))
 
     def compile_blocks(self) -> None:
-        """Compile the transformers' blocks, where branches are to be compiled and there is no plan.
+        """Compile the transformers' blocks, if that was asked for.
 
-        A plan compiles its own branches.
+        Where there is a plan, it compiles its own branches.
         """
         for module in self._modules if self._is_compiled and not self._views else ():
             compile_blocks(module)

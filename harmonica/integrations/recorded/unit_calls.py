@@ -161,7 +161,10 @@ def _take_off(module: nn.Module, board: Switchboard) -> list[str]:
 
 
 def _has_call(call: Any, board: Switchboard) -> bool:
-    """Return whether a board's call is among those around a forward; a pipeline may have several views."""
+    """Return whether a board's call is among those around a forward.
+
+    Several views of one transformer have a board and calls each.
+    """
     while isinstance(call, UnitCall):
         if call.board is board:
             return True
