@@ -5,14 +5,14 @@ whole call, around the compiled one: inside, Dynamo would leave it out of its gr
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from harmonica.integrations.compiled_modules import COMPILED_CALL, forget_graphs
+from harmonica.integrations.compiled_modules import COMPILED_CALL, any_compiled, forget_graphs
 from harmonica.integrations.recorded.compiled_units import compiled_unit
 
 _HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they wrap
@@ -98,54 +98,71 @@ class UnitCall:
         return running.run(self.board.name_of_call(self.path), lambda: self.compute(*args, **kwargs))
 
 
-def install(
-    modules: Mapping[str, nn.Module],
-    board: Switchboard,
-    *,
-    is_compiled: bool = False,
-    are_blocks: bool = False,
-) -> None:
-    """Replace the forwards of modules, given by their paths.
+class ReplacedUnits:
+    """The forwards of a transformer's units that follow the passes of one view."""
 
-    Args:
-        are_blocks: they are called by the transformer itself, and may have been compiled by their owner.
-    """
-    for path, module in modules.items():
-        _take_off(module, board)  # it would be inside of what was compiled since
-        slot = _slot(module, is_block=are_blocks)
-        setattr(module, slot, UnitCall(path, getattr(module, slot), board, is_compiled=is_compiled))
+    def __init__(self, transformer: nn.Module, *, is_compiled: bool, are_blocks: bool) -> None:
+        """Replace nothing yet.
 
+        Args:
+            is_compiled: compute each of them as a graph of torch.compile.
+            are_blocks: they are called by the transformer itself, and may be compiled by their owner, now or
+                later.
+        """
+        self.board = Switchboard()
+        self._transformer, self._is_compiled, self._are_blocks = transformer, is_compiled, are_blocks
+        self._modules: dict[str, nn.Module] = {}
 
-def not_replaced(
-    modules: Mapping[str, nn.Module], board: Switchboard, *, are_blocks: bool
-) -> dict[str, nn.Module]:
-    """Return the modules whose forwards are to be replaced, the first time or again.
+    def put_on(self, paths: Iterable[str]) -> None:
+        """Replace the forwards of the modules at these paths."""
+        self._modules = {path: self._transformer.get_submodule(path) for path in paths}
+        self._replace_missing()
 
-    Blocks may have been compiled since, and in a copy they are as they were before.
-    """
-    return {
-        path: module
-        for path, module in modules.items()
-        if not _has_call(vars(module).get(_slot(module, is_block=are_blocks)), board)
-        and not _hides_unit_call(module)
-    }
+    def keep_on(self) -> None:
+        """Replace the forwards of blocks again that are no longer replaced.
 
+        Blocks may have been compiled since, and in a copy they are as they were before.
+        """
+        if self._are_blocks:
+            self._replace_missing()
 
-def uninstall(transformer: nn.Module, board: Switchboard) -> None:
-    """Restore the forwards that `install` replaced.
+    def _replace_missing(self) -> None:
+        missing = {
+            path: module
+            for path, module in self._modules.items()
+            if not _has_call(vars(module).get(self._slot(module)), self.board)
+            and not _hides_unit_call(module)
+        }
+        if not missing:
+            return
+        is_compiled = self._is_compiled or any_compiled(self._transformer.modules())
+        for path, module in missing.items():
+            _take_off(module, self.board)  # it would be inside of what was compiled since
+            slot = self._slot(module)
+            setattr(module, slot, UnitCall(path, getattr(module, slot), self.board, is_compiled=is_compiled))
 
-    Raises:
-        ValueError: something wraps one of them.
-    """
-    for name, module in transformer.named_modules():
-        if _hides_unit_call(module) and not _has_call(vars(module).get(_HOOKED), board):
-            raise ValueError(
-                f"transformer.{name}.forward is wrapped since the plan came: take that off first, then "
-                "harmonica.remove"
-            )
-    slots = {slot for module in transformer.modules() for slot in _take_off(module, board)}
-    if slots - {COMPILED_CALL}:
-        forget_graphs(transformer.modules())
+    def _slot(self, module: nn.Module) -> str:
+        """Return the attribute to replace."""
+        if self._are_blocks and vars(module).get(COMPILED_CALL) is not None:
+            return COMPILED_CALL
+        return _HOOKED if _HOOKED in vars(module) else "forward"
+
+    def take_off(self) -> None:
+        """Restore the forwards.
+
+        Raises:
+            ValueError: something wraps one of them.
+        """
+        for name, module in self._transformer.named_modules():
+            if _hides_unit_call(module) and not _has_call(vars(module).get(_HOOKED), self.board):
+                raise ValueError(
+                    f"transformer.{name}.forward is wrapped since the plan came: take that off first, then "
+                    "harmonica.remove"
+                )
+        modules = list(self._transformer.modules())
+        slots = {slot for module in modules for slot in _take_off(module, self.board)}
+        if slots - {COMPILED_CALL}:
+            forget_graphs(modules)
 
 
 def _take_off(module: nn.Module, board: Switchboard) -> list[str]:
@@ -180,13 +197,6 @@ def _without(call: Any, board: Switchboard) -> Any:
         return call.forward
     call.forward, call._compiled = _without(call.forward, board), None
     return call
-
-
-def _slot(module: nn.Module, *, is_block: bool) -> str:
-    """Return the attribute to replace."""
-    if is_block and vars(module).get(COMPILED_CALL) is not None:
-        return COMPILED_CALL
-    return _HOOKED if _HOOKED in vars(module) else "forward"
 
 
 def _hides_unit_call(module: nn.Module) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Correction, Forecast
-from harmonica.integrations.compiled_modules import any_compiled
 from harmonica.integrations.recorded.block_stack import record_blocks
 from harmonica.integrations.recorded.branches import BlockGraph, RecordedBranch, describe
 from harmonica.integrations.recorded.kept_values import KeptValues
@@ -25,12 +24,7 @@ from harmonica.integrations.recorded.kinds import (
 from harmonica.integrations.recorded.recording import record
 from harmonica.integrations.recorded.skipped import has_skipped
 from harmonica.integrations.recorded.tensor_tags import tensors_of
-from harmonica.integrations.recorded.unit_calls import (
-    Switchboard,
-    install,
-    not_replaced,
-    uninstall,
-)
+from harmonica.integrations.recorded.unit_calls import ReplacedUnits
 from harmonica.integrations.recorded.unit_passes import MixedPass, PlannedPass
 from harmonica.integrations.recorded.weights import fingerprint_of
 from harmonica.models.base import Macs
@@ -62,13 +56,11 @@ class RecordedTransformer:
             ValueError: no such kind.
         """
         check_kinds(cacheable)
-        self._is_compiled = is_compiled
         self.transformer, self.forward, self.cacheable = transformer, forward, tuple(cacheable)
         self.recorded_fingerprint: Fingerprint | None = None
         self.branches: tuple[RecordedBranch, ...] = ()
         self._graph: BlockGraph | None = None
-        self._board = Switchboard()
-        self._modules: dict[str, nn.Module] = {}
+        self._units = ReplacedUnits(transformer, is_compiled=is_compiled, are_blocks=self._is_stack)
         self._overwritten: frozenset[str] = frozenset()
         self._can_skip = True
         self._skipped_for = lru_cache(maxsize=64)(self._find_skipped)
@@ -125,19 +117,11 @@ class RecordedTransformer:
         assert self._graph is not None
         kept = self._branch_of
         feeders = self._graph.skippable(kept, kept)
-        paths = dict.fromkeys(name.partition("#")[0] for name in (*kept, *feeders))
-        self._modules = {path: self.transformer.get_submodule(path) for path in paths}
-        self._put_on()
-
-    def _put_on(self) -> None:
-        """Replace the forwards that are not replaced yet, or no longer."""
-        if missing := not_replaced(self._modules, self._board, are_blocks=self._is_stack):
-            is_compiled = self._is_compiled or any_compiled(self.transformer.modules())
-            install(missing, self._board, is_compiled=is_compiled, are_blocks=self._is_stack)
+        self._units.put_on(name.partition("#")[0] for name in (*kept, *feeders))
 
     def close(self) -> None:
         """Restore the transformer's modules."""
-        uninstall(self.transformer, self._board)
+        self._units.take_off()
         self._graph = None
 
     @torch.no_grad()
@@ -199,9 +183,8 @@ class RecordedTransformer:
             recompute=recompute,
             recompute_others=recompute and self._is_stack,
         )
-        if self._is_stack:
-            self._put_on()
-        with self._board.during(unit_pass):
+        self._units.keep_on()
+        with self._units.board.during(unit_pass):
             output = self.forward(*args, **kwargs)
         return output if kept.correction is None else kept.corrected(step, output)
 
@@ -222,7 +205,7 @@ class RecordedTransformer:
     ) -> Any:
         """Run one forward of training, differentiable in the scores."""
         unit_pass = MixedPass(scores_B, refresh_row, kept, step, overwritten=self._overwritten)
-        with self._board.during(unit_pass):
+        with self._units.board.during(unit_pass):
             return self.forward(*args, **kwargs)
 
     def macs(self) -> Macs:
