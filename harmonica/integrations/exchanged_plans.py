@@ -23,7 +23,8 @@ from harmonica.integrations.recorded.pipelines import (
     transformers_of,
 )
 from harmonica.integrations.recorded.trajectory import TransformerCall
-from harmonica.integrations.recorded.view import RecordedTransformer, views_of
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.views import views_of
 from harmonica.integrations.recorded.weights import fingerprint_of
 from harmonica.models.fingerprint import Fingerprint
 

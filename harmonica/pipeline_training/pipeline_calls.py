@@ -18,7 +18,8 @@ from harmonica.integrations.recorded.call_tracker import steps_of
 from harmonica.integrations.recorded.kinds import RefusedTransformer
 from harmonica.integrations.recorded.pipelines import transformers_of
 from harmonica.integrations.recorded.trajectory import TransformerCall
-from harmonica.integrations.recorded.view import RecordedTransformer, views_of
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.views import views_of
 from harmonica.models.vae import are_pixels
 from harmonica.pipeline_training.policies import Policy, PolicyTrajectory
 from harmonica.pipeline_training.sampling import Prompt, batched, sample_pipeline

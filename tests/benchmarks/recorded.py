@@ -23,7 +23,8 @@ from torch import nn
 from harmonica.core.plan import Plan
 from harmonica.integrations.recorded.compiled_units import compile_blocks
 from harmonica.integrations.recorded.kinds import KINDS
-from harmonica.integrations.recorded.view import RecordedTransformer, recorded
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.views import recorded
 from tests.benchmarks.arms import random_plan
 from tests.benchmarks.timing import Aim, Row, Timing, describe_machine
 

@@ -14,7 +14,8 @@ from harmonica.core.plan_builders import stepwise_plan
 from harmonica.integrations.recorded.kinds import BLOCKS, RefusedTransformer
 from harmonica.integrations.recorded.pipelines import transformers_of
 from harmonica.integrations.recorded.recording import block_modules
-from harmonica.integrations.recorded.view import RecordedTransformer, recorded
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.views import recorded
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.validation.settings import SettingError
 from pipelines.config.pipeline import PipelineConfig

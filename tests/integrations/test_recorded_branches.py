@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica.core.plan import Plan
 from harmonica.integrations.recorded.kinds import DECLARATIONS, RefusedTransformer
-from harmonica.integrations.recorded.view import RecordedTransformer, recorded
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.views import recorded
 
 STEPS = 3
 FLUX, SD3, Z_IMAGE = "FluxTransformer2DModel", "SD3Transformer2DModel", "ZImageTransformer2DModel"

@@ -21,7 +21,8 @@ from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.integrations.recorded.kinds import DECLARATIONS, KINDS, RefusedTransformer
 from harmonica.integrations.recorded.tensor_tags import tensors_of
-from harmonica.integrations.recorded.view import RecordedTransformer, recorded
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.views import recorded
 from harmonica.models.base import Macs
 from harmonica.pipeline_training.policies import PolicyTrajectory, SdtPolicy
 from harmonica.samplers import SamplerConfig

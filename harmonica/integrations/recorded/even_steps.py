@@ -16,7 +16,8 @@ from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.kinds import BLOCKS, check_kinds
 from harmonica.integrations.recorded.planned_trajectory import TrajectoryByPlan
 from harmonica.integrations.recorded.trajectory import TransformerCall
-from harmonica.integrations.recorded.view import RecordedTransformer, views_of
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.views import views_of
 from harmonica.models.base import Macs
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from harmonica.integrations.recorded.branches import describe
 from harmonica.integrations.recorded.kinds import ARCHITECTURE_KEY
 from harmonica.integrations.recorded.planned_trajectory import PlannedTrajectory
 from harmonica.integrations.recorded.trajectory import TransformerCall
-from harmonica.integrations.recorded.view import RecordedTransformer, views_of
+from harmonica.integrations.recorded.view import RecordedTransformer
+from harmonica.integrations.recorded.views import views_of
 from harmonica.integrations.recorded.weights import fingerprint_of
 from harmonica.integrations.weight_check import matched_fingerprint, other_weights
 from harmonica.models.fingerprint import Fingerprint

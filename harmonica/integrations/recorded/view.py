@@ -1,7 +1,6 @@
 """View a diffusers transformer as the branches that a recording found."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -237,30 +236,3 @@ class RecordedTransformer:
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the weights without adapters."""
         return self.recorded_fingerprint or fingerprint_of([self.transformer])
-
-
-def views_of(
-    transformers: Sequence[nn.Module],
-    forwards: Sequence[Callable[..., Any]],
-    *,
-    cacheable: Sequence[str],
-    is_compiled: bool = False,
-) -> list[RecordedTransformer]:
-    """Return a view of each of a pipeline's transformers, with its own forward."""
-    return [
-        RecordedTransformer(transformer, forward, cacheable=cacheable, is_compiled=is_compiled)
-        for transformer, forward in zip(transformers, forwards, strict=True)
-    ]
-
-
-@contextmanager
-def recorded(
-    transformer: nn.Module, *args: Any, cacheable: Sequence[str] = KINDS, **kwargs: Any
-) -> Iterator[RecordedTransformer]:
-    """Yield a transformer's view after one recorded forward; restore it at the end."""
-    view = RecordedTransformer(transformer, transformer.forward, cacheable=cacheable)
-    view.record(*args, **kwargs)
-    try:
-        yield view
-    finally:
-        view.close()
