@@ -32,8 +32,8 @@ class ForecastConfig:
     """Research: Number of plans that are fitted at first, of those that the choice has found nearest. The one
     that is nearest in the trial of the first round and two trajectories of the second goes on."""
     corrections: Natural = 1
-    """Research: Number of differences of the model's last outputs that correct its output at every step, one
-    more than steps are reused in a row at least; 0 fits the forecasts alone."""
+    """Research: Number of differences of the model's last outputs that correct its output at every step, from
+    20 steps on one more than steps are reused in a row at least; 0 fits the forecasts alone."""
     segments: bool = False
     """Forecast what neighbouring branches add to the hidden state together, where a plan reuses them at the
     same steps, and not each branch alone: fewer values are kept, and computed steps are faster. Give it for

@@ -25,7 +25,13 @@ from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
-from harmonica.training.plans.fitted_weights import OUTPUT, FittedWeights, linear_weights, unknowns
+from harmonica.training.plans.fitted_weights import (
+    LEAST_STEPS,
+    OUTPUT,
+    FittedWeights,
+    linear_weights,
+    unknowns,
+)
 from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.plans.forecast_sketch import probes_of, sketch_image_error
 from harmonica.training.presets import fashion
@@ -212,15 +218,16 @@ def test_steps_after_the_first_that_is_reused_are_corrected():
 
 
 def test_a_fit_begins_at_the_fixed_correction():
-    plan = stepwise_plan(STEPS, 6, [1, 2, 5])
+    plan = stepwise_plan(LEAST_STEPS, 6, [1, 2, 5])
     fixed = with_fixed_correction(plan).correction
     assert fixed is not None and len(fixed[0]) == 3, "two steps run"
     for corrections, zeros in ((1, ()), (5, (0.0, 0.0))):
         begun = ForecastFit(plan, ForecastConfig(trajectories=4, corrections=corrections)).planned()
         assert begun.correction == tuple((*row, *zeros) for row in fixed)
     assert ForecastFit(plan, ForecastConfig(trajectories=4, corrections=0)).planned().correction is None
-    nothing = ForecastFit(Plan.full(STEPS, 6), ForecastConfig(trajectories=4)).planned().correction
-    assert nothing == ((0.0,),) * STEPS
+    for few in (Plan.full(LEAST_STEPS, 6), stepwise_plan(LEAST_STEPS - 1, 6, [1, 2, 5])):
+        begun = ForecastFit(few, ForecastConfig(trajectories=4)).planned()
+        assert begun.correction == ((0.0,),) * few.num_steps
 
 
 def test_a_fit_that_was_begun_without_a_correction_ends_without_one(sampler):
@@ -239,20 +246,21 @@ def test_a_fit_that_was_begun_without_a_correction_ends_without_one(sampler):
 
 def test_a_fit_that_was_begun_with_fewer_differences_goes_on_with_them(sampler):
     # As by versions in which a fit began without a correction, and had one difference.
-    weights = linear_weights(alternating(), FIT.order)
+    plan = Router.alternating(LEAST_STEPS, 6, 1.0).plan(0.5)
+    many = make_sampler(sampler.model, replace(sampler.config, num_inference_steps=LEAST_STEPS))
     state = {
-        "weights": weights,
+        "weights": linear_weights(plan, FIT.order),
         "segments": None,
-        "correction": torch.full((STEPS, 1), 0.1, dtype=torch.float64),
+        "correction": torch.full((LEAST_STEPS, 1), 0.1, dtype=torch.float64),
         "folds": [],
         "trial": None,
         "trajectories": 0,
     }
-    fit = ForecastFit(alternating(), FIT)
+    fit = ForecastFit(plan, FIT)
     assert fit.planned().corrections == 2, "every second step is reused"
     fit.load_state(state)
     for k in range(8):
-        fit.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
+        fit.observe(SamplerBackend(many), [rows(4 * k)], lambda sums: None)
     assert fit.planned().corrections == 1
 
 

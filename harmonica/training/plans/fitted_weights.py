@@ -20,6 +20,9 @@ Unknown = tuple[int, int, int]
 """An unknown weight: step, branch (`OUTPUT` for the model's output) and number of the difference."""
 OUTPUT = -1
 """In place of a branch: the weight corrects the model's output."""
+LEAST_STEPS = 20
+"""In fewer, outputs do not lie near a line, and a fit that begins at the fixed correction ends up to 1.6 dB
+farther from the full images (tests/benchmarks/RESULTS.md)."""
 
 
 def unknowns(plan: Plan, order: int, corrections: int = 0) -> list[Unknown]:
@@ -65,10 +68,11 @@ def linear_weights(plan: Plan, order: int) -> Tensor:
 def first_correction(plan: Plan, config: ForecastConfig) -> Tensor:
     """Return the weights of a plan's correction (T, J) from which its fit begins.
 
-    They are the fixed ones, of which there may be more than asked for; none where none is asked for.
+    They are the fixed ones, of which there may be more than asked for, and zeros where steps are few; none
+    where none is asked for.
     """
-    if not config.corrections:
-        return torch.zeros(plan.num_steps, 0, dtype=torch.float64)
+    if not config.corrections or plan.num_steps < LEAST_STEPS:
+        return torch.zeros(plan.num_steps, config.corrections, dtype=torch.float64)
     fixed = with_fixed_correction(plan)
     first_TJ = torch.zeros(plan.num_steps, max(config.corrections, fixed.corrections), dtype=torch.float64)
     if fixed.correction:

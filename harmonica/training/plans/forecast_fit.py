@@ -4,10 +4,10 @@ They are fitted so that the final image is right.
 
 The router decides when a branch is reused, and the forecast its output then: `v1 + w1 (v1 - v2) +
 w2 (v2 - v3)` of its last computed values, with weights w of each entry's own. The correction then mends the
-model's output, at computed steps too (`harmonica.core.correction`). The fit begins at linear forecasts and
-the fixed correction, as `harmonica.EvenSteps` has them. Near the present weights, the change of the final
-latents is linear in them (`forecast_sketch`), and a damped Gauss-Newton step takes them to the least squares
-(Levenberg and Marquardt; Nocedal and Wright 2006, 10.3).
+model's output, at computed steps too (`harmonica.core.correction`). The fit begins at linear forecasts and,
+where steps are not few, the fixed correction, as `harmonica.EvenSteps` has them. Near the present weights,
+the change of the final latents is linear in them (`forecast_sketch`), and a damped Gauss-Newton step takes
+them to the least squares (Levenberg and Marquardt; Nocedal and Wright 2006, 10.3).
 How much it is damped is found by trying: fresh images are generated under the solution for each ridge, and
 the nearest are kept. The linear prediction itself overrates large moves. Each image counts by its own error,
 so that the few that a plan hurts most do not decide for all. No images are needed, and the base model stays
@@ -54,7 +54,7 @@ class ForecastFit:
     """The Gauss-Newton fit of one plan's weights."""
 
     def __init__(self, plan: Plan, config: ForecastConfig) -> None:
-        """Begin with linear forecasts and the fixed correction.
+        """Begin with linear forecasts and, where steps are not few, the fixed correction.
 
         The forecasts are of the plan's branches, or of its segments.
         """

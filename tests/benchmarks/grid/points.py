@@ -17,6 +17,7 @@ from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import LoadedModel
 from harmonica.samplers import Sampler, make_sampler
 from harmonica.training.phases import RouterPhase
+from harmonica.training.plans.fitted_weights import LEAST_STEPS
 from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.presets import Recipe
 from harmonica.training.sampler_backend import SamplerBackend
@@ -140,7 +141,10 @@ class Series:
     def arms(self, speedup: float, *, has_published: bool, has_calibrated: bool) -> Iterator[Arm]:
         """What is compared at a speed."""
         forecast = self.train.forecast
-        fit = f"{forecast.num_rounds} rounds from the fixed correction, probes along the change"
+        begins = "from the fixed correction"
+        if self.sampler.num_steps < LEAST_STEPS:
+            begins = f"{forecast.corrections} corrections"
+        fit = f"{forecast.num_rounds} rounds, {begins}, probes along the change"
         if forecast.segments:
             fit += ", segments"
         yield Arm(
