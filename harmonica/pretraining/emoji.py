@@ -19,28 +19,24 @@ from PIL import Image
 CLASSES: dict[str, tuple[str, ...]] = {
     "smiling face": ("face-smiling", "face-affection", "face-tongue"),
     "unhappy face": ("face-neutral-skeptical", "face-concerned", "face-sleepy", "face-unwell"),
+    "animal face": ("cat-face", "animal-mammal"),
     "heart": ("heart",),
-    "mammal": ("animal-mammal",),
+    "hand": ("hand-fingers-open", "hand-fingers-partial", "hand-single-finger", "hand-fingers-closed"),
+    "person": ("person",),
+    "profession": ("person-role",),
     "bird": ("animal-bird",),
-    "insect": ("animal-bug",),
     "sea animal": ("animal-marine",),
     "flower": ("plant-flower",),
     "plant": ("plant-other",),
     "fruit": ("food-fruit",),
-    "vegetable": ("food-vegetable",),
-    "meal": ("food-prepared", "food-asian"),
-    "sweets": ("food-sweet",),
-    "drink": ("drink",),
-    "sport": ("sport",),
-    "building": ("place-building",),
-    "vehicle": ("transport-ground",),
-    "aircraft": ("transport-air",),
+    "clock": ("time",),
     "weather": ("sky & weather",),
+    "sign": ("arrow", "av-symbol", "religion", "transport-sign", "zodiac"),
     "flag": ("country-flag",),
-    "clothing": ("clothing",),
-    "instrument": ("musical-instrument",),
 }
 """Classes of the model, and the subcategories of Unicode that each is made of."""
+_NAME_PART = {"animal-mammal": " FACE", "time": "CLOCK FACE"}
+"""Of these subcategories only the pictures with such names: heads of mammals, not mammals in all poses."""
 CLASS_NAMES = tuple(CLASSES)
 SIDE = 32
 VENDORS = ("google", "twitter")
@@ -87,9 +83,11 @@ def _read(archive: Path, vendor: str) -> list[tuple[np.ndarray, int]]:
                 files[Path(member.name).name] = content.read()
     entries = json.loads(files.get("emoji.json", b"[]"))
     return [
-        (_picture(files[entry["image"]]), label_of[entry["subcategory"]])
+        (_picture(files[image]), label_of[entry["subcategory"]])
         for entry in sorted(entries, key=lambda entry: str(entry["image"]))
-        if entry["subcategory"] in label_of and entry["image"] in files
+        if entry["subcategory"] in label_of and _NAME_PART.get(entry["subcategory"], "") in entry["name"]
+        for image in (entry["image"], *(each["image"] for each in entry.get("skin_variations", {}).values()))
+        if image in files
     ]
 
 

@@ -70,6 +70,8 @@ class PretrainConfig(LearningConfig):
     """Fixes initial weights, batches, noise and timesteps."""
     compile: bool = True
     """torch.compile the denoiser."""
+    bfloat16: bool = False
+    """Multiply in bfloat16 (`torch.autocast`); weights and their averages stay in float32."""
     checkpoint_interval_s: Annotated[float, Field(ge=0)] = 60.0
     """Seconds between checkpoints."""
     export: str = ""
@@ -178,7 +180,13 @@ def _train_loop(job: dict[str, Any]) -> None:
                 torch.load(Path(folder) / "state.pt", weights_only=True, map_location=device)
             )
     replica = ray.train.torch.prepare_model(model)
-    forward = torch.compile(replica) if config.compile else replica
+    predict = torch.compile(replica) if config.compile else replica
+
+    def forward(*inputs: Tensor, **conditions: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
+            predicted: Tensor = predict(*inputs, **conditions)
+        return predicted.float()
+
     progress = _Progress(job["mlflow"], config) if rank == 0 else None
     last_checkpoint = time.monotonic()
     while learner.step < config.steps:

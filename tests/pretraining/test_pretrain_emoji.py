@@ -5,6 +5,7 @@ import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def png(colour: tuple[int, int, int, int]) -> bytes:
 
 
 def write_archive(
-    folder: Path, vendor: str, pictures: dict[str, bytes], entries: list[dict[str, str]]
+    folder: Path, vendor: str, pictures: dict[str, bytes], entries: list[dict[str, Any]]
 ) -> None:
     files = {f"package/img/{vendor}/64/{name}": content for name, content in pictures.items()}
     files["package/emoji.json"] = json.dumps(entries).encode()
@@ -41,14 +42,22 @@ def write_archive(
 
 @pytest.fixture
 def archives(tmp_path: Path) -> Path:
-    """Two pictures of each vendor: a red heart, and a transparent bird; a flag of no class's kind."""
+    """Pictures of each vendor: a red heart, a transparent bird, a hand in two skins; others of no class."""
     entries = [
-        {"image": "2764.png", "subcategory": "heart"},
-        {"image": "1f426.png", "subcategory": "animal-bird"},
-        {"image": "1f3f4.png", "subcategory": "subdivision-flag"},
-        {"image": "lost.png", "subcategory": "heart"},
+        {"image": "2764.png", "name": "HEAVY BLACK HEART", "subcategory": "heart"},
+        {"image": "1f426.png", "name": "BIRD", "subcategory": "animal-bird"},
+        {"image": "1f3f4.png", "name": "ENGLAND FLAG", "subcategory": "subdivision-flag"},
+        {"image": "1f405.png", "name": "TIGER", "subcategory": "animal-mammal"},
+        {"image": "lost.png", "name": "BROKEN HEART", "subcategory": "heart"},
+        {
+            "image": "270b.png",
+            "name": "RAISED HAND",
+            "subcategory": "hand-fingers-open",
+            "skin_variations": {"1F3FB": {"image": "270b-1f3fb.png"}, "1F3FC": {"image": "lost-too.png"}},
+        },
     ]
-    pictures = {"2764.png": png(RED), "1f426.png": png(CLEAR), "1f3f4.png": png(RED)}
+    names = ("2764", "1f426", "1f3f4", "1f405", "270b", "270b-1f3fb")
+    pictures = {f"{name}.png": png(CLEAR if name == "1f426" else RED) for name in names}
     for vendor in emoji.VENDORS:
         write_archive(tmp_path, vendor, pictures, entries)
     return tmp_path
@@ -56,11 +65,11 @@ def archives(tmp_path: Path) -> Path:
 
 def test_pictures_of_both_vendors_lie_on_white_with_the_labels_of_their_classes(archives: Path) -> None:
     images, labels = emoji.load_emoji(archives)
-    bird, heart = emoji.CLASS_NAMES.index("bird"), emoji.CLASS_NAMES.index("heart")
-    assert images.shape == (4, 3, emoji.SIDE, emoji.SIDE) and images.dtype == np.uint8
-    assert labels.tolist() == [bird, heart, bird, heart]
+    bird, heart, hand = (emoji.CLASS_NAMES.index(name) for name in ("bird", "heart", "hand"))
+    assert images.shape == (8, 3, emoji.SIDE, emoji.SIDE) and images.dtype == np.uint8
+    assert labels.tolist() == [bird, hand, hand, heart] * 2
     assert (images[0] == 255).all()
-    assert (images[1][0] == 255).all() and (images[1][1:] == 0).all()
+    assert (images[3][0] == 255).all() and (images[3][1:] == 0).all()
 
 
 def test_an_archive_that_is_missing_or_of_something_else_is_named(archives: Path, tmp_path: Path) -> None:
