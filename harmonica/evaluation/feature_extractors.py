@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from harmonica.evaluation.fashion_classifier import BUILTIN_FOLDER, load_classifier
+from harmonica.evaluation.classifier import BUILTIN_FOLDER, load_classifier
 from harmonica.io.safe_load import read_tensors
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.validation.extras import need

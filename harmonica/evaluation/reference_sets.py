@@ -17,7 +17,7 @@ from numpy.lib import format as npy
 from safetensors.torch import load_file
 from torch import Tensor
 
-from harmonica.evaluation.fashion_classifier import BUILTIN_FOLDER, STATISTICS_FILE
+from harmonica.evaluation.classifier import BUILTIN_FOLDER, STATISTICS_FILE
 from harmonica.evaluation.feature_extractors import InceptionFeatures
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.io.paths import local

@@ -17,7 +17,7 @@ from harmonica.core.sampling import sample
 from harmonica.data.text_encoder import TextEncoder
 from harmonica.evaluation import fashion_captions as captions
 from harmonica.evaluation import fashion_mnist
-from harmonica.evaluation.fashion_classifier import (
+from harmonica.evaluation.classifier import (
     BUILTIN_FOLDER,
     STATISTICS_FILE,
     features_and_logits,

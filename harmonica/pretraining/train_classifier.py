@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harmonica.evaluation import fashion_mnist
-from harmonica.evaluation.fashion_classifier import (
+from harmonica.evaluation.classifier import (
     BUILTIN_FOLDER,
     CONFIG_FILE,
     FEATURE_SIZE,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harmonica.evaluation import fashion_mnist
-from harmonica.evaluation.fashion_classifier import (
+from harmonica.evaluation.classifier import (
     BUILTIN_FOLDER,
     CONFIG_FILE,
     FEATURE_SIZE,

@@ -11,6 +11,7 @@ from harmonica.builtin import CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
 from harmonica.data.samples import SampleSpec, make_samples
+from harmonica.evaluation.classifier import features_and_logits, load_classifier
 from harmonica.evaluation.evaluation_report import (
     CACHED,
     FEWER,
@@ -19,7 +20,6 @@ from harmonica.evaluation.evaluation_report import (
     EvaluationReport,
     VariantResult,
 )
-from harmonica.evaluation.fashion_classifier import features_and_logits, load_classifier
 from harmonica.evaluation.image_metrics import label_accuracy, psnr
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import Ddim, SamplerConfig

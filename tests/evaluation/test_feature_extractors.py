@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tiny_metric_networks import write_inception
 from torch import Tensor
 
-from harmonica.evaluation.fashion_classifier import features_and_logits, load_classifier
+from harmonica.evaluation.classifier import features_and_logits, load_classifier
 from harmonica.evaluation.feature_extractors import ClassifierFeatures, InceptionFeatures
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harmonica.evaluation import fashion_mnist, reference_sets
-from harmonica.evaluation.fashion_classifier import BUILTIN_FOLDER
+from harmonica.evaluation.classifier import BUILTIN_FOLDER
 from harmonica.evaluation.feature_extractors import ClassifierFeatures, Features
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance

@@ -8,7 +8,7 @@ from torch import Tensor
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
-from harmonica.evaluation.fashion_classifier import Classifier, load_classifier
+from harmonica.evaluation.classifier import Classifier, load_classifier
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance, psnr, ssim
 from harmonica.samplers import Sampler
