@@ -1,8 +1,8 @@
-"""Classify Fashion-MNIST, to evaluate the built-in model's images.
+"""Classify images of the built-in models, to evaluate them.
 
 The labels tell whether a sample shows the requested class. The penultimate features replace those of
-Inception in FID (Heusel et al. 2017), which mean little for 28 x 28 grey images.
-`harmonica.pretraining.train_classifier` trained it.
+Inception in FID (Heusel et al. 2017), which mean little for images of 28 or 32 pixels.
+`harmonica.pretraining.train_classifier` trained them: one for Fashion-MNIST, one for emoji.
 Shapes: N batch, C channels, H W image, F features, K classes.
 """
 
@@ -12,16 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from harmonica.evaluation import fashion_mnist
+from harmonica.builtin import CLASSIFIER
 from harmonica.io.tensor_files import write_tensors
 
-BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin" / "classifier"
 WEIGHTS_FILE, STATISTICS_FILE, CONFIG_FILE = (
     "classifier.safetensors",
     "feature_statistics.safetensors",
     "config.json",
 )
-NUM_CLASSES = len(fashion_mnist.CLASS_NAMES)
 FEATURE_SIZE = 96
 
 
@@ -34,12 +32,12 @@ def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: 
 
 
 class Classifier(nn.Module):
-    """Applies four convolutions and a linear layer to (N, 1, 28, 28) in [-1, 1]."""
+    """Applies four convolutions and a linear layer to images (N, C, H, W) in [-1, 1]."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
         self.backbone = nn.Sequential(
-            _convolution(1, 32, 5, stride=2),
+            _convolution(in_channels, 32, 5, stride=2),
             _convolution(32, 64, 3),
             nn.MaxPool2d(2),
             _convolution(64, 128, 3),
@@ -47,7 +45,7 @@ class Classifier(nn.Module):
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
-        self.head = nn.Linear(FEATURE_SIZE, NUM_CLASSES)
+        self.head = nn.Linear(FEATURE_SIZE, num_classes)
 
     def features(self, images_NCHW: Tensor) -> Tensor:
         """Return the penultimate activations (N, F)."""
@@ -70,8 +68,11 @@ def save_classifier(classifier: Classifier, folder: Path) -> None:
     write_tensors(state, folder / WEIGHTS_FILE)
 
 
-def load_classifier(folder: Path = BUILTIN_FOLDER) -> Classifier:
+def load_classifier(folder: Path = CLASSIFIER) -> Classifier:
     """Load the classifier of a folder: float32, in eval mode, frozen.
+
+    Args:
+        folder: by default that of Fashion-MNIST; `harmonica.builtin` has both.
 
     Raises:
         FileNotFoundError: the folder holds no classifier.
@@ -81,8 +82,9 @@ def load_classifier(folder: Path = BUILTIN_FOLDER) -> Classifier:
         raise FileNotFoundError(
             f"{folder} has no {WEIGHTS_FILE}: give a folder made by harmonica.pretraining.train_classifier"
         )
-    classifier = Classifier()
-    classifier.load_state_dict(load_file(path))  # copies into float32 parameters
+    state = load_file(path)
+    classifier = Classifier(state["backbone.0.0.weight"].shape[1], len(state["head.weight"]))
+    classifier.load_state_dict(state)  # copies into float32 parameters
     return classifier.eval().requires_grad_(False)
 
 

@@ -11,13 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from harmonica.evaluation.classifier import BUILTIN_FOLDER, load_classifier
+from harmonica.builtin import CLASSIFIER
+from harmonica.evaluation.classifier import load_classifier
 from harmonica.io.safe_load import read_tensors
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.validation.extras import need
 
 _INCEPTION_CHANNELS = 7  # of ADM's evaluator
-_CLASSIFIER_CHANNELS = 2  # x 7 x 7: about as many values as it has pooled features, as in Inception
+_CLASSIFIER_CHANNELS = 2  # x 7 x 7 or 8 x 8: about as many values as it has pooled features, as in Inception
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,13 @@ def _spatial(activations_NCHW: Tensor, channels: int) -> Tensor:
 
 
 class ClassifierFeatures:
-    """Applies the shipped Fashion-MNIST classifier to images (N, 1, 28, 28).
+    """Applies a shipped classifier to images.
 
-    It gives 96 pooled and 98 spatial features.
+    That of Fashion-MNIST takes (N, 1, 28, 28) and gives 96 pooled and 98 spatial features, that of emoji
+    takes (N, 3, 32, 32) and gives 96 and 128.
     """
 
-    def __init__(self, folder: Path = BUILTIN_FOLDER) -> None:
+    def __init__(self, folder: Path = CLASSIFIER) -> None:
         self.classifier = load_classifier(folder)
         self.middle, self.rest = self.classifier.backbone[:4], self.classifier.backbone[4:]
 

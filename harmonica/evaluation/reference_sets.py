@@ -17,7 +17,8 @@ from numpy.lib import format as npy
 from safetensors.torch import load_file
 from torch import Tensor
 
-from harmonica.evaluation.classifier import BUILTIN_FOLDER, STATISTICS_FILE
+from harmonica.builtin import CLASSIFIER
+from harmonica.evaluation.classifier import STATISTICS_FILE
 from harmonica.evaluation.feature_extractors import InceptionFeatures
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.io.paths import local
@@ -39,8 +40,8 @@ class ReferenceSet:
     """Pooled features of single images."""
 
 
-def builtin_reference(folder: Path = BUILTIN_FOLDER) -> ReferenceSet:
-    """Return the classifier's statistics of 10,000 test images, features of 2,000."""
+def builtin_reference(folder: Path = CLASSIFIER) -> ReferenceSet:
+    """Return a shipped classifier's statistics of real images, and the features of at most 2,000."""
     return ReferenceSet(
         FeatureStatistics.load(folder / STATISTICS_FILE),
         FeatureStatistics.load(folder / SPATIAL_FILE),

@@ -13,12 +13,12 @@ import torch
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor
 
+from harmonica.builtin import CLASSIFIER
 from harmonica.core.sampling import sample
 from harmonica.data.text_encoder import TextEncoder
 from harmonica.evaluation import fashion_captions as captions
 from harmonica.evaluation import fashion_mnist
 from harmonica.evaluation.classifier import (
-    BUILTIN_FOLDER,
     STATISTICS_FILE,
     features_and_logits,
     load_classifier,
@@ -106,7 +106,7 @@ def caption_metrics(images_NCHW: Tensor, prompts: list[str]) -> dict[str, float]
     pixels = to_uint8(images_NCHW).transpose(0, 3, 1, 2)
     toned = [i for i, (_, tone) in enumerate(meant) if tone]
     is_right = captions.is_of_tone(pixels[toned], labels[toned], [tone for _, tone in meant if tone])
-    test = FeatureStatistics.load(BUILTIN_FOLDER / STATISTICS_FILE)
+    test = FeatureStatistics.load(CLASSIFIER / STATISTICS_FILE)
     return {
         "label_accuracy": label_accuracy(logits, torch.from_numpy(labels)),
         "tone_accuracy": float(is_right.mean()),

@@ -1,9 +1,11 @@
-"""Train the built-in classifier and write its reference statistics.
+"""Train a built-in classifier and write its reference statistics.
 
     python -m harmonica.pretraining.train_classifier --out harmonica/builtin/classifier
+    python -m harmonica.pretraining.train_classifier --data emoji --data-folder FOLDER --epochs 40 --out OUT
 
-trains it on the 60,000 training images and writes the weights, the statistics of the 10,000 test
-images' features, the features of some of them and a `config.json`. Shapes: N batch, C channels, H W image.
+trains it on the training images and writes the weights, the statistics of real images' features, the
+features of some of them and a `config.json`. Of emoji, which come in no two parts, every tenth picture is
+kept for testing; the statistics are of all. Shapes: N batch, C channels, H W image, M real images.
 """
 
 import json
@@ -11,16 +13,16 @@ import logging
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
+from harmonica.builtin import CLASSIFIER
 from harmonica.evaluation import fashion_mnist
 from harmonica.evaluation.classifier import (
-    BUILTIN_FOLDER,
     CONFIG_FILE,
     FEATURE_SIZE,
     STATISTICS_FILE,
@@ -31,15 +33,18 @@ from harmonica.evaluation.classifier import (
 )
 from harmonica.evaluation.feature_extractors import ClassifierFeatures
 from harmonica.evaluation.feature_statistics import FeatureStatistics
+from harmonica.evaluation.image_metrics import label_accuracy
 from harmonica.evaluation.reference_sets import FEATURES_FILE, SPATIAL_FILE
 from harmonica.io.paths import local
 from harmonica.io.tensor_files import write_tensors
+from harmonica.pretraining import emoji
 from harmonica.validation.settings import Count, Field, Natural, Positive, settings
 
 logger = logging.getLogger(__name__)
 
 _MAX_SHIFT = 1
 _SHIPPED_IMAGES = 2_000
+_TEST_EVERY = 10
 _BATCH = 50
 
 
@@ -47,12 +52,14 @@ _BATCH = 50
 class ClassifierTraining:
     """Settings of the classifier's training."""
 
+    data: Literal["fashion", "emoji"] = "fashion"
+    """What it learns to tell apart."""
     data_folder: Path = fashion_mnist.DEFAULT_FOLDER
-    """Folder with the four IDX files of Fashion-MNIST."""
-    out: Path = BUILTIN_FOLDER
+    """Folder with the four IDX files of Fashion-MNIST, or with the two archives of the emoji."""
+    out: Path = CLASSIFIER
     """Folder to write."""
     epochs: Count = 8
-    """Passes over the 60,000 images."""
+    """Passes over the training images."""
     batch_size: Count = 250
     """Images in each step."""
     learning_rate: Positive = 5e-3
@@ -65,27 +72,87 @@ class ClassifierTraining:
     """Fixes initial weights, order and shifts; the last digits also depend on the thread count."""
 
 
+class Labelled(NamedTuple):
+    """Images with their labels."""
+
+    images: Tensor
+    """(N, C, H, W) uint8."""
+    labels: Tensor
+    """(N,) int64."""
+
+
+class DataSet(NamedTuple):
+    """What a classifier is trained and tested on."""
+
+    train: Labelled
+    test: Labelled
+    reference: Tensor
+    """Images (M, C, H, W) uint8 that samples are compared with."""
+    background: int
+    """Value of the pixels around what is shown."""
+    num_classes: int
+    account: dict[str, str]
+    """Its name and its licence, and what the reference is."""
+
+
+def read_data(config: ClassifierTraining) -> DataSet:
+    """Read the images that the settings name.
+
+    Raises:
+        FileNotFoundError: the folder does not hold them.
+    """
+    if config.data == "fashion":
+        train, test = (
+            Labelled(*map(torch.tensor, fashion_mnist.load_fashion_mnist(part, config.data_folder)))
+            for part in ("train", "test")
+        )
+        account = {
+            "data_set": "Fashion-MNIST (Zalando Research)",
+            "data_set_licence": "MIT",
+            "feature_statistics_of": f"the {len(test.images)} test images",
+        }
+        return DataSet(train, test, test.images, 0, len(fashion_mnist.CLASS_NAMES), account)
+    images, labels = map(torch.tensor, emoji.load_emoji(config.data_folder))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
+    images, labels = images[order], labels[order]
+    is_test = torch.arange(len(images)) % _TEST_EVERY == 0
+    account = {
+        "data_set": emoji.DATA,
+        "data_set_licence": "Apache 2.0 and CC BY 4.0",
+        "feature_statistics_of": f"all {len(images)} pictures",
+        "test_accuracy_of": "a tenth of the pictures; many differ from one of the others in skin alone",
+    }
+    return DataSet(
+        Labelled(images[~is_test], labels[~is_test]),
+        Labelled(images[is_test], labels[is_test]),
+        images,
+        255,
+        len(emoji.CLASS_NAMES),
+        account,
+    )
+
+
 def _to_input(images_NCHW: Tensor) -> Tensor:
     """Convert uint8 pixels to [-1, 1], in the memory layout that is fast on CPUs."""
     return (images_NCHW.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def _shifted(images_NCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to one pixel in each direction, padding with black."""
+def _shifted(images_NCHW: Tensor, background: int, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to one pixel in each direction, padding with the background."""
     n = len(images_NCHW)
     height, width = images_NCHW.shape[2:]
-    windows = F.pad(images_NCHW, (_MAX_SHIFT,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    windows = F.pad(images_NCHW, (_MAX_SHIFT,) * 4, value=background).unfold(2, height, 1).unfold(3, width, 1)
     y_N, x_N = torch.randint(2 * _MAX_SHIFT + 1, (2, n), generator=generator)
     return windows[torch.arange(n), :, y_N, x_N]
 
 
-def train_classifier(config: ClassifierTraining) -> Classifier:
+def train_classifier(config: ClassifierTraining, data: DataSet) -> Classifier:
     """Train the classifier and return it in eval mode."""
-    images, labels = map(torch.tensor, fashion_mnist.load_fashion_mnist("train", config.data_folder))
+    images, labels = data.train
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        classifier = Classifier()
+        classifier = Classifier(images.shape[1], data.num_classes)
     classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -97,7 +164,7 @@ def train_classifier(config: ClassifierTraining) -> Classifier:
     for epoch in range(config.epochs):
         loss_sum = 0.0
         for rows in torch.randperm(len(images), generator=generator).split(config.batch_size):
-            logits = classifier(_to_input(_shifted(images[rows], generator)))
+            logits = classifier(_to_input(_shifted(images[rows], data.background, generator)))
             loss = F.cross_entropy(logits, labels[rows], label_smoothing=config.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -108,15 +175,16 @@ def train_classifier(config: ClassifierTraining) -> Classifier:
     return classifier.eval()
 
 
-def write_builtin_reference(folder: Path, data_folder: Path = fashion_mnist.DEFAULT_FOLDER) -> None:
+def write_builtin_reference(folder: Path, images_MCHW: Tensor) -> None:
     """Write the reference files that are computed with the classifier in `folder`.
 
-    They are the files of `builtin_reference` other than the pooled statistics.
+    They are the files of `builtin_reference`, of uint8 images.
     """
-    images = torch.tensor(fashion_mnist.load_fashion_mnist("test", data_folder)[0]).float() / 127.5 - 1
-    seen = [ClassifierFeatures(folder)(batch) for batch in images.split(_BATCH)]
+    extract = ClassifierFeatures(folder)
+    seen = [extract(_to_input(batch)) for batch in images_MCHW.split(_BATCH)]
     pooled = torch.cat([features.pooled_NF for features in seen])
     spatial = torch.cat([features.spatial_NS for features in seen])
+    FeatureStatistics.from_features(pooled).save(folder / STATISTICS_FILE)
     FeatureStatistics.from_features(spatial).save(folder / SPATIAL_FILE)
     write_tensors({"features": pooled[:_SHIPPED_IMAGES].half()}, folder / FEATURES_FILE)
 
@@ -128,15 +196,13 @@ def main() -> None:
     config = replace(
         config, out=local(config.out, "out"), data_folder=local(config.data_folder, "data_folder")
     )
-    save_classifier(train_classifier(config), config.out)
+    data = read_data(config)
+    save_classifier(train_classifier(config, data), config.out)
     # Evaluated as it will be used: after the rounding to half precision.
-    classifier = load_classifier(config.out)
-    images, labels = map(torch.tensor, fashion_mnist.load_fashion_mnist("test", config.data_folder))
-    features, logits = features_and_logits(classifier, _to_input(images))
-    accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
-    FeatureStatistics.from_features(features).save(config.out / STATISTICS_FILE)
-    write_builtin_reference(config.out, config.data_folder)
-    names = ("epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing", "seed")
+    _, logits = features_and_logits(load_classifier(config.out), _to_input(data.test.images))
+    accuracy = label_accuracy(logits, data.test.labels)
+    write_builtin_reference(config.out, data.reference)
+    names = ("data", "epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing", "seed")
     command = ["python", "-m", "harmonica.pretraining.train_classifier"]
     for name in names:
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
@@ -144,9 +210,7 @@ def main() -> None:
         "test_accuracy": round(accuracy, 4),
         "feature_size": FEATURE_SIZE,
         "trained_with": shlex.join(command),
-        "data_set": "Fashion-MNIST (Zalando Research)",
-        "data_set_licence": "MIT",
-        "feature_statistics_of": f"the {len(images)} test images",
+        **data.account,
     }
     (config.out / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n")
     logger.info("test accuracy %.4f, wrote %s", accuracy, config.out)

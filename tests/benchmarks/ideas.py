@@ -94,7 +94,9 @@ def rows(sampler: Sampler, seed: int, first: int, count: int) -> Batch:
     """Some of a seed's samples."""
     keys = SampleKeys.of(seed, range(first, first + count))
     shape = (sampler.model.in_channels, sampler.model.sample_size, sampler.model.sample_size)
-    labels = torch.tensor([sample_label(seed, index, 10) for index in range(first, first + count)])
+    labels = torch.tensor(
+        [sample_label(seed, index, sampler.model.num_classes) for index in range(first, first + count)]
+    )
     return Batch(torch.from_numpy(keys.start_noise(shape)), labels, keys)
 
 

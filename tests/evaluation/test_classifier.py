@@ -1,4 +1,4 @@
-"""The built-in classifier as committed, and the statistics beside it."""
+"""The built-in classifiers as committed, and the statistics beside it."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from harmonica.builtin import CLASSIFIER, EMOJI_CLASSIFIER
 from harmonica.evaluation import fashion_mnist
 from harmonica.evaluation.classifier import (
-    BUILTIN_FOLDER,
     CONFIG_FILE,
     FEATURE_SIZE,
     STATISTICS_FILE,
@@ -18,8 +18,11 @@ from harmonica.evaluation.classifier import (
     load_classifier,
     save_classifier,
 )
+from harmonica.evaluation.feature_extractors import ClassifierFeatures
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance, label_accuracy
+from harmonica.evaluation.reference_sets import builtin_reference
+from harmonica.pretraining import emoji
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def test_loads_frozen_float32_in_eval_mode(classifier: Classifier) -> None:
     assert not classifier.training
     parameters = list(classifier.parameters())
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in parameters)
-    assert (BUILTIN_FOLDER / WEIGHTS_FILE).stat().st_size < 1_000_000
+    assert (CLASSIFIER / WEIGHTS_FILE).stat().st_size < 1_000_000
 
 
 def test_batches_do_not_change_an_image_s_features(classifier: Classifier) -> None:
@@ -72,15 +75,29 @@ def test_statistics_refuse_a_single_row() -> None:
         FeatureStatistics.from_features(torch.zeros(1, 3))
 
 
-def test_committed_files_agree_with_each_other(classifier: Classifier) -> None:
-    about = json.loads((BUILTIN_FOLDER / CONFIG_FILE).read_text())
-    reference = FeatureStatistics.load(BUILTIN_FOLDER / STATISTICS_FILE)
-    assert about["feature_size"] == FEATURE_SIZE == len(reference.mean)
-    assert about["test_accuracy"] >= 0.91
-    assert reference.count == 10_000
-    noise, _ = features_and_logits(classifier, random_images(200))
-    distance = frechet_distance(FeatureStatistics.from_features(noise), reference)
-    assert distance > 0.2 * reference.covariance.trace()  # noise is no clothing
+@pytest.mark.parametrize(
+    ("folder", "shape", "classes", "accuracy", "count"),
+    [
+        (CLASSIFIER, (1, 28, 28), fashion_mnist.CLASS_NAMES, 0.91, 10_000),
+        (EMOJI_CLASSIFIER, (3, 32, 32), emoji.CLASS_NAMES, 0.95, 3_004),
+    ],
+    ids=["fashion", "emoji"],
+)
+def test_committed_files_agree_with_each_other(
+    folder: Path, shape: tuple[int, ...], classes: tuple[str, ...], accuracy: float, count: int
+) -> None:
+    about = json.loads((folder / CONFIG_FILE).read_text())
+    reference = builtin_reference(folder)
+    pooled, spatial, features_MF = reference.pooled, reference.spatial, reference.features_MF
+    assert pooled is not None and spatial is not None and features_MF is not None
+    assert about["feature_size"] == FEATURE_SIZE == len(pooled.mean) == features_MF.shape[1]
+    assert about["test_accuracy"] >= accuracy and str(count) in about["feature_statistics_of"]
+    assert pooled.count == spatial.count == count and len(features_MF) == 2_000
+    images = torch.rand(200, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = ClassifierFeatures(folder)(images)
+    assert noise.logits_NK.shape == (200, len(classes)) and noise.spatial_NS.shape[1] == len(spatial.mean)
+    distance = frechet_distance(FeatureStatistics.from_features(noise.pooled_NF), pooled)
+    assert distance > 0.2 * pooled.covariance.trace()  # noise shows nothing
 
 
 def test_evaluates_the_test_images_as_recorded(classifier: Classifier) -> None:
@@ -88,8 +105,8 @@ def test_evaluates_the_test_images_as_recorded(classifier: Classifier) -> None:
         pytest.skip(f"needs Fashion-MNIST in {fashion_mnist.DEFAULT_FOLDER}")
     images, labels = map(torch.tensor, fashion_mnist.load_fashion_mnist("test"))
     features, logits = features_and_logits(classifier, images[:2000].float() / 127.5 - 1)
-    about = json.loads((BUILTIN_FOLDER / CONFIG_FILE).read_text())
+    about = json.loads((CLASSIFIER / CONFIG_FILE).read_text())
     assert label_accuracy(logits, labels[:2000]) == pytest.approx(about["test_accuracy"], abs=0.015)
-    reference = FeatureStatistics.load(BUILTIN_FOLDER / STATISTICS_FILE)
+    reference = FeatureStatistics.load(CLASSIFIER / STATISTICS_FILE)
     distance = frechet_distance(FeatureStatistics.from_features(features), reference)
     assert distance < 0.02 * reference.covariance.trace()

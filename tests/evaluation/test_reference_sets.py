@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from harmonica.builtin import CLASSIFIER
 from harmonica.evaluation import fashion_mnist, reference_sets
-from harmonica.evaluation.classifier import BUILTIN_FOLDER
 from harmonica.evaluation.feature_extractors import ClassifierFeatures, Features
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance
@@ -47,7 +47,7 @@ def test_the_shipped_reference_is_what_the_classifier_sees(tmp_path: Path) -> No
     if not fashion_mnist.DEFAULT_FOLDER.exists():
         pytest.skip("Debian's package dataset-fashion-mnist is not installed")
     images = torch.tensor(fashion_mnist.load_fashion_mnist("test")[0][:100]).float() / 127.5 - 1
-    expected = ClassifierFeatures(BUILTIN_FOLDER)(images).pooled_NF
+    expected = ClassifierFeatures(CLASSIFIER)(images).pooled_NF
     found = builtin_reference().features_MF
     assert found is not None
     torch.testing.assert_close(found[:100], expected, rtol=1e-3, atol=1e-3)

@@ -15,6 +15,7 @@ from PIL import Image
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.pretraining import emoji
 from harmonica.pretraining.learning import Learner, NoisyBatch
+from harmonica.pretraining.train_classifier import ClassifierTraining, read_data, train_classifier
 from pipelines.pretrain.dit import export
 from pipelines.pretrain.emoji import EMOJI_DIT, EmojiPretrainConfig, EmojiTask
 
@@ -70,6 +71,16 @@ def test_pictures_of_both_vendors_lie_on_white_with_the_labels_of_their_classes(
     assert labels.tolist() == [bird, hand, hand, heart] * 2
     assert (images[0] == 255).all()
     assert (images[3][0] == 255).all() and (images[3][1:] == 0).all()
+
+
+def test_a_classifier_is_tested_on_a_tenth_of_the_pictures_and_compares_with_all(archives: Path) -> None:
+    config = ClassifierTraining(data="emoji", data_folder=archives, epochs=1, batch_size=4)
+    data = read_data(config)
+    assert [len(part.images) for part in (data.train, data.test)] == [7, 1]
+    together = torch.cat([data.train.images, data.test.images])
+    assert sorted(together.sum((1, 2, 3)).tolist()) == sorted(data.reference.sum((1, 2, 3)).tolist())
+    classifier = train_classifier(config, data)
+    assert classifier(data.reference.float()).shape == (8, len(emoji.CLASS_NAMES))
 
 
 def test_an_archive_that_is_missing_or_of_something_else_is_named(archives: Path, tmp_path: Path) -> None:
