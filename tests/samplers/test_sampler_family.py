@@ -204,7 +204,7 @@ def test_schedulers_that_are_not_supported_are_refused_by_name(tiny_dit):
             make_sampler(tiny_dit, config("diffusers", scheduler=scheduler))
     with pytest.raises(ValueError, match=r"there is no scheduler: give a model.path whose folder has a"):
         make_sampler(tiny_dit, with_scheduler(config("diffusers"), None))
-    with pytest.raises(ValueError, match=r"goes with sampler.name diffusers"):
+    with pytest.raises(ValueError, match=r"give sampler.name diffusers"):
         config("ddim", scheduler={})
 
 
