@@ -11,7 +11,7 @@ from harmonica.pretraining.learning import drop
 from harmonica.pretraining.text_to_image import load_dit
 from harmonica.validation.settings import Count, Field, settings
 
-from .loop import PretrainConfig, Task
+from .task import PretrainConfig, Task
 
 
 @settings()

@@ -26,7 +26,8 @@ from harmonica.models.loading import write_folder_config
 from harmonica.pretraining.learning import NoisyBatch, drop
 from harmonica.validation.settings import settings
 
-from .loop import DATA, PretrainConfig, Task, last_state, provenance, run
+from .loop import DATA, last_state, provenance, run
+from .task import PretrainConfig, Task
 
 logger = logging.getLogger(__name__)
 
