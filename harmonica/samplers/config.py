@@ -42,8 +42,8 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.scheduler is not None and self.name != "diffusers":
             raise ValueError(
-                f"sampler.scheduler is set and sampler.name is {self.name}: give sampler.name diffusers with a "
-                "scheduler's config, or leave it out"
+                f"sampler.scheduler is set and sampler.name is {self.name}: give sampler.name diffusers with "
+                "a scheduler's config, or leave it out"
             )
 
     @property
