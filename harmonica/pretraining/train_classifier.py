@@ -5,7 +5,8 @@
 
 trains it on the training images and writes the weights, the statistics of real images' features, the
 features of some of them and a `config.json`. Of emoji, which come in no two parts, every tenth picture is
-kept for testing; the statistics are of all. Shapes: N batch, C channels, H W image, M real images.
+kept for testing; the statistics are of all, each class as likely.
+Shapes: N batch, C channels, H W image, M real images.
 """
 
 import json
@@ -88,6 +89,8 @@ class DataSet(NamedTuple):
     test: Labelled
     reference: Tensor
     """Images (M, C, H, W) uint8 that samples are compared with."""
+    drawn: Tensor
+    """Rows (M,) of them whose statistics are taken: each class as often, since samples are so too."""
     background: int
     """Value of the pixels around what is shown."""
     num_classes: int
@@ -111,21 +114,33 @@ def read_data(config: ClassifierTraining) -> DataSet:
             "data_set_licence": "MIT",
             "feature_statistics_of": f"the {len(test.images)} test images",
         }
-        return DataSet(train, test, test.images, 0, len(fashion_mnist.CLASS_NAMES), account)
+        return DataSet(
+            train,
+            test,
+            test.images,
+            torch.arange(len(test.images)),
+            0,
+            len(fashion_mnist.CLASS_NAMES),
+            account,
+        )
     images, labels = map(torch.tensor, emoji.load_emoji(config.data_folder))
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(images), generator=generator)
     images, labels = images[order], labels[order]
+    weight_M = 1 / labels.bincount()[labels].double()
+    drawn = torch.multinomial(weight_M, len(images), replacement=True, generator=generator)
     is_test = torch.arange(len(images)) % _TEST_EVERY == 0
     account = {
         "data_set": emoji.DATA,
         "data_set_licence": "Apache 2.0 and CC BY 4.0",
-        "feature_statistics_of": f"all {len(images)} pictures",
+        "feature_statistics_of": f"{len(images)} draws from as many pictures, each class as likely",
         "test_accuracy_of": "a tenth of the pictures; many differ from one of the others in skin alone",
     }
     return DataSet(
         Labelled(images[~is_test], labels[~is_test]),
         Labelled(images[is_test], labels[is_test]),
         images,
+        drawn,
         255,
         len(emoji.CLASS_NAMES),
         account,
@@ -175,17 +190,14 @@ def train_classifier(config: ClassifierTraining, data: DataSet) -> Classifier:
     return classifier.eval()
 
 
-def write_builtin_reference(folder: Path, images_MCHW: Tensor) -> None:
-    """Write the reference files that are computed with the classifier in `folder`.
-
-    They are the files of `builtin_reference`, of uint8 images.
-    """
+def write_builtin_reference(folder: Path, data: DataSet) -> None:
+    """Write the files of `builtin_reference`, computed with the classifier in `folder`."""
     extract = ClassifierFeatures(folder)
-    seen = [extract(_to_input(batch)) for batch in images_MCHW.split(_BATCH)]
+    seen = [extract(_to_input(batch)) for batch in data.reference.split(_BATCH)]
     pooled = torch.cat([features.pooled_NF for features in seen])
     spatial = torch.cat([features.spatial_NS for features in seen])
-    FeatureStatistics.from_features(pooled).save(folder / STATISTICS_FILE)
-    FeatureStatistics.from_features(spatial).save(folder / SPATIAL_FILE)
+    FeatureStatistics.from_features(pooled[data.drawn]).save(folder / STATISTICS_FILE)
+    FeatureStatistics.from_features(spatial[data.drawn]).save(folder / SPATIAL_FILE)
     write_tensors({"features": pooled[:_SHIPPED_IMAGES].half()}, folder / FEATURES_FILE)
 
 
@@ -201,7 +213,7 @@ def main() -> None:
     # Evaluated as it will be used: after the rounding to half precision.
     _, logits = features_and_logits(load_classifier(config.out), _to_input(data.test.images))
     accuracy = label_accuracy(logits, data.test.labels)
-    write_builtin_reference(config.out, data.reference)
+    write_builtin_reference(config.out, data)
     names = ("data", "epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing", "seed")
     command = ["python", "-m", "harmonica.pretraining.train_classifier"]
     for name in names:
