@@ -1,7 +1,7 @@
 """Locate the models that ship with the code.
 
-They are a DiT and a PixArt of Fashion-MNIST, a DiT of emoji in colour, a classifier of each and a trained
-router.
+They are a DiT and a PixArt of Fashion-MNIST, a DiT of emoji in colour, classifiers of both kinds of
+images, and a router for each DiT.
 """
 
 from pathlib import Path
@@ -21,3 +21,5 @@ CHAMPION = FOLDER / "champion"
 were learned together with their forecasts, which were then fitted; the scores that SDT had trained were
 discarded, since their plan was not nearer to the full sampler's images (`training.chosen` in its
 `config.json`)."""
+EMOJI_CHAMPION = FOLDER / "emoji-champion"
+"""A router for the DiT of emoji, made in the same way."""

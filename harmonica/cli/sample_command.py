@@ -8,12 +8,12 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from harmonica.builtin import CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import check_plan
 from harmonica.data.class_names import UnknownClass, find_class
+from harmonica.io.resolve import shipped_router
 from harmonica.io.safe_load import read_released_router
-from harmonica.models.loading import BUILTIN, LoadedModel, ModelConfig
+from harmonica.models.loading import BUILTIN, BUILTIN_COLOUR, LoadedModel, ModelConfig
 from harmonica.samplers import Sampler, SamplerConfig, SamplerName, make_sampler, with_scheduler
 from harmonica.samplers.config import GuidanceChannels
 from harmonica.samplers.noise import MAX_SEED, sample_label
@@ -25,8 +25,8 @@ class SampleCommand:
     """Settings of one sampling."""
 
     router: str = ""
-    """Artifact folder, or .pt of the released training code. Empty: the built-in model's champion, and
-    no router for other models."""
+    """Artifact folder, or .pt of the released training code. Empty: the champion of a built-in model that has
+    one, and no router for other models."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """tau of a released .pt, which does not say it."""
     classes: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class SampleCommand:
 
 def own_sampler(loaded: LoadedModel, path: str) -> SamplerConfig:
     """Return the sampler of a model for which no router names one."""
-    if path == BUILTIN:
+    if path in (BUILTIN, BUILTIN_COLOUR):
         return SamplerConfig()
     if loaded.scheduler is not None:
         return SamplerConfig(
@@ -67,8 +67,8 @@ def own_sampler(loaded: LoadedModel, path: str) -> SamplerConfig:
 
 
 def load_router(command: SampleCommand, loaded: LoadedModel) -> RouterArtifact | None:
-    """Return the router asked for, by default the built-in model's champion, or None."""
-    path = command.router or (str(CHAMPION) if command.model.path == BUILTIN else "")
+    """Return the router asked for, by default a built-in model's champion, or None."""
+    path = command.router or str(shipped_router(command.model.path) or "")
     if not path:
         return None
     if not path.endswith(".pt"):

@@ -3,15 +3,22 @@
 import re
 from pathlib import Path
 
-from harmonica.builtin import FASHION_DIT, FASHION_PIXART
+from harmonica.builtin import CHAMPION, EMOJI_CHAMPION, EMOJI_DIT, FASHION_DIT, FASHION_PIXART
 from harmonica.io.hub import from_hub
 from harmonica.io.object_store import from_store
 from harmonica.io.paths import is_remote, resolved
 
-BUILTIN, BUILTIN_TEXT = "builtin:fashion-dit", "builtin:fashion-pixart"
-_BUILTINS = {BUILTIN: FASHION_DIT, BUILTIN_TEXT: FASHION_PIXART}
+BUILTIN, BUILTIN_TEXT, BUILTIN_COLOUR = "builtin:fashion-dit", "builtin:fashion-pixart", "builtin:emoji-dit"
+_BUILTINS = {BUILTIN: FASHION_DIT, BUILTIN_TEXT: FASHION_PIXART, BUILTIN_COLOUR: EMOJI_DIT}
+
+_CHAMPIONS = {BUILTIN: CHAMPION, BUILTIN_COLOUR: EMOJI_CHAMPION}
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+
+
+def shipped_router(model_path: str) -> Path | None:
+    """Return the folder of the router that ships for a built-in model; None for any other."""
+    return _CHAMPIONS.get(model_path)
 
 
 def pinned(path: str, revision: str) -> str:
@@ -26,8 +33,9 @@ def local_path(path: str, revision: str = "", *, field: str = "model.path") -> P
     """Return the local path of `path`, fetched into a cache first if it is remote.
 
     Args:
-        path: `builtin:fashion-dit` or `builtin:fashion-pixart`, a file or folder (see `harmonica.io.paths`),
-            an s3:// or gs:// URI, or a Hugging Face id, `org/name` or `org/name@revision`.
+        path: the name of a built-in model, such as `builtin:fashion-dit`, a file or folder (see
+            `harmonica.io.paths`), an s3:// or gs:// URI, or a Hugging Face id, `org/name` or
+            `org/name@revision`.
         revision: the revision of a Hugging Face id that names none.
         field: the name of `path` in errors.
 

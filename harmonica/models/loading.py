@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, cast
 import torch
 
 from harmonica.io.repository_files import INDEX, OWN_WEIGHTS, bare_checkpoint, own_weights
-from harmonica.io.resolve import BUILTIN, BUILTIN_TEXT, local_path
+from harmonica.io.resolve import BUILTIN, BUILTIN_COLOUR, BUILTIN_TEXT, local_path
 from harmonica.io.weight_files import contents, read_json
 from harmonica.models.base import BranchedTransformer, Execution
 from harmonica.models.diffusers_folder import find_transformer, read_diffusers
@@ -32,6 +32,7 @@ from harmonica.validation.settings import Field, Natural, settings
 
 __all__ = [
     "BUILTIN",
+    "BUILTIN_COLOUR",
     "BUILTIN_TEXT",
     "LoadedModel",
     "ModelConfig",
@@ -56,8 +57,9 @@ class ModelConfig:
     """Settings of the denoiser."""
 
     path: str = BUILTIN
-    """`builtin:fashion-dit`, `builtin:fashion-pixart`, a model folder (ours or diffusers'), a public DiT
-    .pt file, an s3:// or gs:// URI of either, or a Hugging Face id such as facebook/DiT-XL-2-256."""
+    """`builtin:fashion-dit`, `builtin:emoji-dit` (in colour), `builtin:fashion-pixart` (text to image), a
+    model folder (ours or diffusers'), a public DiT .pt file, an s3:// or gs:// URI of either, or a Hugging
+    Face id such as facebook/DiT-XL-2-256."""
     revision: str = ""
     """Commit of a Hugging Face id, which has to be pinned: give it with every such id."""
     shape: DiTConfig | None = None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from harmonica.models.loading import BUILTIN_TEXT, ModelConfig
+from harmonica.models.loading import BUILTIN_COLOUR, BUILTIN_TEXT, ModelConfig
 from harmonica.models.text_blocks import KINDS
 from harmonica.samplers import SamplerConfig, SamplerName
 from harmonica.training.config import TrainingConfig
@@ -152,6 +152,11 @@ def fashion() -> Recipe:
     return Recipe(model=ModelConfig(), sampler=SamplerConfig(), train=learned_steps(is_large=False))
 
 
+def emoji() -> Recipe:
+    """The built-in DiT on emoji in colour, DDIM-20: minutes on two cores, no download."""
+    return replace(fashion(), model=ModelConfig(path=BUILTIN_COLOUR))
+
+
 def fashion_text() -> Recipe:
     """The built-in PixArt on captions of Fashion-MNIST, DPM-Solver++ 20.
 
@@ -200,6 +205,7 @@ _LEARNED = {
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "fashion": fashion,
+    "emoji": emoji,
     "fashion-text": fashion_text,
     **{name: partial(_learned, row) for name, row in _LEARNED.items()},
     **_PAPER,

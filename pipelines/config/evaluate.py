@@ -37,9 +37,9 @@ class EvaluateConfig:
     """Other step counts to measure it at, its plan stretched or shrunk, forecasts linear; give those that
     users may ask for."""
     features: FeatureKind = "auto"
-    """Whose features distances between sets of images are taken of: the shipped Fashion-MNIST `classifier`,
-    or `inception`; `auto` is the classifier for built-in models and none for others. Give `inception` for
-    published FID."""
+    """Whose features distances between sets of images are taken of: a shipped `classifier` (of Fashion-MNIST
+    or of emoji), or `inception`; `auto` is the classifier for built-in models and none for others. Give
+    `inception` for published FID."""
     inception_path: str = ""
     """torch-fidelity's weights of Inception-v3, a local file on every node: give it with features
     `inception`."""

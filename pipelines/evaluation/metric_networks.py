@@ -1,35 +1,43 @@
 """Compute metrics and features of images on the worker that sampled them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from harmonica.builtin import CLASSIFIER, EMOJI_CLASSIFIER
 from harmonica.evaluation.accumulators import LOGITS, POOLED, SPATIAL
 from harmonica.evaluation.feature_extractors import ClassifierFeatures, FeatureExtractor, InceptionFeatures
 from harmonica.evaluation.image_metrics import psnr, ssim
 from harmonica.evaluation.perceptual import ClipScore, Lpips
 from harmonica.evaluation.reference_sets import ReferenceSet, builtin_reference, read_adm_reference
-from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, LoadedModel, ModelConfig
+from harmonica.models.loading import BUILTIN, BUILTIN_COLOUR, BUILTIN_TEXT, LoadedModel, ModelConfig
 from harmonica.models.vae import check_vae, decode_latents, draws_pixels
 
 from ..config.evaluate import EvaluateConfig, FeatureKind
 from ..config.workflow import WorkflowConfig
 from .evaluated_model import EvaluatedModel
 
-_CLASSIFIER_SHAPE = (1, 28)
+_CLASSIFIERS = {BUILTIN: CLASSIFIER, BUILTIN_TEXT: CLASSIFIER, BUILTIN_COLOUR: EMOJI_CLASSIFIER}
+_CLASSIFIER_SHAPE = (1, 28)  # of images of the first
 _PSNR_OF_EQUALS = 100.0  # dB, for a mean that stays finite
 
 
 def feature_kind(settings: EvaluateConfig, model: ModelConfig) -> FeatureKind | None:
     """Return which network extracts features.
 
-    The shipped classifier fits the built-in models alone.
+    A shipped classifier fits the built-in models of its data alone.
     """
     if settings.features != "auto":
         return settings.features
-    return "classifier" if model.path in (BUILTIN, BUILTIN_TEXT) else None
+    return "classifier" if model.path in _CLASSIFIERS else None
+
+
+def classifier_folder(model: ModelConfig) -> Path:
+    """Return the classifier of the model's data; of grey clothes where the model is not built in."""
+    return _CLASSIFIERS.get(model.path, CLASSIFIER)
 
 
 def _extractor(
@@ -38,7 +46,7 @@ def _extractor(
     kind = feature_kind(config.evaluate, config.model)
     if kind == "inception":
         return InceptionFeatures(config.evaluate.inception_path, device)
-    return ClassifierFeatures() if kind else None
+    return ClassifierFeatures(classifier_folder(config.model)) if kind else None
 
 
 class MetricSuite:
@@ -105,7 +113,7 @@ def read_reference(config: WorkflowConfig, device: torch.device) -> ReferenceSet
     """
     kind, path = feature_kind(config.evaluate, config.model), config.evaluate.reference_statistics
     if kind == "classifier":
-        return builtin_reference()
+        return builtin_reference(classifier_folder(config.model))
     if kind is None or not path:
         return None
     return read_adm_reference(path, InceptionFeatures(config.evaluate.inception_path, device))
@@ -119,7 +127,8 @@ def check_metric_settings(config: WorkflowConfig, loaded: LoadedModel) -> None:
     """
     settings, model = config.evaluate, loaded.model
     shape = (model.in_channels, model.sample_size)
-    if settings.features == "classifier" and shape != _CLASSIFIER_SHAPE:
+    is_other = config.model.path not in _CLASSIFIERS and shape != _CLASSIFIER_SHAPE
+    if settings.features == "classifier" and is_other:
         raise ValueError(
             f"evaluate.features is 'classifier', which knows grey images of 28 x 28, and the model makes "
             f"{shape[0]} channels of {shape[1]} x {shape[1]}: give inception, or auto"

@@ -10,6 +10,7 @@ from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.recorded.kinds import ARCHITECTURE_KEY
 from harmonica.io.paths import local
+from harmonica.io.resolve import shipped_router
 from harmonica.models.loading import LoadedModel, ModelConfig, load_model
 
 from ..tracking import registry
@@ -62,9 +63,9 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
     if not why_no_champion:
         which = f"version {champion.version} of {registered_model}, the champion in MLflow"
         return Choice(tracking_uri=champion.uri, summary=which)
-    why_not_builtin = mismatch(RouterArtifact.load(BUILTIN_CHAMPION))
-    if not why_not_builtin:
-        return Choice(router=str(BUILTIN_CHAMPION), summary=f"the built-in champion ({why_no_champion})")
+    shipped = shipped_router(model.path) or BUILTIN_CHAMPION  # which fits a copy of its model, too
+    if not mismatch(RouterArtifact.load(shipped)):
+        return Choice(router=str(shipped), summary=f"the built-in champion ({why_no_champion})")
     if champion.artifact is None:
         return Choice(
             router=UNCACHED,

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
+from harmonica.builtin import CHAMPION, EMOJI_CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.io.paths import local
+from harmonica.io.resolve import shipped_router
 from harmonica.models.loading import ModelConfig
 from harmonica.validation.settings import Cure, require, settings, told
 
@@ -38,6 +39,11 @@ class ServedModel:
     router: str = ""
     """Router artifact folder to serve, or `uncached` to compute every branch. Empty: the registry's champion,
     else the built-in one."""
+
+
+def _shipped(model: ModelConfig) -> str:
+    """Return the router that is served without MLflow; a copy of the built-in model has that model's."""
+    return str(shipped_router(model.path) or CHAMPION)
 
 
 class ServeArgs(BaseModel):
@@ -100,14 +106,14 @@ class ServeArgs(BaseModel):
         """
         if self.models:
             uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-            router = "" if uri else str(BUILTIN_CHAMPION)
             models = {
-                name: replace(served, router=served.router or router) for name, served in self.models.items()
+                name: replace(served, router=served.router or ("" if uri else _shipped(served.model)))
+                for name, served in self.models.items()
             }
             return self.model_copy(update={"tracking_uri": uri, "models": models})
         uri = "" if self.router else self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         return self.model_copy(
-            update={"tracking_uri": uri, "router": "" if uri else self.router or str(BUILTIN_CHAMPION)}
+            update={"tracking_uri": uri, "router": "" if uri else self.router or _shipped(self.model)}
         )
 
     def by_name(self) -> dict[str, "ServeArgs"]:
@@ -138,7 +144,8 @@ class ServeArgs(BaseModel):
             return registry.resolve(self.registered_model, registry.CHAMPION, self.tracking_uri)
         if self.router == UNCACHED:
             return UNCACHED
-        return "builtin" if Path(self.router) == BUILTIN_CHAMPION else local(self.router, "router").name
+        is_shipped = Path(self.router) in (CHAMPION, EMOJI_CHAMPION)
+        return "builtin" if is_shipped else local(self.router, "router").name
 
     def load(self, version: str) -> RouterArtifact:
         """Load a registered version, or the artifact folder."""

@@ -7,10 +7,10 @@ import torch
 from tiny_dit import SAMPLER, make_artifact, write_model
 from tiny_sana import config, make_sana
 
-from harmonica.builtin import CHAMPION
+from harmonica.builtin import CHAMPION, EMOJI_CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.golden_sample import check_sample, record_sample
-from harmonica.models.loading import ModelConfig, load_model
+from harmonica.models.loading import BUILTIN, BUILTIN_COLOUR, ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 
 
@@ -89,7 +89,10 @@ def test_a_sampler_that_draws_noise_draws_the_samples_own(sampler):
     check_sample(record_sample(built, stochastic), stochastic)
 
 
-def test_the_built_in_champion_draws_what_it_drew():
-    artifact = RouterArtifact.load(CHAMPION)
+@pytest.mark.parametrize(
+    ("champion", "path"), [(CHAMPION, BUILTIN), (EMOJI_CHAMPION, BUILTIN_COLOUR)], ids=["fashion", "emoji"]
+)
+def test_a_built_in_champion_draws_what_it_drew(champion, path):
+    artifact = RouterArtifact.load(champion)
     assert artifact.sample_CHW is not None, "make it again with harmonica.core.golden_sample.record_sample"
-    check_sample(artifact, make_sampler(load_model(ModelConfig()).model, artifact.sampler))
+    check_sample(artifact, make_sampler(load_model(ModelConfig(path=path)).model, artifact.sampler))

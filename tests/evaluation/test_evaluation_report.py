@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harmonica.builtin import CHAMPION
+from harmonica.builtin import CHAMPION, EMOJI_CHAMPION
 from harmonica.evaluation.evaluation_report import (
     CACHED,
     FULL,
@@ -75,8 +75,9 @@ def test_a_committed_report_is_written_as_it_was_read(path: Path) -> None:
     assert [*report.cached.to_json()] == [*stored["arms"]["cached"]], "in the order in which it is shown"
 
 
-def test_the_champion_s_report_is_among_them() -> None:
-    assert CHAMPION / "report.json" in committed_reports()
+@pytest.mark.parametrize("champion", [CHAMPION, EMOJI_CHAMPION])
+def test_a_champion_s_report_is_among_them(champion: Path) -> None:
+    assert champion / "report.json" in committed_reports()
 
 
 def test_every_part_of_a_report_comes_back_key_for_key() -> None:

@@ -16,7 +16,7 @@ from tiny_dit import write_model
 from tiny_pipeline import write_pipeline
 from tolerances import of_training
 
-from harmonica.builtin import CHAMPION
+from harmonica.builtin import CHAMPION, EMOJI_CHAMPION
 from harmonica.cli import sample, train
 from harmonica.cli.train import TrainCommand
 from harmonica.core.artifact import RouterArtifact
@@ -172,12 +172,18 @@ def test_presets_are_the_papers():
     assert steps == {"dpm20": 20, "iddpm100": 100, "sa25": 25}
 
 
-def test_sampling_with_the_builtin_champion(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("path", "name", "folder"),
+    [("builtin:fashion-dit", "Ankle boot", CHAMPION), ("builtin:emoji-dit", "heart", EMOJI_CHAMPION)],
+    ids=["fashion", "emoji"],
+)
+def test_sampling_with_a_builtin_champion(tmp_path, capsys, path, name, folder):
     output = tmp_path / "grid.png"
-    assert sample.main([f"--output={output}", "--classes", "Ankle boot", "3", "--rounds=1"]) == 0
+    given = [f"--model.path={path}", f"--output={output}", "--rounds=1", "--classes", name, "3"]
+    assert sample.main(given) == 0
     said = capsys.readouterr().out
     assert "ddim, 20 steps, guidance 2" in said
-    champion = RouterArtifact.load(CHAMPION)
+    champion = RouterArtifact.load(folder)
     shown = f"CUR {champion.plan.cur:.1%}", f"ideal {champion.ideal_speedup:.2f}x"
     for word in ("full", "cached", *shown, "measured"):
         assert word in said

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tolerances import of_training
 
-from harmonica.builtin import CHAMPION, FASHION_DIT
+from harmonica.builtin import CHAMPION, EMOJI_CHAMPION, EMOJI_DIT, FASHION_DIT
 from harmonica.cli import train
 from harmonica.cli.train import TrainCommand
 from harmonica.core.artifact import RouterArtifact
@@ -117,7 +117,9 @@ def test_a_run_that_was_begun_before_goes_on(tmp_path):
 
 
 def test_the_built_in_models_are_those_that_routers_name():
-    """Every committed router is of the built-in DiT, whose identity must therefore not change."""
-    identity = load_model(ModelConfig(path=str(FASHION_DIT))).model.identity()
-    for folder in (CHAMPION, BEFORE / "router_format_1", BEFORE / "training" / "expected"):
-        assert RouterArtifact.load(folder).model == identity
+    """Every committed router is of a built-in DiT, whose identity must therefore not change."""
+    of_fashion = (CHAMPION, BEFORE / "router_format_1", BEFORE / "training" / "expected")
+    for path, folders in ((FASHION_DIT, of_fashion), (EMOJI_DIT, (EMOJI_CHAMPION,))):
+        identity = load_model(ModelConfig(path=str(path))).model.identity()
+        for folder in folders:
+            assert RouterArtifact.load(folder).model == identity

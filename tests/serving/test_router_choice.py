@@ -8,8 +8,8 @@ import ray
 from tiny_dit import SHAPE, make_artifact, write_model
 from tiny_engine import CONFIG
 
-from harmonica.builtin import CHAMPION
-from harmonica.models.loading import BUILTIN, BUILTIN_TEXT, ModelConfig, load_model
+from harmonica.builtin import CHAMPION, EMOJI_CHAMPION
+from harmonica.models.loading import BUILTIN, BUILTIN_COLOUR, BUILTIN_TEXT, ModelConfig, load_model
 from pipelines import serve
 from pipelines.serving.auth import ENVIRONMENT
 from pipelines.serving.engine import GenerationEngine
@@ -54,9 +54,10 @@ def test_the_champion_that_fits_is_followed(folder):
     assert choice.summary == "version 1 of tiny, the champion in MLflow"
 
 
-def test_without_a_store_the_built_in_champion_serves_the_built_in_model(tmp_path):
-    choice = choose(BUILTIN, tmp_path)
-    assert (choice.tracking_uri, choice.router) == ("", str(CHAMPION))
+@pytest.mark.parametrize(("path", "champion"), [(BUILTIN, CHAMPION), (BUILTIN_COLOUR, EMOJI_CHAMPION)])
+def test_without_a_store_a_built_in_champion_serves_its_built_in_model(tmp_path, path, champion):
+    choice = choose(path, tmp_path)
+    assert (choice.tracking_uri, choice.router) == ("", str(champion))
     assert choice.summary == "the built-in champion (no MLflow store yet)"
     assert list(tmp_path.iterdir()) == [], "looking makes no store"
 
@@ -65,6 +66,8 @@ def test_a_champion_of_another_model_gives_way_to_the_built_in_one(folder):
     choice = choose(BUILTIN, folder / "runs")
     assert choice.router == str(CHAMPION) and "the router was made for" in choice.summary
     assert choose(BUILTIN, folder / "runs", name="nobody").router == str(CHAMPION)
+    assert ServeArgs(model=ModelConfig(path=BUILTIN_COLOUR)).resolved().router == str(EMOJI_CHAMPION)
+    assert ServeArgs(model=ModelConfig(path=BUILTIN_COLOUR)).resolved().current_version() == "builtin"
 
 
 @pytest.mark.parametrize("path", [BUILTIN_TEXT, "other"])

@@ -30,6 +30,7 @@ from rich.console import Console
 
 from harmonica.models.loading import load_model
 from harmonica.training.presets import RECIPES
+from pipelines.evaluation.metric_networks import classifier_folder
 from tests.benchmarks.grid.judging import Judge
 from tests.benchmarks.grid.points import Series, rows_of
 from tests.benchmarks.grid.table import LOG, PRESETS, RESULTS, Line, read_lines, tables, with_tables
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe = replace(recipe, train=replace(recipe.train, forecast=forecast))
     loaded = load_model(recipe.model)
     rows = rows_of(recipe, loaded)
-    judge = Judge(rows, chosen.images)
+    judge = Judge(rows, chosen.images, classifier_folder(recipe.model))
     results = chosen.results or RESULTS / f"{chosen.preset}.jsonl"
     for seed in chosen.seeds:
         for num_steps in chosen.steps:

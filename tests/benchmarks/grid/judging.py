@@ -1,10 +1,12 @@
 """How near an arm's images are to the full sampler's: of the same noise, which no training saw."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harmonica.builtin import CLASSIFIER
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
@@ -37,8 +39,8 @@ def feature_distance(classifier: Classifier, images_NCHW: Tensor, reference_NCHW
 class Judge:
     """Compares arms with full sampling, and draws nothing twice."""
 
-    def __init__(self, rows: Rows, count: int) -> None:
-        self.rows, self.count, self.classifier = rows, count, load_classifier()
+    def __init__(self, rows: Rows, count: int, classifier_folder: Path = CLASSIFIER) -> None:
+        self.rows, self.count, self.classifier = rows, count, load_classifier(classifier_folder)
         self._full: dict[int, Tensor] = {}
         self._judged: dict[tuple[Any, ...], dict[str, float]] = {}
 

@@ -12,7 +12,7 @@ from tests.benchmarks.grid.points import EVEN, LEARNED, UNTRAINED
 
 RESULTS = Path(__file__).parent
 LOG = RESULTS.parent / "RESULTS.md"
-PRESETS = ("fashion", "fashion-text")
+PRESETS = ("fashion", "emoji", "fashion-text")
 Line = dict[str, Any]
 _NEAR = 0.97
 """Fraction of a speed at which a rival counts as meeting it."""
