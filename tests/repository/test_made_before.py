@@ -46,8 +46,8 @@ def test_an_artifact_of_the_first_format_fits_the_built_in_model():
 
 @pytest.mark.parametrize(
     ("folder", "version"),
-    [(CHAMPION, 3), (BEFORE / "training" / "expected", 2)],
-    ids=["champion", "expected"],
+    [(CHAMPION, 3), (EMOJI_CHAMPION, 3), (BEFORE / "training" / "expected", 2)],
+    ids=["champion", "emoji-champion", "expected"],
 )
 def test_an_artifact_is_written_again_as_it_was_read(folder, version, tmp_path):
     artifact = RouterArtifact.load(folder)
