@@ -41,7 +41,10 @@ class ReferenceSet:
 
 
 def builtin_reference(folder: Path = CLASSIFIER) -> ReferenceSet:
-    """Return a shipped classifier's statistics of real images, and the features of at most 2,000."""
+    """Return a shipped classifier's statistics of real images.
+
+    With them are the features of at most 2,000.
+    """
     return ReferenceSet(
         FeatureStatistics.load(folder / STATISTICS_FILE),
         FeatureStatistics.load(folder / SPATIAL_FILE),

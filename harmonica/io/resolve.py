@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 
 
 def shipped_router(model_path: str) -> Path | None:
-    """Return the folder of the router that ships for a built-in model; None for any other."""
+    """Return the folder of a built-in model's router; None for other models."""
     return _CHAMPIONS.get(model_path)
 
 

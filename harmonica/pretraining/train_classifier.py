@@ -74,7 +74,7 @@ class ClassifierTraining:
 
 
 class Labelled(NamedTuple):
-    """Images with their labels."""
+    """Holds images with their labels."""
 
     images: Tensor
     """(N, C, H, W) uint8."""
@@ -83,7 +83,7 @@ class Labelled(NamedTuple):
 
 
 class DataSet(NamedTuple):
-    """What a classifier is trained and tested on."""
+    """Holds what a classifier is trained and tested on."""
 
     train: Labelled
     test: Labelled
@@ -153,7 +153,7 @@ def _to_input(images_NCHW: Tensor) -> Tensor:
 
 
 def _shifted(images_NCHW: Tensor, background: int, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to one pixel in each direction, padding with the background."""
+    """Shift each image by up to one pixel, padding with the background."""
     n = len(images_NCHW)
     height, width = images_NCHW.shape[2:]
     windows = F.pad(images_NCHW, (_MAX_SHIFT,) * 4, value=background).unfold(2, height, 1).unfold(3, width, 1)
@@ -191,7 +191,7 @@ def train_classifier(config: ClassifierTraining, data: DataSet) -> Classifier:
 
 
 def write_builtin_reference(folder: Path, data: DataSet) -> None:
-    """Write the files of `builtin_reference`, computed with the classifier in `folder`."""
+    """Write the files of `builtin_reference` to the folder of a classifier."""
     extract = ClassifierFeatures(folder)
     seen = [extract(_to_input(batch)) for batch in data.reference.split(_BATCH)]
     pooled = torch.cat([features.pooled_NF for features in seen])

@@ -153,7 +153,7 @@ def fashion() -> Recipe:
 
 
 def emoji() -> Recipe:
-    """The built-in DiT on emoji in colour, DDIM-20: minutes on two cores, no download."""
+    """The built-in DiT on emoji in colour, DDIM-20: minutes, no download."""
     return replace(fashion(), model=ModelConfig(path=BUILTIN_COLOUR))
 
 

@@ -36,7 +36,10 @@ def feature_kind(settings: EvaluateConfig, model: ModelConfig) -> FeatureKind | 
 
 
 def classifier_folder(model: ModelConfig) -> Path:
-    """Return the classifier of the model's data; of grey clothes where the model is not built in."""
+    """Return the classifier of the model's data.
+
+    It is that of clothes for a model that is not built in.
+    """
     return _CLASSIFIERS.get(model.path, CLASSIFIER)
 
 

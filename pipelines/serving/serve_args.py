@@ -42,7 +42,10 @@ class ServedModel:
 
 
 def _shipped(model: ModelConfig) -> str:
-    """Return the router that is served without MLflow; a copy of the built-in model has that model's."""
+    """Return the router that is served without MLflow.
+
+    It is the first champion for a model that is not built in, since it may be a copy of that one's model.
+    """
     return str(shipped_router(model.path) or CHAMPION)
 
 

@@ -15,12 +15,13 @@ import pytest
 import yaml
 
 import harmonica
-from harmonica.builtin import CHAMPION
+from harmonica.builtin import CHAMPION, EMOJI_CHAMPION
 from harmonica.cli.apply import ApplyCommand
 from harmonica.cli.convert import ConvertCommand
 from harmonica.cli.sample import SampleCommand
 from harmonica.cli.train import TrainCommand
 from harmonica.models.dit.model import DiTConfig
+from harmonica.pretraining.train_classifier import ClassifierTraining
 from harmonica.version import __version__
 from pipelines.capacity.command import CapacityCommand
 from pipelines.config.workflow import WorkflowConfig
@@ -48,6 +49,7 @@ COMMANDS = (
     ConvertCommand,
     ServeCommand,
     UiCommand,
+    ClassifierTraining,
     CapacityCommand,
     DiTPretrainConfig,
     TextPretrainConfig,
@@ -313,13 +315,20 @@ def test_every_preset_is_in_a_page_or_follows_a_named_pattern(preset):
     assert preset in text or preset.startswith("pixart") or preset.rpartition("-")[2] in text
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/pages/benchmarks.md"])
+@pytest.mark.parametrize(
+    ("page", "heading", "champion"),
+    [
+        ("README.md", "## Results", CHAMPION),
+        ("docs/pages/benchmarks.md", "## The champion", CHAMPION),
+        ("docs/pages/benchmarks.md", "## In colour", EMOJI_CHAMPION),
+    ],
+)
 @pytest.mark.parametrize(
     ("arm", "row"), [("full", "full"), ("cached", "**l"), ("fewer_steps", "fewer steps, ")]
 )
-def test_results_of_the_champion_are_those_of_its_report(page, arm, row):
-    measured = json.loads((Path(CHAMPION) / "report.json").read_text())["arms"][arm]
-    lines = (ROOT / page).read_text().splitlines()
+def test_results_of_a_champion_are_those_of_its_report(page, heading, champion, arm, row):
+    measured = json.loads((champion / "report.json").read_text())["arms"][arm]
+    lines = (ROOT / page).read_text().partition(f"\n{heading}\n")[2].splitlines()
     table = lines[next(i for i, line in enumerate(lines) if line.startswith("| | steps | s / image")) :]
     (cells,) = [line.replace("*", "") for line in table[:5] if line.startswith(f"| {row}")]
     expected = [
