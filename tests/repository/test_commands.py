@@ -128,7 +128,7 @@ def test_torchrun_trains_the_same_router_on_two_processes(command, tmp_path, lea
         (["--train.trajectories=0"], "train.trajectories is 0: give 1 or more"),
         (["--device=cuda"], "device is cuda and torch finds no CUDA device"),
         (["--sampler.name=diffusers"], "there is no scheduler: give a model.path"),
-        (["nonsense"], "preset is 'nonsense': give one of fashion, fashion-text"),
+        (["nonsense"], "preset is 'nonsense': give one of fashion, emoji, fashion-text"),
         (["dit-xl-2-512-t20"], "model.path DiT-XL-2-512x512.pt does not exist"),
         (
             ["--model.dtype=bfloat16", "--train.initial=normal", "--train.batch-size=-2"],

@@ -79,7 +79,7 @@ def psnr_here(run: Path, arguments: list[str], sampler_name: str = "") -> float:
         (["fashion", "--promotion.min-speedup=0.5"], ["promotion.min_speedup is 0.5", "give 1 or more"]),
         (["fashion", "--stages", "train", "register"], ["promote is 'gate'", "add the stage evaluate"]),
         (["fashion", "--stages", "train", "register", "evaluate"], ["no evaluation before", "register"]),
-        (["fashoin"], ["preset is 'fashoin'", "give one of fashion, fashion-text, dit-xl-2-256"]),
+        (["fashoin"], ["preset is 'fashoin'", "give one of fashion, emoji, fashion-text, dit-xl-2-256"]),
         (
             ["fashion", "--stages", "evaluate", "train"],
             ["no router yet", "add the stage train before evaluate"],
