@@ -91,7 +91,7 @@ def test_pretraining_resumes_and_exports(tmp_path: Path, private_cluster: None) 
         export=str(tmp_path / "model"),
     )
     run(config, LabelTask)
-    run(dataclasses.replace(config, steps=5), LabelTask)
+    run(dataclasses.replace(config, steps=5, bfloat16=True), LabelTask)
     loaded = load_model(ModelConfig(path=str(export(config))))
     assert loaded.class_names == fashion_mnist.CLASS_NAMES
     assert '"steps_done": 5' in (tmp_path / "model" / "config.json").read_text()

@@ -7,16 +7,19 @@ import pytest
 from all_phases import ALL_PHASES
 from tiny_dit import write_model
 
+from harmonica.core.plan_builders import even_plan
 from harmonica.models.loading import load_model
-from harmonica.samplers import SamplerConfig
-from harmonica.training.presets import Recipe
+from harmonica.pretraining import emoji
+from harmonica.samplers import SamplerConfig, make_sampler
+from harmonica.training.presets import RECIPES, Recipe
 from harmonica.training.trainer import RouterTrainer
 from pipelines.compare.published import FORECASTS
+from pipelines.evaluation.metric_networks import classifier_folder
 from tests.benchmarks import ideas
 from tests.benchmarks.grid.__main__ import measure
 from tests.benchmarks.grid.judging import Judge
-from tests.benchmarks.grid.points import EVEN, LEARNED, UNTRAINED, RememberedImages, Series
-from tests.benchmarks.grid.table import LOG, PointResults, read_lines, table, with_tables
+from tests.benchmarks.grid.points import EVEN, LEARNED, UNTRAINED, Drawn, RememberedImages, Series
+from tests.benchmarks.grid.table import LOG, PRESETS, PointResults, read_lines, table, with_tables
 
 KINDS = {"has_published": False, "has_calibrated": False}
 IMAGES = 4
@@ -151,7 +154,18 @@ def test_a_point_says_whether_ours_is_first_and_by_more_than_the_spread():
     assert PointResults(20, 1.6, begun).row()[4:10] == [""] * 6, "not all that compete are measured"
 
 
+def test_the_colour_model_is_judged_with_its_own_classes_and_classifier():
+    recipe = RECIPES["emoji"]()
+    sampler = make_sampler(load_model(recipe.model).model, SamplerConfig(num_inference_steps=2))
+    labels = set(ideas.rows(sampler, 0, 0, 200).condition_N.tolist())
+    assert labels == set(range(len(emoji.CLASS_NAMES)))  # 200 of them, of a fixed seed
+    judge = Judge(ideas.rows, 2, classifier_folder(recipe.model))
+    assert judge.classifier.head.out_features == len(emoji.CLASS_NAMES)
+    line = judge.line(sampler, Drawn(sampler, even_plan(2, sampler.model.macs(), 1.5), "hold"))
+    assert line["psnr"] < 60 and line["features"] > 0 and line["frechet"] > 0
+
+
 def test_the_log_has_the_tables_of_the_recorded_results():
     log = LOG.read_text()
     assert with_tables(log) == log, "python -m tests.benchmarks.grid --write"
-    assert "[start:grid-fashion]" in log
+    assert all(f"[start:grid-{preset}]" in log for preset in PRESETS)
