@@ -10,7 +10,6 @@ from harmonica.io.paths import is_remote, resolved
 
 BUILTIN, BUILTIN_TEXT, BUILTIN_COLOUR = "builtin:fashion-dit", "builtin:fashion-pixart", "builtin:emoji-dit"
 _BUILTINS = {BUILTIN: FASHION_DIT, BUILTIN_TEXT: FASHION_PIXART, BUILTIN_COLOUR: EMOJI_DIT}
-
 _CHAMPIONS = {BUILTIN: CHAMPION, BUILTIN_COLOUR: EMOJI_CHAMPION}
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)

@@ -70,6 +70,15 @@ def load_emoji(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(pictures), np.array(labels, np.int64)
 
 
+def row_weights(label_N: np.ndarray) -> np.ndarray:
+    """Return weights (N,) by which rows are drawn so that each class is as likely.
+
+    A third of the pictures are professions.
+    """
+    weight_N: np.ndarray = 1 / np.bincount(label_N)[label_N]
+    return weight_N
+
+
 def _read(archive: Path, vendor: str) -> list[tuple[np.ndarray, int]]:
     label_of = {each: i for i, parts in enumerate(CLASSES.values()) for each in parts}
     folder = f"package/img/{vendor}/64/"

@@ -127,7 +127,7 @@ def read_data(config: ClassifierTraining) -> DataSet:
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(images), generator=generator)
     images, labels = images[order], labels[order]
-    weight_M = 1 / labels.bincount()[labels].double()
+    weight_M = torch.from_numpy(emoji.row_weights(labels.numpy()))
     drawn = torch.multinomial(weight_M, len(images), replacement=True, generator=generator)
     is_test = torch.arange(len(images)) % _TEST_EVERY == 0
     account = {

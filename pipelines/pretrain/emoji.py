@@ -68,8 +68,8 @@ class EmojiTask(LabelTask):
         return emoji.load_emoji(folder)
 
     def draw_rows(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw rows (batch,), each class as likely: a third of the pictures are flags."""
-        weight = 1 / np.bincount(self.labels)[self.labels]
+        """Draw rows (batch,), each class as likely."""
+        weight = emoji.row_weights(self.labels)
         return rng.choice(len(self.labels), size=self.config.batch_size, p=weight / weight.sum())
 
 

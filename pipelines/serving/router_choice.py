@@ -6,18 +6,16 @@ It has to fit the model.
 import os
 from dataclasses import dataclass, replace
 
-from harmonica.builtin import CHAMPION as BUILTIN_CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.recorded.kinds import ARCHITECTURE_KEY
 from harmonica.io.paths import local
-from harmonica.io.resolve import shipped_router
 from harmonica.models.loading import LoadedModel, ModelConfig, load_model
 
 from ..tracking import registry
 from ..tracking.mlflow_store import database_of, tracking_uri, without_credentials
 from .model_check import check_is_whole
 from .servable_pipeline import ServablePipeline, servable_pipeline
-from .serve_args import ServeArgs
+from .serve_args import ServeArgs, builtin_router
 from .served_plan import UNCACHED
 
 
@@ -63,9 +61,9 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
     if not why_no_champion:
         which = f"version {champion.version} of {registered_model}, the champion in MLflow"
         return Choice(tracking_uri=champion.uri, summary=which)
-    shipped = shipped_router(model.path) or BUILTIN_CHAMPION  # which fits a copy of its model, too
-    if not mismatch(RouterArtifact.load(shipped)):
-        return Choice(router=str(shipped), summary=f"the built-in champion ({why_no_champion})")
+    builtin = builtin_router(model)
+    if not mismatch(RouterArtifact.load(builtin)):
+        return Choice(router=builtin, summary=f"the built-in champion ({why_no_champion})")
     if champion.artifact is None:
         return Choice(
             router=UNCACHED,

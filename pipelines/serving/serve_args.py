@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from harmonica.builtin import CHAMPION, EMOJI_CHAMPION
+from harmonica.builtin import CHAMPION
 from harmonica.core.artifact import RouterArtifact
 from harmonica.io.paths import local
 from harmonica.io.resolve import shipped_router
@@ -41,7 +41,7 @@ class ServedModel:
     else the built-in one."""
 
 
-def _shipped(model: ModelConfig) -> str:
+def builtin_router(model: ModelConfig) -> str:
     """Return the router that is served without MLflow.
 
     It is the first champion for a model that is not built in, since it may be a copy of that one's model.
@@ -110,13 +110,13 @@ class ServeArgs(BaseModel):
         if self.models:
             uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
             models = {
-                name: replace(served, router=served.router or ("" if uri else _shipped(served.model)))
+                name: replace(served, router=served.router or ("" if uri else builtin_router(served.model)))
                 for name, served in self.models.items()
             }
             return self.model_copy(update={"tracking_uri": uri, "models": models})
         uri = "" if self.router else self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         return self.model_copy(
-            update={"tracking_uri": uri, "router": "" if uri else self.router or _shipped(self.model)}
+            update={"tracking_uri": uri, "router": "" if uri else self.router or builtin_router(self.model)}
         )
 
     def by_name(self) -> dict[str, "ServeArgs"]:
@@ -147,8 +147,8 @@ class ServeArgs(BaseModel):
             return registry.resolve(self.registered_model, registry.CHAMPION, self.tracking_uri)
         if self.router == UNCACHED:
             return UNCACHED
-        is_shipped = Path(self.router) in (CHAMPION, EMOJI_CHAMPION)
-        return "builtin" if is_shipped else local(self.router, "router").name
+        is_builtin = Path(self.router) == Path(builtin_router(self.model))
+        return "builtin" if is_builtin else local(self.router, "router").name
 
     def load(self, version: str) -> RouterArtifact:
         """Load a registered version, or the artifact folder."""
