@@ -21,7 +21,7 @@ from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.budget import Numbers, numbers_of, with_numbers, with_used_numbers
 from harmonica.training.config import TrainingConfig
 from harmonica.training.context import TrainingContext
-from harmonica.training.fit_phase import ForecastPhase
+from harmonica.training.forecast_phase import ForecastPhase
 from harmonica.training.phase import Phase
 from harmonica.training.phases import PHASES
 from harmonica.training.plans.forecast_fit import ForecastFit

@@ -27,8 +27,8 @@ from harmonica.models.base import Macs
 from harmonica.models.dit.model import DiT
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.training.config import TrainingConfig
-from harmonica.training.fit_phase import ForecastPhase
 from harmonica.training.forecast_config import ForecastConfig
+from harmonica.training.forecast_phase import ForecastPhase
 from harmonica.training.plans.search import StepSearch
 from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.plans.step_form import LINEAR

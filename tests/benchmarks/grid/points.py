@@ -16,10 +16,10 @@ from harmonica.data.conditions import make_conditions
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import LoadedModel
 from harmonica.samplers import Sampler, make_sampler
-from harmonica.training.phases import RouterPhase
 from harmonica.training.plans.fitted_weights import LEAST_STEPS
 from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.presets import Recipe
+from harmonica.training.router_phase import RouterPhase
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.trainer import RouterTrainer
 from pipelines.compare.published import CALIBRATED, FORECASTS, interval_variant, own_intervals
