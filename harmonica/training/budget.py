@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from harmonica.training.config import OF_STEPS, TrainingConfig
-from harmonica.training.phases import all_phase_budgets
+from harmonica.training.phases import all_phase_costs
 from harmonica.training.progress import PhaseName
 from harmonica.validation.settings import SettingError
 
@@ -95,7 +95,7 @@ def within_budget(
     Raises:
         SettingError: the least training takes longer.
     """
-    phases = all_phase_budgets(config, num_steps, from_start=from_start)
+    phases = all_phase_costs(config, num_steps, from_start=from_start)
     asked = {name: count for name, count in numbers_of(config).items() if name in {p.name for p in phases}}
     path = _path(_least(config, asked), asked, _most(asked, num_steps))
 
@@ -126,7 +126,7 @@ def cut_to_budget(
     Where even the least would, they are the least: what has begun is finished.
 
     Args:
-        place: the number of the first phase that has not begun, among `all_phase_budgets`; those before keep
+        place: the number of the first phase that has not begun, among `all_phase_costs`; those before keep
             their trajectories whatever the settings say.
         seconds_per_sampling: what the phases before have taken.
         spent_s: since the training began.
@@ -139,7 +139,7 @@ def cut_to_budget(
     left_s = 60 * config.budget - spent_s
     if seconds({}) <= left_s:
         return config
-    later = {phase.name for phase in all_phase_budgets(config, num_steps, from_start=from_start)[place:]}
+    later = {phase.name for phase in all_phase_costs(config, num_steps, from_start=from_start)[place:]}
     present = {name: count for name, count in numbers_of(config).items() if name in later}
     path = _path(_least(config, present), present, present)
     count = bisect_right(path, _PLANNED * left_s, key=seconds)
@@ -149,7 +149,7 @@ def cut_to_budget(
 def _seconds(
     config: TrainingConfig, num_steps: int, seconds_per_sampling: float, place: int, from_start: bool
 ) -> float:
-    phases = all_phase_budgets(config, num_steps, from_start=from_start)[place:]
+    phases = all_phase_costs(config, num_steps, from_start=from_start)[place:]
     return seconds_per_sampling * sum(sum(phase.costs) for phase in phases)
 
 

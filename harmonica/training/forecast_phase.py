@@ -13,7 +13,7 @@ from harmonica.training.context import TrainingContext
 from harmonica.training.memory_savings import advised
 from harmonica.training.phase import Phase, assumed_speedup
 from harmonica.training.plans.forecast_fit import ForecastFit, full_latents
-from harmonica.training.plans.least_squares import RIDGES
+from harmonica.training.plans.least_squares import FIT_RIDGES
 
 
 class ForecastPhase(Phase):
@@ -45,7 +45,7 @@ class ForecastPhase(Phase):
         forecast, costs = config.forecast, []
         for place in range(forecast.trajectories):
             backward = forecast.probes * (1 + forecast.activation_checkpointing)
-            planned = 1 + (len(RIDGES) if forecast.is_tried(place) else backward)
+            planned = 1 + (len(FIT_RIDGES) if forecast.is_tried(place) else backward)
             fits = forecast.finalists if config.choice_trajectories and place < forecast.compared else 1
             costs.append(1 + fits * planned / assumed_speedup(config))
         return costs

@@ -21,7 +21,7 @@ from harmonica.training.budget import Numbers
 from harmonica.training.config import TrainingConfig
 from harmonica.training.feasibility import check_training
 from harmonica.training.measured_speed import in_macs
-from harmonica.training.phases import budgets_of, target_configs
+from harmonica.training.phases import costs_of, target_configs
 from harmonica.training.progress import Progress
 from harmonica.training.time_budget import TimeBudget
 from harmonica.training.timing import reused_share, slowest
@@ -178,7 +178,7 @@ class MultiTargetTrainer:
         """Count the trajectories of all phases anew."""
         backend, num_steps = self.trainers[0].context.backend, self.sampler.num_steps
         configs = [trainer.config for trainer in self.trainers]
-        self.progress = Progress(budgets_of(configs, num_steps, from_start=backend.from_start))
+        self.progress = Progress(costs_of(configs, num_steps, from_start=backend.from_start))
 
     @property
     def all_trajectories(self) -> int:

@@ -14,7 +14,7 @@ from harmonica.training.choice_phase import ChoicePhase
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_phase import ForecastPhase
 from harmonica.training.phase import Phase
-from harmonica.training.progress import PhaseBudget
+from harmonica.training.progress import PhaseCosts
 from harmonica.training.router_phase import RouterPhase
 from harmonica.training.start_phase import StartPhase
 
@@ -22,9 +22,9 @@ PHASES: tuple[type[Phase], ...] = (StartPhase, RouterPhase, ChoicePhase, Forecas
 """The phases in the order in which they run."""
 
 
-def phase_budgets(
+def phase_costs(
     config: TrainingConfig, num_steps: int, *, target: float = 0.0, from_start: bool = False
-) -> tuple[PhaseBudget, ...]:
+) -> tuple[PhaseCosts, ...]:
     """Return the costs of the phases of one router's training, in order.
 
     Phases that are left out are not among them.
@@ -34,7 +34,7 @@ def phase_budgets(
         from_start: every run begins at the first step, as in a pipeline's own loop.
     """
     return tuple(
-        PhaseBudget(phase.name, tuple(costs), 0.0 if phase is StartPhase else target)
+        PhaseCosts(phase.name, tuple(costs), 0.0 if phase is StartPhase else target)
         for phase in PHASES
         if (costs := phase.costs(config, num_steps, from_start=from_start))
     )
@@ -46,28 +46,28 @@ def target_configs(config: TrainingConfig) -> list[TrainingConfig]:
     return [main] + [config.for_target(target_speedup=target) for target in config.extra_targets]
 
 
-def all_phase_budgets(
+def all_phase_costs(
     config: TrainingConfig, num_steps: int, *, from_start: bool = False
-) -> tuple[PhaseBudget, ...]:
-    """Return the budgets of a whole training, as `budgets_of` each target's settings.
+) -> tuple[PhaseCosts, ...]:
+    """Return the costs of a whole training, as `costs_of` each target's settings.
 
     Args:
         from_start: every run begins at the first step, as in a pipeline's own loop.
     """
-    return budgets_of(target_configs(config), num_steps, from_start=from_start)
+    return costs_of(target_configs(config), num_steps, from_start=from_start)
 
 
-def budgets_of(
+def costs_of(
     configs: Sequence[TrainingConfig], num_steps: int, *, from_start: bool = False
-) -> tuple[PhaseBudget, ...]:
-    """Return the budgets of trainings that follow each other, one for each target.
+) -> tuple[PhaseCosts, ...]:
+    """Return the costs of trainings that follow each other, one for each target.
 
     The start, which is shared, comes first, and then each target's own.
     """
-    phases: list[PhaseBudget] = []
+    phases: list[PhaseCosts] = []
     for one in configs:
         target = one.target_speedup if len(configs) > 1 else 0.0
-        own = phase_budgets(one, num_steps, target=target, from_start=from_start)
+        own = phase_costs(one, num_steps, target=target, from_start=from_start)
         is_measured = any(phase.name == "start" for phase in phases)
         phases += [phase for phase in own if not is_measured or phase.name != "start"]
     return tuple(phases)

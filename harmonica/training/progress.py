@@ -20,7 +20,7 @@ _MESSAGES: dict[PhaseName, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class PhaseBudget:
+class PhaseCosts:
     """The trajectories of one phase and what each will cost."""
 
     name: PhaseName
@@ -43,7 +43,7 @@ class PhaseBudget:
 class Progress:
     """The progress of a training in its phases, and the remaining time."""
 
-    def __init__(self, phases: Sequence[PhaseBudget]) -> None:
+    def __init__(self, phases: Sequence[PhaseCosts]) -> None:
         self.phases = tuple(phases)
         self._ends = tuple(accumulate(phase.trajectories for phase in self.phases))
         costs = (cost for phase in self.phases for cost in phase.costs)

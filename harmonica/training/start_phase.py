@@ -12,7 +12,7 @@ from harmonica.training.context import TrainingContext
 from harmonica.training.memory_savings import advised
 from harmonica.training.phase import Phase
 from harmonica.training.plans.search import StepSearch, fastest_plan, most_steps
-from harmonica.training.plans.step_form import LINEAR, RIDGES
+from harmonica.training.plans.step_form import LINEAR, SEARCH_RIDGES
 
 NEAREST = 4
 """The largest number of sets of steps that the search leaves to the choice, best first."""
@@ -31,7 +31,7 @@ class StartPhase(Phase):
     def __init__(self, context: TrainingContext) -> None:
         super().__init__(context)
         config = context.config
-        self.ridges = RIDGES if config.forecast.trajectories else (LINEAR,)
+        self.ridges = SEARCH_RIDGES if config.forecast.trajectories else (LINEAR,)
         """The ridges of the starts, the main one first; forecasts that are not fitted will stay linear."""
         order, corrections = (1, 0) if config.sdt.reuse == "forecast" else (0, 0)
         if config.forecast.trajectories:

@@ -1,6 +1,6 @@
 """Time, memory, network and cost of training a router.
 
-The cost of a trajectory in full samplings is what `harmonica.training.phases.phase_budgets` counts: SDT's
+The cost of a trajectory in full samplings is what `harmonica.training.phases.phase_costs` counts: SDT's
 updates with teacher, student and backward, lambda's refreshes, the measured start, the choice and the fit of
 forecasts. A full sampling takes T forwards of a worker's rows (`latency`). Memory is
 `harmonica.cli.memory.training_memory`, or `learning_memory` where a trajectory's gradients take more.
@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 
 from harmonica.cli.memory import learning_memory, training_memory
 from harmonica.training.memory_model import Memory
-from harmonica.training.phases import phase_budgets
+from harmonica.training.phases import phase_costs
 from harmonica.training.plans.step_form import size_of_form
-from harmonica.training.progress import PhaseBudget
+from harmonica.training.progress import PhaseCosts
 
 from ..config.workflow import TrainConfig
 from .gpus import Gpu
@@ -103,7 +103,7 @@ def forward_in_training(
 
 
 def _messages(
-    phase: PhaseBudget, config: TrainConfig, branches: int, num_steps: int, cur: float
+    phase: PhaseCosts, config: TrainConfig, branches: int, num_steps: int, cur: float
 ) -> list[float]:
     """Return the bytes of each all-reduce of a phase."""
     count, effects = phase.trajectories, 2 * (num_steps - 1)
@@ -152,7 +152,7 @@ def estimate_training(
         sharded = sum(shape.sharded_weights for shape in model.shapes)
         gathered = parts * sharded * (workers - 1) / workers / network_bytes_per_s
     phases: list[PhaseEstimate] = []
-    for phase in phase_budgets(config, num_steps):
+    for phase in phase_costs(config, num_steps):
         sizes = _messages(phase, config, model.num_branches, num_steps, cur)
         forwards = sum(phase.costs) * num_steps
         phases.append(

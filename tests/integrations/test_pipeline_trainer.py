@@ -22,7 +22,7 @@ from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training import time_budget
 from harmonica.training.budget import with_numbers
 from harmonica.training.config import TrainingConfig
-from harmonica.training.phases import phase_budgets
+from harmonica.training.phases import phase_costs
 
 CONFIG = dataclasses.replace(ALL_PHASES, batch_size=4, target_speedup=0.0, target_cur=0.4)
 STEPS = 6
@@ -142,7 +142,7 @@ def test_costs_count_the_calls_of_the_pipeline(monkeypatch):
     with make_trainer() as trainer:
         batch = trainer._batch(0)
         trainer.backend.step_sketch(batch, reach=3, corrections=1, probes=CONFIG.forecast.probes)
-        start, router, *rest = phase_budgets(CONFIG, STEPS, from_start=True)
+        start, router, *rest = phase_costs(CONFIG, STEPS, from_start=True)
         assert start.costs[0] == pytest.approx(full / STEPS + 1.2 * CONFIG.forecast.probes)  # a backward each
         calls = mock.Mock(side_effect=trainer.backend._run)
         monkeypatch.setattr(trainer.backend, "_run", calls)
@@ -150,12 +150,12 @@ def test_costs_count_the_calls_of_the_pipeline(monkeypatch):
         trainer.backend.image_changes(trainer.router, batch, config)
     update = (3 * (STEPS - 1) + 1) / STEPS
     assert router.costs[0] == pytest.approx(update + calls.call_count)
-    assert rest == list(phase_budgets(CONFIG, STEPS)[2:])
+    assert rest == list(phase_costs(CONFIG, STEPS)[2:])
 
 
 def test_a_budget_s_numbers_are_those_of_calls_and_repeat_its_router(monkeypatch):
     wanted = with_numbers(CONFIG, {"router": 4})
-    phases = phase_budgets(wanted, STEPS, from_start=True)
+    phases = phase_costs(wanted, STEPS, from_start=True)
     minutes = 1000 * sum(sum(phase.costs) for phase in phases) / 60 / 0.9 + 1
     config = dataclasses.replace(wanted, trajectories=5, budget=minutes)
     timed = []

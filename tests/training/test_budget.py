@@ -20,7 +20,7 @@ from harmonica.training.budget import cut_to_budget, numbers_of, with_numbers, w
 from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.multi_target import MultiTargetTrainer
-from harmonica.training.phases import all_phase_budgets
+from harmonica.training.phases import all_phase_costs
 from harmonica.training.presets import fashion
 from harmonica.validation.settings import SettingError
 
@@ -34,7 +34,7 @@ MINUTES = [0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 20.0, 60.0, 600.0]
 
 
 def samplings(config: TrainingConfig, num_steps: int = 20, place: int = 0, from_start: bool = False) -> float:
-    phases = all_phase_budgets(config, num_steps, from_start=from_start)[place:]
+    phases = all_phase_costs(config, num_steps, from_start=from_start)[place:]
     return sum(sum(phase.costs) for phase in phases)
 
 
@@ -92,7 +92,7 @@ def test_a_router_without_a_start_learns_for_a_while_at_least() -> None:
 
 def test_the_phases_to_come_are_cut_where_the_pace_is_too_slow() -> None:
     planned = within_budget(of(PRESET, 4.0), 20, 0.2)
-    place, names = 2, [phase.name for phase in all_phase_budgets(planned, 20)]
+    place, names = 2, [phase.name for phase in all_phase_costs(planned, 20)]
     assert names[:3] == ["start", "router", "choice"]
     spent = 0.2 * (samplings(planned) - samplings(planned, place=place))
     assert cut_to_budget(planned, 20, place, 0.2, spent_s=spent) is planned

@@ -2,7 +2,7 @@
 
 import torch
 
-from harmonica.training.plans.least_squares import RIDGES, SHARED, NormalEquations, penalty_of
+from harmonica.training.plans.least_squares import FIT_RIDGES, SHARED, NormalEquations, penalty_of
 
 
 def equations_of(noise: float, weights: list[float], rows: int = 48) -> NormalEquations:
@@ -26,7 +26,7 @@ def test_without_noise_a_small_ridge_finds_the_weights():
 
 def test_a_larger_ridge_moves_less():
     equations, penalty_PP = equations_of(1.0, [1.0, -1.0, 0.5, 0.5]), penalty_of("abcc")
-    sizes = [float(equations.solve(ridge, penalty_PP, [False] * 4).norm()) for ridge in RIDGES]
+    sizes = [float(equations.solve(ridge, penalty_PP, [False] * 4).norm()) for ridge in FIT_RIDGES]
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -45,7 +45,7 @@ def test_few_rows_move_a_group_together():
     truth = torch.tensor([-0.5] * 24 + [1.0] * 24).double()
     missed = []
     for groups in (["a"] * 24 + ["b"] * 24, range(48)):
-        moves = (equations.solve(ridge, penalty_of(groups), [False] * 48) for ridge in RIDGES)
+        moves = (equations.solve(ridge, penalty_of(groups), [False] * 48) for ridge in FIT_RIDGES)
         missed.append(min(float((each - truth).norm()) for each in moves))
     assert missed[0] < missed[1] / 2
 
@@ -57,7 +57,7 @@ def test_the_units_of_a_correction_change_nothing():
     other = NormalEquations(4)
     other.add(equations.matrix_PP * unit_P[:, None] * unit_P, equations.right_P * unit_P)
     penalty_PP = penalty_of("abcc")
-    for ridge in RIDGES:
+    for ridge in FIT_RIDGES:
         moved_P, scaled_P = (each.solve(ridge, penalty_PP, corrects) for each in (equations, other))
         torch.testing.assert_close(scaled_P * unit_P, moved_P, rtol=1e-9, atol=1e-12)
     assert not torch.allclose(other.solve(1.0, penalty_PP, [False] * 4) * unit_P, moved_P, rtol=0.1)

@@ -10,7 +10,7 @@ from harmonica.models.loading import load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.multi_target import MultiTargetTrainer
-from harmonica.training.phases import all_phase_budgets, phase_budgets
+from harmonica.training.phases import all_phase_costs, phase_costs
 from harmonica.training.presets import fashion
 from harmonica.training.progress import Progress
 
@@ -40,7 +40,7 @@ FULL_SAMPLING_S = 0.62
 
 
 def test_a_trajectory_takes_what_its_arithmetic_says() -> None:
-    costs = [cost for phase in phase_budgets(RECORDED, STEPS) for cost in phase.costs]
+    costs = [cost for phase in phase_costs(RECORDED, STEPS) for cost in phase.costs]
     assert len(costs) == len(SECONDS) == RECORDED.all_trajectories
     for cost, seconds in zip(costs, SECONDS, strict=True):
         assert seconds / FULL_SAMPLING_S == pytest.approx(cost, rel=0.2)
@@ -49,7 +49,7 @@ def test_a_trajectory_takes_what_its_arithmetic_says() -> None:
 def test_the_fit_takes_as_long_as_it_has_finalists() -> None:
     one = ForecastConfig(trajectories=8, finalists=1)
     costs, alone = (
-        phase_budgets(dataclasses.replace(RECORDED, forecast=forecast), STEPS)[-1].costs
+        phase_costs(dataclasses.replace(RECORDED, forecast=forecast), STEPS)[-1].costs
         for forecast in (dataclasses.replace(one, finalists=2), one)
     )
     assert costs == (*(1 + 2 * (cost - 1) for cost in alone[:6]), *alone[6:]), "full images are shared"
@@ -57,11 +57,11 @@ def test_the_fit_takes_as_long_as_it_has_finalists() -> None:
     assert costs[0] == pytest.approx(7.3, rel=0.2)
     two = dataclasses.replace(one, finalists=2)
     unordered = dataclasses.replace(RECORDED, choice_trajectories=0, forecast=two)
-    assert phase_budgets(unordered, STEPS)[-1].costs == alone, "there is nothing to decide between"
+    assert phase_costs(unordered, STEPS)[-1].costs == alone, "there is nothing to decide between"
 
 
 def test_the_time_left_is_right_within_a_quarter_from_the_first_trajectory_to_the_last() -> None:
-    progress = Progress(phase_budgets(RECORDED, STEPS))
+    progress = Progress(phase_costs(RECORDED, STEPS))
     before = None
     for done in range(1, len(SECONDS)):
         passed, truth = sum(SECONDS[:done]), sum(SECONDS[done:])
@@ -75,13 +75,13 @@ def test_the_time_left_is_right_within_a_quarter_from_the_first_trajectory_to_th
 
 
 def test_a_resumed_training_goes_by_its_own_time() -> None:
-    progress = Progress(phase_budgets(RECORDED, STEPS))
+    progress = Progress(phase_costs(RECORDED, STEPS))
     _, left = progress.seconds_left(30, 26, 2 * sum(SECONDS[26:30]))
     assert left == pytest.approx(2 * sum(SECONDS[30:]), rel=0.1)
 
 
 def test_lines_name_the_phase_and_what_follows() -> None:
-    progress = Progress(phase_budgets(RECORDED, STEPS))
+    progress = Progress(phase_costs(RECORDED, STEPS))
     assert progress.message(2) == "measuring the start: 2 of 3 trajectories"
     assert progress.message(3) == "training the router: 0 of 20 trajectories"
     assert progress.message(42) == "fitting the forecasts: 16 of 16 trajectories"
@@ -96,7 +96,7 @@ def test_lines_name_the_phase_and_what_follows() -> None:
 
 def test_a_family_has_the_start_once_and_names_its_speeds() -> None:
     config = dataclasses.replace(RECORDED, targets=(1.5,))
-    phases = all_phase_budgets(config, STEPS)
+    phases = all_phase_costs(config, STEPS)
     assert sum(phase.trajectories for phase in phases) == config.all_trajectories
     assert [phase.message for phase in phases[:2]] == ["measuring the start", "training the router for 1.8x"]
     assert phases[-1].message == "fitting the forecasts for 1.5x"
@@ -120,4 +120,4 @@ def test_a_run_goes_through_the_phases_that_it_is_said_to(sampler) -> None:
     for metrics in trained(run, SampleSpec.of(sampler.model, 0), Shard(SMALL.batch_size)):
         kinds = {name.removeprefix("seconds.") for name in metrics if name.startswith("seconds.")}
         names.append(next((one for one in ("start", "choice", "forecast") if one in kinds), "router"))
-    assert names == [phase.name for phase in all_phase_budgets(SMALL, 9) for _ in phase.costs]
+    assert names == [phase.name for phase in all_phase_costs(SMALL, 9) for _ in phase.costs]

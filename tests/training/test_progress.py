@@ -9,12 +9,12 @@ import pytest
 import ray
 from ray.util.state import list_nodes
 
-from harmonica.training.progress import PhaseBudget, Progress
+from harmonica.training.progress import PhaseCosts, Progress
 from pipelines.run_state.interruption import Terminated, kept_sigterm, sigterm_raises
 from pipelines.training import watchdog
 from pipelines.training.watchdog import Reached, make_board, run_watched
 
-PROGRESS = Progress([PhaseBudget("start", (10.0, 10.0)), PhaseBudget("router", (1.0,) * 10)])
+PROGRESS = Progress([PhaseCosts("start", (10.0, 10.0)), PhaseCosts("router", (1.0,) * 10)])
 
 
 def reached_at(done: int, since: int, seconds: float) -> Reached:

@@ -29,7 +29,7 @@ from harmonica.evaluation.image_metrics import psnr
 from harmonica.pipeline_training.sampling import sample_pipeline
 from harmonica.training import time_budget
 from harmonica.training.budget import with_numbers
-from harmonica.training.phases import all_phase_budgets
+from harmonica.training.phases import all_phase_costs
 from pipelines import workflow
 from pipelines.config.workflow import WorkflowConfig
 from pipelines.data.embed_for_pipeline import PipelinePartWriter
@@ -272,7 +272,7 @@ def test_a_worker_goes_on_from_its_checkpoint_and_leaves_the_router(
     reported: list[int] = []
     wanted = dataclasses.replace(config, train=with_numbers(config.train, {"router": TRAJECTORIES + more}))
     if more:
-        phases = all_phase_budgets(wanted.train, config.sampler.num_inference_steps, from_start=True)
+        phases = all_phase_costs(wanted.train, config.sampler.num_inference_steps, from_start=True)
         minutes = 1000 * sum(sum(phase.costs) for phase in phases) / 60 / 0.9 + 1
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, budget=minutes))
         timed = iter([1000.0])

@@ -35,7 +35,7 @@ from harmonica.training.plans.fitted_weights import (
     linear_weights,
     unknowns,
 )
-from harmonica.training.plans.least_squares import RIDGES, NormalEquations, penalty_of
+from harmonica.training.plans.least_squares import FIT_RIDGES, NormalEquations, penalty_of
 from harmonica.training.plans.selection import SMALLEST_ERROR, PlanSelector, mean_log_of, psnr_of
 
 _PRESENT = "present"
@@ -161,7 +161,7 @@ class ForecastFit:
         places = ((i, k) for i, _, k in self.unknowns)
         penalty_PP = penalty_of(list(zip(places, corrects, strict=True)))
         found = {}
-        for ridge in RIDGES if self.unknowns else ():
+        for ridge in FIT_RIDGES if self.unknowns else ():
             moves = self._sums.solve(ridge, penalty_PP, corrects).tolist()
             found[ridge] = self.weights.moved(zip(self.unknowns, moves, strict=True))
         return found

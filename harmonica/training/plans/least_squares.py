@@ -15,7 +15,7 @@ SHARED = 10.0
 """Prior variance of what the weights of a group share, next to that of each one's own part."""
 
 _TINY = 1e-30
-RIDGES = (0.02, 0.1, 0.5, 2.5, 12.0, 60.0)
+FIT_RIDGES = (0.02, 0.1, 0.5, 2.5, 12.0, 60.0)
 """The ridges to choose from, relative to the mean diagonal of the normal equations."""
 
 

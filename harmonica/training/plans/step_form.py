@@ -26,7 +26,7 @@ from harmonica.training.plans.least_squares import ridge_solution
 
 LINEAR = 1e6
 """The ridge that leaves forecasts linear."""
-RIDGES = (0.5, 0.1, 3.0, LINEAR)
+SEARCH_RIDGES = (0.5, 0.1, 3.0, LINEAR)
 """The ridges that a start is looked for under, relative to the mean diagonal; as a rule the first is best."""
 _OF_PLANS = 0.1
 """The ridge of the forecasts with which plans are compared: about as free as the fit that follows.
@@ -53,7 +53,7 @@ class StepForm:
         self,
         num_steps: int,
         order: int,
-        ridge: float = RIDGES[0],
+        ridge: float = SEARCH_RIDGES[0],
         *,
         corrections: int = 0,
         segments: bool = False,
