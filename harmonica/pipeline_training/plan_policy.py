@@ -14,9 +14,10 @@ from torch.utils import _pytree
 from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.plan import Forecast, Plan
 from harmonica.execution.offloading import ActivationOffloading
-from harmonica.integrations.recorded.kept_values import OF_OUTPUT, KeptValues
+from harmonica.integrations.recorded.transformer_step import TransformerStep
+from harmonica.integrations.recorded.unit_store import OF_OUTPUT, UnitStore
 from harmonica.integrations.recorded.view import RecordedTransformer
-from harmonica.pipeline_training.policies import Policy, TransformerStep, detached
+from harmonica.pipeline_training.policies import Policy, detached
 from harmonica.training.plans.fitted_weights import OUTPUT, Unknown
 from harmonica.training.plans.forecast_sketch import ProbedCache
 from harmonica.training.plans.step_sketch import ChangesCache, StepHandles, handles_of, with_gradient
@@ -35,7 +36,7 @@ class PlanPolicy(Policy):
         self.fixed: set[int] = set()
         """Steps at which a call had nothing to reuse."""
 
-    def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
+    def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> UnitStore:
         return view.new_kept(reuse, self.plan.forecast, self.plan.correction)
 
     @torch.no_grad()
@@ -56,7 +57,7 @@ class ProbedPolicy(PlanPolicy):
         super().__init__(plan, recompute=recompute)
         self._caches: list[tuple[int, ProbedCache]] = []
 
-    def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
+    def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> UnitStore:
         kept = view.new_kept(reuse, self.plan.forecast, self.plan.correction)
 
         def make(unit: str, count: int, learned: Forecast | None) -> BranchCache:
@@ -104,7 +105,7 @@ class StepSketchPolicy(Policy):
         self._caches: list[ChangesCache] = []
         self._outputs: list[ChangesCache] = []
 
-    def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
+    def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> UnitStore:
         def make(unit: str, count: int, learned: Forecast | None) -> BranchCache:
             caches = self._outputs if unit == OF_OUTPUT else self._caches
             caches.append(cache := ChangesCache(count, self.reach, self._offloading))
@@ -132,10 +133,10 @@ class StepSketchPolicy(Policy):
         return handles_of(self._caches, self._outputs)
 
 
-class _HandedValues(KeptValues):
+class _HandedValues(UnitStore):
     """Kept values in caches that a policy makes, and so keeps."""
 
-    def __init__(self, like: KeptValues, make: Callable[[str, int, Forecast | None], BranchCache]) -> None:
+    def __init__(self, like: UnitStore, make: Callable[[str, int, Forecast | None], BranchCache]) -> None:
         """Take over the branches of other kept values.
 
         Args:

@@ -18,47 +18,18 @@ from torch.utils import _pytree
 
 from harmonica.core.cache import Reuse
 from harmonica.core.router import FIXED_LOGIT, Router
-from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.tensor_tags import tensors_of
-from harmonica.integrations.recorded.trajectory import Trajectory
+from harmonica.integrations.recorded.trajectory import CallTrajectory
+from harmonica.integrations.recorded.transformer_step import TransformerStep
+from harmonica.integrations.recorded.unit_store import UnitStore
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.training.sdt import SdtTrainer, StepRecord, Update, records_of
-
-
-@dataclass(frozen=True)
-class TransformerStep:
-    """A call of a transformer at one step."""
-
-    view: RecordedTransformer
-    i: int
-    kept: KeptValues
-    shapes: dict[str, Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def planned(self, row: Any, *, recompute: bool = False) -> Any:
-        """Run the call under a row of a plan."""
-        return self.view.planned(
-            row, self.kept, self.i, self.shapes, self.args, self.kwargs, recompute=recompute
-        )
-
-    def full(self, *, recompute: bool = False) -> Any:
-        """Run the call with every branch computed and kept."""
-        return self.planned((True,) * len(self.view.branches), recompute=recompute)
-
-    def plain(self) -> Any:
-        """Run the transformer's own forward; nothing is kept."""
-        return self.view.forward(*self.args, **self.kwargs)
-
-    def mixed(self, scores_B: Tensor, refresh_row: Any) -> Any:
-        """Run the call with the scores of a router."""
-        return self.view.mixed(scores_B, refresh_row, self.kept, self.i, self.args, self.kwargs)
 
 
 class Policy(ABC):
     """A policy decides what each call of a trajectory returns."""
 
-    def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> KeptValues:
+    def new_kept(self, view: RecordedTransformer, reuse: Reuse) -> UnitStore:
         """Return the empty values of one of a step's calls."""
         return view.new_kept(reuse)
 
@@ -70,7 +41,7 @@ class Policy(ABC):
         """See the end of step i, when all its calls have been made."""
 
 
-class PolicyTrajectory(Trajectory):
+class PolicyTrajectory(CallTrajectory):
     """A trajectory whose calls follow a policy."""
 
     policy: Policy
@@ -90,22 +61,14 @@ class PolicyTrajectory(Trajectory):
         self.num_calls = len(self._kept)
         self.reset()
 
-    def new_kept(self, view: RecordedTransformer) -> KeptValues:
+    def new_kept(self, view: RecordedTransformer) -> UnitStore:
         return self.policy.new_kept(view, self.reuse)
 
-    def compute(
-        self,
-        view: RecordedTransformer,
-        i: int,
-        kept: KeptValues,
-        shapes: dict[str, Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if self._last is not None and self._last != i:
+    def compute(self, step: TransformerStep) -> Any:
+        if self._last is not None and self._last != step.i:
             self.policy.finish_step(self._last)
-        self._last = i
-        return self.policy.compute(TransformerStep(view, i, kept, shapes, args, kwargs))
+        self._last = step.i
+        return self.policy.compute(step)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.samples import Shard
-from harmonica.pipeline_training.policies import TransformerStep
+from harmonica.integrations.recorded.transformer_step import TransformerStep
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training import time_budget
 from harmonica.training.budget import with_numbers

@@ -12,10 +12,10 @@ from harmonica.core.plan_builders import even_plan, fastest_speedup, with_fixed_
 from harmonica.integrations.call_owner import current_pipeline
 from harmonica.integrations.pipeline_transformer import refuse_other_caches
 from harmonica.integrations.recorded.call_tracker import steps_of
-from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.kinds import BLOCKS, check_kinds
 from harmonica.integrations.recorded.planned_trajectory import TrajectoryByPlan
 from harmonica.integrations.recorded.trajectory import TransformerCall
+from harmonica.integrations.recorded.unit_store import UnitStore
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.integrations.recorded.views import views_of
 from harmonica.models.base import Macs
@@ -137,7 +137,7 @@ class EvenTrajectory(TrajectoryByPlan):
             )
         return self._plans[key]
 
-    def new_kept(self, view: RecordedTransformer) -> KeptValues:
+    def new_kept(self, view: RecordedTransformer) -> UnitStore:
         return view.new_kept("forecast", None, self.plan_of(view).correction)
 
     def ideal_speedup(self) -> float:

@@ -6,12 +6,12 @@ from typing import Any
 
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
-from harmonica.integrations.recorded.kept_values import KeptValues
-from harmonica.integrations.recorded.trajectory import Trajectory
+from harmonica.integrations.recorded.trajectory import CallTrajectory
+from harmonica.integrations.recorded.transformer_step import TransformerStep
 from harmonica.integrations.recorded.view import RecordedTransformer
 
 
-class TrajectoryByPlan(Trajectory):
+class TrajectoryByPlan(CallTrajectory):
     """Computes, reuses or skips units as a plan's row of a step says.
 
     A call whose values are not there computes everything: a second transformer's first call, and one of a
@@ -22,17 +22,10 @@ class TrajectoryByPlan(Trajectory):
     def plan_of(self, view: RecordedTransformer) -> Plan:
         """Return the plan that a recorded transformer follows."""
 
-    def compute(
-        self,
-        view: RecordedTransformer,
-        i: int,
-        kept: KeptValues,
-        shapes: dict[str, Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        row = self.plan_of(view).compute[i] if len(kept) else (True,) * len(view.branches)
-        return view.planned(row, kept, i, shapes, args, kwargs)
+    def compute(self, step: TransformerStep) -> Any:
+        if not len(step.kept):
+            return step.full()
+        return step.planned(self.plan_of(step.view).compute[step.i])
 
 
 class PlannedTrajectory(TrajectoryByPlan):

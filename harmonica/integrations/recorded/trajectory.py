@@ -19,7 +19,8 @@ from harmonica.integrations.recorded.call_tracker import (
     place_in_pipeline,
     steps_of,
 )
-from harmonica.integrations.recorded.kept_values import KeptValues
+from harmonica.integrations.recorded.transformer_step import TransformerStep
+from harmonica.integrations.recorded.unit_store import UnitStore
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.integrations.scheduler_guard import SecondCallError
 from harmonica.integrations.trajectory_claim import TrajectoryClaim
@@ -29,7 +30,7 @@ _TIMESTEPS = (  # the arguments' names in diffusers
 )
 
 
-class Trajectory(ABC):
+class CallTrajectory(ABC):
     """Holds the state of one trajectory for all transformers of a pipeline.
 
     Each call of a step has values of its own: the conditional and the unconditional one, and those of each
@@ -77,7 +78,7 @@ class Trajectory(ABC):
         self._set_up()
 
     def _forget(self) -> None:
-        self._kept: dict[CallKey, KeptValues] = {}
+        self._kept: dict[CallKey, UnitStore] = {}
         self._shapes: dict[CallKey, dict[str, Any]] = {}
         self._inputs: dict[CallKey, list[torch.Size]] = {}
 
@@ -114,28 +115,15 @@ class Trajectory(ABC):
         if self._inputs.get(key) != shapes:
             self._kept[key] = self.new_kept(view)
             self._shapes[key], self._inputs[key] = {}, shapes
-        return self.compute(view, i, self._kept[key], self._shapes[key], args, kwargs)
+        return self.compute(TransformerStep(view, i, self._kept[key], self._shapes[key], args, kwargs))
 
-    def new_kept(self, view: RecordedTransformer) -> KeptValues:
+    def new_kept(self, view: RecordedTransformer) -> UnitStore:
         """Return the empty values of one of the trajectory's calls."""
         return view.new_kept(self.reuse, *self.learned)
 
     @abstractmethod
-    def compute(
-        self,
-        view: RecordedTransformer,
-        i: int,
-        kept: KeptValues,
-        shapes: dict[str, Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Return the output of a call of step i.
-
-        Args:
-            kept: the call's values; empty where the call has to compute everything.
-            shapes: the call's stand-ins.
-        """
+    def compute(self, step: TransformerStep) -> Any:
+        """Return what a call gives the pipeline."""
 
     def _begin(self) -> None:
         """Begin a trajectory.
@@ -190,7 +178,7 @@ class Trajectory(ABC):
 class TransformerCall:
     """Replaces a transformer's forward by a call in a trajectory."""
 
-    def __init__(self, trajectory: Trajectory, number: int) -> None:
+    def __init__(self, trajectory: CallTrajectory, number: int) -> None:
         self.trajectory, self.number = trajectory, number
 
     def __get__(self, *_: Any) -> "TransformerCall":

@@ -12,8 +12,8 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 from harmonica.execution.mixing import mix
-from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.skipped import skipped_like
+from harmonica.integrations.recorded.unit_store import UnitStore
 
 
 class PlannedPass:
@@ -22,7 +22,7 @@ class PlannedPass:
     def __init__(
         self,
         compute_row: Sequence[bool],
-        kept: KeptValues,
+        kept: UnitStore,
         step: int,
         *,
         skipped: Container[str] = (),
@@ -73,7 +73,7 @@ class MixedPass:
         self,
         scores_B: Tensor,
         refresh_row: Sequence[bool],
-        kept: KeptValues,
+        kept: UnitStore,
         step: int,
         *,
         overwritten: Container[str] = (),

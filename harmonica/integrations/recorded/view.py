@@ -11,7 +11,6 @@ from harmonica.core.cache import Reuse
 from harmonica.core.plan import Correction, Forecast
 from harmonica.integrations.recorded.block_stack import record_blocks
 from harmonica.integrations.recorded.branches import BlockGraph, RecordedBranch, describe
-from harmonica.integrations.recorded.kept_values import KeptValues
 from harmonica.integrations.recorded.kinds import (
     ARCHITECTURE_KEY,
     BLOCKS,
@@ -25,6 +24,7 @@ from harmonica.integrations.recorded.skipped import has_skipped
 from harmonica.integrations.recorded.tensor_tags import tensors_of
 from harmonica.integrations.recorded.unit_calls import ReplacedUnits
 from harmonica.integrations.recorded.unit_passes import MixedPass, PlannedPass
+from harmonica.integrations.recorded.unit_store import UnitStore
 from harmonica.integrations.recorded.weights import fingerprint_of
 from harmonica.models.base import Macs
 from harmonica.models.fingerprint import Fingerprint
@@ -150,14 +150,14 @@ class RecordedTransformer:
         reuse: Reuse = "hold",
         learned: Forecast | None = None,
         correction: Correction | None = None,
-    ) -> KeptValues:
+    ) -> UnitStore:
         """Return the empty values of one trajectory of one batch."""
-        return KeptValues(self._branch_of, reuse, learned, correction)
+        return UnitStore(self._branch_of, reuse, learned, correction)
 
     def planned(
         self,
         compute_row: Sequence[bool],
-        kept: KeptValues,
+        kept: UnitStore,
         step: int,
         shapes: dict[str, Any],
         args: tuple[Any, ...],
@@ -197,7 +197,7 @@ class RecordedTransformer:
         self,
         scores_B: Tensor,
         refresh_row: Sequence[bool],
-        kept: KeptValues,
+        kept: UnitStore,
         step: int,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],

@@ -13,7 +13,7 @@ OF_OUTPUT = ""
 _TENSOR = object()  # marks the place of a tensor in an output
 
 
-class KeptValues:
+class UnitStore:
     """Holds the last outputs of every kept unit, for the calls of one trajectory."""
 
     def __init__(
@@ -87,9 +87,9 @@ class KeptValues:
             return None
         return tuple((row[self.branch_of[unit]],) * count for row in self.learned)
 
-    def copy(self) -> "KeptValues":
+    def copy(self) -> "UnitStore":
         """Return a second one that shares the values, which are never overwritten."""
-        twin = KeptValues(self.branch_of, self.reuse, self.learned, self.correction)
+        twin = UnitStore(self.branch_of, self.reuse, self.learned, self.correction)
         twin._outputs = self._outputs and self._outputs.copy()
         twin._caches = {unit: cache.copy() for unit, cache in self._caches.items()}
         twin._layouts = dict(self._layouts)
