@@ -1,4 +1,4 @@
-"""Plans and forecasts found without gradients.
+"""Plans and forecasts learned from gradients of the final image.
 
-They come from the start search, the selection and the fit.
+Here are the step search, the choice between plans, and the fit.
 """
