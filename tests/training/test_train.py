@@ -76,8 +76,8 @@ def test_a_trajectory_says_what_its_time_went_into(config: WorkflowConfig) -> No
     kinds = {f"seconds.{name}" for name in ("teacher", "student", "backward", "reduce")}
     assert {name for name in first if name.startswith("seconds.")} == kinds | {"seconds.lambda"}
     assert {name for name in second if name.startswith("seconds.")} == kinds, "lambda every iepo_every"
-    summed = sum(value for each in (first, second) for name, value in each.items() if "seconds." in name)
-    assert 0.5 * took < summed < took
+    seconds = [value for each in (first, second) for name, value in each.items() if "seconds." in name]
+    assert min(seconds) > 0 and sum(seconds) < took
 
 
 def test_whatever_a_phase_is_called_its_time_is_told() -> None:

@@ -63,19 +63,23 @@ def test_a_folder_is_listed_while_it_is_made(tmp_path):
     storage, ended = RunStorage(str(tmp_path), "r1"), threading.Event()
     (tmp_path / "r1").mkdir()
 
-    def come_and_go() -> None:
+    def come_and_go() -> int:
+        turns = 0
         while not ended.is_set():
             (tmp_path / "r1" / "train").mkdir()
             (tmp_path / "r1" / "train").rmdir()
+            turns += 1
+        return turns
 
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(come_and_go)
+        turns = pool.submit(come_and_go)
         until = time.monotonic() + 2
         try:
             while time.monotonic() < until:
                 assert storage.names("train") == []
         finally:
             ended.set()
+    assert turns.result() > 1
 
 
 def test_of_a_folder_the_manifest_comes_last(storage, tmp_path, monkeypatch):
