@@ -7,13 +7,14 @@ Both runs begin from the same noise.
 
 PIPELINE is the folder of a diffusers pipeline, ROUTER an artifact folder that was trained for its
 transformer; a speed in its place needs no training (`harmonica.EvenSteps`). The pipeline keeps its own
-scheduler; steps and guidance are the router's, or those that are given. Printed are the seconds of both, the
-speed, and how near the images are.
+scheduler; steps, guidance and size are the router's, or those that are given. Printed are the seconds of
+both, the speed, and how near the images are; of videos, all their frames.
 """
 
 import statistics
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,12 +27,15 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.diffusers_pipeline import apply, even_speedup, remove
 from harmonica.integrations.recorded.compiled_units import compile_blocks
 from harmonica.integrations.recorded.even_steps import EvenSteps
-from harmonica.integrations.recorded.pipelines import transformers_of
+from harmonica.integrations.recorded.pipelines import is_recorded, transformers_of
 from harmonica.io.paths import local
 from harmonica.samplers.noise import MAX_SEED
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from harmonica.validation.extras import need
 from harmonica.validation.settings import Count, Cure, Field, SettingError, require, settings
+
+_OUR_OWN = ("output_type", "return_dict")
+"""Arguments of a pipeline's call that are not a router's."""
 
 
 @settings()
@@ -110,7 +114,7 @@ def run(command: ApplyCommand) -> Path:
     ideal = even_speedup(pipe) if isinstance(plan, EvenSteps) else plan.ideal_speedup
     how = "even steps" if isinstance(plan, EvenSteps) else plan.method
     say(f"{plain_s / planned_s:.2f}x as fast; ideal speedup {ideal:.2f}x, {how}")
-    say(f"{_psnr(planned, plain):.1f} dB PSNR from the plain images, mean of {len(plain)}")
+    say(f"{_psnr(planned, plain):.1f} dB PSNR from the plain images, mean of {sum(map(len, plain))}")
     if command.rounds == 1:
         say("the first run of each is slower, and of a plan without training by two forwards: see --rounds 3")
     remove(pipe)
@@ -128,17 +132,30 @@ def _plan_and_call(command: ApplyCommand) -> tuple[RouterArtifact | EvenSteps, d
     for name, value in given.items():
         require(not value, name, value, "leave it out, since the router has its own")
     artifact = RouterArtifact.load(command.router)
+    if is_recorded(artifact):  # what the pipeline was called with, which need not name guidance
+        arguments = artifact.training.get("call", {}).get("arguments", {})
+        steps = {"num_inference_steps": artifact.sampler.num_inference_steps}
+        return artifact, steps | {name: each for name, each in arguments.items() if name not in _OUR_OWN}
     return artifact, {name: getattr(artifact.sampler, name) for name in given}
 
 
-def _sample_row(pipe: Any, command: ApplyCommand, call: dict[str, Any], way: str) -> tuple[list[Any], float]:
-    """Sample the images of one row and say how many seconds they took; returns both."""
+def _sample_row(
+    pipe: Any, command: ApplyCommand, call: dict[str, Any], way: str
+) -> tuple[list[list[Any]], float]:
+    """Sample the images or videos of one row, and say how many seconds they took.
+
+    Returns the frames of each, of which an image has one, and the seconds.
+    """
     subjects: Any = list(command.prompts or command.classes)
 
-    def sample() -> list[Any]:
+    def sample() -> list[list[Any]]:
         generator = torch.Generator().manual_seed(command.seed)
-        images: list[Any] = pipe(subjects, generator=generator, **call).images
-        return images
+        output = pipe(subjects, generator=generator, output_type="pil", **call)
+        if hasattr(output, "images"):
+            return [[image] for image in output.images]
+        if hasattr(output, "frames"):
+            return [list(video) for video in output.frames]
+        raise SettingError(f"pipeline is a {type(pipe).__name__}: give one that makes images or videos")
 
     if command.rounds > 1:
         sample()
@@ -148,25 +165,24 @@ def _sample_row(pipe: Any, command: ApplyCommand, call: dict[str, Any], way: str
         images = sample()
         seconds.append(time.perf_counter() - started)
     median_s = statistics.median(seconds)
-    say(f"{way:5} {median_s:.3f} s for {len(images)} images")
+    say(f"{way:5} {median_s:.3f} s for {len(images)} {'videos' if len(images[0]) > 1 else 'images'}")
     return images, median_s
 
 
-def _psnr(images: list[Any], reference: list[Any]) -> float:
-    """Return the mean PSNR in dB between PIL images; infinite for equal ones."""
-    changes = [
-        np.asarray(one, float) - np.asarray(other, float)
-        for one, other in zip(images, reference, strict=True)
-    ]
+def _psnr(images: list[list[Any]], reference: list[list[Any]]) -> float:
+    """Return the mean PSNR in dB between the frames of PIL images or videos; infinite for equal ones."""
+    pairs = zip(chain.from_iterable(images), chain.from_iterable(reference), strict=True)
+    changes = [np.asarray(one, float) - np.asarray(other, float) for one, other in pairs]
     with np.errstate(divide="ignore"):
         return float(np.mean([10 * np.log10(255**2 / np.square(each).mean()) for each in changes]))
 
 
-def _write(rows: list[list[Any]], output: Path) -> None:
-    """Write the rows of PIL images below one another."""
+def _write(rows: list[list[list[Any]]], output: Path) -> None:
+    """Write the rows of PIL images below one another; of a video, its frame in the middle."""
     from PIL import Image
 
-    pixels = [np.concatenate([np.asarray(image) for image in row], axis=1) for row in rows]
+    shown = [[frames[len(frames) // 2] for frames in row] for row in rows]
+    pixels = [np.concatenate([np.asarray(image) for image in row], axis=1) for row in shown]
     output.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(pixels, axis=0)).save(output)
 

@@ -1,7 +1,7 @@
 """Artifacts, runs and champions made before still load; `assets/made_before` has some of older versions.
 
 `router_format_1` is the first built-in champion (commit 12f5d17). The rest was made by commit 2bfb485:
-`training` is what `harmonica.train` had written after 4 of 10 trajectories, in the router's own training,
+`training` is what `harmonica train` had written after 4 of 10 trajectories, in the router's own training,
 with the artifact that it came to uninterrupted in `expected`; `run/config.json` is what the workflow records.
 """
 

@@ -5,7 +5,7 @@ steps is the scheduler's own count where it has one, else the timestep, whether 
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 from harmonica.integrations.call_owner import current_pipeline
@@ -24,16 +24,29 @@ def steps_of(pipe: Any) -> int | None:
     return None if timesteps is None else len(timesteps) - (getattr(scheduler, "begin_index", None) or 0)
 
 
-def place_in_pipeline(timestep: Callable[[], float]) -> Hashable:
+def place_in_pipeline(timesteps: Callable[[], Collection[float]]) -> Hashable:
     """Return what all calls of a step have in common, and no calls of the next step.
 
+    That is the scheduler's count of steps. Before its first step, and where the pipeline steps copies of it
+    (SkyReels-V2), there is none yet.
+
     Args:
-        timestep: reads it back from the device, for schedulers that do not count.
+        timesteps: reads those of the call back from the device.
+
+    Raises:
+        ValueError: no scheduler counts, and the timesteps do not tell the step.
     """
     scheduler: Any = getattr(current_pipeline(), "scheduler", None)
-    if hasattr(scheduler, "step_index"):
-        return scheduler.step_index or 0
-    return timestep()
+    if (counted := getattr(scheduler, "step_index", None)) is not None:
+        return int(counted)
+    found = frozenset(timesteps())
+    if len(found) == 1 or hasattr(scheduler, "step_index"):
+        return found
+    given = f"timestep is {sorted(found)}" if found else "the transformer is called without a timestep"
+    raise ValueError(
+        f"{given}, and the pipeline's scheduler does not count its steps: a plan has one step for the whole "
+        "batch and cannot tell which it is; use a scheduler with a step_index"
+    )
 
 
 class CallTracker:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -70,14 +70,24 @@ class EvenSteps:
         """
         if self.speedup > (most := fastest_speedup(num_steps, macs)):
             raise ValueError(
-                f"speedup is {self.speedup}: {num_steps} steps of this transformer reach {most:.2f} at most, "
-                "give at most that, or more steps"
+                f"speedup is {self.speedup}: {num_steps} steps of this transformer reach {most:.2f} at most: "
+                f"give {'more steps' if num_steps == 1 else 'at most that, or more steps'}"
             )
         share = self.correction
         if share is None:
             share = _SHARE_OF_FLOW_MATCHING if is_flow_matching else _SHARE
         plan = even_plan(num_steps, macs, self.speedup)
         return with_fixed_correction(plan, share) if share else plan
+
+    def nearest_plan(self, num_steps: int, macs: Macs, *, is_flow_matching: bool = False) -> Plan:
+        """Return the plan for a number of steps, or the fastest one where so few do not reach the speed.
+
+        A pipeline may make a single step, to warm up or since little is left to do to a picture.
+        """
+        if num_steps == 1:
+            return Plan.full(1, len(macs.branches))
+        even = replace(self, speedup=min(self.speedup, fastest_speedup(num_steps, macs)))
+        return even.plan(num_steps, macs, is_flow_matching=is_flow_matching)
 
 
 def is_flow_matching(scheduler: Any) -> bool:
@@ -127,10 +137,11 @@ class EvenTrajectory(TrajectoryByPlan):
         key = (view, self.num_steps, self._is_flow_matching)
         if key not in self._plans:
             macs = view.macs()
-            plan = self._even.plan(self.num_steps, macs, is_flow_matching=self._is_flow_matching)
+            plan = self._even.nearest_plan(self.num_steps, macs, is_flow_matching=self._is_flow_matching)
             self._plans[key] = plan
             reused = sum(not any(row) for row in plan.compute)
-            tell = logger.info if plan.cur else logger.warning
+            is_met = plan.cur and self._even.speedup <= fastest_speedup(self.num_steps, macs)
+            tell = logger.info if is_met else logger.warning
             tell(
                 "evenly spread steps: %d of %d are reused, for %.2f times less arithmetic",
                 *(reused, self.num_steps, plan.ideal_speedup(macs)),

@@ -7,7 +7,7 @@ The names are those of diffusers' blocks: `attn`, `attn1`, `attention`, `self_at
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 RecordedKind = Literal["attn", "cross", "mlp", "single", "blocks"]
 KINDS: tuple[RecordedKind, ...] = ("attn", "cross", "mlp", "single")
@@ -52,6 +52,8 @@ class Declaration:
     """The kind of sub-modules by the last part of their name; None is no branch."""
     refused: str = ""
     """Why the class has no plan; the sentence that users read."""
+    filled: str = ""
+    """The forward's argument that holds keys and values. Calls before the steps fill it (mode "write")."""
 
 
 DECLARATIONS: dict[str, Declaration] = {
@@ -61,6 +63,8 @@ DECLARATIONS: dict[str, Declaration] = {
     "PRXTransformer2DModel": Declaration({"down_proj": "mlp"}),
     # Blocks of a trunk over residues: attention with a pair bias, and a gated feed-forward.
     "RFD4ProteinaTransformer": Declaration({"mhba": "attn", "transition": "mlp"}),
+    # A call for each picture that is edited.
+    "GlmImageTransformer2DModel": Declaration(filled="kv_caches"),
     "T5FilmDecoder": Declaration({"DenseReluDense": "mlp"}),
     "AnyFlowFARTransformer3DModel": Declaration(
         refused="it draws a video in chunks, and each chunk's attention fills a cache of keys and values "
@@ -86,6 +90,12 @@ DECLARATIONS: dict[str, Declaration] = {
 def declaration_of(transformer: object) -> Declaration:
     """Return the declaration of the transformer's class, empty if it has none."""
     return DECLARATIONS.get(type(transformer).__name__, Declaration())
+
+
+def is_no_step(transformer: object, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a call fills a cache before the steps, and so is none of them."""
+    caches: Any = kwargs.get(declaration_of(transformer).filled)
+    return caches is not None and caches[0].mode == "write"
 
 
 def kind_of(name: str, declared: Declaration) -> RecordedKind | None:

@@ -107,7 +107,8 @@ class _Recorder:
             self._hook(block, self._enter_block(path), self._leave_block)
             for name, module in block.named_modules(prefix=path):
                 if module is not block:
-                    is_leaf = next(module.children(), None) is None
+                    # Inside of a layer with an adapter beside it is the model's own, and the adapter's.
+                    is_leaf = next(module.children(), None) is None or hasattr(module, "base_layer")
                     kind = kind_of(name.rpartition(".")[2], self._declared)
                     if is_leaf or kind:
                         self._hook(module, self._enter_unit(module, name, kind), self._leave_unit(module))

@@ -13,12 +13,14 @@ from torch.utils import _pytree
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Correction, Forecast
 from harmonica.integrations.call_owner import current_pipeline
+from harmonica.integrations.pipeline_transformer import refuse_other_caches
 from harmonica.integrations.recorded.call_tracker import (
     CallKey,
     CallTracker,
     place_in_pipeline,
     steps_of,
 )
+from harmonica.integrations.recorded.kinds import is_no_step
 from harmonica.integrations.recorded.transformer_step import TransformerStep
 from harmonica.integrations.recorded.unit_store import UnitStore
 from harmonica.integrations.recorded.view import RecordedTransformer
@@ -35,7 +37,8 @@ class CallTrajectory(ABC):
 
     Each call of a step has values of its own: the conditional and the unconditional one, and those of each
     transformer. They begin anew where a call's inputs have another shape than at the step before, as they
-    do when a batch shrinks on the way.
+    do when a batch shrinks on the way, or other switches, as where the first step fills a cache of keys and
+    values that later ones read.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class CallTrajectory(ABC):
     def _forget(self) -> None:
         self._kept: dict[CallKey, UnitStore] = {}
         self._shapes: dict[CallKey, dict[str, Any]] = {}
-        self._inputs: dict[CallKey, list[torch.Size]] = {}
+        self._inputs: dict[CallKey, list[Any]] = {}
 
     def calls(self) -> Iterator["TransformerCall"]:
         """Yield the call that replaces each transformer's forward."""
@@ -102,7 +105,9 @@ class CallTrajectory(ABC):
 
     def _forward(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         view = self.views[number]
-        place = place_in_pipeline(lambda: _timestep(view, args, kwargs))
+        if is_no_step(view.transformer, kwargs):
+            return view.forward(*args, **kwargs)
+        place = place_in_pipeline(lambda: _timesteps(view, args, kwargs))
         if self.claim.take(lambda is_other: is_other or self.tracker.begins(place)):
             self._begin()
         i, key = self.tracker.locate(place, number, self._contexts[number])
@@ -111,10 +116,10 @@ class CallTrajectory(ABC):
         if number not in self._checked and self._check_view is not None:
             self._check_view(view)
             self._checked.add(number)
-        shapes = [each.shape for each in _pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        if self._inputs.get(key) != shapes:
+        inputs = _kind_of_inputs(args, kwargs)
+        if self._inputs.get(key) != inputs:
             self._kept[key] = self.new_kept(view)
-            self._shapes[key], self._inputs[key] = {}, shapes
+            self._shapes[key], self._inputs[key] = {}, inputs
         return self.compute(TransformerStep(view, i, self._kept[key], self._shapes[key], args, kwargs))
 
     def new_kept(self, view: RecordedTransformer) -> UnitStore:
@@ -129,10 +134,13 @@ class CallTrajectory(ABC):
         """Begin a trajectory.
 
         Raises:
-            ValueError: the pipeline that runs has another number of steps.
+            ValueError: another cache has come since, or the pipeline that runs has another number of steps.
         """
         self.tracker.reset()
         self._forget()
+        for view in self.views:
+            refuse_other_caches(view.transformer)
+            view.follow_modules()
         pipe, wanted = current_pipeline(), self.num_steps
         if pipe is None:
             return
@@ -213,19 +221,20 @@ class TransformerCall:
         return self.trajectory.context(self.number, name, own)
 
 
-def _timestep(view: RecordedTransformer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+def _kind_of_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return what the calls have in common whose values may be reused: shapes, switches, what is given.
+
+    Numbers are left out, since a timestep may be one.
+    """
+    return [
+        leaf.shape if isinstance(leaf, Tensor) else leaf if isinstance(leaf, str | bool) else type(leaf)
+        for leaf in _pytree.tree_leaves((args, kwargs))
+    ]
+
+
+def _timesteps(view: RecordedTransformer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[float]:
+    """Return the different timesteps of a call's rows or tokens; none where it is given none."""
     signature = inspect.signature(type(view.transformer).forward)
     given = signature.bind(view.transformer, *args, **kwargs).arguments
     timestep = next((given[name] for name in _TIMESTEPS if given.get(name) is not None), None)
-    if timestep is None:
-        raise ValueError(
-            f"the call of {type(view.transformer).__name__} has no timestep and the pipeline's scheduler "
-            "does not count its steps: a plan cannot tell which step it is; use a scheduler with a step_index"
-        )
-    values = set(torch.as_tensor(timestep).flatten().tolist())
-    if len(values) != 1:
-        raise ValueError(
-            f"timestep is {sorted(values)}: a plan has one step for the whole batch, and the pipeline's "
-            "scheduler does not count its steps; use a scheduler with a step_index"
-        )
-    return float(values.pop())
+    return set() if timestep is None else set(torch.as_tensor(timestep).flatten().tolist())

@@ -118,6 +118,14 @@ class ReplacedUnits:
         self._modules = {path: self._transformer.get_submodule(path) for path in paths}
         self._replace_missing()
 
+    def follow(self) -> None:
+        """Replace the forwards of modules that have come to the paths since, in place of those before."""
+        for path, module in self._modules.items():
+            if (now := self._transformer.get_submodule(path)) is not module:
+                _take_off(module, self.board)
+                self._modules[path] = now
+        self._replace_missing()
+
     def keep_on(self) -> None:
         """Replace the forwards of blocks again that are no longer replaced.
 

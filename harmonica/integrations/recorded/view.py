@@ -118,6 +118,11 @@ class RecordedTransformer:
         feeders = self._graph.skippable(kept, kept)
         self._units.put_on(name.partition("#")[0] for name in (*kept, *feeders))
 
+    def follow_modules(self) -> None:
+        """Replace the forwards of modules that have taken the place of recorded ones, as adapters do."""
+        if self.is_recorded:
+            self._units.follow()
+
     def close(self) -> None:
         """Restore the transformer's modules."""
         self._units.take_off()
@@ -185,6 +190,11 @@ class RecordedTransformer:
         self._units.keep_on()
         with self._units.board.during(unit_pass):
             output = self.forward(*args, **kwargs)
+        if has_skipped(output):
+            raise ValueError(
+                f"the output of {type(self.transformer).__name__} depends on what its plan leaves out: "
+                "modules have been replaced within a call; harmonica.remove, and apply the plan again"
+            )
         return output if kept.correction is None else kept.corrected(step, output)
 
     def _find_skipped(self, compute_row: tuple[bool, ...]) -> frozenset[str]:
