@@ -52,7 +52,7 @@ RUN_BY = {
     "ray start --head": ("nodes/conftest.py", "LocalCluster("),
     "ray job submit": ("nodes/test_stopping.py", '"submit", f"--working-dir'),
     "python cluster/local_cluster.py": ("nodes/conftest.py", "LocalCluster("),
-    "python cluster/mlflow_server.py": ("workflow/test_workflow.py", "MlflowServer("),
+    "python cluster/mlflow_server.py": ("workflow/test_workflow_stores.py", "MlflowServer("),
     "curl -s http://127.0.0.1:8000/v1/images/generations": (
         "repository/test_documented_commands.py",
         "test_the_endpoint",
