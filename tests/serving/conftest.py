@@ -1,10 +1,13 @@
-"""What tests of the endpoint share, unless a module has its own: pipelines, and a tiny DiT."""
+"""What tests of the endpoint share, unless a module has its own: pipelines, a tiny DiT, several models."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_served_pipeline as tiny
 from fastapi.testclient import TestClient
+from ray.serve import context, multiplex
+from ray.serve._private.common import DeploymentID, ReplicaID
 from tiny_dit import make_artifact, write_model
 from tiny_engine import make_engine
 
@@ -44,3 +47,31 @@ def failing(source):
 
     yield fail
     source.error = None
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Model and router of each name."""
+    folder, made = tmp_path_factory.mktemp("models"), {}
+    for number, name in enumerate("abc"):
+        model = write_model(folder / name, seed=number)
+        made[name] = (model, make_artifact(model, seed=number))
+        made[name][1].save(folder / f"router-{name}")
+    return made
+
+
+@pytest.fixture
+def replica(monkeypatch):
+    """What Serve's multiplexing asks of the process that it runs in."""
+    name = DeploymentID(name="Sampler", app_name="test")
+    replica = context.ReplicaContext(
+        replica_id=ReplicaID(unique_id="x", deployment_id=name),
+        servable_object=None,
+        _deployment_config=None,
+        rank=None,
+        world_size=1,
+    )
+    monkeypatch.setattr(context, "_INTERNAL_REPLICA_CONTEXT", replica)
+    # What is told to Serve's controller: the names of the models that are loaded.
+    controller = SimpleNamespace(record_request_routing_info=lambda info: None)
+    monkeypatch.setattr(multiplex, "_get_global_client", lambda: controller)
