@@ -1,9 +1,14 @@
-"""What tests of fetched models share: an object store on loopback."""
+"""What tests of models' files share, unless a module has its own: an object store, a tiny DiT's weights."""
+
+from pathlib import Path
 
 import boto3
 import pytest
 from fetching import BUCKET, SECRET
 from moto.server import ThreadedMotoServer
+from torch import Tensor
+
+from harmonica.models.dit.model import DiT
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +42,13 @@ def uri(s3_endpoint):
         return f"s3://id:{secret}@{BUCKET}/{key}?{where}"
 
     return make
+
+
+@pytest.fixture
+def state(tiny_dit: DiT) -> dict[str, Tensor]:
+    return tiny_dit.float().state_dict()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "dit.pt"
