@@ -18,6 +18,8 @@ from harmonica.data.samples import SampleSpec, make_samples
 from harmonica.data.text_encoder import encoder_identity
 from harmonica.models.text_condition import TextCondition
 
+# The store
+
 
 @pytest.mark.parametrize("open_parts", [1, 16])
 def test_rows_are_what_was_embedded_without_padding(store, encoder, open_parts, monkeypatch):
@@ -119,6 +121,9 @@ def test_a_damaged_part_is_said(store, tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"no readable parts/part-4.parquet \(ArrowInvalid\)"):
         PromptStore(tmp_path / "store").row(4)
+
+
+# What is trained on
 
 
 def test_the_model_cannot_tell_stored_prompts_from_fresh_ones(store, encoder):

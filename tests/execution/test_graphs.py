@@ -41,6 +41,9 @@ def check_replays(sampler: Sampler, batches: list[tuple[Any, Any]], **how: Any) 
         close(draw(sampler, batch, "graphed", **how), draw(sampler, batch, "eager", **how))
 
 
+# Trajectories
+
+
 @pytest.mark.parametrize("way", ways(4))
 def test_replays_draw_what_the_steps_do(way):
     sampler = ddim(make_dit())
@@ -134,6 +137,9 @@ def test_a_conditioning_kept_from_another_batch_is_not_drawn_with(monkeypatch):
     assert len(store_of(sampler)) == 0, "refused: those tensors are no inputs"
 
 
+# What is kept
+
+
 def test_recordings_go_when_they_take_more_than_their_bound():
     sampler, batch = ddim(make_dit()), make_batch(1)
     plans = [even_plan(4), random_plan(4)]
@@ -175,6 +181,9 @@ def test_copies_of_a_model_begin_without_recordings():
 def test_buckets():
     assert [bucket_of(size) for size in (1, 2, 3, 5, 16, 17, 32, 33)] == [1, 2, 4, 8, 16, 32, 32, None]
     assert BUCKETS == (1, 2, 4, 8, 16, 32)
+
+
+# On a GPU
 
 
 @pytest.mark.gpu

@@ -26,6 +26,9 @@ def case(request, tmp_path) -> Case:
     return make_case(request.param, tmp_path)
 
 
+# Images
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize(
     ("reuse", "is_corrected", "has_segments"),
@@ -92,6 +95,9 @@ def test_diffusers_dit_seen_as_branches_is_our_own(dit):
         view.identity()
 
 
+# What the router was made for
+
+
 def test_a_model_it_was_not_made_for_is_refused(dit, pixart):
     for case, other in ((dit, pixart), (pixart, dit)):
         with pytest.raises(ValueError, match=r"model.architecture is .* and the router was made for"):
@@ -150,6 +156,9 @@ def test_a_sampler_that_no_pipeline_follows_is_refused(dit):
             harmonica.apply(dit.transformer, artifact)
         harmonica.apply(dit.transformer, artifact, allow_other_sampler=True)
         harmonica.remove(dit.transformer)
+
+
+# Import
 
 
 def test_apply_is_offered_without_importing_torch():

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import harmonica
 
+# Adapters
+
 
 class Adapted(nn.Module):
     """A linear layer as PEFT wraps it; PEFT itself is not installed."""
@@ -51,6 +53,9 @@ def test_adapters_that_would_make_a_dits_embedders_differ_are_refused(dit):
     embedder.linear_1 = Adapted(embedder.linear_1)
     with pytest.raises(ValueError, match=r"blocks.1.norm1.emb.timestep_embedder.linear_1 has an adapter"):
         dit.run()
+
+
+# Weights in another form
 
 
 def fuse(transformer: nn.Module) -> None:

@@ -24,6 +24,9 @@ def case(request, tmp_path) -> Case:
     return make_case(request.param, tmp_path)
 
 
+# The contract
+
+
 def test_applied_twice_raises(case):
     harmonica.apply(case.transformer, case.artifact())
     with pytest.raises(ValueError, match=r"has a plan already: harmonica.remove\(transformer\) first"):
@@ -175,6 +178,9 @@ def test_a_copy_follows_a_plan_of_its_own(case):
     case.pipe.transformer = twin
     assert torch.equal(case.run(), wanted)
     harmonica.remove(twin)
+
+
+# Counting calls
 
 
 def test_a_public_samplers_plan_is_followed_by_counting(case, caplog):

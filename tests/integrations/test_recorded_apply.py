@@ -126,6 +126,9 @@ def test_a_batch_that_shrinks_computes_everything_at_that_step():
     assert rows == [4, 2]
 
 
+# The branch files
+
+
 @pytest.mark.parametrize("kind", ["dit", "alpha 1024"])
 @pytest.mark.parametrize("reuse", ["hold", "forecast"])
 def test_the_two_views_of_one_model_make_the_same_latents(kind, reuse, tmp_path):

@@ -13,6 +13,8 @@ from harmonica.models.dit.public_layout import infer_shape
 from harmonica.models.loading import ModelConfig, load_model
 from tests.models.test_foreign_checkpoints import QKV, State, zeros
 
+# The shape
+
 
 def small_public() -> State:
     """DiT-S/8 of two blocks, for 64 x 64 latents."""
@@ -64,6 +66,9 @@ def test_another_model_s_file_says_what_it_has(path: Path, state: State, words: 
     torch.save(state, path)
     with pytest.raises(ValueError, match=words):
         load_model(ModelConfig(path=str(path)))
+
+
+# The values
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

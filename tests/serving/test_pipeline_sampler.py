@@ -149,6 +149,9 @@ def test_routers_of_others_are_refused(images, artifact):
         images.make_plan(dataclasses.replace(artifact, model={"architecture": "DiT"}), "4")
 
 
+# Compiled execution
+
+
 @pytest.fixture
 def traced(monkeypatch, no_codegen):
     """The operations of what was compiled, graph by graph."""
