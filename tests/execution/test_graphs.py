@@ -1,4 +1,4 @@
-"""Recorded steps: what their twin on a CPU refuses, and that replays draw what the steps do.
+"""Recorded steps: that replays draw what the steps do, and which recordings are kept.
 
 The tests marked `gpu` are written after torch's documentation. No GPU has run them.
 """
@@ -7,8 +7,6 @@ import copy
 import itertools
 import logging
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,11 +17,7 @@ from execution_cases import STEPS, ddim, draw, even_plan, make_batch, make_dit, 
 from torch import Tensor
 
 from harmonica.core.sampling import sample
-from harmonica.execution import cuda_recorder
-from harmonica.execution.capture_check import NotCapturableError
-from harmonica.execution.cuda_recorder import CudaRecorder
-from harmonica.execution.graphs import BUCKETS, GraphStore, RecordedTrajectory, bucket_of
-from harmonica.execution.recorders import HostRecorder
+from harmonica.execution.graphs import BUCKETS, GraphStore, bucket_of
 from harmonica.models.step_conditionings import StepConditionings
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
@@ -45,75 +39,6 @@ def check_replays(sampler: Sampler, batches: list[tuple[Any, Any]], **how: Any) 
     """The first is run, the second recorded and replayed, the others replayed."""
     for batch in batches:
         close(draw(sampler, batch, "graphed", **how), draw(sampler, batch, "eager", **how))
-
-
-# The recorder
-
-
-def recorded(step: Any, *inputs: Tensor) -> RecordedTrajectory:
-    trajectory = RecordedTrajectory(HostRecorder(inputs), list(inputs))
-    trajectory.record([step])
-    return trajectory
-
-
-def test_a_replay_computes_from_what_the_buffers_hold():
-    buffer = torch.ones(2)
-    trajectory = recorded(lambda: (buffer.view(2, 1) * 3).add_(1).mT[0, 1:], buffer)
-    (result,) = trajectory.results
-    trajectory.fill([torch.tensor([1.0, 5.0])])
-    assert result.isnan().all(), "before the replay there is nothing"
-    trajectory.replays[0]()
-    assert result == 16
-
-
-@pytest.mark.parametrize(
-    ("step", "why"),
-    [
-        (lambda x: x.sum().item(), "reads a value back"),
-        (lambda x: (x > 0).tolist(), "reads a value back"),
-        (lambda x: x[x > 0], "reads a value back"),
-        (lambda x: x + torch.tensor([1.0, 2.0]), "copied from the host"),
-        (lambda x: x + torch.randn(2), "draws numbers"),
-        (lambda x: x + torch.rand_like(x), "draws numbers"),
-    ],
-)
-@pytest.mark.parametrize("is_inference", [False, True])
-def test_what_a_capture_would_refuse_is_refused(step, why, is_inference):
-    buffer = torch.ones(2)
-    with torch.inference_mode(is_inference), pytest.raises(NotCapturableError, match=why):
-        recorded(lambda: step(buffer), buffer)
-
-
-def test_a_number_of_the_host_and_a_fill_are_allowed():
-    buffer, host = torch.ones(2), torch.arange(4.0)
-    trajectory = recorded(lambda: buffer * host[2] + torch.full((2,), 3.0), buffer)
-    trajectory.replays[0]()
-    assert trajectory.results[0].tolist() == [5, 5]
-
-
-def test_what_an_earlier_trajectory_left_is_nothing():
-    buffer, left = torch.ones(2), []
-
-    def step() -> Tensor:
-        left.append(buffer * 2)
-        return left[0] + 1 if len(left) > 1 else left[0] + buffer
-
-    recorder = HostRecorder([buffer])
-    first, second = RecordedTrajectory(recorder, [buffer]), RecordedTrajectory(recorder, [buffer])
-    first.record([step])
-    second.record([step])
-    second.fill([torch.ones(2)])
-    second.replays[0]()
-    assert second.results[0].isnan().all()
-
-
-def test_a_padding_row_that_leaks_shows():
-    buffer = torch.ones(4, 3)
-    apart, mixed = recorded(lambda: buffer * 2, buffer), recorded(lambda: buffer - buffer.mean(0), buffer)
-    for trajectory, leaks in ((apart, False), (mixed, True)):
-        trajectory.fill([torch.ones(3, 3)])
-        trajectory.replays[0]()
-        assert bool(trajectory.results[0][:3].isnan().any()) == leaks
 
 
 # Trajectories
@@ -256,100 +181,6 @@ def test_copies_of_a_model_begin_without_recordings():
 def test_buckets():
     assert [bucket_of(size) for size in (1, 2, 3, 5, 16, 17, 32, 33)] == [1, 2, 4, 8, 16, 32, 32, None]
     assert BUCKETS == (1, 2, 4, 8, 16, 32)
-
-
-# The recorder of CUDA, with stand-ins
-
-
-class _Calls:
-    """What stands in for `torch.cuda`: the order of calls is kept, and nothing is captured."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.names: list[str] = []
-        self.current: Any = "served"
-        for place in ("graph_pool_handle", "empty_cache", "memory_snapshot"):
-            patch.setattr(torch.cuda, place, self.named(place, (0, 7) if "handle" in place else []))
-        for place in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool"):
-            patch.setattr(torch._C, place, self.named(place), raising=False)
-        patch.setattr(torch.cuda, "current_stream", lambda device: self)
-        patch.setattr(torch.cuda, "stream", self.stream)
-        patch.setattr(torch.cuda, "Stream", lambda device: self)
-        patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
-        cuda_recorder._capture_stream.cache_clear()
-
-    device = torch.device("cuda", 0)
-    fails = False
-
-    def named(self, name: str, result: Any = None) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.names.append(name)
-            return result
-
-        return call
-
-    @contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        before, self.current = self.current, stream
-        try:
-            yield
-        finally:
-            self.current = before
-
-    def wait_stream(self, other: Any) -> None:
-        self.names.append("wait")
-
-    def capture_begin(self, **how: Any) -> None:
-        assert self.current is self and not torch.is_inference_mode_enabled()
-        assert how == {"pool": (0, 7), "capture_error_mode": "thread_local"}
-        self.names.append("begin")
-
-    def capture_end(self) -> None:
-        assert self.current is self
-        self.names.append("end")
-        if self.fails:
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-    def replay(self) -> None:
-        self.names.append("replay")
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Calls]:
-    yield _Calls(monkeypatch)
-    cuda_recorder._capture_stream.cache_clear()
-
-
-def test_what_a_capture_does_in_its_order(cuda):
-    """Not what it captures: that takes a GPU."""
-    recorder = CudaRecorder(torch.device("cuda"))
-    cuda.names.clear()
-    with torch.inference_mode(), recorder.recording():
-        recorder.warm_up(lambda: cuda.names.append("run"))
-        for _ in range(2):
-            _, replay = recorder.record(lambda: cuda.names.append("step"))
-    replay()
-    clear, around = "_cuda_clearCublasWorkspaces", ["begin", "step", "end"]
-    assert cuda.names == ["wait", "run", "wait", "empty_cache", clear, *around, *around, clear, "replay"]
-    assert cuda.current == "served" and recorder.nbytes == 0
-
-
-def test_a_capture_that_fails_leaves_the_stream_and_the_allocator_and_says_why(cuda):
-    recorder, cuda.fails = CudaRecorder(torch.device("cuda")), True
-
-    def step() -> None:
-        raise RuntimeError("the reason")
-
-    with pytest.raises(RuntimeError, match="the reason"), recorder.recording():
-        recorder.record(step)
-    assert cuda.names[-3:] == ["end", "_cuda_endAllocateToPool", "_cuda_clearCublasWorkspaces"]
-    assert cuda.current == "served" and not cuda_recorder._capture_lock().locked()
-
-
-def test_a_step_that_cannot_be_captured_is_found_before_the_capture(cuda):
-    recorder = CudaRecorder(torch.device("cuda"))
-    with pytest.raises(NotCapturableError), recorder.recording():
-        recorder.warm_up(lambda: torch.ones(2, device="meta").sum().item())
-    assert "begin" not in cuda.names and cuda.current == "served"
 
 
 # On a GPU

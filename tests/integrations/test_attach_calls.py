@@ -26,11 +26,6 @@ SECOND = r"a second call came while one runs \(in thread \w+\): a pipeline with 
 
 
 @pytest.fixture
-def pixart(tmp_path) -> Case:
-    return make_case("sigma", tmp_path)
-
-
-@pytest.fixture
 def planned(pixart) -> Case:
     harmonica.apply(pixart.transformer, pixart.artifact(reuse="forecast"))
     return pixart

@@ -52,7 +52,7 @@ RUN_BY = {
     "ray start --head": ("nodes/conftest.py", "LocalCluster("),
     "ray job submit": ("nodes/test_stopping.py", '"submit", f"--working-dir'),
     "python cluster/local_cluster.py": ("nodes/conftest.py", "LocalCluster("),
-    "python cluster/mlflow_server.py": ("workflow/test_workflow.py", "MlflowServer("),
+    "python cluster/mlflow_server.py": ("workflow/test_workflow_stores.py", "MlflowServer("),
     "curl -s http://127.0.0.1:8000/v1/images/generations": (
         "repository/test_documented_commands.py",
         "test_the_endpoint",
@@ -66,7 +66,7 @@ NEEDS = {
     "podman build": "podman and the package index",
     "kubectl ": "a Kubernetes cluster; test_cluster_files.py checks the manifests",
     "ray get-auth-token": "a home folder that it may write to",
-    "ray up cluster/ray-up": "machines that are reached over SSH; test_cluster_files.py checks the file",
+    "ray up cluster/ray-up": "machines reached over SSH; test_ray_up_and_monitoring.py checks the file",
     "ray dashboard cluster/ray-up": "the same",
     "ray down cluster/ray-up": "the same",
 }

@@ -1,39 +1,22 @@
-"""A diffusers pipeline behind the endpoint's engine, without Ray."""
+"""A diffusers pipeline behind the endpoint's engine, without Ray: the images that it makes."""
 
-import asyncio
-import contextlib
 import copy
 import dataclasses
 import functools
-import json
 
 import pytest
 import tiny_served_pipeline as tiny
 import torch
 from diffusers import FluxPipeline
-from tiny_recorded_pipelines import make_case
 
 import harmonica
-from harmonica.builtin import CHAMPION
 from harmonica.integrations.compiled_modules import any_compiled
 from harmonica.integrations.exchanged_plans import ExchangedPlans
-from harmonica.integrations.pipeline_folder import PipelineFolder
 from harmonica.models.loading import ModelConfig
-from harmonica.validation.settings import SettingError
 from pipelines.config.serve import ServeConfig
-from pipelines.serving.api_requests import GenerateRequest
-from pipelines.serving.engine import GenerationEngine
 from pipelines.serving.engine_loader import make_sampler
-from pipelines.serving.generation import check
-from pipelines.serving.http_errors import ApiError
 from pipelines.serving.image_request import ImageRequest, Picture, SettingRejected
-from pipelines.serving.image_sizes import SizeBounds
 from pipelines.serving.pipeline_sampler import PipelineSampler
-from pipelines.serving.registry_watcher import RegistryWatcher
-from pipelines.serving.requests import ModelCard
-from pipelines.serving.router_choice import choose_router
-from pipelines.serving.servable_pipeline import ServablePipeline, servable_pipeline
-from pipelines.serving.serve_args import ServeArgs
 
 
 @pytest.fixture(scope="module")
@@ -164,221 +147,6 @@ def test_routers_of_others_are_refused(images, artifact):
         images.make_plan(dataclasses.replace(artifact, model={**artifact.model, "weights": "0000"}), "4")
     with pytest.raises(ValueError, match="was made for a DiT outside of any pipeline"):
         images.make_plan(dataclasses.replace(artifact, model={"architecture": "DiT"}), "4")
-
-
-# Folders
-
-
-def rewritten(folder, index=None, transformer=None):
-    """The folder's files alone that are read before weights."""
-    (folder / "transformer").mkdir(parents=True)
-    kinds = {"transformer": transformer, "vae": "AutoencoderKL"} if transformer else {}
-    parts = {name: ["diffusers", kind] for name, kind in kinds.items()}
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": index, **parts}))
-    if transformer:
-        (folder / "transformer/config.json").write_text(json.dumps({"_class_name": transformer}))
-    return ModelConfig(path=str(folder))
-
-
-@pytest.mark.parametrize(
-    ("index", "transformer", "message"),
-    [
-        ("WanPipeline", "WanTransformer3DModel", "which generates videos: this endpoint serves images"),
-        ("LattePipeline", "LatteTransformer3DModel", "which generates videos"),
-        ("WanAnimatePipeline", "WanAnimateTransformer3DModel", "which generates videos"),
-        ("StableDiffusionXLPipeline", None, r"without a transformer \(transformer/ is missing\)"),
-        ("FluxFillPipeline", "FluxTransformer2DModel", "whose call takes mask_image, which no request has"),
-        ("NoSuchPipeline", "FluxTransformer2DModel", "does not have: install the version that wrote it"),
-    ],
-)
-def test_pipelines_that_are_not_served_are_refused_before_weights_are_read(
-    tmp_path, index, transformer, message
-):
-    config = rewritten(tmp_path, index, transformer)
-    with pytest.raises(ValueError, match=message):
-        servable_pipeline(config)
-    with pytest.raises(ValueError, match=message):
-        make_sampler(config, ServeConfig())
-
-
-def test_models_with_branch_files_are_no_pipelines_of_this_kind(tmp_path):
-    assert servable_pipeline(rewritten(tmp_path, "PixArtSigmaPipeline", "PixArtTransformer2DModel")) is None
-    assert servable_pipeline(ModelConfig()) is None
-
-
-def test_settings_without_a_meaning_are_refused(folder):
-    with pytest.raises(SettingError, match=r"model\.execution is 'graphed': give eager or compiled"):
-        servable_pipeline(ModelConfig(path=str(folder), execution="graphed"))
-    with pytest.raises(SettingError, match=r"serve\.over_limit is 'refuse': give truncate"):
-        make_sampler(ModelConfig(path=str(folder)), ServeConfig(over_limit="refuse"))
-
-
-@pytest.mark.parametrize(
-    ("name", "transformer", "guidance", "pictures", "needs", "negative"),
-    [
-        ("FluxKontextPipeline", "FluxTransformer2DModel", "guidance_scale", 1, False, False),
-        ("QwenImagePipeline", "QwenImageTransformer2DModel", "true_cfg_scale", 0, False, True),
-        ("QwenImageEditPipeline", "QwenImageTransformer2DModel", "true_cfg_scale", 1, True, True),
-        ("QwenImageEditPlusPipeline", "QwenImageTransformer2DModel", "true_cfg_scale", 4, True, True),
-        ("StableDiffusion3Pipeline", "SD3Transformer2DModel", "guidance_scale", 0, False, True),
-        ("Flux2Pipeline", "Flux2Transformer2DModel", "guidance_scale", 4, False, False),
-        ("ZImagePipeline", "ZImageTransformer2DModel", "guidance_scale", 0, False, True),
-    ],
-)
-def test_a_class_says_what_it_takes(tmp_path, name, transformer, guidance, pictures, needs, negative):
-    found = servable_pipeline(rewritten(tmp_path, name, transformer))
-    assert isinstance(found, ServablePipeline)
-    assert (found.guidance, found.max_pictures, found.needs_pictures) == (guidance, pictures, needs)
-    assert found.takes_negative_prompts == negative
-
-
-def test_a_router_is_chosen_by_its_class_before_weights_are_read(folder, artifact, tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    model = ModelConfig(path=str(folder))
-    found = choose_router(model, "", "tiny", str(tmp_path))
-    assert (found.router, found.tracking_uri) == ("uncached", "")
-    assert "every branch computed, since there is no router" in found.summary
-    router = artifact.save(tmp_path / "router")
-    assert choose_router(model, str(router), "tiny", str(tmp_path)).router == str(router)
-    with pytest.raises(ValueError, match=r"fit model\.path .*: it was made for a DiT outside of any"):
-        choose_router(model, str(CHAMPION), "tiny", str(tmp_path))
-    other = dataclasses.replace(
-        artifact, model={**artifact.model, "diffusers_class": "SD3Transformer2DModel"}
-    )
-    with pytest.raises(ValueError, match="made for a SD3Transformer2DModel, and FluxPipeline has a Flux"):
-        choose_router(model, str(other.save(tmp_path / "other")), "tiny", str(tmp_path))
-
-
-# Guidance by a negative prompt, as Qwen-Image has it: the arguments of the pipeline's call
-
-
-class _Recording:
-    """Stands for a pipeline, and keeps what it is called with."""
-
-    vae_scale_factor = 8
-
-    def __init__(self, case):
-        self.transformer, self.scheduler, self.calls = case.pipe.transformer, case.pipe.scheduler, []
-
-    def __call__(self, **call):
-        self.calls.append(call)
-        return (torch.zeros(len(call["generator"]), 3, call["height"], call["width"]),)
-
-
-@pytest.fixture(scope="module")
-def case():
-    return make_case("qwen")
-
-
-def qwen(case, tmp_path, monkeypatch, name="QwenImagePipeline"):
-    found = servable_pipeline(rewritten(tmp_path, name, "QwenImageTransformer2DModel"))
-    monkeypatch.setattr(PipelineFolder, "load", lambda self, **_: _Recording(case))
-    return PipelineSampler(found, ModelConfig())
-
-
-def called(images, *requests, served=None):
-    images.generate(requests, served)
-    (call,) = images.pipe.calls
-    images.pipe.calls.clear()
-    return {name: call.get(name) for name in ("prompt", "negative_prompt", "true_cfg_scale", "image")}
-
-
-def test_guidance_by_a_negative_prompt_is_on_by_default(case, tmp_path, monkeypatch):
-    images = qwen(case, tmp_path, monkeypatch)
-    own = images.own_sampler("")
-    assert (own.guidance_scale, own.num_inference_steps) == (4.0, 50)
-    images.use(images.make_uncached(own))
-    rows = [ImageRequest("a", 1, 0), ImageRequest("b", 1, 1, "c")]
-    assert images.shared_with(rows[0], images.champion) != images.shared_with(rows[1], images.champion)
-    expected = {"prompt": ["a"], "negative_prompt": [""], "true_cfg_scale": None, "image": None}
-    assert called(images, rows[0]) == expected
-    guided = dataclasses.replace(rows[1], guidance_scale=2.0)
-    asked = {"prompt": ["b"], "negative_prompt": ["c"], "true_cfg_scale": 2.0}
-    assert called(images, guided) == expected | asked
-
-
-def test_a_router_that_was_trained_unguided_is_served_unguided(case, tmp_path, monkeypatch):
-    images, artifact = qwen(case, tmp_path, monkeypatch), case.artifact()
-    call = {
-        "arguments": {"height": 64, "width": 96, "max_sequence_length": 32},
-        "prompt_arguments": ["prompt"],
-    }
-    images.use(images.make_plan(dataclasses.replace(artifact, training={"call": call}), "3"))
-    assert images.champion.config.guidance_scale == 1.0 and images.sizes.default == (96, 64)
-    row = ImageRequest("a", 1, 0)
-    monkeypatch.setattr(images._exchanged, "under", lambda plan: contextlib.nullcontext())
-    expected = {"prompt": ["a"], "negative_prompt": None, "true_cfg_scale": None, "image": None}
-    assert called(images, row) == expected
-    with pytest.raises(SettingRejected, match="negative_prompt is set and router 3 was trained without"):
-        images.check(dataclasses.replace(row, negative_prompt="b"))
-    free = images.plan_for("high", None, 3.0)
-    images.check(dataclasses.replace(row, negative_prompt="b"), free)
-    guided = dataclasses.replace(row, guidance_scale=3.0)
-    asked = {"negative_prompt": [""], "true_cfg_scale": 3.0}
-    assert called(images, guided, served=free) == expected | asked
-    call = {"arguments": {"negative_prompt": " ", "true_cfg_scale": 2.5}, "prompt_arguments": ["prompt"]}
-    images.use(images.make_plan(dataclasses.replace(artifact, training={"call": call}), "4"))
-    assert images.champion.config.guidance_scale == 2.5
-    assert called(images, row) == expected | {"negative_prompt": [" "], "true_cfg_scale": 2.5}
-
-
-def test_images_of_one_picture_and_prompt_are_one_prompt(case, tmp_path, monkeypatch):
-    images = qwen(case, tmp_path, monkeypatch, "QwenImageEditPlusPipeline")
-    images.use(images.make_uncached(images.own_sampler("")))
-    pictures = tuple(Picture(32, 16, bytes([shade]) * 1536) for shade in (0, 255))
-    call = called(images, *(ImageRequest("a", 1, i, pictures=pictures) for i in range(2)))
-    assert (call["prompt"], call["negative_prompt"]) == ("a", "")
-    assert [each.size for each in call["image"]] == [(32, 16)] * 2
-    assert images.probe().pictures, "nothing is generated without one"
-
-
-def test_a_pipeline_that_only_edits_says_so():
-    bounds = SizeBounds((64, 64), 16, 2**20, 4096)
-    card = ModelCard(
-        model="tiny",
-        router_version="",
-        cur=0.0,
-        class_names=(),
-        image_size=64,
-        max_images=4,
-        sizes=bounds,
-        max_pictures=1,
-        needs_pictures=True,
-    )
-    body = GenerateRequest(prompt="a")
-    with pytest.raises(ApiError, match="'tiny' edits pictures: POST one to /v1/images/edits"):
-        check(body, card)
-    assert check(body, card, num_pictures=1) == ("a", [])
-    with pytest.raises(ApiError, match="'tiny' takes 0: leave it out, and POST to /v1/images/generations"):
-        check(body, dataclasses.replace(card, max_pictures=0, needs_pictures=False), num_pictures=1)
-
-
-@pytest.mark.parametrize("router", ["trained", "uncached"])
-def test_a_replica_tries_its_router_out(folder, artifact, tmp_path, router):
-    path = str(artifact.save(tmp_path / "trained")) if router == "trained" else router
-    args = ServeArgs(model=ModelConfig(path=str(folder)), router=path, registered_model="tiny").resolved()
-    images = make_sampler(args.model, args.serve)
-    engine = GenerationEngine(images, "tiny", args.serve)
-
-    async def start():
-        await RegistryWatcher(engine, args).poll()
-        return await engine.describe()
-
-    card = asyncio.run(start())
-    assert (card.router_version, card.class_names, card.has_previews) == (router, (), True)
-    by_quality = {quality: each for each in card.routers for quality in each.quality}
-    assert by_quality["high"].version == "uncached" and by_quality["medium"].version == router
-    assert by_quality["high"].num_inference_steps == (tiny.STEPS if router == "trained" else 28)
-    assert by_quality["medium"].guidance_scale == (3.0 if router == "trained" else 3.5)
-
-
-def test_a_replica_refuses_a_router_whose_branches_are_others(folder, artifact, tmp_path):
-    fewer = {**artifact.model, "branches": artifact.model["branches"][1:]}
-    path = str(dataclasses.replace(artifact, model=fewer).save(tmp_path / "router"))
-    args = ServeArgs(model=ModelConfig(path=str(folder)), router=path).resolved()
-    engine = GenerationEngine(make_sampler(args.model, args.serve), "tiny", args.serve)
-    with pytest.raises(ValueError, match="they differ in"):
-        asyncio.run(RegistryWatcher(engine, args).poll())
 
 
 # Compiled execution

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from images_endpoint import PATH
 from PIL import Image
 from tiny_engine import CONFIG, make_engine
 
@@ -17,7 +18,6 @@ from harmonica.data.text_encoder import PromptTooLong, TextEncoder
 from harmonica.models.loading import BUILTIN_TEXT, ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler
 from pipelines.serving.images_api import create_app
-from tests.serving.test_images_api import PATH
 
 LONG = "a photo of a dark sneaker " * 4
 """21 tokens of the 16 that the model reads."""

@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from tiny_pipeline import LINEAR, make_vae, write_pipeline
 from torch import Tensor
 
+import harmonica
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan
 from harmonica.core.sampling import sample
@@ -163,3 +164,13 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
     """Relative distance."""
     assert ours.shape == theirs.shape and theirs.norm() > 0
     return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def planned(case: Case, **artifact) -> tuple[Tensor, Tensor]:
+    """Latents without and with a plan that is taken off again."""
+    without = case.run()
+    harmonica.apply(case.transformer, case.artifact(**artifact))
+    latents = case.run()
+    harmonica.remove(case.transformer)
+    assert not torch.equal(without, latents)
+    return without, latents

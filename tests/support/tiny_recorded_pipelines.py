@@ -202,3 +202,7 @@ def make_case(kind: str) -> Case:
     view.close()
     view.macs = lambda: macs  # type: ignore[method-assign]
     return Case(pipe, call, view)
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())

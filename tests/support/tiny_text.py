@@ -19,6 +19,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer  # noqa: E402
 WIDTH, TOKENS = 10, 7
 """As `tiny_pixart` has them."""
 WORDS = ("a", "red", "blue", "green", "cat", "dog", "moon", "photo", "of", "the", "on", "under", "near")
+LONG = "a red cat on the moon near a blue dog"  # ten tokens and the end
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 

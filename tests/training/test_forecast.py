@@ -1,29 +1,22 @@
 """Learned forecasts: their derivatives against differences, their fit against images it has not seen."""
 
-import copy
-import json
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from forecast_fits import FIT, STEPS, alternating
 from latent_rows import rows
 from tolerances import CLOSE
 from torch import Tensor
 
-from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan, forecast_of
 from harmonica.core.plan_builders import stepwise_plan, with_fixed_correction
-from harmonica.core.router import Router
 from harmonica.core.sampling import sample
 from harmonica.core.segments import with_segments
 from harmonica.data.batch import Batch
-from harmonica.models.dit.model import DiT
 from harmonica.models.loading import load_model
-from harmonica.samplers import Sampler, SamplerConfig, make_sampler
+from harmonica.samplers import Sampler, make_sampler
 from harmonica.samplers.noise import SampleKeys
-from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.plans.fitted_weights import (
     LEAST_STEPS,
@@ -36,22 +29,7 @@ from harmonica.training.plans.forecast_fit import ForecastFit
 from harmonica.training.plans.forecast_sketch import probes_of, sketch_image_error
 from harmonica.training.presets import fashion
 from harmonica.training.sampler_backend import SamplerBackend
-from harmonica.training.sdt_config import SdtConfig
-from harmonica.training.trainer import RouterTrainer
 from tests.benchmarks import ideas
-
-STEPS = 9
-FIT = ForecastConfig(trajectories=8, rounds=2, probes=2)
-
-
-def alternating() -> Plan:
-    return Router.alternating(STEPS, 6, 1.0).plan(0.5)
-
-
-@pytest.fixture
-def sampler(tiny_dit: DiT) -> Sampler:
-    config = SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.5, clip_sample=False)
-    return make_sampler(tiny_dit, config)
 
 
 def planned_images(sampler: Sampler, plan: Plan, batch: Batch) -> Tensor:
@@ -146,53 +124,6 @@ def test_rows_at_once_change_nothing(sampler):
     torch.testing.assert_close(*fits, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("segments", [False, True])
-def test_a_run_resumes_bit_for_bit_within_its_forecasts(tiny_dit, segments):
-    sampler = make_sampler(tiny_dit, SamplerConfig(num_inference_steps=STEPS, guidance_scale=1.5))
-    config = TrainingConfig(
-        trajectories=2,
-        batch_size=4,
-        initial="alternate",
-        initial_logit=1.0,
-        iepo="none",
-        sdt=SdtConfig(reuse="forecast", threshold=0.5),
-        forecast=replace(FIT, segments=segments),
-    )
-
-    def go_on(run: RouterTrainer) -> Iterator[int]:
-        while run.trajectory < config.all_trajectories:
-            run.train_one(rows(4 * run.trajectory))
-            yield run.trajectory
-
-    whole = RouterTrainer(sampler, config, seed=0)
-    states = {k: copy.deepcopy(whole.state()) for k in go_on(whole)}
-    for stop in (1, 2, 5, 6, 10):
-        resumed = RouterTrainer(sampler, config, seed=0)
-        resumed.load_state(states[stop])
-        assert list(go_on(resumed)) == list(range(stop + 1, config.all_trajectories + 1))
-        weights, correction_TJ = resumed.artifact().forecast_TBK, resumed.artifact().correction_TJ
-        assert torch.equal(weights, whole.artifact().forecast_TBK), stop
-        assert torch.equal(correction_TJ, whole.artifact().correction_TJ) and correction_TJ.any(), stop
-    plan = whole.artifact().plan
-    assert resumed.artifact().segments == plan.segments == ((0,) if segments else None)
-    assert not torch.equal(weights.double(), linear_weights(replace(plan, segments=None), 2))
-    if segments:
-        assert torch.equal(weights, weights[:, :1].expand_as(weights)), "one weight for all branches"
-
-
-def test_a_fit_that_was_begun_without_segments_ends_without_them(sampler):
-    fit = ForecastFit(alternating(), FIT)
-    for k in range(5):
-        fit.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
-    state = {name: value for name, value in fit.state().items() if name != "segments"}
-    other = ForecastFit(with_segments(alternating(), sampler.model), FIT)
-    other.load_state(state)
-    for each in (fit, other):
-        for k in range(5, 8):
-            each.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
-    assert other.planned() == fit.planned() and other.planned().segments is None
-
-
 def test_a_correction_of_the_built_in_model_brings_its_images_nearer():
     recipe = fashion()
     model = load_model(recipe.model).model
@@ -228,128 +159,3 @@ def test_a_fit_begins_at_the_fixed_correction():
     for few in (Plan.full(LEAST_STEPS, 6), stepwise_plan(LEAST_STEPS - 1, 6, [1, 2, 5])):
         begun = ForecastFit(few, ForecastConfig(trajectories=4)).planned()
         assert begun.correction == ((0.0,),) * few.num_steps
-
-
-def test_a_fit_that_was_begun_without_a_correction_ends_without_one(sampler):
-    fit = ForecastFit(alternating(), replace(FIT, corrections=0))
-    for k in range(5):
-        fit.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
-    state = fit.state()
-    assert "correction" not in state
-    other = ForecastFit(alternating(), FIT)
-    other.load_state(state)
-    for each in (fit, other):
-        for k in range(5, 8):
-            each.observe(SamplerBackend(sampler), [rows(4 * k)], lambda sums: None)
-    assert other.planned() == fit.planned() and other.planned().correction is None
-
-
-def test_a_fit_that_was_begun_with_fewer_differences_goes_on_with_them(sampler):
-    # As by versions in which a fit began without a correction, and had one difference.
-    plan = Router.alternating(LEAST_STEPS, 6, 1.0).plan(0.5)
-    many = make_sampler(sampler.model, replace(sampler.config, num_inference_steps=LEAST_STEPS))
-    state = {
-        "weights": linear_weights(plan, FIT.order),
-        "segments": None,
-        "correction": torch.full((LEAST_STEPS, 1), 0.1, dtype=torch.float64),
-        "folds": [],
-        "trial": None,
-        "trajectories": 0,
-    }
-    fit = ForecastFit(plan, FIT)
-    assert fit.planned().corrections == 2, "every second step is reused"
-    fit.load_state(state)
-    for k in range(8):
-        fit.observe(SamplerBackend(many), [rows(4 * k)], lambda sums: None)
-    assert fit.planned().corrections == 1
-
-
-def test_an_artifact_keeps_its_forecast(sampler, tmp_path: Path):
-    weights = linear_weights(alternating(), 2) + 0.1
-    logits = Router.alternating(STEPS, 6, 1.0).logits()
-    made = RouterArtifact.build(
-        logits, sampler, threshold=0.5, reuse="forecast", training={}, forecast_TBK=weights
-    )
-    read = RouterArtifact.load(made.save(tmp_path))
-    assert torch.equal(read.forecast_TBK, weights.float()) and read.plan == made.plan
-    plain = RouterArtifact.build(logits, sampler, threshold=0.5, reuse="forecast", training={})
-    assert made.cache_bytes == 1.5 * plain.cache_bytes, "three sums, not two"
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["format_version"] == 2, "what reads version 1 alone would draw something else"
-    inputs = (rows(0).noise_NCHW, rows(0).condition_N)
-    drawn = sample(sampler, *inputs, read.plan, reuse=read.reuse)
-    assert not torch.allclose(drawn, sample(sampler, *inputs, plain.plan, reuse="forecast"))
-
-
-def test_an_artifact_keeps_its_segments(sampler, tmp_path: Path):
-    plan = with_segments(alternating(), sampler.model)
-    weights_TBK = 0.1 + linear_weights(plan, 2).repeat(1, 6, 1)
-    made = RouterArtifact.build(
-        Router.alternating(STEPS, 6, 1.0).logits(),
-        sampler,
-        threshold=0.5,
-        reuse="forecast",
-        training={},
-        forecast_TBK=weights_TBK,
-        segments=plan.segments,
-    )
-    read = RouterArtifact.load(made.save(tmp_path))
-    assert read.plan == made.plan and read.plan.segments == (0,)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["format_version"] == 4, "what reads version 3 would forecast each branch alone"
-    inputs = (rows(0).noise_NCHW, rows(0).condition_N)
-    alone = replace(read.plan, segments=None)
-    drawn = sample(sampler, *inputs, read.plan, reuse=read.reuse)
-    assert not torch.allclose(drawn, sample(sampler, *inputs, alone, reuse=read.reuse))
-    (tmp_path / "config.json").write_text(json.dumps(config | {"segments": [0, 9]}))
-    with pytest.raises(ValueError, match=r"segments begin at \(0, 9\)"):
-        RouterArtifact.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"trajectories": -1}, "forecast.trajectories is -1"),
-        ({"trajectories": 3}, "give 4 or more"),
-        ({"order": 0}, "forecast.order is 0"),
-        ({"rows_at_once": 0}, "forecast.rows_at_once is 0"),
-    ],
-)
-def test_bad_settings_are_named(changes, words):
-    with pytest.raises(ValueError, match=words):
-        ForecastConfig(**changes)
-
-
-@pytest.mark.parametrize(
-    ("trajectories", "rounds", "expected"),
-    [
-        (4, 1, "mmmT"),
-        (7, 2, "mmmmmmT"),
-        (8, 2, "mmmT mmmT"),
-        (13, 2, "mmmmmmT mmmmmT"),
-        (24, 2, 2 * "mmmmmmmmmmTT "),
-    ],
-)
-def test_a_round_takes_four_trajectories_and_tries_with_its_last(trajectories, rounds, expected):
-    config = ForecastConfig(trajectories=trajectories, rounds=rounds)
-    places = ["mT"[config.is_tried(k)] + " " * config.ends_round(k + 1) for k in range(trajectories)]
-    assert "".join(places).strip() == expected.strip()
-
-
-def test_a_plan_that_reuses_nothing_has_nothing_to_fit(tiny_sampler, batch):
-    fit = ForecastFit(Plan.full(tiny_sampler.num_steps, 6), ForecastConfig(trajectories=4, probes=2))
-    noise, labels = batch
-    for k in range(4):
-        parts = [Batch(noise, labels, SampleKeys.of(0, range(4 * k, 4 * k + 4)))]
-        assert fit.observe(SamplerBackend(tiny_sampler), parts, lambda tensor: None)["loss"] < 1e-20
-    assert not fit.weights.forecast_TUK.any()
-
-
-def test_values_that_are_held_have_no_forecast():
-    with pytest.raises(ValueError, match=r"train\.sdt\.reuse is hold: give reuse forecast"):
-        TrainingConfig(forecast=FIT)
-
-
-def test_a_forecast_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match="another shape than the plan"):
-        Plan(((True,), (True,)), (((0.5,),),))

@@ -1,0 +1,1 @@
+"""What conditions a model: classes by name, prompts and their embeddings."""
