@@ -8,7 +8,7 @@ frozen and the teacher runs without grad: a step costs two forwards and one acti
 only B numbers cross the network.
 
 Memory is bounded in two ways that leave the update as it is, `activation_checkpointing` and
-micro-batches; `harmonica.cli.memory` says what each comes to.
+micro-batches; `harmonica.training.memory_estimates` says what each comes to.
 """
 
 from collections.abc import Callable, Sequence

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from harmonica.cli.memory import dit_skeleton, loaded_shape, pixart_skeleton
 from harmonica.io.weight_files import read_json
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.diffusers_folder import find_transformer
 from harmonica.models.loading import ModelConfig, load_model
+from harmonica.models.public_shapes import dit_skeleton, pixart_skeleton
 from harmonica.models.vae import draws_pixels
+from harmonica.training.memory_estimates import loaded_shape
 from harmonica.validation.settings import SettingError
 
 from .recorded_models import flux, wan

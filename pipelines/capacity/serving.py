@@ -7,7 +7,7 @@ of `queueing.replicas_for`, and more where the simulated endpoint needs them.
 
 from dataclasses import dataclass
 
-from harmonica.cli.memory import sampling_memory
+from harmonica.training.memory_estimates import sampling_memory
 from harmonica.training.memory_model import Memory
 from harmonica.validation.settings import require
 

@@ -3,7 +3,8 @@
 The cost of a trajectory in full samplings is what `harmonica.training.phases.phase_costs` counts: SDT's
 updates with teacher, student and backward, lambda's refreshes, the measured start, the choice and the fit of
 forecasts. A full sampling takes T forwards of a worker's rows (`latency`). Memory is
-`harmonica.cli.memory.training_memory`, or `learning_memory` where a trajectory's gradients take more.
+`harmonica.training.memory_estimates.training_memory`, or `learning_memory` where a trajectory's gradients
+take more.
 
 The network carries three things, in bytes sent by each of n workers:
 
@@ -21,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from harmonica.cli.memory import learning_memory, training_memory
+from harmonica.training.memory_estimates import learning_memory, training_memory
 from harmonica.training.memory_model import Memory
 from harmonica.training.phases import phase_costs
 from harmonica.training.plans.step_form import size_of_form

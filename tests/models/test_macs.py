@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harmonica.cli.memory import MODELS
+from harmonica.models.public_shapes import MODELS
 from harmonica.models.text_condition import TextCondition
 
 

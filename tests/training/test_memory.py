@@ -13,7 +13,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from harmonica.cli import memory
-from harmonica.cli.memory import learning_memory, sampling_memory, training_memory
 from harmonica.core.cache import BranchCache
 from harmonica.core.passes import soft_pass
 from harmonica.core.plan import Plan, forecast_of
@@ -28,6 +27,12 @@ from harmonica.models.text_condition import TextCondition
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.iepo import image_error_proxy
+from harmonica.training.memory_estimates import (
+    learning_memory,
+    public_shape,
+    sampling_memory,
+    training_memory,
+)
 from harmonica.training.memory_model import Shape
 from harmonica.training.plans.fitted_weights import linear_weights
 from harmonica.training.plans.forecast_sketch import sketch_image_error
@@ -178,7 +183,7 @@ def test_peaks_of_public_models_are_within_a_twentieth_of_the_formula(name, reus
             condition = torch.zeros(1, dtype=torch.long)
         in_precision(model, torch.bfloat16)
     shape, count = Shape.of(model), 8
-    full = memory.public_shape(name, torch.bfloat16)
+    full = public_shape(name, torch.bfloat16)
     assert replace(full, layers=4) == replace(
         shape, sharded_weights=full.sharded_weights, other_weights=full.other_weights
     )
@@ -218,7 +223,7 @@ def test_peaks_of_public_models_are_within_a_twentieth_of_the_formula(name, reus
 
 
 def test_a_worker_can_do_with_less_the_less_it_does_at_a_time() -> None:
-    shape = memory.public_shape("pixart-sigma-2048", torch.bfloat16)
+    shape = public_shape("pixart-sigma-2048", torch.bfloat16)
     need = functools.partial(training_memory, shape, batch_size=8)
     totals = [
         need(),
