@@ -28,12 +28,12 @@ from torch import nn
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.adapters import pipeline_transformer
+from harmonica.integrations.forward_holders import own_forward
 from harmonica.integrations.forward_slots import (
     STATE,
     check_own_forward,
-    own_forward,
+    is_on,
     put_on,
-    slot,
     take_off,
     unwrapped,
 )
@@ -152,13 +152,13 @@ def remove(transformer: Any) -> None:
     for module, planned in zip(modules, plans):
         if planned is None:
             raise ValueError("transformer has no plan: harmonica.apply puts one on")
-        if vars(module).get(slot(module)) != planned:
+        if not is_on(module, planned):
             raise ValueError("transformer.forward is not the plan's, something wraps it: take that off first")
         planned.reset()
         if isinstance(planned, TransformerCall):
             planned.close()
-    for module in modules:
-        take_off(module)
+    for module, planned in zip(modules, plans):
+        take_off(module, planned)
 
 
 def even_speedup(transformer: Any) -> float:

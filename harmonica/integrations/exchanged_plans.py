@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from harmonica.core.artifact import RouterArtifact
+from harmonica.integrations.forward_holders import own_forward
 from harmonica.integrations.forward_slots import (
     check_own_forward,
-    own_forward,
     put_on,
     take_off,
     unwrapped,
@@ -99,4 +99,4 @@ class ExchangedPlans:
         finally:
             for module, planned in zip(put, plan or ()):
                 planned.reset()
-                take_off(module)
+                take_off(module, planned)

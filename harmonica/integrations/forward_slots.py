@@ -1,10 +1,12 @@
 """Put a plan's forward in the place of a transformer's, and take it off."""
 
-import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from harmonica.integrations.forward_holders import Holder, holder_of, own_forward
 from harmonica.integrations.planned_forward import PlannedForward
 from harmonica.integrations.recorded.trajectory import TransformerCall
 
@@ -12,12 +14,6 @@ STATE = "_harmonica"
 """Attribute of a transformer that has a plan."""
 _END_OF_CALL = "_reset_stateful_cache"  # diffusers' pipelines call it when they have their images
 _CONTEXT = "cache_context"  # names a step's calls, where a class has it
-_HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they wrap
-
-
-def slot(module: nn.Module) -> str:
-    """Return the attribute that holds the module's own forward."""
-    return _HOOKED if _HOOKED in vars(module) else "forward"
 
 
 def unwrapped(transformer: nn.Module) -> nn.Module:
@@ -25,39 +21,59 @@ def unwrapped(transformer: nn.Module) -> nn.Module:
     return getattr(transformer, "_orig_mod", transformer)
 
 
-def own_forward(module: nn.Module) -> types.MethodType:
-    """Return the forward of the module's class."""
-    return types.MethodType(type(module).forward, module)
-
-
-def check_own_forward(module: nn.Module) -> None:
-    """Check that nothing has taken the place of the module's forward.
+def check_own_forward(module: nn.Module) -> Holder:
+    """Return where the module's own forward is held.
 
     Raises:
-        ValueError: something has.
+        ValueError: something has taken its place.
     """
-    if getattr(module, slot(module)) != own_forward(module):
+    own = own_forward(module)
+    if (holder := holder_of(module, lambda held: held == own)) is None:
         raise ValueError(
             "transformer.forward is not the class's own, something wraps it: take that off, or load the "
             "transformer anew, apply, and put it on again"
         )
+    return holder
+
+
+@contextmanager
+def in_place_of_forward(module: nn.Module, call: Any) -> Iterator[None]:
+    """Let a call take the place of a module's forward in a context, inside of hooks.
+
+    Raises:
+        ValueError: something has taken its place already.
+    """
+    check_own_forward(module).set(module, call)
+    if isinstance(call, TransformerCall) and hasattr(type(module), _CONTEXT):
+        setattr(module, _CONTEXT, call.cache_context)
+    try:
+        yield
+    finally:
+        _restore(module, call)
+        vars(module).pop(_CONTEXT, None)
 
 
 def put_on(module: nn.Module, planned: PlannedForward | TransformerCall) -> None:
     """Let a plan's forward take the place of the module's."""
-    for name, value in ((slot(module), planned), (_END_OF_CALL, planned.end_of_call), (STATE, planned)):
+    check_own_forward(module).set(module, planned)
+    for name, value in ((_END_OF_CALL, planned.end_of_call), (STATE, planned)):
         setattr(module, name, value)
     if isinstance(planned, TransformerCall) and hasattr(type(module), _CONTEXT):
         setattr(module, _CONTEXT, planned.cache_context)
 
 
-def take_off(module: nn.Module) -> None:
+def is_on(module: nn.Module, planned: Any) -> bool:
+    """Return whether a plan's forward is in the place of the module's."""
+    return holder_of(module, lambda held: held is planned) is not None
+
+
+def take_off(module: nn.Module, planned: Any) -> None:
     """Restore what `put_on` replaced."""
-    attributes: dict[str, Any] = vars(module)
-    if _HOOKED in attributes:
-        setattr(module, _HOOKED, own_forward(module))
-    else:
-        del module.forward
+    _restore(module, planned)
     for name in (_END_OF_CALL, STATE, _CONTEXT):
-        if name in attributes:
-            delattr(module, name)
+        vars(module).pop(name, None)
+
+
+def _restore(module: nn.Module, call: Any) -> None:
+    if holder := holder_of(module, lambda held: held is call):
+        holder.set(module, own_forward(module))

@@ -5,7 +5,7 @@ Its transformers' forwards are replaced for the call.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from harmonica.core.cache import Reuse, values_kept
 from harmonica.integrations.call_owner import current_pipeline
 from harmonica.integrations.compiled_modules import uncompiled
-from harmonica.integrations.forward_slots import own_forward
+from harmonica.integrations.forward_holders import own_forward
+from harmonica.integrations.forward_slots import in_place_of_forward
 from harmonica.integrations.recorded.call_tracker import steps_of
-from harmonica.integrations.recorded.kinds import RefusedTransformer
+from harmonica.integrations.recorded.kinds import RefusedTransformer, is_no_step
 from harmonica.integrations.recorded.pipelines import transformers_of
-from harmonica.integrations.recorded.trajectory import TransformerCall
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.integrations.recorded.views import views_of
 from harmonica.models.vae import are_pixels
@@ -108,19 +108,20 @@ class PipelineCalls:
 
     def _record(self, prompts: Sequence[Prompt]) -> None:
         def first(*args: Any, **kwargs: Any) -> Any:
+            if is_no_step(self.view.transformer, kwargs):
+                return self.view.forward(*args, **kwargs)
             self.num_steps = steps_of(current_pipeline()) or 0
             self.view.record(*args, **kwargs)
             raise _RecordedEnough
 
         self._recorded_images = len(prompts)
         # Which transformer comes first is up to the pipeline: with two, the first of them.
-        self.transformers[0].forward = first
         try:
-            self._call(prompts, range(len(prompts)))
+            with in_place_of_forward(self.transformers[0], first):
+                self._call(prompts, range(len(prompts)))
         except _RecordedEnough:
             pass
         finally:
-            del self.transformers[0].forward
             self.pipe.maybe_free_model_hooks()
         if not self.view.is_recorded:
             raise RefusedTransformer("the pipeline did not call its transformer: nothing can be recorded")
@@ -158,22 +159,13 @@ class PipelineCalls:
         trajectory = self._trajectory
         assert trajectory is not None, "only while opened"
         trajectory.begin(policy)
-        replaced: list[tuple[nn.Module, str]] = []
-        try:
-            for number, transformer in enumerate(self.transformers):
-                call = TransformerCall(trajectory, number)
-                transformer.forward = call
-                replaced.append((transformer, "forward"))
-                if hasattr(type(transformer), "cache_context"):
-                    transformer.cache_context = call.cache_context  # type: ignore[assignment]
-                    replaced.append((transformer, "cache_context"))
+        with ExitStack() as stack:
+            stack.callback(trajectory.reset)
+            for transformer, call in zip(self.transformers, trajectory.calls()):
+                stack.enter_context(in_place_of_forward(transformer, call))
             drawn = self._call(prompts, rows, output_type=output_type, has_gradient=has_gradient)
             trajectory.finish()
             self.num_calls = trajectory.num_calls
-        finally:
-            trajectory.reset()
-            for transformer, name in replaced:
-                delattr(transformer, name)
         return drawn
 
     def _call(self, prompts: Sequence[Prompt], rows: Sequence[int], **how: Any) -> Tensor:

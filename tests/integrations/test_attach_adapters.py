@@ -18,8 +18,9 @@ class Adapted(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.base_layer = layer
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(layer.in_features, 2, bias=False)}).double()
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, layer.out_features, bias=False)}).double()
+        dtype = layer.weight.dtype
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(layer.in_features, 2, bias=False, dtype=dtype)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, layer.out_features, bias=False, dtype=dtype)})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))

@@ -165,12 +165,14 @@ def test_an_artifact_is_of_the_steps_that_the_call_makes():
     assert torch.equal(drawn_by(case), drawn_by(make_case("flux"))), "the pipeline is as it was"
 
 
-def test_a_speed_that_so_few_steps_do_not_reach_is_refused_at_the_call():
-    case = make_case("flux")
-    harmonica.apply(case.pipe, harmonica.EvenSteps(speedup=3.5))
-    with pytest.raises(ValueError, match=r"speedup is 3.5: 3 steps of this transformer reach 2\.\d+ at most"):
-        drawn_by(case, 3)
-    assert drawn_by(case, 9).isfinite().all(), "the next call is as any"
+def test_a_speed_that_so_few_steps_do_not_reach_has_no_artifact():
+    case, fast = make_case("flux"), harmonica.EvenSteps(speedup=3.5)
+    prompts, call = prompts_of(case)
+    reach = r"speedup is 3.5: 3 steps of this transformer reach 2\.\d+ at most: give at most that, or more"
+    with pytest.raises(ValueError, match=reach):
+        harmonica.train_pipeline(case.pipe, prompts, fast, call=call | {"num_inference_steps": 3})
+    with pytest.raises(ValueError, match=r"1 steps of this transformer reach 1.00 at most: give more steps"):
+        fast.plan(1, Macs((90,), 10))
 
 
 @pytest.mark.parametrize(

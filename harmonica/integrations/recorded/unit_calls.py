@@ -13,10 +13,8 @@ import torch
 from torch import nn
 
 from harmonica.integrations.compiled_modules import COMPILED_CALL, any_compiled, forget_graphs
+from harmonica.integrations.forward_holders import Holder, holders
 from harmonica.integrations.recorded.compiled_units import compiled_unit
-
-_HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they wrap
-_SLOTS = (COMPILED_CALL, _HOOKED, "forward")
 
 
 class UnitPass(Protocol):
@@ -135,25 +133,29 @@ class ReplacedUnits:
             self._replace_missing()
 
     def _replace_missing(self) -> None:
-        missing = {
-            path: module
-            for path, module in self._modules.items()
-            if not _has_call(vars(module).get(self._slot(module)), self.board)
-            and not _hides_unit_call(module)
-        }
+        missing = {path: module for path, module in self._modules.items() if not self._is_on(module)}
         if not missing:
             return
         is_compiled = self._is_compiled or any_compiled(self._transformer.modules())
         for path, module in missing.items():
             _take_off(module, self.board)  # it would be inside of what was compiled since
             slot = self._slot(module)
-            setattr(module, slot, UnitCall(path, getattr(module, slot), self.board, is_compiled=is_compiled))
+            slot.set(module, UnitCall(path, slot.value, self.board, is_compiled=is_compiled))
 
-    def _slot(self, module: nn.Module) -> str:
-        """Return the attribute to replace."""
+    def _is_on(self, module: nn.Module) -> bool:
+        """Return whether the module's calls follow the passes."""
+        slot = self._slot(module)
+        if slot.name == COMPILED_CALL:
+            return _has_call(slot.value, self.board)
+        inside = any(_has_call(holder.value, self.board) for holder in holders(module))
+        return inside or _wraps_call(module, self.board)
+
+    def _slot(self, module: nn.Module) -> Holder:
+        """Return the attribute to replace: the outermost one, since reuse needs no hook to run."""
         if self._are_blocks and vars(module).get(COMPILED_CALL) is not None:
-            return COMPILED_CALL
-        return _HOOKED if _HOOKED in vars(module) else "forward"
+            return Holder(module, COMPILED_CALL)
+        innermost = holders(module)[0]
+        return innermost if innermost.owner is module else Holder(module, "forward")
 
     def take_off(self) -> None:
         """Restore the forwards.
@@ -162,7 +164,9 @@ class ReplacedUnits:
             ValueError: something wraps one of them.
         """
         for name, module in self._transformer.named_modules():
-            if _hides_unit_call(module) and not _has_call(vars(module).get(_HOOKED), self.board):
+            if _wraps_call(module, self.board) and not any(
+                _has_call(holder.value, self.board) for holder in holders(module)
+            ):
                 raise ValueError(
                     f"transformer.{name}.forward is wrapped since the plan came: take that off first, then "
                     "harmonica.remove"
@@ -174,15 +178,12 @@ class ReplacedUnits:
 
 
 def _take_off(module: nn.Module, board: Switchboard) -> list[str]:
-    """Put back what a board's calls have replaced, and return the attributes."""
-    found = [slot for slot in _SLOTS if _has_call(vars(module).get(slot), board)]
-    for slot in found:
-        own = _without(vars(module)[slot], board)
-        if slot == "forward" and getattr(own, "__func__", None) is type(module).forward:
-            del module.forward
-        else:
-            setattr(module, slot, own)
-    return found
+    """Put back what a board's calls have replaced, and return the attributes' names."""
+    compiled = [Holder(module, COMPILED_CALL)] if COMPILED_CALL in vars(module) else []
+    found = [each for each in (*compiled, *holders(module)) if _has_call(each.value, board)]
+    for holder in found:
+        holder.set(module, _without(holder.value, board))
+    return [holder.name for holder in found]
 
 
 def _has_call(call: Any, board: Switchboard) -> bool:
@@ -207,7 +208,7 @@ def _without(call: Any, board: Switchboard) -> Any:
     return call
 
 
-def _hides_unit_call(module: nn.Module) -> bool:
-    """Return whether a wrapper of the module's forward has the plan's inside."""
+def _wraps_call(module: nn.Module, board: Switchboard) -> bool:
+    """Return whether a wrapper of the module's forward has a board's call inside."""
     wrapped = vars(module).get("forward")
-    return isinstance(getattr(wrapped, "__wrapped__", None), UnitCall)
+    return _has_call(getattr(wrapped, "__wrapped__", None), board)
