@@ -43,7 +43,7 @@ def planned_step(
 
     Args:
         units: what the row has entries for, if not the model's branches (`harmonica.core.segments`).
-        recompute: backward computes the branches again (`harmonica.core.passes`).
+        recompute: backward computes the branches again (`harmonica.core.recompute`).
     """
     hidden, conditioning = sampler.embed(i, state)
     output = planned_pass(
@@ -69,7 +69,7 @@ def planned_end(
 
     Args:
         units: what the plan has columns for, if not the model's branches (`harmonica.core.segments`).
-        recompute: backward computes the branches again (`harmonica.core.passes`).
+        recompute: backward computes the branches again (`harmonica.core.recompute`).
     """
     for i in range(first, -1, -1):
         row = plan.compute[i]

@@ -8,7 +8,7 @@ Shapes: M model rows (two a picture under guidance), L tokens, D width, S text t
 
 from dataclasses import dataclass
 
-from harmonica.core.passes import GROUPS_OF_SEGMENT, branches_per_checkpoint
+from harmonica.core.recompute import GROUPS_OF_SEGMENT, branches_per_checkpoint
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.dit.conditioning import ROWS_AT_ONCE
 from harmonica.training.sharding import sharded_layers
