@@ -8,7 +8,7 @@ from typing import Any
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.recorded.even_steps import EvenSteps
-from harmonica.integrations.recorded.kinds import KINDS
+from harmonica.integrations.recorded.kinds import BLOCKS
 from harmonica.pipeline_training.artifacts import untrained_artifact
 from harmonica.pipeline_training.sampling import Prompt
 from harmonica.pipeline_training.trainer import PipelineTrainer
@@ -27,7 +27,7 @@ def train_pipeline(
     *,
     call: Mapping[str, Any] | None = None,
     seed: int = 0,
-    cacheable: Sequence[str] = KINDS,
+    cacheable: Sequence[str] = (BLOCKS,),
     on_trajectory: OnTrajectory | None = None,
 ) -> RouterArtifact:
     """Train a router for a diffusers pipeline.
@@ -48,8 +48,9 @@ def train_pipeline(
         call: arguments of every call: `num_inference_steps`, guidance, height, width. The plan is for this
             number of steps.
         seed: of the noise and of random logits.
-        cacheable: kinds of sub-modules that are branches: attn, cross, mlp, single. Or `("blocks",)`: all
-            blocks are one branch, whose last output is kept. That takes much less memory.
+        cacheable: what a branch is. By default all blocks are one, whose last output is kept. Or kinds of
+            sub-modules, each of which keeps its own: attn, cross, mlp, single. That takes far more memory,
+            and is for classes that read what their blocks return after the last one.
         on_trajectory: called after each trajectory.
 
     Returns:

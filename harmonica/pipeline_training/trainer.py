@@ -17,7 +17,7 @@ from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
 from harmonica.data.samples import Shard
-from harmonica.integrations.recorded.kinds import KINDS
+from harmonica.integrations.recorded.kinds import BLOCKS
 from harmonica.pipeline_training.artifacts import artifact_of
 from harmonica.pipeline_training.backend import PipelineBackend, PipelineBatch
 from harmonica.pipeline_training.pipeline_calls import PipelineCalls
@@ -50,7 +50,7 @@ class PipelineTrainer:
         *,
         call: Mapping[str, Any] | None = None,
         seed: int = 0,
-        cacheable: Sequence[str] = KINDS,
+        cacheable: Sequence[str] = (BLOCKS,),
         shard: Shard | None = None,
     ) -> None:
         """Check the settings; nothing is computed before the `with` statement.
@@ -60,7 +60,7 @@ class PipelineTrainer:
             prompts: of all workers, each a text or what `encode_prompt` gave; rows take them in turn.
             call: arguments of every call of the pipeline.
             seed: of the noise and of random logits.
-            cacheable: kinds of sub-modules that are branches, or `("blocks",)`.
+            cacheable: `("blocks",)`, or kinds of sub-modules that are branches.
             shard: this worker's rows of each batch; by default all.
 
         Raises:

@@ -27,10 +27,10 @@ class PipelineConfig:
     """What guidance leads away from."""
     max_sequence_length: Natural = 0
     """Tokens of a prompt at most, as encode_prompt takes them. 0: the pipeline's own."""
-    cacheable: Annotated[tuple[RecordedKind, ...], Field(min_length=1)] = KINDS
-    """Kinds of sub-modules that a router may reuse: attn, cross, mlp, and single, the blocks whose attention
-    and feed-forward end in one projection. Or blocks alone: all blocks are reused together, and one value is
-    kept in place of one a sub-module."""
+    cacheable: Annotated[tuple[RecordedKind, ...], Field(min_length=1)] = (BLOCKS,)
+    """What a router may reuse. blocks: all blocks together, of which one value is kept. Or kinds of
+    sub-modules, each of which keeps its own: attn, cross, mlp, and single, the blocks whose attention and
+    feed-forward end in one projection."""
 
     def __post_init__(self) -> None:
         require(

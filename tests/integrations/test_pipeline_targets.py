@@ -14,6 +14,7 @@ from torch import Tensor
 import harmonica
 from harmonica.core.plan import Plan
 from harmonica.core.plan_builders import stepwise_plan
+from harmonica.integrations.recorded.kinds import KINDS as MODULES
 from harmonica.pipeline_training.sampling import sample_pipeline
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.config import TrainingConfig
@@ -40,7 +41,7 @@ QUALITY = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_psnr=30.0, 
 
 def make_trainer(config: TrainingConfig, **changes: Any) -> PipelineTrainer:
     """A small Chroma with a VAE, guided."""
-    return PipelineTrainer(make_pipeline(), PROMPTS, config, call=CALL, **changes)
+    return PipelineTrainer(make_pipeline(), PROMPTS, config, call=CALL, cacheable=MODULES, **changes)
 
 
 def train(trainer: PipelineTrainer) -> list[dict[str, float]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.samples import Shard
+from harmonica.integrations.recorded.kinds import KINDS as MODULES
 from harmonica.integrations.recorded.transformer_step import TransformerStep
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training import time_budget
@@ -54,7 +55,7 @@ def make_trainer(config: TrainingConfig = CONFIG, shard: Shard | None = None) ->
         "guidance_scale": 3.0,
         "num_inference_steps": STEPS,
     }
-    return PipelineTrainer(case.pipe, prompts, config, call=call, shard=shard)
+    return PipelineTrainer(case.pipe, prompts, config, call=call, shard=shard, cacheable=MODULES)
 
 
 def train(trainer: PipelineTrainer, average: Average = alone) -> list[dict[str, float]]:

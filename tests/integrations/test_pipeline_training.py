@@ -17,6 +17,7 @@ from torch import Tensor
 import harmonica
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
+from harmonica.integrations.recorded.kinds import KINDS as MODULES
 from harmonica.integrations.recorded.planned_trajectory import PlannedTrajectory
 from harmonica.pipeline_training.sampling import batched
 from harmonica.pipeline_training.trainer import PipelineTrainer
@@ -42,6 +43,7 @@ def all_phases_trainer(case: Case, **how: Any) -> PipelineTrainer:
     """A training of every phase, of six steps."""
     prompts, call = prompts_of(case)
     config = dataclasses.replace(ALL_PHASES, target_speedup=0.0, target_cur=1 / 3)
+    how = {"cacheable": MODULES} | how
     return PipelineTrainer(case.pipe, prompts, config, call=call | {"num_inference_steps": ALL_STEPS}, **how)
 
 
@@ -70,6 +72,7 @@ def test_a_router_is_trained_and_the_pipeline_left_as_it_was(kind):
         prompts,
         settings(sdt=SdtConfig(beta=1.0)),
         call=call,
+        cacheable=MODULES,
         on_trajectory=lambda k, metrics: seen.append((k, metrics)),
     )
     assert [k for k, _ in seen] == [0, 1] and all(metrics["mse"] > 0 for _, metrics in seen)
@@ -94,7 +97,7 @@ def test_an_update_is_made_of_all_calls_of_its_step(kind, calls, monkeypatch):
 
     monkeypatch.setattr(SdtTrainer, "update", counting)
     prompts, call = prompts_of(case)
-    harmonica.train_pipeline(case.pipe, prompts, settings(trajectories=1), call=call)
+    harmonica.train_pipeline(case.pipe, prompts, settings(trajectories=1), cacheable=MODULES, call=call)
     assert seen == [(i, calls) for i in reversed(range(STEPS - 1))]
 
 
@@ -104,7 +107,7 @@ def test_the_artifact_says_what_an_image_keeps_between_steps(kind, reuse, monkey
     case, seen = make_case(kind), []
     prompts, call = prompts_of(case)
     config = settings(trajectories=1, sdt=SdtConfig(reuse=reuse))
-    artifact = harmonica.train_pipeline(case.pipe, prompts, config, call=call)
+    artifact = harmonica.train_pipeline(case.pipe, prompts, config, cacheable=MODULES, call=call)
     harmonica.apply(case.pipe, artifact)
     compute = PlannedTrajectory.compute
 
@@ -122,7 +125,7 @@ def test_a_target_of_speed_is_met_and_the_artifact_travels(tmp_path):
     case = make_case("flux")
     prompts, call = prompts_of(case)
     config = settings(target_speedup=1.3, initial="even", iepo="sensitivity")
-    artifact = harmonica.train_pipeline(case.pipe, prompts, config, call=call)
+    artifact = harmonica.train_pipeline(case.pipe, prompts, config, cacheable=MODULES, call=call)
     assert artifact.ideal_speedup == pytest.approx(1.3, rel=0.02)
     assert artifact.sampler.scheduler["_class_name"] == type(case.pipe.scheduler).__name__
     plain = {"height": 64, "width": 96, "num_inference_steps": STEPS}
@@ -142,6 +145,7 @@ def test_prompts_may_be_texts(tmp_path):
         ["a red cat", "the moon", "a dog"],
         settings(target_speedup=1.4, initial="even"),
         call=call | {"use_resolution_binning": False},
+        cacheable=MODULES,
     )
     assert artifact.training["prompts"] == 3 and artifact.ideal_speedup == pytest.approx(1.4, rel=0.03)
     harmonica.apply(pipe, artifact)
@@ -174,7 +178,7 @@ def test_hard_students_and_forecasts_are_trained():
     prompts, call = prompts_of(case)
     sdt = SdtConfig(student="hard", reuse="forecast", threshold=0.5)
     config = settings(target_cur=0.3, initial="even", iepo="leave_one_out", sdt=sdt)
-    artifact = harmonica.train_pipeline(case.pipe, prompts, config, call=call)
+    artifact = harmonica.train_pipeline(case.pipe, prompts, config, cacheable=MODULES, call=call)
     assert artifact.reuse == "forecast" and 0 < artifact.plan.cur < 0.6
 
 
@@ -226,6 +230,7 @@ def train(views: PixartViews, config: TrainingConfig) -> tuple[Any, dict[str, fl
         views.prompts,
         config,
         call=views.call,
+        cacheable=MODULES,
         on_trajectory=lambda _, found: metrics.update(found),
     )
     return artifact, metrics
@@ -286,12 +291,16 @@ def test_pipelines_and_prompts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="prompts is empty"):
         harmonica.train_pipeline(case.pipe, [], settings(), call=call)
     with pytest.raises(ValueError, match="makes 1 steps: give num_inference_steps 2 or more"):
-        harmonica.train_pipeline(case.pipe, prompts, settings(), call=call | {"num_inference_steps": 1})
+        harmonica.train_pipeline(
+            case.pipe, prompts, settings(), cacheable=MODULES, call=call | {"num_inference_steps": 1}
+        )
     with pytest.raises(SettingError, match=r"train.target_speedup is 9.*reach .* at most"):
-        harmonica.train_pipeline(case.pipe, prompts, settings(target_speedup=9.0), call=call)
+        harmonica.train_pipeline(
+            case.pipe, prompts, settings(target_speedup=9.0), cacheable=MODULES, call=call
+        )
     harmonica.apply(case.pipe, case.artifact())
     with pytest.raises(ValueError, match=r"transformer.forward is not the class's own: harmonica.remove"):
-        harmonica.train_pipeline(case.pipe, prompts, settings(), call=call)
+        harmonica.train_pipeline(case.pipe, prompts, settings(), cacheable=MODULES, call=call)
 
 
 def test_prompts_are_put_together():

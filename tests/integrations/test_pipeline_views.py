@@ -10,6 +10,7 @@ from pixart_views import PixartViews, builtin_views, tiny_views
 
 from harmonica.builtin import CAPTIONS
 from harmonica.integrations.recorded.branches import RecordedBranch
+from harmonica.integrations.recorded.kinds import KINDS as MODULES
 from harmonica.pipeline_training.trainer import PipelineTrainer
 from harmonica.training.config import TrainingConfig
 from harmonica.training.trainer import RouterTrainer
@@ -37,7 +38,7 @@ def compare(views: PixartViews, config: TrainingConfig) -> None:
     if is_guided:
         config = dataclasses.replace(config, sdt=dataclasses.replace(config.sdt, learning_rate=STILL))
     theirs = RouterTrainer(views.sampler, config, seed=0)
-    with PipelineTrainer(views.pipe, views.prompts, config, call=views.call) as trainer:
+    with PipelineTrainer(views.pipe, views.prompts, config, call=views.call, cacheable=MODULES) as trainer:
         ours = trainer.run.current
         check_macs(trainer.calls.view.branches, views)
         for k in range(config.all_trajectories):

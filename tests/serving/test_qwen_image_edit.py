@@ -14,6 +14,7 @@ from PIL import Image
 
 import harmonica
 from harmonica.core.artifact import RouterArtifact
+from harmonica.integrations.recorded.kinds import KINDS as MODULES
 from harmonica.models.loading import ModelConfig
 from harmonica.training.config import TrainingConfig
 from pipelines.config.serve import ServeConfig
@@ -46,7 +47,7 @@ def pipe(folder):
 @pytest.fixture(scope="module")
 def artifact(pipe) -> RouterArtifact:
     call = CALL | {"image": picture(), "negative_prompt": " "}
-    return harmonica.train_pipeline(pipe, ["a red cat", "the moon"], SETTINGS, call=call)
+    return harmonica.train_pipeline(pipe, ["a red cat", "the moon"], SETTINGS, call=call, cacheable=MODULES)
 
 
 def edited(pipe, seed: int, kind: str = "latent") -> torch.Tensor:

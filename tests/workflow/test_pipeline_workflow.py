@@ -19,6 +19,7 @@ from tiny_pipeline_folder import SIZE
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.samples import Shard
 from harmonica.evaluation.image_metrics import psnr
+from harmonica.integrations.recorded.kinds import KINDS
 from pipelines import workflow
 from pipelines.config.workflow import WorkflowConfig
 from pipelines.data.pipeline_prompts import open_prompts
@@ -43,6 +44,8 @@ SMALL = [
     f"--pipeline.width={SIZE}",
     "--pipeline.guidance-scale=3",
     "--pipeline.max-sequence-length=16",
+    "--pipeline.cacheable",
+    *KINDS,  # speeds of four steps then come in small jumps
     "--train.target-speedup=1.4",
     "--train.initial=even",
     "--train.start-trajectories=0",
