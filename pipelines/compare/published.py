@@ -31,10 +31,10 @@ from .baselines.dbcache import dbcache
 from .baselines.foca import foca
 from .baselines.hicache import hicache
 from .baselines.l2p import l2p
+from .baselines.magcache import magcache
 from .baselines.schedules import (
     INTERVALS,
     interval_plan,
-    magnitude_changes,
     output_changes,
     threshold_plan,
 )
@@ -66,10 +66,6 @@ def _teacache(sampler: Sampler, batches: Sequence[Batch], speedup: float) -> Pla
     return threshold_plan(output_changes(sampler, batches), sampler.model.macs(), speedup)
 
 
-def _magcache(sampler: Sampler, batches: Sequence[Batch], speedup: float) -> Plan:
-    return threshold_plan(magnitude_changes(sampler, batches), sampler.model.macs(), speedup)
-
-
 def _budcache(sampler: Sampler, batches: Sequence[Batch], speedup: float) -> Plan:
     return budcache(sampler, batches[:1], speedup, "forecast")
 
@@ -81,7 +77,7 @@ CALIBRATED: dict[str, tuple[Calibrate, Reuse]] = {
     "DBCache": (dbcache, "hold"),
     "DBCache + linear forecast": (dbcache, "forecast"),
     "TeaCache": (_teacache, "hold"),
-    "MagCache": (_magcache, "hold"),
+    "MagCache": (magcache, "hold"),
 }
 """How a method's plan is made from some images, and what it makes of the values it kept."""
 _BATCHES, _BATCH = 4, 8

@@ -21,14 +21,14 @@ from pipelines.compare.baselines.foca import calibrated, foca
 from pipelines.compare.baselines.forecast_tables import difference_weights, with_forecasts
 from pipelines.compare.baselines.hicache import hermite, hicache, scaled_hermite
 from pipelines.compare.baselines.l2p import l2p
+from pipelines.compare.baselines.magcache import magcache, magnitude_ratios, reused_steps
 from pipelines.compare.baselines.schedules import (
     interval_plan,
-    magnitude_changes,
     output_changes,
     threshold_plan,
     thresholded_steps,
 )
-from pipelines.compare.baselines.spectrum import regression, spectrum
+from pipelines.compare.baselines.spectrum import blended, regression, spectrum
 from pipelines.compare.baselines.taylorseer import divided_differences, taylorseer
 from pipelines.compare.published import interval_name, interval_variant, own_intervals
 
@@ -111,6 +111,9 @@ def test_spectrum_predicts_a_constant_always_and_a_polynomial_without_ridge() ->
     polynomial = lambda i: 1 + 0.2 * i - 0.03 * i**2 + 0.001 * i**3  # noqa: E731
     assert np.dot(found, [polynomial(i) for i in computed]) == pytest.approx(polynomial(3), rel=1e-5)
     assert sum(found) == pytest.approx(1)
+    half = blended(3, computed, num_steps=20, degree=3, ridge=1e-9, blend=0.5)
+    line = np.array([1 + 2 / 3, -2 / 3, 0, 0, 0])  # two steps on, from values three apart
+    assert half == pytest.approx((np.array(found) + line) / 2)
 
 
 def by_foca(values: list[float], plan: Plan) -> list[float]:
@@ -191,6 +194,24 @@ def test_a_threshold_is_passed_by_what_adds_up() -> None:
     assert thresholded_steps(changes, 0.25, longest=1) == [5, 2, 0]
 
 
+def test_magcache_adds_up_what_the_product_of_ratios_is_from_one() -> None:
+    ratios = [1.0, 0.5, 1.1, 1.1, 1.1, 0.9, 1.0, 1.0, 1.0, 1.0]
+    # The first two of ten are computed; then 0.1, 0.1 + 0.21, which is too much; then 0.1 and 0.01 each.
+    assert reused_steps(ratios, 0.25, 9) == [7, 5, 4, 3, 2, 1, 0]
+    assert reused_steps(ratios, 0.25, 1) == [7, 5, 3, 1]
+    assert reused_steps(ratios, 0.0, 9) == []
+
+
+def test_magcache_reaches_a_speed_with_the_shortest_runs(
+    tiny_sampler: Ddim, batch: tuple[Tensor, Tensor]
+) -> None:
+    macs = tiny_sampler.model.macs()
+    plans = [magcache(tiny_sampler, [Batch(*batch)], speedup) for speedup in (1.2, 9.0)]
+    slow, fast = ([i for i, row in enumerate(plan.compute) if not any(row)] for plan in plans)
+    assert plans[0].ideal_speedup(macs) >= 0.985 * 1.2 and min(np.diff(slow), default=2) > 1
+    assert len(fast) > len(slow) and max(fast) < 6 - 1, "the first fifth of six steps is one"
+
+
 def test_the_smallest_threshold_that_is_fast_enough_is_taken() -> None:
     macs = Macs(branches=(30, 60) * 6, rest=12)
     changes = [0.0, *np.random.default_rng(0).uniform(0.05, 0.3, 19)]
@@ -200,10 +221,10 @@ def test_the_smallest_threshold_that_is_fast_enough_is_taken() -> None:
 
 
 def test_changes_are_those_of_neighbouring_outputs(tiny_sampler: Ddim, batch: tuple[Tensor, Tensor]) -> None:
-    for measured in (output_changes, magnitude_changes):
+    for measured in (output_changes, magnitude_ratios):
         one, two = measured(tiny_sampler, [Batch(*batch)]), measured(tiny_sampler, [Batch(*batch)] * 2)
         assert one == pytest.approx(two) and len(one) == 6
-        assert one[0] == pytest.approx({output_changes: 0, magnitude_changes: 1}[measured])
+        assert one[0] == pytest.approx({output_changes: 0, magnitude_ratios: 1}[measured])
         assert all(change > 0 for change in one[1:])
 
 

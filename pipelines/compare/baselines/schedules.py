@@ -1,9 +1,8 @@
 """Schedules of whole steps that published methods choose, as plans.
 
-TeaCache (arXiv 2411.19108) and MagCache (arXiv 2506.09045) reuse whole steps until an accumulated change
-passes a threshold. Their changes are averages over images, measured once, so that the schedule is a plan.
-MagCache looks at the blocks' residual and TeaCache estimates the output's change from its input; here both
-are of the model's guided output itself, which neither has to guess.
+TeaCache (arXiv 2411.19108) reuses whole steps until an accumulated change passes a threshold. Changes are
+averages over images, measured once, so that the schedule is a plan. TeaCache estimates the output's change
+from its input; here it is that of the model's guided output itself, which needs no guess.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -120,19 +119,6 @@ def output_changes(sampler: Sampler, batches: Sequence[Batch]) -> list[float]:
         for place, (before, now) in enumerate(_outputs(sampler, batch), start=1):
             total[place] += float((now - before).abs().mean() / before.abs().mean())
     return [float(each) for each in total / len(batches)]
-
-
-@torch.no_grad()
-def magnitude_changes(sampler: Sampler, batches: Sequence[Batch]) -> list[float]:
-    """Return MagCache's change of each step T-1 ... 0.
-
-    It is `|1 - r|`, with r the ratio of the magnitudes of the step's output and of the one before.
-    """
-    ratio = np.zeros(sampler.num_steps)
-    for batch in batches:
-        for place, (before, now) in enumerate(_outputs(sampler, batch), start=1):
-            ratio[place] += float((now.flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)).mean())
-    return [float(each) for each in np.abs(1 - ratio / len(batches))]
 
 
 def _outputs(sampler: Sampler, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
