@@ -199,7 +199,6 @@ def test_magcache_adds_up_what_the_product_of_ratios_is_from_one() -> None:
     # The first two of ten are computed; then 0.1, 0.1 + 0.21, which is too much; then 0.1 and 0.01 each.
     assert reused_steps(ratios, 0.25, 9) == [7, 5, 4, 3, 2, 1, 0]
     assert reused_steps(ratios, 0.25, 1) == [7, 5, 3, 1]
-    assert reused_steps(ratios, 0.0, 9) == []
 
 
 def test_magcache_reaches_a_speed_with_the_shortest_runs(

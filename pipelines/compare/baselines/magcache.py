@@ -3,9 +3,9 @@
 MagCache is arXiv 2506.09045 (Section 3.3), and `MagCacheConfig` of diffusers. The ratio r of a step is that
 of the norms of what the blocks add there and at the step before, averaged over tokens. A reused step's error
 is `|1 - product of r since the last computed step|`; steps are reused while these errors add up to less than
-a threshold, and at most K running. The first fifth of the steps are computed. Ratios are averages over images,
-measured once, as there, so that the schedule is a plan. Here reused branches have the step's own gates, where
-the paper adds the blocks' sum as it was; measured so it is worse (tests/benchmarks/RESULTS.md).
+a threshold, and at most K running. The first fifth of the steps are computed. Ratios are averages over
+images, measured once, as there, so that the schedule is a plan. Here reused branches have the step's own
+gates, where the paper adds the blocks' sum as it was, which is worse (tests/benchmarks/RESULTS.md).
 """
 
 from collections.abc import Sequence
