@@ -123,7 +123,13 @@ def even_plan(num_steps: int, macs: Macs, speedup: float, fixed: Collection[int]
     count, fraction = steps_for(num_steps, macs, speedup)
     chosen = even_steps(num_steps, count, fixed)
     plan = stepwise_plan(num_steps, len(macs.branches), chosen)
-    return plan if fraction == 1 else with_part(plan, chosen[len(chosen) // 2], fraction, macs)
+    if fraction == 1:
+        return plan
+    middle = chosen[len(chosen) // 2]
+    plan = with_part(plan, middle, fraction, macs)
+    if all(plan.compute[middle]):  # too small a part for any branch, as where all blocks are one
+        return stepwise_plan(num_steps, len(macs.branches), even_steps(num_steps, count - 1, fixed))
+    return plan
 
 
 def with_fixed_correction(plan: Plan, share: float = 0.5) -> Plan:

@@ -69,6 +69,23 @@ def test_every_third_and_every_second_step_are_even():
     assert even_steps(20, 10) == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
 
 
+def test_gaps_are_equal_and_the_last_steps_are_computed():
+    assert even_steps(20, 7) == [5, 7, 9, 11, 13, 15, 17]
+    assert even_steps(20, 4) == [5, 9, 13, 17]
+    assert even_steps(50, 20) == [9, *range(11, 48, 2)]
+
+
+def test_where_all_blocks_are_one_branch_a_part_of_a_step_is_left_out():
+    one = Macs((100,), 0)
+    speedup = 20 / (20 - 7.3)
+    assert steps_for(20, one, speedup)[0] == 8
+    assert (
+        even_plan(20, one, speedup) == even_plan(20, one, 20 / 13) == stepwise_plan(20, 1, even_steps(20, 7))
+    )
+    nearer = even_plan(20, one, 20 / (20 - 7.7))
+    assert nearer == stepwise_plan(20, 1, even_steps(20, 8))
+
+
 @given(seed=st.integers(0, 1000), speedup=st.floats(1.05, 3.0))
 def test_the_cut_meets_the_speed_and_reuses_the_lowest_scores(seed, speedup):
     generator = torch.Generator().manual_seed(seed)
