@@ -98,7 +98,10 @@ def _check_router(config: WorkflowConfig, storage: RunStorage) -> None:
 
 
 def stages_to_do(config: WorkflowConfig, storage: RunStorage) -> set[Stage]:
-    """Return the stages that will ask Ray for something: those that are not done, and the endpoint."""
+    """Return the stages that will ask Ray for something.
+
+    They are those that are not done, and the endpoint.
+    """
     done = {stage for stage in config.stages if resume.is_finished(stage, config, storage)} - {"serve"}
     if "register" in done and not storage.read_json(resume.PROMOTION)["promoted"]:
         done.remove("register")  # it is decided once more

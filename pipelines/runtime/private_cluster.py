@@ -40,7 +40,10 @@ def start_private_cluster() -> None:
 
 
 def logical_cpus() -> int:
-    """Return the number of CPUs that a private cluster has, which may be more than there are cores."""
+    """Return the number of CPUs that a private cluster has.
+
+    There may be more than cores.
+    """
     return max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
 
 

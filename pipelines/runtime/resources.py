@@ -1,4 +1,4 @@
-"""What the stages of a run ask Ray for, and what a machine or a cluster has of it."""
+"""Check what the stages of a run ask Ray for against what there is of it."""
 
 import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -20,7 +20,7 @@ _API_CPUS = 0.1  # of a replica that answers HTTP
 
 @dataclass(frozen=True)
 class Need:
-    """What cannot do with less: workers, actors or replicas that have to run at the same time."""
+    """CPUs or GPUs that have to be there at the same time."""
 
     settings: Mapping[str, object]
     """The settings that it follows from, by name, those first that count for GPUs alone."""
@@ -88,16 +88,17 @@ def needs_of_endpoint(serve: ServeConfig) -> Iterator[Need]:
 
 @functools.cache
 def _this_machine() -> Mapping[str, float]:
-    """Return the CPUs and GPUs that a private cluster on this machine has, as Ray itself counts them."""
+    """Return what a private cluster on this machine has, as Ray itself counts it."""
     spec = ResourceAndLabelSpec(num_cpus=logical_cpus(), object_store_memory=1)
     found: Mapping[str, float] = spec.resolve(is_head=True, node_ip_address="127.0.0.1").to_resource_dict()
     return found
 
 
 def check_resources(config: WorkflowConfig, stages: Collection[Stage]) -> None:
-    """Refuse what a private cluster could never place; Ray would wait for it without limit.
+    """Refuse what a private cluster could never place.
 
-    A cluster that is joined may get more nodes, so nothing is refused there.
+    Ray would wait for it without limit. A cluster that is joined may get more nodes, so nothing is refused
+    there.
 
     Raises:
         SettingError: names the settings, their values, what the machine has, and the cure.
@@ -128,7 +129,10 @@ def refuse_unmet(needs: Iterable[Need]) -> None:
 
 
 def say_shortage(config: WorkflowConfig, stages: Collection[Stage]) -> None:
-    """Say what the cluster that was joined lacks, for which stages will wait until it has it."""
+    """Say what the cluster that was joined lacks.
+
+    Stages wait until it has that.
+    """
     if is_private():
         return
     have = ray.cluster_resources()
