@@ -239,6 +239,6 @@ def _check_prompts(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMo
         return
     if late := _before(stages, "prompts", ("train", "evaluate", "sweep", "compare", "serve")):
         raise ValueError(_no_prompts(config, late))
-    if "prompts" in stages and not prompts.path:
-        raise ValueError("prompts.path is '' and the model takes prompts: give a file of prompts")
+    if "prompts" in stages:
+        check_prompts(prompts)
     check_conditions(loaded)

@@ -1,9 +1,13 @@
 """What the workflow's command refuses before any work, in one line; and what may change in a resumed run."""
 
+import io
 import json
+import re
 import socket
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from tiny_dit import make_artifact, write_model
@@ -63,7 +67,7 @@ from pipelines.run_state import resume
         (["fashion", "--storage-endpoint=http://a:b@c"], ["storage_endpoint is 'http://c'", "http://host"]),
         (["fashion", "--stages", "prompts"], ["stages is ('prompts',)", "takes labels: leave prompts out"]),
         (["fashion-text", "--stages", "train"], ["no embedded prompts yet", "add the stage prompts"]),
-        (["fashion-text", "--prompts.path="], ["prompts.path is ''", "give a file of prompts"]),
+        (["fashion-text", "--prompts.path="], ["prompts.path is ''", "give a .txt or .parquet file, or a"]),
         (
             ["fashion-text", "--prompts.max-tokens=8"],
             ["prompts.max_tokens is 8", "takes 16"],
@@ -81,6 +85,53 @@ def test_bad_input_is_one_line_and_exit_code_2(
     for word in words:
         assert word in error
     assert not ray.is_initialized(), "refused before any work starts"
+
+
+def parquet_of(column: str) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({column: ["a red shoe"]}), stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("first", ["fashion-text", "pipeline"])
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "missing.txt",
+            None,
+            "cannot be read (FileNotFoundError): give a .txt or .parquet file, or a folder",
+        ),
+        ("empty.txt", b"", "holds no prompts: give at least one line of text"),
+        ("blank.txt", b"\n  \n\t\n", "holds no prompts: give at least one line of text"),
+        ("folder/", None, "holds neither .parquet nor .txt: give such a file or a folder of them"),
+        ("prompts.pt", b"of another kind", "holds neither .parquet nor .txt: give such a file or a folder"),
+        (
+            "other.parquet",
+            parquet_of("caption"),
+            "prompts.column is 'prompt': give a column of text, of caption",
+        ),
+        ("blank.parquet", b"PAR1", "cannot be read (ArrowInvalid): give a .txt or .parquet file"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused_before_any_work(
+    first: str, name: str, content: bytes | None, words: str, tmp_path: Path, folder: Path
+) -> None:
+    path = tmp_path / name
+    if name.endswith("/"):
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    arguments = [first, f"--prompts.path={path}", f"--storage-path={tmp_path / 'runs'}", "--run-id=r1"]
+    if first == "pipeline":
+        arguments.append(f"--model.path={folder}")
+    if "column" in words:
+        arguments.append("--prompts.column=prompt")
+    config = workflow.parse(arguments, workflow.PRESETS, "workflow.py")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        workflow.Workflow(config).check()
+    assert not ray.is_initialized()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
