@@ -103,7 +103,7 @@ def stages_to_do(config: WorkflowConfig, storage: RunStorage) -> set[Stage]:
     They are those that are not done, and the endpoint.
     """
     done = {stage for stage in config.stages if resume.is_finished(stage, config, storage)} - {"serve"}
-    if "register" in done and not storage.read_json(resume.PROMOTION)["promoted"]:
+    if "register" in done and not storage.read_json(resume.PROMOTION).get("promoted"):
         done.remove("register")  # it is decided once more
     if "compare" in done and not is_complete(config, storage):
         done.remove("compare")

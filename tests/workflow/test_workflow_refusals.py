@@ -1,5 +1,6 @@
 """What the workflow's command refuses before any work, in one line; and what may change in a resumed run."""
 
+import contextlib
 import io
 import json
 import re
@@ -12,8 +13,10 @@ import pytest
 import ray
 from tiny_dit import make_artifact, write_model
 
+from harmonica.validation.settings import SettingError
 from pipelines import workflow
 from pipelines.run_state import resume
+from pipelines.training.checkpoints import Checkpoints
 
 
 @pytest.mark.parametrize(
@@ -185,6 +188,8 @@ def test_a_run_is_resumed_with_its_own_settings_only(
     run.mkdir(parents=True)
     started = workflow.PRESETS["fashion"]().to_dict() | {"seed": 7}
     (run / "config.json").write_text(json.dumps(started))
+    (run / "train" / "checkpoints").mkdir(parents=True)
+    (run / "train" / "checkpoints" / "000000001-0123456789abcdef.pt").touch()
     assert workflow.main(["fashion", "--run-id=r1", f"--storage-path={tmp_path / 'runs'}"]) == 2
     assert "seed was 7 and is 0: resume run_id r1 with its own settings" in capsys.readouterr().err
 
@@ -198,6 +203,7 @@ def test_how_a_run_is_placed_may_change_when_it_is_resumed(tmp_path: Path) -> No
 
     first = prepared()
     resume.begin(first.config, first.storage)
+    Checkpoints.of_training(first.storage).save(1, {})
     prepared("--train.num-workers=1", "--train.placement-strategy=SPREAD", "--train.stall-timeout-s=60")
     with pytest.raises(ValueError, match=r"^train.trajectories was \d+ and is 31: resume run_id r1 with"):
         prepared("--train.trajectories=31")
@@ -222,6 +228,21 @@ def test_a_router_of_another_step_count_is_refused(
     assert workflow.main(arguments) == 2
     steps = "sampler.num_inference_steps is 20 and the router was made for 8"
     assert steps in capsys.readouterr().err
+
+
+def test_a_setting_that_a_stage_refuses_is_one_line_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: workflow.Workflow, stage: str) -> None:
+        raise SettingError("train.target_psnr is 200: the nearest plan that reuses a step is at 46.5 dB here")
+
+    monkeypatch.setattr(workflow.Workflow, "tracked", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(workflow.Workflow, "run", refuse)
+    assert workflow.main(["fashion", f"--storage-path={tmp_path}", "--stages", "train"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error == "error: train.target_psnr is 200: the nearest plan that reuses a step is at 46.5 dB here\n"
+    )
 
 
 def test_evaluation_without_a_router_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
