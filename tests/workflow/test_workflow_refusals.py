@@ -25,6 +25,9 @@ from pipelines.training.checkpoints import Checkpoints
         (["fashion", "--promotion.min-speedup=0.5"], ["promotion.min_speedup is 0.5", "give 1 or more"]),
         (["fashion", "--stages", "train", "register"], ["promote is 'gate'", "add the stage evaluate"]),
         (["fashion", "--stages", "train", "register", "evaluate"], ["no evaluation before", "register"]),
+        (["--preset", "emoji"], ["--preset is not an option", "first, as in `harmonica-workflow emoji`"]),
+        (["fashion", "--preset=emoji"], ["name the preset first, as in `harmonica-workflow emoji`"]),
+        (["fashion", "--preset"], ["name the preset first, as in `harmonica-workflow fashion`"]),
         (["fashoin"], ["preset is 'fashoin'", "give one of fashion, emoji, fashion-text, dit-xl-2-256"]),
         (
             ["fashion", "--stages", "evaluate", "train"],
