@@ -55,7 +55,7 @@ def _git(file: Path, *arguments: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this project and of the libraries on which results depend."""
+    """Return the versions of this project and of libraries that results depend on."""
     libraries = ("ray", "torch", "mlflow", "timm", "diffusers")
     return {"harmonica-ray": __version__} | {name: importlib.metadata.version(name) for name in libraries}
 
