@@ -10,6 +10,7 @@ from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.training.feasibility import check_quality_target, check_training
 from harmonica.validation.settings import require
 
+from .compare.results import is_complete
 from .config.workflow import Stage, WorkflowConfig
 from .data.read_prompts import check_prompts
 from .evaluation.metric_networks import check_metric_files, check_metric_settings
@@ -94,6 +95,19 @@ def _check_router(config: WorkflowConfig, storage: RunStorage) -> None:
     late = _before(config.stages, "train", {"evaluate", "register"})
     if late and not resume.is_finished("train", config, storage):
         raise ValueError(_no_router(config, late))
+
+
+def stages_to_do(config: WorkflowConfig, storage: RunStorage) -> set[Stage]:
+    """Return the stages that will ask Ray for something.
+
+    They are those that are not done, and the endpoint.
+    """
+    done = {stage for stage in config.stages if resume.is_finished(stage, config, storage)} - {"serve"}
+    if "register" in done and not storage.read_json(resume.PROMOTION).get("promoted"):
+        done.remove("register")  # it is decided once more
+    if "compare" in done and not is_complete(config, storage):
+        done.remove("compare")
+    return set(config.stages) - done
 
 
 def check_stages(config: WorkflowConfig, storage: RunStorage, loaded: LoadedModel) -> None:
@@ -225,6 +239,6 @@ def _check_prompts(config: WorkflowConfig, storage: RunStorage, loaded: LoadedMo
         return
     if late := _before(stages, "prompts", ("train", "evaluate", "sweep", "compare", "serve")):
         raise ValueError(_no_prompts(config, late))
-    if "prompts" in stages and not prompts.path:
-        raise ValueError("prompts.path is '' and the model takes prompts: give a file of prompts")
+    if "prompts" in stages:
+        check_prompts(prompts)
     check_conditions(loaded)

@@ -23,6 +23,7 @@ from .config.workflow import WorkflowConfig
 from .run_state.interruption import Terminated, sigterm_raises
 from .runtime.cluster_address import check_address
 from .runtime.ray_runtime import connect, is_private
+from .runtime.resources import needs_of_endpoint, refuse_unmet
 from .serving.application import build as build
 from .serving.auth import key_headers
 from .serving.client import curl_command
@@ -73,6 +74,7 @@ def _serve(command: ServeCommand) -> None:
     check_address()
     if is_private():
         check_port(command.serve)
+        refuse_unmet(needs_of_endpoint(command.serve))
     args, summary = choose_routers(args, command.storage_path)
     say(f"Starting with {summary} ...")
     connect()

@@ -19,7 +19,7 @@ from harmonica.training.multi_target import target_name
 
 from .compare.ranking import missing_name
 from .config.workflow import Stage, WorkflowConfig
-from .preflight import check_model
+from .preflight import check_model, stages_to_do
 from .promotion.publishing import Publisher
 from .report.charts import png_of
 from .report.summary import git_revision, summarise, versions
@@ -38,6 +38,7 @@ from .run_state.routers import load_router
 from .run_state.storage import RunStorage, settle_endpoint
 from .runtime.cluster_address import check_address
 from .runtime.ray_runtime import connect, is_private
+from .runtime.resources import check_resources, say_shortage
 from .tracking import mlflow_runs, mlflow_store
 from .tracking.node_metrics import node_metrics
 
@@ -87,6 +88,7 @@ class Workflow:
         resume.check(self.config, self.storage)
         mlflow_store.check_store(self.config.storage_path)
         check_address()
+        check_resources(self.config, stages_to_do(self.config, self.storage))
 
     def claim(self) -> lease.Lease:
         """Return the right to write this run, to be held while it is `tracked`.
@@ -100,6 +102,7 @@ class Workflow:
     def tracked(self) -> Iterator[None]:
         """Open one MLflow run for the workflow, in which the stages' runs are nested."""
         connect(self.config.storage_endpoint)
+        say_shortage(self.config, stages_to_do(self.config, self.storage))
         self.config = resume.begin(self.config, self.storage)
         with (
             self._run_of(WORKFLOW, self._parameters()) as self._parent,

@@ -6,6 +6,7 @@ It is `harmonica-workflow` where the package is installed, and `python workflow.
 import sys
 
 from harmonica.cli.common import fail, parse, say
+from harmonica.validation.settings import SettingError
 
 from .presets import PRESETS
 from .run_state.interruption import Terminated, sigterm_raises
@@ -39,6 +40,8 @@ def main(arguments: list[str] | None = None, prog: str = "harmonica-workflow") -
             return fail(lease.lost, code=1)
         words = f"interrupted: the same command with --run-id {workflow.config.run_id} goes on from here"
         return fail(words, code=143 if isinstance(signal, Terminated) else 130)
+    except SettingError as error:  # what no check before the work can know
+        return fail(error, code=2)
     except Exception as error:  # whatever a stage raises ends here, once, with its name
         return fail(error, code=1)
     workflow.summarise()

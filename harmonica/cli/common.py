@@ -23,6 +23,11 @@ def parse(arguments: list[str], presets: Mapping[str, Callable[[], Settings]], p
             the program with tyro's message and exit code 2.
     """
     name, rest = next(iter(presets)), arguments
+    for place, given in enumerate(arguments):
+        if given.split("=")[0] == "--preset":  # an option of earlier versions, which set the name alone
+            value = given.partition("=")[2] or next(iter(arguments[place + 1 :]), "")
+            wanted = value if value in presets else name
+            raise ValueError(f"--preset is not an option: name the preset first, as in `{prog} {wanted}`")
     if arguments and not arguments[0].startswith("-"):
         name, rest = arguments[0], arguments[1:]
     elif arguments and arguments[0] in ("-h", "--help"):

@@ -38,6 +38,9 @@ class TrainingContext:
     finalists: dict[str, Tensor] = field(default_factory=dict)
     """Logits (T, B) of the selected plan and of the nearest others, by name, until one of them is fitted."""
 
+    found: dict[str, float] = field(default_factory=dict)
+    """What `train.target_psnr` has led to: reused steps, PSNR and speed; empty until it is known."""
+
     @classmethod
     def create(
         cls, backend: TrajectoryBackend, config: TrainingConfig, seed: int, device: torch.device | str
@@ -96,6 +99,17 @@ class TrainingContext:
         for row, logits_B in zip(self.router.rows, logits_TB, strict=True):
             row.copy_(logits_B)
 
+    @property
+    def found_message(self) -> str:
+        """Return what `train.target_psnr` has led to, in a line; "" if nothing is known."""
+        if not self.found:
+            return ""
+        steps, psnr, speedup = (self.found[name] for name in ("reused_steps", "psnr", "macs_speedup"))
+        return (
+            f"train.target_psnr is {self.config.target_psnr:g}: the fastest start that has it reuses "
+            f"{steps:g} of {self.sampler.num_steps} steps, at {psnr:.1f} dB and {speedup:.3g}x in MACs"
+        )
+
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint; the key "aim" holds the target's."""
         return {
@@ -105,6 +119,7 @@ class TrainingContext:
             "starts": self.starts,
             "chosen": self.chosen,
             **({"finalists": self.finalists} if self.finalists else {}),
+            **({"found": self.found} if self.found else {}),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -116,5 +131,5 @@ class TrainingContext:
             {name: logits_TB.to(self.device) for name, logits_TB in found.items()}
             for found in (state["starts"], finalists)
         )
-        self.chosen = state["chosen"]
+        self.chosen, self.found = state["chosen"], state.get("found", {})
         self.target.load_state(state["aim"])

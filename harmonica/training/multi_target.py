@@ -108,16 +108,22 @@ class MultiTargetTrainer:
         """Do one trajectory for the current target and return the metrics to log.
 
         The first one prepares, if `prepare` was not called.
+
+        Raises:
+            SettingError: `train.target_psnr` is out of reach; on all workers alike.
         """
         self.prepare(batch)
-        place = self.progress.place(self.trajectory)
+        place, context = self.progress.place(self.trajectory), self.current.context
+        known = context.found_message
         metrics = self.current.train_one(batch, average)
         if len(self.trainers) > 1:
             metrics["target_speedup"] = self.current.context.target.speedup
         if not self.next_trajectories and self._place + 1 < len(self.trainers):
             self._go_on()
+        said = [context.found_message] if context.found_message != known else []
         if self.budget is not None and self.progress.place(self.trajectory) != place:
-            self._keep_to(self.budget)
+            said += self._keep_to(self.budget)
+        self.announcement = "; ".join(said) or self.announcement
         return metrics
 
     def prepare(self, batch: Any) -> None:
@@ -157,17 +163,21 @@ class MultiTargetTrainer:
         check_training(used, model, num_steps, has_pictures=True)
         self._use(used)
 
-    def _keep_to(self, budget: TimeBudget) -> None:
-        """Take fewer trajectories than planned where those would take too long."""
+    def _keep_to(self, budget: TimeBudget) -> list[str]:
+        """Take fewer trajectories where those planned would take too long.
+
+        What is said of it is returned.
+        """
         done, before = self.trajectory, self.all_trajectories
-        if budget.adapt(self.progress, done):
-            for trainer in self.trainers[self._place :]:
-                trainer.set_numbers(budget.numbers)
-            self._count()
-            self.announcement = (
-                f"train.budget is {self.config.budget:g} minutes and {budget.spent_s / 60:.3g} are over: "
-                f"{self.all_trajectories - done} trajectories follow, not {before - done}"
-            )
+        if not budget.adapt(self.progress, done):
+            return []
+        for trainer in self.trainers[self._place :]:
+            trainer.set_numbers(budget.numbers)
+        self._count()
+        return [
+            f"train.budget is {self.config.budget:g} minutes and {budget.spent_s / 60:.3g} are over: "
+            f"{self.all_trajectories - done} trajectories follow, not {before - done}"
+        ]
 
     def _set_numbers(self, numbers: Sequence[Numbers]) -> None:
         for trainer, own in zip(self.trainers, numbers, strict=True):

@@ -70,14 +70,20 @@ class StartPhase(Phase):
             )
 
     def finish(self, batch: Any, average: Callable[[Tensor], None]) -> dict[str, float]:
-        """Find the speed for a wanted quality, and start the router at the best steps."""
+        """Find the speed for a wanted quality, and start the router at the best steps.
+
+        Raises:
+            SettingError: no plan has the quality; on all workers alike.
+        """
         context, metrics = self.context, dict[str, float]()
         if self.config.target_psnr:
             batches, reuse = batch.split(self.config.micro_batch_size), self.config.sdt.reuse
             psnr = self.config.target_psnr
-            plan, found = fastest_plan(self.search, context.backend, batches, psnr, reuse, average)
-            context.target.set_speedup(plan.ideal_speedup(context.sampler.model.macs()))
-            metrics = {"target_speedup": context.target.speedup, "psnr": found}
+            found = fastest_plan(self.search, context.backend, batches, psnr, reuse, average)
+            speedup = found.plan.ideal_speedup(context.sampler.model.macs())
+            context.target.set_speedup(speedup)
+            context.found = {"reused_steps": found.steps, "psnr": found.psnr, "macs_speedup": speedup}
+            metrics = {"target_speedup": speedup, "psnr": found.psnr}
         self._set_starts()
         return metrics
 

@@ -201,6 +201,8 @@ class RouterTrainer:
             settings["chosen"] = context.chosen
         if self.config.speed == "measured":
             settings["macs_speedup"] = self.config.target_speedup
+        if context.found:
+            settings["found"] = dict(context.found)
         if self.config.budget:  # what was set is not what was done
             settings = with_used_numbers(settings, self.numbers)
         return settings | {"trajectories": self.trajectory}

@@ -138,8 +138,9 @@ class TrainConfig(TrainingConfig):
 class WorkflowConfig:
     """The settings of the whole chain."""
 
-    preset: str = "fashion"
-    """Name of the preset that the values came from; the command sets it, and run ids begin with it."""
+    preset: Annotated[str, tyro.conf.Suppress] = "fashion"  # not a command-line option
+    """Name of the preset that the values came from; run ids begin with it. A command takes it as its first
+    word."""
     run_id: str = ""
     """Names the run; the same id again skips its finished stages. Empty: a new one. Give it to go on with a
     run, or to tell runs apart."""

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import os
 import shutil
 import subprocess
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from harmonica.cli.common import say
 from harmonica.evaluation.evaluation_report import EvaluationReport
+from harmonica.version import __version__
 
 from ..config.workflow import WorkflowConfig
 from ..run_state.resume import (
@@ -30,22 +32,32 @@ from .terminal import results_table
 logger = logging.getLogger(__name__)
 
 
-def git_revision() -> str:
-    """Return the git revision of the working folder.
+def git_revision(file: Path = Path(__file__)) -> str:
+    """Return the git revision that a file of this package is from.
 
-    It is "unknown" in a job's unpacked folder, and on a machine without git.
+    It ends with `-dirty` where tracked files differ from it. It is "unknown" where the file is in no clone,
+    as in a job's unpacked folder or an installed package, and on a machine without git.
     """
-    if shutil.which("git") is None:
+    if shutil.which("git") is None or not _git(file, "ls-files", "--error-unmatch", file.name):
         return "unknown"
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    revision = _git(file, "rev-parse", "--verify", "HEAD") or "unknown"
+    is_dirty = _git(file, "status", "--porcelain", "--untracked-files=no")
+    return f"{revision}-dirty" if is_dirty else revision
+
+
+def _git(file: Path, *arguments: str) -> str:
+    """Return what git says in the file's folder; "" where it fails."""
+    # Those of a hook name another repository.
+    others = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "--no-optional-locks", "-C", str(file.parent), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=others)
+    return "" if done.returncode else done.stdout.strip()
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries on which results depend."""
-    return {
-        name: importlib.metadata.version(name) for name in ("ray", "torch", "mlflow", "timm", "diffusers")
-    }
+    """Return the versions of this project and of libraries that results depend on."""
+    libraries = ("ray", "torch", "mlflow", "timm", "diffusers")
+    return {"harmonica-ray": __version__} | {name: importlib.metadata.version(name) for name in libraries}
 
 
 def summarise(config: WorkflowConfig, storage: RunStorage, run: mlflow_runs.StageRun, url: str) -> None:

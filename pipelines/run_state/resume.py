@@ -3,19 +3,20 @@
 `--from` makes stages undone. A stage that is done again works in a folder of its own, and its results replace
 the earlier ones once it is done; these stay whole until then, however often it is interrupted. The run's
 `config.json` records what is undone, in one write with the settings that it is done again with.
+
+Where stages were refused before they had made anything, other settings of theirs are taken as if `--from`
+named the first of them.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from harmonica.data.prompt_files import MANIFEST
-from harmonica.validation.changed_settings import changed_settings
 
-from ..config.compare import free_to_change
 from ..config.workflow import STAGES, Stage, WorkflowConfig
+from .free_settings import FREE, as_json, differing, free_from
 from .storage import RunStorage
 
 ROUTER, FAMILY, REPORT, SHEET, HEAT_MAP, CONFIG = (
@@ -31,34 +32,6 @@ COMPARISON, COMPARISON_PICTURE, SWEEP = "comparison.json", "comparison.png", "sw
 WORKFLOW: Literal["workflow"] = "workflow"
 """The name of all stages of a command together, which have an MLflow run of their own."""
 _AGAIN = "done_again"
-# None of it changes what the finished stages made; a sweep keeps its own settings.
-_FREE = {
-    "run_id",
-    "stages",
-    "serve",
-    "sweep",
-    "promote",
-    "promotion",
-    "storage_path",
-    "storage_endpoint",
-    "preset",
-    "done_again_from",
-    "node_metrics_interval_s",
-    # How the model is run, which moves values by roundings.
-    "model.compile",
-    "model.execution",
-    "model.graph_memory",
-}
-# How training is placed and watched: after the loss of a node it may have to change.
-_FREE_IN_TRAIN = {
-    "train.num_workers",
-    "train.min_workers",
-    "train.resize_interval_s",
-    "train.max_failures",
-    "train.placement_strategy",
-    "train.stall_timeout_s",
-    "train.checkpoint_interval_s",
-}
 # What a stage makes, first what says that it is finished; prompts make nothing but their folder.
 _MADE_BY: dict[Stage, tuple[str, ...]] = {
     "train": (f"{ROUTER}/config.json", ROUTER, FAMILY),
@@ -137,11 +110,11 @@ def progress_of(config: WorkflowConfig, storage: RunStorage) -> Progress:
 
     Nothing is changed. The same command, repeated before it has finished, resumes what it has made undone.
     """
-    settings, again = _settings(storage), stages_again(config)
-    progress = _progress_in(settings)
+    config, settings = _with_implied_from(config, storage), _settings(storage)
+    progress, again = _progress_in(settings), stages_again(config)
     is_begun = progress.first == config.done_again_from and progress.is_undone(WORKFLOW)
-    theirs = _FREE.difference(set(_HAVE_A_FOLDER).intersection(again))
-    if not again or (is_begun and not _differing(config, settings, theirs)):
+    theirs = FREE.difference(set(_HAVE_A_FOLDER).intersection(again))
+    if not again or (is_begun and not differing(config, settings, theirs)):
         return progress
     number = 1 + max((one.number for one in progress.stages.values()), default=1)
     undone = dict.fromkeys((WORKFLOW, *again), Generation(number, done=False))
@@ -183,14 +156,46 @@ def check(config: WorkflowConfig, storage: RunStorage) -> None:
     Raises:
         ValueError: a setting differs on which a finished stage depends.
     """
-    before, again = _settings(storage), stages_again(config)
-    if not before:
-        return
-    free = _FREE.union(again, ("sampler", "seed") if "train" in again else ())
-    if others := _differing(config, before, free):
+    before = _settings(storage)
+    first = _with_implied_from(config, storage).done_again_from
+    if not before or (not config.done_again_from and first and _first_unbegun(storage) == STAGES[0]):
+        return  # whatever was given, nothing has been made of it
+    if others := differing(config, before, free_from(first)):
+        again = [stage for stage in STAGES if stage in config.stages]
+        cures = [stage for stage in again if not differing(config, before, free_from(stage))]
+        cure = f"give --from {cures[-1]} to do that stage and those after it again, " if cures else ""
         raise ValueError(
-            f"{others}: resume run_id {config.run_id} with its own settings, or take a new run id"
+            f"{others}: resume run_id {config.run_id} with its own settings, {cure}or take a new run id"
         )
+
+
+def _first_unbegun(storage: RunStorage) -> Stage | None:
+    """Return the first stage from which on none has a result or a checkpoint.
+
+    It is None if the last one has.
+    """
+    progress, first = recorded(storage), None
+    for stage in reversed(STAGES):
+        folder = progress.folder(stage) + ("/checkpoints" if stage == "train" else "")
+        made = _MADE_BY[stage][0] if stage != "prompts" else f"{folder}/{MANIFEST}"
+        if storage.exists(made) or (stage in _HAVE_A_FOLDER and storage.names(folder, below=True)):
+            break
+        first = stage
+    return first
+
+
+def _with_implied_from(config: WorkflowConfig, storage: RunStorage) -> WorkflowConfig:
+    """Return the settings with `--from` the first stage that has made nothing.
+
+    They are returned as they are where they are those of the run, or no such stage is asked for.
+    """
+    before = _settings(storage)
+    if config.done_again_from or not before or not differing(config, before, FREE):
+        return config
+    first = _first_unbegun(storage)
+    left = STAGES[STAGES.index(first) :] if first else ()
+    implied = next((stage for stage in left if stage in config.stages), None)
+    return dataclasses.replace(config, done_again_from=implied)
 
 
 def begin(config: WorkflowConfig, storage: RunStorage) -> WorkflowConfig:
@@ -207,11 +212,11 @@ def begin(config: WorkflowConfig, storage: RunStorage) -> WorkflowConfig:
     check(config, storage)
     progress, before = progress_of(config, storage), _settings(storage)
     if not before:
-        storage.write_json(CONFIG, _as_json(config))
+        storage.write_json(CONFIG, as_json(config))
     elif progress != _progress_in(before):
         stages = {name: dataclasses.asdict(one) for name, one in progress.stages.items()}
         about = {_AGAIN: {"from": progress.first, "stages": stages}}
-        storage.write_json(CONFIG, _as_json(config) | about)
+        storage.write_json(CONFIG, as_json(config) | about)
     return dataclasses.replace(config, done_again_from=None)
 
 
@@ -226,15 +231,3 @@ def mark_done(stage: Stage | Literal["workflow"], storage: RunStorage) -> None:
             storage.delete_all(folder)
     settings[_AGAIN]["stages"][stage]["done"] = True
     storage.write_json(CONFIG, settings)
-
-
-def _as_json(config: WorkflowConfig) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(config.to_dict()))  # tuples are lists
-    return found
-
-
-def _differing(config: WorkflowConfig, before: dict[str, Any], free: set[str]) -> str:
-    """Return in words the settings that differ from those before."""
-    now = _as_json(config)
-    free = free | _FREE_IN_TRAIN | free_to_change(before.get("compare", {}), now["compare"])
-    return changed_settings(before, now, free, _as_json(WorkflowConfig()))

@@ -121,12 +121,12 @@ class RunStorage:
         """Return whether the run has this file."""
         return bool(self._fs.get_file_info(f"{self._run}/{name}").type != fs.FileType.NotFound)
 
-    def names(self, folder: str) -> list[str]:
+    def names(self, folder: str, *, below: bool = False) -> list[str]:
         """Return the sorted names of the files in a folder of the run.
 
-        Files that are still being written are left out.
+        With `below` there are those in its folders too. Files that are still being written are left out.
         """
-        found = list_folder(self._fs, f"{self._run}/{folder}")
+        found = list_folder(self._fs, f"{self._run}/{folder}", recursive=below)
         return sorted(one.base_name for one in found if one.is_file and not one.base_name.endswith(".tmp"))
 
     def read_bytes(self, name: str) -> bytes:

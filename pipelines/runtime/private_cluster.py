@@ -39,6 +39,14 @@ def start_private_cluster() -> None:
         _start(address, port)
 
 
+def logical_cpus() -> int:
+    """Return the number of CPUs that a private cluster has.
+
+    There may be more than cores.
+    """
+    return max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
+
+
 def has_ended() -> bool:
     """Return whether this process's cluster has ended, which then answers no more.
 
@@ -62,7 +70,7 @@ def _start(address: str, dashboard_port: int) -> None:
         try:
             ray.init(
                 address="local",
-                num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+                num_cpus=logical_cpus(),
                 object_store_memory=500_000_000,
                 # Ray Data asks its state API about tasks that seem to hang.
                 include_dashboard=True,

@@ -6,6 +6,7 @@ All processes use the same URI, which is checked before any work starts.
 import os
 import re
 import socket
+import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -76,6 +77,11 @@ def _scheme(uri: str) -> str:
 
 def _settled(uri: str) -> str:
     scheme = _scheme(uri)
+    if uri == "databricks" or scheme.startswith("databricks"):
+        raise ValueError(
+            f"{_VARIABLE} is {uri!r}, a Databricks workspace, where an experiment's name is a path and not "
+            f"{EXPERIMENT!r}: give the http address of an MLflow server, or sqlite:////absolute/path/mlflow.db"
+        )
     if scheme in ("", "file"):
         raise ValueError(
             f"{_VARIABLE} is {uri!r}, a folder of files, which MLflow no longer takes runs in: give "
@@ -111,9 +117,11 @@ def check_store(storage_path: str) -> None:
     store, scheme = f"{_VARIABLE} is {without_credentials(uri)}", _scheme(uri)
     if scheme == "sqlite":
         name = make_url(uri).database or ""
-        if not Path(name).exists():
+        file = Path(urlsplit(name).path if name.startswith("file:") else name)
+        store = f"MLflow's store is {file}"
+        _check_file(file, store)
+        if not file.exists():
             return  # it will be made
-        store = f"MLflow's store is {name}"
     elif scheme in _PORTS:
         _check_answers(uri, scheme, store)
     # Not at the top: importing MlflowClient takes a second, and settings are refused without.
@@ -133,6 +141,21 @@ def check_store(storage_path: str) -> None:
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or remove it for good with "
             "`mlflow gc`"
         )
+
+
+def _check_file(file: Path, store: str) -> None:
+    """Check that a SQLite file can be written, or made, without making it.
+
+    MLflow itself tries for more than a minute. SQLite writes its journal beside the file.
+    """
+    try:
+        folder = next(parent for parent in file.parents if parent.exists())  # MLflow makes those below it
+        if file.exists():
+            file.open("r+b").close()
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        cure = f"make it and its folder writable, or set {_VARIABLE} to another store"
+        raise ValueError(f"{store}, which cannot be written ({error.strerror}): {cure}") from error
 
 
 def _check_answers(uri: str, scheme: str, store: str) -> None:

@@ -1,5 +1,6 @@
 """Training for a speed: even and measured starts, the cut, the choice, and what is refused."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -30,11 +31,12 @@ from harmonica.training.config import TrainingConfig
 from harmonica.training.forecast_config import ForecastConfig
 from harmonica.training.forecast_phase import ForecastPhase
 from harmonica.training.plans.search import StepSearch
-from harmonica.training.plans.selection import PlanSelector
+from harmonica.training.plans.selection import SMALLEST_ERROR, PlanSelector, psnr_of
 from harmonica.training.plans.step_form import LINEAR
 from harmonica.training.sampler_backend import SamplerBackend
 from harmonica.training.sdt_config import SdtConfig
 from harmonica.training.trainer import RouterTrainer
+from harmonica.validation.settings import SettingError
 
 STEPS = 9
 MACS = Macs(branches=(30, 60) * 6, rest=12)
@@ -261,9 +263,22 @@ def test_a_quality_is_met_by_the_fastest_start_that_has_it(sampler):
     again = RouterTrainer(sampler, run.config, seed=0)
     again.load_state(run.state())
     assert train(again, 3)[0]["beta"] == train(run, 3)[0]["beta"] > 0
-    unmet = RouterTrainer(sampler, replace(SPEED, **settings, target_psnr=500.0), seed=0)
-    train(unmet, 1)
-    assert unmet.plan.cur == pytest.approx(1 / STEPS, abs=0.01), "the nearest there is"
+    macs = sampler.model.macs()
+    speedup = stepwise_plan(STEPS, 6, search.best(2)).ideal_speedup(macs)
+    for one in (run, again):
+        said = one.artifact().training["found"]
+        assert said == {"reused_steps": 2, "psnr": metrics[0]["psnr"], "macs_speedup": speedup}
+    # Out of reach, it is refused with what is in reach; a training for that begins.
+    too_near = RouterTrainer(sampler, replace(run.config, target_psnr=500.0), seed=0)
+    words = (
+        r"^train.target_psnr is 500: the nearest plan that reuses a step is at [\d.]+ dB here, give no more"
+    )
+    with pytest.raises(SettingError, match=words) as refused:
+        train(too_near, 1)
+    most = float(str(refused.value).split(" at ")[1].split()[0])
+    told_apart = psnr_of(math.log10(SMALLEST_ERROR))
+    assert most <= min(max(found), told_apart) < most + 0.1 + 1e-3
+    train(RouterTrainer(sampler, replace(run.config, target_psnr=most), seed=0), 1)
 
 
 def test_in_pairs_only_every_second_row_is_trained(sampler):

@@ -83,12 +83,12 @@ def kept_leaves(state: dict[str, Any]) -> dict[str, Any]:
     """What a release goes on from: not the form of the start, which was of another kind.
 
     A fit that begins after the state was written has a correction, finalists and sums by which these are
-    compared, which were none of theirs.
+    compared, which were none of theirs; nor did they keep what a target of quality has led to.
     """
     return {
         path: leaf
         for path, leaf in leaves(with_one_sum(state)).items()
-        if not re.search("/search|/starts/measured_|/finalists/|/forecast/(correction|reached)", path)
+        if not re.search("/search|/starts/measured_|/found/|/finalists/|/forecast/(correction|reached)", path)
     }
 
 
@@ -126,6 +126,23 @@ def test_a_recorded_state_is_kept_as_it_is(sampler: Sampler, name: str, stop: in
             assert found.dtype == expected.dtype and torch.equal(found, expected), path
         else:
             assert found == expected, path
+
+
+def test_what_a_quality_has_led_to_is_said_and_kept(sampler: Sampler) -> None:
+    run, config = MultiTargetTrainer(sampler, CONFIGS["target_psnr"], seed=0), CONFIGS["target_psnr"]
+    left = trained(run, SampleSpec.of(sampler.model, 0), Shard(config.batch_size))
+    for _ in range(config.start_trajectories):
+        assert not run.announcement
+        metrics = next(left)
+    found = run.artifact().training["found"]
+    assert (found["psnr"], found["macs_speedup"]) == (metrics["psnr"], metrics["target_speedup"])
+    assert run.announcement == (
+        f"train.target_psnr is 20: the fastest start that has it reuses {found['reused_steps']} of 7 steps, "
+        f"at {found['psnr']:.1f} dB and {found['macs_speedup']:.3g}x in MACs"
+    )
+    resumed = MultiTargetTrainer(sampler, config, seed=0)
+    resumed.load_state(copy.deepcopy(run.state()))
+    assert resumed.artifact().training["found"] == found
 
 
 @pytest.mark.parametrize(("name", "stop"), STOPS)

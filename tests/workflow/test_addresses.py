@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from mlflow.tracking import MlflowClient
 from processes import free_port
 
 from pipelines import workflow
@@ -98,6 +99,8 @@ def test_the_workflow_says_so_and_ends_with_2(refused):
         ("sqlite://", "a database in memory, .*: give sqlite:////absolute/path/mlflow.db"),
         ("sqlite:///:memory:", "a database in memory"),
         ("sqlite:///file:mlflow.db?uri=true", "relative to wherever a process runs: give an absolute path"),
+        ("databricks", "a Databricks workspace, .* a path and not 'harmonica': give the http address of an"),
+        ("databricks://profile", "a Databricks workspace"),
         ("nope://somewhere", "cannot be used"),
         ("http://127.0.0.1:1", "where nothing answers .*: start the server, or correct the address"),
         ("postgresql://id:hush@127.0.0.1:1/mlflow", "where nothing answers"),
@@ -111,6 +114,24 @@ def test_a_store_that_cannot_do_is_refused(uri, words, monkeypatch):
         check_store("runs")
     assert "\n" not in str(caught.value) and "hush" not in str(caught.value)
     assert time.monotonic() - started < 20, "MLflow by itself tries for minutes"
+
+
+def test_a_file_that_cannot_be_written_is_refused_and_none_is_made(tmp_path, monkeypatch):
+    folder = tmp_path / "store"
+    folder.mkdir()
+    (folder / "plain").touch()
+    monkeypatch.setattr(MlflowClient, "__init__", lambda *_, **__: pytest.fail("it tries for a minute"))
+    for file in ("/proc/x.db", "/proc/deeper/x.db", folder / "plain" / "x.db", folder):
+        for uri in (f"sqlite:///{file}", f"sqlite:///file:{file}?uri=true"):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+            words = (
+                f"^MLflow's store is {file}, which cannot be written .*: make it and its folder writable, or"
+            )
+            with pytest.raises(ValueError, match=words):
+                check_store("runs")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/deeper/still/x.db")
+    check_store("runs")
+    assert [path.name for path in folder.iterdir()] == ["plain"]
 
 
 def test_the_workflow_refuses_it_before_ray_starts(refused):

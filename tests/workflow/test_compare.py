@@ -109,6 +109,7 @@ def test_a_run_is_resumed_with_other_variants_and_more_images_but_not_fewer(tmp_
         record(config, storage)
 
     taken_up(samples=64)
+    Results(storage, "compare", 64).put("some", {})
     taken_up(samples=64, targets=(1.3,), seeds=2, libraries=False)
     with pytest.raises(ValueError, match=r"^compare.samples was 64 and is 32: resume run_id r1 with its"):
         taken_up(samples=32)

@@ -140,6 +140,44 @@ def test_stages_done_again_are_undone_until_they_are_done(run):
     assert recorded(run.storage).generation("evaluate") == 3
 
 
+def test_stages_that_have_made_nothing_take_other_settings(run):
+    run.begin()
+    given = ["--train.trajectories=31", "--seed=1", "--registered-model=other"]
+    for _ in range(2):  # the second time they are the run's own
+        run.begin(*given)
+        settings = run.storage.read_json(CONFIG)
+        assert (settings["train"]["trajectories"], settings["seed"]) == (31, 1)
+        assert settings["registered_model"] == "other"
+        assert recorded(run.storage).generation("train") == 2, "with an MLflow run of its own"
+    run.begin()  # and back
+    assert recorded(run.storage).generation(WORKFLOW) == 3
+    save(run, "some")
+    wrong = (
+        r"^train.trajectories was \d+ and is 31: resume run_id r1 with its own settings, give --from train "
+    )
+    cure = "to do that stage and those after it again, or take a new run id"
+    with pytest.raises(ValueError, match=wrong + cure):
+        run.prepared("--train.trajectories=31")
+    run.prepared("--train.trajectories=31", "--from=train")
+    run.begin("--evaluate.samples=32", "--promotion.min-speedup=1.1")  # since training alone has begun
+    assert run.storage.read_json(CONFIG)["evaluate"]["samples"] == 32
+    assert saved(run) == "some" and recorded(run.storage).generation("train") == 3
+    with pytest.raises(ValueError, match=r"^train.trajectories was \d+ and is 31: .* give --from train"):
+        run.prepared("--train.trajectories=31", "--evaluate.samples=64")
+    with pytest.raises(
+        ValueError, match=r"^registered_model was .*: resume .* own settings, or take a new run"
+    ):
+        run.prepared("--registered-model=other")
+
+
+def test_results_keep_the_settings_that_they_were_made_with(run):
+    run.finish()
+    for given, stage in (("--evaluate.samples=32", "evaluate"), ("--seed=1", "train")):
+        with pytest.raises(ValueError, match=f"give --from {stage} to do that stage"):
+            run.prepared(given)
+        run.prepared(given, f"--from={stage}")
+
+
 def test_training_that_is_done_again_begins_with_no_checkpoint_of_the_one_before(run):
     run.finish()
     assert saved(run) == "old"

@@ -1,15 +1,22 @@
 """What the workflow's command refuses before any work, in one line; and what may change in a resumed run."""
 
+import contextlib
+import io
 import json
+import re
 import socket
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from tiny_dit import make_artifact, write_model
 
+from harmonica.validation.settings import SettingError
 from pipelines import workflow
 from pipelines.run_state import resume
+from pipelines.training.checkpoints import Checkpoints
 
 
 @pytest.mark.parametrize(
@@ -18,6 +25,9 @@ from pipelines.run_state import resume
         (["fashion", "--promotion.min-speedup=0.5"], ["promotion.min_speedup is 0.5", "give 1 or more"]),
         (["fashion", "--stages", "train", "register"], ["promote is 'gate'", "add the stage evaluate"]),
         (["fashion", "--stages", "train", "register", "evaluate"], ["no evaluation before", "register"]),
+        (["--preset", "emoji"], ["--preset is not an option", "first, as in `harmonica-workflow emoji`"]),
+        (["fashion", "--preset=emoji"], ["name the preset first, as in `harmonica-workflow emoji`"]),
+        (["fashion", "--preset"], ["name the preset first, as in `harmonica-workflow fashion`"]),
         (["fashoin"], ["preset is 'fashoin'", "give one of fashion, emoji, fashion-text, dit-xl-2-256"]),
         (
             ["fashion", "--stages", "evaluate", "train"],
@@ -63,7 +73,7 @@ from pipelines.run_state import resume
         (["fashion", "--storage-endpoint=http://a:b@c"], ["storage_endpoint is 'http://c'", "http://host"]),
         (["fashion", "--stages", "prompts"], ["stages is ('prompts',)", "takes labels: leave prompts out"]),
         (["fashion-text", "--stages", "train"], ["no embedded prompts yet", "add the stage prompts"]),
-        (["fashion-text", "--prompts.path="], ["prompts.path is ''", "give a file of prompts"]),
+        (["fashion-text", "--prompts.path="], ["prompts.path is ''", "give a .txt or .parquet file, or a"]),
         (
             ["fashion-text", "--prompts.max-tokens=8"],
             ["prompts.max_tokens is 8", "takes 16"],
@@ -81,6 +91,53 @@ def test_bad_input_is_one_line_and_exit_code_2(
     for word in words:
         assert word in error
     assert not ray.is_initialized(), "refused before any work starts"
+
+
+def parquet_of(column: str) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({column: ["a red shoe"]}), stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("first", ["fashion-text", "pipeline"])
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "missing.txt",
+            None,
+            "cannot be read (FileNotFoundError): give a .txt or .parquet file, or a folder",
+        ),
+        ("empty.txt", b"", "holds no prompts: give at least one line of text"),
+        ("blank.txt", b"\n  \n\t\n", "holds no prompts: give at least one line of text"),
+        ("folder/", None, "holds neither .parquet nor .txt: give such a file or a folder of them"),
+        ("prompts.pt", b"of another kind", "holds neither .parquet nor .txt: give such a file or a folder"),
+        (
+            "other.parquet",
+            parquet_of("caption"),
+            "prompts.column is 'prompt': give a column of text, of caption",
+        ),
+        ("blank.parquet", b"PAR1", "cannot be read (ArrowInvalid): give a .txt or .parquet file"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused_before_any_work(
+    first: str, name: str, content: bytes | None, words: str, tmp_path: Path, folder: Path
+) -> None:
+    path = tmp_path / name
+    if name.endswith("/"):
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    arguments = [first, f"--prompts.path={path}", f"--storage-path={tmp_path / 'runs'}", "--run-id=r1"]
+    if first == "pipeline":
+        arguments.append(f"--model.path={folder}")
+    if "column" in words:
+        arguments.append("--prompts.column=prompt")
+    config = workflow.parse(arguments, workflow.PRESETS, "workflow.py")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        workflow.Workflow(config).check()
+    assert not ray.is_initialized()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -134,6 +191,8 @@ def test_a_run_is_resumed_with_its_own_settings_only(
     run.mkdir(parents=True)
     started = workflow.PRESETS["fashion"]().to_dict() | {"seed": 7}
     (run / "config.json").write_text(json.dumps(started))
+    (run / "train" / "checkpoints").mkdir(parents=True)
+    (run / "train" / "checkpoints" / "000000001-0123456789abcdef.pt").touch()
     assert workflow.main(["fashion", "--run-id=r1", f"--storage-path={tmp_path / 'runs'}"]) == 2
     assert "seed was 7 and is 0: resume run_id r1 with its own settings" in capsys.readouterr().err
 
@@ -147,6 +206,7 @@ def test_how_a_run_is_placed_may_change_when_it_is_resumed(tmp_path: Path) -> No
 
     first = prepared()
     resume.begin(first.config, first.storage)
+    Checkpoints.of_training(first.storage).save(1, {})
     prepared("--train.num-workers=1", "--train.placement-strategy=SPREAD", "--train.stall-timeout-s=60")
     with pytest.raises(ValueError, match=r"^train.trajectories was \d+ and is 31: resume run_id r1 with"):
         prepared("--train.trajectories=31")
@@ -171,6 +231,21 @@ def test_a_router_of_another_step_count_is_refused(
     assert workflow.main(arguments) == 2
     steps = "sampler.num_inference_steps is 20 and the router was made for 8"
     assert steps in capsys.readouterr().err
+
+
+def test_a_setting_that_a_stage_refuses_is_one_line_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: workflow.Workflow, stage: str) -> None:
+        raise SettingError("train.target_psnr is 200: the nearest plan that reuses a step is at 46.5 dB here")
+
+    monkeypatch.setattr(workflow.Workflow, "tracked", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(workflow.Workflow, "run", refuse)
+    assert workflow.main(["fashion", f"--storage-path={tmp_path}", "--stages", "train"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error == "error: train.target_psnr is 200: the nearest plan that reuses a step is at 46.5 dB here\n"
+    )
 
 
 def test_evaluation_without_a_router_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

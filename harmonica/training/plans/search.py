@@ -9,7 +9,7 @@ Ours; `tests/benchmarks/RESULTS.md` has what it is worth.
 import math
 from collections.abc import Callable, Collection, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -32,6 +32,7 @@ from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import OF_STEPS, TrainingConfig
 from harmonica.training.plans.selection import PlanSelector
 from harmonica.training.plans.step_form import StepForm
+from harmonica.validation.settings import SettingError
 
 _ALL = 1000
 """The largest number of sets that are all tried; with more, steps are moved at random."""
@@ -155,6 +156,16 @@ def most_steps(num_steps: int) -> int:
     return num_steps * 4 // 5
 
 
+class FoundPlan(NamedTuple):
+    """The plan that a wanted quality has led to."""
+
+    plan: Plan
+    steps: int
+    """The number of its steps that are reused."""
+    psnr: float
+    """The nearness of its images to the full sampler's, in dB."""
+
+
 def fastest_plan(
     search: StepSearch,
     backend: TrajectoryBackend,
@@ -162,11 +173,14 @@ def fastest_plan(
     psnr: float,
     reuse: Reuse,
     average: Callable[[Tensor], None],
-) -> tuple[Plan, float]:
-    """Return the plan with the most steps reused that reaches a PSNR, and its PSNR.
+) -> FoundPlan:
+    """Return the plan with the most steps reused that reaches a PSNR.
 
     Args:
-        psnr: in dB, of values in [-1, 1]. Where no plan reaches it, the plan reuses a single step.
+        psnr: in dB, of values in [-1, 1].
+
+    Raises:
+        SettingError: no plan that reuses a step reaches it; on all workers alike.
     """
     sampler, fixed = backend.sampler, backend.fixed_steps
     num_steps, num_branches = sampler.num_steps, len(sampler.model.branches)
@@ -176,5 +190,11 @@ def fastest_plan(
     }
     measured = PlanSelector(plans, reuse)
     measured.observe(backend, batches, average, as_pictures=True)
-    near = [name for name in plans if measured.psnr(name) >= psnr] or ["1"]
-    return plans[near[-1]], measured.psnr(near[-1])
+    found = {name: measured.psnr(name) for name in plans}
+    near = [name for name in plans if found[name] >= psnr]
+    if not near:
+        nearest = math.floor(10 * max(found.values())) / 10  # rounded down, since it is to be given
+        reason = f"is {psnr:g}: the nearest plan that reuses a step is at {nearest:g} dB here, give no more"
+        raise SettingError(f"train.target_psnr {reason}", "train.target_psnr", reason)
+    plan = plans[near[-1]]
+    return FoundPlan(plan, sum(not all(computed) for computed in plan.compute), found[near[-1]])
