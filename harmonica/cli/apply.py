@@ -170,7 +170,10 @@ def _sample_row(
 
 
 def _psnr(images: list[list[Any]], reference: list[list[Any]]) -> float:
-    """Return the mean PSNR in dB between the frames of PIL images or videos; infinite for equal ones."""
+    """Return the mean PSNR in dB between all frames of two rows.
+
+    It is infinite for equal ones.
+    """
     pairs = zip(chain.from_iterable(images), chain.from_iterable(reference), strict=True)
     changes = [np.asarray(one, float) - np.asarray(other, float) for one, other in pairs]
     with np.errstate(divide="ignore"):
@@ -178,7 +181,10 @@ def _psnr(images: list[list[Any]], reference: list[list[Any]]) -> float:
 
 
 def _write(rows: list[list[list[Any]]], output: Path) -> None:
-    """Write the rows of PIL images below one another; of a video, its frame in the middle."""
+    """Write the rows below one another.
+
+    Of a video it is the frame in the middle.
+    """
     from PIL import Image
 
     shown = [[frames[len(frames) // 2] for frames in row] for row in rows]

@@ -1,6 +1,6 @@
-"""Find where a module's forward is held: by the module, or inside of the hooks that wrap it.
+"""Find where a module's forward is held.
 
-accelerate's hooks keep the forward that they wrap in an attribute of the module, and diffusers' (group
+That is the module, or one of the hooks that wrap it. accelerate's hooks keep the forward that they wrap in an attribute of the module, and diffusers' (group
 offloading, casts) in a chain of references. What takes the forward's place there is moved, cast and timed by
 the hooks as the forward was.
 """
@@ -30,7 +30,9 @@ class Holder:
         return getattr(self.owner, self.name)
 
     def set(self, module: nn.Module, value: Any) -> None:
-        """Hold something else; the class's own forward is no attribute of the module itself.
+        """Hold something else.
+
+        The class's own forward is no attribute of the module itself.
 
         Args:
             module: whose forward it is.

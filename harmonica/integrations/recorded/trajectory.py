@@ -222,9 +222,9 @@ class TransformerCall:
 
 
 def _kind_of_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return what the calls have in common whose values may be reused: shapes, switches, what is given.
+    """Return what calls have in common whose values may be reused.
 
-    Numbers are left out, since a timestep may be one.
+    It is shapes, switches and what is given at all. Numbers are left out, since a timestep may be one.
     """
     return [
         leaf.shape if isinstance(leaf, Tensor) else leaf if isinstance(leaf, str | bool) else type(leaf)
@@ -233,7 +233,10 @@ def _kind_of_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
 
 
 def _timesteps(view: RecordedTransformer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[float]:
-    """Return the different timesteps of a call's rows or tokens; none where it is given none."""
+    """Return the different timesteps of a call's rows or tokens.
+
+    There is none where the call is given none.
+    """
     signature = inspect.signature(type(view.transformer).forward)
     given = signature.bind(view.transformer, *args, **kwargs).arguments
     timestep = next((given[name] for name in _TIMESTEPS if given.get(name) is not None), None)

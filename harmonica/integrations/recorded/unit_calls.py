@@ -117,7 +117,7 @@ class ReplacedUnits:
         self._replace_missing()
 
     def follow(self) -> None:
-        """Replace the forwards of modules that have come to the paths since, in place of those before."""
+        """Replace the forwards of modules that have come to the paths since."""
         for path, module in self._modules.items():
             if (now := self._transformer.get_submodule(path)) is not module:
                 _take_off(module, self.board)
@@ -151,7 +151,10 @@ class ReplacedUnits:
         return inside or _wraps_call(module, self.board)
 
     def _slot(self, module: nn.Module) -> Holder:
-        """Return the attribute to replace: the outermost one, since reuse needs no hook to run."""
+        """Return the attribute to replace.
+
+        It is the outermost one, since reuse needs no hook to run.
+        """
         if self._are_blocks and vars(module).get(COMPILED_CALL) is not None:
             return Holder(module, COMPILED_CALL)
         innermost = holders(module)[0]

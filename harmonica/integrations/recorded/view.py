@@ -119,7 +119,10 @@ class RecordedTransformer:
         self._units.put_on(name.partition("#")[0] for name in (*kept, *feeders))
 
     def follow_modules(self) -> None:
-        """Replace the forwards of modules that have taken the place of recorded ones, as adapters do."""
+        """Replace the forwards of modules that have come in place of recorded ones.
+
+        An adapter does so.
+        """
         if self.is_recorded:
             self._units.follow()
 

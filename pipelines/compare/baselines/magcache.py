@@ -1,4 +1,4 @@
-"""Reuse whole steps while the magnitude of the blocks' residual stays alike: MagCache.
+"""Reuse steps while the blocks' residual keeps its magnitude: MagCache.
 
 MagCache is arXiv 2506.09045 (Section 3.3), and `MagCacheConfig` of diffusers. The ratio r of a step is that
 of the norms of what the blocks add there and at the step before, averaged over tokens. A reused step's error
