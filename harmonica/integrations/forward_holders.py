@@ -1,8 +1,8 @@
 """Find where a module's forward is held.
 
-That is the module, or one of the hooks that wrap it. accelerate's hooks keep the forward that they wrap in an attribute of the module, and diffusers' (group
-offloading, casts) in a chain of references. What takes the forward's place there is moved, cast and timed by
-the hooks as the forward was.
+That is the module, or one of the hooks that wrap it. accelerate's hooks keep the forward that they wrap in an
+attribute of the module, and diffusers' (group offloading, casts) in a chain of references. What takes the
+forward's place there is moved and cast by the hooks as the forward was.
 """
 
 import functools

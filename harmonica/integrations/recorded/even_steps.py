@@ -82,7 +82,8 @@ class EvenSteps:
     def nearest_plan(self, num_steps: int, macs: Macs, *, is_flow_matching: bool = False) -> Plan:
         """Return the plan for a number of steps, or the fastest one.
 
-        That is where so few steps do not reach the speed. A pipeline may make a single step, to warm up or since little is left to do to a picture.
+        That is where so few steps do not reach the speed. A pipeline may make a single step, to warm up or
+        since little is left to do to a picture.
         """
         if num_steps == 1:
             return Plan.full(1, len(macs.branches))
