@@ -137,7 +137,8 @@ def test_values_are_not_reused_between_calls_of_other_kinds():
     assert kind((x,), {"mode": "extract"}) != kind((x,), {"mode": "cached"})
     assert kind((x,), {"mode": None}) != kind((x,), {"mode": "cached"})
     assert kind((x,), {"is_cached": True}) != kind((x,), {"is_cached": False})
-    assert kind((x,), {}) != kind((x[:1],), {})
+    assert kind((x,), {}) != kind((x[:1],), {}) and kind((x,), {}) != kind((x,), {"mask": x})
+    assert kind((x,), {"given": None}) == kind((x,), {"given": {}}), "FLUX's, where a second call was refused"
 
 
 class _Vae(torch.nn.Module):

@@ -226,9 +226,10 @@ def _kind_of_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
 
     It is shapes, switches and what is given at all. Numbers are left out, since a timestep may be one.
     """
+    leaves = (leaf for leaf in _pytree.tree_leaves((args, kwargs)) if leaf is not None)
     return [
         leaf.shape if isinstance(leaf, Tensor) else leaf if isinstance(leaf, str | bool) else type(leaf)
-        for leaf in _pytree.tree_leaves((args, kwargs))
+        for leaf in leaves
     ]
 
 
