@@ -78,17 +78,26 @@ def _serve(command: ServeCommand) -> None:
     args, summary = choose_routers(args, command.storage_path)
     say(f"Starting with {summary} ...")
     connect()
-    stop = threading.Event()
+    stop, hurry = threading.Event(), threading.Event()
+
+    def on_signal(number: int, _: object) -> None:
+        # `timeout` sends SIGTERM twice, and means one.
+        if number == signal.SIGINT and stop.is_set():
+            hurry.set()
+        stop.set()
+
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.set())
+        signal.signal(name, on_signal)
     try:
         url = deploy_args(args)
         words = ", with one of the server's keys in HARMONICA_API_KEY" if headers else ""
         say(f"Serving at {url}, documentation at {url}/docs. Try{words}:\n\n{curl_command(url, headers)}\n")
         say("Ctrl-C stops it.")
         stop.wait()
+        say("Requests in progress are answered first; Ctrl-C once more gives them up.")
     finally:
-        shutdown()
+        stop.set()
+        shutdown(command.serve, is_hurried=hurry.is_set)
 
 
 def main(arguments: list[str]) -> int:

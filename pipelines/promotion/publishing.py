@@ -138,10 +138,10 @@ class Publisher:
             answer = first_image(self.url, prompt, seed=1, api_keys_file=config.serve.api_keys_file)
             self._storage.write_bytes(SERVED, base64.b64decode(answer["data"][0]["b64_json"]))
         except BaseException:
-            shutdown()
+            shutdown(config.serve)
             raise
         if not config.serve.keep:
-            shutdown()
+            shutdown(config.serve)
         return f"{self.url} generated {prompt!r} in {answer['inference_time_s']:.2f} s{version}"
 
     def _champion(self) -> tuple[str, str]:

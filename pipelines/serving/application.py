@@ -14,9 +14,24 @@ from .serve_args import ServeArgs
 HEALTH_CHECK_PERIOD_S = 2.0
 _HEALTH: dict[str, Any] = {"health_check_period_s": HEALTH_CHECK_PERIOD_S, "health_check_timeout_s": 30.0}
 """How often Serve checks a replica, and how long it waits for the answer, before it replaces the replica."""
+_ANSWERING_S = 10.0
+"""How long the rest of an answer may take once its last trajectory is over, and that of `Api` beyond it."""
 API_MAX_ONGOING = 1000
 """Number of requests that a replica of `Api` holds at most."""
 JSON_LOGS = {"log_level": "INFO", "encoding": "JSON"}
+
+
+def stop_bound_s(config: ServeConfig) -> float:
+    """Return how long a replica of `Api` that is stopped may take, in seconds.
+
+    That is for the requests it has. Each image waits for its trajectory for at most `timeout_s`, and a
+    trajectory takes at most `stall_timeout_s`. A replica without requests ends at once.
+    """
+    return _sampler_stop_bound_s(config) + _ANSWERING_S
+
+
+def _sampler_stop_bound_s(config: ServeConfig) -> float:
+    return config.timeout_s + config.stall_timeout_s + _ANSWERING_S
 
 
 def build(args: ServeArgs) -> serve.Application:
@@ -49,6 +64,7 @@ def make_application(args: ServeArgs, logging_config: dict[str, Any]) -> serve.A
         # The replica itself rejects requests when it is full: it knows its queue and how long that will take.
         max_ongoing_requests=at_most,
         max_queued_requests=at_most,
+        graceful_shutdown_timeout_s=_sampler_stop_bound_s(config),
         # A model that does not fit its router fits no better the third time.
         max_constructor_retry_count=1,
         # An access log line for every image would repeat `Api`'s line for the request.
@@ -61,6 +77,7 @@ def make_application(args: ServeArgs, logging_config: dict[str, Any]) -> serve.A
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=API_MAX_ONGOING,
         max_queued_requests=100,
+        graceful_shutdown_timeout_s=stop_bound_s(config),
         logging_config=logging_config,
         **_HEALTH,
     )(serve.ingress(api_builder(config, is_multiplexed=bool(args.models)))())

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from fastapi import FastAPI
@@ -128,6 +129,10 @@ def api_builder(config: ServeConfig, *, is_multiplexed: bool = False) -> Callabl
     """
     is_closed = bool(load_keys(config.api_keys_file))
 
+    def is_wanted(application: str) -> bool:
+        found = serve.status().applications.get(application)
+        return found is not None and found.status != "DELETING"
+
     def build_api() -> FastAPI:
         keys = load_keys(config.api_keys_file)
         if is_closed and not keys:
@@ -136,11 +141,15 @@ def api_builder(config: ServeConfig, *, is_multiplexed: bool = False) -> Callabl
                 "or give serve.api_keys_file"
             )
         source = RemoteEngine(
-            serve.get_deployment_handle(GENERATION_DEPLOYMENT), is_multiplexed=is_multiplexed
+            serve.get_deployment_handle(GENERATION_DEPLOYMENT),
+            is_multiplexed=is_multiplexed,
+            timeout_s=config.timeout_s,
+            work_s=config.stall_timeout_s,
         )
         return create_app(
             source,
             keys,
+            is_wanted=partial(is_wanted, serve.get_replica_context().app_name),
             cors_origins=config.cors_origins,
             assign_request_ids=False,
             lenient=config.lenient,

@@ -189,12 +189,11 @@ def _as_base64(picture: bytes) -> str:
     return base64.b64encode(picture).decode()
 
 
-def as_image(picture: bytes, kind: PictureFormat, name: str, *, as_url: bool) -> api.ImageData:
+def as_image(image: GeneratedImage, kind: PictureFormat, name: str, *, as_url: bool) -> api.ImageData:
     """Make an entry of the answer's `data`, with a data URL or with base64."""
-    encoded = _as_base64(picture)
-    if as_url:
-        return api.ImageData(url=f"data:image/{kind};base64,{encoded}", revised_prompt=name)
-    return api.ImageData(b64_json=encoded, revised_prompt=name)
+    encoded = _as_base64(image.picture)
+    form = {"url": f"data:image/{kind};base64,{encoded}"} if as_url else {"b64_json": encoded}
+    return api.ImageData(**form, revised_prompt=name, router_version=image.router_version)
 
 
 def generation_details(seed: int, images: Sequence[GeneratedImage]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ so that a misspelt `sed` does not go unnoticed.
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI, Request, Security
@@ -21,6 +21,7 @@ from . import schemas as api
 from .api_requests import GenerateRequest, LenientGenerateRequest
 from .auth import BEARER, RequireKey
 from .batching import Overloaded
+from .first_description import describe_while_wanted
 from .generation import (
     as_image,
     check,
@@ -52,6 +53,7 @@ def create_app(
     source: ImageSource,
     keys: tuple[str, ...] = (),
     *,
+    is_wanted: Callable[[], bool] = lambda: True,
     cors_origins: Sequence[str] = (),
     assign_request_ids: bool = True,
     lenient: bool = False,
@@ -63,6 +65,7 @@ def create_app(
     Args:
         source: generates the images.
         keys: bearer keys; every request to `/v1` has to bring one of them. Default: no key is needed.
+        is_wanted: asked while the app waits for its source, which is given up where it returns False.
         cors_origins: web sites whose pages may send requests.
         assign_request_ids: answer X-Request-Id. False where a proxy in front does that.
         lenient: if a client asks for another model, size or kind of answer, or for an unknown field,
@@ -73,7 +76,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.catalog = Catalog.of(await source.describe())
+        app.state.catalog = Catalog.of(await describe_while_wanted(source.describe, is_wanted))
         yield
 
     app = FastAPI(
@@ -144,7 +147,7 @@ def create_app(
         kind = requests[0].output_format
         return api.GenerateResponse(
             created=int(time.time()),
-            data=[as_image(image.picture, kind, name, as_url=body.wants_url) for image in images],
+            data=[as_image(image, kind, name, as_url=body.wants_url) for image in images],
             output_format=kind,
             quality=requests[0].quality,
             size=images[0].size or served.size,

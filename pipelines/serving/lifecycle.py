@@ -4,7 +4,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 import httpx
@@ -16,16 +16,24 @@ from ..config.serve import ServeConfig
 from ..runtime.private_cluster import has_ended
 from ..runtime.ray_runtime import is_private
 from . import proxy
-from .application import JSON_LOGS, make_application
+from .application import JSON_LOGS, make_application, stop_bound_s
 from .deployments import GENERATION_DEPLOYMENT
 from .serve_args import FOLLOW_S, ServeArgs
 
 APP_NAME = "harmonica"
+SERVE_ENVIRONMENT = {
+    proxy.CALLBACK: f"{proxy.__name__}.middlewares",
+    # One that hangs would keep its place for as long as a stopped one may take for its requests.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+}
+"""Environment of Serve's controller and of its proxies."""
 _NO_CARD = "ASGI lifespan startup failed"
 """Serve's words for a replica of `Api` that got no model card."""
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
 _READY_TIMEOUT_S = 60.0
 _ENDING_S = 10.0  # of a cluster whose actors have ended already
+_POLL_S = 0.2
+_STOP_SLACK_S = 30.0  # beyond what Serve itself allows a replica
 
 
 def deploy(
@@ -72,7 +80,7 @@ def deploy_args(args: ServeArgs) -> str:
     serve.start(
         http_options={"host": config.host, "port": config.port},
         # Inherited by the proxies, and the working directory with it.
-        controller_options={"runtime_env": {"env_vars": {proxy.CALLBACK: f"{proxy.__name__}.middlewares"}}},
+        controller_options={"runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
         logging_config=logging_config,
     )
     try:
@@ -85,23 +93,31 @@ def deploy_args(args: ServeArgs) -> str:
     return url
 
 
-def shutdown() -> None:
-    """Stop serving. The cluster stays, and so do other applications on it.
+def shutdown(config: ServeConfig | None = None, *, is_hurried: Callable[[], bool] = lambda: False) -> None:
+    """Stop serving, once the requests in progress are answered. The cluster stays.
 
-    A private cluster may end meanwhile, by a signal that its processes got too, as systemd and `timeout` send
-    it: then there is nothing left to stop, and Ray would wait a minute for it.
+    So do other applications on it. A private cluster may end meanwhile, by a signal that its processes got
+    too, as systemd and `timeout` send it: then there is nothing left to stop, and Ray would wait a minute.
+
+    Args:
+        config: the endpoint's settings, which bound how long its requests may take. Default: the defaults.
+        is_hurried: asked meanwhile; once it returns True, no request is waited for any more.
+
+    Raises:
+        RuntimeError: Serve has not stopped the endpoint within the bound.
     """
+    bound_s = stop_bound_s(config or ServeConfig()) + _STOP_SLACK_S
     outcome: Future[None] = Future()
-    threading.Thread(target=_stop, args=[outcome], daemon=True).start()
-    while not (outcome.done() or has_ended()):
+    threading.Thread(target=_stop, args=[outcome, bound_s], daemon=True).start()
+    while not (outcome.done() or has_ended() or is_hurried()):
         time.sleep(0.1)
     if outcome.done():
         outcome.result()
 
 
-def _stop(outcome: "Future[None]") -> None:
+def _stop(outcome: "Future[None]", bound_s: float) -> None:
     try:
-        _stop_serving()
+        _stop_serving(bound_s)
         outcome.set_result(None)
     except Exception as error:
         if is_private():
@@ -109,9 +125,17 @@ def _stop(outcome: "Future[None]") -> None:
         outcome.set_exception(error)
 
 
-def _stop_serving() -> None:
+def _stop_serving(bound_s: float) -> None:
+    deadline = time.monotonic() + bound_s
     if APP_NAME in serve.status().applications:
-        serve.delete(APP_NAME)
+        serve.delete(APP_NAME, _blocking=False)  # which else gives up after 60 s
+    while APP_NAME in serve.status().applications:
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"the endpoint has not stopped within {bound_s:g} s, which its requests may take by "
+                "serve.timeout_s and serve.stall_timeout_s: end it with `serve shutdown`"
+            )
+        time.sleep(_POLL_S)
     if not serve.status().applications:
         serve.shutdown()
 

@@ -33,10 +33,23 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
+def _is_text(start: Message) -> bool:
+    kind: bytes = dict(start.get("headers", ())).get(b"content-type", b"")
+    return kind.startswith(b"text/plain")
+
+
 def _is_proxy_s_own(start: Message) -> bool:
     """Return whether the proxy answers, not the application, which answers in JSON."""
-    kind = dict(start.get("headers", ())).get(b"content-type", b"")
-    return start["status"] in (500, 503) and kind.startswith(b"text/plain")
+    return start["status"] in (500, 503) and _is_text(start)
+
+
+def _finds_no_application(body: Message) -> bool:
+    """Return whether a 404 is the proxy's own, which has no application to ask.
+
+    The application is being deleted then, and what a replica of it had taken is asked for again in vain.
+    """
+    text: bytes = body.get("body", b"")
+    return text.startswith(b"Path '") and b"/-/routes" in text
 
 
 def _is_small(headers: list[tuple[bytes, bytes]]) -> bool:
@@ -119,7 +132,7 @@ class RetryLost:
             refused = await self._ask(scope, request, send)
             if refused is None:
                 return
-            if refused == 503 or not left or not request.is_kept:
+            if refused in (404, 503) or not left or not request.is_kept:
                 break
             await asyncio.sleep(_PAUSE_S)
         message = "no replica can answer now: try again in 1 s"
@@ -136,11 +149,19 @@ class RetryLost:
         None means that an answer was sent, or that the client is gone.
         """
         refused: int | None = 500  # if a replica is lost, the proxy may answer nothing at all
+        held: Message | None = None  # the start of a 404 whose words decide whose it is
 
         async def pass_on(message: Message) -> None:
-            nonlocal refused
+            nonlocal refused, held
             if message["type"] == "http.response.start":
                 refused = message["status"] if _is_proxy_s_own(message) else None
+                if message["status"] == 404 and _is_text(message):
+                    refused, held = 404, message
+                    return
+            if held is not None and not _finds_no_application(message):
+                refused, start = None, held
+                await send(start)
+            held = None
             if refused is None:
                 await send(message)
 

@@ -25,6 +25,10 @@ class ImageData(BaseModel):
     b64_json: str | None = None
     url: str | None = Field(default=None, description="A data URL; only a lenient server answers with one.")
     revised_prompt: str = Field(description="The class's own name, or the prompt as it was sent.")
+    router_version: str = Field(
+        description="Version of the router that this image was generated under. While another one is "
+        "promoted, replicas may differ for some seconds."
+    )
 
 
 class GenerationDetails(BaseModel):

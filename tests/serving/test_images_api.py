@@ -1,6 +1,7 @@
 """The endpoint as clients see it, over the real sampler in this process; Serve itself is in test_serve."""
 
 import base64
+import dataclasses
 import io
 
 import numpy as np
@@ -28,11 +29,24 @@ def test_answer_holds_images_and_how_they_were_made(client, source):
     assert body["cur"] == pytest.approx(source.images.champion.plan.cur)
     assert body["inference_time_s"] > 0 and body["created"] > 1.7e9
     assert [entry["revised_prompt"] for entry in body["data"]] == ["Ankle boot"] * 3
+    assert [entry["router_version"] for entry in body["data"]] == ["3"] * 3
     images = [picture(entry) for entry in body["data"]]
     assert {image.shape for image in images} == {(28, 28)}
     expected = source.images.generate([ImageRequest(9, 5, index) for index in range(3)])
     pictures = [base64.b64decode(entry["b64_json"]) for entry in body["data"]]
     assert pictures == [encode_picture(image) for image in expected]
+
+
+def test_each_image_names_the_router_that_it_is_of(client, source, monkeypatch):
+    """While another one is promoted, replicas differ for some seconds."""
+    own, versions = source.generate, iter(["3", "4"])
+
+    async def mixed(request):
+        return dataclasses.replace(await own(request), router_version=next(versions))
+
+    monkeypatch.setattr(source, "generate", mixed)
+    body = client.post(PATH, json={"prompt": "Bag", "seed": 5, "n": 2}).json()
+    assert sorted(entry["router_version"] for entry in body["data"]) == ["3", "4"]
 
 
 def test_without_a_seed_images_differ_and_the_seed_drawn_gives_them_again(client):

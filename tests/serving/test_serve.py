@@ -14,7 +14,6 @@ import openai
 import pytest
 import ray
 from PIL import Image
-from serving_end import end_serving
 from tiny_dit import SHAPE, make_artifact, write_model
 
 from pipelines.config.serve import ServeConfig
@@ -65,7 +64,7 @@ def url(folders, model, config, private_cluster):
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         uri = register(folders, model, "first", seed=1)
         yield lifecycle.deploy(config, model, registered_model=NAME, tracking_uri=uri, follow_s=1)
-        end_serving()
+        lifecycle.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import openai
 import pytest
 import tiny_served_pipeline as tiny
 from PIL import Image
-from serving_end import end_serving
 
 from harmonica.models.loading import ModelConfig
 from pipelines.config.serve import ServeConfig
@@ -44,7 +43,7 @@ def client(folders, private_cluster):
         url = lifecycle.deploy(config, model, registered_model="tiny", router=router)
         with openai.OpenAI(api_key="unused", base_url=f"{url}/v1", max_retries=0) as client:
             yield client
-        end_serving()
+        lifecycle.shutdown()
 
 
 def pixels(image):
