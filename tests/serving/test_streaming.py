@@ -184,6 +184,8 @@ class Cancelled:
         raise RequestCancelledError("some-request")
         yield
 
+    async def _fetch_future_result_async(self) -> None: ...
+
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_serve_has_cancelled_is_no_failure(source, stream, caplog, monkeypatch):
