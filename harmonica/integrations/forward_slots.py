@@ -43,23 +43,18 @@ def in_place_of_forward(module: nn.Module, call: Any) -> Iterator[None]:
     Raises:
         ValueError: something has taken its place already.
     """
-    check_own_forward(module).set(module, call)
-    if isinstance(call, TransformerCall) and hasattr(type(module), _CONTEXT):
-        setattr(module, _CONTEXT, call.cache_context)
+    _place(module, call)
     try:
         yield
     finally:
         _restore(module, call)
-        vars(module).pop(_CONTEXT, None)
 
 
 def put_on(module: nn.Module, planned: PlannedForward | TransformerCall) -> None:
     """Let a plan's forward take the place of the module's."""
-    check_own_forward(module).set(module, planned)
+    _place(module, planned)
     for name, value in ((_END_OF_CALL, planned.end_of_call), (STATE, planned)):
         setattr(module, name, value)
-    if isinstance(planned, TransformerCall) and hasattr(type(module), _CONTEXT):
-        setattr(module, _CONTEXT, planned.cache_context)
 
 
 def is_on(module: nn.Module, planned: Any) -> bool:
@@ -70,10 +65,17 @@ def is_on(module: nn.Module, planned: Any) -> bool:
 def take_off(module: nn.Module, planned: Any) -> None:
     """Restore what `put_on` replaced."""
     _restore(module, planned)
-    for name in (_END_OF_CALL, STATE, _CONTEXT):
+    for name in (_END_OF_CALL, STATE):
         vars(module).pop(name, None)
+
+
+def _place(module: nn.Module, call: Any) -> None:
+    check_own_forward(module).set(module, call)
+    if isinstance(call, TransformerCall) and hasattr(type(module), _CONTEXT):
+        setattr(module, _CONTEXT, call.cache_context)
 
 
 def _restore(module: nn.Module, call: Any) -> None:
     if holder := holder_of(module, lambda held: held is call):
         holder.set(module, own_forward(module))
+    vars(module).pop(_CONTEXT, None)
