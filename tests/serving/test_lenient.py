@@ -46,7 +46,7 @@ def test_what_is_not_followed_is_named_and_the_picture_is_the_model_s_own(client
     }
     assert answer["size"] == "28x28"
     (entry,) = answer["data"]
-    assert entry.keys() == {"url", "revised_prompt"}
+    assert entry.keys() == {"url", "revised_prompt", "router_version"}
     assert entry["url"] == "data:image/png;base64," + own["data"][0]["b64_json"]
 
 
