@@ -1,6 +1,7 @@
 """How long an endpoint that is stopped waits for its requests, and what its clients read meanwhile."""
 
 import asyncio
+import threading
 from types import SimpleNamespace
 
 import httpx
@@ -46,14 +47,22 @@ class Serve:
 
 @pytest.fixture
 def end_with(monkeypatch):
+    before, asked = set(threading.enumerate()), []
+
     def end(serve: Serve, **options) -> list:
+        asked.append(serve)
         monkeypatch.setattr(lifecycle, "serve", serve)
         monkeypatch.setattr(lifecycle, "_POLL_S", 0.001)
         monkeypatch.setattr(lifecycle, "_ENDING_S", 0)
         lifecycle.shutdown(CONFIG, **options)
-        return serve.calls
+        return list(serve.calls)
 
-    return end
+    yield end
+    for serve in asked:
+        serve.polls = 0
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)  # else it went on with Serve itself, which ends the process where there is no cluster
+        assert not thread.is_alive()
 
 
 def test_serve_is_shut_down_once_the_application_is_gone(end_with):
