@@ -15,10 +15,18 @@ from harmonica.training.presets import RECIPES, Recipe
 from harmonica.training.trainer import RouterTrainer
 from pipelines.compare.published import FORECASTS
 from pipelines.evaluation.metric_networks import classifier_folder
-from tests.benchmarks import ideas
+from tests.benchmarks import cross_attention, ideas
 from tests.benchmarks.grid.__main__ import measure
 from tests.benchmarks.grid.judging import Judge
-from tests.benchmarks.grid.points import EVEN, LEARNED, UNTRAINED, Drawn, RememberedImages, Series
+from tests.benchmarks.grid.points import (
+    EVEN,
+    LEARNED,
+    UNTRAINED,
+    Drawn,
+    RememberedImages,
+    Series,
+    first_judged,
+)
 from tests.benchmarks.grid.table import LOG, PRESETS, PointResults, read_lines, table, with_tables
 
 KINDS = {"has_published": False, "has_calibrated": False}
@@ -163,6 +171,13 @@ def test_the_colour_model_is_judged_with_its_own_classes_and_classifier():
     assert judge.classifier.head.out_features == len(emoji.CLASS_NAMES)
     line = judge.line(sampler, Drawn(sampler, even_plan(2, sampler.model.macs(), 1.5), "hold"))
     assert line["psnr"] < 60 and line["features"] > 0 and line["frechet"] > 0
+
+
+def test_no_training_sees_a_judged_caption():
+    recipe = RECIPES["fashion-text"]()
+    trained = cross_attention.captions_of(0, recipe.train.all_trajectories * recipe.train.batch_size)
+    judged = cross_attention.captions_of(first_judged(recipe), 64)
+    assert len({*judged}) == 64 and not {*judged} & {*trained}
 
 
 def test_the_log_has_the_tables_of_the_recorded_results():

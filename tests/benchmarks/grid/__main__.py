@@ -11,9 +11,9 @@ difference is what the steps are worth; where they are what was learned, the two
 linear forecasts and the fixed correction of `harmonica.EvenSteps` are ours without training. With
 `--published` come published forecasts over the even steps and TaylorSeer at the intervals of its authors,
 with `--calibrated` those methods that see 32 other images first. Each is judged by its images' distance to
-the full ones of the same noise, which no training saw: PSNR and structural similarity, `features` (LPIPS's
-distance on the convolutions of the shipped classifier) and the Frechet distance of its pooled features;
-`worst` is the mean PSNR of the worst tenth. What no seed changes is measured once.
+the full ones of the same noise, which no training saw, nor the captions: PSNR and structural similarity,
+`features` (LPIPS's distance on the convolutions of the shipped classifier) and the Frechet distance of its
+pooled features; `worst` is the mean PSNR of the worst tenth. What no seed changes is measured once.
 
 An arm is written to the results file as it is done, one JSON object a line; those that are there are left out
 when the command is given again. By default the file is the one of this folder that `--table` reads.
@@ -32,7 +32,7 @@ from harmonica.models.loading import load_model
 from harmonica.training.presets import RECIPES
 from pipelines.evaluation.metric_networks import classifier_folder
 from tests.benchmarks.grid.judging import Judge
-from tests.benchmarks.grid.points import Series, rows_of
+from tests.benchmarks.grid.points import Series, first_judged, rows_of
 from tests.benchmarks.grid.table import LOG, PRESETS, RESULTS, Line, read_lines, tables, with_tables
 
 
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe = replace(recipe, train=replace(recipe.train, forecast=forecast))
     loaded = load_model(recipe.model)
     rows = rows_of(recipe, loaded)
-    judge = Judge(rows, chosen.images, classifier_folder(recipe.model))
+    judge = Judge(rows, chosen.images, classifier_folder(recipe.model), first_judged(recipe))
     results = chosen.results or RESULTS / f"{chosen.preset}.jsonl"
     for seed in chosen.seeds:
         for num_steps in chosen.steps:

@@ -14,9 +14,9 @@ from harmonica.evaluation.classifier import Classifier, load_classifier
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance, psnr, ssim
 from harmonica.samplers import Sampler
-from tests.benchmarks.grid.points import Drawn, Rows
+from tests.benchmarks.grid.points import FIRST_JUDGED, Drawn, Rows
 
-FIRST_JUDGED, _BATCH = 100_000, 8
+_BATCH = 8
 _CONVOLUTIONS = (0, 1, 3, 4)
 """Places of the classifier's convolutions."""
 _TINY = 1e-10
@@ -39,8 +39,11 @@ def feature_distance(classifier: Classifier, images_NCHW: Tensor, reference_NCHW
 class Judge:
     """Compares arms with full sampling, and draws nothing twice."""
 
-    def __init__(self, rows: Rows, count: int, classifier_folder: Path = CLASSIFIER) -> None:
-        self.rows, self.count, self.classifier = rows, count, load_classifier(classifier_folder)
+    def __init__(
+        self, rows: Rows, count: int, classifier_folder: Path = CLASSIFIER, first: int = FIRST_JUDGED
+    ) -> None:
+        self.rows, self.count, self.first = rows, count, first
+        self.classifier = load_classifier(classifier_folder)
         self._full: dict[int, Tensor] = {}
         self._judged: dict[tuple[Any, ...], dict[str, float]] = {}
 
@@ -51,8 +54,8 @@ class Judge:
         return self._full[sampler.num_steps]
 
     def _images(self, sampler: Sampler, plan: Plan | None = None, reuse: Reuse = "hold") -> Tensor:
-        found, end = [], FIRST_JUDGED + self.count
-        for first in range(FIRST_JUDGED, end, _BATCH):
+        found, end = [], self.first + self.count
+        for first in range(self.first, end, _BATCH):
             batch = self.rows(sampler, 0, first, min(_BATCH, end - first))
             inputs = (sampler, batch.noise_NCHW, batch.condition_N, plan)
             found.append(sample(*inputs, reuse=reuse, keys=batch.keys).clone())

@@ -28,6 +28,8 @@ from tests.benchmarks import cross_attention, ideas
 LEARNED, EVEN = "learned steps, fitted forecast", "even steps, fitted forecast"
 UNTRAINED = "even steps, linear forecast, fixed correction"
 _CALIBRATION_BATCHES, _CALIBRATION_BATCH = 4, 8
+FIRST_JUDGED = 100_000
+"""The number of the first judged row; the noise of these rows is seen by no training."""
 Rows = Callable[[Sampler, int, int, int], Batch]
 """Takes a sampler, a seed, the number of the first row and how many."""
 
@@ -42,6 +44,11 @@ def rows_of(recipe: Recipe, loaded: LoadedModel) -> Rows:
         return Batch(*cross_attention.rows(sampler.model, conditions, seed, first, count))
 
     return captions
+
+
+def first_judged(recipe: Recipe) -> int:
+    """Return the number of the first judged row: neither its noise nor its caption is seen by a training."""
+    return cross_attention.FIRST_JUDGED if recipe.model.text_tokens else FIRST_JUDGED
 
 
 class Drawn(NamedTuple):
