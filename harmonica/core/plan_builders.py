@@ -60,22 +60,49 @@ def reusable_fraction(num_steps: int, macs: Macs, speedup: float) -> float:
     return (1 - 1 / speedup) * num_steps * macs.full / ((num_steps - 1) * sum(macs.branches))
 
 
-def even_steps(num_steps: int, count: int, fixed: Collection[int] = ()) -> list[int]:
+def even_steps(
+    num_steps: int, count: int, fixed: Collection[int] = (), *, is_flow_matching: bool = False
+) -> list[int]:
     """Return `count` of the steps 0 ... T-2, evenly spread.
 
     No two are consecutive as long as they are at most half of all.
 
     Args:
         fixed: steps that are computed in any case; where too few others are left, all of those are returned.
+        is_flow_matching: whether longer runs of reuse come after shorter ones; else before them.
     """
     if fixed:
         free = [i for i in range(num_steps - 1) if i not in fixed]
-        return [free[place] for place in even_steps(len(free) + 1, min(count, len(free)))]
+        places = even_steps(len(free) + 1, min(count, len(free)), is_flow_matching=is_flow_matching)
+        return [free[place] for place in places]
     if (gap := (num_steps - 2) // max(1, count)) >= 2:
         # Equal gaps, from the first step that has two values before; what is left over is computed last.
         # Gaps of 2 and 3 in turn are worse by up to 7 dB (tests/benchmarks/RESULTS.md).
         return [num_steps - 3 - gap * k for k in reversed(range(count))]
-    return [int((k + 0.5) * (num_steps - 1) / count) for k in range(count)]
+    chosen, step = [], num_steps - 2
+    for length in _run_lengths(count, num_steps - count, is_flow_matching):
+        chosen += range(step, step - length, -1)
+        step -= length + 1
+    return chosen[::-1]
+
+
+def _run_lengths(count: int, runs: int, is_flow_matching: bool) -> list[int]:
+    """Return how many of `count` steps each run of reuse has, from the noisiest; a computed step is between.
+
+    The first one, which has a single value before, is about half as long as the others. Which of them should
+    be longer where they cannot be alike was measured (tests/benchmarks/RESULTS.md): later ones under flow
+    matching; with other samplers earlier ones, and a last one that is short as well.
+    """
+    if runs == 1 or not count:
+        return [count]
+    ends = 1 if is_flow_matching or runs == 2 else 2
+    inner = runs - ends
+    end = max(1, round(count / (2 * inner + ends)))
+    shortest, longer = divmod(count - ends * end, inner)
+    lengths = [shortest + (j + 1) * longer // inner - j * longer // inner for j in range(inner)]
+    if is_flow_matching:
+        return [end, *lengths]
+    return [end, *reversed(lengths), *[end] * (ends - 1)]
 
 
 def steps_for(num_steps: int, macs: Macs, speedup: float) -> tuple[int, float]:
@@ -111,7 +138,14 @@ def with_part(plan: Plan, step: int, fraction: float, macs: Macs) -> Plan:
     return Plan(tuple(rows))
 
 
-def even_plan(num_steps: int, macs: Macs, speedup: float, fixed: Collection[int] = ()) -> Plan:
+def even_plan(
+    num_steps: int,
+    macs: Macs,
+    speedup: float,
+    fixed: Collection[int] = (),
+    *,
+    is_flow_matching: bool = False,
+) -> Plan:
     """Return the plan of a speed that reuses whole steps, evenly spread.
 
     The middle one is reused in part, as far as the speed needs. Consecutive reuse hurts images most, and
@@ -119,16 +153,18 @@ def even_plan(num_steps: int, macs: Macs, speedup: float, fixed: Collection[int]
 
     Args:
         fixed: steps that are computed in any case.
+        is_flow_matching: whether longer runs of reuse come after shorter ones.
     """
     count, fraction = steps_for(num_steps, macs, speedup)
-    chosen = even_steps(num_steps, count, fixed)
+    chosen = even_steps(num_steps, count, fixed, is_flow_matching=is_flow_matching)
     plan = stepwise_plan(num_steps, len(macs.branches), chosen)
     if fraction == 1:
         return plan
     middle = chosen[len(chosen) // 2]
     plan = with_part(plan, middle, fraction, macs)
     if all(plan.compute[middle]):  # too small a part for any branch, as where all blocks are one
-        return stepwise_plan(num_steps, len(macs.branches), even_steps(num_steps, count - 1, fixed))
+        fewer = even_steps(num_steps, count - 1, fixed, is_flow_matching=is_flow_matching)
+        return stepwise_plan(num_steps, len(macs.branches), fewer)
     return plan
 
 

@@ -85,6 +85,9 @@ def test_the_share_of_the_correction_is_what_is_given_or_follows_from_the_schedu
     assert dataclasses.replace(HALF, correction=1).plan(8, macs) == with_fixed_correction(even, 1)
     assert HALF.plan(8, macs) == with_fixed_correction(even, 0.5)
     assert HALF.plan(8, macs, is_flow_matching=True) == with_fixed_correction(even, 0.75)
+    fast = dataclasses.replace(HALF, speedup=2.5)
+    flow, other = (fast.plan(28, macs, is_flow_matching=each) for each in (True, False))
+    assert flow.cur == other.cur and flow.compute != other.compute, "their longer runs lie elsewhere"
 
 
 def test_flow_matching_is_told_by_the_scheduler():

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 import torch
@@ -75,6 +75,27 @@ def test_gaps_are_equal_and_the_last_steps_are_computed():
     assert even_steps(20, 7) == [5, 7, 9, 11, 13, 15, 17]
     assert even_steps(20, 4) == [5, 9, 13, 17]
     assert even_steps(50, 20) == [9, *range(11, 48, 2)]
+
+
+def test_beyond_half_runs_are_as_equal_as_can_be_and_the_first_one_is_short():
+    assert even_steps(20, 13) == [0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 16, 18]
+    assert even_steps(28, 19, is_flow_matching=True) == [
+        *(0, 1, 2, 4, 5, 7, 8, 10, 11, 13, 14, 15, 17, 18, 20, 21, 23, 24, 26)
+    ]
+    assert even_steps(20, 18) == [*range(12), *range(13, 19)], "a single one is computed, in the middle"
+
+
+@given(num_steps=st.integers(2, 100), share=st.floats(0, 1), is_flow_matching=st.booleans())
+def test_even_steps_are_as_many_as_asked_for_in_runs_of_about_one_length(num_steps, share, is_flow_matching):
+    count = round(share * (num_steps - 1))
+    steps = even_steps(num_steps, count, is_flow_matching=is_flow_matching)
+    assert len(set(steps)) == count and steps == sorted(steps)
+    assert all(0 <= step <= num_steps - 2 for step in steps)
+    runs = [len(list(run)) for _, run in groupby(enumerate(steps), lambda pair: pair[1] - pair[0])]
+    inner = runs[1:-1]
+    assert not inner or max(inner) - min(inner) <= 1
+    if len(runs) > 2:
+        assert max(runs[0], runs[-1]) <= max(inner) + 1 and runs[-1] <= max(inner)
 
 
 def test_where_all_blocks_are_one_branch_a_part_of_a_step_is_left_out():

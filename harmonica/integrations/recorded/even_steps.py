@@ -76,7 +76,7 @@ class EvenSteps:
         share = self.correction
         if share is None:
             share = _SHARE_OF_FLOW_MATCHING if is_flow_matching else _SHARE
-        plan = even_plan(num_steps, macs, self.speedup)
+        plan = even_plan(num_steps, macs, self.speedup, is_flow_matching=is_flow_matching)
         return with_fixed_correction(plan, share) if share else plan
 
     def nearest_plan(self, num_steps: int, macs: Macs, *, is_flow_matching: bool = False) -> Plan:
