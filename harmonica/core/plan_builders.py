@@ -79,7 +79,8 @@ def even_steps(
         # Equal gaps, from the first step that has two values before; what is left over is computed last.
         # Gaps of 2 and 3 in turn are worse by up to 7 dB (tests/benchmarks/RESULTS.md).
         return [num_steps - 3 - gap * k for k in reversed(range(count))]
-    chosen, step = [], num_steps - 2
+    chosen: list[int] = []
+    step = num_steps - 2
     for length in _run_lengths(count, num_steps - count, is_flow_matching):
         chosen += range(step, step - length, -1)
         step -= length + 1
