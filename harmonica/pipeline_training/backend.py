@@ -16,6 +16,7 @@ from torch import Tensor
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.router import Router
+from harmonica.integrations.recorded.even_steps import is_flow_matching
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.pipeline_training.image_error import Errors, image_changes
 from harmonica.pipeline_training.pipeline_calls import PipelineCalls
@@ -65,6 +66,7 @@ class PipelineBackend(TrajectoryBackend):
     def __init__(self, calls: PipelineCalls) -> None:
         self.calls = calls
         self.sampler = _Steps(calls.num_steps, calls.view)
+        self.is_flow_matching = is_flow_matching(getattr(calls.pipe, "scheduler", None))
 
     @property
     def device(self) -> torch.device:

@@ -44,6 +44,8 @@ class TrajectoryBackend(ABC):
     """Has `num_steps`, and a `model` with `branches` and `macs()`."""
     fixed_steps: frozenset[int] = frozenset()
     """Steps below T-1 that compute everything under any plan, as far as they are known."""
+    is_flow_matching: bool = False
+    """Whether the sampler is one of flow matching."""
     from_start: ClassVar[bool] = False
     """Whether every run begins at the first step; else runs share what lies before they differ."""
     has_segments: ClassVar[bool] = False

@@ -46,9 +46,8 @@ class TrainingContext:
         cls, backend: TrajectoryBackend, config: TrainingConfig, seed: int, device: torch.device | str
     ) -> Self:
         """Return the context of a training that has not begun."""
-        sampler = backend.sampler
-        router = initial_router(sampler, config, seed).to(device)
-        sdt = SdtTrainer(sampler, router, config.sdt)
+        router = initial_router(backend, config, seed).to(device)
+        sdt = SdtTrainer(backend.sampler, router, config.sdt)
         with torch.no_grad():
             for i, row in enumerate(router.rows):
                 if not sdt.trains(i):

@@ -98,7 +98,8 @@ class StartPhase(Phase):
 
         The next best, and what other ridges lead to, are kept for the choice.
         """
-        context, fixed = self.context, self.context.backend.fixed_steps
+        context, backend = self.context, self.context.backend
+        fixed, is_flow_matching = backend.fixed_steps, backend.is_flow_matching
         num_steps, macs = context.sampler.num_steps, context.sampler.model.macs()
         speedup = context.target.speedup or speedup_of(self.config.target_cur, macs)
         plans: dict[str, Plan] = {}
@@ -107,7 +108,7 @@ class StartPhase(Phase):
             for place, plan in enumerate(self.search.plans(macs, speedup, fixed, ridge, number)):
                 if plan not in plans.values():
                     plans[_name(ridge, place) if plans else "measured"] = plan
-        plans["even"] = even_plan(num_steps, macs, speedup, fixed)
+        plans["even"] = even_plan(num_steps, macs, speedup, fixed, is_flow_matching=is_flow_matching)
         logit, device = self.config.initial_logit, context.device
         context.starts = {name: logits_of(plan, logit).to(device) for name, plan in plans.items()}
         context.set_router(context.starts["measured"])

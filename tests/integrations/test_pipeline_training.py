@@ -16,6 +16,7 @@ from torch import Tensor
 
 import harmonica
 from harmonica.core.plan import Plan
+from harmonica.core.plan_builders import even_plan
 from harmonica.core.router import Router
 from harmonica.integrations.recorded.kinds import KINDS as MODULES
 from harmonica.integrations.recorded.planned_trajectory import PlannedTrajectory
@@ -134,6 +135,16 @@ def test_a_target_of_speed_is_met_and_the_artifact_travels(tmp_path):
     before = case.run()
     harmonica.apply(case.pipe, artifact.save(tmp_path / "router"))
     assert 1e-5 < float((case.run() - before).norm() / before.norm()) < 0.2
+
+
+def test_even_steps_are_those_of_flow_matching_where_the_scheduler_is():
+    case = make_case("flux")
+    prompts, call = prompts_of(case)
+    config = settings(target_speedup=2.5, initial="even")
+    with PipelineTrainer(case.pipe, prompts, config, call=call | {"num_inference_steps": 20}) as trainer:
+        macs = trainer.calls.view.macs()
+        flow, other = (even_plan(20, macs, 2.5, is_flow_matching=each) for each in (True, False))
+        assert trainer.plan.compute == flow.compute != other.compute
 
 
 def test_prompts_may_be_texts(tmp_path):

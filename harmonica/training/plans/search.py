@@ -27,7 +27,6 @@ from harmonica.core.plan_builders import (
 )
 from harmonica.core.router import Router
 from harmonica.models.base import Macs
-from harmonica.samplers import Sampler
 from harmonica.training.backend import TrajectoryBackend
 from harmonica.training.config import OF_STEPS, TrainingConfig
 from harmonica.training.plans.selection import PlanSelector
@@ -40,8 +39,9 @@ _ROUNDS, _STARTS = 3000, 4
 _MOVES = (-3, -2, -1, 1, 2, 3)
 
 
-def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Router:
+def initial_router(backend: TrajectoryBackend, config: TrainingConfig, seed: int) -> Router:
     """Return the router that training starts from, or that a measured start replaces."""
+    sampler = backend.sampler
     shape = (sampler.num_steps, len(sampler.model.branches))
     if config.initial == "normal":
         return Router.normal(*shape, seed)
@@ -50,7 +50,7 @@ def initial_router(sampler: Sampler, config: TrainingConfig, seed: int) -> Route
     if config.initial in OF_STEPS and not config.target_psnr:  # until it is measured
         macs = sampler.model.macs()
         speedup = config.target_speedup or speedup_of(config.target_cur, macs)
-        plan = even_plan(sampler.num_steps, macs, speedup)
+        plan = even_plan(sampler.num_steps, macs, speedup, is_flow_matching=backend.is_flow_matching)
         return Router.from_logits(logits_of(plan, config.initial_logit))
     return Router(*shape, config.initial_logit)
 
