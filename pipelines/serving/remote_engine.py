@@ -60,10 +60,22 @@ class RemoteEngine:
         """
         self._handle, self._is_multiplexed = handle, is_multiplexed
         self._timeout_s, self._work_s = timeout_s, work_s
+        self._answered_in_s = 0.0
 
     def _deadline(self, timeout_s: float | None = None) -> Deadline:
         bound_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
         return Deadline(bound_s, self._work_s) if math.isfinite(bound_s) else Deadline()
+
+    def _answered_since(self, started: float) -> None:
+        """Remember how long an image took, its wait in the queue included."""
+        self._answered_in_s = asyncio.get_running_loop().time() - started
+
+    def _overloaded(self) -> Overloaded:
+        """Return the error of a request that Serve refused to queue.
+
+        An image that was just answered waited for as many others as this one would have.
+        """
+        return Overloaded(max(1, math.ceil(self._answered_in_s)))
 
     def _to(self, model: str) -> DeploymentHandle[Any]:
         """Return a handle whose calls go to a replica with this model if there is one."""
@@ -82,17 +94,18 @@ class RemoteEngine:
 
     async def generate(self, request: EngineRequest) -> GeneratedImage:
         """Generate one image, on another replica if one is lost."""
-        deadline = self._deadline(request.timeout_s)
+        deadline, started = self._deadline(request.timeout_s), asyncio.get_running_loop().time()
         image: GeneratedImage = await self._call_until_kept(
             deadline, self._to(request.model).generate, request
         )
+        self._answered_since(started)
         return image
 
     async def generate_stream(
         self, request: EngineRequest
     ) -> AsyncIterator[Progress | Preview | GeneratedImage]:
         """Yield the events of one image, from another replica if one is lost."""
-        deadline = self._deadline(request.timeout_s)
+        deadline, started = self._deadline(request.timeout_s), asyncio.get_running_loop().time()
         last_step = 0  # another replica begins anew: events that the client has had are not sent again
         for pause_s in (*_PAUSES_S, None):
             try:
@@ -100,6 +113,7 @@ class RemoteEngine:
                     if isinstance(event, GeneratedImage) or event.step > last_step:
                         yield event
                     last_step = last_step if isinstance(event, GeneratedImage) else max(last_step, event.step)
+                self._answered_since(started)
                 return
             except _LOST:
                 if pause_s is None:
@@ -130,7 +144,7 @@ class RemoteEngine:
         except TaskCancelledError:
             raise asyncio.CancelledError from None  # Serve was faster: an error would be logged in full
         except (BackPressureError, DeploymentUnavailableError) as error:
-            raise Overloaded from error
+            raise self._overloaded() from error
 
     async def _stream(
         self, deadline: Deadline, request: EngineRequest
@@ -149,6 +163,6 @@ class RemoteEngine:
         except TaskCancelledError:
             raise asyncio.CancelledError from None
         except (BackPressureError, DeploymentUnavailableError) as error:
-            raise Overloaded from error
+            raise self._overloaded() from error
         finally:
             stream.cancel()  # the client has gone; a finished stream is not changed by it

@@ -3,9 +3,10 @@
 import asyncio
 
 import pytest
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
-from pipelines.serving.batching import TimedOut
+from pipelines.serving.batching import Overloaded, TimedOut
 from pipelines.serving.call_deadlines import Deadline, Response
 from pipelines.serving.remote_engine import RemoteEngine
 from pipelines.serving.requests import EngineRequest, ImageRequest
@@ -75,6 +76,26 @@ def test_a_trajectory_that_has_started_has_its_own_time():
     with pytest.raises(TimedOut):
         generate(call, timeout_s=0.05, work_s=0.05)
     assert call.is_cancelled
+
+
+def test_a_request_that_serve_refuses_is_told_how_long_an_image_takes():
+    class Refused(Call):
+        async def _fetch_future_result_async(self) -> None:
+            raise BackPressureError(num_queued_requests=9, max_queued_requests=8)
+
+    async def run() -> list[int]:
+        handle = Handle(Refused(0.0))
+        engine, told = RemoteEngine(handle, work_s=60), []
+        for _ in range(2):
+            with pytest.raises(Overloaded) as refused:
+                await engine.generate(REQUEST)
+            told.append(refused.value.retry_after_s)
+            handle.call = Call(0.0, answered_s=1.1)
+            await engine.generate(REQUEST)
+            handle.call = Refused(0.0)
+        return told
+
+    assert asyncio.run(run()) == [1, 2]
 
 
 def test_the_time_is_that_of_all_calls_for_a_request():
