@@ -88,11 +88,12 @@ def even_steps(
 
 
 def _run_lengths(count: int, runs: int, is_flow_matching: bool) -> list[int]:
-    """Return how many of `count` steps each run of reuse has, from the noisiest; a computed step is between.
+    """Return the lengths of the runs of reuse that `count` steps make.
 
-    The first one, which has a single value before, is about half as long as the others. Which of them should
-    be longer where they cannot be alike was measured (tests/benchmarks/RESULTS.md): later ones under flow
-    matching; with other samplers earlier ones, and a last one that is short as well.
+    They go from the noisiest run on, and a computed step is between each two. The first one, which has a
+    single value before, is about half as long as the others. Which of them should be longer where they cannot
+    be alike was measured (tests/benchmarks/RESULTS.md): later ones under flow matching; with other samplers
+    earlier ones, and a last one that is short as well.
     """
     if runs == 1 or not count:
         return [count]
