@@ -90,8 +90,10 @@ def learning_memory(
         rows_at_once: number of images that a worker has at a time.
         computed_steps: number of steps of a trajectory that the plan computes.
         order: number of differences in a forecast.
-        segments: whole steps are reused, and branches without uncached sub-layers between them as one.
+        segments: whole steps are reused, and branches without uncached sub-layers between them as one. It
+            is so where all blocks are one branch.
     """
+    segments = segments or shape.are_one_branch
     rows = (1 + is_guided) * rows_at_once
     weights, values = shape.weights(processes), shape.num_branches * shape.value(rows)
     if segments:

@@ -55,6 +55,8 @@ class Shape:
     """Bytes of the weights that `harmonica.training.sharding` spreads over processes."""
     other_weights: int
     """Bytes of the other weights, which every process holds."""
+    are_one_branch: bool = False
+    """Whether all blocks are one branch, as by default of a transformer that is recorded in a pipeline."""
 
     @classmethod
     def of(cls, model: BranchedTransformer) -> "Shape":
@@ -91,11 +93,13 @@ class Shape:
     @property
     def num_branches(self) -> int:
         """Return the number of branches that can be cached."""
-        return self.layers * len(self.cacheable)
+        return 1 if self.are_one_branch else self.layers * len(self.cacheable)
 
     @property
     def num_segments(self) -> int:
         """Return the number of segments of a whole step (`harmonica.core.segments`)."""
+        if self.are_one_branch:
+            return 1
         uncached = any(kind not in self.cacheable for kind in self.kinds)
         return self.layers + 1 if uncached else 1
 
@@ -131,7 +135,7 @@ class Shape:
         """
         modulations = self.modulations(rows) if self.text_tokens else 0
         if backward:
-            return modulations + 5 * self.hidden(rows)
+            return modulations + (10 if self.are_one_branch else 5) * self.hidden(rows)
         return modulations + 2 * self.hidden(rows) + 10 * self.value(rows)
 
     def inside(self, kind: str, rows: int) -> int:
@@ -153,11 +157,18 @@ class Shape:
         """
         if segments:
             if checkpointing:
-                return max(GROUPS_OF_SEGMENT, self.num_segments) * self.hidden(rows)
-            return self.layers * sum(self.inside(kind, rows) for kind in self.kinds)
+                return self._groups_of_segments * self.hidden(rows)
+            # A pipeline's transformer also keeps what its own forward gates and adds.
+            between = 2 * self.hidden(rows) if self.are_one_branch else 0
+            return self.layers * (between + sum(self.inside(kind, rows) for kind in self.kinds))
         if checkpointing:
             return self._of_groups(rows) + self.num_branches * self.value(rows)
         return self.layers * self._of_block(rows)
+
+    @property
+    def _groups_of_segments(self) -> int:
+        """Return how many groups of a step are recomputed, of which a pipeline's blocks are one each."""
+        return self.layers if self.are_one_branch else max(GROUPS_OF_SEGMENT, self.num_segments)
 
     def _of_block(self, rows: int) -> int:
         """Return the bytes that a block's backward keeps, with its branches' values."""
@@ -170,7 +181,7 @@ class Shape:
     def of_group(self, rows: int, *, segments: bool = False) -> int:
         """Return the bytes that the backward of a group keeps once it is computed again."""
         if segments:
-            return self.of_step(rows, segments=True) // max(GROUPS_OF_SEGMENT, self.num_segments)
+            return self.of_step(rows, segments=True) // self._groups_of_segments
         size = branches_per_checkpoint(self.num_branches)
         return self._of_block(rows) * size // len(self.cacheable)
 
@@ -179,6 +190,8 @@ class Shape:
 
         The caches are not counted.
         """
+        if self.are_one_branch:  # no score reaches inside of it
+            return self.hidden(rows)
         block = self._of_block(rows)
         if checkpointing:
             return self._of_groups(rows) + self.of_group(rows)

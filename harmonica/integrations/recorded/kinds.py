@@ -19,9 +19,14 @@ ARCHITECTURE_KEY = "diffusers_class"
 """Key of an artifact's model that says that its branches were found by recording."""
 
 
+def are_all_blocks(cacheable: Sequence[str]) -> bool:
+    """Return whether all blocks are one branch."""
+    return tuple(cacheable) == (BLOCKS,)
+
+
 def are_kinds(cacheable: Sequence[str]) -> bool:
     """Return whether branches may be of these kinds."""
-    return tuple(cacheable) == (BLOCKS,) or (bool(cacheable) and not set(cacheable) - set(KINDS))
+    return are_all_blocks(cacheable) or (bool(cacheable) and not set(cacheable) - set(KINDS))
 
 
 def check_kinds(cacheable: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ whole call, around the compiled one: inside, Dynamo would leave it out of its gr
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +21,8 @@ from harmonica.integrations.recorded.compiled_units import compiled_unit
 class UnitPass(Protocol):
     """Decides about the units of one forward, under a plan or in training."""
 
-    def run(self, unit: str, forward: Callable[[], Any]) -> Any:
-        """Return a unit's output; `forward` computes it."""
+    def run(self, unit: str, forward: partial[Any]) -> Any:
+        """Return a unit's output; `forward` computes it from its arguments."""
         ...
 
 
@@ -93,7 +94,7 @@ class UnitCall:
         running = self.board.running
         if running is None:
             return self.compute(*args, **kwargs)
-        return running.run(self.board.name_of_call(self.path), lambda: self.compute(*args, **kwargs))
+        return running.run(self.board.name_of_call(self.path), partial(self.compute, *args, **kwargs))
 
 
 class ReplacedUnits:

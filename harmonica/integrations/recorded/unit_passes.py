@@ -3,7 +3,8 @@
 They are the counterparts of `harmonica.core.passes`, with the transformer's own forward for the walk.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class PlannedPass:
         self._row, self._kept, self._step, self._recompute = compute_row, kept, step, recompute
         self._skipped, self._shapes, self._overwritten = skipped, shapes, overwritten
 
-    def run(self, unit: str, forward: Callable[[], Any]) -> Any:
+    def run(self, unit: str, forward: partial[Any]) -> Any:
         """Return a unit's output: computed, kept or a stand-in."""
         branch = self._kept.branch_of.get(unit)
         if branch is None:
@@ -57,7 +58,7 @@ class PlannedPass:
         output = self._kept.read(unit, self._step)
         return _copied(output) if unit in self._overwritten else output
 
-    def _run_other(self, unit: str, forward: Callable[[], Any]) -> Any:
+    def _run_other(self, unit: str, forward: partial[Any]) -> Any:
         if unit in self._skipped and unit in self._shapes:
             return self._shapes[unit]
         output = _recomputed(forward) if self._recompute_others else forward()
@@ -88,7 +89,7 @@ class MixedPass:
         self._overwritten = overwritten
         self._before = kept.copy()
 
-    def run(self, unit: str, forward: Callable[[], Any]) -> Any:
+    def run(self, unit: str, forward: partial[Any]) -> Any:
         """Return a unit's output: the kept and the computed one, mixed by its score."""
         branch = self._kept.branch_of.get(unit)
         if branch is None:
@@ -109,9 +110,19 @@ class MixedPass:
         return output
 
 
-def _recomputed(forward: Callable[[], Any]) -> Any:
-    """Return a unit's output, which backward computes again."""
-    return checkpoint(forward, use_reentrant=False, preserve_rng_state=False)
+def _recomputed(forward: partial[Any]) -> Any:
+    """Return a unit's output, which backward computes again.
+
+    The arguments are saved as those of any operation are, so that they may go to the host's memory.
+    """
+    compute = forward.func
+    leaves, spec = _pytree.tree_flatten((forward.args, forward.keywords))
+
+    def run(*leaves: Any) -> Any:
+        args, kwargs = _pytree.tree_unflatten(leaves, spec)
+        return compute(*args, **kwargs)
+
+    return checkpoint(run, *leaves, use_reentrant=False, preserve_rng_state=False)
 
 
 def _copied(output: Any) -> Any:

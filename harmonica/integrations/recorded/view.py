@@ -13,9 +13,9 @@ from harmonica.integrations.recorded.block_stack import record_blocks
 from harmonica.integrations.recorded.branches import BlockGraph, RecordedBranch, describe
 from harmonica.integrations.recorded.kinds import (
     ARCHITECTURE_KEY,
-    BLOCKS,
     KINDS,
     RefusedTransformer,
+    are_all_blocks,
     check_kinds,
     declaration_of,
 )
@@ -73,7 +73,7 @@ class RecordedTransformer:
 
     @property
     def _is_stack(self) -> bool:
-        return self.cacheable == (BLOCKS,)
+        return are_all_blocks(self.cacheable)
 
     @property
     def is_recorded(self) -> bool:
