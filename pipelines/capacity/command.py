@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from harmonica.core.cache import values_kept
 from harmonica.core.plan_builders import even_plan, speedup_of
+from harmonica.integrations.recorded.kinds import BLOCKS, KINDS, RecordedKind, are_kinds
 from harmonica.models.base import Macs
 from harmonica.training.feasibility import check_speedup
 from harmonica.training.presets import learned_steps
@@ -50,6 +51,9 @@ class CapacityCommand:
     """Width in pixels; 0 is the model's usual."""
     frames: Natural = 0
     """Frames of a video; 0 is the model's usual."""
+    cacheable: Annotated[tuple[RecordedKind, ...], Field(min_length=1)] = (BLOCKS,)
+    """What is a branch of FLUX and Wan, as `pipeline.cacheable`: all blocks as one, or some of attn, cross,
+    mlp and single."""
     num_inference_steps: Annotated[Natural, Cure("2 or more, or 0 for the model's usual")] = 0
     """Sampling steps T; 0 is the model's usual: 20 for DiT and PixArt, 28 for FLUX, 50 for Wan."""
     gpu: str = "H100"
@@ -84,6 +88,12 @@ class CapacityCommand:
     """Print the tables as Markdown."""
 
     def __post_init__(self) -> None:
+        require(
+            are_kinds(self.cacheable),
+            "cacheable",
+            self.cacheable,
+            f"give some of {', '.join(KINDS)}, or {BLOCKS} alone",
+        )
         require(
             self.num_inference_steps != 1,
             "num_inference_steps",
@@ -159,7 +169,8 @@ def _plan_of(train: TrainConfig, macs: Macs, num_steps: int) -> tuple[float, flo
     """
     if train.target_speedup:
         check_speedup(train.target_speedup, macs, num_steps, field="train.target_speedup")
-        return train.target_speedup, even_plan(num_steps, macs, train.target_speedup).cur
+        plan = even_plan(num_steps, macs, train.target_speedup)
+        return plan.ideal_speedup(macs), plan.cur
     most = (num_steps - 1) / num_steps
     if train.target_cur > most:
         raise SettingError(
@@ -176,7 +187,7 @@ def estimate(command: CapacityCommand) -> Estimates:
     """
     gpu = gpu_named(command.gpu)
     size = Size(height=command.height, width=command.width, frames=command.frames)
-    model = sized_model(command.model, size)
+    model = sized_model(command.model, size, command.cacheable)
     num_steps = command.num_inference_steps or model.num_steps
     speedup, cur = _plan_of(command.train, model.macs, num_steps)
     network = command.network * 1e9 / 8

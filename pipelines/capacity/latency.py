@@ -58,8 +58,9 @@ def forward_seconds(
         share: replaces the assumed share of the peak, if above 0.
     """
     products = 2 * model.macs.full * rows / ((share or efficiency.share) * gpu.flops)
-    device = products + model.weight_bytes / gpu.bandwidth + model.num_branches * efficiency.kernel_s
-    return max(device, model.num_branches * efficiency.launch_s)
+    sub_layers = model.sub_layers or model.num_branches
+    device = products + model.weight_bytes / gpu.bandwidth + sub_layers * efficiency.kernel_s
+    return max(device, sub_layers * efficiency.launch_s)
 
 
 def sampling_seconds(

@@ -4,13 +4,14 @@ MACs are the model's own (`BranchedTransformer.macs`), on `torch.device("meta")`
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from harmonica.integrations.recorded.kinds import BLOCKS, are_all_blocks
 from harmonica.io.weight_files import read_json
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.diffusers_folder import find_transformer
@@ -18,7 +19,7 @@ from harmonica.models.loading import ModelConfig, load_model
 from harmonica.models.public_shapes import dit_skeleton, pixart_skeleton
 from harmonica.models.vae import draws_pixels
 from harmonica.training.memory_estimates import loaded_shape
-from harmonica.validation.settings import SettingError
+from harmonica.validation.settings import SettingError, require
 
 from .recorded_models import flux, wan
 from .sizes import Size, SizedModel, prompt_bytes
@@ -63,47 +64,60 @@ def _pixart(text_tokens: int) -> Callable[[str, Size], SizedModel]:
     return make
 
 
-_RECORDED: dict[str, Callable[[str, Size, Mapping[str, Any]], SizedModel]] = {
+_RECORDED: dict[str, Callable[[str, Size, Mapping[str, Any], Sequence[str]], SizedModel]] = {
     "FluxTransformer2DModel": flux,
     "WanTransformer3DModel": wan,
 }
-_USUAL_FLUX, _USUAL_WAN = Size(height=1024, width=1024), Size(height=480, width=832, frames=81)
+_USUAL = {
+    "FluxTransformer2DModel": Size(height=1024, width=1024),
+    "WanTransformer3DModel": Size(height=480, width=832, frames=81),
+}
 FAMILIES = {
     "dit-xl-2": _Family(Size(height=256, width=256), _dit),
     "pixart-alpha": _Family(Size(height=1024, width=1024), _pixart(120)),
     "pixart-sigma": _Family(Size(height=2048, width=2048), _pixart(300)),
-    "flux": _Family(_USUAL_FLUX, lambda name, size: flux(name, size, {})),
-    "wan-14b": _Family(_USUAL_WAN, lambda name, size: wan(name, size, {})),
 }
-"""The public models, by name."""
+"""The public models that have branch files, by name."""
+RECORDED_FAMILIES = {"flux": "FluxTransformer2DModel", "wan-14b": "WanTransformer3DModel"}
+"""The classes of the public models whose branches are recorded, by the model's name."""
 
 
-def sized_model(name: str, asked: Size) -> SizedModel:
+def sized_model(name: str, asked: Size, cacheable: Sequence[str] = (BLOCKS,)) -> SizedModel:
     """Return the sizes of a public model, or of a model folder.
 
     Args:
         asked: zeros are the model's usual.
+        cacheable: what is a branch, where branches are recorded.
 
     Raises:
-        ValueError: no such model or folder, or a resolution that the model cannot have.
+        ValueError: no such model or folder, or a resolution or kind of branch that the model cannot have.
     """
+    folder, config = Path(name), dict[str, Any]()
+    kind = RECORDED_FAMILIES.get(name, "")
+    if name not in FAMILIES and not kind:
+        if not folder.exists():
+            names = ", ".join((*FAMILIES, *RECORDED_FAMILIES))
+            raise SettingError(f"model is {name!r}: give one of {names}, or a model folder")
+        transformer = find_transformer(folder) if folder.is_dir() else None
+        config = read_json(transformer / "config.json") if transformer else {}
+        kind, name = config.get("_class_name", ""), folder.name
+    if kind in _RECORDED:
+        return _RECORDED[kind](name, _filled(asked, _USUAL[kind]), config, cacheable)
+    require(
+        are_all_blocks(cacheable),
+        "cacheable",
+        cacheable,
+        f"leave it out for this model, which is none of {', '.join(RECORDED_FAMILIES)}",
+    )
     if name in FAMILIES:
         family = FAMILIES[name]
         return family.make(name, _filled(asked, family.usual))
-    folder = Path(name)
-    if not folder.exists():
-        raise SettingError(f"model is {name!r}: give one of {', '.join(FAMILIES)}, or a model folder")
-    transformer = find_transformer(folder) if folder.is_dir() else None
-    config = read_json(transformer / "config.json") if transformer else {}
-    if (kind := config.get("_class_name")) in _RECORDED:
-        usual = _USUAL_WAN if kind.startswith("Wan") else _USUAL_FLUX
-        return _RECORDED[kind](folder.name, _filled(asked, usual), config)
-    model = load_model(ModelConfig(path=name)).model
+    model = load_model(ModelConfig(path=str(folder))).model
     side = model.sample_size * (1 if draws_pixels(model) else 8)
     own = Size(height=side, width=side)
     if _filled(asked, own) != own:
-        raise SettingError(f"height is {asked.height}: give 0, the model in {name} has {own} pixels")
-    return _branched(folder.name, model, own)
+        raise SettingError(f"height is {asked.height}: give 0, the model in {folder} has {own} pixels")
+    return _branched(name, model, own)
 
 
 def _filled(asked: Size, usual: Size) -> Size:

@@ -5,14 +5,15 @@ The forward runs on `torch.device("meta")`, where nothing is computed; its MACs 
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from harmonica.integrations.recorded.block_stack import record_blocks
 from harmonica.integrations.recorded.branches import BlockGraph
-from harmonica.integrations.recorded.kinds import KINDS
+from harmonica.integrations.recorded.kinds import BLOCKS, KINDS, are_all_blocks
 from harmonica.integrations.recorded.recording import record
 from harmonica.models.base import Macs
 from harmonica.torchvision_ops import ensure_torchvision_imports
@@ -25,17 +26,37 @@ from .sizes import Size, SizedModel, prompt_bytes
 _VALUE_BYTES, _VAE_SCALE = 2, 8
 
 
-def _recorded(module: Any, **inputs: Any) -> tuple[Macs, int, int]:
-    """Return MACs of a row, and bytes of weights: those sharded and the others.
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """One recorded forward of a transformer: its costs for a row, and its weights."""
 
-    Args:
-        module: a transformer of diffusers on `torch.device("meta")`.
-        inputs: of its forward, for one row.
-    """
-    graph = BlockGraph(record(module.eval(), module.forward, **inputs))
-    whole = sum(p.numel() for p in module.parameters()) * _VALUE_BYTES
-    sharded = sum(p.numel() for layer in sharded_layers(module) for p in layer.parameters()) * _VALUE_BYTES
-    return graph.macs_of(graph.chosen(KINDS)), sharded, whole - sharded
+    macs: Macs
+    sub_layers: int
+    """Number of attention and feed-forward modules that it runs."""
+    sharded: int
+    """Bytes of the weights that sharding spreads."""
+    other: int
+    """Bytes of the other weights."""
+
+    @classmethod
+    def of(cls, module: Any, cacheable: Sequence[str], **inputs: Any) -> "_Recorded":
+        """Record a forward.
+
+        Args:
+            module: a transformer of diffusers on `torch.device("meta")`.
+            cacheable: what is a branch, as in `harmonica.train_pipeline`.
+            inputs: of its forward, for one row.
+        """
+        graph = BlockGraph(record(module.eval(), module.forward, **inputs))
+        sub_layers = graph.chosen(KINDS)
+        macs = graph.macs_of(graph.chosen(cacheable))
+        if are_all_blocks(cacheable):
+            blocks = BlockGraph(record_blocks(module, module.forward, **inputs))
+            macs = blocks.macs_of(blocks.chosen(cacheable))
+        weights = sum(p.numel() for p in module.parameters()) * _VALUE_BYTES
+        layers = sharded_layers(module)
+        sharded = sum(p.numel() for layer in layers for p in layer.parameters()) * _VALUE_BYTES
+        return cls(macs, len(sub_layers), sharded, weights - sharded)
 
 
 def _latent(size: Size, patch: int) -> tuple[int, int]:
@@ -51,12 +72,14 @@ def _latent(size: Size, patch: int) -> tuple[int, int]:
     return size.height // _VAE_SCALE, size.width // _VAE_SCALE
 
 
-def flux(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
+def flux(
+    name: str, size: Size, config: Mapping[str, Any], cacheable: Sequence[str] = (BLOCKS,)
+) -> SizedModel:
     """Return FLUX.1-dev with 512 text tokens.
 
     Its guidance is distilled, so that an image is one row.
 
-    Its single-stream blocks keep one value for attention and feed-forward together.
+    By sub-modules, its single-stream blocks keep one value for attention and feed-forward together.
     """
     ensure_torchvision_imports()
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -65,8 +88,9 @@ def flux(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
     image, text = height * width // 4, 512
     with torch.device("meta"):
         module = FluxTransformer2DModel.from_config({"guidance_embeds": True, **config})
-        macs, sharded, other = _recorded(
+        found = _Recorded.of(
             module,
+            cacheable,
             hidden_states=torch.empty(1, image, module.config.in_channels),
             encoder_hidden_states=torch.empty(1, text, module.config.joint_attention_dim),
             pooled_projections=torch.empty(1, module.config.pooled_projection_dim),
@@ -86,16 +110,20 @@ def flux(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
         text_tokens=0,
         value_bytes=_VALUE_BYTES,
         hidden_bytes=_VALUE_BYTES,
-        sharded_weights=sharded,
-        other_weights=other,
+        sharded_weights=found.sharded,
+        other_weights=found.other,
+        are_one_branch=are_all_blocks(cacheable),
     )
-    layers = module.config.num_single_layers
-    single = replace(double, cacheable=("mlp",), layers=layers, sharded_weights=0, other_weights=0)
+    single = replace(double, layers=module.config.num_single_layers, sharded_weights=0, other_weights=0)
+    shapes: tuple[Shape, ...] = (double, replace(single, cacheable=("mlp",)))
+    if double.are_one_branch:  # their blocks differ in nothing that counts
+        shapes = (replace(double, layers=double.layers + single.layers),)
     return SizedModel(
         name=name,
         size=size,
-        macs=macs,
-        shapes=(double, single),
+        macs=found.macs,
+        sub_layers=found.sub_layers,
+        shapes=shapes,
         num_steps=28,
         is_guided=False,
         sample_bytes=4 * 16 * height * width + prompt_bytes(text) + 2 * module.config.pooled_projection_dim,
@@ -103,7 +131,7 @@ def flux(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
     )
 
 
-def wan(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
+def wan(name: str, size: Size, config: Mapping[str, Any], cacheable: Sequence[str] = (BLOCKS,)) -> SizedModel:
     """Return Wan 2.1, the one of 14B, with two rows a video.
 
     There is a latent frame for every four.
@@ -117,8 +145,9 @@ def wan(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
     frames, text = (size.frames - 1) // 4 + 1, 512
     with torch.device("meta"):
         module = WanTransformer3DModel.from_config(dict(config))
-        macs, sharded, other = _recorded(
+        found = _Recorded.of(
             module,
+            cacheable,
             hidden_states=torch.empty(1, module.config.in_channels, frames, height, width),
             timestep=torch.empty(1),
             encoder_hidden_states=torch.empty(1, text, module.config.text_dim),
@@ -134,13 +163,15 @@ def wan(name: str, size: Size, config: Mapping[str, Any]) -> SizedModel:
         text_tokens=text,
         value_bytes=_VALUE_BYTES,
         hidden_bytes=_VALUE_BYTES,
-        sharded_weights=sharded,
-        other_weights=other,
+        sharded_weights=found.sharded,
+        other_weights=found.other,
+        are_one_branch=are_all_blocks(cacheable),
     )
     return SizedModel(
         name=name,
         size=size,
-        macs=macs,
+        macs=found.macs,
+        sub_layers=found.sub_layers,
         shapes=(shape,),
         num_steps=50,
         is_guided=True,

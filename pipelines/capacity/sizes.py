@@ -51,7 +51,9 @@ class SizedModel:
     sample_bytes: int
     """Bytes of a training sample: its noise in float32 and its prompt's embeddings."""
     is_recorded: bool = False
-    """Whether its branches are recorded in a pipeline, and forecast one by one."""
+    """Whether its branches are recorded in a pipeline."""
+    sub_layers: int = 0
+    """Sub-layers that a forward runs, each of which takes a fixed time; 0 counts the branches."""
 
     @property
     def rows(self) -> int:

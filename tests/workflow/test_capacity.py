@@ -6,6 +6,8 @@ import math
 import pytest
 from tiny_dit import write_model
 
+from harmonica.integrations.recorded.kinds import BLOCKS, KINDS
+from harmonica.training.presets import learned_steps
 from harmonica.validation.settings import SettingError
 from pipelines.capacity import __main__ as program
 from pipelines.capacity.command import CapacityCommand, estimate
@@ -55,7 +57,25 @@ def test_macs_are_those_that_are_published():
     assert sized_model("dit-xl-2", Size()).macs.full / 1e9 == pytest.approx(118.6, rel=0.01)
     flux = sized_model("flux", Size())
     assert 2 * 50 * flux.macs.full / 1e12 == pytest.approx(3726.87, rel=0.01)
-    assert flux.num_branches == 19 * 3 + 38 and flux.weight_bytes / 2 == pytest.approx(11.9e9, rel=0.01)
+    assert flux.num_branches == 1 and flux.weight_bytes / 2 == pytest.approx(11.9e9, rel=0.01)
+    by_modules = sized_model("flux", Size(), KINDS)
+    assert by_modules.num_branches == flux.sub_layers == 19 * 3 + 38
+    assert by_modules.macs.full == flux.macs.full and by_modules.weight_bytes == flux.weight_bytes
+
+
+def test_all_blocks_as_one_branch_take_less_memory():
+    """Learned steps for FLUX.1-dev at 1024 fit on 80 GB."""
+    train = TrainConfig.of(learned_steps(target_speedup=2.0))
+    blocks, modules = (
+        estimate(CapacityCommand(model="flux", cacheable=cacheable, train=train))
+        for cacheable in ((BLOCKS,), KINDS)
+    )
+    assert blocks.training.fits and not modules.training.fits
+    assert 1.9 < blocks.speedup < 2.1
+    caches = [each.serving[1].memory.caches / each.serving[1].batch for each in (blocks, modules)]
+    assert caches[0] < caches[1] / 20
+    with pytest.raises(SettingError, match=r"^cacheable is \('attn',\): leave it out for this model"):
+        sized_model("dit-xl-2", Size(), ("attn",))
 
 
 def test_erlang_c_has_the_known_values():
