@@ -30,9 +30,11 @@ def refuse_settings(config: WorkflowConfig) -> None:
     for name, value, usual, cure in _without_counterpart(config):
         if value != usual:
             raise SettingError(f"{name} is {value}, which a pipeline's call does not know: {cure}")
-    from harmonica.pipeline_training.trainer import check_settings  # takes seconds, so not at the top
+    from harmonica.pipeline_training.sampling import check_seed  # they take seconds, so not at the top
+    from harmonica.pipeline_training.trainer import check_settings
 
     check_settings(config.train)
+    check_seed(config.seed)
 
 
 def _without_counterpart(config: WorkflowConfig) -> list[tuple[str, Any, Any, str]]:

@@ -160,7 +160,7 @@ def even_plan(
     count, fraction = steps_for(num_steps, macs, speedup)
     chosen = even_steps(num_steps, count, fixed, is_flow_matching=is_flow_matching)
     plan = stepwise_plan(num_steps, len(macs.branches), chosen)
-    if fraction == 1:
+    if fraction == 1 or not chosen:
         return plan
     middle = chosen[len(chosen) // 2]
     plan = with_part(plan, middle, fraction, macs)

@@ -115,7 +115,13 @@ def read_embedding_manifest(uri: str) -> EmbeddingManifest | None:
             f"prompt store {shown(uri)} holds no embeddings of a diffusers pipeline: embed the prompts "
             "again, into a new folder"
         )
-    return EmbeddingManifest(**found)
+    try:
+        return EmbeddingManifest(**found)
+    except TypeError as error:
+        raise ValueError(
+            f"prompt store {shown(uri)} has a {MANIFEST} of other fields ({error}): embed the prompts again, "
+            "into a new folder"
+        ) from None
 
 
 class EmbeddingStore(Sequence[Mapping[str, Any] | str]):

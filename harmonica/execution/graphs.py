@@ -84,6 +84,7 @@ class GraphStore:
         self._asked: OrderedDict[Hashable, None] = OrderedDict()
         self._reasons: set[str] = set()
         self._refused: set[Hashable] = set()
+        self._short: set[Hashable] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return GraphStore, (self.max_bytes,)
@@ -111,6 +112,13 @@ class GraphStore:
             made = make()
         except RecompileLimitError:
             raise
+        except torch.OutOfMemoryError as error:
+            # What else was using the memory may be done the next time.
+            if key in self._short:
+                self._refuse(key, str(error))
+            self._short.add(key)
+            self._kept.clear()
+            return None
         except RuntimeError as error:
             self._refuse(key, str(error))
             return None

@@ -6,11 +6,13 @@
 
 The plan is a trained router's; `harmonica.EvenSteps` is one that needs no training.
 
-The transformer's forward is replaced by a walk over its branches, the very functions that our sampler
-calls: a reused branch costs one fused multiply-add, and the images are ours. Hooks on the sub-layers
-(diffusers' own way) would still run the norm and the modulation of each reused branch, and each would
-pick from the plan inside a compiled graph. The walk does not call the blocks themselves, so hooks on
-those (group offloading, a device map) are refused.
+With a router that was trained for a model with branch files (DiT, PixArt and Sana), the transformer's
+forward is replaced by a walk over its branches, the very functions that our sampler calls: a reused branch
+costs one fused multiply-add, and the images are ours. Hooks on the sub-layers (diffusers' own way) would
+still run the norm and the modulation of each reused branch, and each would pick from the plan inside a
+compiled graph. The walk does not call the blocks themselves, so hooks on those (group offloading, a device
+map) are refused. Under any other router, and under `EvenSteps`, the transformer's own forward runs, and what
+is reused is replaced inside (`harmonica.integrations.recorded`).
 
 Nothing checks what a transformer does not see: the guidance scale, and a scheduler that visits the right
 timesteps by another rule. The first timestep, or those of the scheduler, are read back once a call; others

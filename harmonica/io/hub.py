@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from harmonica.io.repository_files import INDEX, RepositoryMalformed, listing, wanted
 
@@ -50,14 +51,17 @@ def from_hub(repo: str, revision: str, field: str) -> Path:
 def _snapshot(repo: str, revision: str, source: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    def download(names: Iterable[str]) -> Path:
+    def download(names: Iterable[str], **how: Any) -> Path:
         patterns = [glob.escape(name) for name in names]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, **how))
 
     try:
         names = HfApi().list_repo_files(repo, revision=revision)
-    except Exception:  # out of reach, or unknown: the cache may have it, else this says what is wrong
-        return download([INDEX])
+    except Exception as error:  # out of reach, or unknown, and maybe in the cache
+        try:
+            return download([INDEX], local_files_only=True)
+        except OSError:
+            raise error from None
     found = wanted(names, lambda name: (download([name]) / name).read_bytes(), source)
     if not found:
         raise RepositoryMalformed(

@@ -15,7 +15,7 @@ from harmonica.integrations.recorded.pipelines import transformers_of
 from harmonica.integrations.recorded.weights import fingerprint_of
 from harmonica.pipeline_training.pipeline_calls import PipelineCalls
 from harmonica.pipeline_training.plan_policy import PlanPolicy
-from harmonica.pipeline_training.sampling import Prompt, check_prompts
+from harmonica.pipeline_training.sampling import Prompt, check_prompts, check_seed
 
 _LOGIT = 1.0
 """Of a plan that was not trained; only its sign counts."""
@@ -72,6 +72,7 @@ def untrained_artifact(
         ValueError: no prompts, or the pipeline refuses the call or makes other steps than were given.
     """
     check_prompts(prompts)
+    check_seed(seed)
     calls = PipelineCalls(pipe, call, seed=seed, cacheable=even.cacheable, reuse="forecast")
     with calls.opened(prompts[:1]):
         if even.num_inference_steps not in (None, calls.num_steps):

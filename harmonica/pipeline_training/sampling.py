@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from harmonica.integrations.recorded.pipelines import transformers_of
+from harmonica.validation.settings import require
 
+_SEEDS = 2**32 - 1
+"""A generator's seed has 64 bits, half of them for the row. The next seed is that of evaluation."""
 Prompt = str | Mapping[str, Any]
 """A prompt, or the tensors of one prompt that the pipeline's `encode_prompt` gave, by the names of the
 pipeline's arguments, as in `prompt_embeds`: each (1, ...), or a list of one."""
@@ -58,6 +61,15 @@ def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that leaves no room for the rows beside it.
+
+    Raises:
+        SettingError: it is negative or too large.
+    """
+    require(0 <= seed < _SEEDS, "seed", seed, f"give a whole number from 0, below {_SEEDS:,} for a pipeline")
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:

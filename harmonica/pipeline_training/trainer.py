@@ -21,7 +21,7 @@ from harmonica.integrations.recorded.kinds import BLOCKS
 from harmonica.pipeline_training.artifacts import artifact_of
 from harmonica.pipeline_training.backend import PipelineBackend, PipelineBatch
 from harmonica.pipeline_training.pipeline_calls import PipelineCalls
-from harmonica.pipeline_training.sampling import Prompt, check_prompts
+from harmonica.pipeline_training.sampling import Prompt, check_prompts, check_seed
 from harmonica.samplers.noise import SampleKeys
 from harmonica.training.config import TrainingConfig
 from harmonica.training.multi_target import MultiTargetTrainer, target_name
@@ -64,11 +64,12 @@ class PipelineTrainer:
             shard: this worker's rows of each batch; by default all.
 
         Raises:
-            SettingError: a setting that training in a pipeline has no counterpart of.
+            SettingError: a setting that training in a pipeline has no counterpart of, or too large a seed.
             ValueError: no prompts, or a pipeline without a transformer.
         """
         check_settings(config)
         check_prompts(prompts)
+        check_seed(seed)
         self.prompts, self.config, self.seed = prompts, config, seed
         self.shard = shard or Shard(config.batch_size)
         self.calls = PipelineCalls(pipe, call or {}, seed=seed, cacheable=cacheable, reuse=config.sdt.reuse)

@@ -1,4 +1,4 @@
-"""The phases of a router's training, with their state, progress and cost.
+"""The phases of a router's training and what each costs.
 
 A start is measured, the router is trained from it, its plan is compared with those that need no training, and
 the forecasts of the best plan are fitted. A phase without trajectories is left out.

@@ -26,8 +26,8 @@ class SdtConfig:
     clamp: Annotated[float, Field(gt=0, le=100)] = 5.0
     """Research: Logits stay within [-clamp, clamp]."""
     reuse: Reuse = "hold"
-    """A reused branch holds its last value (the paper), or is forecast from its last two; the presets of the
-    built-in models take forecasts."""
+    """A reused branch holds its last value (the paper), or is forecast from its last two, as in all presets
+    of learned steps."""
     student: Student = "soft"
     """Research: What later steps start from and the cache takes: what soft scores give (the paper), or what
     the plan does that they make at tau, as in sampling. Gradients are those of the soft pass either way."""

@@ -2,8 +2,9 @@
 
 Checkpoints are part of it.
 
-It knows nothing of where samples come from or who the other workers are: `harmonica.cli.train` feeds it under
-torchrun, `pipelines.training.stage` under Ray Train.
+It knows nothing of where samples come from or who the other workers are. There is one for each target speed,
+in a `harmonica.training.multi_target.MultiTargetTrainer`, which `harmonica.cli.train` feeds under torchrun
+and `pipelines.training.stage` under Ray Train.
 """
 
 from collections.abc import Callable

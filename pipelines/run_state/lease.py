@@ -125,6 +125,8 @@ class Lease:
         while not self._ended.wait(self._every_s):
             try:
                 self._renew()
+                if self._ended.is_set():  # it was given back meanwhile
+                    self._cell.delete(self._content)
             except Exception as failed:  # of boto3 and disks: where this one cannot write, nobody else can
                 logger.info("the lease of %s waits for its storage (%s)", self._run_id, type(failed).__name__)
             if self.lost:
@@ -139,7 +141,7 @@ class Lease:
         # Without an answer the store may have taken it all the same; and somebody may have deleted it.
         if holder is None or holder["nonce"] == self._about["nonce"]:
             self._content = there
-            if self.take(there) or self._ended.is_set():
+            if self._ended.is_set() or self.take(there):
                 return
             holder = _holder_in(self._cell.read()[0])
         whose = f"process {holder['pid']} on {holder['host']}" if holder else "another process"

@@ -76,7 +76,8 @@ class GenerationEngine:
 
         Batches under the other plans run in between.
         """
-        for size in sizes_up_to(self._config.max_batch_size):
+        fixed = self.images.fixed_batch_size
+        for size in (fixed,) if fixed else sizes_up_to(self._config.max_batch_size):
             await self.batcher.run_between_batches(partial(self.images.warm_up, served, size))
 
     def close(self) -> None:

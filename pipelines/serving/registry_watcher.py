@@ -46,6 +46,7 @@ class RegistryWatcher:
         self._loaded = {} if routers is None else routers
         self._by_steps: dict[str, ServedPlan] = {}
         self._seen: tuple[str, ...] = ()
+        self._unreached: set[str] = set()
 
     async def poll(self) -> None:
         """Poll the registry once, and change over if there is a new router.
@@ -80,7 +81,7 @@ class RegistryWatcher:
             logger.info(
                 "serving router %s of %s, CUR %.3f", version, self._args.registered_model, champion.plan.cur
             )
-        elif tuple(await asyncio.to_thread(self._args.versions)) != self._seen:
+        elif tuple(await asyncio.to_thread(self._args.versions)) != self._seen or await self._reaches_more():
             await self._change(images.champion)  # a faster one may be among the new
         engine.rejected = None
 
@@ -173,6 +174,13 @@ class RegistryWatcher:
                 logger.info("router %s is not used for its number of steps: %s", version, error)
         return found
 
+    async def _reaches_more(self) -> bool:
+        """Return whether a version that was out of reach no longer is."""
+        tried, self._unreached = self._unreached, set()
+        for version in tried:
+            await self._cost(version)
+        return bool(tried - self._unreached)
+
     async def _cost(self, version: str) -> float:
         """Return the number of multiply-accumulates of an image.
 
@@ -188,7 +196,7 @@ class RegistryWatcher:
                 if isinstance(error, ValueError):
                     self._loaded[version] = None
                 else:
-                    self._seen = ()  # out of reach: the next poll tries it again
+                    self._unreached.add(version)  # the next poll tries it again
         found = self._loaded.get(version)
         if found is None:
             return float("inf")

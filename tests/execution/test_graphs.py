@@ -162,6 +162,17 @@ def test_one_that_is_too_large_alone_is_refused(caplog):
     assert "give model.graph-memory more" in caplog.text and len(store_of(sampler)) == 0
 
 
+def test_one_that_ran_out_of_memory_is_tried_once_more():
+    store, made = GraphStore(1 << 20), []
+
+    def make() -> Any:
+        made.append(0)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert [store.find("key", make) for _ in range(5)] == [None] * 5
+    assert len(made) == 2, "asked for twice, and once more"
+
+
 def test_moved_weights_are_recorded_anew():
     sampler, batch = ddim(make_dit()), make_batch(1)
     check_replays(sampler, [batch] * 2)

@@ -188,6 +188,9 @@ def test_a_store_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps({"format": 1}))
     with pytest.raises(ValueError, match="no embeddings of a diffusers pipeline"):
         EmbeddingStore(tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps({"format": "pipeline-1"}))
+    with pytest.raises(ValueError, match=r"has a .* of other fields \(.*missing"):
+        read_embedding_manifest(str(tmp_path))
 
 
 def test_a_mask_that_a_pipeline_leaves_out_is_stored_whole() -> None:

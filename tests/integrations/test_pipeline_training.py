@@ -18,6 +18,7 @@ import harmonica
 from harmonica.core.plan import Plan
 from harmonica.core.plan_builders import even_plan
 from harmonica.core.router import Router
+from harmonica.integrations.recorded.even_steps import EvenSteps
 from harmonica.integrations.recorded.kinds import KINDS as MODULES
 from harmonica.integrations.recorded.planned_trajectory import PlannedTrajectory
 from harmonica.pipeline_training.sampling import batched
@@ -135,6 +136,14 @@ def test_a_target_of_speed_is_met_and_the_artifact_travels(tmp_path):
     before = case.run()
     harmonica.apply(case.pipe, artifact.save(tmp_path / "router"))
     assert 1e-5 < float((case.run() - before).norm() / before.norm()) < 0.2
+
+
+def test_a_seed_that_has_no_room_for_rows_is_refused_before_any_call():
+    case = make_case("flux")
+    prompts, call = prompts_of(case)
+    for given in (settings(), EvenSteps()):
+        with pytest.raises(SettingError, match=r"^seed is 4294967296: give a whole number from 0, below"):
+            harmonica.train_pipeline(case.pipe, prompts, given, call=call, seed=2**32)
 
 
 def test_even_steps_are_those_of_flow_matching_where_the_scheduler_is():

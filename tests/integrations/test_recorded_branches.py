@@ -1,6 +1,7 @@
 """Branches found by recording: which there are, what they cost, what a plan on them leaves alone."""
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica.core.plan import Plan
 from harmonica.integrations.recorded.kinds import DECLARATIONS, RefusedTransformer
+from harmonica.integrations.recorded.unit_passes import MixedPass
+from harmonica.integrations.recorded.unit_store import UnitStore
 from harmonica.integrations.recorded.view import RecordedTransformer
 from harmonica.integrations.recorded.views import recorded
 
@@ -167,6 +170,12 @@ def test_the_gradient_of_a_score_is_the_difference_quotient(name):
             assert gradient_B[place] == pytest.approx(
                 quotient.item(), rel=0.02, abs=1e-7
             )  # rotary tables are in float32
+
+
+def test_a_unit_that_the_first_step_did_not_call_is_computed_and_kept():
+    kept, value = UnitStore({"late": 0}), torch.ones(2)
+    mixed = MixedPass(torch.tensor([0.25]), (False,), kept, 0)
+    assert mixed.run("late", partial(torch.Tensor.clone, value)).equal(value) and "late" in kept
 
 
 def _is_float(value: Any) -> bool:

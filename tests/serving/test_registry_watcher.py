@@ -208,6 +208,38 @@ def test_low_is_the_fastest_that_is_registered_and_can_be_used(model, store, tmp
     asyncio.run(run())
 
 
+def test_a_version_out_of_reach_does_not_have_the_others_tried_again(model, store, monkeypatch):
+    routers, tried = Registry(store), []
+    sampler = make_sampler(load_model(model).model, SAMPLER)
+    for run_id, threshold in (("fast", 0.7), ("lost", 0.5), ("slow", 0.3)):
+        logits = make_artifact(model, seed=1).logits_TB
+        built = RouterArtifact.build(logits, sampler, threshold=threshold, reuse="hold", training={})
+        routers.add(run_id, record_sample(built, sampler))
+    engine, watcher = make_watcher(model, routers.uri)
+    load, is_lost = registry.load_version, True
+
+    def load_some(name, version, uri):
+        if version == "2" and is_lost:
+            raise OSError("its files are gone")
+        return load(name, version, uri)
+
+    async def run():
+        nonlocal is_lost
+        monkeypatch.setattr(registry, "load_version", load_some)
+        await watcher.poll()
+        assert engine.images.plan_for("low").version == "1"
+        try_out = engine.images.try_out
+        monkeypatch.setattr(engine.images, "try_out", lambda *of: tried.append(of) or try_out(*of))
+        for _ in range(3):
+            await watcher.poll()
+        assert not tried
+        is_lost = False
+        await watcher.poll()
+        assert {"1", "2", "3"} <= set(watcher._loaded), "reached now"
+
+    asyncio.run(run())
+
+
 def test_the_number_of_steps_picks_the_router_that_was_made_for_it(model, store, tmp_path):
     routers, denoiser = Registry(store), load_model(model).model
 

@@ -190,6 +190,16 @@ def test_a_reproducible_endpoint_answers_the_same_file_alone_and_in_company(
     assert shown["type"] == "image_generation.partial_image" and shown["b64_json"] in stream
 
 
+def test_a_router_is_warmed_up_in_the_shape_that_is_drawn(tiny, monkeypatch):
+    engine = make_engine(*tiny, config=replace(CONFIG, reproducible=True, use_gpu=True, max_batch_size=4))
+    sizes = []
+    monkeypatch.setattr(engine.images, "warm_up", lambda _, size: sizes.append(size))
+    with summing(by_batch):
+        asyncio.run(engine.fix_batch_size())
+        asyncio.run(engine.warm_up(engine.images.champion))
+    assert sizes == [engine.batcher.max_batch_size]
+
+
 def test_without_it_nothing_is_fixed(tiny):
     engine = make_engine(*tiny)
     asyncio.run(engine.fix_batch_size())

@@ -109,6 +109,13 @@ def test_where_all_blocks_are_one_branch_a_part_of_a_step_is_left_out():
     assert nearer == stepwise_plan(20, 1, even_steps(20, 8))
 
 
+def test_where_every_step_is_fixed_all_are_computed():
+    fixed = {0, 1}
+    assert even_plan(3, MACS, 1.3, fixed) == Plan.full(3, len(MACS.branches))
+    search = StepSearch(3, 1)
+    assert search.plans(MACS, 1.3, fixed) == [Plan.full(3, len(MACS.branches))]
+
+
 @given(seed=st.integers(0, 1000), speedup=st.floats(1.05, 3.0))
 def test_the_cut_meets_the_speed_and_reuses_the_lowest_scores(seed, speedup):
     generator = torch.Generator().manual_seed(seed)

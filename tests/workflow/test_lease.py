@@ -84,6 +84,26 @@ def test_it_is_renewed_while_it_is_held(storage):
             time.sleep(0.05)
 
 
+def test_a_renewal_that_is_slow_does_not_bring_it_back(tmp_path, monkeypatch):
+    """The store takes longer to answer than the end waits for it."""
+    storage, begun, go_on = RunStorage(str(tmp_path), "r1"), threading.Event(), threading.Event()
+    monkeypatch.setattr(lease, "_LOOK_S", 0.1)
+    held = claim(storage, renewed_every_s=0.05)
+    swap = held._cell.swap
+
+    def slow(before: bytes, content: bytes) -> bool:
+        begun.set()
+        assert go_on.wait(20)
+        return swap(before, content)
+
+    monkeypatch.setattr(held._cell, "swap", slow)
+    with held:
+        assert begun.wait(20)
+    go_on.set()
+    held._thread.join(20)
+    assert not held._thread.is_alive() and not storage.exists(NAME) and not held.lost
+
+
 def test_one_that_is_not_renewed_ends(storage):
     claim(storage)  # and never entered
     content = elsewhere(storage)

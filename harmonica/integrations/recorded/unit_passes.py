@@ -95,6 +95,9 @@ class MixedPass:
         if branch is None:
             return forward()
         computed = forward()
+        if unit not in self._before:  # the first step did not call it
+            self._kept.write(unit, self._step, computed)
+            return computed
         cached = self._before.read(unit, self._step)
         score = self._scores_B[branch]
 

@@ -79,7 +79,7 @@ class StepSearch(StepForm):
         found = []
         for steps in self.best_sets(count, number, fixed, ridge):
             plan = stepwise_plan(self.num_steps, len(macs.branches), steps)
-            if fraction != 1:
+            if fraction != 1 and steps:
                 left_out = {
                     step: self.cost([other for other in steps if other != step], ridge) for step in steps
                 }
