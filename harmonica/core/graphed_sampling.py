@@ -120,9 +120,11 @@ def _key(
     The scale of guidance is an input instead.
     """
     config = json.dumps({**sampler.config.to_dict(), "guidance_scale": sampler.is_guided}, sort_keys=True)
-    weights = next(sampler.model.parameters())  # elsewhere after a move: the addresses are recorded
+    model = sampler.model
+    # The addresses are recorded, and after a move some weights may lie where they were.
+    addresses = tuple(each.data_ptr() for each in (*model.parameters(), *model.buffers()))
     kinds = tuple((tuple(each.shape[1:]), each.dtype) for each in given)
-    place = (str(device), weights.data_ptr(), weights.dtype, sampler.model.residual_dtype)
+    place = (str(device), addresses, model.dtype, model.residual_dtype)
     return plan, reuse, accumulate, bucket, kinds, config, place
 
 

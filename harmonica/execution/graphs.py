@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmonica.execution.capture_check import NotCapturableError
 from harmonica.execution.compiled import RecompileLimitError
 from harmonica.execution.cuda_recorder import CudaRecorder
 from harmonica.execution.recorders import HostRecorder, Recorder, Replay
@@ -84,7 +85,7 @@ class GraphStore:
         self._asked: OrderedDict[Hashable, None] = OrderedDict()
         self._reasons: set[str] = set()
         self._refused: set[Hashable] = set()
-        self._short: set[Hashable] = set()
+        self._failed: set[Hashable] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return GraphStore, (self.max_bytes,)
@@ -112,15 +113,16 @@ class GraphStore:
             made = make()
         except RecompileLimitError:
             raise
-        except torch.OutOfMemoryError as error:
-            # What else was using the memory may be done the next time.
-            if key in self._short:
-                self._refuse(key, str(error))
-            self._short.add(key)
-            self._kept.clear()
+        except NotCapturableError as error:
+            self._refuse(key, str(error))
             return None
         except RuntimeError as error:
-            self._refuse(key, str(error))
+            # Another thread's work, or memory that others had: it may be gone the next time.
+            if key in self._failed:
+                self._refuse(key, str(error))
+            self._failed.add(key)
+            if isinstance(error, torch.OutOfMemoryError):
+                self._kept.clear()
             return None
         if made.nbytes > self.max_bytes:
             self._refuse(key, f"it takes {made.nbytes / 2**20:.0f} MiB, give model.graph-memory more")
@@ -139,6 +141,11 @@ class GraphStore:
         if reason not in self._reasons:
             self._reasons.add(reason)
             logger.warning("runs compiled, without a graph of its steps: %s", reason)
+
+    @property
+    def reasons(self) -> frozenset[str]:
+        """Return what was said about runs without a graph."""
+        return frozenset(self._reasons)
 
     @property
     def nbytes(self) -> int:

@@ -30,6 +30,7 @@ from torch import nn
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.adapters import pipeline_transformer
+from harmonica.integrations.compiled_modules import allows_no_break, has_cuda_graphs
 from harmonica.integrations.forward_holders import own_forward
 from harmonica.integrations.forward_slots import (
     STATE,
@@ -84,7 +85,8 @@ def apply(
 
     Raises:
         ValueError: no such execution, there is a plan already, or the router was not made for this model,
-            or its sampler is none that a pipeline can follow.
+            or its sampler is none that a pipeline can follow, or the transformer is compiled in a way that no
+            plan can be part of.
     """
     if execution not in get_args(PipelineExecution):
         raise ValueError(f"execution is {execution!r}: give one of {', '.join(get_args(PipelineExecution))}")
@@ -98,6 +100,18 @@ def apply(
     forwards = [own_forward(module) for module in modules]
     # Recorded branches end the graphs of a transformer that is compiled as a whole.
     is_compiled = execution == "compiled" or any(each is not module for each, module in zip(given, modules))
+    is_inside = isinstance(artifact, EvenSteps) or is_recorded(artifact)
+    if is_inside and any(allows_no_break(each) for each in (*given, *modules)):
+        raise ValueError(
+            "transformer is compiled as a whole with fullgraph=True, and its graph ends where a plan begins: "
+            "compile its blocks in its place, transformer.compile_repeated_blocks(fullgraph=True)"
+        )
+    if not is_inside and any(has_cuda_graphs(each) for each in (*given, *modules)):
+        raise ValueError(
+            "transformer is compiled as a whole with CUDA graphs (mode reduce-overhead or max-autotune), "
+            "which write over the values that a plan keeps: compile it without a mode, or leave it "
+            "uncompiled and give execution='compiled'"
+        )
     if isinstance(artifact, EvenSteps):
         replaced = list(zip(modules, even_calls(modules, forwards, artifact, is_compiled=is_compiled)))
     elif is_recorded(artifact):

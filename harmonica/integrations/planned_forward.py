@@ -19,6 +19,7 @@ from harmonica.integrations.step_tracker import StepCounter
 from harmonica.integrations.timestep_reader import TimestepReader, read_all
 from harmonica.integrations.trajectory_claim import TrajectoryClaim
 from harmonica.models.base import Branch, BranchedTransformer, Execution
+from harmonica.models.compiler_check import compiler_fault
 
 PipelineExecution = Literal["auto", "eager", "compiled"]
 """How branches are run in a pipeline; `auto` compiles them on CUDA."""
@@ -151,7 +152,7 @@ class PlannedForward:
 
     def _execution_on(self, device: torch.device) -> Execution:
         if self._execution == "auto":
-            return "compiled" if device.type == "cuda" else "eager"
+            return "compiled" if device.type == "cuda" and not compiler_fault("cuda") else "eager"
         return "compiled" if any_compiled(self._model.blocks) else self._execution
 
     @torch.compiler.disable

@@ -7,6 +7,7 @@ its transformer's. Results are those of the original code: see `DiTConfig.downsc
 
 import dataclasses
 import json
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from harmonica.io.repository_files import INDEX, OWN_WEIGHTS, bare_checkpoint, o
 from harmonica.io.resolve import BUILTIN, BUILTIN_COLOUR, BUILTIN_TEXT, local_path
 from harmonica.io.weight_files import contents, read_json
 from harmonica.models.base import BranchedTransformer, Execution
+from harmonica.models.compiler_check import compiler_fault
 from harmonica.models.diffusers_folder import find_transformer, read_diffusers
 from harmonica.models.dit.config import DiTConfig
 from harmonica.models.dit.public_layout import read_public
@@ -29,6 +31,8 @@ from harmonica.models.text_blocks import Kind
 from harmonica.models.text_checkpoint import StoredTextTransformer
 from harmonica.models.vae import find_vae, load_vae
 from harmonica.validation.settings import Field, Natural, settings
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "BUILTIN",
@@ -78,8 +82,9 @@ class ModelConfig:
     more."""
     execution: Literal["auto", "eager", "compiled", "graphed"] = "auto"
     """How branches are run: operation by operation, each as one graph of torch.compile, or each step as a
-    CUDA graph of those. `auto`: graphed on CUDA, else eager. The first batch of each shape waits for the
-    compiler; values move by roundings. Give `eager` to find an error, or for many shapes."""
+    CUDA graph of those. `auto`: graphed on CUDA where torch.compile works, else eager. The first batch of
+    each shape waits for the compiler; values move by roundings. Give `eager` to find an error, or for many
+    shapes."""
     graph_memory: Annotated[float, Field(gt=0, le=1e4)] = 8.0
     """GiB that recorded steps may take where `execution` is graphed; the least recently used ones go. Lower
     it if the GPU runs out of memory."""
@@ -206,6 +211,10 @@ def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> Loade
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     model = stored.assemble(device, getattr(torch, config.dtype))
     model.execution = config.execution_on(device)
+    is_asked_for = config.execution != "auto" or model.execution != "graphed"
+    if not is_asked_for and (fault := compiler_fault(torch.device(device).type)):
+        logger.warning("branches run eagerly, which is slower: torch.compile fails here: %s", fault)
+        model.execution = "eager"
     model.graph_bytes = round(config.graph_memory * 2**30)
     if config.residual_dtype == "weights":
         model.residual_dtype = model.dtype

@@ -133,6 +133,8 @@ class Sampler(ABC):
             step_noise = StepNoise(keys, self.num_steps, noise_NCHW)
         if not self.is_guided:
             return State(noise_NCHW, self.model.prepare(condition_N, self.timesteps), step_noise)
+        if isinstance(self._scale, Tensor):
+            self._scale = self._scale.to(noise_NCHW)  # once for all steps
         conditions_T = self.model.prepare(self.model.guided_condition(condition_N), self.timesteps)
         return State(torch.cat([noise_NCHW, noise_NCHW]), conditions_T, step_noise)
 
@@ -154,9 +156,9 @@ class Sampler(ABC):
             output_MCHW = output_MCHW.float()
         if not self.is_guided:
             return output_MCHW
-        if isinstance(self._scale, Tensor):
-            self._scale = self._scale.to(output_MCHW)  # moves once
-        return guide(output_MCHW, self._scale, config.guidance_channels, self.model.in_channels)
+        # Not kept: a recording would go on with this copy in place of the buffer that it is read from.
+        scale = self._scale.to(output_MCHW) if isinstance(self._scale, Tensor) else self._scale
+        return guide(output_MCHW, scale, config.guidance_channels, self.model.in_channels)
 
     @abstractmethod
     def advance(self, i: int, state: State, guided_MCHW: Tensor) -> State:

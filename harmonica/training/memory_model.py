@@ -167,7 +167,10 @@ class Shape:
 
     @property
     def _groups_of_segments(self) -> int:
-        """Return how many groups of a step are recomputed, of which a pipeline's blocks are one each."""
+        """Return how many groups of a step are recomputed.
+
+        In a pipeline each block is one.
+        """
         return self.layers if self.are_one_branch else max(GROUPS_OF_SEGMENT, self.num_segments)
 
     def _of_block(self, rows: int) -> int:

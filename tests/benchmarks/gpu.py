@@ -5,7 +5,7 @@
     python -m tests.benchmarks gpu --device cpu --tiny  # the same script on something small
 
 The important arms come first (`tests/benchmarks/gpu_arms.py`), and every arm is written when it is done, so
-that a cut loses nothing. Needs torch (2.11 or later), timm, safetensors and diffusers; cache-dit where it is
+that a cut loses nothing. Needs torch (2.13 or later), timm, safetensors and diffusers; cache-dit where it is
 installed. No GPU has run this yet.
 """
 
@@ -82,6 +82,7 @@ def measure(arm: Arm, rounds: int) -> Result:
     started = time.perf_counter()
     output = arm.run()
     second_s = _until(output, started)
+    assert arm.is_graphed(), f"{arm.name} at batch {arm.batch} runs without graphs: the log says why"
     assert output.isfinite().all(), f"{arm.name} at batch {arm.batch} is not finite"
     if output.is_cuda:
         torch.cuda.reset_peak_memory_stats()

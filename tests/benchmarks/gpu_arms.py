@@ -52,6 +52,8 @@ class Arm:
     """Multiply-accumulates of a full trajectory over those of this one."""
     updates: int = 0
     """Updates of a router."""
+    is_graphed: Callable[[], bool] = lambda: True
+    """Whether its steps run as its name says, once it has run twice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Setting:
 
     @property
     def hardware(self) -> Hardware:
-        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
         return Hardware(self.device, dtype, compiled=True)
 
 
@@ -112,9 +114,12 @@ def ours(
         model.residual_dtype = model.dtype if residual == "weights" else None
         return sample(sampler, *batch, rows, reuse=reuse)
 
+    def is_graphed() -> bool:
+        return execution != "graphed" or (len(model.graphs) > 0 and not model.graphs.reasons)
+
     name = f"{way} {title}" + (f" {reuse}" if rows else "")
     ideal = rows.ideal_speedup(model.macs()) if rows else 1.0
-    return Arm(section, name, len(batch[0]), run, f"{way} full", ideal)
+    return Arm(section, name, len(batch[0]), run, f"{way} full", ideal, is_graphed=is_graphed)
 
 
 def theirs(

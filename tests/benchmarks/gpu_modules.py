@@ -36,7 +36,7 @@ def diffusers_dit(model: Any, hardware: Hardware, *, mode: str = "") -> Module:
     if not mode:
         compile_each(module.transformer_blocks)
         return call
-    module.compile(mode=mode if hardware.is_gpu else "default")
+    module.compile(mode=mode if hardware.is_gpu else "default", dynamic=False)
 
     def run(sample: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()  # the last output may be overwritten

@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from torch import Tensor
 
 import harmonica
+from harmonica.integrations.compiled_modules import uncompiled
 from harmonica.integrations.diffusers_pipeline import even_speedup
 from tests.benchmarks.hardware import Hardware
 
@@ -66,12 +67,15 @@ def draws(hardware: Hardware, *, is_tiny: bool) -> Iterator[tuple[str, str, floa
         images: Tensor = pipe(**call, generator=generator).images
         return images
 
-    for way in ("eager", "compiled blocks"):
-        if way == "compiled blocks":
-            pipe.transformer.compile_repeated_blocks()
+    def both(way: str) -> Iterator[tuple[str, str, float, Draw]]:
         full = f"diffusers, {way}"
         yield full, full, 1.0, draw
         harmonica.apply(pipe, harmonica.EvenSteps(speedup=1.5 if is_tiny else SPEEDUP))
         draw()  # finds the blocks, and so what they cost
         yield f"EvenSteps, {way}", full, even_speedup(pipe), draw
         harmonica.remove(pipe)
+
+    pipe.transformer.compile_repeated_blocks()
+    yield from both("compiled blocks")  # what matters comes first
+    with uncompiled(pipe.transformer.modules()):
+        yield from both("eager")

@@ -35,7 +35,7 @@ class Hardware:
 
     @property
     def is_gpu(self) -> bool:
-        return self.device == "cuda"
+        return self.device.startswith("cuda")
 
     @property
     def tolerance(self) -> float:

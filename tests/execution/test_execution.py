@@ -22,6 +22,7 @@ from harmonica.execution import branch_functions as functions
 from harmonica.execution import compiled
 from harmonica.execution.compiled import RecompileLimitError
 from harmonica.execution.values import KeptValues, extrapolate
+from harmonica.models.compiler_check import compiler_fault
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import Sampler, make_sampler
 from harmonica.training.sdt import SdtTrainer
@@ -132,6 +133,24 @@ def test_a_loader_decides_the_level(tmp_path):
     half = replace(config, dtype="bfloat16")
     assert load_model(half).model.residual_dtype is None
     assert load_model(replace(half, residual_dtype="weights")).model.residual_dtype == torch.bfloat16
+
+
+def test_where_nothing_can_be_compiled_branches_run_eagerly_unless_asked(tmp_path, monkeypatch, caplog):
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler\nSet CC")
+
+    config = write_model(tmp_path / "model")
+    monkeypatch.setattr(ModelConfig, "execution_on", lambda *_: "graphed")  # as on CUDA
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "compile", lambda *_, **__: broken)
+        compiler_fault.cache_clear()
+        assert load_model(config).model.execution == "eager"
+        assert load_model(replace(config, execution="graphed")).model.execution == "graphed"
+    assert "torch.compile fails here: Failed to find C compiler" in caplog.text
+    compiler_fault.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert load_model(config).model.execution == "graphed"
+    compiler_fault.cache_clear()
 
 
 @pytest.mark.parametrize(("compile", "meant"), [("always", "compiled"), ("never", "eager")])

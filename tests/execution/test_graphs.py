@@ -17,6 +17,7 @@ from execution_cases import STEPS, ddim, draw, even_plan, make_batch, make_dit, 
 from torch import Tensor
 
 from harmonica.core.sampling import sample
+from harmonica.execution.capture_check import NotCapturableError
 from harmonica.execution.graphs import BUCKETS, GraphStore, bucket_of
 from harmonica.models.step_conditionings import StepConditionings
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
@@ -162,15 +163,23 @@ def test_one_that_is_too_large_alone_is_refused(caplog):
     assert "give model.graph-memory more" in caplog.text and len(store_of(sampler)) == 0
 
 
-def test_one_that_ran_out_of_memory_is_tried_once_more():
+@pytest.mark.parametrize(
+    ("error", "times"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), 2),
+        (RuntimeError("CUDA error: operation failed due to a previous error during capture"), 2),
+        (NotCapturableError("Tensor.item reads a value back inside a step"), 1),
+    ],
+)
+def test_what_may_pass_is_tried_once_more(error, times):
     store, made = GraphStore(1 << 20), []
 
     def make() -> Any:
         made.append(0)
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     assert [store.find("key", make) for _ in range(5)] == [None] * 5
-    assert len(made) == 2, "asked for twice, and once more"
+    assert len(made) == times and store.reasons == {str(error)}
 
 
 def test_moved_weights_are_recorded_anew():
@@ -180,6 +189,27 @@ def test_moved_weights_are_recorded_anew():
         parameter.data = 1.01 * parameter.data
     check_replays(sampler, [batch] * 3)
     assert len(store_of(sampler)) == 2
+
+
+def test_weights_of_which_some_stay_where_they_were_are_recorded_anew():
+    sampler, batch = ddim(make_dit()), make_batch(1)
+    check_replays(sampler, [batch] * 2)
+    *_, last = sampler.model.parameters()
+    last.data = 1.5 * last.data
+    check_replays(sampler, [batch] * 3)
+    assert len(store_of(sampler)) == 2
+
+
+def test_the_scale_of_guidance_is_read_anew_where_noise_has_another_precision():
+    """The recording may not go on with a copy of the buffer, made when it warmed up."""
+    sampler = ddim(make_dit())
+    noise, condition = make_batch(2)
+    for scale in (1.5, 1.5, 4.0, 4.0):
+        check_replays(sampler.with_guidance([scale] * 2), [(noise.double(), condition)])
+    buffer = torch.full((2, 1, 1, 1), 2.0, dtype=torch.float64)
+    twin = sampler.with_scale_buffer(buffer)
+    twin.guide(torch.zeros(4, 2 * sampler.model.in_channels, 2, 2))
+    assert twin._scale is buffer
 
 
 def test_copies_of_a_model_begin_without_recordings():

@@ -171,3 +171,34 @@ def test_a_training_leaves_compiled_blocks_as_they_are(graphs):
             found.append(trainer.artifact())
     assert found[0].plan == found[1].plan and graphs.runs == before, "a training runs eagerly"
     assert graphs.runs_in(lambda: drawn_by(case)) == of_full
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_transformer_that_may_be_one_graph_alone_is_refused(in_place, graphs):
+    case = make_case("flux")
+    if in_place:
+        case.pipe.transformer.compile(backend=graphs.backend, fullgraph=True)
+    else:
+        case.pipe.transformer = torch.compile(case.pipe.transformer, backend=graphs.backend, fullgraph=True)
+    with pytest.raises(ValueError, match=r"fullgraph=True, .*: compile its blocks in its place"):
+        harmonica.apply(case.pipe, HALF)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_cuda_graphs_around_a_walk_over_branches_are_refused(in_place, graphs, tmp_path):
+    case = tiny_attached.make_case("dit", tmp_path)
+    transformer = case.transformer
+    if in_place:
+        transformer.compile(mode="reduce-overhead")
+    given = transformer if in_place else torch.compile(transformer, mode="max-autotune")
+    with pytest.raises(ValueError, match=r"as a whole with CUDA graphs .*: compile it without a mode"):
+        harmonica.apply(given, case.artifact())
+
+
+def test_blocks_that_may_be_one_graph_each_are_kept(graphs):
+    case = make_case("flux")
+    for _, block in block_modules(case.pipe.transformer):
+        block.compile(backend=graphs.backend, fullgraph=True)
+    harmonica.apply(case.pipe, HALF)
+    drawn_by(case)
+    assert graphs.runs_in(lambda: drawn_by(case)) > 0
