@@ -1,5 +1,6 @@
 """What tests of the endpoint share, unless a module has its own: pipelines, a tiny DiT, several models."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from tiny_engine import make_engine
 from harmonica.core.artifact import RouterArtifact
 from harmonica.models.loading import load_model
 from pipelines.serving.images_api import create_app
+from pipelines.tracking.mlflow_runs import find_or_create
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +77,25 @@ def replica(monkeypatch):
     # What is told to Serve's controller: the names of the models that are loaded.
     controller = SimpleNamespace(record_request_routing_info=lambda info: None)
     monkeypatch.setattr(multiplex, "_get_global_client", lambda: controller)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A store that others are copied from: making one costs seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        folder = tmp_path_factory.mktemp("template")
+        find_or_create("register", "first", str(folder), {})
+    return folder
+
+
+@pytest.fixture
+def store(template, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(template, tmp_path / "store")
+    return tmp_path / "store"
