@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from harmonica.core.cache import values_kept
 from harmonica.core.plan_builders import even_plan, speedup_of
-from harmonica.integrations.recorded.kinds import BLOCKS, KINDS, RecordedKind, are_kinds
+from harmonica.integrations.recorded.kinds import BLOCKS, RecordedKind, check_kinds
 from harmonica.models.base import Macs
 from harmonica.training.feasibility import check_speedup
 from harmonica.training.presets import learned_steps
@@ -88,12 +88,7 @@ class CapacityCommand:
     """Print the tables as Markdown."""
 
     def __post_init__(self) -> None:
-        require(
-            are_kinds(self.cacheable),
-            "cacheable",
-            self.cacheable,
-            f"give some of {', '.join(KINDS)}, or {BLOCKS} alone",
-        )
+        check_kinds(self.cacheable)
         require(
             self.num_inference_steps != 1,
             "num_inference_steps",

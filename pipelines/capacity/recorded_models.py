@@ -13,7 +13,7 @@ import torch
 
 from harmonica.integrations.recorded.block_stack import record_blocks
 from harmonica.integrations.recorded.branches import BlockGraph
-from harmonica.integrations.recorded.kinds import BLOCKS, KINDS, are_all_blocks
+from harmonica.integrations.recorded.kinds import KINDS, are_all_blocks
 from harmonica.integrations.recorded.recording import record
 from harmonica.models.base import Macs
 from harmonica.torchvision_ops import ensure_torchvision_imports
@@ -47,12 +47,10 @@ class _Recorded:
             cacheable: what is a branch, as in `harmonica.train_pipeline`.
             inputs: of its forward, for one row.
         """
-        graph = BlockGraph(record(module.eval(), module.forward, **inputs))
-        sub_layers = graph.chosen(KINDS)
-        macs = graph.macs_of(graph.chosen(cacheable))
+        by_modules = graph = BlockGraph(record(module.eval(), module.forward, **inputs))
         if are_all_blocks(cacheable):
-            blocks = BlockGraph(record_blocks(module, module.forward, **inputs))
-            macs = blocks.macs_of(blocks.chosen(cacheable))
+            graph = BlockGraph(record_blocks(module, module.forward, **inputs))
+        macs, sub_layers = graph.macs_of(graph.chosen(cacheable)), by_modules.chosen(KINDS)
         weights = sum(p.numel() for p in module.parameters()) * _VALUE_BYTES
         layers = sharded_layers(module)
         sharded = sum(p.numel() for layer in layers for p in layer.parameters()) * _VALUE_BYTES
@@ -72,9 +70,7 @@ def _latent(size: Size, patch: int) -> tuple[int, int]:
     return size.height // _VAE_SCALE, size.width // _VAE_SCALE
 
 
-def flux(
-    name: str, size: Size, config: Mapping[str, Any], cacheable: Sequence[str] = (BLOCKS,)
-) -> SizedModel:
+def flux(name: str, size: Size, config: Mapping[str, Any], cacheable: Sequence[str]) -> SizedModel:
     """Return FLUX.1-dev with 512 text tokens.
 
     Its guidance is distilled, so that an image is one row.
@@ -131,7 +127,7 @@ def flux(
     )
 
 
-def wan(name: str, size: Size, config: Mapping[str, Any], cacheable: Sequence[str] = (BLOCKS,)) -> SizedModel:
+def wan(name: str, size: Size, config: Mapping[str, Any], cacheable: Sequence[str]) -> SizedModel:
     """Return Wan 2.1, the one of 14B, with two rows a video.
 
     There is a latent frame for every four.

@@ -2,8 +2,8 @@
 
 from typing import Annotated, Any
 
-from harmonica.integrations.recorded.kinds import BLOCKS, KINDS, RecordedKind, are_kinds
-from harmonica.validation.settings import Field, Natural, require, settings
+from harmonica.integrations.recorded.kinds import BLOCKS, RecordedKind, check_kinds
+from harmonica.validation.settings import Field, Natural, settings
 
 
 @settings("pipeline")
@@ -33,12 +33,7 @@ class PipelineConfig:
     feed-forward end in one projection."""
 
     def __post_init__(self) -> None:
-        require(
-            are_kinds(self.cacheable),
-            "pipeline.cacheable",
-            self.cacheable,
-            f"give some of {', '.join(KINDS)}, or {BLOCKS} alone",
-        )
+        check_kinds(self.cacheable, "pipeline.cacheable")
 
     def call(self, num_inference_steps: int) -> dict[str, Any]:
         """Return the arguments that are given to each of the pipeline's calls."""

@@ -21,11 +21,6 @@ from pipelines.serving.image_sampler import ImageSampler
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def sampler(model):
     images = ImageSampler(load_model(model), max_steps=30)
     use(images, make_artifact(model), "7")

@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 from ray.serve.exceptions import RequestCancelledError
-from tiny_dit import make_artifact, write_model
+from tiny_dit import make_artifact
 from tiny_engine import CONFIG, make_engine
 
 from harmonica.data.text_encoder import PromptTooLong
@@ -29,11 +29,6 @@ from pipelines.serving.requests import REJECTIONS, EngineRequest
 from pipelines.serving.server_sent_events import merge
 
 PATH = "/v1/images/generations"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

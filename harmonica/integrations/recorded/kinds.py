@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from harmonica.validation.settings import require
+
 RecordedKind = Literal["attn", "cross", "mlp", "single", "blocks"]
 KINDS: tuple[RecordedKind, ...] = ("attn", "cross", "mlp", "single")
 """Attention; cross-attention; feed-forward; attention and feed-forward that end in one projection."""
@@ -24,19 +26,15 @@ def are_all_blocks(cacheable: Sequence[str]) -> bool:
     return tuple(cacheable) == (BLOCKS,)
 
 
-def are_kinds(cacheable: Sequence[str]) -> bool:
-    """Return whether branches may be of these kinds."""
-    return are_all_blocks(cacheable) or (bool(cacheable) and not set(cacheable) - set(KINDS))
-
-
-def check_kinds(cacheable: Sequence[str]) -> None:
+def check_kinds(cacheable: Sequence[str], field_name: str = "cacheable") -> None:
     """Refuse kinds of branches that there are not.
 
     Raises:
-        ValueError: with what may be given.
+        SettingError: with what may be given.
     """
-    if not are_kinds(cacheable):
-        raise ValueError(f"cacheable is {cacheable!r}: give some of {', '.join(KINDS)}, or {BLOCKS} alone")
+    are_kinds = bool(cacheable) and not set(cacheable) - set(KINDS)
+    cure = f"give some of {', '.join(KINDS)}, or {BLOCKS} alone"
+    require(are_all_blocks(cacheable) or are_kinds, field_name, cacheable, cure)
 
 
 _CROSS = re.compile(r"attn2|cross_?att|crossattn|_to_.*attn|text_?cross")
