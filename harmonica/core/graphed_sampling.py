@@ -17,7 +17,14 @@ from torch import Tensor
 from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.core.trajectory import Trajectory
-from harmonica.execution.graphs import BUCKETS, GraphStore, RecordedTrajectory, bucket_of, make_recorder
+from harmonica.execution.graphs import (
+    BUCKETS,
+    GraphStore,
+    RecordedTrajectory,
+    addresses_of,
+    bucket_of,
+    make_recorder,
+)
 from harmonica.samplers import Sampler, State
 from harmonica.samplers.noise import SampleKeys
 from harmonica.samplers.step_noise import drawn_noise
@@ -64,7 +71,7 @@ def sample_graphed(
         recorded = store.find(key, make)
         if recorded is None:
             return None
-        recorded.fill(given)
+        recorded.begin(given)
         for k, replay in enumerate(recorded.replays):
             replay()
             if k and on_step is not None:  # the first prepares conditionings
@@ -84,21 +91,22 @@ def _inputs(sampler: Sampler, noise_NCHW: Tensor, condition_N: Any, keys: Sample
 
     These are noise, guidance scales, conditions and the steps' noise.
     """
-    given = [noise_NCHW, sampler.guidance_scales(noise_NCHW), *_tensors(condition_N)]
+    given = [noise_NCHW, sampler.guidance_scales(noise_NCHW), *condition_tensors(condition_N)]
     if sampler.is_stochastic and keys is not None:
         given.append(drawn_noise(keys, range(sampler.num_steps), noise_NCHW))
     return given
 
 
-def _tensors(condition_N: Any) -> list[Tensor]:
+def condition_tensors(condition_N: Any) -> list[Tensor]:
+    """Return the tensors of a condition: a batch of labels, or a dataclass of tensors and None."""
     if isinstance(condition_N, Tensor):
         return [condition_N]
     values = (getattr(condition_N, field.name) for field in dataclasses.fields(condition_N))
     return [value for value in values if value is not None]
 
 
-def _with_tensors(condition_N: Any, tensors: Sequence[Tensor]) -> Any:
-    """Return the condition with other tensors, in the order of `_tensors`."""
+def condition_of(condition_N: Any, tensors: Sequence[Tensor]) -> Any:
+    """Return the condition with other tensors, in the order of `condition_tensors`."""
     if isinstance(condition_N, Tensor):
         return tensors[0]
     names = [field.name for field in dataclasses.fields(condition_N)]
@@ -121,10 +129,8 @@ def _key(
     """
     config = json.dumps({**sampler.config.to_dict(), "guidance_scale": sampler.is_guided}, sort_keys=True)
     model = sampler.model
-    # The addresses are recorded, and after a move some weights may lie where they were.
-    addresses = tuple(each.data_ptr() for each in (*model.parameters(), *model.buffers()))
     kinds = tuple((tuple(each.shape[1:]), each.dtype) for each in given)
-    place = (str(device), addresses, model.dtype, model.residual_dtype)
+    place = (str(device), addresses_of(model), model.dtype, model.residual_dtype)
     return plan, reuse, accumulate, bucket, kinds, config, place
 
 
@@ -137,15 +143,15 @@ def _record(
     how: tuple[Plan | None, Reuse, bool | None],
 ) -> RecordedTrajectory:
     buffers = [torch.zeros((bucket, *each.shape[1:]), dtype=each.dtype, device=device) for each in given]
-    count = len(_tensors(condition_N))
+    count = len(condition_tensors(condition_N))
     noise, scales, *others = buffers
-    condition = _with_tensors(condition_N, others[:count])
+    condition = condition_of(condition_N, others[:count])
     step_noise = others[count].unbind(1) if others[count:] else ()
     sampler = sampler.with_scale_buffer(scales)
     trajectory = Trajectory(sampler, *how)
     weights = [*sampler.model.parameters(), *sampler.model.buffers()]
     recorded = RecordedTrajectory(make_recorder(device, [*weights, *buffers]), buffers)
-    recorded.fill(given)
+    recorded.begin(given)
 
     def steps(trajectory: Trajectory) -> list[Callable[[], Any]]:
         def start() -> Trajectory:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harmonica.execution.capture_check import NotCapturableError
 from harmonica.execution.compiled import RecompileLimitError
@@ -37,6 +37,14 @@ def make_recorder(device: torch.device, known: Iterable[Tensor]) -> Recorder:
     return CudaRecorder(device) if device.type == "cuda" else HostRecorder(known)
 
 
+def addresses_of(module: nn.Module) -> tuple[int, ...]:
+    """Return the addresses of a module's tensors, which a recording holds as constants.
+
+    Of all of them: after a move some may lie where they were.
+    """
+    return tuple(each.data_ptr() for each in (*module.parameters(), *module.buffers()))
+
+
 @dataclass
 class RecordedTrajectory:
     """The steps of one plan at one batch size, with the buffers that they read."""
@@ -62,9 +70,13 @@ class RecordedTrajectory:
             self.replays.append(replay)
         self.nbytes = self.recorder.nbytes + sum(each.nbytes for each in self.inputs)
 
+    def begin(self, given: Sequence[Tensor]) -> None:
+        """Begin a trajectory's replay with a batch."""
+        self.recorder.begin()
+        self.fill(given)
+
     def fill(self, given: Sequence[Tensor]) -> None:
         """Copy a batch into the buffers, and pad them."""
-        self.recorder.begin()
         for buffer, rows in zip(self.inputs, given, strict=True):
             buffer[: len(rows)].copy_(rows, non_blocking=True)
             if len(rows) < len(buffer):
@@ -77,8 +89,14 @@ class GraphStore:
     What is asked for once is not recorded: recording takes longer than a trajectory. Copies begin empty.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int, cure: str = "give model.graph-memory more") -> None:
+        """Keep nothing yet.
+
+        Args:
+            max_bytes: of all recordings together.
+            cure: what to do where one alone takes more, for the log.
+        """
+        self.max_bytes, self.cure = max_bytes, cure
         self.lock = threading.Lock()
         """Held while a trajectory is filled and replayed: its buffers are for one batch at a time."""
         self._kept: OrderedDict[Hashable, RecordedTrajectory] = OrderedDict()
@@ -88,7 +106,7 @@ class GraphStore:
         self._failed: set[Hashable] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GraphStore, (self.max_bytes,)
+        return GraphStore, (self.max_bytes, self.cure)
 
     def find(self, key: Hashable, make: Callable[[], RecordedTrajectory]) -> RecordedTrajectory | None:
         """Return the trajectory of a key, recorded when it is asked for the second time.
@@ -125,7 +143,7 @@ class GraphStore:
                 self._kept.clear()
             return None
         if made.nbytes > self.max_bytes:
-            self._refuse(key, f"it takes {made.nbytes / 2**20:.0f} MiB, give model.graph-memory more")
+            self._refuse(key, f"it takes {made.nbytes / 2**20:.0f} MiB, {self.cure}")
             return None
         self._kept[key] = made
         while self.nbytes > self.max_bytes:

@@ -37,12 +37,12 @@ class _PipelineDiT(PipelineTransformer):
         super().__init__(transformer)
         self.view = DiffusersDiT(transformer)
 
-    def condition(self, arguments: dict[str, Any]) -> Tensor:
+    def sources(self, arguments: dict[str, Any]) -> tuple[Tensor | None, ...]:
+        return (arguments["class_labels"],)
+
+    def raw_condition(self, arguments: dict[str, Any]) -> Tensor:
         labels_N: Tensor = arguments["class_labels"]
         return labels_N
-
-    def forget(self) -> None:
-        pass
 
     def bypassed(self) -> Iterator[tuple[str, nn.Module]]:
         for i, block in enumerate(self.transformer.transformer_blocks):
@@ -66,8 +66,6 @@ class _PipelineDiT(PipelineTransformer):
 
 
 class _PipelinePixArt(PipelineTransformer):
-    """Projects the text at the first step of a trajectory and caches the result."""
-
     view: PixArt | Sana
     view_class: type[PixArt | Sana] = PixArt
 
@@ -76,37 +74,31 @@ class _PipelinePixArt(PipelineTransformer):
         # A router says what is a branch; another architecture's is refused by the check that follows.
         kinds, tokens = identity.get("cacheable", ("attn", "mlp")), identity.get("text_tokens", 1)
         self.view = self.view_class(transformer, text_tokens=tokens, cacheable=tuple(kinds))
-        self._kept: tuple[list[tuple[Any, int | None]], ProjectedText] | None = None
 
-    def condition(self, arguments: dict[str, Any]) -> ProjectedText:
+    def sources(self, arguments: dict[str, Any]) -> tuple[Tensor | None, ...]:
         if arguments["attention_mask"] is not None:
             raise ValueError("attention_mask is given: under a plan all image tokens see all, leave it out")
         sizes = arguments.get("added_cond_kwargs") or {}
         text, mask = arguments["encoder_hidden_states"], arguments["encoder_attention_mask"]
-        sources = [
-            (value, None if value is None or value.is_inference() else value._version)
-            for value in (text, mask, sizes.get("resolution"), sizes.get("aspect_ratio"))
-        ]
-        if self._kept is None or not all(
-            one is other and version == other_version
-            for (one, version), (other, other_version) in zip(sources, self._kept[0])
-        ):
-            if mask is not None and mask.ndim != 2:
-                raise ValueError(
-                    f"encoder_attention_mask has shape {tuple(mask.shape)}: under a plan give the mask "
-                    "itself (N, S), 1 at words and 0 at padding"
-                )
-            condition = TextCondition(
-                embeddings=text,
-                mask=text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask.bool(),
-                resolution=sizes.get("resolution"),
-                aspect_ratio=sizes.get("aspect_ratio"),
-            )
-            self._kept = sources, self.view.project(condition)
-        return self._kept[1]
+        return text, mask, sizes.get("resolution"), sizes.get("aspect_ratio")
 
-    def forget(self) -> None:
-        self._kept = None
+    def raw_condition(self, arguments: dict[str, Any]) -> TextCondition:
+        text, mask, resolution, aspect_ratio = self.sources(arguments)
+        assert text is not None, "the forwards of diffusers require encoder_hidden_states"
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(
+                f"encoder_attention_mask has shape {tuple(mask.shape)}: under a plan give the mask "
+                "itself (N, S), 1 at words and 0 at padding"
+            )
+        return TextCondition(
+            embeddings=text,
+            mask=text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask.bool(),
+            resolution=resolution,
+            aspect_ratio=aspect_ratio,
+        )
+
+    def project(self, raw_N: TextCondition) -> ProjectedText:
+        return self.view.project(raw_N)
 
     def fingerprint(self) -> Fingerprint:
         return Fingerprint.of(base_parameters(self.transformer))
@@ -137,12 +129,12 @@ class _PipelineSana(_PipelinePixArt):
         given_N = call.given_timestep_N / scale
         return replace(call, timestep_N=call.timestep_N / scale, given_timestep_N=given_N)
 
-    def condition(self, arguments: dict[str, Any]) -> ProjectedText:
+    def sources(self, arguments: dict[str, Any]) -> tuple[Tensor | None, ...]:
         # The scale of adapters is set by the very forward that a plan replaces.
         for name in ("guidance", "controlnet_block_samples", "attention_kwargs"):
             if arguments[name] is not None:
                 raise ValueError(f"{name} is given: the branches do not take it, leave it out")
-        return super().condition(arguments)
+        return super().sources(arguments)
 
     def bypassed(self) -> Iterator[tuple[str, nn.Module]]:
         yield from super().bypassed()

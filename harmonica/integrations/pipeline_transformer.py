@@ -5,7 +5,7 @@ Shapes: N batch, C channels, H W image.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,30 @@ class Call:
     """All arguments of the call, by diffusers' names."""
 
 
+class KeptValue:
+    """A value that is kept as long as the tensors it was made from are the same and unchanged."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Make the value anew when it is asked for next."""
+        self._sources: list[tuple[Tensor | None, int | None]] | None = None
+        self._value: Any = None
+
+    def get(self, sources: Sequence[Tensor | None], make: Callable[[], Any]) -> Any:
+        """Return the value; make it where a source is another tensor, or was changed in place."""
+        # A tensor of inference mode does not count its changes.
+        found = [(each, None if each is None or each.is_inference() else each._version) for each in sources]
+        if self._sources is None or not all(
+            one is other and version == other_version
+            for (one, version), (other, other_version) in zip(found, self._sources)
+        ):
+            self._value = make()
+            self._sources = found
+        return self._value
+
+
 class PipelineTransformer(ABC):
     """Joins a diffusers module, its view as branches and its calling convention."""
 
@@ -47,6 +71,7 @@ class PipelineTransformer(ABC):
 
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer: Any = transformer
+        self._condition = KeptValue()
         blocks: Any = transformer.transformer_blocks
         self.blocks: list[nn.Module] = list(blocks)
 
@@ -76,9 +101,20 @@ class PipelineTransformer(ABC):
         placed = placed.to(sample.device)
         return Call(sample, placed.expand(rows), timestep.expand(rows), given.arguments)
 
-    @abstractmethod
+    def condition(self, arguments: dict[str, Any]) -> Any:
+        """Return the condition for the view's `embed` from a forward's arguments.
+
+        Computed at the first step of a trajectory, and kept as long as the arguments stay the same.
+
+        Raises:
+            ValueError: an argument that the branches do not take.
+        """
+        sources = self.sources(arguments)
+        return self._condition.get(sources, lambda: self.project(self.raw_condition(arguments)))
+
     def forget(self) -> None:
-        """Drop what is cached of the condition, at the end of a trajectory."""
+        """Drop the condition, at the end of a trajectory."""
+        self._condition.forget()
 
     def check(self) -> None:
         """Refuse other caches, and hooks on modules that a plan does not call.
@@ -110,12 +146,24 @@ class PipelineTransformer(ABC):
         """Return the fingerprint of the weights without adapters."""
 
     @abstractmethod
-    def condition(self, arguments: dict[str, Any]) -> Any:
-        """Return the condition for the view's `embed` from a forward's arguments.
+    def sources(self, arguments: dict[str, Any]) -> tuple[Tensor | None, ...]:
+        """Return the arguments of a forward that its condition is made from.
 
         Raises:
             ValueError: an argument that the branches do not take.
         """
+
+    @abstractmethod
+    def raw_condition(self, arguments: dict[str, Any]) -> Any:
+        """Return the condition before it is projected, as `BranchedTransformer.prepare` takes it.
+
+        Raises:
+            ValueError: an argument that the branches do not take.
+        """
+
+    def project(self, raw_N: Any) -> Any:
+        """Return the condition for the view's `embed`."""
+        return raw_N
 
     @abstractmethod
     def bypassed(self) -> Iterator[tuple[str, nn.Module]]:

@@ -23,7 +23,7 @@ def test_a_replay_computes_from_what_the_buffers_hold():
     buffer = torch.ones(2)
     trajectory = recorded(lambda: (buffer.view(2, 1) * 3).add_(1).mT[0, 1:], buffer)
     (result,) = trajectory.results
-    trajectory.fill([torch.tensor([1.0, 5.0])])
+    trajectory.begin([torch.tensor([1.0, 5.0])])
     assert result.isnan().all(), "before the replay there is nothing"
     trajectory.replays[0]()
     assert result == 16
@@ -65,7 +65,7 @@ def test_what_an_earlier_trajectory_left_is_nothing():
     first, second = RecordedTrajectory(recorder, [buffer]), RecordedTrajectory(recorder, [buffer])
     first.record([step])
     second.record([step])
-    second.fill([torch.ones(2)])
+    second.begin([torch.ones(2)])
     second.replays[0]()
     assert second.results[0].isnan().all()
 
@@ -74,6 +74,6 @@ def test_a_padding_row_that_leaks_shows():
     buffer = torch.ones(4, 3)
     apart, mixed = recorded(lambda: buffer * 2, buffer), recorded(lambda: buffer - buffer.mean(0), buffer)
     for trajectory, leaks in ((apart, False), (mixed, True)):
-        trajectory.fill([torch.ones(3, 3)])
+        trajectory.begin([torch.ones(3, 3)])
         trajectory.replays[0]()
         assert bool(trajectory.results[0][:3].isnan().any()) == leaks
