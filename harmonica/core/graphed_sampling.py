@@ -98,7 +98,7 @@ def _inputs(sampler: Sampler, noise_NCHW: Tensor, condition_N: Any, keys: Sample
 
 
 def condition_tensors(condition_N: Any) -> list[Tensor]:
-    """Return the tensors of a condition: a batch of labels, or a dataclass of tensors and None."""
+    """Return the tensors of a condition, a batch of labels or a dataclass of them."""
     if isinstance(condition_N, Tensor):
         return [condition_N]
     values = (getattr(condition_N, field.name) for field in dataclasses.fields(condition_N))

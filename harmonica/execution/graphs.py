@@ -38,9 +38,9 @@ def make_recorder(device: torch.device, known: Iterable[Tensor]) -> Recorder:
 
 
 def addresses_of(module: nn.Module) -> tuple[int, ...]:
-    """Return the addresses of a module's tensors, which a recording holds as constants.
+    """Return the addresses of a module's tensors.
 
-    Of all of them: after a move some may lie where they were.
+    A recording holds them as constants. All are needed: after a move some may lie where they were.
     """
     return tuple(each.data_ptr() for each in (*module.parameters(), *module.buffers()))
 
@@ -75,9 +75,9 @@ class RecordedTrajectory:
         self.recorder.begin()
         self.fill(given)
 
-    def fill(self, given: Sequence[Tensor]) -> None:
-        """Copy a batch into the buffers, and pad them."""
-        for buffer, rows in zip(self.inputs, given, strict=True):
+    def fill(self, given: Sequence[Tensor], first: int = 0) -> None:
+        """Copy a batch into buffers, from the first of them on, and pad those."""
+        for buffer, rows in zip(self.inputs[first : first + len(given)], given, strict=True):
             buffer[: len(rows)].copy_(rows, non_blocking=True)
             if len(rows) < len(buffer):
                 self.recorder.pad(buffer[len(rows) :], rows)

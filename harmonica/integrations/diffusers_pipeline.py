@@ -30,7 +30,7 @@ from torch import nn
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.adapters import pipeline_transformer
-from harmonica.integrations.compiled_modules import allows_no_break, has_cuda_graphs
+from harmonica.integrations.compiled_modules import allows_no_break, any_compiled, has_cuda_graphs
 from harmonica.integrations.forward_holders import own_forward
 from harmonica.integrations.forward_slots import (
     STATE,
@@ -79,14 +79,16 @@ def apply(
             (LoRA) fused into them. The same weights in bfloat16 or float16, with an adapter beside them or
             with fused projections of queries, keys and values, are recognised.
         execution: `compiled` runs each branch as one graph of torch.compile, one a kind for all blocks and
-            rows of the plan; leave the transformer itself uncompiled then. `auto` does so on CUDA, but not
-            for recorded branches. Where the pipeline's owner has compiled the blocks, as
-            `compile_repeated_blocks` does, they stay compiled, and so are the branches in them.
+            rows of the plan; leave the transformer itself uncompiled then. `graphed`, for a router with a
+            branch file, replays each step from a CUDA graph of those, from the second call of a shape on.
+            `auto` does that on CUDA, and nothing for other plans. Where the pipeline's owner has compiled
+            the blocks, as `compile_repeated_blocks` does, they stay compiled, and so are the branches in
+            them.
 
     Raises:
-        ValueError: no such execution, there is a plan already, or the router was not made for this model,
-            or its sampler is none that a pipeline can follow, or the transformer is compiled in a way that no
-            plan can be part of.
+        ValueError: no such execution, or not for this plan, there is a plan already, or the router was not
+            made for this model, or its sampler is none that a pipeline can follow, or the transformer is
+            compiled in a way that no plan can be part of.
     """
     if execution not in get_args(PipelineExecution):
         raise ValueError(f"execution is {execution!r}: give one of {', '.join(get_args(PipelineExecution))}")
@@ -98,20 +100,11 @@ def apply(
         artifact = RouterArtifact.load(artifact)
     replaced: list[tuple[nn.Module, PlannedForward | TransformerCall]]
     forwards = [own_forward(module) for module in modules]
-    # Recorded branches end the graphs of a transformer that is compiled as a whole.
-    is_compiled = execution == "compiled" or any(each is not module for each, module in zip(given, modules))
+    is_whole = any(each is not module for each, module in zip(given, modules)) or any_compiled(modules)
     is_inside = isinstance(artifact, EvenSteps) or is_recorded(artifact)
-    if is_inside and any(allows_no_break(each) for each in (*given, *modules)):
-        raise ValueError(
-            "transformer is compiled as a whole with fullgraph=True, and its graph ends where a plan begins: "
-            "compile its blocks in its place, transformer.compile_repeated_blocks(fullgraph=True)"
-        )
-    if not is_inside and any(has_cuda_graphs(each) for each in (*given, *modules)):
-        raise ValueError(
-            "transformer is compiled as a whole with CUDA graphs (mode reduce-overhead or max-autotune), "
-            "which write over the values that a plan keeps: compile it without a mode, or leave it "
-            "uncompiled and give execution='compiled'"
-        )
+    _check_execution(execution, (*given, *modules), is_inside=is_inside, is_whole=is_whole)
+    # Recorded branches end the graphs of a transformer that is compiled as a whole.
+    is_compiled = execution == "compiled" or is_whole
     if isinstance(artifact, EvenSteps):
         replaced = list(zip(modules, even_calls(modules, forwards, artifact, is_compiled=is_compiled)))
     elif is_recorded(artifact):
@@ -125,16 +118,49 @@ def apply(
         )
         replaced = list(zip(modules, calls))
     else:
+        # A step is part of the graph of a transformer that is compiled as a whole.
+        alone = "eager" if is_whole and execution == "auto" else execution
         replaced = [
             (
                 modules[0],
-                _planned_forward(modules[0], artifact, allow_other_sampler, check_weights, execution),
+                _planned_forward(modules[0], artifact, allow_other_sampler, check_weights, alone),
             )
         ]
     for module, _ in replaced:
         check_own_forward(module)
     for module, planned in replaced:
         put_on(module, planned)
+
+
+def _check_execution(
+    execution: PipelineExecution, modules: Sequence[Any], *, is_inside: bool, is_whole: bool
+) -> None:
+    """Refuse what no plan can be part of.
+
+    Args:
+        modules: the transformers, also as torch.compile has wrapped them.
+        is_inside: whether the transformers' own forwards run, with the plan inside.
+        is_whole: whether one is compiled as a whole.
+    """
+    if execution == "graphed" and is_inside:
+        raise ValueError(
+            "execution is 'graphed', which needs a router that was trained with a branch file (DiT, PixArt, "
+            "Sana): compile the pipeline's blocks, or give execution='compiled'"
+        )
+    if execution == "graphed" and is_whole:
+        raise ValueError(
+            "execution is 'graphed', and the transformer is compiled as a whole: leave it uncompiled"
+        )
+    if is_inside and any(map(allows_no_break, modules)):
+        raise ValueError(
+            "transformer is compiled as a whole with fullgraph=True, and its graph ends where a plan begins: "
+            "compile its blocks in its place, transformer.compile_repeated_blocks(fullgraph=True)"
+        )
+    if not is_inside and any(map(has_cuda_graphs, modules)):
+        raise ValueError(
+            "transformer is compiled as a whole with CUDA graphs (mode reduce-overhead or max-autotune), "
+            "which write over the values that a plan keeps: leave it uncompiled and give execution='graphed'"
+        )
 
 
 def _planned_forward(

@@ -17,13 +17,8 @@ from harmonica.models.base import BranchedTransformer
 from harmonica.models.fingerprint import Fingerprint
 
 # They move or convert a layer's weights just before it runs, and leave what it computes as it is.
-_HARMLESS_HOOKS = (
-    "group_offloading",
-    "layer_execution_tracker",
-    "lazy_prefetch_group_offloading",
-    "layerwise_casting",
-    "peft_autocast_disable",
-)
+_MOVING_HOOKS = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting")
+_HARMLESS_HOOKS = (*_MOVING_HOOKS, "layer_execution_tracker", "peft_autocast_disable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +34,7 @@ class Call:
 
 
 class KeptValue:
-    """A value that is kept as long as the tensors it was made from are the same and unchanged."""
+    """Keeps a value while the tensors that it was made from stay as they are."""
 
     def __init__(self) -> None:
         self.forget()
@@ -48,9 +43,10 @@ class KeptValue:
         """Make the value anew when it is asked for next."""
         self._sources: list[tuple[Tensor | None, int | None]] | None = None
         self._value: Any = None
+        self.times_made = 0
 
     def get(self, sources: Sequence[Tensor | None], make: Callable[[], Any]) -> Any:
-        """Return the value; make it where a source is another tensor, or was changed in place."""
+        """Return the value, made anew where a source is another tensor or has changed."""
         # A tensor of inference mode does not count its changes.
         found = [(each, None if each is None or each.is_inference() else each._version) for each in sources]
         if self._sources is None or not all(
@@ -58,7 +54,7 @@ class KeptValue:
             for (one, version), (other, other_version) in zip(found, self._sources)
         ):
             self._value = make()
-            self._sources = found
+            self._sources, self.times_made = found, self.times_made + 1
         return self._value
 
 
@@ -141,6 +137,15 @@ class PipelineTransformer(ABC):
                     "harmonica.remove first"
                 )
 
+    def moving_hook(self) -> str | None:
+        """Return a hook that moves or converts weights while the model runs, if any."""
+        for name, module in self.transformer.named_modules():
+            if found := [each for each in _diffusers_hooks(module) if each in _MOVING_HOOKS]:
+                return found[0]
+            if name and hasattr(module, "_hf_hook"):
+                return type(module._hf_hook).__name__
+        return None
+
     @abstractmethod
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the weights without adapters."""
@@ -155,7 +160,9 @@ class PipelineTransformer(ABC):
 
     @abstractmethod
     def raw_condition(self, arguments: dict[str, Any]) -> Any:
-        """Return the condition before it is projected, as `BranchedTransformer.prepare` takes it.
+        """Return the condition before it is projected.
+
+        It is what `BranchedTransformer.prepare` takes.
 
         Raises:
             ValueError: an argument that the branches do not take.

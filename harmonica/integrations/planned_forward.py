@@ -1,8 +1,10 @@
 """Replace a transformer's forward: each call is a step of a plan."""
 
 import copy
+import logging
 import types
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -12,7 +14,9 @@ from harmonica.core.cache import BranchCache, Reuse
 from harmonica.core.passes import planned_pass
 from harmonica.core.plan import Plan
 from harmonica.core.segments import units_of
+from harmonica.execution.graphs import GraphStore
 from harmonica.integrations.compiled_modules import any_compiled
+from harmonica.integrations.graphed_steps import GraphedSteps
 from harmonica.integrations.pipeline_transformer import Call, PipelineTransformer
 from harmonica.integrations.scheduler_guard import SecondCallError
 from harmonica.integrations.step_tracker import StepCounter
@@ -21,8 +25,10 @@ from harmonica.integrations.trajectory_claim import TrajectoryClaim
 from harmonica.models.base import Branch, BranchedTransformer, Execution
 from harmonica.models.compiler_check import compiler_fault
 
-PipelineExecution = Literal["auto", "eager", "compiled"]
-"""How branches are run in a pipeline; `auto` compiles them on CUDA."""
+logger = logging.getLogger(__name__)
+
+PipelineExecution = Literal["auto", "eager", "compiled", "graphed"]
+"""How branches are run in a pipeline; `auto` records graphs on CUDA."""
 
 
 def _step(
@@ -70,6 +76,9 @@ class PlannedForward:
         self._units, self._rows = units_of(self._model.view, self._plan)
         steps = range(self._plan.num_steps)
         self._graphs = {self._graph(i): _step_of_its_own(f"plan_step_{i}") for i in steps}
+        self._graphed = GraphedSteps(self._model, self._step_at, self._new_cache, self._plan.num_steps)
+        self._is_replayed = False
+        self._said = set[str]()
         self._cache: BranchCache | None = None
         self._shape: tuple[int, ...] = ()
         self._claim = TrajectoryClaim()
@@ -89,6 +98,26 @@ class PlannedForward:
         """Return the key of a step's compiled graph: forecasts differ in each step."""
         return self._plan.compute[i] if self._reuse == "hold" else i
 
+    @property
+    def recordings(self) -> GraphStore:
+        """The recorded trajectories, where steps are replayed."""
+        return self._graphed.store
+
+    def _new_cache(self) -> BranchCache:
+        return BranchCache.under(self._rows, self._reuse)
+
+    @torch.compiler.disable
+    def _step_at(self, i: int, cache: BranchCache, inputs: tuple[Any, ...]) -> Callable[[], Tensor]:
+        """Return what computes the model's output at step i (N, out_channels, H, W)."""
+        # To hold, the cache need not know the step, and as a number it would be compiled in.
+        step = i if self._reuse == "forecast" else 0
+        row, run = self._rows.compute[i], self._graphs[self._graph(i)]
+        return partial(run, self._model.view, self._units, row, cache, step, inputs)
+
+    @torch.compiler.disable
+    def _replay(self, i: int, call: Call) -> Tensor:
+        return self._graphed.step(i, call)
+
     # Not recursive: Dynamo skips this frame and its helpers, and compiles the step between them.
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,11 +128,8 @@ class PlannedForward:
                 branches do not give.
         """
         try:
-            i, call, inputs = self._enter(args, kwargs)
-            # To hold, the cache need not know the step, and as a number it would be compiled in.
-            step = i if self._reuse == "forecast" else 0
-            row, run = self._rows.compute[i], self._graphs[self._graph(i)]
-            output_NCHW = run(self._model.view, self._units, row, self._cache, step, inputs)
+            i, call, run = self._enter(args, kwargs)
+            output_NCHW = run()
             if i == 0:
                 self._check_timesteps()
         except SecondCallError:
@@ -114,7 +140,8 @@ class PlannedForward:
         return self._leave(i, call, output_NCHW)
 
     @torch.compiler.disable
-    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, Call, tuple[Any, ...]]:
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, Call, Callable[[], Tensor]]:
+        """Return the call's step, and what computes its output."""
         call = self._model.read(*args, **kwargs)
         timestep = self._timesteps.read(call.given_timestep_N, self._expected_timestep)
         self._claim.take(lambda *_: self._steps.begins(timestep))
@@ -122,15 +149,20 @@ class PlannedForward:
         shape = tuple(call.sample_NCHW.shape)
         if i == self._plan.num_steps - 1:
             self._model.check()  # hooks, adapters and attention processors can have come since
-            self._cache = BranchCache.under(self._rows, self._reuse)
-            self._shape = shape
-            self._model.view.execution = self._execution_on(call.sample_NCHW.device)
+            self._cache, self._shape = self._new_cache(), shape
+            execution = self._execution_on(call.sample_NCHW.device)
+            self._model.view.execution = "eager" if execution == "eager" else "compiled"
+            self._is_replayed = execution == "graphed" and self._graphed.begin(call)
         elif shape != self._shape:
             raise ValueError(
                 f"hidden_states has shape {shape} and the trajectory began with {self._shape}: a batch stays "
                 "as it is for all its steps, run the other after it"
             )
-        return i, call, (call.sample_NCHW, call.timestep_N, self._model.condition(call.arguments))
+        if self._is_replayed:
+            return i, call, partial(self._replay, i, call)
+        assert self._cache is not None, "the first step has made it"
+        inputs = call.sample_NCHW, call.timestep_N, self._model.condition(call.arguments)
+        return i, call, self._step_at(i, self._cache, inputs)
 
     def _expected_timestep(self) -> float | None:
         """Return the next step's timestep, within the call that began the trajectory."""
@@ -151,9 +183,17 @@ class PlannedForward:
                 raise self._steps.mismatch(other, one)
 
     def _execution_on(self, device: torch.device) -> Execution:
+        if self._execution != "eager" and (hook := self._model.moving_hook()):
+            if hook not in self._said:
+                self._said.add(hook)
+                logger.warning(
+                    "steps are not compiled: transformer has the hook %s, which moves weights", hook
+                )
+            return "eager"
         if self._execution == "auto":
-            return "compiled" if device.type == "cuda" and not compiler_fault("cuda") else "eager"
-        return "compiled" if any_compiled(self._model.blocks) else self._execution
+            return "graphed" if device.type == "cuda" and not compiler_fault("cuda") else "eager"
+        is_eager = self._execution == "eager" and not any_compiled(self._model.blocks)
+        return "eager" if is_eager else "graphed" if self._execution == "graphed" else "compiled"
 
     @torch.compiler.disable
     def _leave(self, i: int, call: Call, output_NCHW: Tensor) -> Any:
@@ -195,5 +235,6 @@ class PlannedForward:
 
     def _forget(self) -> None:
         self._model.forget()
+        self._graphed.forget()
         self._timesteps.forget()
         self._cache, self._shape = None, ()

@@ -27,7 +27,14 @@ from harmonica.samplers import Sampler, State
 from harmonica.training.sdt import SdtTrainer
 from harmonica.training.sdt_config import SdtConfig
 from tests.benchmarks.arms import make_batch, make_noise, make_router, make_sampler, random_plan
-from tests.benchmarks.gpu_modules import captured, diffusers_dit, diffusers_pixart, taylor_seer, with_db_cache
+from tests.benchmarks.gpu_modules import (
+    captured,
+    diffusers_dit,
+    diffusers_pixart,
+    planned_dit,
+    taylor_seer,
+    with_db_cache,
+)
 from tests.benchmarks.hardware import Hardware
 from tests.benchmarks.sampling import make_pixart
 
@@ -155,6 +162,27 @@ def dit_256(setting: Setting, section: str = "dit-256") -> Iterator[Arm]:
         if "graphed" in setting.levels:
             for each in others:
                 yield ours(section, sampler, batch, each)
+            yield applied(section, sampler, batch, others[0], setting.hardware)
+
+
+def applied(
+    section: str,
+    sampler: Sampler,
+    batch: tuple[Tensor, Any],
+    plan: tuple[str, Plan | None],
+    hardware: Hardware,
+) -> Arm:
+    """diffusers' module under a plan of `harmonica.apply`, each of its steps a graph."""
+    title, rows = plan
+    assert rows is not None, "a plan reuses something"
+    module, recordings = planned_dit(sampler, hardware, rows)
+    arm = theirs(section, f"harmonica.apply, graphed {title} hold", sampler, batch, module)
+    return dataclasses.replace(
+        arm,
+        full=DIFFUSERS,
+        ideal=rows.ideal_speedup(sampler.model.macs()),
+        is_graphed=lambda: len(recordings()) > 0 and not recordings().reasons,
+    )
 
 
 def dit_256_more(setting: Setting, section: str = "dit-256") -> Iterator[Arm]:

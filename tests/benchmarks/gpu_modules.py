@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import harmonica
+from harmonica.core.artifact import RouterArtifact
+from harmonica.core.plan import Plan
+from harmonica.execution.graphs import GraphStore
+from harmonica.models.dit.diffusers_view import DiffusersDiT
+from harmonica.samplers import Sampler, make_sampler
 from harmonica.torchvision_ops import ensure_torchvision_imports
 from tests.benchmarks.hardware import Hardware, compile_each
 from tests.benchmarks.model import make_diffusers_dit
@@ -43,6 +49,16 @@ def diffusers_dit(model: Any, hardware: Hardware, *, mode: str = "") -> Module:
         return call(sample, timestep, labels)
 
     return run
+
+
+def planned_dit(sampler: Sampler, hardware: Hardware, plan: Plan) -> tuple[Module, Callable[[], GraphStore]]:
+    """diffusers' DiT under a plan of `harmonica.apply`, each step replayed; and what keeps the recordings."""
+    module = make_diffusers_dit(sampler.model, hardware)
+    scores_TB = torch.tensor(plan.compute, dtype=torch.float32)
+    ready = make_sampler(DiffusersDiT(module), sampler.config)
+    artifact = RouterArtifact.build(4 * scores_TB - 2, ready, threshold=0.5, reuse="hold", training={})
+    harmonica.apply(module, artifact, allow_other_sampler=True, execution="graphed")
+    return _dit_call(module, hardware.dtype), lambda: module._harmonica.recordings
 
 
 def diffusers_pixart(model: Any, hardware: Hardware) -> Module:

@@ -9,16 +9,13 @@ import pytest
 import tiny_pixart
 import tiny_sana
 import torch
-from diffusers import SanaPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from tiny_attached import STEPS, Case, apart, config, make_case
+from tiny_attached import STEPS, Case, apart, config, make_case, planned_sana
 from tiny_pipeline import LINEAR
 from torch import Tensor
 
 import harmonica
-from harmonica.core.artifact import RouterArtifact
 from harmonica.core.sampling import sample
-from harmonica.models.sana.model import Sana
 from harmonica.samplers import make_sampler
 
 ENDED = "the pipeline ended after {} of the router's 4 steps: it was interrupted, or was given fewer"
@@ -131,22 +128,10 @@ def test_removed_twice_raises(planned):
 # Interrupted calls
 
 
-def make_sana(sampler: bool) -> tuple[SanaPipeline, Sana]:
-    """A pipeline that can be interrupted, with a plan; its steps counted or compared."""
-    model = tiny_sana.make_sana("1.5")
-    ready = make_sampler(model, tiny_sana.config(num_inference_steps=STEPS))
-    logits = torch.randn(STEPS, len(model.branches), generator=torch.Generator().manual_seed(0))
-    artifact = RouterArtifact.build(logits, ready, threshold=0.5, reuse="forecast", training={})
-    harmonica.apply(model.transformer, artifact, allow_other_sampler=sampler)
-    pipe = SanaPipeline(None, None, None, model.transformer, tiny_sana.SCHEDULERS["dpm-solver++"])
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, model
-
-
 @pytest.mark.parametrize("is_counted", [False, True])
 @pytest.mark.parametrize("steps", [1, STEPS - 1])
 def test_an_interrupted_call_gives_its_image_and_is_forgotten(is_counted, steps, caplog):
-    pipe, _ = make_sana(is_counted)
+    pipe = planned_sana(allow_other_sampler=is_counted)
     (noise, condition), seen = tiny_sana.make_batch("1.5"), []
 
     def interrupt(pipe, i, timestep, values):

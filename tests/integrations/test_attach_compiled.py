@@ -70,5 +70,5 @@ def test_compiled_branches_make_the_same_latents(kind, reuse, has_segments, tmp_
 
 
 def test_another_execution_is_refused(case):
-    with pytest.raises(ValueError, match="execution is 'graphed': give one of auto, eager, compiled"):
-        harmonica.apply(case.transformer, case.artifact(), execution="graphed")
+    with pytest.raises(ValueError, match="execution is 'fast': give one of auto, eager, compiled, graphed"):
+        harmonica.apply(case.transformer, case.artifact(), execution="fast")

@@ -3,7 +3,6 @@
 There is no device here: the host's tensors are taken for a device's, and reading one is refused in between.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,15 +11,13 @@ import pytest
 import tiny_sana
 import torch
 from diffusers import SanaPipeline
-from tiny_attached import STEPS, apart, make_case
+from tiny_attached import STEPS, apart, make_case, planned_sana, sana_arguments
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import harmonica
-from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations import timestep_reader
 from harmonica.integrations.planned_forward import PlannedForward
-from harmonica.samplers import make_sampler
 
 READS = (
     Tensor.item,
@@ -61,28 +58,8 @@ def unread_between_first_and_last(monkeypatch: pytest.MonkeyPatch) -> Iterator[l
 
 def make_sana() -> tuple[SanaPipeline, Callable[[], Tensor]]:
     """A pipeline whose transformer is under a plan, and what makes latents by it."""
-    model = tiny_sana.make_sana("1.5")
-    ready = make_sampler(model, tiny_sana.config(num_inference_steps=STEPS))
-    logits = torch.randn(STEPS, len(model.branches), generator=torch.Generator().manual_seed(0))
-    artifact = RouterArtifact.build(logits, ready, threshold=0.5, reuse="forecast", training={})
-    harmonica.apply(model.transformer, artifact)
-    scheduler = copy.deepcopy(tiny_sana.SCHEDULERS["dpm-solver++"])
-    pipe = SanaPipeline(None, None, None, model.transformer, scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    noise, condition = tiny_sana.make_batch("1.5")
-    given = {
-        "negative_prompt": None,
-        "prompt_embeds": condition.embeddings,
-        "prompt_attention_mask": condition.mask.long(),
-        "negative_prompt_embeds": condition.negative_embeddings,
-        "negative_prompt_attention_mask": condition.negative_mask.long(),
-        "num_inference_steps": STEPS,
-        "height": 32 * noise.shape[2],
-        "width": 32 * noise.shape[3],
-        "use_resolution_binning": False,
-        "output_type": "latent",
-    }
-    return pipe, lambda: pipe(latents=noise, **given).images
+    pipe, (noise, condition) = planned_sana(), tiny_sana.make_batch("1.5")
+    return pipe, lambda: pipe(latents=noise, **sana_arguments(noise, condition)).images
 
 
 @pytest.mark.parametrize("kind", ["dit", "sigma", "sana"])

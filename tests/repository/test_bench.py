@@ -103,9 +103,9 @@ def test_the_script_for_a_gpu_runs_on_something_small(tmp_path, monkeypatch, no_
     monkeypatch.setattr(Path, "write_text", watched)
     found = run_gpu(tmp_path, "--sections", "dit-256", "dit-256-more")
     arms = found["arms"]
-    # diffusers' own; full, and three plans held and forecast, by graphs of two residual streams, then eagerly
-    # and compiled.
-    assert len(arms) == 1 + (2 + 2) * (1 + 3 * 2)
+    # diffusers' own, without a plan and with one; full, and three plans held and forecast, by graphs of two
+    # residual streams, then eagerly and compiled.
+    assert len(arms) == 2 + (2 + 2) * (1 + 3 * 2)
     assert written == list(range(1, len(arms) + 1)), "a cut loses nothing"
     names = {(arm["name"], batch) for arm in arms for batch in (1, 8)}
     assert len(names) == 2 * len(arms) and set(gpu.REFERENCE_MS) <= names, "each number has its arm"

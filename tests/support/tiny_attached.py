@@ -1,13 +1,15 @@
 """Small pipelines of diffusers beside our own model of the same weights, and a router for it."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tiny_pixart
+import tiny_sana
 import torch
-from diffusers import DiTPipeline
+from diffusers import DiTPipeline, SanaPipeline
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from tiny_pipeline import LINEAR, make_vae, write_pipeline
 from torch import Tensor
@@ -158,6 +160,35 @@ def _pixart(kind: str) -> Case:
         ).images
 
     return Case(pipe, model, noise, condition, tiny_pixart.diffusers_arguments(condition), run)
+
+
+def planned_sana(**how: Any) -> SanaPipeline:
+    """A Sana pipeline whose transformer is under a plan, which `harmonica.apply` puts on in the way given."""
+    model = tiny_sana.make_sana("1.5")
+    ready = make_sampler(model, tiny_sana.config(num_inference_steps=STEPS))
+    logits = torch.randn(STEPS, len(model.branches), generator=torch.Generator().manual_seed(0))
+    artifact = RouterArtifact.build(logits, ready, threshold=0.5, reuse="forecast", training={})
+    harmonica.apply(model.transformer, artifact, **how)
+    scheduler = copy.deepcopy(tiny_sana.SCHEDULERS["dpm-solver++"])
+    pipe = SanaPipeline(None, None, None, model.transformer, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sana_arguments(noise: Tensor, condition: Any) -> dict[str, Any]:
+    """What a Sana pipeline is called with for latents of this size and these prompts."""
+    return {
+        "negative_prompt": None,
+        "prompt_embeds": condition.embeddings,
+        "prompt_attention_mask": condition.mask.long(),
+        "negative_prompt_embeds": condition.negative_embeddings,
+        "negative_prompt_attention_mask": condition.negative_mask.long(),
+        "num_inference_steps": STEPS,
+        "height": 32 * noise.shape[2],
+        "width": 32 * noise.shape[3],
+        "use_resolution_binning": False,
+        "output_type": "latent",
+    }
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
