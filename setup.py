@@ -7,7 +7,7 @@ for those who have a clone, and stays out.
 
 from setuptools import find_packages, setup
 
-HARMONICA = find_packages(include=["harmonica", "harmonica.*"], exclude=["harmonica.pretraining*"])
+HARMONICA = find_packages(include=["harmonica", "harmonica.*"])
 PIPELINES = find_packages("pipelines", exclude=["pretrain*"])
 
 setup(

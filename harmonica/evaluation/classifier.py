@@ -2,7 +2,7 @@
 
 The labels tell whether a sample shows the requested class. The penultimate features replace those of
 Inception in FID (Heusel et al. 2017), which mean little for images of 28 or 32 pixels.
-`harmonica.pretraining.train_classifier` trained them: one for Fashion-MNIST, one for emoji.
+`pipelines.pretrain.train_classifier` trained them: one for Fashion-MNIST, one for emoji.
 Shapes: N batch, C channels, H W image, F features, K classes.
 """
 
@@ -80,7 +80,7 @@ def load_classifier(folder: Path = CLASSIFIER) -> Classifier:
     path = folder / WEIGHTS_FILE
     if not path.exists():
         raise FileNotFoundError(
-            f"{folder} has no {WEIGHTS_FILE}: give a folder made by harmonica.pretraining.train_classifier"
+            f"{folder} has no {WEIGHTS_FILE}: give a folder made by pipelines.pretrain.train_classifier"
         )
     state = load_file(path)
     classifier = Classifier(state["backbone.0.0.weight"].shape[1], len(state["head.weight"]))

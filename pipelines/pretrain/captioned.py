@@ -7,11 +7,11 @@ import torch
 
 from harmonica.evaluation.fashion_captions import caption, tones
 from harmonica.models.loading import BUILTIN
-from harmonica.pretraining.learning import drop
-from harmonica.pretraining.text_to_image import load_dit
 from harmonica.validation.settings import Count, Field, settings
 
+from .learning import drop
 from .task import PretrainConfig, Task
+from .text_model import load_dit
 
 
 @settings()

@@ -23,9 +23,9 @@ from harmonica.io.tensor_files import write_tensors
 from harmonica.models.dit.config import DiTConfig
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import write_folder_config
-from harmonica.pretraining.learning import NoisyBatch, drop
 from harmonica.validation.settings import settings
 
+from .learning import NoisyBatch, drop
 from .loop import DATA, last_state, provenance, run
 from .task import PretrainConfig, Task
 

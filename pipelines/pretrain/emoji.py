@@ -17,21 +17,21 @@ import tyro
 from torch import Tensor
 
 from harmonica.models.dit.config import DiTConfig
-from harmonica.pretraining import emoji
-from harmonica.pretraining.learning import NoisyBatch, distillation_loss
 from harmonica.validation.settings import Count, settings
 
+from . import emoji_data
 from .dit import FASHION_DIT, DiTPretrainConfig, LabelTask, export
+from .learning import NoisyBatch, distillation_loss
 from .loop import run
 
 logger = logging.getLogger(__name__)
 
 EMOJI_DIT = replace(
     FASHION_DIT,
-    sample_size=emoji.SIDE,
+    sample_size=emoji_data.SIDE,
     in_channels=3,
     out_channels=3,
-    num_embeds_ada_norm=len(emoji.CLASS_NAMES),
+    num_embeds_ada_norm=len(emoji_data.CLASS_NAMES),
 )
 
 
@@ -65,11 +65,11 @@ class EmojiTask(LabelTask):
 
     @staticmethod
     def load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-        return emoji.load_emoji(folder)
+        return emoji_data.load_emoji(folder)
 
     def draw_rows(self, rng: np.random.Generator) -> np.ndarray:
         """Draw rows (batch,), each class as likely."""
-        weight = emoji.row_weights(self.labels)
+        weight = emoji_data.row_weights(self.labels)
         return rng.choice(len(self.labels), size=self.config.batch_size, p=weight / weight.sum())
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     config = tyro.cli(EmojiPretrainConfig, description=__doc__)
     if config.export:
         command = "python -m pipelines.pretrain.emoji"
-        logger.info("wrote %s", export(config, emoji.CLASS_NAMES, command=command, data=emoji.DATA))
+        logger.info("wrote %s", export(config, emoji_data.CLASS_NAMES, command=command, data=emoji_data.DATA))
     else:
         logger.info("last checkpoint: %s", run(config, EmojiTask))
 

@@ -3,8 +3,8 @@
 Images and captions are those of Fashion-MNIST.
 
     python -m pipelines.pretrain.flow_matching --storage-path runs/pretrain
-    python -m pipelines.pretrain.flow_matching --export harmonica/pretraining/fashion-sd3
-    python -m pipelines.pretrain.flow_matching --judge harmonica/pretraining/fashion-sd3
+    python -m pipelines.pretrain.flow_matching --export pipelines/pretrain/fashion-sd3
+    python -m pipelines.pretrain.flow_matching --judge pipelines/pretrain/fashion-sd3
 
 Its image stream starts from the built-in DiT, which it also follows where a caption names the class alone;
 captions are embedded by the built-in PixArt's text encoder, which stays as it is. As in
@@ -26,8 +26,11 @@ from harmonica.builtin import FASHION_PIXART
 from harmonica.data.text_encoder import TextEncoder
 from harmonica.evaluation.fashion_captions import meaning
 from harmonica.io.paths import local
-from harmonica.pretraining.evaluate_flow_model import evaluate_flow_model
-from harmonica.pretraining.flow_matching import (
+from harmonica.validation.settings import Count, Positive, settings
+
+from .captioned import CaptionedConfig, CaptionedTask
+from .evaluate_flow_model import evaluate_flow_model
+from .flow_model import (
     FlowBatch,
     FlowModel,
     embed_captions,
@@ -35,9 +38,6 @@ from harmonica.pretraining.flow_matching import (
     save_flow_pipeline,
     teacher_velocity,
 )
-from harmonica.validation.settings import Count, Positive, settings
-
-from .captioned import CaptionedConfig, CaptionedTask
 from .loop import last_state, provenance, run
 
 logger = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from harmonica.io.paths import local
-from harmonica.pretraining.learning import Learner
 from harmonica.validation.finite import NotFinite
 
 from ..run_state.interruption import sigterm_raises
 from ..runtime.ray_runtime import connect
 from ..tracking.mlflow_runs import StageRun, stage_run
+from .learning import Learner
 from .task import PretrainConfig, Task
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.evaluation import fashion_mnist
-from harmonica.pretraining.learning import LearningConfig
 from harmonica.validation.settings import Count, Field, Natural, Positive, settings
+
+from .learning import LearningConfig
 
 
 @settings()

@@ -23,9 +23,13 @@ from torch import Tensor
 
 from harmonica.evaluation.fashion_captions import meaning
 from harmonica.io.paths import local
-from harmonica.pretraining.evaluate_text_model import evaluate_text_model
-from harmonica.pretraining.learning import NoisyBatch, distillation_loss
-from harmonica.pretraining.text_to_image import (
+from harmonica.validation.settings import Count, Field, Positive, settings
+
+from .captioned import CaptionedConfig, CaptionedTask
+from .evaluate_text_model import evaluate_text_model
+from .learning import NoisyBatch, distillation_loss
+from .loop import last_state, provenance, run
+from .text_model import (
     SPECIAL,
     UNKNOWN,
     WORD,
@@ -35,10 +39,6 @@ from harmonica.pretraining.text_to_image import (
     save_pipeline,
     tokenize,
 )
-from harmonica.validation.settings import Count, Field, Positive, settings
-
-from .captioned import CaptionedConfig, CaptionedTask
-from .loop import last_state, provenance, run
 
 logger = logging.getLogger(__name__)
 

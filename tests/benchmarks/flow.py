@@ -22,19 +22,19 @@ import torch
 from torch import Tensor
 
 import harmonica
-import harmonica.pretraining
+import pipelines.pretrain
 from harmonica.builtin import CAPTIONS, FASHION_PIXART
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.text_encoder import TextEncoder
 from harmonica.integrations.recorded.kinds import KINDS
 from harmonica.pipeline_training.trainer import PipelineTrainer
-from harmonica.pretraining.evaluate_flow_model import load_flow_pipeline
-from harmonica.pretraining.flow_matching import embed_captions
 from harmonica.training.config import TrainingConfig
 from harmonica.training.presets import learned_steps
 from harmonica.training.sdt_config import SdtConfig
+from pipelines.pretrain.evaluate_flow_model import load_flow_pipeline
+from pipelines.pretrain.flow_model import embed_captions
 
-MODEL = Path(harmonica.pretraining.__file__).with_name("fashion-sd3")
+MODEL = Path(pipelines.pretrain.__file__).with_name("fashion-sd3")
 GUIDANCE, TRAINED_CAPTIONS, BATCH = 4.5, 256, 16
 _FIRST_TEST_SEED = 10**6
 

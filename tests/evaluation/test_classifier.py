@@ -22,7 +22,7 @@ from harmonica.evaluation.feature_extractors import ClassifierFeatures
 from harmonica.evaluation.feature_statistics import FeatureStatistics
 from harmonica.evaluation.image_metrics import frechet_distance, label_accuracy
 from harmonica.evaluation.reference_sets import builtin_reference
-from harmonica.pretraining import emoji
+from pipelines.pretrain import emoji_data
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_statistics_refuse_a_single_row() -> None:
     ("folder", "shape", "classes", "accuracy", "count"),
     [
         (CLASSIFIER, (1, 28, 28), fashion_mnist.CLASS_NAMES, 0.91, 10_000),
-        (EMOJI_CLASSIFIER, (3, 32, 32), emoji.CLASS_NAMES, 0.95, 3_004),
+        (EMOJI_CLASSIFIER, (3, 32, 32), emoji_data.CLASS_NAMES, 0.95, 3_004),
     ],
     ids=["fashion", "emoji"],
 )

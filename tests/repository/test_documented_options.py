@@ -12,12 +12,12 @@ from harmonica.cli.convert import ConvertCommand
 from harmonica.cli.sample import SampleCommand
 from harmonica.cli.train import TrainCommand
 from harmonica.models.dit.model import DiTConfig
-from harmonica.pretraining.train_classifier import ClassifierTraining
 from pipelines.capacity.command import CapacityCommand
 from pipelines.config.workflow import WorkflowConfig
 from pipelines.pretrain.dit import DiTPretrainConfig
 from pipelines.pretrain.flow_matching import FlowPretrainConfig
 from pipelines.pretrain.text_to_image import TextPretrainConfig
+from pipelines.pretrain.train_classifier import ClassifierTraining
 from pipelines.serve import ServeCommand
 from pipelines.ui import UiCommand
 from tests.repository.test_documentation import (

@@ -9,12 +9,12 @@ from tiny_dit import write_model
 
 from harmonica.core.plan_builders import even_plan
 from harmonica.models.loading import load_model
-from harmonica.pretraining import emoji
 from harmonica.samplers import SamplerConfig, make_sampler
 from harmonica.training.presets import RECIPES, Recipe
 from harmonica.training.trainer import RouterTrainer
 from pipelines.compare.published import FORECASTS
 from pipelines.evaluation.metric_networks import classifier_folder
+from pipelines.pretrain import emoji_data
 from tests.benchmarks import cross_attention, ideas
 from tests.benchmarks.grid.__main__ import measure
 from tests.benchmarks.grid.judging import Judge
@@ -173,9 +173,9 @@ def test_the_colour_model_is_judged_with_its_own_classes_and_classifier():
     recipe = RECIPES["emoji"]()
     sampler = make_sampler(load_model(recipe.model).model, SamplerConfig(num_inference_steps=2))
     labels = set(ideas.rows(sampler, 0, 0, 200).condition_N.tolist())
-    assert labels == set(range(len(emoji.CLASS_NAMES)))  # 200 of them, of a fixed seed
+    assert labels == set(range(len(emoji_data.CLASS_NAMES)))  # 200 of them, of a fixed seed
     judge = Judge(ideas.rows, 2, classifier_folder(recipe.model))
-    assert judge.classifier.head.out_features == len(emoji.CLASS_NAMES)
+    assert judge.classifier.head.out_features == len(emoji_data.CLASS_NAMES)
     line = judge.line(sampler, Drawn(sampler, even_plan(2, sampler.model.macs(), 1.5), "hold"))
     assert line["psnr"] < 60 and line["features"] > 0 and line["frechet"] > 0
 

@@ -8,7 +8,6 @@ import pytest
 from harmonica.cli.sample import SampleCommand
 from harmonica.models.dit.model import DiTConfig
 from harmonica.models.loading import ModelConfig
-from harmonica.pretraining.train_classifier import ClassifierTraining
 from harmonica.samplers import SamplerConfig
 from harmonica.training.config import TrainingConfig
 from harmonica.training.sdt_config import SdtConfig
@@ -19,6 +18,7 @@ from pipelines.config.workflow import TrainConfig, WorkflowConfig
 from pipelines.presets import PRESETS
 from pipelines.pretrain.dit import DiTPretrainConfig
 from pipelines.pretrain.text_to_image import TextPretrainConfig
+from pipelines.pretrain.train_classifier import ClassifierTraining
 
 NAN, INF = float("nan"), float("inf")
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from harmonica.evaluation.fashion_captions import all_captions
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import BUILTIN, ModelConfig, load_model
-from harmonica.pretraining.warm_start import warm_start
 from harmonica.torchvision_ops import ensure_torchvision_imports
+
+from .warm_start import warm_start
 
 ensure_torchvision_imports()
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from harmonica.data.text_encoder import TextEncoder
 from harmonica.models.dit.model import DiT
-from harmonica.pretraining.text_to_image import TEXT_TOKENS, TEXT_WIDTH, load_dit
 from harmonica.samplers.noise_schedule import NUM_TRAIN_TIMESTEPS, alphas_cumprod
 from harmonica.torchvision_ops import ensure_torchvision_imports
+
+from .text_model import TEXT_TOKENS, TEXT_WIDTH, load_dit
 
 ensure_torchvision_imports()
 

@@ -29,8 +29,9 @@ from harmonica.evaluation.plots import sample_sheet, to_uint8
 from harmonica.models.base import freeze
 from harmonica.models.pixart.model import PixArt
 from harmonica.models.text_condition import TextCondition
-from harmonica.pretraining.text_to_image import TEXT_TOKENS
 from harmonica.samplers import SamplerConfig, make_sampler
+
+from .text_model import TEXT_TOKENS
 
 GUIDANCE_SCALES = (4.5, 2.0)  # PixArt's own, and that of the built-in DiT
 NUM_STEPS = 20

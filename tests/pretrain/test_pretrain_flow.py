@@ -12,19 +12,19 @@ pytest.importorskip("transformers", reason="wants transformers: the text encoder
 from harmonica.builtin import FASHION_PIXART
 from harmonica.data.text_encoder import TextEncoder
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.pretraining.evaluate_flow_model import FlowSampler, load_flow_pipeline
-from harmonica.pretraining.evaluate_text_model import caption_metrics, random_captions
-from harmonica.pretraining.flow_matching import (
+from harmonica.samplers.noise_schedule import alphas_cumprod
+from pipelines.pretrain.evaluate_flow_model import FlowSampler, load_flow_pipeline
+from pipelines.pretrain.evaluate_text_model import caption_metrics, random_captions
+from pipelines.pretrain.flow_matching import FlowPretrainConfig, FlowTask, export
+from pipelines.pretrain.flow_model import (
     FlowBatch,
     embed_captions,
     make_flow_model,
     teacher_velocity,
 )
-from harmonica.pretraining.learning import Learner
-from harmonica.samplers.noise_schedule import alphas_cumprod
-from pipelines.pretrain.flow_matching import FlowPretrainConfig, FlowTask, export
+from pipelines.pretrain.learning import Learner
 
-FOLDER = Path(__file__).parents[2] / "harmonica" / "pretraining" / "fashion-sd3"
+FOLDER = Path(__file__).parents[2] / "pipelines" / "pretrain" / "fashion-sd3"
 START = "builtin:fashion-dit"
 
 

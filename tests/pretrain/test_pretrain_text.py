@@ -16,9 +16,12 @@ from harmonica.evaluation import fashion_captions as captions
 from harmonica.evaluation import fashion_mnist
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.pretraining.evaluate_text_model import TextToImageSampler, caption_metrics, random_captions
-from harmonica.pretraining.learning import Learner, distillation_loss
-from harmonica.pretraining.text_to_image import (
+from harmonica.samplers.noise_schedule import alphas_cumprod
+from pipelines.pretrain.dit import FASHION_DIT
+from pipelines.pretrain.evaluate_text_model import TextToImageSampler, caption_metrics, random_captions
+from pipelines.pretrain.learning import Learner, distillation_loss
+from pipelines.pretrain.loop import run
+from pipelines.pretrain.text_model import (
     SPECIAL,
     TEXT_TOKENS,
     PixArtTransformer2DModel,
@@ -28,11 +31,8 @@ from harmonica.pretraining.text_to_image import (
     save_pipeline,
     tokenize,
 )
-from harmonica.pretraining.warm_start import warm_start
-from harmonica.samplers.noise_schedule import alphas_cumprod
-from pipelines.pretrain.dit import FASHION_DIT
-from pipelines.pretrain.loop import run
 from pipelines.pretrain.text_to_image import CaptionTask, TextPretrainConfig, export
+from pipelines.pretrain.warm_start import warm_start
 
 FOLDER = Path(__file__).parents[2] / "harmonica" / "builtin" / "fashion-pixart"
 SHAPE = dataclasses.replace(FASHION_DIT, num_layers=2)

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.pretraining import emoji
-from harmonica.pretraining.learning import Learner, NoisyBatch
-from harmonica.pretraining.train_classifier import ClassifierTraining, read_data, train_classifier
+from pipelines.pretrain import emoji_data
 from pipelines.pretrain.dit import export
 from pipelines.pretrain.emoji import EMOJI_DIT, EmojiPretrainConfig, EmojiTask
+from pipelines.pretrain.learning import Learner, NoisyBatch
+from pipelines.pretrain.train_classifier import ClassifierTraining, read_data, train_classifier
 
 RED, CLEAR = (255, 0, 0, 255), (0, 0, 0, 0)
 
@@ -59,15 +59,15 @@ def archives(tmp_path: Path) -> Path:
     ]
     names = ("2764", "1f426", "1f3f4", "1f405", "270b", "270b-1f3fb")
     pictures = {f"{name}.png": png(CLEAR if name == "1f426" else RED) for name in names}
-    for vendor in emoji.VENDORS:
+    for vendor in emoji_data.VENDORS:
         write_archive(tmp_path, vendor, pictures, entries)
     return tmp_path
 
 
 def test_pictures_of_both_vendors_lie_on_white_with_the_labels_of_their_classes(archives: Path) -> None:
-    images, labels = emoji.load_emoji(archives)
-    bird, heart, hand = (emoji.CLASS_NAMES.index(name) for name in ("bird", "heart", "hand"))
-    assert images.shape == (8, 3, emoji.SIDE, emoji.SIDE) and images.dtype == np.uint8
+    images, labels = emoji_data.load_emoji(archives)
+    bird, heart, hand = (emoji_data.CLASS_NAMES.index(name) for name in ("bird", "heart", "hand"))
+    assert images.shape == (8, 3, emoji_data.SIDE, emoji_data.SIDE) and images.dtype == np.uint8
     assert labels.tolist() == [bird, hand, hand, heart] * 2
     assert (images[0] == 255).all()
     assert (images[3][0] == 255).all() and (images[3][1:] == 0).all()
@@ -80,25 +80,25 @@ def test_a_classifier_is_tested_on_a_tenth_of_the_pictures_and_compares_with_all
     together = torch.cat([data.train.images, data.test.images])
     assert sorted(together.sum((1, 2, 3)).tolist()) == sorted(data.reference.sum((1, 2, 3)).tolist())
     classifier = train_classifier(config, data)
-    assert classifier(data.reference.float()).shape == (8, len(emoji.CLASS_NAMES))
+    assert classifier(data.reference.float()).shape == (8, len(emoji_data.CLASS_NAMES))
 
 
 def test_an_archive_that_is_missing_or_of_something_else_is_named(archives: Path, tmp_path: Path) -> None:
     (archives / "emoji-datasource-twitter-16.0.0.tgz").unlink()
     with pytest.raises(FileNotFoundError, match=r"npm pack emoji-datasource-twitter@16\.0\.0"):
-        emoji.load_emoji(archives)
+        emoji_data.load_emoji(archives)
     write_archive(archives, "twitter", {}, [])
     with pytest.raises(ValueError, match=r"twitter-16\.0\.0\.tgz has none of the pictures"):
-        emoji.load_emoji(archives)
+        emoji_data.load_emoji(archives)
 
 
 def test_every_class_is_drawn_as_often_however_many_pictures_it_has() -> None:
-    labels = np.repeat(np.arange(len(emoji.CLASS_NAMES)), 2)
+    labels = np.repeat(np.arange(len(emoji_data.CLASS_NAMES)), 2)
     labels = np.concatenate([labels, np.zeros(1000, np.int64)])
     labels = np.random.default_rng(1).permutation(labels)
     task = EmojiTask(EmojiPretrainConfig(batch_size=11_000), np.zeros((len(labels), 1), np.uint8), labels)
     rows = task.draw_rows(np.random.default_rng(0))
-    counts = np.bincount(labels[rows], minlength=len(emoji.CLASS_NAMES))
+    counts = np.bincount(labels[rows], minlength=len(emoji_data.CLASS_NAMES))
     mean = len(rows) / len(counts)
     # Five standard deviations of a binomial count; drawn by rows, class 0 would have nearly all.
     assert (abs(counts - mean) < 5 * mean**0.5).all()
@@ -133,8 +133,8 @@ def test_the_colour_model_learns_a_step_and_is_exported_with_its_licences(
     checkpoint = tmp_path / config.run_id / "checkpoint_1"
     checkpoint.mkdir(parents=True)
     torch.save(learner.state_dict(), checkpoint / "state.pt")
-    export(config, emoji.CLASS_NAMES, command="python -m pipelines.pretrain.emoji", data=emoji.DATA)
+    export(config, emoji_data.CLASS_NAMES, command="python -m pipelines.pretrain.emoji", data=emoji_data.DATA)
     loaded = load_model(ModelConfig(path=str(folder)))
-    assert loaded.class_names == emoji.CLASS_NAMES and loaded.model.in_channels == 3
+    assert loaded.class_names == emoji_data.CLASS_NAMES and loaded.model.in_channels == 3
     account = json.loads((folder / "config.json").read_text())
     assert "CC BY 4.0" in account["data"] and account["training"]["steps_done"] == 1

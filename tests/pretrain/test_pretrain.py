@@ -9,13 +9,13 @@ import torch
 
 from harmonica.evaluation import fashion_mnist
 from harmonica.models.loading import ModelConfig, load_model
-from harmonica.pretraining.learning import (
+from pipelines.pretrain.dit import FASHION_DIT, DiTPretrainConfig, LabelTask, export
+from pipelines.pretrain.learning import (
     Learner,
     LearningConfig,
     learning_rate_factor,
     make_optimizers,
 )
-from pipelines.pretrain.dit import FASHION_DIT, DiTPretrainConfig, LabelTask, export
 from pipelines.pretrain.loop import run
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from harmonica.builtin import FASHION_PIXART
 from harmonica.data.text_encoder import TextEncoder
-from harmonica.pretraining.evaluate_text_model import write_evaluation
-from harmonica.pretraining.flow_matching import ABSENT_PARTS, embed_captions
 from harmonica.torchvision_ops import ensure_torchvision_imports
+
+from .evaluate_text_model import write_evaluation
+from .flow_model import ABSENT_PARTS, embed_captions
 
 NUM_STEPS = 20
 _BATCH = 100

@@ -1,7 +1,7 @@
 """Train a built-in classifier and write its reference statistics.
 
-    python -m harmonica.pretraining.train_classifier --out harmonica/builtin/classifier
-    python -m harmonica.pretraining.train_classifier --data emoji --data-folder FOLDER --epochs 40 --out OUT
+    python -m pipelines.pretrain.train_classifier --out harmonica/builtin/classifier
+    python -m pipelines.pretrain.train_classifier --data emoji --data-folder FOLDER --epochs 40 --out OUT
 
 trains it on the training images and writes the weights, the statistics of real images' features, the
 features of some of them and a `config.json`. Of emoji, which come in no two parts, every tenth picture is
@@ -38,8 +38,9 @@ from harmonica.evaluation.image_metrics import label_accuracy
 from harmonica.evaluation.reference_sets import FEATURES_FILE, SPATIAL_FILE
 from harmonica.io.paths import local
 from harmonica.io.tensor_files import write_tensors
-from harmonica.pretraining import emoji
 from harmonica.validation.settings import Count, Field, Natural, Positive, settings
+
+from . import emoji_data
 
 logger = logging.getLogger(__name__)
 
@@ -123,15 +124,15 @@ def read_data(config: ClassifierTraining) -> DataSet:
             len(fashion_mnist.CLASS_NAMES),
             account,
         )
-    images, labels = map(torch.tensor, emoji.load_emoji(config.data_folder))
+    images, labels = map(torch.tensor, emoji_data.load_emoji(config.data_folder))
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(images), generator=generator)
     images, labels = images[order], labels[order]
-    weight_M = torch.from_numpy(emoji.row_weights(labels.numpy()))
+    weight_M = torch.from_numpy(emoji_data.row_weights(labels.numpy()))
     drawn = torch.multinomial(weight_M, len(images), replacement=True, generator=generator)
     is_test = torch.arange(len(images)) % _TEST_EVERY == 0
     account = {
-        "data_set": emoji.DATA,
+        "data_set": emoji_data.DATA,
         "data_set_licence": "Apache 2.0 and CC BY 4.0",
         "feature_statistics_of": f"{len(images)} draws from as many pictures, each class as likely",
         "test_accuracy_of": "a tenth of the pictures; many differ from one of the others in skin alone",
@@ -142,7 +143,7 @@ def read_data(config: ClassifierTraining) -> DataSet:
         images,
         drawn,
         255,
-        len(emoji.CLASS_NAMES),
+        len(emoji_data.CLASS_NAMES),
         account,
     )
 
@@ -215,7 +216,7 @@ def main() -> None:
     accuracy = label_accuracy(logits, data.test.labels)
     write_builtin_reference(config.out, data)
     names = ("data", "epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing", "seed")
-    command = ["python", "-m", "harmonica.pretraining.train_classifier"]
+    command = ["python", "-m", "pipelines.pretrain.train_classifier"]
     for name in names:
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     about = {
