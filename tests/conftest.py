@@ -24,9 +24,11 @@ import other_sums
 import pytest
 import torch
 from execution_cases import fresh
+from host_recorder import HostRecorder
 from torch import Tensor
 from xdist.scheduler import LoadFileScheduling
 
+from harmonica.execution import graphs
 from harmonica.models.base import freeze
 from harmonica.models.dit.model import DiT, DiTConfig
 from harmonica.samplers import Ddim, SamplerConfig
@@ -248,6 +250,12 @@ def make_bomb(tmp_path: Path) -> tuple[Callable[[], Any], Path]:
     """An object maker, and the file that appears if a pickle of such an object is executed."""
     marker = tmp_path / "executed"
     return lambda: _Bomb(marker), marker
+
+
+@pytest.fixture
+def host_recorder(monkeypatch) -> None:
+    """Steps are recorded on the CPU, as they are on CUDA."""
+    monkeypatch.setattr(graphs, "make_recorder", lambda device, known: HostRecorder(known))
 
 
 @pytest.fixture

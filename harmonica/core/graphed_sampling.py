@@ -23,7 +23,6 @@ from harmonica.execution.graphs import (
     RecordedTrajectory,
     addresses_of,
     bucket_of,
-    make_recorder,
 )
 from harmonica.samplers import Sampler, State
 from harmonica.samplers.noise import SampleKeys
@@ -65,7 +64,7 @@ def sample_graphed(
     key = _key(sampler, plan, reuse, accumulate, bucket, given, noise_NCHW.device)
 
     def make() -> RecordedTrajectory:
-        return _record(sampler, condition_N, given, bucket, noise_NCHW.device, (plan, reuse, accumulate))
+        return _record(sampler, condition_N, given, bucket, (plan, reuse, accumulate))
 
     with store.lock:
         recorded = store.find(key, make)
@@ -139,19 +138,15 @@ def _record(
     condition_N: Any,
     given: Sequence[Tensor],
     bucket: int,
-    device: torch.device,
     how: tuple[Plan | None, Reuse, bool | None],
 ) -> RecordedTrajectory:
-    buffers = [torch.zeros((bucket, *each.shape[1:]), dtype=each.dtype, device=device) for each in given]
+    recorded = RecordedTrajectory.on(sampler.model, given, bucket)
     count = len(condition_tensors(condition_N))
-    noise, scales, *others = buffers
+    noise, scales, *others = recorded.inputs
     condition = condition_of(condition_N, others[:count])
     step_noise = others[count].unbind(1) if others[count:] else ()
     sampler = sampler.with_scale_buffer(scales)
     trajectory = Trajectory(sampler, *how)
-    weights = [*sampler.model.parameters(), *sampler.model.buffers()]
-    recorded = RecordedTrajectory(make_recorder(device, [*weights, *buffers]), buffers)
-    recorded.begin(given)
 
     def steps(trajectory: Trajectory) -> list[Callable[[], Any]]:
         def start() -> Trajectory:

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harmonica.execution.capture_check import NotCapturableError
 from harmonica.execution.compiled import RecompileLimitError
 from harmonica.execution.cuda_recorder import CudaRecorder
-from harmonica.execution.recorders import HostRecorder, Recorder, Replay
+from harmonica.execution.recorders import Recorder, Replay
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,19 @@ def sizes_up_to(most: int) -> tuple[int, ...]:
     return (*(each for each in BUCKETS if each < most), most)
 
 
-def make_recorder(device: torch.device, known: Iterable[Tensor]) -> Recorder:
-    """Return what records on a device."""
-    return CudaRecorder(device) if device.type == "cuda" else HostRecorder(known)
+def make_recorder(device: torch.device, known: Sequence[Tensor]) -> Recorder:
+    """Return what records on a device.
+
+    Args:
+        known: tensors that stay where they are: weights and input buffers.
+
+    Raises:
+        NotCapturableError: it is no CUDA device, or one of the tensors lies elsewhere.
+    """
+    for each in known:
+        if each.device.type != "cuda":
+            raise NotCapturableError(f"a tensor lies on the {each.device.type}, and graphs are of CUDA alone")
+    return CudaRecorder(device)
 
 
 def addresses_of(module: nn.Module) -> tuple[int, ...]:
@@ -57,6 +67,24 @@ class RecordedTrajectory:
     """What each step returned: tensors that its replay writes anew."""
     nbytes: int = 0
     """Memory of the recording with its buffers."""
+
+    @classmethod
+    def on(cls, module: nn.Module, given: Sequence[Tensor], rows: int) -> "RecordedTrajectory":
+        """Return a recording of nothing yet, with buffers that hold a batch.
+
+        Args:
+            module: what is run; its weights stay where they are.
+            given: the batch, on the device.
+            rows: of each buffer, no fewer than the batch has.
+
+        Raises:
+            NotCapturableError: nothing can be recorded where the module is.
+        """
+        buffers = [each.new_zeros((rows, *each.shape[1:])) for each in given]
+        recorder = make_recorder(given[0].device, [*module.parameters(), *module.buffers(), *buffers])
+        recorded = cls(recorder, buffers)
+        recorded.begin(given)
+        return recorded
 
     def record(self, steps: Sequence[Callable[[], Any]]) -> None:
         """Run and record the steps in order.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harmonica.core.cache import BranchCache
 from harmonica.core.graphed_sampling import condition_of, condition_tensors
-from harmonica.execution.graphs import GraphStore, RecordedTrajectory, addresses_of, make_recorder
+from harmonica.execution.graphs import GraphStore, RecordedTrajectory, addresses_of
 from harmonica.integrations.pipeline_transformer import Call, KeptValue, PipelineTransformer
 
 StepMaker = Callable[[int, BranchCache, tuple[Any, ...]], Callable[[], Tensor]]
@@ -112,11 +112,9 @@ class GraphedSteps:
         return kinds, place, tuple(_adapter_states(transformer))
 
     def _record(self, raw: Any, given: Sequence[Tensor]) -> RecordedTrajectory:
-        device, transformer = given[0].device, self._model.transformer
-        buffers = [torch.zeros(each.shape, dtype=each.dtype, device=device) for each in given]
-        recorder = make_recorder(device, [*transformer.parameters(), *transformer.buffers(), *buffers])
-        recorded = RecordedTrajectory(recorder, buffers)
-        recorded.begin(given)
+        # Not padded to fewer sizes: a pipeline's batch seldom changes.
+        recorded = RecordedTrajectory.on(self._model.transformer, given, len(given[0]))
+        recorder, buffers = recorded.recorder, recorded.inputs
         with recorder.recording():
             recorder.warm_up(lambda: [step() for step in self._steps(raw, buffers)])
             recorded.record(list(self._steps(raw, buffers)))

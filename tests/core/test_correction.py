@@ -78,10 +78,12 @@ def test_values_that_are_held_are_not_corrected(sampler, accumulate):
     assert torch.equal(*held)
 
 
-def test_recorded_steps_correct_too(sampler, no_codegen):
+def test_recorded_steps_correct_too(sampler, no_codegen, host_recorder):
     plan, batch = corrected_plan(1), rows(0, 3)
     sampler.model.execution = "graphed"
-    drawn = sample(sampler, batch.noise_NCHW, batch.condition_N, plan, reuse="forecast")
+    for _ in range(2):
+        drawn = sample(sampler, batch.noise_NCHW, batch.condition_N, plan, reuse="forecast")
+    assert len(sampler.model.graphs) == 1
     sampler.model.execution = "eager"
     torch.testing.assert_close(drawn, written_out(sampler, plan), **CLOSE)
 

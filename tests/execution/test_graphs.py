@@ -17,13 +17,14 @@ from execution_cases import STEPS, ddim, draw, even_plan, make_batch, make_dit, 
 from torch import Tensor
 
 from harmonica.core.sampling import sample
+from harmonica.execution import graphs
 from harmonica.execution.capture_check import NotCapturableError
-from harmonica.execution.graphs import BUCKETS, GraphStore, bucket_of
+from harmonica.execution.graphs import BUCKETS, GraphStore, bucket_of, make_recorder
 from harmonica.models.step_conditionings import StepConditionings
 from harmonica.samplers import Sampler, SamplerConfig, make_sampler
 from harmonica.samplers.noise import SampleKeys
 
-pytestmark = pytest.mark.usefixtures("no_codegen")
+pytestmark = pytest.mark.usefixtures("no_codegen", "host_recorder")
 
 
 def store_of(sampler: Sampler) -> GraphStore:
@@ -180,6 +181,15 @@ def test_what_may_pass_is_tried_once_more(error, times):
 
     assert [store.find("key", make) for _ in range(5)] == [None] * 5
     assert len(made) == times and store.reasons == {str(error)}
+
+
+def test_without_cuda_the_steps_are_run(monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "make_recorder", make_recorder)
+    sampler, batch = ddim(make_dit()), make_batch(1)
+    with caplog.at_level(logging.WARNING, "harmonica"):
+        check_replays(sampler, [batch] * 3)
+    assert caplog.text.count("a tensor lies on the cpu, and graphs are of CUDA alone") == 1
+    assert len(store_of(sampler)) == 0
 
 
 def test_moved_weights_are_recorded_anew():

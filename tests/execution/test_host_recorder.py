@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from host_recorder import HostRecorder
 from torch import Tensor
 
 from harmonica.execution.capture_check import NotCapturableError
 from harmonica.execution.graphs import RecordedTrajectory
-from harmonica.execution.recorders import HostRecorder
 
 pytestmark = pytest.mark.usefixtures("no_codegen")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import harmonica
 from harmonica.execution.graphs import GraphStore
 
-pytestmark = pytest.mark.usefixtures("no_codegen")
+pytestmark = pytest.mark.usefixtures("no_codegen", "host_recorder")
 
 NEAR = of_trajectory(STEPS)
 

@@ -92,7 +92,20 @@ def run_gpu(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_the_script_for_a_gpu_runs_on_something_small(tmp_path, monkeypatch, no_codegen, capsys):
+@pytest.fixture
+def all_graphed(monkeypatch, no_codegen, host_recorder) -> None:
+    """Arms are as graphed as their names say."""
+    measure = gpu.measure
+
+    def watched(arm: Any, rounds: int) -> Any:
+        result = measure(arm, rounds)
+        assert arm.is_graphed(), arm.name
+        return result
+
+    monkeypatch.setattr(gpu, "measure", watched)
+
+
+def test_the_script_for_a_gpu_runs_on_something_small(tmp_path, monkeypatch, all_graphed, capsys):
     written: list[int] = []
     write = Path.write_text
 
@@ -116,7 +129,7 @@ def test_the_script_for_a_gpu_runs_on_something_small(tmp_path, monkeypatch, no_
     assert table.count("| graphed weights") == 7
 
 
-def test_its_other_sections_run_too(tmp_path, no_codegen):
+def test_its_other_sections_run_too(tmp_path, all_graphed):
     others = ("flux-1024", "sdt", "caches", "pixart-1024", "dit-512", "pixart-2048", "static")
     arms = run_gpu(tmp_path, "--sections", *others)["arms"]
     assert [arm["section"] for arm in arms if arm["section"] not in ("caches",)] == (

@@ -169,7 +169,9 @@ def test_a_row_s_own_guidance_is_that_of_a_sampler_of_its_scale(sampler):
 
 
 @pytest.mark.parametrize("execution", ["compiled", "graphed"])
-def test_a_replica_at_another_level_of_execution_serves_the_same_pictures(execution, model, no_codegen):
+def test_a_replica_at_another_level_of_execution_serves_the_same_pictures(
+    execution, model, no_codegen, host_recorder
+):
     artifact = make_artifact(model)
     plain = ImageSampler(load_model(model))
     other = ImageSampler(load_model(replace(model, execution=execution)))
