@@ -4,7 +4,10 @@ import pytest
 import torch
 from tiny_sana import FLOW, SCHEDULERS, config, make_batch, make_sana
 
+from harmonica.core.plan_builders import even_plan
 from harmonica.samplers import SamplerConfig, make_sampler
+from harmonica.training.config import TrainingConfig
+from harmonica.training.trainer import RouterTrainer
 
 
 @pytest.mark.parametrize("steps", [2, 20, 1000])
@@ -64,3 +67,16 @@ def test_a_scheduler_takes_what_the_model_predicts(tiny_dit):
     ):
         with pytest.raises(ValueError, match=f"sampler.name {words}"):
             make_sampler(flow, SamplerConfig(name=name))
+
+
+def test_a_training_takes_the_even_steps_of_flow_matching(tiny_dit):
+    """Beyond twice the speed, runs of reuse are longer late under flow matching, and early else."""
+    training = TrainingConfig(target_speedup=2.5, initial="even", iepo="none", trajectories=1)
+    flow, other = (
+        make_sampler(make_sana("1.0"), config("unipc", num_inference_steps=20)),
+        make_sampler(tiny_dit, SamplerConfig(num_inference_steps=20)),
+    )
+    for sampler, is_flow in ((flow, True), (other, False)):
+        expected = even_plan(20, sampler.model.macs(), 2.5, is_flow_matching=is_flow)
+        assert RouterTrainer(sampler, training, seed=0).plan.compute == expected.compute
+        assert expected != even_plan(20, sampler.model.macs(), 2.5, is_flow_matching=not is_flow)
