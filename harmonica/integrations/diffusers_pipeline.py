@@ -42,7 +42,8 @@ from harmonica.integrations.forward_slots import (
 )
 from harmonica.integrations.pipeline_transformer import PipelineTransformer
 from harmonica.integrations.planned_forward import PipelineExecution, PlannedForward
-from harmonica.integrations.recorded.even_steps import EvenSteps, EvenTrajectory, even_calls
+from harmonica.integrations.recorded.even_steps import EvenSteps
+from harmonica.integrations.recorded.even_trajectory import EvenTrajectory, even_calls
 from harmonica.integrations.recorded.pipelines import is_recorded, planned_calls, transformers_of
 from harmonica.integrations.recorded.trajectory import TransformerCall
 from harmonica.integrations.step_tracker import StepCounter

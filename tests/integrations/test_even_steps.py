@@ -16,7 +16,8 @@ from torch import Tensor
 import harmonica
 from harmonica.core.plan_builders import even_plan, with_fixed_correction
 from harmonica.integrations.diffusers_pipeline import even_speedup
-from harmonica.integrations.recorded.even_steps import EvenTrajectory, is_flow_matching
+from harmonica.integrations.recorded.even_steps import is_flow_matching
+from harmonica.integrations.recorded.even_trajectory import EvenTrajectory
 from harmonica.integrations.recorded.kinds import BLOCKS
 from harmonica.models.base import Macs
 from tests.integrations.test_block_stack import calls_in_blocks, trainer_of
