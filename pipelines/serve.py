@@ -45,8 +45,9 @@ class ServeCommand:
     storage_path: str = "runs"
     """Folder whose mlflow.db is looked into where MLFLOW_TRACKING_URI is not set."""
     router: str = ""
-    """Router artifact folder to serve, or `uncached` to compute every branch. Empty: the registry's champion,
-    else the built-in one, whichever fits the model."""
+    """Router artifact folder to serve, `uncached` to compute every branch, or `even-1.8x` for evenly spread
+    steps at that speed, which need no training. Empty: the registry's champion, else the built-in one,
+    whichever fits the model."""
     models: str = ""
     """YAML file of several models to serve, by the names that clients give: `NAME: {model: {path: PATH}}`,
     with `registered_model` (NAME by default) and `router` where they are not to be found by themselves.

@@ -16,6 +16,8 @@ from harmonica.integrations.forward_slots import (
     unwrapped,
 )
 from harmonica.integrations.recorded.compiled_units import compile_blocks
+from harmonica.integrations.recorded.even_steps import EvenSteps
+from harmonica.integrations.recorded.even_trajectory import even_calls
 from harmonica.integrations.recorded.pipelines import (
     calls_of,
     check_router,
@@ -73,6 +75,15 @@ class ExchangedPlans:
                 self._modules, forwards, cacheable=cacheable, is_compiled=self._is_compiled
             )
         return list(calls_of(self._views[cacheable], artifact, allow_other_sampler=False))
+
+    def make_even(self, even: EvenSteps) -> PipelinePlan:
+        """Make the plan of evenly spread steps, for `under`.
+
+        Raises:
+            ValueError: another cache is on.
+        """
+        forwards = [own_forward(module) for module in self._modules]
+        return list(even_calls(self._modules, forwards, even, is_compiled=self._is_compiled))
 
     def compile_blocks(self) -> None:
         """Compile the transformers' blocks, if that was asked for.

@@ -10,7 +10,7 @@ from harmonica.core.artifact import RouterArtifact
 
 from .servable_pipeline import has_two_views
 from .serve_args import ServeArgs
-from .served_plan import UNCACHED
+from .served_plan import is_untrained
 
 REGISTRY_WAIT_S = 600.0
 """Seconds that a replica waits for the registry when it starts."""
@@ -49,7 +49,7 @@ async def deciding_router(args: ServeArgs, wait_s: float = REGISTRY_WAIT_S) -> R
     Raises:
         ValueError: there is no such router.
     """
-    if args.router == UNCACHED or not has_two_views(args.model):
+    if is_untrained(args.router) or not has_two_views(args.model):
         return None
     return await from_registry(lambda: asyncio.to_thread(_first, args), wait_s)
 

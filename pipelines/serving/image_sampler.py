@@ -17,6 +17,7 @@ from harmonica.core.sampling import check_plan, sample
 from harmonica.data.conditions import make_conditions
 from harmonica.data.text_encoder import OverLimit
 from harmonica.execution.levels import warm_ups
+from harmonica.integrations.recorded.even_steps import EvenSteps
 from harmonica.models.loading import LoadedModel
 from harmonica.models.vae import decode_latents, draws_pixels, pixels_per_latent
 from harmonica.samplers import SamplerConfig, make_sampler
@@ -97,6 +98,19 @@ class ImageSampler(PlannedSampler[SamplerPlan]):
         plan = Plan.full(config.num_inference_steps, len(self.model.branches))
         sampler = make_sampler(self.model, config)
         return SamplerPlan(sampler.config, plan, "hold", UNCACHED, sampler=sampler)
+
+    def make_even(self, config: SamplerConfig, even: EvenSteps, version: str) -> SamplerPlan:
+        """Make a plan of evenly spread steps.
+
+        Raises:
+            ValueError: the sampler does not fit the model.
+        """
+        sampler, macs = make_sampler(self.model, config), self.model.macs()
+        is_flow_matching = self.model.prediction == "flow"
+        plan = even.nearest_plan(config.num_inference_steps, macs, is_flow_matching=is_flow_matching)
+        return SamplerPlan(
+            sampler.config, plan, "forecast", version, plan.ideal_speedup(macs), sampler=sampler
+        )
 
     def own_sampler(self, path: str) -> SamplerConfig:
         """Return how the model at a path samples where no router says it."""

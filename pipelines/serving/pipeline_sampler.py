@@ -13,7 +13,8 @@ from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.core.plan import Plan
-from harmonica.integrations.exchanged_plans import ExchangedPlans
+from harmonica.integrations.exchanged_plans import ExchangedPlans, PipelinePlan
+from harmonica.integrations.recorded.even_steps import EvenSteps, is_flow_matching
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig
 
@@ -58,6 +59,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         self.pipe = pipeline.folder.load(dtype=getattr(torch, config.dtype), device=device)
         self._is_compiled = config.execution_on("cpu") == "compiled"  # `auto` is eager on any device
         self._exchanged = ExchangedPlans(self.pipe, is_compiled=self._is_compiled)
+        self._spread: tuple[EvenSteps, PipelinePlan] | None = None
         self._decoder = LatentDecoder(self.pipe)
         self.max_pictures, self.needs_pictures = pipeline.max_pictures, pipeline.needs_pictures
         self._max_pixels = max_pixels
@@ -127,6 +129,23 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
             arguments=champion.arguments if champion else {},
             is_guided=champion.is_guided if champion else True,
         )
+
+    def make_even(self, config: SamplerConfig, even: EvenSteps, version: str) -> PipelineServedPlan:
+        """Make a plan of evenly spread steps.
+
+        The first one generates a small image, which records what the transformer's blocks cost.
+        """
+        if self._spread is None or self._spread[0] != even:
+            forwards = self._exchanged.make_even(even)
+            every = Plan.full(config.num_inference_steps, 1)
+            unknown = PipelineServedPlan(config, every, "forecast", version, forwards=forwards)
+            self.generate([self.probe()], unknown)
+            self._spread = even, forwards
+        _, forwards = self._spread
+        macs, is_flow = forwards[0].trajectory.views[0].macs(), is_flow_matching(self.pipe.scheduler)
+        plan = even.nearest_plan(config.num_inference_steps, macs, is_flow_matching=is_flow)
+        speedup = plan.ideal_speedup(macs)
+        return PipelineServedPlan(config, plan, "forecast", version, speedup, forwards=forwards)
 
     def own_sampler(self, path: str) -> SamplerConfig:
         """Return the settings that the pipeline's call has by default."""

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from harmonica.core.artifact import RouterArtifact
+from harmonica.integrations.recorded.even_steps import EvenSteps
 from harmonica.samplers import SamplerConfig
 
 from .image_request import ImageRequest, Quality, SettingRejected, rejecting
 from .image_sizes import SizeBounds
-from .served_plan import UNCACHED, Served
+from .served_plan import UNCACHED, Served, even_steps_of
 
-_MAX_UNCACHED_PLANS = 16
+_MOST_PLANS = 16
 OnPreview = Callable[[int, Callable[[Sequence[int]], Tensor]], None]
 """Callback after every step: it gets the number of steps done, and a function that returns the predicted
 images (N, C, H, W) of the given batch indices."""
@@ -43,6 +44,7 @@ class PlannedSampler(ABC, Generic[Served]):
         self._plans: dict[Quality, Served] = {}
         self._by_steps: dict[int, Served] = {}
         self._uncached: dict[int, Served] = {}
+        self._even: dict[int, Served] = {}
         self.fixed_batch_size = 0
         """Batch size that every trajectory is padded to; 0 until `fix_batch_size` is called."""
 
@@ -64,6 +66,17 @@ class PlannedSampler(ABC, Generic[Served]):
         """Make a plan that computes every branch.
 
         It is also the champion of a model that has no router.
+
+        Raises:
+            ValueError: the sampler does not fit the model.
+        """
+
+    @abstractmethod
+    def make_even(self, config: SamplerConfig, even: EvenSteps, version: str) -> Served:
+        """Make a plan of evenly spread steps, which needs no router.
+
+        Where so few steps do not reach the speed, it is as fast as they can be. Call it from the thread that
+        runs trajectories.
 
         Raises:
             ValueError: the sampler does not fit the model.
@@ -169,26 +182,32 @@ class PlannedSampler(ABC, Generic[Served]):
         """
         self._plans = {"medium": champion, "low": fastest or champion}
         self._by_steps = {served.config.num_inference_steps: served for served in (*by_steps, champion)}
-        is_uncached = champion.version == UNCACHED
-        self._uncached = {champion.plan.num_steps: champion} if is_uncached else {}
+        alone = {champion.config.num_inference_steps: champion}
+        self._uncached = alone if champion.version == UNCACHED else {}
+        self._even = alone if even_steps_of(champion.version) else {}
 
     def plan_for(
         self, quality: Quality, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Served:
         """Return the plan of a quality.
 
-        Only `high` leaves steps and guidance free. For the others, `num_inference_steps` picks the router
-        that was made for that number.
+        Only `high` leaves steps and guidance free, and so do evenly spread steps. For routers,
+        `num_inference_steps` picks the one that was made for that number.
 
         Raises:
             SettingRejected: no router was made for these settings, or there is no such setting.
         """
-        if quality == "high":
+        even = even_steps_of(self.champion.version)
+        if quality == "high" or even is not None:
             config = self.champion.config
             if guidance_scale is not None:
                 with rejecting("guidance_scale"):
                     replace(config, guidance_scale=guidance_scale)
-            return self._uncached_plan(num_inference_steps or config.num_inference_steps)
+            steps = num_inference_steps or config.num_inference_steps
+            if quality == "high" or even is None:
+                return self._free_plan(steps, self._uncached, self.make_uncached)
+            version = self.champion.version
+            return self._free_plan(steps, self._even, lambda own: self.make_even(own, even, version))
         served = self._plans[quality]
         if num_inference_steps not in (None, served.config.num_inference_steps):
             served = self._by_steps.get(num_inference_steps, served)
@@ -222,8 +241,10 @@ class PlannedSampler(ABC, Generic[Served]):
             uses[served] = uses.get(served, ()) + (quality,)
         return uses | {served: () for served in self._by_steps.values() if served not in uses}
 
-    def _uncached_plan(self, num_inference_steps: int) -> Served:
-        made = self._uncached
+    def _free_plan(
+        self, num_inference_steps: int, made: dict[int, Served], make: Callable[[SamplerConfig], Served]
+    ) -> Served:
+        """Return a plan that takes any number of steps; the last few are remembered."""
         if num_inference_steps in made:
             return made[num_inference_steps]
         config = self.champion.config
@@ -232,8 +253,8 @@ class PlannedSampler(ABC, Generic[Served]):
             message = f"num_inference_steps is {num_inference_steps}: give 2 to {most}"
             raise SettingRejected("num_inference_steps", message)
         with rejecting("num_inference_steps"):
-            served = self.make_uncached(replace(config, num_inference_steps=num_inference_steps))
-        if len(made) == _MAX_UNCACHED_PLANS:
+            served = make(replace(config, num_inference_steps=num_inference_steps))
+        if len(made) == _MOST_PLANS:
             del made[next(iter(made))]
         made[num_inference_steps] = served
         return served

@@ -13,7 +13,7 @@ from harmonica.core.artifact import RouterArtifact
 from .engine import GenerationEngine
 from .requests import RejectedRouter
 from .serve_args import ServeArgs
-from .served_plan import UNCACHED, ServedPlan
+from .served_plan import UNCACHED, ServedPlan, even_steps_of
 
 _MOST_STEPS = 8
 """Number of routers for other numbers of steps at most; each is tried out before it is used."""
@@ -124,6 +124,12 @@ class RegistryWatcher:
             uncached: ServedPlan = await asyncio.to_thread(images.make_uncached, own)
             await self._engine.warm_up(uncached)
             return uncached
+        if (even := even_steps_of(version)) is not None:
+            own = images.own_sampler(self._args.model.path)
+            make = partial(images.make_even, own, even, version)
+            spread: ServedPlan = await self._engine.batcher.run_between_batches(make)
+            await self._engine.warm_up(spread)
+            return spread
         artifact = self._loaded.get(version)
         if artifact is None:
             artifact = await asyncio.to_thread(self._args.load, version)

@@ -16,7 +16,7 @@ from ..tracking.mlflow_store import database_of, tracking_uri, without_credentia
 from .model_check import check_is_whole
 from .servable_pipeline import ServablePipeline, servable_pipeline
 from .serve_args import ServeArgs, builtin_router
-from .served_plan import UNCACHED
+from .served_plan import UNCACHED, even_steps_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Choice:
     tracking_uri: str = ""
     """The MLflow whose champion is served."""
     router: str = ""
-    """Artifact folder, or `uncached`."""
+    """Artifact folder, `uncached`, or a speed such as `even-1.8x`."""
     summary: str
     """Which router it is and why, for the user."""
 
@@ -39,7 +39,7 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
 
     Args:
         model: the denoiser that the router has to fit.
-        router: artifact folder or `uncached`; empty if none was asked for.
+        router: artifact folder, `uncached` or a speed such as `even-1.8x`; empty if none was asked for.
         registered_model: name in MLflow's registry.
         storage_path: folder whose mlflow.db is used if MLFLOW_TRACKING_URI is not set.
 
@@ -51,6 +51,10 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
     if router == UNCACHED:
         mismatch.check_model()
         return Choice(router=router, summary="every branch computed (--router uncached)")
+    if (even := even_steps_of(router)) is not None:
+        mismatch.check_model()
+        summary = f"evenly spread steps at {even.speedup:g}x, without training (--router {router})"
+        return Choice(router=router, summary=summary)
     if router:
         router = str(local(router, "router"))
         if why_not := mismatch(RouterArtifact.load(router)):
@@ -68,7 +72,7 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
         return Choice(
             router=UNCACHED,
             summary=f"every branch computed, since there is no router for {model.path} ({why_no_champion}): "
-            "train one, or give --router FOLDER",
+            "train one, or give --router FOLDER, or --router even-1.8x, which needs no training",
         )
     raise ValueError(
         f"router is '' and version {champion.version} of {registered_model}, the champion in MLflow, does "

@@ -35,7 +35,9 @@ class GenerationDetails(BaseModel):
     """Say how images were generated."""
 
     seed: int
-    router_version: str = Field(description="`uncached` if every branch was computed.")
+    router_version: str = Field(
+        description="`uncached` if every branch was computed, a speed such as `even-1.8x` without training."
+    )
     cur: float = Field(description="Cache utilisation ratio: the share of branch outputs that were reused.")
     num_inference_steps: int
     guidance_scale: float
@@ -173,7 +175,7 @@ class RouterEntry(BaseModel):
         description="One string a step, with 1 for each branch computed and 0 for each reused."
     )
     scores: list[list[float]] = Field(
-        description="The router's scores in the shape of the plan; empty for `uncached`."
+        description="The router's scores in the shape of the plan; empty where there is no router."
     )
 
 

@@ -21,7 +21,7 @@ from harmonica.validation.settings import Cure, require, settings, told
 from ..config.serve import ServeConfig
 from ..config.workflow import WorkflowConfig
 from ..tracking import registry
-from .served_plan import UNCACHED
+from .served_plan import is_untrained
 
 FOLLOW_S = 5.0
 _MOST_VERSIONS = 50
@@ -37,8 +37,8 @@ class ServedModel:
     registered_model: str = ""
     """Name in MLflow's registry. Empty: the `model` that clients give."""
     router: str = ""
-    """Router artifact folder to serve, or `uncached` to compute every branch. Empty: the registry's champion,
-    else the built-in one."""
+    """Router artifact folder to serve, `uncached` to compute every branch, or `even-1.8x` for evenly spread
+    steps at that speed, which need no training. Empty: the registry's champion, else the built-in one."""
 
 
 def builtin_router(model: ModelConfig) -> str:
@@ -65,8 +65,9 @@ class ServeArgs(BaseModel):
     follow_s: float = Field(FOLLOW_S, gt=0)
     """Seconds between looks at which version is the champion; running replicas change over to it."""
     router: str = ""
-    """Router artifact folder to serve instead, or `uncached`: every branch is computed, under the model's own
-    sampler. Empty without MLflow either: the built-in champion."""
+    """Router artifact folder to serve instead, or one of those that need none, under the model's own sampler:
+    `uncached` computes every branch, `even-1.8x` reuses evenly spread steps at that speed. Empty without
+    MLflow either: the built-in champion."""
     models: Annotated[dict[str, ServedModel], Cure("the settings of each model by its name")] = Field(
         default_factory=dict
     )
@@ -145,8 +146,8 @@ class ServeArgs(BaseModel):
         """
         if self.tracking_uri:
             return registry.resolve(self.registered_model, registry.CHAMPION, self.tracking_uri)
-        if self.router == UNCACHED:
-            return UNCACHED
+        if is_untrained(self.router):
+            return self.router
         is_builtin = Path(self.router) == Path(builtin_router(self.model))
         return "builtin" if is_builtin else local(self.router, "router").name
 

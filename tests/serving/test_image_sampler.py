@@ -10,9 +10,11 @@ from tiny_pipeline import write_pipeline
 from tolerances import NOISIEST, PASS, close
 
 from harmonica.core.artifact import RouterArtifact
+from harmonica.core.plan_builders import even_plan, with_fixed_correction
 from harmonica.core.sampling import sample
 from harmonica.evaluation.plots import to_uint8
 from harmonica.execution.graphs import sizes_up_to
+from harmonica.integrations.recorded.even_steps import EvenSteps
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.samplers.noise import SampleKeys
@@ -107,6 +109,29 @@ def test_only_high_leaves_a_choice_of_steps_and_guidance(sampler):
     for steps in range(2, 31):
         sampler.plan_for("high", steps)
     assert len(sampler._uncached) <= 16
+
+
+def test_even_steps_need_no_router_and_leave_steps_and_guidance_free(model):
+    images = ImageSampler(load_model(model), max_steps=30)
+    own, macs = SamplerConfig(num_inference_steps=8, guidance_scale=2.0), images.model.macs()
+    images.use(images.make_even(own, EvenSteps(speedup=1.5), "even-1.5x"))
+    rows = [ImageRequest(1, 1, 0, guidance_scale=3.0)]
+    for steps in (8, 12):
+        served = images.plan_for("medium", steps, 3.0)
+        assert images.plan_for("low", steps, 4.0) is served
+        expected = with_fixed_correction(even_plan(steps, macs, 1.5))
+        assert served.plan == expected and served.ideal_speedup == expected.ideal_speedup(macs) > 1.3
+        sampler = make_sampler(images.model, replace(own, num_inference_steps=steps, guidance_scale=3.0))
+        drawn = sample(sampler, *start(images, rows), expected, reuse="forecast")
+        torch.testing.assert_close(images.generate(rows, served), drawn)
+        assert images.plan_for("high", steps).plan.cur == 0
+        assert far(images.generate(rows, images.plan_for("high", steps))[0], drawn[0])
+    assert images.plan_for("medium", 2).plan.num_steps == 2, "as fast as two steps can be"
+    with pytest.raises(SettingRejected, match=r"^num_inference_steps is 31: give 2 to 30"):
+        images.plan_for("medium", 31)
+    for steps in range(2, 31):
+        images.plan_for("medium", steps)
+    assert len(images._even) <= 16
 
 
 def test_previews_show_the_rows_asked_for(sampler):

@@ -71,6 +71,28 @@ def test_a_router_that_was_not_trained_is_served_too(folder):
     assert not torch.allclose(image, drawn(folder, None, 7, "a red cat", **CALL), atol=1e-4)
 
 
+def test_even_steps_need_no_router_and_leave_steps_and_guidance_free(folder):
+    images = make_sampler(ModelConfig(path=str(folder)), ServeConfig(max_steps=30, max_pixels=2**15))
+    even, own = harmonica.EvenSteps(speedup=1.5), images.own_sampler("")
+    images.use(images.make_even(own, even, "even-1.5x"))
+    row = ImageRequest("a red cat", 7, 0, guidance_scale=3.0, size=(tiny.WIDTH, tiny.HEIGHT))
+    for steps in (tiny.STEPS, 9):
+        served, call = images.plan_for("medium", steps, 3.0), CALL | {"num_inference_steps": steps}
+        assert images.plan_for("low", steps) is served and served.config.num_inference_steps == steps
+        assert served.version == "even-1.5x" and served.ideal_speedup > 1.3 and served.plan.num_steps == steps
+        (image,) = images.generate([row], served)
+        assert torch.allclose(image, drawn(folder, even, 7, "a red cat", **call), atol=1e-5)
+        full = images.plan_for("high", steps)
+        assert full.version == "uncached" and full.plan.cur == 0
+        (whole,) = images.generate([row], full)
+        assert torch.allclose(whole, drawn(folder, None, 7, "a red cat", **call), atol=1e-5)
+        assert not torch.allclose(image, whole, atol=1e-4)
+    with pytest.raises(SettingRejected, match="num_inference_steps is 31: give 2 to 30"):
+        images.plan_for("medium", 31)
+    with pytest.raises(SettingRejected, match="guidance_scale is 51"):
+        images.plan_for("medium", None, 51.0)
+
+
 def test_size_steps_and_guidance_are_free_with_high(images, folder):
     served = images.plan_for("high", 6, 2.0)
     assert (served.version, served.config.num_inference_steps) == ("uncached", 6)

@@ -120,6 +120,40 @@ def test_what_cannot_be_served_is_one_line_before_ray_starts(tmp_path, monkeypat
     assert not ray.is_initialized()
 
 
+def test_even_steps_need_no_router(folder, tmp_path):
+    choice = choose(folder / "other", tmp_path, "even-1.8x")
+    assert (choice.tracking_uri, choice.router) == ("", "even-1.8x")
+    assert choice.summary == "evenly spread steps at 1.8x, without training (--router even-1.8x)"
+    with pytest.raises(ValueError, match=r"^router is 'even-1x': give a speed above 1, such as even-1.8x"):
+        choose(folder / "model", tmp_path, "even-1x")
+    with pytest.raises(ValueError, match=r"nowhere does not exist"):
+        choose("nowhere", tmp_path, "even-1.8x")
+    named = folder / "even-2x"
+    with pytest.raises(ValueError, match=r"even-2x has no readable config.json"):
+        choose(folder / "model", tmp_path, f"{named}")  # with a slash it is a folder
+
+
+def test_a_replica_serves_even_steps_under_the_model_s_own_sampler(folder):
+    model = ModelConfig(path=str(folder / "model"))
+    engine = GenerationEngine(ImageSampler(load_model(model)), NAME, CONFIG)
+    args = ServeArgs(model=model, registered_model=NAME, router="even-1.5x").resolved()
+
+    async def run():
+        await RegistryWatcher(engine, args).poll()
+        await RegistryWatcher(engine, args).poll()
+        card = await engine.describe()
+        even, high = sorted(card.routers, key=lambda each: each.quality == ("high",))
+        assert card.router_version == even.version == "even-1.5x" and even.quality == ("medium", "low")
+        assert high.version == "uncached" and even.num_inference_steps == high.num_inference_steps == 20
+        assert 1.3 < even.ideal_speedup < 1.6 and 0.3 < card.cur < 0.4
+        image = ImageRequest(1, 1, 0)
+        fast, whole = [await engine.generate(EngineRequest(image, name)) for name in ("medium", "high")]
+        assert (fast.router_version, whole.router_version) == ("even-1.5x", "uncached")
+        assert fast.picture != whole.picture
+
+    asyncio.run(run())
+
+
 def test_every_branch_is_computed_under_the_model_s_own_sampler(folder):
     model = ModelConfig(path=str(folder / "model"))
     engine = GenerationEngine(ImageSampler(load_model(model)), NAME, CONFIG)

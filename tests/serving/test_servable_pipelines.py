@@ -99,7 +99,7 @@ def test_a_router_is_chosen_by_its_class_before_weights_are_read(folder, artifac
         choose_router(model, str(other.save(tmp_path / "other")), "tiny", str(tmp_path))
 
 
-@pytest.mark.parametrize("router", ["trained", "uncached"])
+@pytest.mark.parametrize("router", ["trained", "uncached", "even-1.5x"])
 def test_a_replica_tries_its_router_out(folder, artifact, tmp_path, router):
     path = str(artifact.save(tmp_path / "trained")) if router == "trained" else router
     args = ServeArgs(model=ModelConfig(path=str(folder)), router=path, registered_model="tiny").resolved()
@@ -116,6 +116,10 @@ def test_a_replica_tries_its_router_out(folder, artifact, tmp_path, router):
     assert by_quality["high"].version == "uncached" and by_quality["medium"].version == router
     assert by_quality["high"].num_inference_steps == (tiny.STEPS if router == "trained" else 28)
     assert by_quality["medium"].guidance_scale == (3.0 if router == "trained" else 3.5)
+    assert by_quality["low"] == by_quality["medium"]
+    if router == "even-1.5x":
+        assert by_quality["medium"].ideal_speedup == pytest.approx(1.5, abs=0.06)
+        assert by_quality["medium"].plan.count("0") > 7
 
 
 def test_a_replica_refuses_a_router_whose_branches_are_others(folder, artifact, tmp_path):
