@@ -8,9 +8,13 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
+
 from harmonica.core.artifact import RouterArtifact
+from harmonica.core.plan_builders import logits_of
 from harmonica.core.sampling import check_plan
 from harmonica.data.class_names import UnknownClass, find_class
+from harmonica.integrations.recorded.even_steps import EvenSteps
 from harmonica.io.resolve import shipped_router
 from harmonica.io.safe_load import read_released_router
 from harmonica.models.loading import BUILTIN, BUILTIN_COLOUR, LoadedModel, ModelConfig
@@ -25,8 +29,9 @@ class SampleCommand:
     """Settings of one sampling."""
 
     router: str = ""
-    """Artifact folder, or .pt of the released training code. Empty: the champion of a built-in model that has
-    one, and no router for other models."""
+    """Artifact folder, .pt of the released training code, or `even-1.8x` for evenly spread steps at that
+    speed, which need no training. Empty: the champion of a built-in model that has one, and no router for
+    other models."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """tau of a released .pt, which does not say it."""
     classes: tuple[str, ...] = ()
@@ -71,6 +76,8 @@ def load_router(command: SampleCommand, loaded: LoadedModel) -> RouterArtifact |
     path = command.router or str(shipped_router(command.model.path) or "")
     if not path:
         return None
+    if (even := EvenSteps.named(path)) is not None:
+        return _untrained_router(even, requested_sampler(command, loaded, None))
     if not path.endswith(".pt"):
         return RouterArtifact.load(path)
     logits_TB = read_released_router(path)
@@ -84,6 +91,21 @@ def load_router(command: SampleCommand, loaded: LoadedModel) -> RouterArtifact |
     sampler = make_sampler(loaded.model, config)
     return RouterArtifact.build(
         logits_TB, sampler, threshold=command.threshold, reuse="hold", training={"released": Path(path).name}
+    )
+
+
+def _untrained_router(even: EvenSteps, sampler: Sampler) -> RouterArtifact:
+    """Return the artifact of evenly spread steps under a sampler."""
+    model = sampler.model
+    plan = even.plan(sampler.num_steps, model.macs(), is_flow_matching=model.prediction == "flow")
+    correction_TJ = None if plan.correction is None else torch.tensor(plan.correction)
+    return RouterArtifact.build(
+        logits_of(plan, 1.0),
+        sampler,
+        threshold=0.5,
+        reuse="forecast",
+        training={"initial": "even", "chosen": "even"},
+        correction_TJ=correction_TJ,
     )
 
 

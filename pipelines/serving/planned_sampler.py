@@ -17,7 +17,7 @@ from harmonica.samplers import SamplerConfig
 
 from .image_request import ImageRequest, Quality, SettingRejected, rejecting
 from .image_sizes import SizeBounds
-from .served_plan import UNCACHED, Served, even_steps_of
+from .served_plan import UNCACHED, Served
 
 _MOST_PLANS = 16
 OnPreview = Callable[[int, Callable[[Sequence[int]], Tensor]], None]
@@ -184,7 +184,7 @@ class PlannedSampler(ABC, Generic[Served]):
         self._by_steps = {served.config.num_inference_steps: served for served in (*by_steps, champion)}
         alone = {champion.config.num_inference_steps: champion}
         self._uncached = alone if champion.version == UNCACHED else {}
-        self._even = alone if even_steps_of(champion.version) else {}
+        self._even = alone if EvenSteps.named(champion.version) else {}
 
     def plan_for(
         self, quality: Quality, num_inference_steps: int | None = None, guidance_scale: float | None = None
@@ -197,7 +197,7 @@ class PlannedSampler(ABC, Generic[Served]):
         Raises:
             SettingRejected: no router was made for these settings, or there is no such setting.
         """
-        even = even_steps_of(self.champion.version)
+        even = EvenSteps.named(self.champion.version)
         if quality == "high" or even is not None:
             config = self.champion.config
             if guidance_scale is not None:

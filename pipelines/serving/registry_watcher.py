@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from harmonica.core.artifact import RouterArtifact
+from harmonica.integrations.recorded.even_steps import EvenSteps
 
 from .engine import GenerationEngine
 from .requests import RejectedRouter
 from .serve_args import ServeArgs
-from .served_plan import UNCACHED, ServedPlan, even_steps_of
+from .served_plan import UNCACHED, ServedPlan
 
 _MOST_STEPS = 8
 """Number of routers for other numbers of steps at most; each is tried out before it is used."""
@@ -124,7 +125,7 @@ class RegistryWatcher:
             uncached: ServedPlan = await asyncio.to_thread(images.make_uncached, own)
             await self._engine.warm_up(uncached)
             return uncached
-        if (even := even_steps_of(version)) is not None:
+        if (even := EvenSteps.named(version)) is not None:
             own = images.own_sampler(self._args.model.path)
             make = partial(images.make_even, own, even, version)
             spread: ServedPlan = await self._engine.batcher.run_between_batches(make)

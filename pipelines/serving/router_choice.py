@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, replace
 
 from harmonica.core.artifact import RouterArtifact
+from harmonica.integrations.recorded.even_steps import EvenSteps
 from harmonica.integrations.recorded.kinds import ARCHITECTURE_KEY
 from harmonica.io.paths import local
 from harmonica.models.loading import LoadedModel, ModelConfig, load_model
@@ -16,7 +17,7 @@ from ..tracking.mlflow_store import database_of, tracking_uri, without_credentia
 from .model_check import check_is_whole
 from .servable_pipeline import ServablePipeline, servable_pipeline
 from .serve_args import ServeArgs, builtin_router
-from .served_plan import UNCACHED, even_steps_of
+from .served_plan import UNCACHED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
     if router == UNCACHED:
         mismatch.check_model()
         return Choice(router=router, summary="every branch computed (--router uncached)")
-    if (even := even_steps_of(router)) is not None:
+    if (even := EvenSteps.named(router)) is not None:
         mismatch.check_model()
         summary = f"evenly spread steps at {even.speedup:g}x, without training (--router {router})"
         return Choice(router=router, summary=summary)

@@ -1,6 +1,5 @@
 """Define the plan that images are generated under, and what belongs to it."""
 
-import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -9,32 +8,14 @@ from harmonica.core.cache import Reuse
 from harmonica.core.plan import Plan
 from harmonica.integrations.recorded.even_steps import EvenSteps
 from harmonica.samplers import Sampler, SamplerConfig
-from harmonica.validation.settings import require
 
 UNCACHED = "uncached"
 """Version name of the plans that compute every branch, which `high` uses."""
-_EVEN = re.compile(r"even-(\d+(?:\.\d+)?)x")
-
-
-def even_steps_of(router: str) -> EvenSteps | None:
-    """Return the evenly spread steps that `even-1.8x` asks for in place of a router.
-
-    Returns:
-        None where the name is of another form, such as a folder.
-
-    Raises:
-        SettingError: the speed is not above 1.
-    """
-    if (found := _EVEN.fullmatch(router)) is None:
-        return None
-    speedup = float(found[1])
-    require(speedup > 1, "router", router, "give a speed above 1, such as even-1.8x")
-    return EvenSteps(speedup=speedup)
 
 
 def is_untrained(router: str) -> bool:
     """Return whether what is served needs no router, and so takes any steps."""
-    return router == UNCACHED or even_steps_of(router) is not None
+    return router == UNCACHED or EvenSteps.named(router) is not None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -16,6 +16,7 @@ from tiny_dit import write_model
 from tiny_pipeline import write_pipeline
 from tolerances import of_training
 
+import harmonica
 from harmonica.builtin import CHAMPION, EMOJI_CHAMPION
 from harmonica.cli import sample, train
 from harmonica.cli.train import TrainCommand
@@ -219,6 +220,20 @@ def test_a_released_router_gives_the_recorded_plan(tmp_path, capsys, tiny_shape)
     router = sample.load_router(command, load_model(command.model))
     recorded = load_file(CASE / "golden.safetensors")["plan.compute"]
     assert router is not None and torch.equal(router.plan.to_tensor(), recorded.bool())
+
+
+def test_even_steps_need_no_router(tmp_path, capsys):
+    asked = [f"--output={tmp_path / 'x.png'}", "--classes", "1", "--rounds=1", "--sampler=dpm-solver++"]
+    assert sample.main([*asked, "--router=even-1.5x", "--num-inference-steps=12"]) == 0
+    said = capsys.readouterr().out
+    macs = load_model(ModelConfig()).model.macs()
+    plan = harmonica.EvenSteps(speedup=1.5).plan(12, macs)
+    assert "dpm-solver++, 12 steps" in said
+    assert f"CUR {plan.cur:.1%}, ideal {plan.ideal_speedup(macs):.2f}x" in said
+    assert sample.main([*asked, "--router=even-1x"]) == 2
+    assert "router is 'even-1x': give a speed above 1, such as even-1.8x" in capsys.readouterr().err
+    assert sample.main([*asked, "--router=even-9x", "--num-inference-steps=4"]) == 2
+    assert "speedup is 9.0: 4 steps of this transformer reach" in capsys.readouterr().err
 
 
 def test_another_sampler_needs_the_flag(tmp_path, capsys):

@@ -1,14 +1,17 @@
 """Describe evenly spread steps, a plan that needs no training."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from harmonica.core.plan import Plan
 from harmonica.core.plan_builders import even_plan, fastest_speedup, with_fixed_correction
 from harmonica.integrations.recorded.kinds import BLOCKS, check_kinds
 from harmonica.models.base import Macs
+from harmonica.validation.settings import require
 
+_NAME = re.compile(r"even-(\d+(?:\.\d+)?)x")
 _SHARE, _SHARE_OF_FLOW_MATCHING = 0.5, 0.75
 
 
@@ -44,6 +47,22 @@ class EvenSteps:
             raise ValueError(f"correction is {self.correction}: give a share from 0 to 1, or None")
         if self.num_inference_steps is not None and self.num_inference_steps < 2:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}: give 2 or more, or None")
+
+    @classmethod
+    def named(cls, router: str) -> Self | None:
+        """Return the evenly spread steps that `even-1.8x` asks for in place of a router.
+
+        Returns:
+            None where the name is of another form, such as a folder.
+
+        Raises:
+            SettingError: the speed is not above 1.
+        """
+        if (found := _NAME.fullmatch(router)) is None:
+            return None
+        speedup = float(found[1])
+        require(speedup > 1, "router", router, "give a speed above 1, such as even-1.8x")
+        return cls(speedup=speedup)
 
     def plan(self, num_steps: int, macs: Macs, *, is_flow_matching: bool = False) -> Plan:
         """Return the plan for a number of steps.
