@@ -2,16 +2,16 @@
 
 HarmoniCa is from ICML 2025, arXiv 2410.01723. This package has the method alone, without Ray or MLflow.
 
+`harmonica.apply(pipe, router)` and `harmonica.remove(pipe)` put a trained plan on a diffusers pipeline and
+take it off; `harmonica.train_pipeline(pipe, prompts)` trains one for any pipeline with a transformer, and
+`harmonica.EvenSteps` is a plan without training. The names in `__all__` are the public interface; modules may
+move.
+
 A transformer is seen as a list of residual branches (`harmonica.models`). Three passes walk that list: the
 full one (`BranchedTransformer.forward`), and the soft and the planned one of `core.passes`. A router says
 which branches may reuse their last value (`core.router`, `core.plan`). It is trained by SDT with the IEPO
 objective (`training.sdt`, `training.iepo`), or the steps that it reuses are learned with their forecasts
 (`training.plans.search`).
-
-`harmonica.apply(pipe, router)` and `harmonica.remove(pipe)` put a trained plan on a diffusers pipeline and
-take it off; `harmonica.train_pipeline(pipe, prompts)` trains one for any pipeline with a transformer, and
-`harmonica.EvenSteps` is a plan without training. The names in `__all__` are the public interface; modules may
-move.
 """
 
 import importlib

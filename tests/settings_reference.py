@@ -40,7 +40,7 @@ COMMANDS: dict[str, type] = {
 }
 WHEN = {
     "workflow.py": "Touch these to name a run, to place it, and to choose its stages.",
-    "model": "Touch `path` for another model than the preset's, and `dtype` and `compile` on GPUs.",
+    "model": "Touch `path` for another model than the preset's, and `dtype` and `execution` on GPUs.",
     "model.shape": "Touch it for a bare checkpoint file of an unusual DiT only; folders bring their own.",
     "sampler": "Set it to what you will sample with: a router is refused under other settings.",
     "pipeline": "Touch it in the preset `pipeline`: the size and the guidance of the pipeline's calls.",

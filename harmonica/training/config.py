@@ -66,7 +66,7 @@ class TrainingConfig:
     that change the image least (`harmonica.training.plans.search`). Short trainings need `measured`."""
     start_trajectories: Natural = 0
     """Research: Number of trajectories on which the image's gradients are measured, of which a measured start
-    is made. Each takes about six full samplings of its samples."""
+    is made. Each takes about six full samplings of its samples, ten where branches are computed again."""
     initial_logit: Annotated[float, Field(ge=-100, le=100)] = 5.0
     """Research: The size of the first logits, unless they are normal; 5 computes everything."""
     iepo: IepoKind | Literal["none"] = "leave_one_out"

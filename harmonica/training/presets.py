@@ -38,13 +38,14 @@ class Recipe:
 def learned_steps(*, is_large: bool = True, **settings: Any) -> TrainingConfig:
     """Return settings that learn which steps to reuse, with fitted forecasts.
 
-    A correction of the model's output is fitted with them. Whole steps are reused.
-    In the mean of the images it was nearest to the full sampler wherever it was measured
-    (`tests/benchmarks/RESULTS.md`), and it takes about as long as 170 full samplings of a batch at T = 20,
-    230 where branches are computed again. In that time it goes away from the paper, which trains a row of the
-    router 2,000 times and not 12: it has a speed to reach instead of beta, a start from the steps whose reuse
-    changes the image least, lambda per unit of step error, and reuse by forecasts that are fitted to the
-    image. What SDT has trained is kept only where it is nearer than its start.
+    A correction of the model's output is fitted with them. Whole steps are reused. In the mean of the images
+    it was nearest to the full sampler wherever it was measured (`tests/benchmarks/RESULTS.md`). It takes
+    about as long as 170 full samplings of a batch at T = 20, or 230 where branches are computed again.
+
+    It differs from the paper, which trains a row of the router 2,000 times where this trains it 12 times:
+    it has a speed to reach instead of beta, a start from the steps whose reuse changes the image least,
+    lambda per unit of step error, and reuse by forecasts that are fitted to the image. What SDT has trained
+    is kept only where it is nearer than its start.
 
     Args:
         is_large: the activations of a trajectory fill a GPU, as those of diffusers' pipelines do. A
@@ -160,8 +161,8 @@ def emoji() -> Recipe:
 def fashion_text() -> Recipe:
     """The built-in PixArt on captions of Fashion-MNIST, DPM-Solver++ 20.
 
-    All three kinds of sub-layer may be reused, cross-attention costs the images nothing here
-    (tests/benchmarks/RESULTS.md).
+    All three kinds of sub-layer may be reused: reusing cross-attention costs no image quality here
+    (`tests/benchmarks/RESULTS.md`).
     """
     return Recipe(
         model=ModelConfig(path=BUILTIN_TEXT, text_tokens=16, cacheable=KINDS),
