@@ -14,6 +14,7 @@ from .mlflow_store import (
     EXPERIMENT,
     artifacts_of,
     database_of,
+    signed_in,
     tracking_uri,
     without_credentials,
 )
@@ -35,7 +36,8 @@ def make_client(uri: str) -> "MlflowClient":
 
     # A router is three small files; a replica's bar would be shown on the terminal of the endpoint.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    return MlflowClient(uri, registry_uri=uri)
+    server = signed_in(uri)
+    return MlflowClient(server, registry_uri=server)
 
 
 class Point(NamedTuple):

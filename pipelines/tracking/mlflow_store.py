@@ -8,7 +8,7 @@ import re
 import socket
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx
 from sqlalchemy.engine import make_url
@@ -66,8 +66,27 @@ def tracking_uri(storage_path: str) -> str:
 
 
 def without_credentials(uri: str) -> str:
-    """Return a tracking URI as messages show it, without credentials."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    """Return a tracking URI, or a message with one, without credentials.
+
+    A database's password may have a slash or @, or be in the query.
+    """
+    return re.sub(r"(://[^\s?]*)\?\S*", r"\1", re.sub(r"://[^\s/]\S*@", "://", uri))
+
+
+def signed_in(uri: str) -> str:
+    """Return the URI that MLflow gets, without the user and password of a server.
+
+    MLflow writes the URI into its errors, which end up in logs and in the endpoint's health. It finds the
+    two in its own environment variables, which this sets.
+    """
+    parts = urlsplit(uri)
+    user, _, host = parts.netloc.rpartition("@")
+    if not user or parts.scheme not in ("http", "https"):
+        return uri
+    name, _, password = user.partition(":")
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(name)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
+    return urlunsplit(parts._replace(netloc=host))
 
 
 def _scheme(uri: str) -> str:
@@ -129,7 +148,8 @@ def check_store(storage_path: str) -> None:
     from mlflow.tracking import MlflowClient
 
     try:
-        found = MlflowClient(uri, registry_uri=uri).get_experiment_by_name(EXPERIMENT)
+        server = signed_in(uri)
+        found = MlflowClient(server, registry_uri=server).get_experiment_by_name(EXPERIMENT)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from harmonica.core.artifact import RouterArtifact
 
 from .mlflow_runs import StageRun, make_client
-from .mlflow_store import without_credentials
+from .mlflow_store import signed_in, without_credentials
 
 if TYPE_CHECKING:  # elsewhere where it is needed, as in mlflow_runs
     from mlflow.entities.model_registry import ModelVersion
@@ -140,7 +140,8 @@ def load_version(name: str, version: str, uri: str) -> RouterArtifact:
 
     source = make_client(uri).get_model_version_download_uri(name, version)
     with tempfile.TemporaryDirectory() as folder:
-        path = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=uri)
+        server = signed_in(uri)
+        path = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=server)
         return RouterArtifact.load(path)
 
 

@@ -95,10 +95,13 @@ def test_a_router_that_is_named_has_to_fit(folder, tmp_path):
 
 def test_an_mlflow_that_does_not_answer_is_named_without_its_password(folder, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # and gone after the test
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ValueError, match=r"champion cannot be fetched from http://127.0.0.1:9") as no:
         choose(folder / "model", folder / "runs")
     assert "--router FOLDER" in str(no.value) and "\n" not in str(no.value)
+    assert "secret" not in str(no.value)
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,25 @@
 """Clusters and MLflow stores that cannot do are refused within seconds, before Ray starts, in one line."""
 
+import base64
 import http.server
 import re
 import sqlite3
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 import ray
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from processes import free_port
 
 from pipelines import workflow
 from pipelines.runtime.cluster_address import check_address, cluster_address
+from pipelines.tracking import registry
 from pipelines.tracking.mlflow_runs import find_or_create, make_client
-from pipelines.tracking.mlflow_store import check_store, sqlite_uri, tracking_uri
+from pipelines.tracking.mlflow_store import check_store, sqlite_uri, tracking_uri, without_credentials
 
 MODEL = "router"
 
@@ -142,6 +146,61 @@ def test_any_server_that_answers_will_do_for_a_start(web_server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{web_server}")
     with pytest.raises(ValueError, match="which cannot be used"):  # it is none of MLflow's
         check_store("runs")
+
+
+@pytest.fixture
+def broken_server(monkeypatch):
+    """An MLflow server that fails, and the Authorization headers that it was sent."""
+    sent = []
+
+    class Fails(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            sent.append(self.headers["Authorization"])
+            self.send_error(500)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "of another server")  # and gone after the test
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fails)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_address[1]}", sent
+    server.shutdown()
+    server.server_close()
+
+
+def test_mlflow_s_errors_have_no_password_and_its_server_gets_it(broken_server):
+    address, sent = broken_server
+    uri = f"http://id:hush%2Fhush@{address}"
+    calls = (
+        lambda: registry.resolve(MODEL, "champion", uri),
+        lambda: registry.load_version(MODEL, "1", uri),
+        lambda: registry.newest_versions(MODEL, uri, 1),
+    )
+    for call in calls:
+        with pytest.raises(MlflowException) as failed:
+            call()
+        said = "".join(traceback.format_exception(failed.value))
+        assert address in said and "hush" not in said
+    assert set(sent) == {f"Basic {base64.b64encode(b'id:hush/hush').decode()}"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://id:hu/sh@db/mlflow", "postgresql://db/mlflow"),
+        ("postgresql://id:hu@sh@db/mlflow", "postgresql://db/mlflow"),
+        ("postgresql://db/mlflow?user=id&password=hush", "postgresql://db/mlflow"),
+        ("no http://id:hush@host/x?y=1 (url: /x?y=1)", "no http://host/x (url: /x?y=1)"),
+        ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
+    ],
+)
+def test_addresses_are_shown_without_what_may_be_a_password(uri, shown):
+    assert without_credentials(uri) == shown
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///sub/mlflow.db", "sqlite:///./sub/../sub/mlflow.db"])
