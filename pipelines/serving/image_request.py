@@ -46,11 +46,15 @@ def rejecting(field: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture to edit is kept as its pixels, in rows of three bytes each."""
+    """A picture to edit is kept as its file until its image is made.
+
+    A file of a kilobyte may hold 50 MB of pixels, and requests wait.
+    """
 
     width: int
+    """Its pixels across, as it is decoded (`pipelines.serving.pictures`)."""
     height: int
-    rgb: bytes = field(repr=False)
+    file: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

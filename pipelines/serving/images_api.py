@@ -137,7 +137,7 @@ def create_app(
         served = await card_of(state)
         subject, warnings = check(body, served, lenient=lenient, num_pictures=len(uploads))
         warnings = unknown + warnings
-        pictures = await asyncio.to_thread(decode_pictures, uploads) if uploads else ()
+        pictures = await decode_pictures(uploads) if uploads else ()
         name = subject if isinstance(subject, str) else served.class_names[subject]
         seed = secrets.randbelow(_RANDOM_SEEDS) if body.seed is None else body.seed
         requests = make_requests(body, subject, seed, served, pictures)

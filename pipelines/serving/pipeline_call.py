@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 
 from harmonica.integrations.exchanged_plans import PipelinePlan
 
 from .image_request import ImageRequest, SettingRejected
+from .pictures import decode
 from .servable_pipeline import ServablePipeline
 from .served_plan import UNCACHED, ServedPlan
 
@@ -68,7 +68,7 @@ def call_arguments(
         call["negative_prompt"] = negatives
     call["prompt"] = [each.subject for each in requests]
     if first.pictures:
-        pictures = [Image.frombytes("RGB", (each.width, each.height), each.rgb) for each in first.pictures]
+        pictures = [decode(each.file) for each in first.pictures]
         call["image"] = pictures[0] if len(pictures) == 1 else pictures
         call |= {name: call[name][0] for name in ("prompt", "negative_prompt") if name in call}
         call["num_images_per_prompt"] = len(requests)

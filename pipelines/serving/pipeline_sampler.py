@@ -18,8 +18,9 @@ from harmonica.integrations.recorded.even_steps import EvenSteps, is_flow_matchi
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import MAX_GUIDANCE_SCALE, SamplerConfig
 
-from .image_request import ImageRequest, Picture
+from .image_request import ImageRequest
 from .image_sizes import SizeBounds, pipeline_bounds
+from .pictures import plain_picture
 from .pipeline_call import PipelineServedPlan, call_arguments, check_request
 from .pipeline_previews import LatentDecoder, WatchedSteps
 from .planned_sampler import OnPreview, PlannedSampler
@@ -185,8 +186,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         """Return a request for a small image."""
         width, height = self.sizes.default
         side = max(self.sizes.multiple, _PROBE_SIDE // self.sizes.multiple * self.sizes.multiple)
-        grey = Picture(side, side, bytes([128]) * (3 * side * side))
-        pictures = (grey,) if self.needs_pictures else ()
+        pictures = (plain_picture(side, side),) if self.needs_pictures else ()
         return ImageRequest("a photo", 0, 0, size=(min(side, width), min(side, height)), pictures=pictures)
 
     def check(self, request: ImageRequest, served: PipelineServedPlan | None = None) -> None:

@@ -3,24 +3,24 @@
 They are forms of type multipart/form-data.
 """
 
-import io
+import asyncio
 import re
-import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from fastapi.exceptions import RequestValidationError
-from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from .api_requests import EditRequest, LenientEditRequest
 from .http_errors import ApiError
 from .image_request import Picture
 from .multipart import Part, parse_parts
+from .pictures import TooLarge, decode
 
-_FORMATS = ("PNG", "JPEG", "WEBP")
-_MAX_PICTURE_PIXELS = 2**24
 _PICTURES = re.compile(r"image(\[\d*\])?", re.ASCII)
 _NOT_FOLLOWED = ("mask", "markup")
+_DECODERS = ThreadPoolExecutor(2, thread_name_prefix="decoder")
+"""Few threads, since each takes some 300 MB for the largest picture, however small its file is."""
 
 
 def read_form(content_type: str, body: bytes, *, lenient: bool) -> tuple[EditRequest, list[Part]]:
@@ -57,30 +57,22 @@ def read_form(content_type: str, body: bytes, *, lenient: bool) -> tuple[EditReq
     return form, pictures
 
 
-def decode_pictures(parts: Sequence[Part]) -> tuple[Picture, ...]:
-    """Decode the pictures of a form; call it from a thread, since it takes long.
+async def decode_pictures(parts: Sequence[Part]) -> tuple[Picture, ...]:
+    """Decode the pictures of a form once, in a thread, to refuse those that cannot be edited.
 
     Raises:
         ApiError: one is no picture of a known format, or too large.
     """
-    return tuple(_decode(part.value) for part in parts)
+    loop = asyncio.get_running_loop()
+    return tuple([await loop.run_in_executor(_DECODERS, _checked, part.value) for part in parts])
 
 
-def _decode(data: bytes) -> Picture:
-    kinds = "a png, jpeg or webp file"
+def _checked(file: bytes) -> Picture:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
-            warnings.simplefilter("ignore")
-            width, height = opened.size  # from the header alone
-            if width * height > _MAX_PICTURE_PIXELS:
-                message = f"image has {width}x{height} pixels: give at most {_MAX_PICTURE_PIXELS} in all"
-                raise ApiError(400, message, "image", "image_too_large")
-            upright = ImageOps.exif_transpose(opened).convert("RGBA")
-    except ApiError:
-        raise
-    except Exception:  # Pillow's decoders raise errors of many kinds for damaged files
-        message = f"image cannot be decoded: give {kinds}"
+        decoded = decode(file)
+    except TooLarge as error:
+        raise ApiError(400, f"image has {error}", "image", "image_too_large") from None
+    except Exception:
+        message = "image cannot be decoded: give a png, jpeg or webp file"
         raise ApiError(400, message, "image", "invalid_image") from None
-    paper = Image.new("RGBA", upright.size, "white")
-    flat = Image.alpha_composite(paper, upright).convert("RGB")
-    return Picture(flat.width, flat.height, flat.tobytes())
+    return Picture(decoded.width, decoded.height, file)

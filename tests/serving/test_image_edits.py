@@ -1,8 +1,12 @@
 """`POST /v1/images/edits`: forms, pictures, and FLUX Kontext behind the endpoint, without Ray."""
 
+import asyncio
 import base64
 import io
+import pickle
 import re
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +21,14 @@ from PIL import Image
 
 from harmonica.models.loading import ModelConfig
 from pipelines.config.serve import ServeConfig
+from pipelines.serving import uploads
+from pipelines.serving.batching import Overloaded
 from pipelines.serving.engine import GenerationEngine
 from pipelines.serving.engine_loader import make_sampler
 from pipelines.serving.http_errors import ApiError
 from pipelines.serving.images_api import create_app
-from pipelines.serving.multipart import parse_parts
+from pipelines.serving.multipart import Part, parse_parts
+from pipelines.serving.pictures import decode
 
 PATH = "/v1/images/edits"
 CONFIG = ServeConfig(batch_wait_s=0.05, max_images_per_request=3, max_pixels=2**15)
@@ -191,13 +198,49 @@ def test_a_lenient_server_warns_of_what_it_does_not_follow(lenient):
 
 
 def test_a_picture_lies_as_its_exif_says():
-    from pipelines.serving.uploads import _decode
-
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     file = io.BytesIO()
     Image.new("RGB", (16, 8), "red").save(file, "JPEG", exif=exif)
-    assert (_decode(file.getvalue()).width, _decode(file.getvalue()).height) == (8, 16)
+    assert decode(file.getvalue()).size == (8, 16)
+
+
+def test_what_waits_is_as_large_as_the_file(client, engine, monkeypatch):
+    small = io.BytesIO()
+    Image.new("RGB", (4096, 4096)).save(small, "WEBP", lossless=True)
+    assert len(small.getvalue()) < 1000
+    sent = []
+
+    async def refuse(request):
+        sent.append(len(pickle.dumps(request)))
+        raise Overloaded
+
+    monkeypatch.setattr(engine, "generate", refuse)
+    answer = client.post(PATH, data={"prompt": "a", "n": "3"}, files={"image": small.getvalue()})
+    assert answer.status_code == 503
+    assert sent and max(sent) < 10_000, "not 50 MB of pixels, for each image"
+
+
+def test_few_pictures_are_decoded_at_once(monkeypatch):
+    lock, now, most = threading.Lock(), 0, 0
+
+    def slow(file):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.01)
+        with lock:
+            now -= 1
+        return Image.new("RGB", (1, 1))
+
+    async def all_at_once():
+        await asyncio.gather(*(uploads.decode_pictures([part]) for _ in range(12)))
+
+    monkeypatch.setattr(uploads, "decode", slow)
+    part = Part("image", b"", is_file=True)
+    asyncio.run(all_at_once())
+    assert most == 2
 
 
 # Forms

@@ -12,8 +12,9 @@ from harmonica.models.loading import ModelConfig
 from pipelines.serving.api_requests import GenerateRequest
 from pipelines.serving.generation import check
 from pipelines.serving.http_errors import ApiError
-from pipelines.serving.image_request import ImageRequest, Picture, SettingRejected
+from pipelines.serving.image_request import ImageRequest, SettingRejected
 from pipelines.serving.image_sizes import SizeBounds
+from pipelines.serving.pictures import plain_picture
 from pipelines.serving.pipeline_sampler import PipelineSampler
 from pipelines.serving.requests import ModelCard
 from pipelines.serving.servable_pipeline import servable_pipeline
@@ -93,7 +94,7 @@ def test_a_router_that_was_trained_unguided_is_served_unguided(case, tmp_path, m
 def test_images_of_one_picture_and_prompt_are_one_prompt(case, tmp_path, monkeypatch):
     images = qwen(case, tmp_path, monkeypatch, "QwenImageEditPlusPipeline")
     images.use(images.make_uncached(images.own_sampler("")))
-    pictures = tuple(Picture(32, 16, bytes([shade]) * 1536) for shade in (0, 255))
+    pictures = tuple(plain_picture(32, 16, shade) for shade in (0, 255))
     call = called(images, *(ImageRequest("a", 1, i, pictures=pictures) for i in range(2)))
     assert (call["prompt"], call["negative_prompt"]) == ("a", "")
     assert [each.size for each in call["image"]] == [(32, 16)] * 2

@@ -23,7 +23,8 @@ from torch import Tensor
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.pipeline_folder import PipelineFolder
 from harmonica.models.loading import ModelConfig
-from pipelines.serving.image_request import ImageRequest, Picture
+from pipelines.serving.image_request import ImageRequest
+from pipelines.serving.pictures import plain_picture
 from pipelines.serving.pipeline_sampler import PipelineSampler
 from pipelines.serving.servable_pipeline import ServablePipeline, servable_pipeline
 
@@ -133,7 +134,7 @@ def draw(pipeline: ServablePipeline, transformer: Any, artifact: RouterArtifact)
         ServablePipeline(Folder(folder.path, folder.class_name, folder.parts)), ModelConfig()
     )
     images.use(images.make_plan(artifact, "1"))
-    pictures = (Picture(SIDE, SIDE, bytes([128]) * (3 * SIDE * SIDE)),) if pipeline.needs_pictures else ()
+    pictures = (plain_picture(SIDE, SIDE),) if pipeline.needs_pictures else ()
     rows = [ImageRequest("a cat", 1, i, size=(SIDE, SIDE), pictures=pictures) for i in range(2)]
     if images.shared_with(rows[0], images.champion) != images.shared_with(rows[1], images.champion):
         rows = rows[:1]
