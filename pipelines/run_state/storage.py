@@ -18,6 +18,7 @@ from harmonica.io.file_systems import list_folder, open_uri
 from harmonica.io.paths import is_remote, resolved, shown
 
 _PROBE = ".write-probe"
+_CHUNK = 16 * 2**20  # each read is a request to the store
 ENDPOINT = "AWS_ENDPOINT_URL"
 """Environment variable with the address of S3 that pyarrow and boto3, and so MLflow, read."""
 
@@ -213,13 +214,31 @@ class RunStorage:
         """Yield a local path at which a folder of the run can be read.
 
         It is a temporary copy, or in local storage the folder itself.
+
+        Raises:
+            ValueError: a file of a store would be copied to another place.
         """
         if self.is_local:
             yield Path(self._run) / name
             return
         with tempfile.TemporaryDirectory(prefix="harmonica-") as target:
-            fs.copy_files(f"{self._run}/{name}", target, source_filesystem=self._fs)
+            self._copy_folder(name, Path(target))
             yield Path(target)
+
+    def _copy_folder(self, name: str, target: Path) -> None:
+        """Copy a folder of a store; pyarrow's own function writes wherever keys with `..` lead."""
+        root = f"{self._run}/{name}/"
+        for info in self._fs.get_file_info(fs.FileSelector(root.rstrip("/"), recursive=True)):
+            if not info.is_file:
+                continue
+            copy = target / info.path.removeprefix(root)
+            if ".." in copy.parts or not copy.is_relative_to(target):
+                raise ValueError(
+                    f"{shown(self.uri(name))} holds {info.path}, which leads out of it: delete that object"
+                )
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with self._fs.open_input_stream(info.path) as source, copy.open("wb") as sink:
+                shutil.copyfileobj(source, sink, _CHUNK)
 
 
 def _write_local(path: Path, data: bytes) -> None:

@@ -209,6 +209,24 @@ def test_a_missing_bucket_is_named_without_credentials(s3):
     assert SECRET not in str(caught.value)
 
 
+def test_no_name_in_a_store_leads_out_of_the_copy_of_its_folder(s3):
+    storage, evil = RunStorage(f"s3://{BUCKET}/runs", "r1"), f"harmonica-test-{os.getpid()}"
+    storage.write_bytes("router/sub/config.json", b"{}")
+    with storage.local_folder("router") as folder:
+        assert [path.relative_to(folder).as_posix() for path in folder.rglob("*.json")] == ["sub/config.json"]
+        outside = folder.parent / evil
+    # A store resolves the second name as it is asked for, and so finds the first.
+    for key in (f"runs/r1/{evil}", f"runs/r1/router/../{evil}"):
+        s3.client().put_object(Bucket=BUCKET, Key=key, Body=b"x")
+    try:
+        words = r"r1/router holds .*/router/\.\./.*, which leads out of it"
+        with pytest.raises(ValueError, match=words), storage.local_folder("router"):
+            pass
+        assert not outside.exists()
+    finally:
+        outside.unlink(missing_ok=True)
+
+
 FILL = """
 import sys
 from pipelines.run_state.storage import RunStorage
