@@ -220,10 +220,14 @@ class TextEncoder:
         over = [pair for pair in zip(full, token_counts(self.tokenizer, full)) if pair[1] > max_tokens]
         if not over:
             return
-        words = over_limit_message(*over[0], len(over), total, max_tokens)
         if over_limit == "refuse":
+            words = over_limit_message(*over[0], len(over), total, max_tokens)
             raise PromptTooLong(f"{words}: shorten them, or set prompts.over_limit to truncate", over[0][1])
-        logger.warning("%s; they lose their end", words)
+        # Without their words: they may be a client's, which are not logged.
+        logger.warning(
+            "%d of %d prompts have more than %d tokens, the first %d; they lose their end",
+            *(len(over), total, max_tokens, over[0][1]),
+        )
 
 
 def _part(folder: Path, name: str, needed: str) -> Path:

@@ -24,6 +24,7 @@ from .pictures import plain_picture
 from .pipeline_call import PipelineServedPlan, call_arguments, check_request
 from .pipeline_previews import LatentDecoder, WatchedSteps
 from .planned_sampler import OnPreview, PlannedSampler
+from .prompt_logs import keep_words_out
 from .servable_pipeline import ServablePipeline
 from .served_plan import UNCACHED
 
@@ -58,6 +59,7 @@ class PipelineSampler(PlannedSampler[PipelineServedPlan]):
         super().__init__(max_steps)
         self.pipeline = pipeline
         self.pipe = pipeline.folder.load(dtype=getattr(torch, config.dtype), device=device)
+        keep_words_out(self.pipe)
         self._is_compiled = config.execution_on("cpu") == "compiled"  # `auto` is eager on any device
         self._exchanged = ExchangedPlans(self.pipe, is_compiled=self._is_compiled)
         self._spread: tuple[EvenSteps, PipelinePlan] | None = None

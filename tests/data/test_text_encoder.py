@@ -36,9 +36,11 @@ def test_what_is_too_long_is_cut_with_one_warning_or_refused(encoder, caplog):
     assert not caplog.records
     _, mask = encoder.encode([fitting, LONG, f"{LONG} {LONG}"], TOKENS)
     assert mask.all()
-    words = f"2 of 3 prompts have more than 7 tokens, the first 11: '{LONG}'"
-    assert [record.getMessage() for record in caplog.records] == [f"{words}; they lose their end"]
-    with pytest.raises(ValueError, match=f"{words}: shorten them, or set prompts.over_limit to truncate"):
+    words = "2 of 3 prompts have more than 7 tokens, the first 11"
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"{words}; they lose their end"], "without a word of a prompt"
+    cure = "shorten them, or set prompts.over_limit to truncate"
+    with pytest.raises(ValueError, match=f"{words}: '{LONG}': {cure}"):
         encoder.encode([fitting, LONG, f"{LONG} {LONG}"], TOKENS, "refuse")
     with pytest.raises(ValueError, match=r"prompts is \[\]"):
         encoder.encode([], TOKENS)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import logging
 
 import pytest
 import tiny_served_pipeline as tiny
@@ -131,6 +132,14 @@ def test_a_fixed_batch_is_filled_up(folder, artifact):
     images.use(images.make_plan(artifact, "3"))
     images.fixed_batch_size = 3
     assert images.generate([ImageRequest("a red cat", 7, 0)]).shape[0] == 1
+
+
+def test_prompts_that_are_cut_are_not_logged(images, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # to `caplog`
+    prompt = f"{'a very long text and then ' * 3} my secret"
+    images.generate([ImageRequest(prompt, 7, 0, size=(64, 64))])
+    assert "input was truncated because CLIP can only handle sequences up to 16 tokens\n" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_what_the_pipeline_does_not_take_is_refused(images):
