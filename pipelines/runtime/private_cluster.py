@@ -2,7 +2,9 @@
 
 import logging
 import os
+import secrets
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ _PRIVATE = {
 _TRIES = 4
 _TIMED_OUT = "timed out during startup"
 _NEEDED = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
+_TOKEN_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _DASHBOARD_ADDRESS = "RAY_API_SERVER_ADDRESS"
 _DASHBOARD_PORTS = range(8265, 8315)
 # Two training workers, a Serve replica and Ray Data's tasks must fit side by side: with only as many
@@ -33,10 +36,38 @@ def start_private_cluster() -> None:
     """Start one, and join it."""
     for name, value in _PRIVATE.items():
         os.environ.setdefault(name, value)
+    close_token()
     port = _dashboard_port()
     told = _told_to_workers(_DASHBOARD_ADDRESS, f"http://127.0.0.1:{port}")
     with told, on_loopback() as address:
         _start(address, port)
+
+
+def close_token() -> None:
+    """Make the file of Ray's token readable by its owner alone.
+
+    Ray makes it for all users to read, and whoever has it can run code in a cluster: the loopback address is
+    every user's of the machine.
+    """
+    if (
+        any(os.environ.get(name) for name in _TOKEN_ELSEWHERE)
+        or os.environ.get("RAY_AUTH_MODE") == "disabled"
+    ):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        if path.exists():
+            path.chmod(0o600)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as whole:  # for its owner alone
+            whole.write(secrets.token_hex(32))
+            whole.flush()
+            os.link(whole.name, path)  # which replaces none that another process has made meanwhile
+    except FileExistsError:
+        pass
+    except OSError as error:
+        logger.warning("%s may be readable by other users of this machine (%s)", path, error.strerror)
 
 
 def logical_cpus() -> int:

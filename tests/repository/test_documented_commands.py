@@ -66,6 +66,7 @@ NEEDS = {
     "podman build": "podman and the package index",
     "kubectl ": "a Kubernetes cluster; test_cluster_files.py checks the manifests",
     "ray get-auth-token": "a home folder that it may write to",
+    "chmod 600 ~/.ray/auth_token": "what the command before it writes",
     "ray up cluster/ray-up": "machines reached over SSH; test_ray_up_and_monitoring.py checks the file",
     "ray dashboard cluster/ray-up": "the same",
     "ray down cluster/ray-up": "the same",

@@ -1,5 +1,6 @@
 """What a cluster's processes on this machine are told before it starts, without starting one."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -35,6 +36,41 @@ def test_its_address_is_told_to_the_cluster_and_not_to_what_starts_later(monkeyp
         assert os.environ[name] == "http://127.0.0.1:8266"
         _ = 1 // 0
     assert os.environ.get(name) == before
+
+
+@pytest.fixture
+def token(tmp_path, monkeypatch):
+    """The path of Ray's token in a new home."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path / ".ray" / "auth_token"
+
+
+def test_only_its_owner_reads_the_token(token):
+    private_cluster.close_token()
+    first = token.read_text()
+    assert len(first) == 64 and token.stat().st_mode & 0o777 == 0o600
+    token.chmod(0o644)  # as Ray makes it
+    private_cluster.close_token()
+    assert token.read_text() == first and token.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in token.parent.iterdir()] == ["auth_token"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("RAY_AUTH_TOKEN", "x"), ("RAY_AUTH_MODE", "disabled")])
+def test_no_token_is_made_where_none_is_read(token, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    private_cluster.close_token()
+    assert not token.exists()
+
+
+def test_a_private_cluster_starts_with_its_token_closed(token, monkeypatch):
+    closed = []
+    monkeypatch.setattr(private_cluster, "_PRIVATE", {})
+    monkeypatch.setattr(private_cluster, "on_loopback", lambda: contextlib.nullcontext("127.0.0.1"))
+    monkeypatch.setattr(private_cluster, "_start", lambda *_: closed.append(token.stat().st_mode & 0o777))
+    private_cluster.start_private_cluster()
+    assert closed == [0o600]
 
 
 class _Named:
