@@ -32,8 +32,8 @@ def load_keys(file: str) -> tuple[str, ...]:
         The keys; none if there is neither a file nor a variable.
 
     Raises:
-        ValueError: the file cannot be read, or the file or variable is there and holds no key: an endpoint
-            that was meant to be closed must not open.
+        ValueError: the file cannot be read, or the file or variable is there and holds no key, or a remark:
+            an endpoint that was meant to be closed must not open.
     """
     if not file:
         given = os.environ.get(ENVIRONMENT, "")
@@ -42,7 +42,7 @@ def load_keys(file: str) -> tuple[str, ...]:
             raise ValueError(
                 f"{ENVIRONMENT} is set and holds no key: give keys separated by commas, or unset it"
             )
-        return keys
+        return _checked(keys, ENVIRONMENT)
     cure = f"give a file with a key a line, or leave it empty and set {ENVIRONMENT}"
     try:
         text = local(file, "serve.api_keys_file").read_text(encoding="utf-8-sig")
@@ -53,6 +53,21 @@ def load_keys(file: str) -> tuple[str, ...]:
         ) from error
     if not keys:
         raise ValueError(f"serve.api_keys_file is {file!r}, which holds no key: {cure}")
+    return _checked(keys, f"serve.api_keys_file is {file!r}, which")
+
+
+def _checked(keys: tuple[str, ...], source: str) -> tuple[str, ...]:
+    """Refuse what is no key but a remark or a line that is switched off: it could be guessed.
+
+    Raises:
+        ValueError: there is one; the message says which, and not what it is.
+    """
+    for number, key in enumerate(keys, start=1):
+        if key.startswith("#") or len(key.split()) > 1:
+            raise ValueError(
+                f"{source} has as number {number} of its keys one that begins with # or has a space inside: "
+                "give keys alone, without remarks"
+            )
     return keys
 
 

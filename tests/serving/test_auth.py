@@ -146,6 +146,19 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
         load_keys(str(tmp_path / "missing"))
 
 
+@pytest.mark.parametrize("remark", ["# keys of the shop", "#old-key", "key of the shop"])
+def test_a_remark_is_no_key(tmp_path, monkeypatch, remark):
+    file = tmp_path / "keys"
+    file.write_text(f"one\n\n{remark}\n")
+    words = "has as number 2 of its keys one that begins with # or has a space inside"
+    with pytest.raises(ValueError, match=rf"serve.api_keys_file is .*, which {words}") as refused:
+        load_keys(str(file))
+    monkeypatch.setenv(ENVIRONMENT, f"one,{remark}")
+    with pytest.raises(ValueError, match=f"{ENVIRONMENT} {words}"):
+        load_keys("")
+    assert remark not in str(refused.value)
+
+
 def test_this_program_s_own_requests_bring_a_key_and_show_none(source, tmp_path, monkeypatch):
     """The image of the workflow's stage, and the command that is shown to the user."""
     file = tmp_path / "keys"
