@@ -11,7 +11,7 @@ import tyro
 
 from harmonica.validation.settings import Field, settings
 
-from .tracking.mlflow_store import artifacts_of, database_of, tracking_uri
+from .tracking.mlflow_store import artifacts_of, database_of, tracking_uri, without_credentials
 
 
 @settings()
@@ -34,7 +34,8 @@ def server_command(command: UiCommand) -> list[str]:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith("http"):
-        raise ValueError(f"MLFLOW_TRACKING_URI is {uri}: open that in a browser, its server has the UI")
+        shown = without_credentials(uri)
+        raise ValueError(f"MLFLOW_TRACKING_URI is {shown}: open that in a browser, its server has the UI")
     store = database_of(command.storage_path)
     if not uri and not store.exists():
         raise ValueError(
@@ -43,11 +44,18 @@ def server_command(command: UiCommand) -> list[str]:
         )
     return [
         *(sys.executable, "-m", "mlflow", "server"),
-        *("--backend-store-uri", tracking_uri(command.storage_path)),
         *("--artifacts-destination", str(artifacts_of(command.storage_path))),
         *("--host", command.host, "--port", str(command.port), "--workers", "1"),
         *("--uvicorn-opts", "--log-level warning"),  # or there would be a line for every request of the page
     ]
+
+
+def server_environment(command: UiCommand) -> dict[str, str]:
+    """Return what the MLflow server finds in its environment, beside this process's own.
+
+    The store's address may hold a password, and all users of the machine see a command line.
+    """
+    return {"MLFLOW_BACKEND_STORE_URI": tracking_uri(command.storage_path)}
 
 
 def main() -> None:
@@ -66,7 +74,7 @@ def main() -> None:
         # The warning is about MLflow's code, not the user's. Python compares the beginning of a message.
         "PYTHONWARNINGS": "ignore:starlette.middleware.wsgi is deprecated",
     }
-    os.execve(sys.executable, arguments, {**quiet, **os.environ})
+    os.execve(sys.executable, arguments, {**quiet, **os.environ, **server_environment(command)})
 
 
 if __name__ == "__main__":

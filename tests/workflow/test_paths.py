@@ -19,7 +19,7 @@ from pipelines.data.embed_prompts import store_folder
 from pipelines.run_state.storage import RunStorage
 from pipelines.tracking.mlflow_runs import find_or_create, find_run
 from pipelines.tracking.mlflow_store import artifacts_of, database_of, tracking_uri
-from pipelines.ui import UiCommand, server_command
+from pipelines.ui import UiCommand, server_environment
 
 AWKWARD = ["a b", "äöü", "a#b", "a;b", "a%20b", "100%", "a?b=c", "a&b", "a'b\"c", "-a", "~", "a:b", "日本"]
 
@@ -135,7 +135,7 @@ def test_all_who_take_a_path_mean_the_same_place(name, home, tmp_path, monkeypat
         assert store_folder(f"{given.rstrip('/')}/r1").path("folder") == path.removesuffix("/a")
         assert local_path(f"{given.rstrip('/')}/r1") == tmp_path / name / "r1"
         database_of(given).touch()
-        assert tracking_uri(given) in server_command(UiCommand(storage_path=given))
+        assert tracking_uri(given) in server_environment(UiCommand(storage_path=given)).values()
         if given != "./~":  # which is ~ once it is a `Path`
             assert TrainingFolder(Path(given), {}).path == tmp_path / name
     assert {path.name for path in tmp_path.iterdir()} == {name}, "and nowhere else"
