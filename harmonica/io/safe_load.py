@@ -25,6 +25,7 @@ _HEAD = 256
 _OLD_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # begins what torch.save wrote before PyTorch 1.6
 _REFUSED = re.compile(r"(?:GLOBAL|global|class|function) ([\w.]+\.[\w.]+)")
 """The name in the message by which `weights_only` refuses a pickle."""
+_REPEATED_BYTES = 2**20  # a checkpoint may have small buffers that are views of fewer values
 _NAMED = 5  # keys of each kind that an error names
 
 
@@ -73,6 +74,26 @@ def _read_pt(path: Path, kind: Format) -> Any:
         ) from error
 
 
+def _check_sizes(contents: Any, path: Path) -> None:
+    """Refuse tensors that are larger than what is stored of them.
+
+    A file of a kilobyte that repeats one value would take all memory.
+
+    Raises:
+        ValueError: there is one of more than `_REPEATED_BYTES`, or a sparse one.
+    """
+    if isinstance(contents, Mapping):
+        for value in contents.values():
+            _check_sizes(value, path)
+    elif isinstance(contents, Tensor):
+        is_dense, size = contents.layout is torch.strided, contents.numel() * contents.element_size()
+        if not is_dense or size > max(_REPEATED_BYTES, contents.untyped_storage().nbytes()):
+            raise ValueError(
+                f"checkpoint {path} holds a tensor of shape {tuple(contents.shape)} that stores fewer "
+                "values: save it dense, and as .contiguous()"
+            )
+
+
 def _reason(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
@@ -96,6 +117,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     found = _format_of(path)
     if found != "safetensors":
         tensors: dict[str, Any] = _read_pt(path, found)
+        _check_sizes(tensors, path)
         return tensors
     try:
         return load_file(path)

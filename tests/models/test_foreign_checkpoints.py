@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harmonica.io.safe_load import read_state
+from harmonica.io.safe_load import read_state, read_tensors
 from harmonica.models.dit.config import DiTConfig
 from harmonica.models.dit.model import DiT
 from harmonica.models.loading import ModelConfig, load_model
@@ -168,6 +168,23 @@ def test_objects_beside_the_tensors_are_refused_by_their_name(path: Path, state:
     )
     with pytest.raises(ValueError, match=words):
         read_state(path)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_a_tensor_that_is_larger_than_its_file_is_refused(
+    path: Path, state: State, is_old: bool, is_sparse: bool
+) -> None:
+    shape = (2**20, 2**20)
+    empty = torch.empty(2, 0, dtype=torch.long), torch.empty(0)
+    bomb = torch.sparse_coo_tensor(*empty, shape) if is_sparse else torch.zeros(1).expand(shape)
+    small = torch.arange(4).expand(100, 4)  # as some buffers are
+    torch.save({"model": state | {"small": small}}, path, _use_new_zipfile_serialization=not is_old)
+    assert torch.equal(read_tensors(path)["model"]["small"], small)
+    torch.save({"model": state | {"bomb": bomb}}, path, _use_new_zipfile_serialization=not is_old)
+    assert path.stat().st_size < 2**20
+    with pytest.raises(ValueError, match=r"holds a tensor of shape \(1048576, 1048576\) that stores fewer"):
+        read_tensors(path)
 
 
 def test_safetensors_beside_pt(tmp_path: Path, state: State, tiny_shape: DiTConfig) -> None:
