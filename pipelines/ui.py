@@ -51,7 +51,7 @@ def server_command(command: UiCommand) -> list[str]:
 
 
 def server_environment(command: UiCommand) -> dict[str, str]:
-    """Return what the MLflow server finds in its environment, beside this process's own.
+    """Return what the MLflow server's environment has beside this process's own.
 
     The store's address may hold a password, and all users of the machine see a command line.
     """

@@ -226,7 +226,10 @@ class RunStorage:
             yield Path(target)
 
     def _copy_folder(self, name: str, target: Path) -> None:
-        """Copy a folder of a store; pyarrow's own function writes wherever keys with `..` lead."""
+        """Copy a folder of a store.
+
+        pyarrow's own function writes wherever keys with `..` lead.
+        """
         root = f"{self._run}/{name}/"
         for info in self._fs.get_file_info(fs.FileSelector(root.rstrip("/"), recursive=True)):
             if not info.is_file:

@@ -57,7 +57,9 @@ def load_keys(file: str) -> tuple[str, ...]:
 
 
 def _checked(keys: tuple[str, ...], source: str) -> tuple[str, ...]:
-    """Refuse what is no key but a remark or a line that is switched off: it could be guessed.
+    """Refuse a remark, or a line that is switched off, in place of a key.
+
+    It could be guessed.
 
     Raises:
         ValueError: there is one; the message says which, and not what it is.

@@ -19,7 +19,9 @@ class TooLarge(ValueError):
 
 
 def decode(file: bytes) -> Image.Image:
-    """Decode a png, jpeg or webp file: upright, in RGB, on white where it is transparent.
+    """Decode a png, jpeg or webp file, upright and in RGB.
+
+    What is transparent is white.
 
     Raises:
         TooLarge: it has too many pixels; found out before any is decoded.

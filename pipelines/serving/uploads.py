@@ -7,6 +7,7 @@ import asyncio
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
@@ -19,8 +20,15 @@ from .pictures import TooLarge, decode
 
 _PICTURES = re.compile(r"image(\[\d*\])?", re.ASCII)
 _NOT_FOLLOWED = ("mask", "markup")
-_DECODERS = ThreadPoolExecutor(2, thread_name_prefix="decoder")
-"""Few threads, since each takes some 300 MB for the largest picture, however small its file is."""
+
+
+@lru_cache(maxsize=1)
+def _decoders() -> ThreadPoolExecutor:
+    """Return the threads that decode.
+
+    They are few, since each takes some 300 MB for the largest picture, however small its file is.
+    """
+    return ThreadPoolExecutor(2, thread_name_prefix="decoder")
 
 
 def read_form(content_type: str, body: bytes, *, lenient: bool) -> tuple[EditRequest, list[Part]]:
@@ -58,13 +66,15 @@ def read_form(content_type: str, body: bytes, *, lenient: bool) -> tuple[EditReq
 
 
 async def decode_pictures(parts: Sequence[Part]) -> tuple[Picture, ...]:
-    """Decode the pictures of a form once, in a thread, to refuse those that cannot be edited.
+    """Decode the pictures of a form once, in a thread.
+
+    Those that cannot be edited are refused so before they wait.
 
     Raises:
         ApiError: one is no picture of a known format, or too large.
     """
     loop = asyncio.get_running_loop()
-    return tuple([await loop.run_in_executor(_DECODERS, _checked, part.value) for part in parts])
+    return tuple([await loop.run_in_executor(_decoders(), _checked, part.value) for part in parts])
 
 
 def _checked(file: bytes) -> Picture:
