@@ -172,7 +172,7 @@ class RouterArtifact:
         sample = folder / _SAMPLE
         try:
             config = json.loads((folder / "config.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"router {folder} has no readable config.json ({error}): give a router artifact folder"
             ) from error
@@ -186,7 +186,7 @@ class RouterArtifact:
             tensors = read_tensors(folder / "router.safetensors")
             artifact = cls(
                 logits_TB=tensors["logits"],
-                threshold=config["threshold"],
+                threshold=_number(config, "threshold", folder),
                 sampler=SamplerConfig(**config["sampler"]),
                 reuse=config["reuse"],
                 forecast_TBK=tensors.get("forecast"),
@@ -194,8 +194,8 @@ class RouterArtifact:
                 segments=tuple(config["segments"]) if "segments" in config else None,
                 model=_complete(config["model"]),
                 rounded_weights=config.get("rounded_weights", {}),
-                ideal_speedup=config["ideal_speedup"],
-                macs_full=config["macs_full"],
+                ideal_speedup=_number(config, "ideal_speedup", folder),
+                macs_full=_number(config, "macs_full", folder),
                 cache_bytes=config.get("cache_bytes", 0),
                 training=config["training"],
                 sample_CHW=read_tensors(sample)["sample"] if sample.exists() else None,
@@ -248,6 +248,22 @@ class RouterArtifact:
                 raise ValueError(
                     f"{name} is {found.get(name)} and the router was made for {wanted.get(name)}: {cure}"
                 )
+
+
+def _number(config: Mapping[str, Any], name: str, folder: Path) -> Any:
+    """Return a number of a router's config.
+
+    Raises:
+        ValueError: it is none above 0; a threshold may be 0.
+    """
+    value = config[name]
+    is_number = type(value) in (int, float) and 0 <= value < float("inf")
+    if not is_number or (value == 0 and name != "threshold"):
+        raise ValueError(
+            f"router {folder}: {name} in config.json is {str(value)[:100]!r} and no number above 0: the "
+            "folder was altered, fetch it again"
+        )
+    return value
 
 
 def _complete(model: dict[str, Any]) -> dict[str, Any]:

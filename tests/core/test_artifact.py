@@ -162,7 +162,17 @@ def test_a_truncated_router_is_refused(folder):
         RouterArtifact.load(folder)
 
 
-@pytest.mark.parametrize("text", [None, "{", '{"format_version": 1'])
+@pytest.mark.parametrize("value", [0, -1.5, float("nan"), float("inf"), "1.5", True, None, [2]])
+@pytest.mark.parametrize("name", ["threshold", "ideal_speedup", "macs_full"])
+def test_what_is_no_number_above_0_is_refused(folder, name, value):
+    if (name, value) == ("threshold", 0):
+        value = -0.5  # 0 computes everything
+    edit(folder, **{name: value})
+    with pytest.raises(ValueError, match=rf"{name} in config.json is .* and no number above 0"):
+        RouterArtifact.load(folder)
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"format_version": 1', "[" * 100_000])
 def test_a_missing_or_broken_config_is_refused(folder, text):
     path = folder / "config.json"
     path.unlink() if text is None else path.write_text(text)

@@ -2,10 +2,11 @@
 
 import asyncio
 import dataclasses
+import json
 
 import pytest
 import torch
-from registered_routers import Registry, make_watcher
+from registered_routers import Registry, make_watcher, recorded
 from tiny_dit import SAMPLER, make_artifact, write_model
 
 from harmonica.core.artifact import RouterArtifact
@@ -43,6 +44,18 @@ def test_low_is_the_fastest_that_is_registered_and_can_be_used(model, store, tmp
         assert engine.images.version == "3" and engine.images.plan_for("low").version == "4"
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("speedup", [0, "2"])
+def test_a_damaged_version_keeps_no_other_from_being_served(model, store, speedup):
+    routers = Registry(store)
+    for run_id in ("damaged", "good"):
+        routers.add(run_id, recorded(model, seed=1))
+    config = routers.files("damaged") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"ideal_speedup": speedup}))
+    engine, watcher = make_watcher(model, routers.uri)
+    asyncio.run(watcher.poll())
+    assert engine.images.version == "2"
 
 
 def test_a_version_out_of_reach_does_not_have_the_others_tried_again(model, store, monkeypatch):
