@@ -101,7 +101,7 @@ def run(command: ApplyCommand) -> Path:
 
     pipe = DiffusionPipeline.from_pretrained(
         str(local(command.pipeline, "pipeline")),
-        torch_dtype=getattr(torch, command.dtype),
+        dtype=getattr(torch, command.dtype),
         local_files_only=True,
     ).to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -56,7 +56,7 @@ def load_vae(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         weights = find_weights(folder)
         vae = getattr(diffusers, name).from_pretrained(
             str(folder),
-            torch_dtype=dtype,
+            dtype=dtype,
             variant=weights.variant or None,
             use_safetensors=weights.is_safe,
             local_files_only=True,

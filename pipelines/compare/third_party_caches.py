@@ -144,7 +144,7 @@ def _module(config: ModelConfig, device: torch.device, is_cacheable: bool) -> An
         # cache-dit knows the class by its name.
         kind = CachedDiT if is_cacheable else DiTTransformer2DModel
         dtype = getattr(torch, config.dtype)
-        module = kind.from_pretrained(found, low_cpu_mem_usage=False, torch_dtype=dtype)
+        module = kind.from_pretrained(found, low_cpu_mem_usage=False, dtype=dtype)
     return module.eval().requires_grad_(False).to(device)
 
 

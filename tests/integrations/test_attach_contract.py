@@ -163,7 +163,7 @@ def test_save_pretrained_is_unaffected(case, tmp_path):
     case.transformer.save_pretrained(tmp_path / "after")
     for path in (tmp_path / "before").iterdir():
         assert path.read_bytes() == (tmp_path / "after" / path.name).read_bytes()
-    again = type(case.transformer).from_pretrained(tmp_path / "after", torch_dtype=torch.float64)
+    again = type(case.transformer).from_pretrained(tmp_path / "after", dtype=torch.float64)
     case.pipe.transformer = again
     assert apart(case.run(), wanted) < of_trajectory(STEPS), "loaded without a plan"
     harmonica.apply(again, case.artifact())
