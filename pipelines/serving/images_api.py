@@ -114,16 +114,25 @@ def create_app(
         served: Catalog = app.state.catalog
         return served
 
-    async def refreshed() -> bool:
-        """Refresh the catalog, and return whether the source has answered.
+    refreshing: asyncio.Task[bool] | None = None
 
-        If it has not, the last one stays.
-        """
+    async def refresh() -> bool:
         try:
             app.state.catalog = Catalog.of(await asyncio.wait_for(source.describe(), _HEALTH_TIMEOUT_S))
         except (TimeoutError, Overloaded):
             return False
         return True
+
+    async def refreshed() -> bool:
+        """Refresh the catalog, and return whether the source has answered.
+
+        If it has not, the last one stays. Those who ask at the same time get one answer: no key is needed
+        for health, and each question would take the place of an image.
+        """
+        nonlocal refreshing
+        if refreshing is None or refreshing.done():
+            refreshing = asyncio.create_task(refresh())
+        return await asyncio.shield(refreshing)  # a client that leaves does not end it for the others
 
     async def card_of(state: ModelState) -> ModelCard:
         """Return a model's card; one that never was loaded is tried again."""

@@ -1,8 +1,10 @@
 """What clients and probes are told when the engine is busy, slow, broken or draws what is not finite."""
 
+import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -62,6 +64,31 @@ def test_ready_is_who_would_draw_now_and_alive_who_answers(client, source, faili
     assert client.get("/readyz").status_code == 200
     monkeypatch.setattr(type(source.batcher), "num_waiting", CONFIG.max_waiting)
     assert client.get("/readyz").headers["retry-after"] == "1"
+
+
+def test_who_asks_for_health_at_the_same_time_gets_one_answer(source, monkeypatch):
+    asked, describe = 0, source.describe
+
+    async def slowly():
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0.05)
+        return await describe()
+
+    async def run():
+        app = create_app(source, ("key",))
+        transport = httpx.ASGITransport(app)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as client:
+            monkeypatch.setattr(source, "describe", slowly)
+            asks = [client.get(f"http://a/{path}") for path in ("healthz", "readyz") for _ in range(50)]
+            leaving = asyncio.create_task(client.get("http://a/healthz"))
+            await asyncio.sleep(0.01)
+            leaving.cancel()
+            assert {answer.status_code for answer in await asyncio.gather(*asks)} == {200}
+            assert asked == 1, "not one place in the replica's queue for each, without a key"
+            assert (await client.get("http://a/healthz")).status_code == 200 and asked == 2
+
+    asyncio.run(run())
 
 
 def test_a_trajectory_that_stands_still_is_no_health(source, monkeypatch):
