@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 from harmonica.data.conditions import check_conditions
+from harmonica.io.paths import shown
 from harmonica.models.base import BranchedTransformer
 from harmonica.models.loading import LoadedModel, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
@@ -86,7 +87,7 @@ def _check_pipeline_metrics(config: WorkflowConfig, has_vae: bool) -> None:
     }
     name = next((name for name, value in looking.items() if value), "")
     if settings.features == "classifier" or (name and not has_vae):
-        what = "it knows grey pictures of 28 x 28" if has_vae else f"{config.model.path} has no VAE"
+        what = "it knows grey pictures of 28 x 28" if has_vae else f"{shown(config.model.path)} has no VAE"
         raise ValueError(f"evaluate.{name} is {looking[name]!r} and {what}: leave it out")
     check_metric_files(config)
 

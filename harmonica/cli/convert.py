@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from harmonica.cli.common import fail, parse_settings, say
-from harmonica.io.paths import local
+from harmonica.io.paths import local, shown
 from harmonica.io.resolve import local_path
 from harmonica.models.diffusers_folder import find_transformer, write_diffusers
 from harmonica.models.dit.config import DiTConfig
@@ -133,7 +133,7 @@ def _write_folder(command: ConvertCommand, stored: StoredModel, folder: Path) ->
     """Write the pipeline's folder, and return whether it has a VAE."""
     vae = find_vae(local_path(command.vae, field="vae")) if command.vae else stored.vae_folder
     if command.vae and vae is None:
-        raise ValueError(f"vae {command.vae} holds no AutoencoderKL: give its folder")
+        raise ValueError(f"vae {shown(command.vae)} holds no AutoencoderKL: give its folder")
     write_diffusers(folder, stored)
     if vae is None:
         return False

@@ -15,6 +15,7 @@ from harmonica.core.plan_builders import logits_of
 from harmonica.core.sampling import check_plan
 from harmonica.data.class_names import UnknownClass, find_class
 from harmonica.integrations.recorded.even_steps import EvenSteps
+from harmonica.io.paths import shown
 from harmonica.io.resolve import shipped_router
 from harmonica.io.safe_load import read_released_router
 from harmonica.models.loading import BUILTIN, BUILTIN_COLOUR, LoadedModel, ModelConfig
@@ -140,18 +141,18 @@ def _label(name: str, class_names: tuple[str, ...]) -> int:
 
 def requested_subjects(command: SampleCommand, loaded: LoadedModel) -> tuple[Sequence[int | str], list[str]]:
     """Return the labels or prompts asked for, and the images' titles."""
+    place = shown(command.model.path)
     if not loaded.model.num_classes:
         if command.classes or not command.prompts:
             field, given = ("classes", command.classes) if command.classes else ("prompts", command.prompts)
             raise SettingError(
-                f"{field} is {given!r} and the model in {command.model.path} takes prompts: give some texts "
-                "with --prompts, and no classes"
+                f"{field} is {given!r} and the model in {place} takes prompts: give some texts with "
+                "--prompts, and no classes"
             )
         return command.prompts, list(command.prompts)
     if command.prompts:
         raise SettingError(
-            f"prompts is {command.prompts!r} and the model in {command.model.path} takes classes: give "
-            "--classes instead"
+            f"prompts is {command.prompts!r} and the model in {place} takes classes: give --classes instead"
         )
     drawn = tuple(str(sample_label(command.seed, i, loaded.model.num_classes)) for i in range(8))
     labels = [_label(name, loaded.class_names) for name in command.classes or drawn]

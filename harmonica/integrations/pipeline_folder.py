@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from harmonica.io.paths import shown
 from harmonica.io.repository_files import INDEX
 from harmonica.io.resolve import local_path
 from harmonica.io.weight_files import read_json
@@ -46,8 +47,8 @@ class PipelineFolder:
             index = json.loads((folder / INDEX).read_text())
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"model.path {path} has no readable {INDEX} ({type(error).__name__}): give the folder of a "
-                "whole diffusers pipeline, as pipe.save_pretrained writes it"
+                f"model.path {shown(path)} has no readable {INDEX} ({type(error).__name__}): give the folder "
+                "of a whole diffusers pipeline, as pipe.save_pretrained writes it"
             ) from None
         parts = {
             name: (value[0], value[1])

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 
+from harmonica.io.paths import shown
 from harmonica.io.repository_files import INDEX, OWN_WEIGHTS, bare_checkpoint, own_weights
 from harmonica.io.resolve import BUILTIN, BUILTIN_COLOUR, BUILTIN_TEXT, local_path
 from harmonica.io.weight_files import contents, read_json
@@ -205,7 +206,8 @@ def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> Loade
         vae_folder = find_vae(local_path(config.vae, field="model.vae"))
         if vae_folder is None:
             raise ValueError(
-                f"model.vae {config.vae} holds no AutoencoderKL: give its folder, or a pipeline's with vae/"
+                f"model.vae {shown(config.vae)} holds no AutoencoderKL: give its folder, or a pipeline's "
+                "with vae/"
             )
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -13,6 +13,7 @@ from harmonica.evaluation.feature_extractors import ClassifierFeatures, FeatureE
 from harmonica.evaluation.image_metrics import psnr, ssim
 from harmonica.evaluation.perceptual import ClipScore, Lpips
 from harmonica.evaluation.reference_sets import ReferenceSet, builtin_reference, read_adm_reference
+from harmonica.io.paths import shown
 from harmonica.models.loading import BUILTIN, BUILTIN_COLOUR, BUILTIN_TEXT, LoadedModel, ModelConfig
 from harmonica.models.vae import check_vae, decode_latents, draws_pixels
 
@@ -139,8 +140,8 @@ def check_metric_settings(config: WorkflowConfig, loaded: LoadedModel) -> None:
     if _wants_pixels(config) and not draws_pixels(model):
         if loaded.vae_folder is None:
             raise ValueError(
-                f"model.vae is '' and {config.model.path} makes latents: give its decoder, or leave out "
-                "evaluate.features, clip_path and lpips_path, which look at pictures"
+                f"model.vae is '' and {shown(config.model.path)} makes latents: give its decoder, or leave "
+                "out evaluate.features, clip_path and lpips_path, which look at pictures"
             )
         check_vae(loaded.vae_folder)
     if settings.clip_path and model.num_classes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.recorded.even_steps import EvenSteps
 from harmonica.integrations.recorded.kinds import ARCHITECTURE_KEY
-from harmonica.io.paths import local
+from harmonica.io.paths import local, shown
 from harmonica.models.loading import LoadedModel, ModelConfig, load_model
 
 from ..tracking import registry
@@ -48,7 +48,7 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
         ValueError: the model cannot be loaded or cannot generate images, or no router fits; the message names
             the setting that helps.
     """
-    mismatch = _Fit(model)
+    mismatch, place = _Fit(model), shown(model.path)
     if router == UNCACHED:
         mismatch.check_model()
         return Choice(router=router, summary="every branch computed (--router uncached)")
@@ -59,7 +59,7 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
     if router:
         router = str(local(router, "router"))
         if why_not := mismatch(RouterArtifact.load(router)):
-            raise ValueError(f"router is {router}, which does not fit model.path {model.path}: {why_not}")
+            raise ValueError(f"router is {router}, which does not fit model.path {place}: {why_not}")
         return Choice(router=router, summary=f"the router in {router}")
     champion = _champion(registered_model, storage_path)
     why_no_champion = champion.why_not or mismatch(champion.artifact)
@@ -72,12 +72,12 @@ def choose_router(model: ModelConfig, router: str, registered_model: str, storag
     if champion.artifact is None:
         return Choice(
             router=UNCACHED,
-            summary=f"every branch computed, since there is no router for {model.path} ({why_no_champion}): "
+            summary=f"every branch computed, since there is no router for {place} ({why_no_champion}): "
             "train one, or give --router FOLDER, or --router even-1.8x, which needs no training",
         )
     raise ValueError(
         f"router is '' and version {champion.version} of {registered_model}, the champion in MLflow, does "
-        f"not fit model.path {model.path} ({why_no_champion}): give --router FOLDER, --router {UNCACHED} to "
+        f"not fit model.path {place} ({why_no_champion}): give --router FOLDER, --router {UNCACHED} to "
         "compute every branch, or --registered-model NAME"
     )
 

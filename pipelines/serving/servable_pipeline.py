@@ -11,6 +11,7 @@ from typing import Any
 
 from harmonica.core.artifact import RouterArtifact
 from harmonica.integrations.pipeline_folder import PipelineFolder
+from harmonica.io.paths import shown
 from harmonica.io.repository_files import INDEX
 from harmonica.io.resolve import local_path
 from harmonica.models.dit.diffusers_layout import CLASS_NAME as DIT
@@ -150,7 +151,7 @@ def check_servable(folder: PipelineFolder, config: ModelConfig) -> None:
     Raises:
         ValueError: it is not; names the field, the value and the cure.
     """
-    _check_folder(folder, f"model.path is {config.path}, a {folder.class_name}")
+    _check_folder(folder, f"model.path is {shown(config.path)}, a {folder.class_name}")
     _check_settings(config)
 
 

@@ -9,8 +9,10 @@ from tiny_dit import SHAPE, make_artifact, write_model
 from tiny_engine import CONFIG
 
 from harmonica.builtin import CHAMPION, EMOJI_CHAMPION
+from harmonica.models import loading
 from harmonica.models.loading import BUILTIN, BUILTIN_COLOUR, BUILTIN_TEXT, ModelConfig, load_model
 from pipelines import serve
+from pipelines.serving import servable_pipeline
 from pipelines.serving.auth import ENVIRONMENT
 from pipelines.serving.engine import GenerationEngine
 from pipelines.serving.image_request import ImageRequest
@@ -91,6 +93,17 @@ def test_a_router_that_is_named_has_to_fit(folder, tmp_path):
     assert choose(folder / "model", tmp_path, folder / "router").router == str(folder / "router")
     with pytest.raises(ValueError, match=r"^router is .*, which does not fit model\.path .*num_layers is 2"):
         choose(folder / "other", tmp_path, folder / "router")
+
+
+@pytest.mark.parametrize("router", ["router", ""])
+def test_a_model_in_a_store_is_named_without_its_key(folder, tmp_path, monkeypatch, router):
+    for module in (loading, servable_pipeline):
+        monkeypatch.setattr(module, "local_path", lambda *_, **__: folder / "other")
+    model, store = ModelConfig(path="s3://id:hush@bucket/other"), str(tmp_path if router else folder / "runs")
+    with pytest.raises(ValueError, match=r"fit model\.path s3://bucket/other.*num_layers is 2") as no:
+        choose_router(model, str(folder / router) if router else "", NAME, store)
+    assert "hush" not in str(no.value)
+    assert "hush" not in choose_router(model, "", NAME, str(tmp_path)).summary
 
 
 def test_an_mlflow_that_does_not_answer_is_named_without_its_password(folder, monkeypatch):
