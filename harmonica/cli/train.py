@@ -29,6 +29,7 @@ from harmonica.cli.training_folder import TrainingFolder
 from harmonica.core.artifact import RouterArtifact
 from harmonica.data.prompts import PromptStore
 from harmonica.data.samples import SampleSpec, Shard
+from harmonica.io.paths import shown_within
 from harmonica.models.loading import ModelConfig, load_model
 from harmonica.samplers import SamplerConfig, make_sampler, with_scheduler
 from harmonica.samplers.noise import MAX_SEED
@@ -91,7 +92,7 @@ def _process_group(device: torch.device, batch_size: int) -> Iterator[Shard]:
 
 
 def _as_json(command: TrainCommand) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(command), default=str))
+    found: dict[str, Any] = json.loads(json.dumps(shown_within(dataclasses.asdict(command)), default=str))
     return found
 
 

@@ -5,7 +5,9 @@ A path is local (absolute, relative, with `~`, or a file:// URI) or lies in an o
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 _PUBLIC_QUERY = ("endpoint_override", "region", "scheme")  # the rest of a query may hold credentials
@@ -29,6 +31,13 @@ def is_remote(path: str) -> bool:
 def shown(path: str) -> str:
     """Return a path or URI as messages and cache keys show it, without secrets."""
     return without_secrets(path) if is_remote(path) else path
+
+
+def shown_within(settings: Any) -> Any:
+    """Return settings, nested by section, with every URI as `shown` returns it."""
+    if isinstance(settings, Mapping):
+        return {name: shown_within(value) for name, value in settings.items()}
+    return shown(settings) if isinstance(settings, str) else settings
 
 
 def without_secrets(uri: str) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from harmonica.data.text_encoder import EncoderDtype, OverLimit
-from harmonica.io.paths import shown
+from harmonica.io.paths import shown, shown_within
 from harmonica.models.loading import ModelConfig
 from harmonica.samplers import SamplerConfig
 from harmonica.training.config import TrainingConfig
@@ -232,11 +232,5 @@ class WorkflowConfig:
 
         URIs lose the credentials that may be in them.
         """
-        plain: dict[str, Any] = _without_secrets(dataclasses.asdict(self))
+        plain: dict[str, Any] = shown_within(dataclasses.asdict(self))
         return plain
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_secrets(one) for name, one in value.items()}
-    return shown(value) if isinstance(value, str) else value

@@ -84,6 +84,22 @@ def test_an_interrupted_training_goes_on_bit_for_bit(command, tmp_path):
         train.train(dataclasses.replace(often, seed=1), quiet)
 
 
+def test_the_recorded_settings_have_no_credentials(command, monkeypatch):
+    path, load = command.model.path, train.load_model
+
+    def load_local(model, device):
+        return load(dataclasses.replace(model, path=path), device)
+
+    monkeypatch.setattr(train, "load_model", load_local)
+    model = dataclasses.replace(command.model, path="s3://id:hush@bucket/model")
+    train.train(dataclasses.replace(command, model=model), quiet)
+    recorded = json.loads((command.output / "settings.json").read_text())
+    assert recorded["model"]["path"] == "s3://bucket/model"
+    other = dataclasses.replace(model, path="s3://id:hush@bucket/other")
+    with pytest.raises(ValueError, match=r"^model.path was 's3://bucket/model' and is 's3://bucket/other'"):
+        train.train(dataclasses.replace(command, model=other), quiet)
+
+
 LEAN = ("--train.shard-model", "--train.micro-batch-size=1", "--train.sdt.activation-checkpointing")
 
 
