@@ -35,7 +35,7 @@ from .model_choice import choose_model, unknown_model
 from .model_entries import health, model_entry, router_entries
 from .multipart import Part
 from .openapi import EDIT_BODY, describe_fully, errors, events
-from .page import add_page
+from .page import add_documentation, add_page
 from .paths import NormalizePath
 from .request_bodies import ReadBody, StrictJsonRoute
 from .requests import Catalog, ImageSource, ModelCard, ModelState
@@ -83,8 +83,8 @@ def create_app(
         title="HarmoniCa",
         version=harmonica.__version__,
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
     app.add_middleware(
@@ -251,4 +251,5 @@ def create_app(
         return api.Live()
 
     add_page(app)
+    add_documentation(app)
     return app

@@ -41,6 +41,20 @@ def test_the_page_refers_to_nothing_outside():
     assert 'name="viewport"' in page
 
 
+def test_the_documentation_loads_one_release_and_sends_to_this_endpoint_alone(engine_parts):
+    with TestClient(create_app(make_engine(*engine_parts), keys=("key",)), root_path="/images") as client:
+        answer = client.get("/images/docs")
+    assert answer.status_code == 200 and "url: '/images/openapi.json'" in answer.text
+    loaded = re.findall(r"""(?:src|href)="([^"]*)""", answer.text)
+    assert "data:," in loaded and len(loaded) == 3
+    policy = answer.headers["content-security-policy"]
+    for url in loaded:
+        assert url == "data:," or re.search(r"/swagger-ui-dist@\d+\.\d+\.\d+/", url), "no range of releases"
+        assert url == "data:," or url.rpartition("/")[0] in policy
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+    assert "frame-ancestors 'none'" in policy
+
+
 @pytest.fixture
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
