@@ -40,7 +40,7 @@ from .paths import NormalizePath
 from .request_bodies import ReadBody, StrictJsonRoute
 from .requests import Catalog, ImageSource, ModelCard, ModelState
 from .server_sent_events import stream_events
-from .uploads import decode_pictures, read_form
+from .uploads import decode_pictures, read_form, refuse_other_sites
 
 MAX_BODY_BYTES = 64 * 1024
 # JavaScript reads integers above this inexactly, and then cannot ask for the same image again.
@@ -186,7 +186,7 @@ def create_app(
         EDITS,
         response_model=api.GenerateResponse,
         response_model_exclude_none=True,
-        responses=events() | errors(400, 401, 404, 408, 413, 500, 503, 504),
+        responses=events() | errors(400, 401, 403, 404, 408, 413, 500, 503, 504),
         openapi_extra=EDIT_BODY,
     )
     async def edit(request: Request) -> Response | api.GenerateResponse:
@@ -194,6 +194,8 @@ def create_app(
 
         The form is that of OpenAI's client.
         """
+        if not keys:
+            refuse_other_sites(request, cors_origins)
         content_type = request.headers.get("content-type", "")
         form, uploads = read_form(content_type, await request.body(), lenient=lenient)
         return await answer(form, uploads)

@@ -12,6 +12,7 @@ from .schemas import CompletedEvent, ErrorBody, PartialImageEvent, ProgressEvent
 _REASONS = {
     400: "A field is unknown or has a value that cannot be used.",
     401: "The endpoint has keys, and the request sends none of them.",
+    403: "A page of another site has sent it.",
     404: "There is no such model.",
     408: "The body was not complete in time.",
     413: "The body is too large.",

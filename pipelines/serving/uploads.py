@@ -8,7 +8,9 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from urllib.parse import urlsplit
 
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
@@ -29,6 +31,25 @@ def _decoders() -> ThreadPoolExecutor:
     They are few, since each takes some 300 MB for the largest picture, however small its file is.
     """
     return ThreadPoolExecutor(2, thread_name_prefix="decoder")
+
+
+def refuse_other_sites(request: Request, allowed: Sequence[str]) -> None:
+    """Refuse a form that a page of another site sends.
+
+    A browser asks before it sends JSON elsewhere, but not before it sends a form: any page could have an
+    endpoint draw that its reader can reach and that wants no key.
+
+    Args:
+        allowed: sites that may, as in `serve.cors_origins`.
+
+    Raises:
+        ApiError: it is of another site.
+    """
+    origin = request.headers.get("origin", "")
+    is_own = not origin or urlsplit(origin).netloc == request.headers.get("host")
+    if not (is_own or "*" in allowed or origin in allowed):
+        message = "a page of another site has sent this form: name the site in serve.cors_origins"
+        raise ApiError(403, message, None, "other_site")
 
 
 def read_form(content_type: str, body: bytes, *, lenient: bool) -> tuple[EditRequest, list[Part]]:

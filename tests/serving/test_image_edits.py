@@ -187,6 +187,21 @@ def test_pictures_have_a_number_and_a_size(client, monkeypatch):
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "image_too_large"
 
 
+def test_a_page_of_another_site_sends_no_form(engine):
+    def status(origin, **settings):
+        with TestClient(create_app(engine, **settings), raise_server_exceptions=False) as client:
+            headers = {"origin": origin} | ({"authorization": "Bearer key"} if "keys" in settings else {})
+            return client.post(PATH, data={"prompt": "a"}, files={"image": picture()}, headers=headers)
+
+    for origin in ("https://evil.example", "null"):
+        answer = status(origin)
+        assert answer.status_code == 403 and answer.json()["error"]["code"] == "other_site"
+    assert status("http://testserver").status_code == 200, "its own"
+    for allowed in ("https://good.example", "*"):
+        assert status("https://good.example", cors_origins=(allowed,)).status_code == 200
+    assert status("https://any.example", keys=("key",)).status_code == 200, "no browser adds a key by itself"
+
+
 def test_a_lenient_server_warns_of_what_it_does_not_follow(lenient):
     answer = lenient.post(
         PATH,
