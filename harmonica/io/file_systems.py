@@ -4,12 +4,16 @@ S3 is set up as Amazon's own tools are, by environment and `~/.aws`, so that pya
 `pipelines.run_state.storage.settle_endpoint` sets the address that pyarrow does not read from `~/.aws`.
 """
 
+import shutil
+from pathlib import Path
+
 from pyarrow import fs
 
 from harmonica.io.paths import is_remote, resolved, scrubbed, shown
 
 # Waits of 50 ms, doubled each time: 10 tries outlast a store that is gone for some 25 s; by itself 6 s.
 _PATIENT_TRIES = 10
+_CHUNK = 16 * 2**20  # each read is a request to the store
 
 
 def open_uri(uri: str, field: str, *, patient: bool = False) -> tuple[fs.FileSystem, str]:
@@ -51,6 +55,13 @@ def list_folder(filesystem: fs.FileSystem, path: str, *, recursive: bool = False
         # A local folder that was not there, and is made before pyarrow looks a second time.
         return []
     return found
+
+
+def copy_file(filesystem: fs.FileSystem, path: str, target: Path) -> None:
+    """Copy a file of a store to a local path, whose folder is made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filesystem.open_input_stream(path) as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, _CHUNK)
 
 
 def _patient(filesystem: fs.S3FileSystem) -> fs.S3FileSystem:

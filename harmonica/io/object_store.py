@@ -20,8 +20,6 @@ from harmonica.io.repository_files import wanted
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 16 * 2**20  # each read is a request to the store
-
 
 def from_store(uri: str, field: str) -> Path:
     """Return the local copy of a file or model folder, fetched if need be.
@@ -93,13 +91,13 @@ def _folder_files(store: Any, root: str, source: str) -> dict[str, Any]:
 
 def _copy(store: Any, files: dict[str, Any], target: Path) -> None:
     """Copy all files or none: a reader sees the folder once it is complete."""
+    from harmonica.io.file_systems import copy_file
+
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
         for name, info in files.items():
             copy = partial / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            with store.open_input_stream(info.path) as source, copy.open("wb") as sink:
-                shutil.copyfileobj(source, sink, _CHUNK)
+            copy_file(store, info.path, copy)
             if copy.stat().st_size != info.size:
                 raise OSError(f"{name} changed while it was read, fetch it again")
         partial.rename(target)

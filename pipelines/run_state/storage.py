@@ -14,11 +14,10 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs
 
-from harmonica.io.file_systems import list_folder, open_uri
+from harmonica.io.file_systems import copy_file, list_folder, open_uri
 from harmonica.io.paths import is_remote, resolved, shown
 
 _PROBE = ".write-probe"
-_CHUNK = 16 * 2**20  # each read is a request to the store
 ENDPOINT = "AWS_ENDPOINT_URL"
 """Environment variable with the address of S3 that pyarrow and boto3, and so MLflow, read."""
 
@@ -239,9 +238,7 @@ class RunStorage:
                 raise ValueError(
                     f"{shown(self.uri(name))} holds {info.path}, which leads out of it: delete that object"
                 )
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            with self._fs.open_input_stream(info.path) as source, copy.open("wb") as sink:
-                shutil.copyfileobj(source, sink, _CHUNK)
+            copy_file(self._fs, info.path, copy)
 
 
 def _write_local(path: Path, data: bytes) -> None:
