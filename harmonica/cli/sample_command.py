@@ -98,7 +98,7 @@ def load_router(command: SampleCommand, loaded: LoadedModel) -> RouterArtifact |
 def _untrained_router(even: EvenSteps, sampler: Sampler) -> RouterArtifact:
     """Return the artifact of evenly spread steps under a sampler."""
     model = sampler.model
-    plan = even.plan(sampler.num_steps, model.macs(), is_flow_matching=model.prediction == "flow")
+    plan = even.plan(sampler.num_steps, model.macs(), is_flow_matching=model.is_flow_matching)
     correction_TJ = None if plan.correction is None else torch.tensor(plan.correction)
     return RouterArtifact.build(
         logits_of(plan, 1.0),

@@ -146,6 +146,11 @@ class BranchedTransformer(nn.Module, ABC):
     same checkpoint in float32. Code that changes the weights later resets it to None."""
 
     @property
+    def is_flow_matching(self) -> bool:
+        """Whether the model predicts the velocity of flow matching."""
+        return self.prediction == "flow"
+
+    @property
     def dtype(self) -> torch.dtype:
         """Precision of the weights outside `full_precision_parts`."""
         own = (p for name, p in self.named_parameters() if not name.startswith(self.full_precision_parts))

@@ -88,7 +88,7 @@ def _check(scheduler: Any, model: BranchedTransformer, where: str) -> None:
     Args:
         where: the setting that chose it.
     """
-    settings, is_flow = scheduler.config, model.prediction == "flow"
+    settings, is_flow = scheduler.config, model.is_flow_matching
     has_choice = not isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # that one takes velocities
     found = settings.prediction_type if has_choice else "flow_prediction"
     if found != _PREDICTION_TYPE[model.prediction]:
@@ -159,7 +159,7 @@ class Scheduled(Sampler):
         step_noise: Sequence[Tensor] = (),
     ) -> State:
         state = super().start(noise_NCHW, condition_N, keys, step_noise)
-        scale = 1.0 if self.model.prediction == "flow" else float(self._scheduler.init_noise_sigma)
+        scale = 1.0 if self.model.is_flow_matching else float(self._scheduler.init_noise_sigma)
         return self._moved(state, state.x_MCHW * scale if scale != 1 else state.x_MCHW, self._scheduler)
 
     def advance(self, i: int, state: State, guided_MCHW: Tensor) -> State:
@@ -176,7 +176,7 @@ class Scheduled(Sampler):
 
     def _clean_at(self, i: int, x_NCHW: Tensor, predicted_NCHW: Tensor) -> Tensor:
         scheduler = self._scheduler
-        if self.model.prediction == "flow":
+        if self.model.is_flow_matching:
             return x_NCHW - float(scheduler.sigmas[self.num_steps - 1 - i]) * predicted_NCHW
         share = float(scheduler.alphas_cumprod[int(self.timesteps[i])])
         clean_NCHW: Tensor = (x_NCHW - (1 - share) ** 0.5 * predicted_NCHW) / share**0.5

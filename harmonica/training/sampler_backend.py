@@ -31,7 +31,7 @@ class SamplerBackend(TrajectoryBackend):
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
-        self.is_flow_matching = sampler.model.prediction == "flow"
+        self.is_flow_matching = sampler.model.is_flow_matching
 
     @property
     def device(self) -> torch.device:

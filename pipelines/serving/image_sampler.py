@@ -106,8 +106,8 @@ class ImageSampler(PlannedSampler[SamplerPlan]):
             ValueError: the sampler does not fit the model.
         """
         sampler, macs = make_sampler(self.model, config), self.model.macs()
-        is_flow_matching = self.model.prediction == "flow"
-        plan = even.nearest_plan(config.num_inference_steps, macs, is_flow_matching=is_flow_matching)
+        is_flow = self.model.is_flow_matching
+        plan = even.nearest_plan(config.num_inference_steps, macs, is_flow_matching=is_flow)
         return SamplerPlan(
             sampler.config, plan, "forecast", version, plan.ideal_speedup(macs), sampler=sampler
         )
